@@ -1,0 +1,75 @@
+"""Recalibrate, fold and verify the BatchNorm layers of trained PyTorch and ONNX models.
+
+    model = bnfold.load("model.onnx")
+    fresh, report = bnfold.recalibrate(model, batches)
+    fused, report = bnfold.fuse(model)
+    report = bnfold.verify(model, fused, batches)
+    bnfold.save(fused, "fused.onnx")
+
+Everything is imported when first asked for, so that `import bnfold` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import fuse, inspect, load, recalibrate, save, verify
+    from .errors import (
+        BnfoldError,
+        CheckError,
+        DataError,
+        DeviceError,
+        InputError,
+        ModelError,
+        NothingToDoError,
+        UnsupportedError,
+        UsageError,
+    )
+
+_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "fuse", "verify"), ".api") | dict.fromkeys(
+    (
+        "BnfoldError",
+        "CheckError",
+        "DataError",
+        "DeviceError",
+        "InputError",
+        "ModelError",
+        "NothingToDoError",
+        "UnsupportedError",
+        "UsageError",
+    ),
+    ".errors",
+)
+
+__all__ = [  # noqa: RUF022 - in the order of the work
+    "__version__",
+    "load",
+    "save",
+    "inspect",
+    "recalibrate",
+    "fuse",
+    "verify",
+    "BnfoldError",
+    "CheckError",
+    "DataError",
+    "DeviceError",
+    "InputError",
+    "ModelError",
+    "NothingToDoError",
+    "UnsupportedError",
+    "UsageError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bnfold' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], "bnfold"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The ONNX back-end: `load` and `save`, `lower`, `write`, `run`."""

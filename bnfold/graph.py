@@ -1,0 +1,160 @@
+"""The neutral view of a network: what the rules may see of an ONNX or a PyTorch graph, and no more.
+
+A front-end lowers its own graph to this view, the planner decides on it, and the front-end writes the decided
+updates back. Nothing here holds a weight: a `Param` reads it when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .affine import Affine, Array
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor that flows. `probes` are its shapes at the probe sizes of the model's dynamic axes.
+
+    Where the model is static there is one probe. A dimension is known if all probes agree on it, so a rule that
+    holds at every probe doesn't lean on a size that the user may change.
+    """
+
+    name: str
+    probes: tuple[tuple[int, ...], ...] | None = None
+    rank: int | None = None
+    producer: Node | None = None
+    users: list[tuple[Node, int]] = field(default_factory=list)  # (node, which of its inputs)
+    is_output: bool = False
+
+    @property
+    def sizes(self) -> tuple[int | None, ...] | None:
+        """The size of each axis, None where it is dynamic; None altogether where not even the rank is known."""
+        if self.probes is None:
+            return None if self.rank is None else (None,) * self.rank
+        return tuple(ns[0] if len(set(ns)) == 1 else None for ns in zip(*self.probes, strict=True))
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A stored constant that one or several operators read: a weight, a bias, a table.
+
+    name: the stored name. read: the array in float64, in the stored layout.
+    limit: the largest finite number of the stored type.
+    """
+
+    name: str
+    read: Callable[[], Array]
+    shape: tuple[int, ...]
+    limit: float
+    native: Any = None
+    users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter name)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stored array is laid out: `canonical` gives the rules' layout, `stored` is its inverse."""
+
+    name: str
+    canonical: Callable[[Array], Array]
+    stored: Callable[[Array], Array]
+
+
+AS_STORED = Layout("as stored", lambda w: w, lambda w: w)
+
+
+@dataclass(eq=False)
+class Param:
+    """One operator's view of a tensor, in the canonical layout of that operator, with the update that it awaits.
+
+    A weight isn't replaced but mapped: `update` is an affine map over the canonical array, so a plan for a large model
+    takes no memory, and a weight that absorbs several maps is rounded once. tensor: None for a parameter that the operator could
+    have but hasn't (a bias): it then reads as `default`.
+    """
+
+    tensor: Tensor | None
+    layout: Layout = AS_STORED
+    default: float = 0.0
+    update: Affine | None = None
+
+    def read(self) -> Array:
+        """The canonical array with its update, in float64."""
+        array = np.float64(self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
+        return np.asarray(array if self.update is None else self.update(array))
+
+    def updated(self, by: Affine) -> Affine:
+        return by if self.update is None else by.after(self.update)
+
+
+@dataclass(eq=False)
+class Node:
+    """An operator. inputs: the values that flow in; params: its constants by role; attrs: what its rule asks for."""
+
+    op: str
+    name: str
+    inputs: list[Value]
+    outputs: list[Value]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Param] = field(default_factory=dict)
+    native: Any = None
+    index: int = -1  # its place in the topological order
+    label: str = ""  # the operator's own name in its framework, for reasons ("AveragePool")
+
+    def __post_init__(self) -> None:
+        self.label = self.label or self.op
+        for value in self.outputs:
+            value.producer = self
+        for i, value in enumerate(self.inputs):
+            value.users.append((self, i))
+        for role, param in self.params.items():
+            if param.tensor is not None:
+                param.tensor.users.append((self, role))
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+
+@dataclass(eq=False)
+class Site:
+    """What folds together or not at all: every call of one BatchNorm layer (or one constant affine operator)."""
+
+    name: str
+    nodes: list[Node]
+    channels: int
+    is_batchnorm: bool = True
+    separable: bool = True  # the calls could also fold one by one (ONNX), or stand and fall together (a module)
+    refusal: str | None = None  # why it may not even be tried: training mode, NaN, negative variance
+
+
+@dataclass(eq=False)
+class Graph:
+    """A network: its operators in topological order, and the sites to fold."""
+
+    nodes: list[Node]
+    sites: list[Site]
+    copies_weights: bool = True  # whether the front-end can give a user of a shared weight its own copy
+
+    def __post_init__(self) -> None:
+        for index, node in enumerate(self.nodes):
+            node.index = index
+
+    def bypass(self, node: Node) -> None:
+        """Let the users of the node's output read its input instead, and take the node out."""
+        source, output = node.inputs[0], node.output
+        source.users = [(user, i) for user, i in source.users if user is not node]
+        for user, i in output.users:
+            user.inputs[i] = source
+            source.users.append((user, i))
+        source.is_output |= output.is_output
+        self.nodes.remove(node)
+
+    def updates(self) -> Iterator[tuple[Node, str, Param]]:
+        """Every parameter that awaits an update."""
+        for node in self.nodes:
+            for role, param in node.params.items():
+                if param.update is not None:
+                    yield node, role, param

@@ -1,0 +1,220 @@
+"""What each verb reports: frozen dataclasses whose `to_dict` is the JSON of the contract.
+
+Keys may be added, never renamed. `inputs` and `seconds` are filled in by whoever knows them: the command line knows the
+files, a library call that got a live model doesn't.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from ._version import __version__
+
+Verdict = Literal["equivalent", "different", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that went in, or a live object (path "", sha256 "")."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every report says. seconds: wall-clock time of the whole verb."""
+
+    schema: ClassVar[str]
+    bnfold: str = __version__
+    inputs: tuple[InputFile, ...] = ()
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types; a number that JSON can't say (NaN, infinity) becomes null."""
+        return {"schema": self.schema} | _plain(self)
+
+
+def _plain(x: Any) -> Any:
+    if dataclasses.is_dataclass(x):
+        nested = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        return {"schema": x.schema} | nested if isinstance(x, Report) else nested
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v) for v in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return x
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one BatchNorm, or would. into: the operators that hold its coefficients now."""
+
+    name: str
+    channels: int
+    verdict: Literal["folded", "kept"]
+    into: tuple[str, ...]
+    reason: str  # why it was kept; empty where it was folded
+    notes: tuple[str, ...] = ()  # health and hazards: dead channels, weights that became subnormal
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Parallel linear branches that became one operator."""
+
+    into: str
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Counts:
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseReport(Report):
+    """bytes_added: what copies of shared weights add to the model."""
+
+    schema = "bnfold.fuse/1"
+    batchnorms: Counts
+    layers: tuple[Layer, ...]
+    merged: tuple[Merged, ...] = ()
+    bytes_added: int = 0
+    verify: VerifyReport | None = None  # the check before writing; None with check=False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectReport(FuseReport):
+    """As for `fuse`, and `verdict` is what `fuse` would do."""
+
+    schema = "bnfold.inspect/1"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """How one BatchNorm's statistics changed; each figure is the worst channel's.
+
+    count: elements per channel that were pooled (0: no data reached it, and its statistics stay).
+    mean_shift: |new mean - old mean| in old standard deviations. var_ratio: new variance / old variance, of the channel
+    in which it is furthest from 1. stderr: standard error of the mean in new standard deviations.
+    """
+
+    name: str
+    count: int
+    mean_shift: float
+    var_ratio: float
+    stderr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecalibrateReport(Report):
+    schema = "bnfold.recalibrate/1"
+    method: str
+    samples: int
+    layers: tuple[LayerStatistics, ...]
+    held_bytes: int = 0  # most bytes of activations held at once
+    spilled_bytes: int = 0  # bytes that went to disk past the memory budget
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Level 1. worst: the largest error of a stored coefficient, in unit roundoffs of its type; checked: how many arrays."""
+
+    verdict: Literal["equivalent", "different", "skipped"]
+    checked: int = 0
+    worst: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Function:
+    """Level 2. error: largest relative difference of the two in float64; yardstick: what rounded weights explain."""
+
+    verdict: Literal["equivalent", "different", "inconclusive", "skipped"]
+    error: float = 0.0
+    yardstick: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Level 3, one row per provider and optimisation level. ratio: the candidate's error over the reference's own."""
+
+    provider: str
+    optimisation: str  # "off" or "on"
+    ratio: float
+    verdict: Literal["equivalent", "different", "inconclusive", "skipped"] = "equivalent"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Levels:
+    coefficients: Coefficients
+    function: Function
+    deployment: tuple[Deployment, ...]
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """One output. max_abs, max_rel: the largest difference, and that over the output's own largest magnitude;
+    error_ratio: the candidate's error against the float64 oracle over the reference's own, in the stored type."""
+
+    name: str
+    max_abs: float
+    max_rel: float
+    error_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport(Report):
+    schema = "bnfold.verify/1"
+    verdict: Verdict
+    levels: Levels
+    outputs: tuple[OutputError, ...] = ()
+    first_difference: str | None = None
+    reason: str = ""  # one sentence: why this verdict
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of samples whose largest output is their label. stderr: sqrt(p (1 - p) / samples)."""
+
+    accuracy: float
+    stderr: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineReport(Report):
+    """What each step reported; None for a step that didn't run."""
+
+    schema = "bnfold.pipeline/1"
+    recalibrate: RecalibrateReport | None = None
+    fuse: FuseReport | None = None
+    verify: VerifyReport | None = None
+    accuracy_before: Accuracy | None = None
+    accuracy_after: Accuracy | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """Medians over interleaved rounds, in seconds per call; ratio: candidate / reference, pair by pair."""
+
+    schema = "bnfold.bench/1"
+    provider: str
+    rounds: int
+    batch_size: int
+    reference: float
+    candidate: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
