@@ -24,7 +24,7 @@ class Value:
     """
 
     name: str
-    probes: tuple[tuple[int, ...], ...] | None = None
+    probes: tuple[tuple[int | None, ...], ...] | None = None
     rank: int | None = None
     producer: Node | None = None
     users: list[tuple[Node, int]] = field(default_factory=list)  # (node, which of its inputs)
@@ -51,16 +51,22 @@ class Tensor:
     shape: tuple[int, ...]
     limit: float
     native: Any = None
-    users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter name)
+    users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter role)
+    magnitude: float | None = None  # its largest absolute value, once somebody asked
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stored array is laid out: `canonical` gives the rules' layout, `stored` is its inverse."""
+    """How a stored array is laid out: `canonical` gives the rules' layout, `stored` is its inverse.
+
+    linear: both only rearrange the elements, or multiply them by `gain` (canonical over stored).
+    """
 
     name: str
     canonical: Callable[[Array], Array]
     stored: Callable[[Array], Array]
+    linear: bool = True
+    gain: float = 1.0
 
 
 AS_STORED = Layout("as stored", lambda w: w, lambda w: w)
@@ -71,19 +77,20 @@ class Param:
     """One operator's view of a tensor, in the canonical layout of that operator, with the update that it awaits.
 
     A weight isn't replaced but mapped: `update` is an affine map over the canonical array, so a plan for a large model
-    takes no memory, and a weight that absorbs several maps is rounded once. tensor: None for a parameter that the operator could
-    have but hasn't (a bias): it then reads as `default`.
+    takes no memory, and a weight that absorbs several maps is rounded once. shape: the canonical shape. tensor: None for a
+    parameter that the operator could have but hasn't (a bias): it then reads as `default`.
     """
 
     tensor: Tensor | None
+    shape: tuple[int, ...]
     layout: Layout = AS_STORED
     default: float = 0.0
     update: Affine | None = None
 
     def read(self) -> Array:
         """The canonical array with its update, in float64."""
-        array = np.float64(self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
-        return np.asarray(array if self.update is None else self.update(array))
+        array = np.full(self.shape, self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
+        return array if self.update is None else self.update(array)
 
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)
