@@ -51,6 +51,7 @@ class Tensor:
     shape: tuple[int, ...]
     limit: float
     native: Any = None
+    dtype: Any = None  # the stored type, the front-end's affair
     users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter role)
     magnitude: float | None = None  # its largest absolute value, once somebody asked
 

@@ -1,0 +1,220 @@
+"""An ONNX model as the neutral graph that the rules see. The operators themselves are in `ops`, the table of this front-end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ...graph import AS_STORED, Graph, Layout, Node, Param, Site, Tensor, Value
+from .constants import FLOATS, Constants
+from .shapes import Shapes
+from .walk import all_graphs, attribute, is_standard, name_of, subgraphs
+
+
+@dataclass(eq=False)
+class Native:
+    """Where a neutral node's parameters live in its ONNX node: by role, the input's index or the attribute's name."""
+
+    node: ir.Node
+    slots: dict[str, int | str] = field(default_factory=dict)
+    dtype: ir.DataType | None = None  # the type that a parameter without a tensor gets
+    reset: dict[str, ir.Attr] = field(default_factory=dict)  # attributes to set once the bias is rewritten (Gemm's beta)
+    source: int = 0  # which input is the activation of an affine node
+
+
+class Lowering:
+    """The state of one lowering; the operators' functions in `ops` work on it."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.shapes = Shapes(model)
+        self.constants = Constants(model, self.shapes)
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+        self.nodes: list[Node] = []
+        self.sites: dict[Any, Site] = {}
+        self._values: dict[ir.Value, Value] = {}
+        self._tensors: dict[Any, Tensor] = {}
+        self._ranks: dict[ir.Value, int] = {}  # where the shape inference knows nothing but the operator does
+
+    def graph(self) -> Graph:
+        self._lower(self.model.graph)
+        for graph in all_graphs(self.model.graph):
+            for output in graph.outputs:
+                self.value(output).is_output = True
+        nodes = [node for node in self.nodes if node.op != "Constant" or node.outputs[0].users]
+        return Graph(nodes, list(self.sites.values()))
+
+    def _lower(self, graph: ir.Graph) -> None:
+        from .ops import OPERATORS  # it needs this module's names
+
+        for node in graph:
+            for _, inner in subgraphs(node):
+                self._lower(inner)
+            if node.outputs and all(self.constants.is_constant(v) for v in node.outputs):
+                continue  # constants are parameters of those who read them
+            lower = OPERATORS.get(node.op_type) if is_standard(node) else None
+            why = "no rule lets a map cross it" if lower is None else lower(self, node)
+            if why is not None:
+                self.barrier(node, why)
+
+    # --- what the operators' functions use ---------------------------------------------------------------------------------
+
+    def value(self, v: ir.Value) -> Value:
+        if v not in self._values:
+            probes = self.shapes.probes(v)
+            rank = len(probes[0]) if probes is not None else self._ranks.get(v)
+            self._values[v] = Value(v.name or "", probes, rank)
+        return self._values[v]
+
+    def rank(self, v: ir.Value) -> int | None:
+        return self.value(v).rank
+
+    def set_rank(self, v: ir.Value, rank: int | None) -> None:
+        """Tell a rank that the shape inference didn't find."""
+        if rank is not None and self.value(v).rank is None:
+            self.value(v).rank = rank
+
+    def const(self, node: ir.Node, index: int) -> npt.NDArray | None:
+        """The constant at an input, or None where there is none or it isn't constant."""
+        return self.constants.get(given(node, index))
+
+    def is_const(self, node: ir.Node, index: int) -> bool:
+        return self.constants.is_constant(given(node, index))
+
+    def static(self, node: ir.Node, name: str, index: int, default: Any = None) -> Any:
+        """A setting that is an attribute in old opsets and a constant input in new ones, as a list; None where it is computed."""
+        if name in node.attributes:
+            found = attribute(node, name)
+            return list(found) if isinstance(found, (list, tuple)) else [found]
+        if given(node, index) is None:
+            return default
+        array = self.const(node, index)
+        return None if array is None else array.ravel().tolist()
+
+    def floating(self, v: ir.Value) -> bool:
+        kind = self.constants.dtype(v) if self.constants.is_constant(v) else self.shapes.dtype(v)
+        return kind is None or kind in FLOATS
+
+    def tensor(self, v: ir.Value) -> Tensor | None:
+        """The constant as a tensor that may be rewritten; None where it is not a float constant or is stored quantised."""
+        while (node := v.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+            v = node.inputs[0]
+        if v not in self._tensors:
+            dtype = self.constants.dtype(v) if self.constants.is_constant(v) else None
+            if dtype not in FLOATS or self._quantised(v):
+                return None
+            stored = self.constants.stored(v)
+            shape = tuple(stored.shape.numpy()) if stored is not None else self._get(v).shape
+            self._tensors[v] = Tensor(v.name or "", lambda v=v: self._get(v), shape, largest(dtype), v, dtype)  # type: ignore[misc]
+        return self._tensors[v]
+
+    def _get(self, v: ir.Value) -> npt.NDArray[np.float64]:
+        array = self.constants.get(v)
+        assert array is not None
+        return array
+
+    def _quantised(self, v: ir.Value) -> bool:
+        node = v.producer()
+        return node is not None and (node.op_type == "DequantizeLinear" or any(x is not None and self._quantised(x) for x in node.inputs))
+
+    def param(self, node: ir.Node, index: int, shape: tuple[int, ...] | None = None, layout: Layout | None = None) -> Param | None:
+        """A constant input as a parameter in its canonical shape; None where it can't be one."""
+        v = given(node, index)
+        tensor = None if v is None else self.tensor(v)
+        if tensor is None:
+            return None
+        shape = tensor.shape if shape is None else shape
+        if layout is None:
+            stored_shape = tensor.shape
+            layout = AS_STORED if shape == stored_shape else reshaped(shape, stored_shape)
+        return Param(tensor, shape, layout)
+
+    def emit(
+        self,
+        op: str,
+        node: ir.Node,
+        inputs: list[ir.Value],
+        attrs: dict[str, Any] | None = None,
+        params: dict[str, Param] | None = None,
+        slots: dict[str, int | str] | None = None,
+        output: ir.Value | None = None,
+        reset: dict[str, ir.Attr] | None = None,
+    ) -> Node:
+        """Add a neutral node with one output (the node's first unless told otherwise)."""
+        out = node.outputs[0] if output is None else output
+        dtype = self.shapes.dtype(out)
+        if dtype not in FLOATS and inputs:
+            dtype = self.shapes.dtype(inputs[0])
+        attrs = {"limit": largest(dtype), **(attrs or {})}
+        source = next((i for i, v in enumerate(node.inputs) if inputs and v is inputs[0]), 0)
+        native = Native(node, slots or {}, dtype, reset or {}, source)
+        sources = [self._operand(node, v) for v in inputs]
+        made = Node(op, name_of(node), sources, [self.value(out)], attrs, params or {}, native, label=node.op_type)
+        self.nodes.append(made)
+        return made
+
+    def _operand(self, node: ir.Node, v: ir.Value) -> Value:
+        """An activation; a constant operand becomes a node of its own, which can absorb a map."""
+        if not self.constants.is_constant(v):
+            return self.value(v)
+        tensor = self.tensor(v)
+        index = next(i for i, x in enumerate(node.inputs) if x is v)
+        shape = self.constants.get(v).shape if tensor is None else tensor.shape  # type: ignore[union-attr]
+        value = Value(v.name or "", (shape,), len(shape))
+        if tensor is not None:
+            native = Native(node, {"value": index}, self.constants.dtype(v))
+            self.nodes.append(
+                Node("Constant", name_of(node), [], [value], {"limit": tensor.limit}, {"value": Param(tensor, shape)}, native, label="Constant")
+            )
+        return value
+
+    def barrier(self, node: ir.Node, why: str) -> None:
+        """A node that no map crosses. It uses all its activations, and shapes alone are no use of a value."""
+        shape_only = node.op_type in ("Shape", "Size") and is_standard(node)
+        inputs = [] if shape_only else [self.value(v) for v in node.inputs if v is not None and not self.constants.is_constant(v)]
+        outputs = [self.value(v) for v in node.outputs]
+        if outputs:
+            self.nodes.append(Node("Barrier", name_of(node), inputs, outputs, {"why": why}, native=Native(node), label=node.op_type))
+
+    def site(self, key: Any, node: Node, channels: int, *, is_batchnorm: bool, refusal: str | None = None) -> None:
+        """Register an affine node as something to fold; nodes with the same key are calls of one layer."""
+        if key in self.sites and self.sites[key].refusal == refusal:
+            self.sites[key].nodes.append(node)
+            return
+        if key in self.sites:
+            key = node
+        self.sites[key] = Site(node.name, [node], channels, is_batchnorm, refusal=refusal)
+
+
+def lower(model: ir.Model) -> Graph:
+    """The model's operators in topological order, those of subgraphs before the node that holds them.
+
+    Functions are a barrier here; `write.inlined` puts their bodies in the calls' places first.
+    """
+    return Lowering(model).graph()
+
+
+def given(node: ir.Node, index: int) -> ir.Value | None:
+    """An input, or None where it is absent or the empty string."""
+    v = node.inputs[index] if index < len(node.inputs) else None
+    return None if v is None or (v.name == "" and v.producer() is None) else v
+
+
+def reshaped(canonical: tuple[int, ...], stored: tuple[int, ...]) -> Layout:
+    """A layout that differs in its shape alone. An array that grew is stored in the canonical rank, which broadcasts alike."""
+
+    def back(w: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return w.reshape(stored) if w.shape == canonical else w
+
+    return Layout(f"as {canonical}", lambda w: w.reshape(canonical), back)
+
+
+def largest(dtype: ir.DataType | None) -> float:
+    """The largest finite number of a float type (float32 where it isn't known)."""
+    kind = dtype.numpy() if dtype in FLOATS else np.dtype(np.float32)  # type: ignore[union-attr]
+    return float(ml_dtypes.finfo(kind).max)

@@ -1,0 +1,129 @@
+"""The shape of every value at the probe sizes of the model's dynamic axes, by ONNX's own shape inference.
+
+Each symbol gets one size per probe, all different, so that a rule that holds at every probe doesn't lean on an equality by
+chance. Where the inference knows nothing (an operator outside the standard), the shape written in the file serves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+
+from .walk import subgraphs
+
+SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
+BATCH_SIZES = (2, 3)
+OTHER_SIZES = (160, 224)  # a first guess for space and time: large enough for most networks, cheap since nothing runs
+
+Dims = tuple["int | None", ...]
+
+
+class Shapes:
+    """probes(value): the shapes at each probe, None for what isn't known. rank(value). dtype(value)."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._probes: list[dict[ir.Value, Dims]] = []
+        self._types: dict[ir.Value, int] = {}
+        skeleton = _skeleton(model)
+        for sizes in _probe_sizes(model):
+            proto = onnx.ModelProto()
+            proto.CopyFrom(skeleton)
+            for info in proto.graph.input:
+                for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+                    if (key := (info.name, axis)) in sizes:
+                        dim.dim_value = sizes[key]
+            try:
+                inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+            except Exception:  # a model that the inference gives up on still has the shapes written in it
+                inferred = proto
+            found: dict[ir.Value, Dims] = {}
+            self._collect(model.graph, inferred.graph, found)
+            self._probes.append(found)
+
+    def _collect(self, graph: ir.Graph, proto: onnx.GraphProto, found: dict[ir.Value, Dims]) -> None:
+        infos = {info.name: info.type for info in itertools.chain(proto.value_info, proto.output, proto.input)}
+        values = itertools.chain(graph.inputs, *(node.outputs for node in graph))
+        for value in values:
+            kind = infos.get(value.name or "")
+            if kind is None or not kind.HasField("tensor_type"):
+                continue
+            if kind.tensor_type.elem_type:
+                self._types[value] = kind.tensor_type.elem_type
+            if kind.tensor_type.HasField("shape"):
+                found[value] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim)
+        for node, node_proto in zip(graph, proto.node, strict=False):
+            inner = {a.name: a for a in node_proto.attribute}
+            for name, subgraph in subgraphs(node):
+                if name in inner and inner[name].HasField("g"):
+                    self._collect(subgraph, inner[name].g, found)
+
+    def probes(self, value: ir.Value) -> tuple[Dims, ...] | None:
+        if value.const_value is not None:
+            return (tuple(value.const_value.shape.numpy()),) * len(self._probes)
+        found = tuple(probe[value] for probe in self._probes if value in probe)
+        if len(found) == len(self._probes) and len({len(dims) for dims in found}) == 1:
+            return found
+        if value.shape is not None:
+            return (tuple(dim if isinstance(dim, int) else None for dim in value.shape),) * len(self._probes)
+        return None
+
+    def rank(self, value: ir.Value) -> int | None:
+        found = self.probes(value)
+        return None if found is None else len(found[0])
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        if value.const_value is not None:
+            return value.const_value.dtype
+        if value in self._types:
+            return ir.DataType(self._types[value])
+        return value.dtype
+
+
+def _probe_sizes(model: ir.Model) -> Iterator[dict[tuple[str, int], int]]:
+    """For each probe, a size for every dynamic axis of every input."""
+    dynamic = [
+        (value.name or "", axis, dim.value if isinstance(dim, ir.SymbolicDim) else None)
+        for value in model.graph.inputs
+        if value.shape is not None
+        for axis, dim in enumerate(value.shape)
+        if not isinstance(dim, int)
+    ]
+    probes = range(2) if dynamic else range(1)
+    for probe in probes:
+        symbols: dict[str, int] = {}
+        sizes = {}
+        fresh = {True: BATCH_SIZES[probe], False: OTHER_SIZES[probe]}
+        for name, axis, symbol in dynamic:
+            key = symbol or f"{name}:{axis}"
+            if key not in symbols:
+                symbols[key] = fresh[axis == 0]
+                fresh[axis == 0] += 2 if axis == 0 else 32
+            sizes[name, axis] = symbols[key]
+        yield sizes
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model without its large weights (these become inputs) and without the shapes that the inference can find itself."""
+    clone = model.clone()
+    for value in list(clone.graph.initializers.values()):
+        if value.const_value is not None and value.const_value.nbytes > SMALL:
+            value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+            del clone.graph.initializers[value.name]
+            value.const_value = None
+            if value not in clone.graph.inputs:
+                clone.graph.inputs.append(value)
+    _forget_shapes(clone.graph)
+    return ir.to_proto(clone)
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    for node in graph:
+        for _, inner in subgraphs(node):
+            _forget_shapes(inner)
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        for value in node.outputs:
+            value.shape = None

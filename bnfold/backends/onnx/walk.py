@@ -1,0 +1,56 @@
+"""Small helpers to walk an onnx_ir model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """The graphs that a control-flow node holds, by attribute name."""
+    for name, attribute in node.attributes.items():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield name, graph
+
+
+def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every node in topological order; those of a subgraph stand before the node that holds it."""
+    for node in graph:
+        for _, inner in subgraphs(node):
+            yield from all_nodes(inner)
+        yield node
+
+
+def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The graph and all that its nodes hold, outermost first."""
+    yield graph
+    for node in graph:
+        for _, inner in subgraphs(node):
+            yield from all_graphs(inner)
+
+
+def attribute(node: ir.Node, name: str, default: object = None) -> object:
+    """The value of an attribute, or the default."""
+    found = node.attributes.get(name)
+    return default if found is None or found.is_ref() else found.value
+
+
+def is_standard(node: ir.Node) -> bool:
+    return node.domain in ("", "ai.onnx")
+
+
+def name_of(node: ir.Node) -> str:
+    """The node's name; a nameless one goes by its first output."""
+    return node.name or next((value.name for value in node.outputs if value.name), None) or node.op_type
+
+
+def batchnorms(model: ir.Model) -> int:
+    """How many BatchNormalization nodes the model holds, its subgraphs and functions included."""
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    return sum(node.op_type == "BatchNormalization" and is_standard(node) for graph in graphs for node in all_nodes(graph))

@@ -1,0 +1,226 @@
+"""Write a plan back into an ONNX model: new initializers, BatchNorms taken out, everything else untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ...affine import Array
+from ...graph import Graph, Node
+from .lower import Native, largest
+from .walk import all_graphs
+
+SHAPE_ONLY = ("Shape", "Size")
+
+
+def inlined(model: ir.Model) -> ir.Model:
+    """A copy of the model; local functions are put in the places of their calls, where there are any."""
+    copy = model.clone()
+    if copy.functions:
+        from onnx_ir.passes.common import InlinePass
+
+        copy = InlinePass()(copy).model
+    return copy
+
+
+def write(model: ir.Model, graph: Graph, removed: Iterable[Node]) -> dict[Node, str]:
+    """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes out.
+
+    Returns a note for each node whose weights lost precision to the range of their type. Raises RuntimeError on an update that
+    nothing here can write: it must never be lost.
+    """
+    return _Writer(model).write(graph, removed)
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for g in all_graphs(model.graph) for v in g.initializers.values() if v.const_value is not None)
+
+
+def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray:
+    """The array rounded once to a stored type (float32 where it isn't known)."""
+    return np.ascontiguousarray(array).astype((dtype or ir.DataType.FLOAT).numpy()).reshape(np.shape(array))
+
+
+class _Writer:
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        graphs = list(all_graphs(model.graph))
+        self.names = {v.name for g in graphs for v in chain(g.inputs, g.initializers.values(), *(n.outputs for n in g)) if v.name}
+        self.node_names = {node.name for g in graphs for node in g if node.name}
+        self.idle_nodes = {node for g in graphs for node in g if not _is_read(node)}
+        self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
+        self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
+        self.notes: dict[Node, str] = {}
+
+    def write(self, graph: Graph, removed: Iterable[Node]) -> dict[Node, str]:
+        alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
+        updates = list(graph.updates())
+        for node, role, _ in updates:
+            if not isinstance(node.native, Native) or role not in node.native.slots:
+                raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+        for node, role, param in updates:
+            native: Native = node.native
+            slot = native.slots[role]
+            exact = param.layout.stored(param.read())
+            old: ir.Value | None = None if param.tensor is None else param.tensor.native
+            dtype = native.dtype if old is None else param.tensor.dtype  # type: ignore[union-attr]
+            array = rounded(exact, dtype)
+            self._note_tiny(node, exact, array)
+            if isinstance(slot, str) and slot != "Add":
+                native.node.attributes[slot] = ir.AttrFloat32(slot, float(exact.ravel()[0]))
+                continue
+            if old is None:
+                value = self._initializer(f"{node.name}.{role}", array)
+            else:
+                key = (old, array.shape, array.tobytes())
+                if key not in alike:
+                    alike[key] = self._initializer(param.tensor.name or node.name, array)  # type: ignore[union-attr]
+                    self.made.append((old, alike[key]))
+                value = alike[key]
+            if slot == "Add":
+                self._add_behind(native.node, value)
+                continue
+            assert isinstance(slot, int)
+            if len(native.node.inputs) <= slot:
+                native.node.resize_inputs(slot + 1)
+            native.node.replace_input_with(slot, value)
+            if role == "bias":
+                native.node.attributes.update(native.reset)
+        for node in removed:
+            self._remove(node.native)
+        self._sweep()
+        self._keep_names()
+        return self.notes
+
+    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray) -> None:
+        """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
+        with np.errstate(all="ignore"):
+            lost = (exact != 0) & (np.abs(array.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))
+        if count := int(lost.sum()):
+            self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+
+    def _initializer(self, name: str, array: npt.NDArray) -> ir.Value:
+        free = self._free(name, self.names)
+        tensor = ir.Tensor(array, name=free)
+        value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        self.model.graph.register_initializer(value)
+        if (self.model.ir_version or 8) < 4:  # there, initializers must be listed as inputs too
+            self.model.graph.inputs.append(value)
+        return value
+
+    @staticmethod
+    def _free(name: str, taken: set[str]) -> str:
+        free, count = name, 1
+        while free in taken:
+            count += 1
+            free = f"{name}.{count}"
+        taken.add(free)
+        return free
+
+    def _add_behind(self, node: ir.Node, bias: ir.Value) -> None:
+        """An Add behind a node that has no bias of its own; a model output keeps its name."""
+        old, graph = node.outputs[0], node.graph
+        assert graph is not None
+        add = ir.Node("", "Add", [None, bias], num_outputs=1, name=self._free(f"{node.name}.bias", self.node_names) if node.name else None)
+        new = add.outputs[0]
+        new.type, new.shape = old.type, None if old.shape is None else old.shape.copy()
+        if self.model.opset_imports.get("", 7) < 7:
+            add.attributes["broadcast"] = ir.AttrInt64("broadcast", 1)
+        for user, index in old.uses():
+            user.replace_input_with(index, new)
+        add.replace_input_with(0, old)
+        graph.insert_after(node, add)
+        if old.is_graph_output():
+            name = old.name
+            _replace_outputs(graph, old, new)
+            old.name = self._free(f"{name}.product", self.names)
+            new.name = name
+        else:
+            new.name = self._free(f"{old.name}.biased", self.names)
+
+    def _remove(self, native: Native) -> None:
+        """Take an affine node out: its users read its input. A graph output keeps its name."""
+        node, source = native.node, native.node.inputs[native.source]
+        output, graph = node.outputs[0], node.graph
+        assert graph is not None and source is not None
+        if output.is_graph_output():
+            producer = source.producer()
+            if producer is None or producer.graph is not graph or source.is_graph_output():
+                self._make_identity(node, source)
+                return
+            name = output.name
+            for user, index in output.uses():
+                user.replace_input_with(index, source)
+            _replace_outputs(graph, output, source)
+            output.name = self._free(f"{name}.removed", self.names)
+            source.name, source.type, source.shape = name, output.type or source.type, output.shape or source.shape
+        else:
+            for user, index in output.uses():
+                user.replace_input_with(index, source)
+        graph.remove(node, safe=True)
+
+    @staticmethod
+    def _make_identity(node: ir.Node, source: ir.Value) -> None:
+        """What remains of an affine node between two values whose names must both stay."""
+        for i in range(len(node.inputs)):
+            node.replace_input_with(i, None)
+        node.resize_inputs(1)
+        node.replace_input_with(0, source)
+        node.resize_outputs(1)
+        node.op_type, node.domain = "Identity", ""
+        node.attributes.clear()
+
+    def _sweep(self) -> None:
+        """Drop what nobody reads any more, weights and the nodes that computed them; what nobody read before stays."""
+        for graph in _inner_first(self.model.graph):
+            for node in reversed(graph):
+                if node not in self.idle_nodes and not _is_read(node):
+                    graph.remove(node, safe=True)
+        required = (self.model.ir_version or 8) < 4  # initializers are inputs because they must be, not for callers
+        for graph in all_graphs(self.model.graph):
+            for name, value in list(graph.initializers.items()):
+                if value.uses() or value.is_graph_output() or value in self.idle_weights:
+                    continue
+                if value.is_graph_input():
+                    if not required:
+                        continue
+                    graph.inputs.remove(value)
+                del graph.initializers[name]
+
+    def _keep_names(self) -> None:
+        """A weight that was rewritten for all of its users keeps its name; who reads only its shape reads the new one's."""
+        claimed: set[str] = set()
+        for old, new in self.made:
+            graph = old.graph
+            if graph is not None and old.producer() is None and not old.is_graph_input() and old.shape == new.shape:
+                uses = old.uses()
+                if all(user.op_type in SHAPE_ONLY or (user.op_type == "CastLike" and i == 1) for user, i in uses):
+                    for user, i in uses:
+                        user.replace_input_with(i, new)
+                    del graph.initializers[old.name]  # type: ignore[arg-type]
+            gone = not old.is_initializer() if old.producer() is None else old.producer().graph is None  # type: ignore[union-attr]
+            if gone and old.name and old.name not in claimed:
+                claimed.add(old.name)
+                new.name = old.name
+
+
+def _is_read(node: ir.Node) -> bool:
+    return any(v.uses() or v.is_graph_output() for v in node.outputs)
+
+
+def _inner_first(graph: ir.Graph) -> Iterator[ir.Graph]:
+    yield from reversed(list(all_graphs(graph)))
+
+
+def _replace_outputs(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    for i, v in enumerate(graph.outputs):
+        if v is old:
+            graph.outputs[i] = new
+
+
+__all__ = ["inlined", "largest", "rounded", "stored_bytes", "write"]
