@@ -13,8 +13,8 @@ from .write import inlined, stored_bytes, write
 
 def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
-    before = batchnorms(model)
     fused = inlined(model)
+    before = batchnorms(fused)
     graph = lower(fused)
     affine = {node: node for site in graph.sites for node in site.nodes}
     outcomes = fold(graph)

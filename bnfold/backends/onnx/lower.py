@@ -57,6 +57,10 @@ class Lowering:
                 self._lower(inner)
             if node.outputs and all(self.constants.is_constant(v) for v in node.outputs):
                 continue  # constants are parameters of those who read them
+            kinds = [self.shapes.dtype(v) for v in node.outputs]
+            if kinds and all(kind is not None and kind not in FLOATS for kind in kinds):
+                self.barrier(node, "it isn't floating point")
+                continue
             lower = OPERATORS.get(node.op_type) if is_standard(node) else None
             why = "no rule lets a map cross it" if lower is None else lower(self, node)
             if why is not None:

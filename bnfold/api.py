@@ -1,0 +1,146 @@
+"""The library's verbs: each finds out what kind of model it got, and hands over to that back-end.
+
+A verb never changes the model that it is given, and gives back the same kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckError, NothingToDoError, UnsupportedError, UsageError
+from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Progress = Callable[[str, int, "int | None"], None]
+
+ALREADY_FOLDED = (
+    "the model holds no BatchNorm: there is nothing to do. torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
+    "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
+)
+
+
+def load(path: str | Path, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> ir.Model:
+    """The model in an ONNX file. Raises ModelError where it can't be read, UnsupportedError for what isn't served."""
+    from .backends.onnx.load import load as load_onnx
+
+    if arch is not None:
+        raise UnsupportedError("a checkpoint with an architecture is not supported: export the model to ONNX and load that file")
+    return load_onnx(path)
+
+
+def save(model: Any, path: str | Path, *, force: bool = False) -> None:
+    """Write a model atomically; an existing file is kept unless `force`."""
+    from .backends.onnx.load import save as save_onnx
+
+    save_onnx(_as_ir(model)[0], path, force=force)
+
+
+def inspect(model: Any, *, clone: bool = False) -> InspectReport:
+    """What `fuse` would do with each BatchNorm, and why one would stay. Nothing is changed."""
+    from .backends.onnx.fuse import fuse as fuse_onnx
+
+    start = time.perf_counter()
+    _, report = fuse_onnx(_as_ir(model)[0], clone=clone)
+    fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
+    return InspectReport(**{**fields, "seconds": time.perf_counter() - start})
+
+
+def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Any, FuseReport]:
+    """Fold every BatchNorm that can be folded exactly.
+
+    example: a batch for the check; random inputs without it. check: whether the result is verified (levels 1 and 2) before it is
+    given back. clone: whether a convolution that something else reads too may be doubled, so that its BatchNorm can fold.
+    Raises NothingToDoError where the model holds no BatchNorm, and CheckError where the result fails its check.
+    """
+    from .backends.onnx.fuse import fuse as fuse_onnx
+
+    start = time.perf_counter()
+    original, back = _as_ir(model)
+    fused, report = fuse_onnx(original, clone=clone)
+    if report.batchnorms.before == 0 and not report.layers:
+        raise NothingToDoError(ALREADY_FOLDED)
+    if check and any(layer.verdict == "folded" for layer in report.layers):
+        from .verify import check_fold
+
+        checked = check_fold(original, fused, example)
+        if checked.verdict == "different":
+            raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
+        notes = (f"the check was inconclusive: {checked.reason}",) if checked.verdict == "inconclusive" else ()
+        report = dataclasses.replace(report, verify=checked, notes=report.notes + notes)
+    return back(fused), dataclasses.replace(report, seconds=time.perf_counter() - start)
+
+
+def recalibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    memory_budget: int = 1 << 30,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Any, RecalibrateReport]:
+    """Measure every BatchNorm's mean and variance afresh, exactly, layer by layer in one pass (lockstep).
+
+    batches: an iterable of arrays, tuples or dicts by input name. memory_budget: bytes of activations to hold before they
+    spill to disk. batch_size: how many samples go through the network at once, which doesn't change the result.
+    Raises NothingToDoError where the model holds no BatchNorm, DataError where the data don't fit.
+    """
+    from .backends.onnx.lockstep import recalibrate as recalibrate_onnx
+    from .backends.onnx.run import inputs
+    from .data import as_batches
+
+    original, back = _as_ir(model)
+    data = as_batches(batches, inputs(original), batch_size=batch_size, samples=samples)
+    fresh, report = recalibrate_onnx(original, data, memory_budget=memory_budget, provider=provider, progress=progress)
+    return back(fresh), report
+
+
+def verify(
+    reference: Any,
+    candidate: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    providers: Iterable[str] = ("cpu",),
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`)."""
+    from .verify import verify as verify_models
+
+    return verify_models(
+        _as_ir(reference)[0],
+        _as_ir(candidate)[0],
+        batches,
+        providers=tuple(providers),
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        input_shapes=None if input_shapes is None else dict(input_shapes),
+        progress=progress,
+    )
+
+
+def _as_ir(model: Any) -> tuple[ir.Model, Callable[[Any], Any]]:
+    """The model as onnx_ir's, and the way back to the kind that came in."""
+    import onnx
+    import onnx_ir as ir
+
+    if isinstance(model, ir.Model):
+        return model, lambda m: m
+    if isinstance(model, onnx.ModelProto):
+        from .backends.onnx.load import checked
+
+        return ir.from_proto(checked(model)), ir.to_proto
+    if isinstance(model, (str, Path)):
+        raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
+    raise UnsupportedError(f"a {type(model).__module__}.{type(model).__qualname__} is not a model that bnfold knows: give an onnx_ir.Model or an onnx.ModelProto")
