@@ -1,0 +1,180 @@
+"""A model in float64: the same graph with every floating-point type of 16 and 32 bits widened, and optionally its weights jittered.
+
+Casts between such types become casts to float64, so nothing is rounded on the way. float8 and integers stay: there, rounding is
+what the model means.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
+Array = np.ndarray
+
+FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+# Attributes that name a type; where such a one is missing it means FLOAT for the operators in _TYPE_DEFAULTS.
+_TYPE_ATTRIBUTES = {"to", "dtype", "output_datatype", "output_dtype", "precision", "softmax_precision", "qk_matmul_precision", "stash_type"}
+_TYPE_DEFAULTS = {
+    "RandomNormal": "dtype",
+    "RandomUniform": "dtype",
+    "HannWindow": "output_datatype",
+    "HammingWindow": "output_datatype",
+    "BlackmanWindow": "output_datatype",
+    "MelWeightMatrix": "output_datatype",
+    "SequenceEmpty": "dtype",
+}
+# Significant bits and the exponent of the smallest normal number (IEEE 754, table 3.5; bfloat16 has float32's exponents).
+_FORMATS = {TensorProto.FLOAT16: (11, -14), TensorProto.BFLOAT16: (8, -126), TensorProto.FLOAT: (24, -126), TensorProto.DOUBLE: (53, -1022)}
+
+
+def widen(array: Array) -> Array:
+    """In float64 if the array is of a floating-point type that is widened, else as it is."""
+    return array.astype(np.float64) if helper.np_dtype_to_tensor_dtype(array.dtype) in FLOATS else array
+
+
+def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None) -> None:
+    """Widen a proto in place, with all its subgraphs and functions. jitter: see `jittered`; it reaches weights inside the proto."""
+    if isinstance(proto, onnx.FunctionProto):
+        _nodes(proto.node, None, frozenset())
+        return
+    skip = frozenset() if jitter is None else controls(proto.graph)
+    _graph(proto.graph, jitter, skip)
+    for function in proto.functions:
+        _nodes(function.node, jitter, frozenset())
+
+
+def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
+    """The array (float64) with each number moved by a uniform random amount of up to half a unit in the last place of `data_type`.
+
+    That is all the freedom that rounding to the stored type leaves. Zeros stay. The amounts depend on the seed and the name alone.
+    """
+    if data_type not in _FORMATS:
+        return array
+    bits, smallest = _FORMATS[data_type]
+    _, exponent = np.frexp(array)
+    unit = np.ldexp(1.0, np.maximum(exponent - 1, smallest) - (bits - 1))
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    moved = array + unit * rng.uniform(-0.5, 0.5, array.shape)
+    return np.where(np.isfinite(array) & (array != 0), moved, array)
+
+
+def controls(graph: onnx.GraphProto) -> frozenset[str]:
+    """Constants that steer rather than weigh: sizes, scales of resizing, limits, and what these are computed from.
+
+    They are no weights, and a jitter would change what the model does: 7 elements scaled by 1.9999999 are 13. The walk goes back from
+    the steering inputs through operators that compute with shapes, and through rounding.
+    """
+    producer = {name: node for node in _all_nodes(graph) for name in node.output if name}
+    found: set[str] = set()
+    queue: list[str] = []
+    for node in _all_nodes(graph):
+        first = _STEERED.get(node.op_type)
+        if first is not None:
+            queue.extend(node.input[first:])
+        elif node.op_type in ("Cast", "CastLike") and not _casts_to_float(node):
+            queue.extend(node.input[:1])
+    while queue:
+        name = queue.pop()
+        if not name or name in found:
+            continue
+        found.add(name)
+        node = producer.get(name)
+        if node is not None and node.op_type in _SHAPE_ARITHMETIC:
+            queue.extend(node.input)
+    return frozenset(found)
+
+
+# From which input on an operator is steered. 0: altogether.
+_STEERED = {"Resize": 1, "Upsample": 1, "Pad": 1, "Clip": 1, "OneHot": 1, "Range": 0, "Floor": 0, "Ceil": 0, "Round": 0, "Mod": 0}
+_STEERED |= {"Less": 0, "LessOrEqual": 0, "Greater": 0, "GreaterOrEqual": 0, "Equal": 0, "QuantizeLinear": 1, "NonMaxSuppression": 2}
+_SHAPE_ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Cast", "Concat", "Identity", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape"}
+_SHAPE_ARITHMETIC |= {"Floor", "Ceil", "Round", "Min", "Max", "Reciprocal", "Sqrt", "Pow", "ReduceProd", "Where", "Expand"}
+MOST_CONTROLS = 16  # elements; a larger array behind an Add is a weight, whatever is computed from the sum
+
+
+def _casts_to_float(node: onnx.NodeProto) -> bool:
+    return node.op_type == "CastLike" or any(a.name == "to" and a.i in FLOATS | {TensorProto.DOUBLE} for a in node.attribute)
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in bodies(attribute):
+                yield from _all_nodes(body)
+
+
+def bodies(attribute: AttributeProto) -> list[onnx.GraphProto]:
+    """The subgraphs that an attribute holds."""
+    return [*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs]
+
+
+def _graph(graph: onnx.GraphProto, jitter: int | None, skip: frozenset[str]) -> None:
+    for tensor in graph.initializer:
+        _tensor(tensor, tensor.name, jitter, skip)
+    for sparse in graph.sparse_initializer:
+        _tensor(sparse.values, sparse.values.name, jitter, skip)
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        _type(info.type)
+    _nodes(graph.node, jitter, skip)
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, skip: frozenset[str]) -> None:
+    for node in nodes:
+        if node.op_type == "Constant":
+            _constant(node)
+        elif node.op_type == "ConstantOfShape" and not node.attribute:
+            node.attribute.append(helper.make_attribute("value", helper.make_tensor("", TensorProto.DOUBLE, [1], [0.0])))
+        missing = _TYPE_DEFAULTS.get(node.op_type)
+        if missing and all(a.name != missing for a in node.attribute):
+            node.attribute.append(helper.make_attribute(missing, int(TensorProto.DOUBLE)))
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.INT and attribute.name in _TYPE_ATTRIBUTES and attribute.i in FLOATS:
+                attribute.i = TensorProto.DOUBLE
+            elif attribute.type == AttributeProto.TENSOR:
+                _tensor(attribute.t, node.output[0], jitter, skip)
+            elif attribute.type == AttributeProto.TYPE_PROTO:
+                _type(attribute.tp)
+            for tensor in attribute.tensors:
+                _tensor(tensor, node.output[0], jitter, skip)
+            for body in bodies(attribute):
+                _graph(body, jitter, skip)
+
+
+def _constant(node: onnx.NodeProto) -> None:
+    """`value_float` and `value_floats` as a tensor: the evaluator reads those in float32."""
+    for attribute in node.attribute:
+        if attribute.name in ("value_float", "value_floats") and not attribute.ref_attr_name:
+            array = np.array(attribute.f if attribute.name == "value_float" else list(attribute.floats), np.float64)
+            attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(array)))
+
+
+def _tensor(tensor: TensorProto, name: str, jitter: int | None, skip: frozenset[str]) -> None:
+    if tensor.data_type not in FLOATS:
+        return
+    kind, array = tensor.data_type, numpy_helper.to_array(tensor).astype(np.float64)
+    array = maybe_jittered(array, kind, name, jitter, skip)
+    own = tensor.name
+    tensor.CopyFrom(numpy_helper.from_array(array, own))
+
+
+def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, skip: frozenset[str]) -> Array:
+    if jitter is None or (name in skip and array.size <= MOST_CONTROLS):
+        return array
+    return jittered(array, data_type, name, jitter)
+
+
+def _type(kind: Any) -> None:
+    for field in ("tensor_type", "sparse_tensor_type"):
+        if kind.HasField(field) and getattr(kind, field).elem_type in FLOATS:
+            getattr(kind, field).elem_type = TensorProto.DOUBLE
+    for field in ("sequence_type", "optional_type"):
+        if kind.HasField(field):
+            _type(getattr(kind, field).elem_type)
+    if kind.HasField("map_type"):
+        _type(kind.map_type.value_type)

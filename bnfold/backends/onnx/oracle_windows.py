@@ -1,0 +1,273 @@
+"""Convolution and pooling of the float64 oracle: exact for all attributes, fast through BLAS, and within a bounded workspace.
+
+Shapes are [N, C, D1, ...] for 1 to 3 (or more) spatial axes. A window starts at `output * stride` on the padded input and
+steps by the dilation. Output sizes follow docs/Operators.md of the onnx repository (Conv, ConvTranspose, AveragePool, MaxPool).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .oracle_ops import Array, operator
+
+WORKSPACE = 1 << 26  # bytes of unfolded input at a time
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where windows lie, one number per spatial axis. before, after: padding (`after` is what the last window needs)."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """Each element of the kernel, and the slice of the padded input that all windows together see there."""
+        for tap in itertools.product(*map(range, self.kernel)):
+            starts = [k * d for k, d in zip(tap, self.dilations, strict=True)]
+            yield tap, tuple(slice(a, a + (o - 1) * s + 1, s) for a, o, s in zip(starts, self.out, self.strides, strict=True))
+
+
+def windows(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int] | None,
+    dilations: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    auto_pad: str,
+    ceil_mode: int = 0,
+) -> Windows:
+    n = len(sizes)
+    strides, dilations = tuple(strides or (1,) * n), tuple(dilations or (1,) * n)
+    pads = tuple(pads or (0,) * 2 * n) if auto_pad in ("NOTSET", "") else (0,) * 2 * n
+    before, after, out = [], [], []
+    for i, (size, k, s, d) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
+        extent = (k - 1) * d + 1
+        begin, end = pads[i], pads[n + i]
+        if auto_pad.startswith("SAME"):
+            count = -(-size // s)
+            total = max(0, (count - 1) * s + extent - size)
+            begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
+            end = total - begin
+        else:
+            room = size + begin + end - extent
+            count = room // s + 1
+            # A window may be cut off by the end, but none may start behind the input and its leading padding.
+            if ceil_mode and room % s and count * s < size + begin:
+                count += 1
+        if count <= 0:
+            raise ValueError(f"a window of {extent} doesn't fit into {size} elements padded by {begin} and {end}")
+        before.append(begin)
+        after.append(max(end, (count - 1) * s + extent - size - begin))
+        out.append(count)
+    return Windows(tuple(kernel), strides, dilations, tuple(before), tuple(after), tuple(out))
+
+
+def _padded(x: Array, at: Windows, fill: float) -> Array:
+    """The input with its padding; a negative one cuts."""
+    cut = (slice(None), slice(None), *(slice(max(0, -b), s - max(0, -a)) for b, a, s in zip(at.before, at.after, x.shape[2:], strict=True)))
+    widths = [(0, 0), (0, 0), *((max(0, b), max(0, a)) for b, a in zip(at.before, at.after, strict=True))]
+    x = x[cut]
+    return np.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
+
+
+def _spread(bias: Array | None, rank: int) -> Array | float:
+    return 0.0 if bias is None else bias.reshape((-1,) + (1,) * (rank - 2))
+
+
+@operator("Conv")
+def conv(
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap; any other unfolds the input and multiplies matrices."""
+    at = windows(x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
+    n, c = x.shape[:2]
+    o, per_group = w.shape[:2]
+    if c != per_group * group or o % group:
+        raise ValueError(f"weights {w.shape} in {group} groups don't go with an input {x.shape}")
+    y = np.empty((n, o, *at.out))
+    if per_group == 1 and o == group:
+        for image in range(n):
+            padded = _padded(x[image : image + 1], at, 0)[0]
+            y[image] = 0
+            for tap, place in at.taps():
+                y[image] += w[(slice(None), 0, *tap)].reshape(-1, *(1,) * len(at.out)) * padded[(slice(None), *place)]
+    else:
+        weights = w.reshape(group, o // group, -1)
+        for image in range(n):
+            padded = _padded(x[image : image + 1], at, 0)[0]
+            _unfolded_product(
+                weights, padded.reshape(group, per_group, *padded.shape[1:]), at, y[image].reshape(group, o // group, *at.out)
+            )
+    return (y + _spread(b, x.ndim) if b is not None else y,)
+
+
+def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
+    """y [G, O/G, *out] = weights [G, O/G, K] @ unfolded x [G, C/G, *padded], over as many output rows at a time as the workspace holds."""
+    group, per_group = x.shape[:2]
+    if math.prod(at.kernel) == 1 and set(at.strides) == {1}:
+        np.matmul(weights, x.reshape(group, per_group, -1), out=y.reshape(group, y.shape[1], -1))
+        return
+    row_bytes = 8 * group * weights.shape[2] * math.prod(at.out[1:])
+    rows = max(1, WORKSPACE // max(1, row_bytes))
+    for first in range(0, at.out[0], rows):
+        count = min(rows, at.out[0] - first)
+        columns = np.empty((group, per_group, *at.kernel, count, *at.out[1:]))
+        for tap, (place, *rest) in at.taps():
+            start = place.start + first * at.strides[0]
+            band = slice(start, start + (count - 1) * at.strides[0] + 1, at.strides[0])
+            columns[(slice(None), slice(None), *tap)] = x[(slice(None), slice(None), band, *rest)]
+        y[:, :, first : first + count] = (weights @ columns.reshape(group, weights.shape[2], -1)).reshape(group, -1, count, *at.out[1:])
+
+
+@operator("ConvTranspose")
+def conv_transpose(
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    output_padding: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """Weights [C, O/group, *kernel]. Every input element adds its kernel to the output; then the padding is cut off."""
+    n, c = x.shape[:2]
+    kernel, spatial = w.shape[2:], x.ndim - 2
+    strides, dilations = tuple(strides or (1,) * spatial), tuple(dilations or (1,) * spatial)
+    extra = tuple(output_padding or (0,) * spatial)
+    natural = [(i - 1) * s + (k - 1) * d + 1 for i, s, k, d in zip(x.shape[2:], strides, kernel, dilations, strict=True)]
+    begins, out = [], []
+    for i, (size, full, s) in enumerate(zip(x.shape[2:], natural, strides, strict=True)):
+        if output_shape or auto_pad.startswith("SAME"):
+            wanted = output_shape[i - spatial] if output_shape else size * s
+            total = max(0, full + extra[i] - wanted)
+            begins.append(total // 2 if auto_pad == "SAME_UPPER" else total - total // 2)
+            out.append(wanted)
+        else:
+            begin, end = (pads[i], pads[spatial + i]) if pads and auto_pad != "VALID" else (0, 0)
+            begins.append(begin)
+            out.append(full + extra[i] - begin - end)
+    per_group = w.shape[1]
+    weights = w.reshape(group, c // group, per_group, *kernel)
+    y = np.empty((n, group * per_group, *out))
+    at = Windows(tuple(kernel), strides, dilations, (), (), tuple(x.shape[2:]))
+    canvas = [max(f, a + o) for f, a, o in zip(natural, begins, out, strict=True)]
+    for image in range(n):
+        full_image = np.zeros((group, per_group, *canvas))
+        flat = x[image].reshape(group, c // group, -1)
+        for tap, place in at.taps():
+            product = weights[(slice(None), slice(None), slice(None), *tap)].transpose(0, 2, 1) @ flat
+            full_image[(slice(None), slice(None), *place)] += product.reshape(group, per_group, *x.shape[2:])
+        kept = full_image[(slice(None), slice(None), *(slice(a, a + o) for a, o in zip(begins, out, strict=True)))]
+        y[image] = kept.reshape(-1, *out)
+    return (y + _spread(b, x.ndim) if b is not None else y,)
+
+
+@operator("AveragePool")
+def average_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """The divisor counts the elements of the window that lie on the input, or with `count_include_pad` on the input and its stated padding;
+    what `ceil_mode` adds at the end never counts."""
+    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    stated = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad)
+    total = _summed(x, at)
+    count: Array = np.ones(())
+    for i, size in enumerate(x.shape[2:]):
+        first, last = (-at.before[i], size + _stated_end(stated, i, pads, auto_pad)) if count_include_pad else (0, size)
+        places = np.arange(at.out[i])[:, None] * at.strides[i] - at.before[i] + np.arange(at.kernel[i]) * at.dilations[i]
+        count = np.multiply.outer(count, ((places >= first) & (places < last)).sum(1))
+    return (total / count,)
+
+
+def _stated_end(at: Windows, axis: int, pads: Sequence[int] | None, auto_pad: str) -> int:
+    """The padding at the end that the node asks for, be it in numbers or as SAME."""
+    if auto_pad.startswith("SAME"):
+        return at.after[axis]
+    return pads[len(at.out) + axis] if pads and auto_pad != "VALID" else 0
+
+
+def _summed(x: Array, at: Windows) -> Array:
+    padded = _padded(x, at, 0)
+    total = np.zeros((*x.shape[:2], *at.out))
+    for _, place in at.taps():
+        total += padded[(slice(None), slice(None), *place)]
+    return total
+
+
+@operator("LpPool", since=2)
+def lp_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    p: int = 2,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    return (_summed(np.abs(x) ** p, at) ** (1.0 / p),)
+
+
+@operator("MaxPool", counts_outputs=True)
+def max_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    storage_order: int = 0,
+    strides: Sequence[int] | None = None,
+    outputs: int = 1,
+) -> tuple[Array, ...]:
+    """Second output: where each maximum (its first, in order of the taps) lies in the flattened input, of the unpadded size."""
+    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    padded = _padded(x, at, -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min)
+    y: Array | None = None
+    where = np.zeros((*x.shape[:2], *at.out), np.int64)
+    if outputs > 1:
+        numbers = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:], order="F" if storage_order else "C")
+        numbers = _padded(numbers[None, None], at, 0)[0, 0]
+        images = np.arange(math.prod(x.shape[:2])).reshape(*x.shape[:2], *(1,) * len(at.out)) * math.prod(x.shape[2:])
+    for _, place in at.taps():
+        seen = padded[(slice(None), slice(None), *place)]
+        if outputs > 1:
+            better = np.ones(seen.shape, bool) if y is None else seen > y
+            where = np.where(better, images + numbers[place], where)
+        y = seen.copy() if y is None else np.maximum(y, seen, out=y)
+    assert y is not None
+    return (y, where)[:outputs]
