@@ -33,10 +33,10 @@ class Outcome:
     reason: str = ""
 
 
-def fold(graph: Graph) -> list[Outcome]:
+def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
     """Fold every site that can be, in topological order, and again until nothing more moves.
 
-    The updates are left in the graph's parameters, and the folded affine nodes are taken out of it.
+    clone: whether an operator whose output has other users too may be doubled for a site's sake. The updates are left in the graph's parameters, and the folded affine nodes are taken out of it.
     """
     done: dict[int, list[Outcome]] = {}
     waiting = list(enumerate(graph.sites))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...fold import Outcome, fold
-from ...report import Counts, FuseReport, Layer
+from ...graph import Node
+from ...merge import Merge, merge
+from ...report import Counts, FuseReport, Layer, Merged
 from .lower import lower
 from .walk import batchnorms
 from .write import inlined, stored_bytes, write
@@ -16,25 +18,44 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     fused = inlined(model)
     before = batchnorms(fused)
     graph = lower(fused)
-    affine = {node: node for site in graph.sites for node in site.nodes}
-    outcomes = fold(graph)
-    folded = [o for o in outcomes if o.folded]
-    notes = {}
-    if folded:
+    affine = [node for site in graph.sites for node in site.nodes]
+    outcomes = fold(graph, clone=clone)
+    merges = merge(graph) if before else []
+    into_host = {m.branch: m.host for m in merges if m.branch is not None}
+    outcomes = [_merged(o, into_host) for o in outcomes]
+    notes: dict[Node, str] = {}
+    if merges or any(o.folded for o in outcomes):
         left = set(graph.nodes)
-        notes = write(fused, graph, [node for node in affine if node not in left])
+        notes = write(fused, graph, [node for node in affine if node not in left and node not in into_host], merges)
     else:
         fused = model.clone()
-    layers = tuple(_layer(o, notes) for o in outcomes if o.site.is_batchnorm or o.folded)
     report = FuseReport(
         batchnorms=Counts(before, batchnorms(fused)),
-        layers=layers,
+        layers=tuple(_layer(o, notes) for o in outcomes if o.site.is_batchnorm or o.folded),
+        merged=tuple(Merged(host.name, branches) for host, branches in _by_host(merges).items()),
         bytes_added=max(0, stored_bytes(fused) - stored_bytes(model)),
     )
     return fused, report
 
 
-def _layer(outcome: Outcome, notes: dict) -> Layer:
+def _merged(outcome: Outcome, into_host: dict[Node, Node]) -> Outcome:
+    """A BatchNorm that stood alone in a branch went into the host of that branch."""
+    hosts = [into_host.get(node) for node in outcome.site.nodes]
+    if outcome.folded or None in hosts:
+        return outcome
+    return Outcome(outcome.site, True, tuple(host for host in hosts if host is not None))
+
+
+def _by_host(merges: list[Merge]) -> dict[Node, tuple[str, ...]]:
+    """For each operator that is left, the names of all branches that ended in it."""
+    into: dict[Node, list[str]] = {}
+    for m in merges:
+        names = into.pop(m.branch, []) if m.branch is not None else []
+        into.setdefault(m.host, [m.host.name]).extend([m.branch.name if m.branch is not None else "identity", *names[1:]])
+    return {host: tuple(names) for host, names in into.items()}
+
+
+def _layer(outcome: Outcome, notes: dict[Node, str]) -> Layer:
     site = outcome.site
     said = [notes[node] for node in outcome.into if node in notes]
     if dead := site.nodes[0].attrs.get("dead"):

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graph import Layout, Param
+from ...merge import Window
 from .constants import FLOATS
 from .lower import Lowering, given
 from .ops_moves import MOVES
@@ -235,8 +236,9 @@ def _arithmetic(ctx: Lowering, node: ir.Node) -> str | None:
     attrs["gain"] = sign
     made = ctx.emit("Affine", node, [x], attrs, {role: Param(tensor, shape, layout)}, {role: which})
     vector = [n for n in shape if n != 1]
-    if len(vector) == 1:
-        ctx.site(made, made, vector[0], is_batchnorm=False)
+    behind_affine = made.inputs[0].producer is not None and made.inputs[0].producer.op == "Affine"
+    if len(vector) == 1 or (not vector and behind_affine):  # a scalar alone is not worth moving
+        ctx.site(made, made, vector[0] if vector else 1, is_batchnorm=False)
     return None
 
 
@@ -350,8 +352,25 @@ def _conv(ctx: Lowering, node: ir.Node) -> str | None:
         out, uniform, uneven = shape[0], not _pads(node, shape[2:]), "it pads with zeros"
     bias = ctx.param(node, 2, (out,)) or Param(None, (out,))
     attrs = {"groups": groups, "uniform": uniform, "uneven": uneven}
+    if node.op_type == "Conv" and (window := _window(node, shape[2:])) is not None:
+        attrs["window"] = window
     ctx.emit("Conv", node, [node.inputs[0]], attrs, {"weight": weight, "bias": bias}, {"weight": 1, "bias": 2})  # type: ignore[list-item]
     return None
+
+
+def _window(node: ir.Node, kernel: tuple[int, ...]) -> Window | None:
+    """How the kernel slides; None where the padding depends on the input's size."""
+    ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+    stride, dilation = (tuple(attribute(node, name, ones)) for name in ("strides", "dilations"))  # type: ignore[arg-type]
+    mode = attribute(node, "auto_pad", "NOTSET") or "NOTSET"
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if stride != ones or any(n % 2 for n in total):
+            return None
+        return Window(stride, dilation, tuple(n // 2 for n in total), tuple(n // 2 for n in total))
+    pads = tuple(attribute(node, "pads", ()) or ()) if mode == "NOTSET" else ()  # type: ignore[arg-type]
+    pads = pads or zeros + zeros
+    return Window(stride, dilation, pads[: len(kernel)], pads[len(kernel) :])
 
 
 def _bias_trouble(ctx: Lowering, node: ir.Node, index: int) -> str | None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ...affine import Array
 from ...graph import Graph, Node
+from ...merge import Merge
 from .lower import Native, largest
 from .walk import all_graphs
 
@@ -27,13 +28,13 @@ def inlined(model: ir.Model) -> ir.Model:
     return copy
 
 
-def write(model: ir.Model, graph: Graph, removed: Iterable[Node]) -> dict[Node, str]:
-    """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes out.
+def write(model: ir.Model, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = ()) -> dict[Node, str]:
+    """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes and merged sums out.
 
     Returns a note for each node whose weights lost precision to the range of their type. Raises RuntimeError on an update that
     nothing here can write: it must never be lost.
     """
-    return _Writer(model).write(graph, removed)
+    return _Writer(model).write(graph, removed, merges)
 
 
 def stored_bytes(model: ir.Model) -> int:
@@ -57,7 +58,7 @@ class _Writer:
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
         self.notes: dict[Node, str] = {}
 
-    def write(self, graph: Graph, removed: Iterable[Node]) -> dict[Node, str]:
+    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> dict[Node, str]:
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
         for node, role, _ in updates:
@@ -92,7 +93,9 @@ class _Writer:
             if role == "bias":
                 native.node.attributes.update(native.reset)
         for node in removed:
-            self._remove(node.native)
+            self._remove(node.native.node, node.native.source)
+        for m in merges:
+            self._remove(m.add.native.node, m.kept_input)
         self._sweep()
         self._keep_names()
         return self.notes
@@ -143,9 +146,9 @@ class _Writer:
         else:
             new.name = self._free(f"{old.name}.biased", self.names)
 
-    def _remove(self, native: Native) -> None:
-        """Take an affine node out: its users read its input. A graph output keeps its name."""
-        node, source = native.node, native.node.inputs[native.source]
+    def _remove(self, node: ir.Node, kept: int) -> None:
+        """Take a node out: its users read its input number `kept`. A graph output keeps its name."""
+        source = node.inputs[kept]
         output, graph = node.outputs[0], node.graph
         assert graph is not None and source is not None
         if output.is_graph_output():
