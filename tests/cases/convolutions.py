@@ -1,0 +1,113 @@
+"""A BatchNorm straight behind a convolution, a transposed convolution or a Conv of a special form (lines 1, 2)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from .builder import Net
+from .case import Theme
+
+CASES = Theme()
+SPATIAL = {1: ("L",), 2: ("H", "W"), 3: (5, 4, 6)}
+OPSETS = (6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 21, 22, 23, 24)
+
+
+def conv_bn(net: Net, *, cin: int = 4, cout: int = 6, dims: int = 2, groups: int = 1, bias: bool = True, epsilon: float | None = 1e-2, **attrs: int) -> None:
+    x = net.input("N", cin, *SPATIAL[dims])
+    net.output(net.bn(net.conv(x, cin, cout, 3 if dims < 3 else 2, dims=dims, groups=groups, bias=bias, **attrs), cout, epsilon=epsilon))
+
+
+def conv_transpose_bn(net: Net, *, cin: int = 4, cout: int = 6, dims: int = 2, groups: int = 1, bias: bool = True) -> None:
+    x = net.input("N", cin, *SPATIAL[dims])
+    net.output(net.bn(net.conv_transpose(x, cin, cout, dims=dims, groups=groups, bias=bias, strides=[2] * dims, pads=[1] * 2 * dims), cout))
+
+
+for dims in (1, 2, 3):
+    for bias in (False, True):
+        what = "with" if bias else "without"
+        CASES.case(
+            f"conv {dims}-d {what} bias",
+            1,
+            draw=partial(conv_bn, dims=dims, bias=bias),
+            torch=lambda nn, d=dims, b=bias: nn.Sequential(getattr(nn, f"Conv{d}d")(4, 6, 3, bias=b), getattr(nn, f"BatchNorm{d}d")(6)),
+            example=((3, 4, 9, 7, 6)[: dims + 2],),
+        )
+        CASES.case(
+            f"conv transpose {dims}-d {what} bias",
+            2,
+            draw=partial(conv_transpose_bn, dims=dims, bias=bias),
+            torch=lambda nn, d=dims, b=bias: nn.Sequential(getattr(nn, f"ConvTranspose{d}d")(4, 6, 3, 2, bias=b), getattr(nn, f"BatchNorm{d}d")(6)),
+            example=((3, 4, 5, 4, 3)[: dims + 2],),
+        )
+
+for groups, cin, cout in ((2, 4, 6), (4, 4, 4), (4, 4, 8), (2, 8, 2)):
+    CASES.case(
+        f"conv of {groups} groups {cin} to {cout}",
+        1,
+        draw=partial(conv_bn, cin=cin, cout=cout, groups=groups),
+        torch=lambda nn, g=groups, i=cin, o=cout: nn.Sequential(nn.Conv2d(i, o, 3, groups=g), nn.BatchNorm2d(o)),
+        example=((2, cin, 9, 7),),
+    )
+    CASES.case(
+        f"conv transpose of {groups} groups {cin} to {cout}",
+        2,
+        draw=partial(conv_transpose_bn, cin=cin, cout=cout, groups=groups),
+        torch=lambda nn, g=groups, i=cin, o=cout: nn.Sequential(nn.ConvTranspose2d(i, o, 3, 2, groups=g), nn.BatchNorm2d(o)),
+        example=((2, cin, 5, 4),),
+    )
+
+CASES.case("conv transpose with equal channels", 2, draw=partial(conv_transpose_bn, cin=5, cout=5))
+CASES.case("conv transpose 1-d depthwise", 2, draw=partial(conv_transpose_bn, cin=4, cout=4, groups=4, dims=1, bias=False))
+CASES.case("conv to one channel", 1, draw=partial(conv_bn, cout=1))
+CASES.case("conv from one channel", 1, draw=partial(conv_bn, cin=1))
+CASES.case("conv with equal channels and stride", 1, draw=partial(conv_bn, cin=5, cout=5, strides=[2, 2], pads=1))
+CASES.case("conv with dilation", 1, draw=partial(conv_bn, dilations=[2, 2]))
+CASES.case("conv with padding", 1, draw=partial(conv_bn, pads=1))
+CASES.case("conv with auto_pad", 1, draw=partial(conv_bn, auto_pad="SAME_UPPER"))
+CASES.case("conv with default epsilon", 1, draw=partial(conv_bn, epsilon=None))
+CASES.case("conv with epsilon 0", 1, draw=partial(conv_bn, epsilon=0.0))
+
+for opset in OPSETS:
+    CASES.case(f"conv at opset {opset}", 1, draw=conv_bn, opset=opset, ort=opset > 6)
+for opset in (6, 9, 11, 22):
+    CASES.case(f"conv transpose at opset {opset}", 2, draw=partial(conv_transpose_bn, groups=2), opset=opset, ort=opset > 6)
+
+
+@CASES.case("conv with an empty bias", 1)
+def _(net: Net) -> None:
+    net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6, bias=""), 6))
+
+
+@CASES.case("conv on a fixed batch of one", 1)
+def _(net: Net) -> None:
+    net.output(net.bn(net.conv(net.input(1, 4, 8, 8), 4, 6), 6))
+
+
+@CASES.case("conv whose output is as wide as it has channels", 1)
+def _(net: Net) -> None:
+    net.output(net.bn(net.conv(net.input(6, 4, 8, 8), 4, 6), 6))
+
+
+@CASES.case("conv without kernel_shape", 1)
+def _(net: Net) -> None:
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), net.filters(6, 4, 3, 2), net.bias(6)), 6))
+
+
+@CASES.case("a chain of three conv and BatchNorm", 1, torch=lambda nn: nn.Sequential(*_stack(nn)), example=((2, 3, 9, 8),))
+def _(net: Net) -> None:
+    x = net.input("N", 3, "H", "W")
+    for cin, cout in ((3, 5), (5, 4), (4, 6)):
+        x = net.relu(net.bn(net.conv(x, cin, cout, pads=1, bias=cin == 4), cout))
+    net.output(x)
+
+
+def _stack(nn):  # type: ignore[no-untyped-def]
+    return [f for i, o in ((3, 5), (5, 4), (4, 6)) for f in (nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())]
+
+
+@CASES.case("residual block with a downsample branch", 1, 19)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    y = net.relu(net.bn(net.conv(x, 4, 6, pads=1, strides=[2, 2], bias=False), 6))
+    y = net.bn(net.conv(y, 6, 6, pads=1, bias=False), 6)
+    net.output(net.relu(net.op("Add", y, net.bn(net.conv(x, 4, 6, 1, strides=[2, 2], bias=False), 6))))
