@@ -40,6 +40,16 @@ class Affine:
         one = np.ones((1,) * rank)
         return cls(one, 0 * one)
 
+    @classmethod
+    def scaling(cls, scale: npt.ArrayLike) -> Affine:
+        """x -> scale * x."""
+        return cls(np.asarray(scale, np.float64), np.zeros(()))
+
+    @classmethod
+    def shifting(cls, shift: npt.ArrayLike) -> Affine:
+        """x -> x + shift."""
+        return cls(np.ones(()), np.asarray(shift, np.float64))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.scale.shape
@@ -57,8 +67,8 @@ class Affine:
         """The axes along which the map varies (of size above 1, since equal coefficients are shrunk)."""
         return tuple(axis for axis, size in enumerate(self.shape) if size > 1)
 
-    def __call__(self, x: npt.ArrayLike) -> Array:
-        return self.scale * x + self.shift
+    def __call__(self, x: Array | float) -> Array:
+        return np.asarray(self.scale * x + self.shift)
 
     def after(self, first: Affine) -> Affine:
         """The composition self(first(x))."""
@@ -122,7 +132,7 @@ class Affine:
 
     def same_as(self, other: Affine) -> bool:
         """Equality of two maps, element by element, broadcasting."""
-        return bool(np.array_equal(*np.broadcast_arrays(self.scale, other.scale)) and np.array_equal(*np.broadcast_arrays(self.shift, other.shift)))
+        return all(bool((one == another).all()) for one, another in ((self.scale, other.scale), (self.shift, other.shift)))
 
 
 def _listed(axes: list[int]) -> str:

@@ -143,4 +143,7 @@ def _as_ir(model: Any) -> tuple[ir.Model, Callable[[Any], Any]]:
         return ir.from_proto(checked(model)), ir.to_proto
     if isinstance(model, (str, Path)):
         raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
-    raise UnsupportedError(f"a {type(model).__module__}.{type(model).__qualname__} is not a model that bnfold knows: give an onnx_ir.Model or an onnx.ModelProto")
+    raise UnsupportedError(
+        f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold knows: "
+        "give an onnx_ir.Model or an onnx.ModelProto"
+    )

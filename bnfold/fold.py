@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from .absorbing import coefficients
 from .affine import Affine, Array, Blocked
 from .graph import Graph, Node, Param, Site, Tensor, Value
 from .moves import move_up
-from .rules import Step, coefficients, rule_of
+from .rules import rule_of
+from .step import Step
 
 Draft = dict[tuple[Node, str], Affine]
 Maps = dict[Any, Affine]  # going up, what each (user, input) demands; going down, what each value carries
@@ -36,7 +38,8 @@ class Outcome:
 def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
     """Fold every site that can be, in topological order, and again until nothing more moves.
 
-    clone: whether an operator whose output has other users too may be doubled for a site's sake. The updates are left in the graph's parameters, and the folded affine nodes are taken out of it.
+    The updates are left in the graph's parameters, and the folded affine nodes are taken out of it. clone: whether an operator
+    whose output has other users too may be doubled for a site's sake.
     """
     done: dict[int, list[Outcome]] = {}
     waiting = list(enumerate(graph.sites))
@@ -216,10 +219,7 @@ def _push_down(site: Site) -> Draft:
         node = nodes[heapq.heappop(state.agenda)]
         maps = [state.maps.get(value, Affine.identity(value.rank or 0)) for value in node.inputs]
         try:
-            if node in site.nodes:
-                steps = [Step([coefficients(node).after(maps[0])])]
-            else:
-                steps = rule_of(node).down(node, maps)
+            steps = [Step([coefficients(node).after(maps[0])])] if node in site.nodes else rule_of(node).down(node, maps)
         except Blocked as blocked:
             raise _named(node, blocked) from None
         return [release(state.take(node, step), node, step.maps[0]) for step in steps]

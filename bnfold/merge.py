@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .absorbing import coefficients
 from .affine import Affine, Array
 from .graph import Graph, Node, Value
-from .rules import coefficients
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def merge(graph: Graph) -> list[Merge]:
             if delta is None or host.node is None:
                 continue
             for role, array in zip(("weight", "bias"), delta, strict=True):
-                param, change = host.node.params[role], Affine(np.float64(signs[kept]), signs[1 - kept] * array)
+                param, change = host.node.params[role], Affine(np.asarray(float(signs[kept])), signs[1 - kept] * array)
                 if param.tensor is not None or param.update is not None or array.any():
                     param.update = param.updated(change)
             done.append(Merge(add, host.node, branch.node, kept))
@@ -94,7 +94,8 @@ def _branch(value: Value) -> _Branch | None:
 
 def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, Array] | None:
     """What the branch adds to the host's weight and bias; None where it isn't a convolution with the host's window."""
-    assert host.node is not None and host.window is not None
+    assert host.node is not None
+    assert host.window is not None
     weight, groups = host.node.params["weight"], host.node.attrs["groups"]
     out, fan_in, *size = weight.shape
     if not graph.copies_weights and any(

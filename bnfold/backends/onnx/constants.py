@@ -7,6 +7,8 @@ the float64 oracle, so that what is folded is the function that the file states,
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -26,7 +28,7 @@ class Constants:
         self._model = model
         self._shapes = shapes
         self._known: dict[ir.Value, bool] = {}
-        self._values: dict[ir.Value, npt.NDArray] = {}
+        self._values: dict[ir.Value, npt.NDArray[Any]] = {}
 
     def is_constant(self, value: ir.Value | None) -> bool:
         """Whether the value is the same in every run, whatever the caller feeds."""
@@ -62,7 +64,7 @@ class Constants:
     def _like(self, node: ir.Node) -> ir.DataType | None:
         return self._shapes.dtype(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
 
-    def get(self, value: ir.Value | None) -> npt.NDArray | None:
+    def get(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
         """The constant's array, floats in float64; None where the value isn't constant."""
         if value is None or not self.is_constant(value):
             return None
@@ -89,7 +91,7 @@ class Constants:
         stored = self.stored(value)
         return self._shapes.dtype(value) if stored is None else stored.dtype
 
-    def _evaluate(self, value: ir.Value) -> npt.NDArray:
+    def _evaluate(self, value: ir.Value) -> npt.NDArray[Any]:
         from .oracle import Oracle
 
         nodes: list[ir.Node] = []

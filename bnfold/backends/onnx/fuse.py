@@ -65,4 +65,6 @@ def _layer(outcome: Outcome, notes: dict[Node, str]) -> Layer:
     if not site.is_batchnorm:
         said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
     into = tuple(dict.fromkeys(node.name for node in outcome.into))
-    return Layer(site.name, site.channels, "folded" if outcome.folded else "kept", into, "" if outcome.folded else outcome.reason, tuple(said))
+    return Layer(
+        site.name, site.channels, "folded" if outcome.folded else "kept", into, "" if outcome.folded else outcome.reason, tuple(said)
+    )

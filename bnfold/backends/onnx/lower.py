@@ -83,7 +83,7 @@ class Lowering:
         if rank is not None and self.value(v).rank is None:
             self.value(v).rank = rank
 
-    def const(self, node: ir.Node, index: int) -> npt.NDArray | None:
+    def const(self, node: ir.Node, index: int) -> npt.NDArray[Any] | None:
         """The constant at an input, or None where there is none or it isn't constant."""
         return self.constants.get(given(node, index))
 
@@ -173,7 +173,16 @@ class Lowering:
         if tensor is not None:
             native = Native(node, {"value": index}, self.constants.dtype(v))
             self.nodes.append(
-                Node("Constant", name_of(node), [], [value], {"limit": tensor.limit}, {"value": Param(tensor, shape)}, native, label="Constant")
+                Node(
+                    "Constant",
+                    name_of(node),
+                    [],
+                    [value],
+                    {"limit": tensor.limit},
+                    {"value": Param(tensor, shape)},
+                    native,
+                    label="Constant",
+                )
             )
         return value
 

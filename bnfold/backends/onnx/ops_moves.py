@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .lower import Lowering
-from .walk import attribute
+from .walk import arg, attribute, whole, wholes
 
 Ids = npt.NDArray[np.int64]
 Run = Callable[[list[Ids], tuple[int, ...]], Ids]
@@ -19,7 +19,13 @@ COMPUTED = "how it moves data is computed"
 
 
 def _move(
-    ctx: Lowering, node: ir.Node, run: Run, kept: dict[int, int], *, output: ir.Value | None = None, inputs: list[ir.Value] | None = None,
+    ctx: Lowering,
+    node: ir.Node,
+    run: Run,
+    kept: dict[int, int],
+    *,
+    output: ir.Value | None = None,
+    inputs: list[ir.Value] | None = None,
     ones: dict[ir.Value, tuple[int, ...]] | None = None,
 ) -> None:
     sources = inputs if inputs is not None else [v for v in node.inputs[:1] if v is not None]
@@ -33,7 +39,7 @@ def _same(rank: int, but: Any = ()) -> dict[int, int]:
 
 def _reshape(ctx: Lowering, node: ir.Node) -> str | None:
     """Reshape and Flatten: axes at the front and at the back whose sizes agree, at every probe, are left alone."""
-    x, y = ctx.value(node.inputs[0]), ctx.value(node.outputs[0])  # type: ignore[arg-type]
+    x, y = ctx.value(arg(node)), ctx.value(node.outputs[0])
     if x.probes is None or y.probes is None:
         return "the shapes around it aren't known"
     front = _agreeing([(a, b) for a, b in zip(x.probes, y.probes, strict=True)])
@@ -52,26 +58,26 @@ def _agreeing(pairs: list[tuple[Any, Any]]) -> int:
 
 
 def _squeeze(ctx: Lowering, node: ir.Node) -> str | None:
-    x, rank = node.inputs[0], ctx.rank(node.inputs[0])  # type: ignore[arg-type]
+    x, rank = arg(node), ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
     axes = ctx.static(node, "axes", 1, [])
     if axes is None:
         return COMPUTED
     if not axes:
-        sizes = ctx.value(x).sizes  # type: ignore[arg-type]
+        sizes = ctx.value(x).sizes
         if sizes is None or None in sizes:
             return "which axes it takes away depends on a size that isn't known"
         axes = [i for i, n in enumerate(sizes) if n == 1]
     gone = {int(axis) % rank for axis in axes}
     left = [i for i in range(rank) if i not in gone]
     ctx.set_rank(node.outputs[0], len(left))
-    _move(ctx, node, lambda xs, _: xs[0].squeeze(tuple(gone)), {i: o for o, i in enumerate(left)}, ones={x: tuple(gone)})  # type: ignore[dict-item]
+    _move(ctx, node, lambda xs, _: xs[0].squeeze(tuple(gone)), {i: o for o, i in enumerate(left)}, ones={x: tuple(gone)})
     return None
 
 
 def _unsqueeze(ctx: Lowering, node: ir.Node) -> str | None:
-    rank = ctx.rank(node.inputs[0])  # type: ignore[arg-type]
+    rank = ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
     axes = ctx.static(node, "axes", 1)
@@ -86,13 +92,13 @@ def _unsqueeze(ctx: Lowering, node: ir.Node) -> str | None:
 
 
 def _transpose(ctx: Lowering, node: ir.Node) -> str | None:
-    rank = ctx.rank(node.inputs[0])  # type: ignore[arg-type]
-    perm = attribute(node, "perm")
+    rank = ctx.rank(arg(node))
+    perm = wholes(node, "perm") or None
     if perm is None and rank is None:
         return UNKNOWN
-    order = tuple(range(rank or 0))[::-1] if perm is None else tuple(perm)  # type: ignore[arg-type]
+    order = tuple(range(rank or 0))[::-1] if perm is None else perm
     ctx.set_rank(node.outputs[0], len(order))
-    ctx.set_rank(node.inputs[0], len(order))  # type: ignore[arg-type]
+    ctx.set_rank(arg(node), len(order))
     _move(ctx, node, lambda xs, _: xs[0].transpose(order), {i: o for o, i in enumerate(order)})
     return None
 
@@ -104,7 +110,7 @@ def _concat(ctx: Lowering, node: ir.Node) -> str | None:
         return UNKNOWN
     if len({ctx.constants.dtype(v) if ctx.constants.is_constant(v) else ctx.shapes.dtype(v) for v in inputs} - {None}) > 1:
         return "its inputs differ in type"
-    axis = int(attribute(node, "axis", 1)) % rank  # type: ignore[call-overload]
+    axis = whole(node, "axis", 1) % rank
     for v in (*inputs, node.outputs[0]):
         if not ctx.constants.is_constant(v):
             ctx.set_rank(v, rank)
@@ -115,7 +121,7 @@ def _concat(ctx: Lowering, node: ir.Node) -> str | None:
 
 
 def _slice(ctx: Lowering, node: ir.Node) -> str | None:
-    rank = ctx.rank(node.inputs[0])  # type: ignore[arg-type]
+    rank = ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
     ctx.set_rank(node.outputs[0], rank)
@@ -125,7 +131,7 @@ def _slice(ctx: Lowering, node: ir.Node) -> str | None:
         return COMPUTED
     touched = tuple(int(axis) % rank for axis in axes)
     if starts is None or ends is None or steps is None:
-        ctx.emit("Crop", node, [node.inputs[0]], {"mixes": touched})  # type: ignore[list-item]
+        ctx.emit("Crop", node, [arg(node)], {"mixes": touched})
         return None
     cuts = [slice(None)] * rank
     for axis, start, end, step in zip(touched, starts, ends, steps, strict=False):
@@ -137,12 +143,12 @@ def _slice(ctx: Lowering, node: ir.Node) -> str | None:
 
 def _split(ctx: Lowering, node: ir.Node) -> str | None:
     """One move for each output."""
-    rank = ctx.rank(node.inputs[0])  # type: ignore[arg-type]
+    rank = ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
-    axis = int(attribute(node, "axis", 0)) % rank  # type: ignore[call-overload]
+    axis = whole(node, "axis", 0) % rank
     parts = ctx.static(node, "split", 1, [])
-    size = (ctx.value(node.inputs[0]).sizes or ())[axis]  # type: ignore[arg-type]
+    size = (ctx.value(arg(node)).sizes or ())[axis]
     if not parts and parts is not None and size is not None:
         each = -(-size // len(node.outputs))
         parts = [min(each, size - i * each) for i in range(len(node.outputs))]
@@ -152,16 +158,16 @@ def _split(ctx: Lowering, node: ir.Node) -> str | None:
     for v, n in zip(node.outputs, parts, strict=True):
         ctx.set_rank(v, rank)
         cut = (slice(None),) * axis + (slice(start, start + int(n)),)
-        _move(ctx, node, lambda xs, _, cut=cut: xs[0][cut], _same(rank, (axis,)), output=v)  # type: ignore[misc]
+        _move(ctx, node, lambda xs, _, cut=cut: xs[0][cut], _same(rank, (axis,)), output=v)
         start += int(n)
     return None
 
 
 def _gather(ctx: Lowering, node: ir.Node) -> str | None:
-    rank, indices = ctx.rank(node.inputs[0]), ctx.const(node, 1)  # type: ignore[arg-type]
+    rank, indices = ctx.rank(arg(node)), ctx.const(node, 1)
     if rank is None or indices is None:
         return UNKNOWN if rank is None else COMPUTED
-    axis = int(attribute(node, "axis", 0)) % rank  # type: ignore[call-overload]
+    axis = whole(node, "axis", 0) % rank
     ctx.set_rank(node.outputs[0], rank - 1 + indices.ndim)
     kept = {i: i if i < axis else i - 1 + indices.ndim for i in range(rank) if i != axis}
     _move(ctx, node, lambda xs, _: np.take(xs[0], indices, axis), kept)
@@ -170,11 +176,15 @@ def _gather(ctx: Lowering, node: ir.Node) -> str | None:
 
 def _expand(ctx: Lowering, node: ir.Node) -> str | None:
     """Expand and Tile: axes that keep their size at every probe are left alone."""
-    x, y = ctx.value(node.inputs[0]), ctx.value(node.outputs[0])  # type: ignore[arg-type]
+    x, y = ctx.value(arg(node)), ctx.value(node.outputs[0])
     if x.probes is None or y.probes is None:
         return "the shapes around it aren't known"
     lead = len(y.probes[0]) - len(x.probes[0])
-    kept = {i: i + lead for i in range(len(x.probes[0])) if all(a[i] is not None and a[i] == b[i + lead] for a, b in zip(x.probes, y.probes, strict=True))}
+    kept = {
+        i: i + lead
+        for i in range(len(x.probes[0]))
+        if all(a[i] is not None and a[i] == b[i + lead] for a, b in zip(x.probes, y.probes, strict=True))
+    }
 
     def run(xs: list[Ids], shape: tuple[int, ...]) -> Ids:
         if node.op_type == "Tile":
@@ -186,7 +196,7 @@ def _expand(ctx: Lowering, node: ir.Node) -> str | None:
 
 
 def _depth_to_space(ctx: Lowering, node: ir.Node) -> str | None:
-    b = int(attribute(node, "blocksize", 1))  # type: ignore[call-overload]
+    b = whole(node, "blocksize", 1)
     column_first = attribute(node, "mode", "DCR") == "CRD"
 
     def run(xs: list[Ids], shape: tuple[int, ...]) -> Ids:
@@ -201,7 +211,7 @@ def _depth_to_space(ctx: Lowering, node: ir.Node) -> str | None:
 
 
 def _space_to_depth(ctx: Lowering, node: ir.Node) -> str | None:
-    b = int(attribute(node, "blocksize", 1))  # type: ignore[call-overload]
+    b = whole(node, "blocksize", 1)
 
     def run(xs: list[Ids], shape: tuple[int, ...]) -> Ids:
         n, c, h, w = xs[0].shape
@@ -214,7 +224,7 @@ def _space_to_depth(ctx: Lowering, node: ir.Node) -> str | None:
 
 def _mirror_pad(ctx: Lowering, node: ir.Node) -> str | None:
     """Pad in mode reflect, edge or wrap."""
-    rank = ctx.rank(node.inputs[0])  # type: ignore[arg-type]
+    rank = ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
     pads = ctx.static(node, "pads" if "pads" in node.attributes else "paddings", 1)

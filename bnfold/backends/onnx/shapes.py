@@ -110,8 +110,8 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     clone = model.clone()
     for value in list(clone.graph.initializers.values()):
         if value.const_value is not None and value.const_value.nbytes > SMALL:
-            value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
-            del clone.graph.initializers[value.name]
+            value.shape, value.type = ir.Shape(value.const_value.shape.numpy()), ir.TensorType(value.const_value.dtype)
+            del clone.graph.initializers[value.name or ""]
             value.const_value = None
             if value not in clone.graph.inputs:
                 clone.graph.inputs.append(value)

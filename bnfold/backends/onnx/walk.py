@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from ...errors import ModelError
+
 
 def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
     """The graphs that a control-flow node holds, by attribute name."""
@@ -39,6 +41,34 @@ def attribute(node: ir.Node, name: str, default: object = None) -> object:
     """The value of an attribute, or the default."""
     found = node.attributes.get(name)
     return default if found is None or found.is_ref() else found.value
+
+
+def whole(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    found = attribute(node, name, default)
+    assert isinstance(found, int)
+    return found
+
+
+def number(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute."""
+    found = attribute(node, name, default)
+    assert isinstance(found, (int, float))
+    return float(found)
+
+
+def wholes(node: ir.Node, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """An attribute that is a list of integers."""
+    found = attribute(node, name)
+    return default if found is None else tuple(int(n) for n in found)  # type: ignore[attr-defined]
+
+
+def arg(node: ir.Node, index: int = 0) -> ir.Value:
+    """An input that the specification requires."""
+    found = node.inputs[index]
+    if found is None:
+        raise ModelError(f"{node.op_type} {name_of(node)} lacks its input number {index}, which the specification requires")
+    return found
 
 
 def is_standard(node: ir.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for g in all_graphs(model.graph) for v in g.initializers.values() if v.const_value is not None)
 
 
-def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray:
+def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
     """The array rounded once to a stored type (float32 where it isn't known)."""
     return np.ascontiguousarray(array).astype((dtype or ir.DataType.FLOAT).numpy()).reshape(np.shape(array))
 
@@ -100,14 +101,14 @@ class _Writer:
         self._keep_names()
         return self.notes
 
-    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray) -> None:
+    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
         with np.errstate(all="ignore"):
             lost = (exact != 0) & (np.abs(array.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))
         if count := int(lost.sum()):
             self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
 
-    def _initializer(self, name: str, array: npt.NDArray) -> ir.Value:
+    def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         free = self._free(name, self.names)
         tensor = ir.Tensor(array, name=free)
         value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
@@ -150,7 +151,8 @@ class _Writer:
         """Take a node out: its users read its input number `kept`. A graph output keeps its name."""
         source = node.inputs[kept]
         output, graph = node.outputs[0], node.graph
-        assert graph is not None and source is not None
+        assert graph is not None
+        assert source is not None
         if output.is_graph_output():
             producer = source.producer()
             if producer is None or producer.graph is not graph or source.is_graph_output():
