@@ -172,7 +172,7 @@ class _Call(OpFunction):
 
     def _run(self, *values: Any, **attributes: Any) -> Any:
         missing = len(self.impl_.input_names) - len(values)
-        return super()._run(*values, *(None,) * missing, **attributes)
+        return super()._run(*values, *(None,) * missing, **attributes)  # type: ignore[no-untyped-call]
 
 
 class _Loop(OpRun):
@@ -186,6 +186,7 @@ class _Loop(OpRun):
     def _run(
         self, trips: Any, condition: Any, *carried: Any, context: Any = None, body: Any = None, attributes: Any = None, **_: Any
     ) -> Any:
+        run_body = getattr(self, "_run_body")  # noqa: B009 - the base class makes it from the attribute `body`
         state = list(carried)
         scans: list[list[Any]] = [[] for _ in body.output_names[1 + len(state) :]]
         going = True if condition is None else bool(np.asarray(condition).item())
@@ -193,7 +194,7 @@ class _Loop(OpRun):
         step = 0
         while going and (limit is None or step < limit):
             fed = dict(zip(body.input_names, (np.array(step, np.int64), np.array(going), *state), strict=True))
-            outputs = self._run_body({**(context or {}), **fed}, attributes=attributes)
+            outputs = run_body({**(context or {}), **fed}, attributes=attributes)
             going, state, now = bool(np.asarray(outputs[0]).item()), outputs[1 : 1 + len(state)], outputs[1 + len(state) :]
             for scan, value in zip(scans, now, strict=True):
                 scan.append(value)

@@ -29,7 +29,12 @@ _TYPE_DEFAULTS = {
     "SequenceEmpty": "dtype",
 }
 # Significant bits and the exponent of the smallest normal number (IEEE 754, table 3.5; bfloat16 has float32's exponents).
-_FORMATS = {TensorProto.FLOAT16: (11, -14), TensorProto.BFLOAT16: (8, -126), TensorProto.FLOAT: (24, -126), TensorProto.DOUBLE: (53, -1022)}
+_FORMATS: dict[int, tuple[int, int]] = {
+    TensorProto.FLOAT16: (11, -14),
+    TensorProto.BFLOAT16: (8, -126),
+    TensorProto.FLOAT: (24, -126),
+    TensorProto.DOUBLE: (53, -1022),
+}
 
 
 def widen(array: Array) -> Array:
@@ -83,9 +88,9 @@ def controls(graph: onnx.GraphProto) -> frozenset[str]:
         if not name or name in found:
             continue
         found.add(name)
-        node = producer.get(name)
-        if node is not None and node.op_type in _SHAPE_ARITHMETIC:
-            queue.extend(node.input)
+        source = producer.get(name)
+        if source is not None and source.op_type in _SHAPE_ARITHMETIC:
+            queue.extend(source.input)
     return frozenset(found)
 
 

@@ -287,7 +287,7 @@ def _quotient(a: Array, b: Array) -> Array:
 
 
 _COMPARISONS: tuple[Any, ...] = (np.equal, np.less, np.greater, np.logical_and, np.logical_or, np.logical_xor)
-for _name, _compute in {
+_ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -299,7 +299,8 @@ for _name, _compute in {
     "And": np.logical_and,
     "Or": np.logical_or,
     "Xor": np.logical_xor,
-}.items():
+}
+for _name, _compute in _ARITHMETIC.items():
     operator(_name, until=6)(_legacy(_compute))
 
 

@@ -183,9 +183,12 @@ def upsample_7(
     x: Array, scales_given: Array | None = None, *, mode: str = "nearest", scales: Sequence[float] | None = None
 ) -> tuple[Array, ...]:
     """Upsample (scales are an attribute in opset 7, an input from 9 on) and Resize of opset 10: plain x / scale, and floor."""
-    factors = [float(s) for s in (scales if scales_given is None else scales_given)]
+    given = scales if scales_given is None else scales_given
+    if given is None:
+        raise ValueError("Upsample has no scales")
+    factors = [float(s) for s in given]
     out = [_output_size(n, s) for n, s in zip(x.shape, factors, strict=True)]
-    how = {"nearest_mode": "floor", "cubic_coeff_a": -0.75, "exclude_outside": 0, "antialias": 0}
+    how: dict[str, Any] = {"nearest_mode": "floor", "cubic_coeff_a": -0.75, "exclude_outside": 0, "antialias": 0}
     return (
         _resize(x, out, factors, None, coordinates="asymmetric", mode="linear" if mode in ("linear", "bilinear") else "nearest", **how),
     )

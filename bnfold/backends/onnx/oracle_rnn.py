@@ -38,18 +38,25 @@ _TAKES = {"affine": 2, "leakyrelu": 1, "thresholdedrelu": 1, "scaledtanh": 2, "h
 def _activations(
     names: Sequence[str], alphas: Sequence[float] | None, betas: Sequence[float] | None, clip: float | None, directions: int
 ) -> list[list[Activation]]:
-    """Per direction, each with the next alpha and beta of the lists if it takes one; the clip bounds what goes in."""
+    """Per direction, each with the next alpha and beta of the lists if it takes one; the clip bounds what goes into those of the gates.
+
+    What goes into the last of LSTM's three, the cell state, ONNX Runtime doesn't clip; the specification leaves it open.
+    """
     alpha, beta = iter(alphas or ()), iter(betas or ())
     made: list[Activation] = []
-    for name in names:
+    each = len(names) // directions
+    for i, name in enumerate(names):
         function, a, b = _ACTIVATIONS[name.lower()]
         takes = _TAKES.get(name.lower(), 0)
         a = float(next(alpha, a)) if takes else a
         b = float(next(beta, b)) if takes == 2 else b
-        bound = math.inf if clip is None else clip
-        made.append(lambda x, f=function, a=a, b=b, bound=bound: f(np.clip(x, -bound, bound), a, b))
-    each = len(made) // directions
+        bound = math.inf if clip is None or i % each == 2 else clip
+        made.append(_activation(function, a, b, bound))
     return [made[i * each : (i + 1) * each] for i in range(directions)]
+
+
+def _activation(function: Callable[[Array, float, float], Array], alpha: float, beta: float, bound: float) -> Activation:
+    return lambda x: function(np.clip(x, -bound, bound), alpha, beta)
 
 
 def _run(

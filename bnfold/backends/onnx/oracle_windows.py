@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Windows:
     after: tuple[int, ...]
     out: tuple[int, ...]
 
-    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[slice[int, int, int], ...]]]:
         """Each element of the kernel, and the slice of the padded input that all windows together see there."""
         for tap in itertools.product(*map(range, self.kernel)):
             starts = [k * d for k, d in zip(tap, self.dilations, strict=True)]
@@ -73,8 +74,9 @@ def windows(
 
 def _padded(x: Array, at: Windows, fill: float) -> Array:
     """The input with its padding; a negative one cuts."""
-    cut = (slice(None), slice(None), *(slice(max(0, -b), s - max(0, -a)) for b, a, s in zip(at.before, at.after, x.shape[2:], strict=True)))
-    widths = [(0, 0), (0, 0), *((max(0, b), max(0, a)) for b, a in zip(at.before, at.after, strict=True))]
+    sides = list(zip(at.before, at.after, strict=True))
+    cut: Any = (slice(None), slice(None), *(slice(max(0, -b), s - max(0, -a)) for (b, a), s in zip(sides, x.shape[2:], strict=True)))
+    widths = [(0, 0), (0, 0), *((max(0, b), max(0, a)) for b, a in sides)]
     x = x[cut]
     return np.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
 
@@ -108,7 +110,8 @@ def conv(
             padded = _padded(x[image : image + 1], at, 0)[0]
             y[image] = 0
             for tap, place in at.taps():
-                y[image] += w[(slice(None), 0, *tap)].reshape(-1, *(1,) * len(at.out)) * padded[(slice(None), *place)]
+                kernel_tap: Any = (slice(None), 0, *tap)
+                y[image] += w[kernel_tap].reshape(-1, *(1,) * len(at.out)) * padded[(slice(None), *place)]
     else:
         weights = w.reshape(group, o // group, -1)
         for image in range(n):
@@ -130,10 +133,11 @@ def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
     for first in range(0, at.out[0], rows):
         count = min(rows, at.out[0] - first)
         columns = np.empty((group, per_group, *at.kernel, count, *at.out[1:]))
-        for tap, (place, *rest) in at.taps():
-            start = place.start + first * at.strides[0]
+        for tap, place in at.taps():
+            start = place[0].start + first * at.strides[0]
             band = slice(start, start + (count - 1) * at.strides[0] + 1, at.strides[0])
-            columns[(slice(None), slice(None), *tap)] = x[(slice(None), slice(None), band, *rest)]
+            under: Any = (slice(None), slice(None), *tap)
+            columns[under] = x[(slice(None), slice(None), band, *place[1:])]
         y[:, :, first : first + count] = (weights @ columns.reshape(group, weights.shape[2], -1)).reshape(group, -1, count, *at.out[1:])
 
 
@@ -169,6 +173,8 @@ def conv_transpose(
             begin, end = (pads[i], pads[spatial + i]) if pads and auto_pad != "VALID" else (0, 0)
             begins.append(begin)
             out.append(full + extra[i] - begin - end)
+    if min(begins) < 0:
+        raise NotImplementedError(f"negative padding {begins}")
     per_group = w.shape[1]
     weights = w.reshape(group, c // group, per_group, *kernel)
     y = np.empty((n, group * per_group, *out))
@@ -178,7 +184,8 @@ def conv_transpose(
         full_image = np.zeros((group, per_group, *canvas))
         flat = x[image].reshape(group, c // group, -1)
         for tap, place in at.taps():
-            product = weights[(slice(None), slice(None), slice(None), *tap)].transpose(0, 2, 1) @ flat
+            one_tap: Any = (slice(None), slice(None), slice(None), *tap)
+            product = weights[one_tap].transpose(0, 2, 1) @ flat
             full_image[(slice(None), slice(None), *place)] += product.reshape(group, per_group, *x.shape[2:])
         kept = full_image[(slice(None), slice(None), *(slice(a, a + o) for a, o in zip(begins, out, strict=True)))]
         y[image] = kept.reshape(-1, *out)

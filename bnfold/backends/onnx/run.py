@@ -28,7 +28,13 @@ __all__ = ["Session", "check_feeds", "inputs", "random_feeds", "resolve", "self_
 # Protocol buffers can't hold more; the margin is for the graph around the weights.
 PROTO_LIMIT = 2**31 - 2**24
 # numpy has these types only through ml_dtypes, which ONNX Runtime's Python interface doesn't take.
-WIDENED = {TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ}
+WIDENED: set[int] = {
+    TensorProto.BFLOAT16,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+}
 
 _ALIASES = {"directml": "dml", "trt": "tensorrt", "gpu": "cuda", "amd": "migraphx", "onednn": "dnnl", "trtrtx": "nvtensorrtrtx"}
 _WHEELS = {
@@ -63,7 +69,7 @@ class Session:
     def __init__(
         self, model: ir.Model, *, provider: str = "cpu", optimise: bool = False, outputs: Iterable[str] = (), threads: int = 0
     ) -> None:
-        import onnxruntime as ort
+        import onnxruntime as ort  # type: ignore[import-untyped]
 
         ort.set_default_logger_severity(4)
         self.provider = resolve(provider)
@@ -124,7 +130,7 @@ class Session:
         _expose(proto, model, extra)
         self._widened = _widen_interface(proto)
         if not large:
-            return proto.SerializeToString()
+            return bytes(proto.SerializeToString())
         self._folder = tempfile.TemporaryDirectory(prefix="bnfold-", ignore_cleanup_errors=True)
         path = Path(self._folder.name, "model.onnx")
         with open(path.with_suffix(".data"), "wb") as file:
@@ -155,7 +161,7 @@ def resolve(provider: str) -> str:
         close = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
         hint = f"did you mean {listed(close, 'or')}?" if close else f"ONNX Runtime knows {listed(known)}"
         raise UsageError(f"no execution provider is called {provider!r}; {hint}")
-    name = known[short]
+    name: str = known[short]
     available = ort.get_available_providers()
     if name not in available:
         have = listed(_short(p) for p in available)
@@ -218,8 +224,9 @@ def _expose(proto: onnx.ModelProto, model: ir.Model, names: tuple[str, ...]) -> 
             raise UsageError(f"the model computes no value {name!r}")
         if name not in there:
             infos[name] = onnx.ValueInfoProto(name=name)
-            if inner[name].dtype is not None and isinstance(inner[name].type, ir.TensorType):
-                infos[name].type.tensor_type.elem_type = inner[name].dtype.value
+            dtype = inner[name].dtype
+            if dtype is not None and isinstance(inner[name].type, ir.TensorType):
+                infos[name].type.tensor_type.elem_type = dtype.value
     if any(not info.HasField("type") for info in infos.values()) and _uses(proto, WIDENED):
         bare = onnx.ModelProto()
         bare.CopyFrom(proto)
