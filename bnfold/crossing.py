@@ -16,6 +16,13 @@ def _fixed(a: Affine, node: Node) -> Affine:
     return a
 
 
+def _strict(a: Affine, node: Node) -> Affine:
+    """The map, or Blocked if it makes equal what the node must tell apart (the places of its maxima are used)."""
+    if node.attrs.get("strict") and (a.scale == 0).any():
+        raise Blocked("its indices are used and some of the map's scales are zero")
+    return a
+
+
 # --- one activation in, the map passes: a(f(x)) = f(a(x)) ---------------------------------------------------------------------
 
 
@@ -25,10 +32,10 @@ def commutes(**conditions: bool) -> Rule:
     def up(node: Node, a: Affine) -> list[Step]:
         if node.attrs.get("drops"):  # the mixed axes are gone from the output
             a = a.map(lambda c: np.expand_dims(c, node.attrs["mixes"]))
-        return [Step([_fixed(a, node).require(**conditions)])]
+        return [Step([_fixed(_strict(a, node), node).require(**conditions)])]
 
     def down(node: Node, maps: list[Affine]) -> list[Step]:
-        a = _fixed(maps[0], node).require(**conditions)
+        a = _fixed(_strict(maps[0], node), node).require(**conditions)
         if node.attrs.get("drops"):
             a = a.map(lambda c: np.squeeze(c, node.attrs["mixes"]))
         return [Step([a])]

@@ -14,7 +14,8 @@ import numpy as np
 
 from .absorbing import coefficients
 from .affine import Affine, Array, Blocked
-from .graph import Graph, Node, Param, Site, Tensor, Value
+from .clone import Clones, Shared
+from .graph import Graph, Node, Param, Quantised, Site, Tensor, Value
 from .moves import move_up
 from .rules import rule_of
 from .step import Step
@@ -33,6 +34,7 @@ class Outcome:
     folded: bool
     into: tuple[Node, ...] = ()
     reason: str = ""
+    note: str = ""
 
 
 def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
@@ -47,7 +49,7 @@ def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
     while waiting and progress:
         progress, still = False, []
         for order, site in waiting:
-            outcomes = _fold_site(graph, site)
+            outcomes = _fold_site(graph, site, clone)
             done[order] = outcomes
             progress |= any(o.folded for o in outcomes)
             if not any(o.folded for o in outcomes) and site.refusal is None:
@@ -56,17 +58,17 @@ def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
     return [outcome for order in sorted(done) for outcome in done[order]]
 
 
-def _fold_site(graph: Graph, site: Site) -> list[Outcome]:
+def _fold_site(graph: Graph, site: Site, clone: bool) -> list[Outcome]:
     """All calls together; where that can't be and they are separable, each for itself."""
-    together = _attempt(graph, site)
+    together = _attempt(graph, site, clone)
     if together.folded or len(site.nodes) == 1 or not site.separable or site.refusal:
         return [together]
     alone = [Site(node.name, [node], site.channels, site.is_batchnorm) for node in site.nodes]
-    outcomes = [_attempt(graph, each) for each in alone]
+    outcomes = [_attempt(graph, each, clone) for each in alone]
     return outcomes if any(o.folded for o in outcomes) else [together]
 
 
-def _attempt(graph: Graph, site: Site) -> Outcome:
+def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
     if site.refusal is not None:
         return Outcome(site, False, reason=site.refusal)
     reasons = []
@@ -78,13 +80,34 @@ def _attempt(graph: Graph, site: Site) -> Outcome:
         except Blocked as blocked:
             reasons.append(f"{where}: {blocked}")
             continue
-        for (node, role), update in draft.items():
-            node.params[role].update = node.params[role].updated(update)
-        for node in site.nodes:
-            graph.bypass(node)
-        into = sorted({node for node, _ in draft}, key=lambda node: node.index)
-        return Outcome(site, True, tuple(into))
+        return _commit(graph, site, draft)
+    if clone and (found := _with_clones(graph, site)) is not None:
+        return found
     return Outcome(site, False, reason="; ".join(reasons))
+
+
+def _commit(graph: Graph, site: Site, draft: Draft, note: str = "") -> Outcome:
+    for (node, role), update in draft.items():
+        node.params[role].update = node.params[role].updated(update)
+    for node in site.nodes:
+        graph.bypass(node)
+    into = sorted({node for node, _ in draft}, key=lambda node: node.index)
+    return Outcome(site, True, tuple(into), note=note)
+
+
+def _with_clones(graph: Graph, site: Site) -> Outcome | None:
+    """Upwards once more, doubling whatever has another user; None, and everything as it was, where that doesn't do it."""
+    clones = Clones(graph)
+    while True:
+        try:
+            return _commit(graph, site, _checked(graph, site, _push_up(site)), clones.note)
+        except Shared as shared:
+            if clones.add(shared):
+                continue
+        except Blocked:
+            pass
+        clones.undo()
+        return None
 
 
 def _may_go_down(site: Site) -> bool:
@@ -134,7 +157,8 @@ def _search(start: _State, advance: Callable[[_State], list[_State]]) -> Draft:
 
 
 def _named(node: Node, blocked: Blocked) -> Blocked:
-    return Blocked(f"{node.label} {node.name} blocks, {blocked}")
+    reason = f"{node.label} {node.name} blocks, {blocked}"
+    return Shared(reason, blocked.value, blocked.uses) if isinstance(blocked, Shared) else Blocked(reason)
 
 
 def _push_up(site: Site) -> Draft:
@@ -192,7 +216,7 @@ def _wanted(value: Value, demands: Maps) -> Affine:
         scales, shifts = np.broadcast_arrays(merged.scale, a.scale), np.broadcast_arrays(merged.shift, a.shift)
         for one, other in (scales, shifts):
             if ((one != other) & ~np.isnan(one) & ~np.isnan(other)).any():
-                raise Blocked(f"its output {clause}")
+                raise Shared(f"its output {clause}", value, [use for use in value.users if use in demands])
         merged = Affine(*(np.where(np.isnan(one), other, one) for one, other in (scales, shifts)))
     return Affine.identity(value.rank or 0) if merged is None else merged.settled()
 
@@ -260,6 +284,8 @@ def _checked(graph: Graph, site: Site, draft: Draft) -> Draft:
                 twin = draft.get((user, other))
                 if user.params[other].layout.name != param.layout.name or twin is None or not twin.same_as(update):
                     raise Blocked(f"{param.tensor.name} of {node.name} is shared with {user.name}")
+        if param.tensor is not None and param.tensor.quantised is not None:
+            _fits_integers(param.tensor.name, param.tensor.quantised, param, update)
         _fits_type(node, role, param, update)
     return draft
 
@@ -268,6 +294,16 @@ def _is_empty(param: Param, update: Affine) -> bool:
     if param.tensor is None and param.update is None:
         return bool((update(param.default) == param.default).all())
     return update.is_identity
+
+
+def _fits_integers(name: str, stored: Quantised, param: Param, update: Affine) -> None:
+    """Blocked unless a quantised weight stays what its integers say, up to a scale for each channel."""
+    total = param.updated(update)
+    if total.shift.any() or any(n > 1 and axis != stored.axis for axis, n in enumerate(total.scale.shape)):
+        raise Blocked(f"{name} is quantised, with its scales along axis {stored.axis} alone")
+    scales = np.broadcast_to(total.scale.reshape(-1), len(stored.negatable))
+    if stuck := [k for k, (s, able) in enumerate(zip(scales, stored.negatable, strict=True)) if s < 0 and not able]:
+        raise Blocked(f"{name} is quantised, and channel {stuck[0]} would need the negative of an integer that has none")
 
 
 def _fits_type(node: Node, role: str, param: Param, update: Affine) -> None:

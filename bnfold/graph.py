@@ -38,6 +38,17 @@ class Value:
         return tuple(ns[0] if len(set(ns)) == 1 else None for ns in zip(*self.probes, strict=True))
 
 
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor stored as integers with a scale: it can only be scaled along one axis, and negated where the integers allow it.
+
+    negatable: for each place along the axis, whether all of its integers have a negative in the stored type.
+    """
+
+    axis: int
+    negatable: tuple[bool, ...]
+
+
 @dataclass(eq=False)
 class Tensor:
     """A stored constant that one or several operators read: a weight, a bias, a table.
@@ -53,6 +64,7 @@ class Tensor:
     native: Any = None
     dtype: Any = None  # the stored type, the front-end's affair
     users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter role)
+    quantised: Quantised | None = None
     magnitude: float | None = None  # its largest absolute value, once somebody asked
 
 
@@ -147,6 +159,10 @@ class Graph:
     copies_weights: bool = True  # whether the front-end can give a user of a shared weight its own copy
 
     def __post_init__(self) -> None:
+        self.number()
+
+    def number(self) -> None:
+        """Number the nodes by their place."""
         for index, node in enumerate(self.nodes):
             node.index = index
 

@@ -98,6 +98,8 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, 
     assert host.window is not None
     weight, groups = host.node.params["weight"], host.node.attrs["groups"]
     out, fan_in, *size = weight.shape
+    if weight.tensor is not None and weight.tensor.quantised is not None:
+        return None
     if not graph.copies_weights and any(
         p.tensor is not None and len(p.tensor.users) > 1 for p in (host.node.params["weight"], host.node.params["bias"])
     ):

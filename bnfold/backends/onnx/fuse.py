@@ -62,6 +62,8 @@ def _layer(outcome: Outcome, notes: dict[Node, str]) -> Layer:
         said.append(f"{dead} of its {site.channels} channels are dead (gamma is 0)")
     if len(site.nodes) > 1:
         said.append(f"called {len(site.nodes)} times")
+    if outcome.note:
+        said.append(outcome.note)
     if not site.is_batchnorm:
         said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
     into = tuple(dict.fromkeys(node.name for node in outcome.into))

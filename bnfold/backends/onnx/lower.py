@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ...graph import AS_STORED, Graph, Layout, Node, Param, Site, Tensor, Value
+from ...graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
 from .constants import FLOATS, Constants
 from .shapes import Shapes
 from .walk import all_graphs, attribute, is_standard, name_of, subgraphs
@@ -25,6 +25,7 @@ class Native:
     dtype: ir.DataType | None = None  # the type that a parameter without a tensor gets
     reset: dict[str, ir.Attr] = field(default_factory=dict)  # attributes to set once the bias is rewritten (Gemm's beta)
     source: int = 0  # which input is the activation of an affine node
+    clone_of: Native | None = None  # the original, where the ONNX node has still to be made
 
 
 class Lowering:
@@ -110,17 +111,41 @@ class Lowering:
             v = node.inputs[0]
         if v not in self._tensors:
             dtype = self.constants.dtype(v) if self.constants.is_constant(v) else None
-            if dtype not in FLOATS or self._quantised(v):
+            quantised = None
+            if dtype not in FLOATS:
                 return None
+            if self._quantised(v) and len(self._get(v).shape) > 1:  # a bias is small enough to become floats
+                quantised = self._integers(v)
+                if quantised is None:
+                    return None
             stored = self.constants.stored(v)
             shape = tuple(stored.shape.numpy()) if stored is not None else self._get(v).shape
-            self._tensors[v] = Tensor(v.name or "", lambda v=v: self._get(v), shape, largest(dtype), v, dtype)  # type: ignore[misc]
+            self._tensors[v] = Tensor(v.name or "", lambda v=v: self._get(v), shape, largest(dtype), v, dtype, quantised=quantised)  # type: ignore[misc]
         return self._tensors[v]
 
     def _get(self, v: ir.Value) -> npt.NDArray[np.float64]:
         array = self.constants.get(v)
         assert array is not None
         return array
+
+    def _integers(self, v: ir.Value) -> Quantised | None:
+        """How a weight behind DequantizeLinear may change; None where it is quantised in another way (blocked, or further back)."""
+        node = v.producer()
+        if node is None or node.op_type != "DequantizeLinear" or self.opset < 13 or attribute(node, "block_size", 0):
+            return None
+        q, scale = self.const(node, 0), self.const(node, 1)
+        if q is None or scale is None or q.dtype not in (np.int8, np.uint8, np.int16, np.uint16) or q.ndim < 2:
+            return None
+        axis = int(attribute(node, "axis", 1)) % q.ndim if scale.size > 1 else 0  # type: ignore[call-overload]
+        zero = self.const(node, 2)
+        mirrored = 2 * self._along(np.zeros((), q.dtype) if zero is None else zero, axis, q.ndim).astype(np.int64) - q
+        kind = np.iinfo(q.dtype)
+        able = ((mirrored >= kind.min) & (mirrored <= kind.max)).all(axis=tuple(i for i in range(q.ndim) if i != axis))
+        return Quantised(axis, tuple(bool(x) for x in able))
+
+    @staticmethod
+    def _along(c: npt.NDArray[Any], axis: int, rank: int) -> npt.NDArray[Any]:
+        return c.reshape([-1 if i == axis else 1 for i in range(rank)])
 
     def _quantised(self, v: ir.Value) -> bool:
         node = v.producer()
@@ -133,6 +158,8 @@ class Lowering:
         if tensor is None:
             return None
         shape = tensor.shape if shape is None else shape
+        if tensor.quantised is not None and (layout is not None or shape != tensor.shape):
+            return None
         if layout is None:
             stored_shape = tensor.shape
             layout = AS_STORED if shape == stored_shape else reshaped(shape, stored_shape)
@@ -154,7 +181,7 @@ class Lowering:
         dtype = self.shapes.dtype(out)
         if dtype not in FLOATS and inputs:
             dtype = self.shapes.dtype(inputs[0])
-        attrs = {"limit": largest(dtype), **(attrs or {})}
+        attrs = {"limit": largest(dtype), "cloneable": len(node.outputs) == 1, **(attrs or {})}
         source = next((i for i, v in enumerate(node.inputs) if inputs and v is inputs[0]), 0)
         native = Native(node, slots or {}, dtype, reset or {}, source)
         sources = [self._operand(node, v) for v in inputs]

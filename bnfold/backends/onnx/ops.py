@@ -7,7 +7,7 @@ table is a barrier. Specification: https://onnx.ai/onnx/operators, all opsets fr
 from __future__ import annotations
 
 from .ops_absorbing import conv, einsum, gather, gemm, matmul, normalisation, recurrent
-from .ops_affine import arithmetic, batchnorm
+from .ops_affine import arithmetic, batchnorm, negation
 from .ops_crossing import Lower, cast, clip, dropout, elementwise, pad, prelu, reduced, resize, several, where, windowed
 from .ops_moves import MOVES
 
@@ -29,6 +29,7 @@ OPERATORS: dict[str, Lower] = {
     "Sub": arithmetic,
     "Mul": arithmetic,
     "Div": arithmetic,
+    "Neg": negation,
     "Sum": several("Add"),
     "Mean": several("Mean"),
     "Max": several("Maximum"),

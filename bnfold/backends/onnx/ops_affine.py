@@ -76,6 +76,15 @@ def _sick(constants: list[Any], epsilon: float) -> str | None:
     return None
 
 
+def negation(ctx: Lowering, node: ir.Node) -> str | None:
+    """-x, the affine map that no parameter can change."""
+    ctx.set_rank(node.outputs[0], ctx.rank(arg(node)))
+    if ctx.rank(arg(node)) is None:
+        return "the rank of its input isn't known"
+    ctx.emit("Affine", node, [arg(node)], {"gain": -1.0})
+    return None
+
+
 def arithmetic(ctx: Lowering, node: ir.Node) -> str | None:
     """Add, Sub, Mul, Div: of two activations, or by a constant, which makes an affine operator."""
     constant = [ctx.is_const(node, i) for i in (0, 1)]

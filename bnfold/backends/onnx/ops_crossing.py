@@ -45,8 +45,6 @@ def dropout(ctx: Lowering, node: ir.Node) -> str | None:
         mode = ctx.const(node, 2)
         if mode is None or bool(mode.any()):
             return "it is, or may be, in training mode"
-    if used(node, 1):
-        return "its mask is used"
     return elementwise("Identity")(ctx, node)
 
 
@@ -86,9 +84,7 @@ def windowed(op: str) -> Lower:
         mixes = _space(ctx, node)
         if mixes is None:
             return "the rank of its input isn't known"
-        if op == "Max" and used(node, 1):
-            return "its indices are used"
-        attrs: dict[str, Any] = {"mixes": mixes}
+        attrs: dict[str, Any] = {"mixes": mixes, "strict": op == "Max" and used(node, 1)}  # a scale of 0 would move its indices
         counted = attribute(node, "count_include_pad", 0) and (pads(node) or attribute(node, "ceil_mode", 0))
         if op == "Average" and counted:
             ctx.emit("Pad", node, [arg(node)], {**attrs, "fill": 0.0})
@@ -156,6 +152,8 @@ def pad(ctx: Lowering, node: ir.Node) -> str | None:
     if pads is not None and axes is not None:
         half = len(pads) // 2
         mixes = tuple(int(axis) % rank for axis, lo, hi in zip(axes, pads[:half], pads[half:], strict=False) if lo or hi)
+    if not mixes:
+        return elementwise("Identity")(ctx, node)
     attrs: dict[str, Any] = {"mixes": mixes, "fill": 0.0}
     params: dict[str, Param] = {}
     slots: dict[str, int | str] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ...errors import ModelError
@@ -84,3 +86,11 @@ def batchnorms(model: ir.Model) -> int:
     """How many BatchNormalization nodes the model holds, its subgraphs and functions included."""
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     return sum(node.op_type == "BatchNormalization" and is_standard(node) for graph in graphs for node in all_nodes(graph))
+
+
+def get_constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The array that an initializer or a Constant node holds, in its stored type."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()

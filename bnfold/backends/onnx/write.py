@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...affine import Array
-from ...graph import Graph, Node
+from ...graph import Graph, Node, Quantised
 from ...merge import Merge
 from .lower import Native, largest
-from .walk import all_graphs
+from .walk import all_graphs, get_constant
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -60,6 +60,7 @@ class _Writer:
         self.notes: dict[Node, str] = {}
 
     def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> dict[Node, str]:
+        self._make_clones([node for node in graph.nodes if isinstance(node.native, Native) and node.native.clone_of is not None])
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
         for node, role, _ in updates:
@@ -78,6 +79,8 @@ class _Writer:
                 continue
             if old is None:
                 value = self._initializer(f"{node.name}.{role}", array)
+            elif param.tensor is not None and param.tensor.quantised is not None and param.update is not None:
+                value = self._rescaled(old, param.tensor.quantised, param.update.scale)
             else:
                 key = (old, array.shape, array.tobytes())
                 if key not in alike:
@@ -101,6 +104,34 @@ class _Writer:
         self._keep_names()
         return self.notes
 
+    def _make_clones(self, clones: list[Node]) -> None:
+        """Make the ONNX nodes of doubled operators, and let those who want the copy read it."""
+        originals = {}
+        for node in clones:
+            native: Native = node.native
+            old = native.node
+            copy = ir.Node(
+                old.domain,
+                old.op_type,
+                list(old.inputs),
+                old.attributes.values(),
+                num_outputs=1,
+                name=self._free(node.name, self.node_names),
+            )
+            made, value = copy.outputs[0], old.outputs[0]
+            made.name, made.type = self._free(f"{value.name}.clone", self.names), value.type
+            made.shape = None if value.shape is None else value.shape.copy()
+            assert old.graph is not None
+            old.graph.insert_after(old, copy)
+            native.node, native.clone_of = copy, None
+            originals[node] = value
+        for node, value in originals.items():
+            for user, _ in node.output.users:
+                target = user.native.node
+                for i, v in enumerate(target.inputs):
+                    if v is value:
+                        target.replace_input_with(i, node.native.node.outputs[0])
+
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
         with np.errstate(all="ignore"):
@@ -115,6 +146,34 @@ class _Writer:
         self.model.graph.register_initializer(value)
         if (self.model.ir_version or 8) < 4:  # there, initializers must be listed as inputs too
             self.model.graph.inputs.append(value)
+        return value
+
+    def _rescaled(self, old: ir.Value, how: Quantised, scale: Array) -> ir.Value:
+        """A DequantizeLinear like the one that makes `old`, with its scales times |scale| and its integers negated where that is negative."""
+        node = old.producer()
+        assert node is not None
+        q, old_scale, zero = (get_constant(v) for v in (*node.inputs, None)[:3])
+        assert q is not None
+        assert old_scale is not None
+        factor = np.broadcast_to(scale.reshape(-1), len(how.negatable))
+        scales = np.abs(factor) * old_scale.astype(np.float64).reshape(-1)
+        along = [-1 if i == how.axis else 1 for i in range(q.ndim)]
+        zeros = np.zeros(1, q.dtype) if zero is None else zero.reshape(-1)
+        zeros = np.broadcast_to(zeros, len(factor))
+        mirrored = 2 * zeros.reshape(along).astype(np.int64) - q
+        integers = np.where((factor < 0).reshape(along), mirrored, q).astype(q.dtype)
+        name = old.name or "weight"
+        inputs = [
+            self._initializer(f"{name}.integers", integers),
+            self._initializer(f"{name}.scale", scales.astype(old_scale.dtype)),
+            self._initializer(f"{name}.zero_point", np.ascontiguousarray(zeros)),
+        ]
+        attributes = [a for key, a in node.attributes.items() if key != "axis"]
+        copy = ir.Node("", "DequantizeLinear", inputs, [*attributes, ir.AttrInt64("axis", how.axis)], num_outputs=1)
+        value = copy.outputs[0]
+        value.name, value.type, value.shape = self._free(name, self.names), old.type, old.shape
+        assert node.graph is not None
+        node.graph.insert_after(node, copy)
         return value
 
     @staticmethod
