@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bnfold.backends.onnx import run
+from bnfold.backends.onnx.oracle import Oracle
 from bnfold.backends.onnx.run import Session, inputs, random_feeds
 from bnfold.data import InputSpec
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
@@ -168,7 +169,7 @@ def test_a_provider_that_is_not_built_in(name, wheel, capfd):
     short = name.lower().removesuffix("executionprovider")
     if any(short in p.lower() for p in ort.get_available_providers()):
         pytest.skip(f"{name} is there")
-    with pytest.raises(DeviceError, match=r"execution provider \w+ is not in this ONNX Runtime.*has.*cpu; .*{wheel}"):
+    with pytest.raises(DeviceError, match=rf"execution provider \w+ is not in this ONNX Runtime.*has.*cpu; .*{wheel}"):
         Session(linear(), provider=name)
     assert capfd.readouterr() == ("", "")
 
@@ -202,6 +203,23 @@ def test_a_provider_that_fails_to_start(monkeypatch, capfd):
     with pytest.raises(DeviceError, match=r"execution provider cuda could not start: CUDA failure 35: driver too old; pip uninstall"):
         Session(linear(), provider="cuda")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+def test_cuda_computes_without_tf32():
+    """TF32 has 11 significant bits: its error is some 1e-4 of the answer, float32's 1e-6."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA provider")
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((64, 64, 3, 3)).astype(np.float32)}
+    net = model(
+        [make("Conv", ["x", "w"], ["y"])], [info("x", TensorProto.FLOAT, ["n", 64, 32, 32])], [info("y", TensorProto.FLOAT, None)], weights
+    )
+    feeds = random_feeds(inputs(net), batch=2)
+    expected = Oracle(net).run(feeds)["y"]
+    for optimise in (False, True):
+        found = Session(net, provider="cuda", optimise=optimise).run(feeds)["y"]
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 # ---- what ONNX Runtime refuses

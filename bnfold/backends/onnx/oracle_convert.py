@@ -17,6 +17,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 Array = np.ndarray
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+_NUMPY_FLOATS = tuple(helper.tensor_dtype_to_np_dtype(kind) for kind in FLOATS)
 # Attributes that name a type; where such a one is missing it means FLOAT for the operators in _TYPE_DEFAULTS.
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_datatype", "output_dtype", "precision", "softmax_precision", "qk_matmul_precision", "stash_type"}
 _TYPE_DEFAULTS = {
@@ -39,7 +40,7 @@ _FORMATS: dict[int, tuple[int, int]] = {
 
 def widen(array: Array) -> Array:
     """In float64 if the array is of a floating-point type that is widened, else as it is."""
-    return array.astype(np.float64) if helper.np_dtype_to_tensor_dtype(array.dtype) in FLOATS else array
+    return array.astype(np.float64) if array.dtype in _NUMPY_FLOATS else array
 
 
 def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None) -> None:
