@@ -51,6 +51,9 @@ def test_an_input_without_a_rank_or_that_is_no_tensor_is_refused():
     net = model([make("Relu", ["x"], ["y"])], [info("x", TensorProto.FLOAT, None)], [info("y", TensorProto.FLOAT, None)])
     with pytest.raises(UnsupportedError, match="input 'x' doesn't state its rank"):
         inputs(net)
+    assert inputs(net, {"x": X}) == [InputSpec("x", np.dtype(np.float32), (None, None))]
+    for runs in (Session(net), Oracle(net)):
+        np.testing.assert_array_equal(runs.run({"x": X})["y"], np.maximum(X, 0))
     sequence = helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, None)
     net = model([make("SequenceLength", ["x"], ["y"])], [sequence], [info("y", TensorProto.INT64, [])])
     with pytest.raises(UnsupportedError, match="input 'x' is no tensor"):

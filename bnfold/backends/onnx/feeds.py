@@ -14,15 +14,21 @@ if TYPE_CHECKING:
     from ...data import Batch, InputSpec
 
 
-def inputs(model: ir.Model) -> list[InputSpec]:
-    """What the caller feeds: the graph's inputs without those that an initializer already fills, in their order."""
+def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
+    """What the caller feeds: the graph's inputs without those that an initializer already fills, in their order.
+
+    An input that doesn't state its rank takes that of its data in `feeds`; without them it is refused (UnsupportedError).
+    """
     from ...data import InputSpec
 
     specs = []
     for value in model.graph.inputs:
         if value.name is None or value.name in model.graph.initializers:
             continue
-        specs.append(InputSpec(value.name, _numpy_dtype(value), _axes(value)))
+        dtype = _numpy_dtype(value)
+        given = None if feeds is None else feeds.get(value.name)
+        axes = (None,) * given.ndim if value.shape is None and given is not None else _axes(value)
+        specs.append(InputSpec(value.name, dtype, axes))
     return specs
 
 

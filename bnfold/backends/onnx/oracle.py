@@ -36,7 +36,7 @@ class Oracle:
     """
 
     def __init__(self, model: ir.Model, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> None:
-        self.inputs = inputs(model)
+        self._model = model
         proto = self_contained(model, initializers=False)
         self._outputs = list(dict.fromkeys((*(o.name for o in proto.graph.output), *outputs)))
         unknown = set(self._outputs) - _defined(proto.graph) - set(model.graph.initializers)
@@ -59,7 +59,7 @@ class Oracle:
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones; floating-point ones in float64. Feeds of any
         floating-point type go in as they are, widened. Raises DataError for feeds that don't fit."""
-        check_feeds(feeds, self.inputs, self._optional, any_float=True)
+        check_feeds(feeds, inputs(self._model, feeds), self._optional, any_float=True)
         with np.errstate(all="ignore"):
             results = self._evaluator.run(self._outputs, {name: widen(array) for name, array in feeds.items()})
         return dict(zip(self._outputs, results, strict=True))

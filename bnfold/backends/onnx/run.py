@@ -73,7 +73,7 @@ class Session:
 
         ort.set_default_logger_severity(4)
         self.provider = resolve(provider)
-        self.inputs = inputs(model)
+        self._model = model
         self._optional = set(model.graph.initializers)
         self._widened: dict[str, np.dtype[Any]] = {}
 
@@ -110,7 +110,7 @@ class Session:
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""
-        check_feeds(feeds, self.inputs, self._optional)
+        check_feeds(feeds, inputs(self._model, feeds), self._optional)
         given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
         try:
             results = self._session.run(self._outputs, given)
