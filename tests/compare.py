@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-SIZES = {"N": 3, "C": 4, "H": 9, "W": 7, "L": 6}  # of dynamic axes, by name
-OTHER_SIZES = {"N": 1, "C": 4, "H": 10, "W": 8, "L": 5}
+SIZES = {"N": 3, "H": 9, "W": 7, "L": 6, "K": 6}  # of dynamic axes, by name
+OTHER_SIZES = {"N": 1, "H": 10, "W": 8, "L": 5, "K": 6}
 Feeds = dict[str, np.ndarray]
 
 
@@ -79,7 +79,7 @@ def feeds(model: onnx.ModelProto, sizes: dict[str, int] = SIZES, *, below: int =
     made = {}
     for info in true_inputs(model):
         tensor = info.type.tensor_type
-        shape = [sizes[d.dim_param] if d.dim_param else d.dim_value for d in tensor.shape.dim]
+        shape = [d.dim_value or sizes.get(d.dim_param, 5) for d in tensor.shape.dim]
         rng = np.random.default_rng((zlib.crc32(info.name.encode()), seed))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if dtype == np.bool_:
@@ -128,6 +128,11 @@ def difference(reference: dict[str, np.ndarray], candidate: dict[str, np.ndarray
 
 def roundoff(model: onnx.ModelProto) -> float:
     """The unit roundoff of the coarsest floating-point type among the weights and inputs: half the distance from 1 to the next number."""
-    units = {onnx.TensorProto.FLOAT16: 2.0**-11, onnx.TensorProto.BFLOAT16: 2.0**-8, onnx.TensorProto.FLOAT: 2.0**-24, onnx.TensorProto.DOUBLE: 2.0**-53}
+    units = {
+        onnx.TensorProto.FLOAT16: 2.0**-11,
+        onnx.TensorProto.BFLOAT16: 2.0**-8,
+        onnx.TensorProto.FLOAT: 2.0**-24,
+        onnx.TensorProto.DOUBLE: 2.0**-53,
+    }
     kinds = {t.data_type for t in model.graph.initializer} | {i.type.tensor_type.elem_type for i in model.graph.input}
     return max((units[k] for k in kinds if k in units), default=2.0**-24)

@@ -42,12 +42,10 @@ def test_stored(case: Case) -> None:
     fused, report = bnfold.fuse(model, clone=case.clone, check=False)
     assert model.SerializeToString(deterministic=True) == before, "the argument was changed"
     _check_report(case, report, fused)
-    assert report.batchnorms.before >= count - (case.lines == (46,))  # a function that is called twice counts twice
+    assert report.batchnorms.before >= count  # a function that is called twice counts twice
     assert interface(fused) == interface(model)
     assert defaults(fused) == defaults(model)
     onnx.checker.check_model(fused, full_check=is_valid(model, full=True))
-    if not case.left < count:
-        assert case.left != count or fused == model, "nothing folds, so nothing may change"
     data = feeds(model, below=case.below)
     reference = run_double(model, data)
     allowed = case.roundoffs * roundoff(model)
@@ -55,6 +53,15 @@ def test_stored(case: Case) -> None:
     if case.ort:
         original, candidate = (run_stored(m, data) for m in (model, fused))
         assert difference(original, candidate) <= 4 * allowed
+
+
+def test_where_nothing_folds_the_model_comes_back_as_it_was() -> None:
+    changed = []
+    for case in ALL:
+        model = case.build()
+        if case.left == batchnorms(model) and bnfold.fuse(model, clone=case.clone, check=False)[0] != model:
+            changed.append(case.name)
+    assert changed == []
 
 
 @pytest.mark.parametrize("case", [c for c in ALL if c.double], ids=str)

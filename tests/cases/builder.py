@@ -54,8 +54,8 @@ class Net:
         self._names[stem] = self._names.get(stem, -1) + 1
         return f"{self._prefix}{stem}_{self._names[stem]}"
 
-    def input(self, *shape: int | str, name: str = "x", dtype: Any = None) -> Value:
-        """An input of the model; a string is a dynamic axis. dtype: a numpy dtype, by default the network's."""
+    def input(self, *shape: int | str | None, name: str = "x", dtype: Any = None) -> Value:
+        """An input of the model; a string is a dynamic axis, None one without a name. dtype: a numpy dtype, by default the network's."""
         self.inputs.append(helper.make_tensor_value_info(name, element(self.dtype if dtype is None else dtype), shape))
         return name
 
@@ -97,7 +97,8 @@ class Net:
         """One operator with several outputs."""
         names = [self.fresh(op_type.lower()) for _ in range(outputs)] if isinstance(outputs, int) else outputs
         label = self.fresh(f"{op_type}_node") if self.named else ""
-        self.nodes.append(helper.make_node(op_type, inputs, names, name=label, domain=domain, **attrs))
+        node = helper.make_node(op_type, inputs, names, name=label, domain=domain, **attrs)
+        self.nodes.append(node)
         return names
 
     def filters(self, cout: int, cin: int, *kernel: int, groups: int = 1) -> Value:
@@ -216,7 +217,14 @@ class Net:
     def child(self, prefix: str) -> Net:
         """The body of an If, a Loop, a Scan or a function: shares the seed's stream and the types, has operators of its own."""
         child = Net.__new__(Net)
-        child.__dict__ |= self.__dict__ | {"nodes": [], "initializers": [], "inputs": [], "outputs": [], "_names": {}, "_prefix": f"{prefix}/"}
+        child.__dict__ |= self.__dict__ | {
+            "nodes": [],
+            "initializers": [],
+            "inputs": [],
+            "outputs": [],
+            "_names": {},
+            "_prefix": f"{prefix}/",
+        }
         return child
 
     def graph(self, name: str = "body") -> onnx.GraphProto:
@@ -237,7 +245,9 @@ class Net:
             for t in self.initializers:
                 if t.name not in listed:
                     self.inputs.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
-        model = helper.make_model(self.graph("case"), opset_imports=opsets, ir_version=ir, functions=self.functions, producer_name="bnfold tests")
+        model = helper.make_model(
+            self.graph("case"), opset_imports=opsets, ir_version=ir, functions=self.functions, producer_name="bnfold tests"
+        )
         helper.set_model_props(model, self.metadata)
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
         if self.value_info:

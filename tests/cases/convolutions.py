@@ -12,7 +12,9 @@ SPATIAL = {1: ("L",), 2: ("H", "W"), 3: (5, 4, 6)}
 OPSETS = (6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 21, 22, 23, 24)
 
 
-def conv_bn(net: Net, *, cin: int = 4, cout: int = 6, dims: int = 2, groups: int = 1, bias: bool = True, epsilon: float | None = 1e-2, **attrs: int) -> None:
+def conv_bn(
+    net: Net, *, cin: int = 4, cout: int = 6, dims: int = 2, groups: int = 1, bias: bool = True, epsilon: float | None = 1e-2, **attrs: int
+) -> None:
     x = net.input("N", cin, *SPATIAL[dims])
     net.output(net.bn(net.conv(x, cin, cout, 3 if dims < 3 else 2, dims=dims, groups=groups, bias=bias, **attrs), cout, epsilon=epsilon))
 
@@ -36,7 +38,9 @@ for dims in (1, 2, 3):
             f"conv transpose {dims}-d {what} bias",
             2,
             draw=partial(conv_transpose_bn, dims=dims, bias=bias),
-            torch=lambda nn, d=dims, b=bias: nn.Sequential(getattr(nn, f"ConvTranspose{d}d")(4, 6, 3, 2, bias=b), getattr(nn, f"BatchNorm{d}d")(6)),
+            torch=lambda nn, d=dims, b=bias: nn.Sequential(
+                getattr(nn, f"ConvTranspose{d}d")(4, 6, 3, 2, bias=b), getattr(nn, f"BatchNorm{d}d")(6)
+            ),
             example=((3, 4, 5, 4, 3)[: dims + 2],),
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from onnx import helper, numpy_helper
 
 from .builder import Net
 from .case import Theme
@@ -22,7 +23,12 @@ def held(net: Net, *, hold: str, draw: Callable[[Net], None]) -> None:
 
 
 for hold, where in (("constant", "Constant nodes"), ("identity", "initializers behind Identity")):
-    for what, drawing in (("conv", conv_bn), ("gemm", gemm_bn), ("matmul and Add", matmul_add_bn), ("conv without bias", partial(conv_bn, bias=False))):
+    for what, drawing in (
+        ("conv", conv_bn),
+        ("gemm", gemm_bn),
+        ("matmul and Add", matmul_add_bn),
+        ("conv without bias", partial(conv_bn, bias=False)),
+    ):
         CASES.case(f"{what}, weights in {where}", 1, 3, 5, draw=partial(held, hold=hold, draw=drawing))
 CASES.case("conv, weights in Constant nodes, opset 9", 1, draw=partial(held, hold="constant", draw=conv_bn), opset=9)
 
@@ -131,15 +137,22 @@ def _(net: Net) -> None:
     x, w = net.input("N", 4, "H", "W"), net.filters(6, 4, 3, 3)
     y = net.op("Conv", x, w, output="conv")
     net.output(net.bn(y, 6))
-    for name in ("conv.bias", "conv.weight", "conv_bias", "conv_weight", f"{w}_folded", "conv_folded", "Conv_node_0.bias", "Conv_node_0.weight"):
+    for name in (
+        "conv.bias",
+        "conv.weight",
+        "conv_bias",
+        "conv_weight",
+        f"{w}_folded",
+        "conv_folded",
+        "Conv_node_0.bias",
+        "Conv_node_0.weight",
+    ):
         x = net.op("Relu", x, output=name)
     net.output(x)
 
 
 @CASES.case("weights as raw bytes, typed fields and a one-element tensor", 1)
 def _(net: Net) -> None:
-    from onnx import helper, numpy_helper
-
     x = net.input("N", 4, "H", "W")
     y = net.bn(net.conv(x, 4, 6), 6)
     net.output(y)
@@ -147,3 +160,33 @@ def _(net: Net) -> None:
         array = numpy_helper.to_array(t)
         if i % 2:
             net.initializers[i].CopyFrom(helper.make_tensor(t.name, t.data_type, array.shape, array.ravel().tolist()))
+
+
+# --- shapes that are not known -------------------------------------------------------------------------------------------------
+
+
+@CASES.case("dynamic axes without names", 1, 7)
+def _(net: Net) -> None:
+    y = net.bn(net.conv(net.input(None, 4, None, None), 4, 6), 6)
+    net.output(net.bn(net.gemm(net.op("Flatten", net.op("GlobalAveragePool", net.relu(y))), 6, 5), 5))
+
+
+@CASES.case("linear on tokens, BatchNorm on a dynamic axis", 6, left=1, reason="ax[ie]s")
+def _(net: Net) -> None:
+    """The length K is 6 whenever the model runs, but nothing says so."""
+    y = net.op("Add", net.op("MatMul", net.input("N", "K", 4), net.matrix(4, 6)), net.bias(6))
+    net.output(net.bn(y, 6))
+
+
+@CASES.case("Reshape whose meaning hangs on a dynamic axis", 7, left=1, reason=r"dynamic|ax[ie]s|varies")
+def _(net: Net) -> None:
+    """[N, 6, L] -> [N L / 2, 12]: which channel an element gets depends on L."""
+    y = net.conv(net.input("N", 4, "K"), 4, 6, 1, dims=1)
+    net.output(net.bn(net.reshape(y, -1, 12), 12))
+
+
+@CASES.case("Reshape to channels that the size of a dynamic axis hides", 7, left=1, reason=r"dynamic|ax[ie]s|varies|size|certain")
+def _(net: Net) -> None:
+    """[N, 6, K] -> [N, K, 6] without a Transpose, K being 6 when it runs."""
+    y = net.conv(net.input("N", 4, "K"), 4, 6, 1, dims=1)
+    net.output(net.bn(net.reshape(y, 0, -1, 6), 6))

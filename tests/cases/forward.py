@@ -99,7 +99,9 @@ def _(net: Net) -> None:
 # --- BatchNorm, activation, layer (lines 24, 25) ----------------------------------------------------------
 
 
-def preactivation(net: Net, *, activation: str = "Relu", positive: bool = True, shift: bool = True, constants: tuple[float | None, ...] = ()) -> None:
+def preactivation(
+    net: Net, *, activation: str = "Relu", positive: bool = True, shift: bool = True, constants: tuple[float | None, ...] = ()
+) -> None:
     x = net.bn(net.input("N", 4, "H", "W"), 4, positive=positive, shift=shift)
     if activation == "PRelu":
         y = net.op("PRelu", x, net.weight(net.rng.uniform(0.1, 0.5, (4, 1, 1)), "slope"))
@@ -120,11 +122,25 @@ CASES.case(
     example=((2, 4, 8, 7),),
 )
 CASES.case("BatchNorm without shift, Relu, conv", 24, draw=partial(preactivation, shift=False))
-CASES.case("BatchNorm without shift, Relu, conv, scales of both signs", 24, draw=partial(preactivation, shift=False, positive=False), left=1, reason="negative")
+CASES.case(
+    "BatchNorm without shift, Relu, conv, scales of both signs",
+    24,
+    draw=partial(preactivation, shift=False, positive=False),
+    left=1,
+    reason="negative",
+)
 CASES.case("BatchNorm, LeakyRelu, conv", 25, draw=partial(preactivation, activation="LeakyRelu"), left=1, reason="shift")
 CASES.case("BatchNorm without shift, LeakyRelu, conv", 25, draw=partial(preactivation, activation="LeakyRelu", shift=False))
 CASES.case("BatchNorm without shift, PRelu, conv", 25, draw=partial(preactivation, activation="PRelu", shift=False))
-CASES.case("BatchNorm without shift, Clip to 6, conv", 25, draw=partial(preactivation, activation="Clip", shift=False, constants=(0.0, 0.5)), left=1, reason="Clip")
+CASES.case(
+    "BatchNorm without shift, Clip to 6, conv",
+    25,
+    draw=partial(preactivation, activation="Clip", shift=False, constants=(0.0, 0.5)),
+    left=1,
+    reason="Clip",
+)
+CASES.case("BatchNorm without shift, Clip from 0, conv", 25, draw=partial(preactivation, activation="Clip", shift=False, constants=(0.0,)))
+CASES.case("BatchNorm, Clip from 0, conv", 25, draw=partial(preactivation, activation="Clip", constants=(0.0,)), left=1, reason="shift")
 CASES.case("BatchNorm, Sigmoid, conv", 25, draw=partial(preactivation, activation="Sigmoid", shift=False), left=1, reason="Sigmoid")
 CASES.case("BatchNorm, HardSwish, conv", 25, draw=partial(preactivation, activation="HardSwish"), left=1, reason="HardSwish")
 
@@ -192,10 +208,10 @@ CASES.case("BatchNorm before a gemm with alpha and beta", 27, draw=partial(bn_ge
 CASES.case("BatchNorm before a gemm with beta 0", 27, draw=partial(bn_gemm, beta=0.0, alpha=1.5))
 CASES.case("BatchNorm before a gemm with a scalar bias", 27, draw=partial(bn_gemm, c=()))
 CASES.case("BatchNorm before a gemm with a matrix of bias", 27, draw=partial(bn_gemm, c=(3, 6), rows=3))
-CASES.case("BatchNorm before a gemm with alpha 0", 27, draw=partial(bn_gemm, alpha=0.0), lively=False)
+CASES.case("BatchNorm before a gemm with alpha 0", 27, draw=partial(bn_gemm, alpha=0.0), lively=False, left=1, reason="alpha")
 
 
-@CASES.case("BatchNorm before a gemm with transA", 27, left=1, reason=r"ax[ie]s|rows")
+@CASES.case("BatchNorm before a gemm with transA", 27, left=1, reason=r"ax[ie]s|rows|output")
 def _(net: Net) -> None:
     """Axis 1 of the data is then the row of the product."""
     net.output(net.gemm(net.bn(net.input(4, 5), 5), 4, 6, transA=1))
@@ -294,7 +310,9 @@ def _(net: Net) -> None:
     net.output(net.conv(net.op("Concat", net.bn(x, 2), net.bn(z, 3), axis=1), 5, 4))
 
 
-def recurrent(net: Net, *, kind: str = "LSTM", direction: str = "forward", bias: bool = True, lengths: bool = False, **attrs: object) -> None:
+def recurrent(
+    net: Net, *, kind: str = "LSTM", direction: str = "forward", bias: bool = True, lengths: bool = False, **attrs: object
+) -> None:
     gates, both = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], 2 if direction == "bidirectional" else 1
     x = net.transpose(net.bn(net.input("N", 4, "L"), 4), 2, 0, 1)
     w = net.weight(net.normal(both, gates * 5, 4, scale=0.5), "W")

@@ -25,7 +25,9 @@ def quantised(net: Net, *, positive: bool = True, per_axis: bool = True) -> str:
 
 
 CASES.case("int8 filter dequantised per channel", 41, draw=lambda net: net.output(quantised(net)), double=False)
-CASES.case("int8 filter dequantised per channel, negative scales", 41, draw=lambda net: net.output(quantised(net, positive=False)), double=False)
+CASES.case(
+    "int8 filter dequantised per channel, negative scales", 41, draw=lambda net: net.output(quantised(net, positive=False)), double=False
+)
 
 
 @CASES.case("activations quantised between conv and BatchNorm", 42, left=1, reason=r"QuantizeLinear|rule")
@@ -108,7 +110,14 @@ CASES.case("infinite mean", 48, draw=partial(ill, which=2, value=np.inf), left=1
 CASES.case("infinite variance", 48, draw=partial(ill, which=3, value=np.inf), left=1, reason=r"(?i)inf", lively=False)
 CASES.case("negative variance", 48, draw=partial(ill, which=3, value=-0.5), left=1, reason=r"(?i)negative variance|variance", lively=False)
 CASES.case("slightly negative variance that epsilon makes up for", 48, draw=partial(ill, which=3, value=-1e-6), left=1, reason="variance")
-CASES.case("variance 0 and epsilon 0", 48, draw=partial(ill, which=3, value=0.0, epsilon=0.0), left=1, reason=r"(?i)variance|finite|zero", lively=False)
+CASES.case(
+    "variance 0 and epsilon 0",
+    48,
+    draw=partial(ill, which=3, value=0.0, epsilon=0.0),
+    left=1,
+    reason=r"(?i)variance|finite|zero",
+    lively=False,
+)
 CASES.case("variance 0 with epsilon", 48, draw=partial(ill, which=3, value=0.0))
 CASES.case("a gamma of zero", 48, draw=partial(ill, which=0, value=0.0), notes=r"(?i)dead|zero|0|prun", lively=False)
 

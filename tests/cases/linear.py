@@ -71,7 +71,9 @@ def _(net: Net) -> None:
 @CASES.case(
     "three dense layers",
     3,
-    torch=lambda nn: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
+    torch=lambda nn: nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
+    ),
     example=((5, 4),),
 )
 def _(net: Net) -> None:
@@ -200,23 +202,29 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("MatMul", net.input(3, 5, 4), net.matrix(3, 4, 5)), 5))
 
 
-@CASES.case("vector times matrix", 9)
+@CASES.case("vector times matrix", 9, left=1, reason="vector")
 def _(net: Net) -> None:
     y = net.op("MatMul", net.input(4), net.matrix(4, 6))
     net.output(net.bn(net.unsqueeze(y, 0), 6))
 
 
-def einsum_bn(net: Net, *, equation: str, data: tuple[int | str, ...], weight: tuple[int, ...], channels: int = 6, flip: bool = False) -> None:
+def einsum_bn(
+    net: Net, *, equation: str, data: tuple[int | str, ...], weight: tuple[int, ...], channels: int = 6, flip: bool = False
+) -> None:
     x, w = net.input(*data), net.matrix(*weight)
     net.output(net.bn(net.op("Einsum", *((w, x) if flip else (x, w)), equation=equation), channels))
 
 
 CASES.case("einsum as a matrix product", 10, draw=partial(einsum_bn, equation="nk,kc->nc", data=("N", 4), weight=(4, 6)))
-CASES.case("einsum with the weight first", 10, draw=partial(einsum_bn, equation="ck,nkl->ncl", data=("N", 4, "L"), weight=(6, 4), flip=True))
+CASES.case(
+    "einsum with the weight first", 10, draw=partial(einsum_bn, equation="ck,nkl->ncl", data=("N", 4, "L"), weight=(6, 4), flip=True)
+)
 CASES.case("einsum that moves the channels forward", 10, draw=partial(einsum_bn, equation="nlk,kc->ncl", data=("N", 6, 4), weight=(4, 6)))
 CASES.case("einsum over two axes", 10, draw=partial(einsum_bn, equation="nhk,hkc->nc", data=("N", 3, 4), weight=(3, 4, 6)))
 CASES.case(
-    "einsum whose channel comes from both operands", 10, draw=partial(einsum_bn, equation="nhk,hkc->nhc", data=("N", 6, 4), weight=(6, 4, 5))
+    "einsum whose channel comes from both operands",
+    10,
+    draw=partial(einsum_bn, equation="nhk,hkc->nhc", data=("N", 6, 4), weight=(6, 4, 5)),
 )
 CASES.case(
     "einsum whose channel comes from the data",

@@ -31,7 +31,10 @@ def instance(net: Net) -> None:
 
 @CASES.case("GroupNormalization with a scale per channel", 34, opset=21)
 def _(net: Net) -> None:
-    net.output(net.bn(net.op("GroupNormalization", net.input("N", 6, "H", "W"), net.bias(6), net.bias(6), num_groups=2), 6), shape=("N", 6, "H", "W"))
+    net.output(
+        net.bn(net.op("GroupNormalization", net.input("N", 6, "H", "W"), net.bias(6), net.bias(6), num_groups=2), 6),
+        shape=("N", 6, "H", "W"),
+    )
 
 
 @CASES.case("GroupNormalization as torch writes it", 34)
@@ -137,7 +140,10 @@ def _(net: Net) -> None:
 @CASES.case("parameters cast in the graph", 50)
 def _(net: Net) -> None:
     to = 11 if net.dtype == np.float64 else 1
-    cast = [net.op("Cast", net.constant(a.astype(np.float16)), to=to) for a in (net.rng.uniform(0.5, 1.5, 6), net.normal(6), net.normal(6), net.rng.uniform(0.5, 1.5, 6))]
+    cast = [
+        net.op("Cast", net.constant(a.astype(np.float16)), to=to)
+        for a in (net.rng.uniform(0.5, 1.5, 6), net.normal(6), net.normal(6), net.rng.uniform(0.5, 1.5, 6))
+    ]
     net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), params=cast))
 
 

@@ -22,7 +22,11 @@ def average(net: Net, *, positive: bool = False, shift: bool = True, **attrs: ob
 
 
 CASES.case(
-    "AveragePool", 12, draw=average, torch=lambda nn: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.BatchNorm2d(6)), example=((2, 4, 8, 7),)
+    "AveragePool",
+    12,
+    draw=average,
+    torch=lambda nn: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.BatchNorm2d(6)),
+    example=((2, 4, 8, 7),),
 )
 CASES.case("AveragePool with padding that doesn't count", 12, draw=partial(average, pads=[1, 1, 1, 0]))
 CASES.case("AveragePool with auto_pad, not counted", 12, draw=partial(average, auto_pad="SAME_UPPER", strides=[2, 2]))
@@ -38,13 +42,21 @@ CASES.case(
 )
 CASES.case("AveragePool with padding that counts, no shift", 12, draw=partial(average, pads=[1, 1, 1, 0], count_include_pad=1, shift=False))
 CASES.case(
-    "AveragePool with auto_pad that counts", 12, draw=partial(average, auto_pad="SAME_LOWER", count_include_pad=1), left=1, reason=PADDING, ort=False
+    "AveragePool with auto_pad that counts",
+    12,
+    draw=partial(average, auto_pad="SAME_LOWER", count_include_pad=1),
+    left=1,
+    reason=PADDING,
+    ort=False,
 )
 CASES.case("AveragePool with ceil_mode", 12, draw=partial(average, ceil_mode=1, strides=[2, 2]), opset=19)
 
 
 @CASES.case(
-    "GlobalAveragePool", 12, torch=lambda nn: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6)), example=((2, 4, 8, 7),)
+    "GlobalAveragePool",
+    12,
+    torch=lambda nn: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6)),
+    example=((2, 4, 8, 7),),
 )
 def _(net: Net) -> None:
     net.output(net.bn(net.op("GlobalAveragePool", net.conv(net.input("N", 4, "H", "W"), 4, 6)), 6))
@@ -67,9 +79,19 @@ CASES.case("ReduceMean over one axis, dropped", 12, draw=partial(mean, axes=(2,)
 CASES.case("ReduceMean over the batch", 12, draw=partial(mean, axes=(0,)))
 CASES.case("ReduceMean over channels", 12, draw=partial(mean, axes=(1,), channels=1))
 CASES.case(
-    "ReduceMean over channels, another axis takes their place", 12, draw=partial(mean, axes=(1,), keepdims=0, channels=4), left=1, reason=r"ax[ie]s"
+    "ReduceMean over channels, another axis takes their place",
+    12,
+    draw=partial(mean, axes=(1,), keepdims=0, channels=4),
+    left=1,
+    reason=r"ax[ie]s",
 )
 CASES.case("ReduceSum over space", 12, draw=lambda net: sum_bn(net))
+
+
+@CASES.case("ReduceMean over everything", 12)
+def _(net: Net) -> None:
+    y = net.op("ReduceMean", net.conv(net.input("N", 4, "H", "W"), 4, 6))
+    net.output(net.bn(y, 1))
 
 
 def sum_bn(net: Net) -> None:
@@ -102,7 +124,9 @@ CASES.case(
     example=((2, 4, 8, 7),),
 )
 CASES.case("GlobalMaxPool, positive scales", 13, draw=partial(maximum, kind="GlobalMaxPool"))
-CASES.case("GlobalMaxPool, some scales negative", 13, draw=partial(maximum, kind="GlobalMaxPool", positive=False), left=1, reason="negative")
+CASES.case(
+    "GlobalMaxPool, some scales negative", 13, draw=partial(maximum, kind="GlobalMaxPool", positive=False), left=1, reason="negative"
+)
 CASES.case("ReduceMax, positive scales", 13, draw=partial(maximum, kind="ReduceMax"))
 CASES.case("ReduceMax, some scales negative", 13, draw=partial(maximum, kind="ReduceMax", positive=False), left=1, reason="negative")
 
@@ -194,7 +218,12 @@ def _(net: Net) -> None:
 def _(net: Net) -> None:
     """exclude_outside renormalises, so the weights sum to 1 still."""
     y = net.op(
-        "Resize", net.conv(net.input(2, 4, 6, 5), 4, 6), "", net.constant(np.array([1, 1, 2, 2], np.float32)), mode="cubic", exclude_outside=1
+        "Resize",
+        net.conv(net.input(2, 4, 6, 5), 4, 6),
+        "",
+        net.constant(np.array([1, 1, 2, 2], np.float32)),
+        mode="cubic",
+        exclude_outside=1,
     )
     net.output(net.bn(y, 6))
 

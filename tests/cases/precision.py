@@ -63,7 +63,9 @@ def _(net: Net) -> None:
     net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6))
 
 
-@CASES.case("two BatchNorms of mixed types in a row", 33, 43, dtype="float16", statistics="float32", opset=15, double=False, roundoffs=64, ort=False)
+@CASES.case(
+    "two BatchNorms of mixed types in a row", 33, 43, dtype="float16", statistics="float32", opset=15, double=False, roundoffs=64, ort=False
+)
 def _(net: Net) -> None:
     net.output(net.bn(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6), 6))
 
@@ -74,6 +76,16 @@ def _(net: Net) -> None:
     var = net.weight(np.array([1, 1, 1e-7, 1, 1, 1]), "var")
     w = net.weight(net.normal(6, 4, 3, 3) * 100, "filters")
     net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6, weight=w), params=[gamma, beta, mean, var], epsilon=1e-8))
+
+
+@CASES.case(
+    "a fold whose weights are too small for float16", 43, 48, dtype="float16", double=False, notes=r"too small|small", roundoffs=1e4
+)
+def _(net: Net) -> None:
+    gamma, beta, mean, var = net.bn_params(6)
+    w = net.weight(net.normal(6, 4, 3, 3) * 1e-4, "filters")
+    tiny = net.weight(np.full(6, 1e-3), "gamma")
+    net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6, weight=w), params=[tiny, beta, mean, var]))
 
 
 # --- old opsets (line 44) -----------------------------------------------------------------------------------------
@@ -104,7 +116,15 @@ def spatial0(net: Net, *, behind: str, channels: tuple[int, ...] = (6, 2, 3)) ->
 
 for opset in (7, 8):
     CASES.case(f"spatial 0 behind a gemm and a Reshape, opset {opset}", 44, draw=partial(spatial0, behind="gemm"), opset=opset, ort=False)
-    CASES.case(f"spatial 0 behind a conv, opset {opset}", 44, draw=partial(spatial0, behind="conv"), opset=opset, ort=False, left=1, reason=r"ax[ie]s")
+    CASES.case(
+        f"spatial 0 behind a conv, opset {opset}",
+        44,
+        draw=partial(spatial0, behind="conv"),
+        opset=opset,
+        ort=False,
+        left=1,
+        reason=r"ax[ie]s",
+    )
 CASES.case("spatial 0 behind a conv, opset 6", 44, draw=partial(spatial0, behind="conv"), opset=6, ort=False, left=1, reason=r"ax[ie]s")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import onnx
 from onnx import helper
 
 from .builder import Net, Value, element
@@ -35,12 +36,56 @@ for opset in (7, 11, 13, 18, 22):
 CASES.case("both branches of an If, one with weights of the outer scope", 40, draw=partial(conditional, outer=True))
 
 
-@CASES.case("conv outside, BatchNorm inside an If", 40, left=2, reason=r"scope|subgraph|outer|If|input|used|elsewhere|users|produced|outside")
+@CASES.case(
+    "conv outside, BatchNorm inside an If", 40, left=2, reason=r"scope|subgraph|outer|If|input|used|elsewhere|users|produced|outside"
+)
 def _(net: Net) -> None:
     """The conv is read by both branches."""
     flag, x = net.input(name="flag", dtype=np.bool_), net.input("N", 4, "H", "W")
     y = net.conv(x, 4, 6)
-    net.output(net.op("If", flag, then_branch=branch(net, "then", y, conv=False), else_branch=branch(net, "else", y, conv=False)), shape=("N", 6, "h", "w"))
+    net.output(
+        net.op("If", flag, then_branch=branch(net, "then", y, conv=False), else_branch=branch(net, "else", y, conv=False)),
+        shape=("N", 6, "h", "w"),
+    )
+
+
+@CASES.case("conv outside, BatchNorm inside one branch of an If", 40)
+def _(net: Net) -> None:
+    """Nobody else reads the conv. The branch's output must still be made inside the branch."""
+    flag, x = net.input(name="flag", dtype=np.bool_), net.input("N", 4, "H", "W")
+    y = net.conv(x, 4, 6)
+    plain = net.child("else")
+    plain.output(plain.conv(x, 4, 6))
+    net.output(
+        net.op("If", flag, then_branch=branch(net, "then", y, conv=False), else_branch=plain.graph("else")), shape=("N", 6, "h", "w")
+    )
+
+
+@CASES.case("conv outside, BatchNorm inside a Loop", 40)
+def _(net: Net) -> None:
+    """Every turn adds the same normalised value."""
+    y = net.conv(net.input("N", 4, 6, 6), 4, 4)
+    body = net.child("loop")
+    body.inputs = [
+        helper.make_tensor_value_info("turn", 7, ()),
+        helper.make_tensor_value_info("go_on", 9, ()),
+        helper.make_tensor_value_info("state", element(net.dtype), None),
+    ]
+    body.output(body.op("Identity", "go_on"), dtype=np.bool_)
+    body.output(body.op("Add", "state", body.bn(y, 4)))
+    start = net.input("N", 4, 4, 4, name="start")
+    net.output(net.op("Loop", net.constant(np.array(3, np.int64)), "", start, body=body.graph("body")), shape=("N", 4, 4, 4))
+
+
+@CASES.case("BatchNorm outside, conv inside an If", 40, 22, left=1, reason=r"If|scope|used|output|subgraph|rule")
+def _(net: Net) -> None:
+    """Both branches read the BatchNorm's output, one of them as it is."""
+    flag, x = net.input(name="flag", dtype=np.bool_), net.input("N", 4, "H", "W")
+    y = net.bn(x, 4)
+    inner, plain = net.child("then"), net.child("else")
+    inner.output(inner.conv(y, 4, 4, 1))
+    plain.output(plain.op("Sigmoid", y))
+    net.output(net.op("If", flag, then_branch=inner.graph("then"), else_branch=plain.graph("else")), shape=("N", 4, "h", "w"))
 
 
 @CASES.case("conv inside an If, BatchNorm behind it", 40, left=1, reason=r"If|rule")
@@ -133,7 +178,10 @@ def _(net: Net) -> None:
 def scan(net: Net) -> None:
     """A dense layer, a BatchNorm and a running sum over the sequence [L, N, 4]."""
     body = net.child("scan")
-    body.inputs = [helper.make_tensor_value_info("sum", element(net.dtype), (2, 5)), helper.make_tensor_value_info("item", element(net.dtype), (2, 4))]
+    body.inputs = [
+        helper.make_tensor_value_info("sum", element(net.dtype), (2, 5)),
+        helper.make_tensor_value_info("item", element(net.dtype), (2, 4)),
+    ]
     y = body.op("Add", "sum", body.relu(body.bn(body.gemm("item", 4, 5), 5)))
     body.output(y, body.op("Identity", y), shape=(2, 5))
     start, x = net.constant(np.zeros((2, 5), net.dtype)), net.input("L", 2, 4)
@@ -196,6 +244,18 @@ def _(net: Net) -> None:
     net.function("Norm", ["x", "gamma", "beta", "mean", "var"], [y], body)
     y = net.op("Norm", net.conv(net.input("N", 4, "H", "W"), 4, 6), *net.bn_params(6), domain="local")
     net.output(y, shape=("N", 6, "h", "w"))
+
+
+@CASES.case("a local function whose epsilon is an attribute of the call", 40, ir=8)
+def _(net: Net) -> None:
+    names = ["x", "gamma", "beta", "mean", "var"]
+    node = helper.make_node("BatchNormalization", names, ["y"])
+    node.attribute.append(onnx.AttributeProto(name="epsilon", ref_attr_name="eps", type=onnx.AttributeProto.FLOAT))
+    net.functions.append(helper.make_function("local", "Norm", names, ["y"], [node], [helper.make_opsetid("", net.opset)], ["eps"]))
+    x = net.input("N", 4, "H", "W")
+    for cin, cout, eps in ((4, 6, 0.5), (6, 3, 2.0)):
+        x = net.op("Norm", net.conv(x, cin, cout), *net.bn_params(cout), domain="local", eps=eps)
+    net.output(x, shape=("N", 3, "h", "w"))
 
 
 @CASES.case("a local function that calls another", 40, ir=8)

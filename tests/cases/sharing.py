@@ -26,10 +26,20 @@ for kind in ("conv", "gemm"):
         left = 0 if clone else 1
         CASES.case(f"{kind} with another user{how}", 36, draw=partial(two_users, kind=kind), clone=clone, left=left, reason=SHARED)
         CASES.case(
-            f"{kind} with two BatchNorms{how}", 36, draw=partial(two_users, kind=kind, second="bn"), clone=clone, left=2 * left, reason=SHARED
+            f"{kind} with two BatchNorms{how}",
+            36,
+            draw=partial(two_users, kind=kind, second="bn"),
+            clone=clone,
+            left=2 * left,
+            reason=SHARED,
         )
         CASES.case(
-            f"{kind} whose output is one of the model's{how}", 37, draw=partial(two_users, kind=kind, second="output"), clone=clone, left=left, reason=SHARED
+            f"{kind} whose output is one of the model's{how}",
+            37,
+            draw=partial(two_users, kind=kind, second="output"),
+            clone=clone,
+            left=left,
+            reason=SHARED,
         )
 
 
@@ -73,7 +83,7 @@ def siamese(net: Net, *, equal: bool, kind: str = "conv", bias: bool = True) -> 
     b = net.bias(6) if bias else ""
     ys = [net.conv(v, 4, 6, weight=w, bias=b) if kind == "conv" else net.op("Gemm", v, w, b) for v in (x, z)]
     params = [net.bn_params(6)] * 2 if equal else [net.bn_params(6), net.bn_params(6)]
-    net.output(*(net.relu(net.bn(y, params=p)) for y, p in zip(ys, params, strict=True)))
+    net.output(*(net.op("LeakyRelu", net.bn(y, params=p)) for y, p in zip(ys, params, strict=True)))
 
 
 for kind in ("conv", "gemm"):
@@ -115,6 +125,25 @@ def _(net: Net) -> None:
 def _(net: Net) -> None:
     w = net.filters(6, 4, 3, 3)
     net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6, weight=w), 6), net.op("Identity", w))
+
+
+@CASES.case("a filter that is an output of the model itself", 38)
+def _(net: Net) -> None:
+    w = net.filters(6, 4, 3, 3)
+    net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6, weight=w), 6))
+    net.output(w, shape=(6, 4, 3, 3))
+
+
+@CASES.case("two BatchNorms in a row, the first an output of the model", 33, 37, left=1, reason=SHARED)
+def _(net: Net) -> None:
+    y = net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6)
+    net.output(y, net.bn(y, 6))
+
+
+@CASES.case("BatchNorm output added to itself", 37)
+def _(net: Net) -> None:
+    y = net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6)
+    net.output(net.op("Add", y, y))
 
 
 # --- shared BatchNorm parameters (line 39) ------------------------------------------------------------------------

@@ -131,7 +131,15 @@ def chain(net: Net, *, ops: tuple[str, ...], before: bool, shape: tuple[int, ...
 
 for before in (True, False):
     where = "before" if before else "behind"
-    for ops in (("Mul", "Add"), ("-Mul", "-Add"), ("Sub",), ("-Sub",), ("Div",), ("Sub", "Div", "Mul", "Add"), ("Add", "-Mul", "-Sub", "Div")):
+    for ops in (
+        ("Mul", "Add"),
+        ("-Mul", "-Add"),
+        ("Sub",),
+        ("-Sub",),
+        ("Div",),
+        ("Sub", "Div", "Mul", "Add"),
+        ("Add", "-Mul", "-Sub", "Div"),
+    ):
         CASES.case(f"{' '.join(ops)} {where} the BatchNorm", 33, draw=partial(chain, ops=ops, before=before))
 CASES.case("scalar Mul and Add before the BatchNorm", 33, draw=partial(chain, ops=("Mul", "Add"), before=True, shape=()))
 CASES.case("Mul by (1, 6, 1, 1) before the BatchNorm", 33, draw=partial(chain, ops=("Mul", "-Sub"), before=True, shape=(1, 6, 1, 1)))
