@@ -92,4 +92,5 @@ def multiply_adds(node: Node) -> int | None:
 
 
 def _summed(node: Node) -> str:
-    return next(name for name in node.attrs["w"] if name not in node.attrs["y"])
+    letters: str = node.attrs["w"]
+    return next(name for name in letters if name not in node.attrs["y"])

@@ -124,7 +124,7 @@ def add_down(node: Node, maps: list[Affine]) -> list[Step]:
     """(s*x + t) + (s*y + u) = s*(x + y) + (t + u): the scales must agree."""
     scale = maps[0].scale
     for a in maps[1:]:
-        if not np.array_equal(*np.broadcast_arrays(scale, a.scale)):
+        if not (scale == a.scale).all():
             raise Blocked("its branches would need the same scale")
         scale = scale if scale.ndim >= a.scale.ndim and scale.size >= a.scale.size else a.scale
     shift: Array = np.zeros(())

@@ -35,7 +35,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; a number that JSON can't say (NaN, infinity) becomes null."""
-        return {"schema": self.schema} | _plain(self)
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
 
 def _plain(x: Any) -> Any:

@@ -256,5 +256,5 @@ def reshaped(canonical: tuple[int, ...], stored: tuple[int, ...]) -> Layout:
 
 def largest(dtype: ir.DataType | None) -> float:
     """The largest finite number of a float type (float32 where it isn't known)."""
-    kind = dtype.numpy() if dtype in FLOATS else np.dtype(np.float32)  # type: ignore[union-attr]
-    return float(ml_dtypes.finfo(kind).max)
+    kind = dtype.numpy() if dtype is not None and dtype in FLOATS else np.dtype(np.float32)
+    return float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]

@@ -219,7 +219,10 @@ def normalisation(ctx: Lowering, node: ir.Node) -> str | None:
     beta = ctx.param(node, 2, shape) or Param(
         None, shape, Layout("new", lambda c: c, lambda c: np.broadcast_to(c, shape).reshape(tensor.shape))
     )
-    ctx.emit("Normalisation", node, [x], {}, {"gamma": ctx.param(node, 1, shape), "beta": beta}, {"gamma": 1, "beta": 2})
+    gamma = ctx.param(node, 1, shape)
+    if gamma is None:
+        return "its own scale is quantised"
+    ctx.emit("Normalisation", node, [x], {}, {"gamma": gamma, "beta": beta}, {"gamma": 1, "beta": 2})
     for extra in node.outputs[1:]:
         ctx.value(extra)  # statistics, which its own affine part doesn't touch
     return None

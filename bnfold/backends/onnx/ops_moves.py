@@ -158,9 +158,13 @@ def _split(ctx: Lowering, node: ir.Node) -> str | None:
     for v, n in zip(node.outputs, parts, strict=True):
         ctx.set_rank(v, rank)
         cut = (slice(None),) * axis + (slice(start, start + int(n)),)
-        _move(ctx, node, lambda xs, _, cut=cut: xs[0][cut], _same(rank, (axis,)), output=v)
+        _move(ctx, node, _cut(cut), _same(rank, (axis,)), output=v)
         start += int(n)
     return None
+
+
+def _cut(where: tuple[slice, ...]) -> Run:
+    return lambda xs, _: xs[0][where]
 
 
 def _gather(ctx: Lowering, node: ir.Node) -> str | None:
