@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import convolutions, forms, forward, health, linear, moves, norms, pools, precision, scopes, sharing, sums
+from . import channels, convolutions, forms, forward, health, linear, moves, norms, pools, precision, scopes, sharing, sums
 from .builder import Net
 from .case import Case
 
@@ -10,6 +10,7 @@ ALL: list[Case] = [
     *convolutions.CASES,
     *linear.CASES,
     *moves.CASES,
+    *channels.CASES,
     *pools.CASES,
     *sums.CASES,
     *forward.CASES,

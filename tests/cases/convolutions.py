@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from .builder import Net
 from .case import Theme
@@ -13,7 +14,7 @@ OPSETS = (6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 21, 22, 23, 24)
 
 
 def conv_bn(
-    net: Net, *, cin: int = 4, cout: int = 6, dims: int = 2, groups: int = 1, bias: bool = True, epsilon: float | None = 1e-2, **attrs: int
+    net: Net, *, cin: int = 4, cout: int = 6, dims: int = 2, groups: int = 1, bias: bool = True, epsilon: float | None = 1e-2, **attrs: Any
 ) -> None:
     x = net.input("N", cin, *SPATIAL[dims])
     net.output(net.bn(net.conv(x, cin, cout, 3 if dims < 3 else 2, dims=dims, groups=groups, bias=bias, **attrs), cout, epsilon=epsilon))
@@ -105,7 +106,7 @@ def _(net: Net) -> None:
     net.output(x)
 
 
-def _stack(nn):  # type: ignore[no-untyped-def]
+def _stack(nn: Any) -> list[Any]:
     return [f for i, o in ((3, 5), (5, 4), (4, 6)) for f in (nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())]
 
 

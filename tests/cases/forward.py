@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ PADDED = r"shift|pad"
 # --- BatchNorm, then a convolution (lines 22, 23, 32) ---------------------------------------------------
 
 
-def bn_conv(net: Net, *, dims: int = 2, groups: int = 1, bias: bool = True, shift: bool = True, kernel: int = 3, **attrs: object) -> None:
+def bn_conv(net: Net, *, dims: int = 2, groups: int = 1, bias: bool = True, shift: bool = True, kernel: int = 3, **attrs: Any) -> None:
     """A BatchNorm on the input, so that it can only go forward."""
     x = net.input("N", 4, *{1: ("L",), 2: ("H", "W"), 3: (5, 4, 6)}[dims])
     net.output(net.conv(net.bn(x, 4, shift=shift), 4, 6, kernel, dims=dims, groups=groups, bias=bias, **attrs))
@@ -194,7 +195,7 @@ def _(net: Net) -> None:
 # --- BatchNorm, dense layer (line 27) -------------------------------------------------------------------------
 
 
-def bn_gemm(net: Net, *, k: int = 4, c: tuple[int, ...] | None = (6,), rows: int | str = "N", **attrs: object) -> None:
+def bn_gemm(net: Net, *, k: int = 4, c: tuple[int, ...] | None = (6,), rows: int | str = "N", **attrs: Any) -> None:
     bias = False if c is None else net.weight(net.normal(*c), "bias")
     net.output(net.gemm(net.bn(net.input(rows, k), k), k, 6, bias=bias, **attrs))
 
@@ -310,9 +311,7 @@ def _(net: Net) -> None:
     net.output(net.conv(net.op("Concat", net.bn(x, 2), net.bn(z, 3), axis=1), 5, 4))
 
 
-def recurrent(
-    net: Net, *, kind: str = "LSTM", direction: str = "forward", bias: bool = True, lengths: bool = False, **attrs: object
-) -> None:
+def recurrent(net: Net, *, kind: str = "LSTM", direction: str = "forward", bias: bool = True, lengths: bool = False, **attrs: Any) -> None:
     gates, both = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], 2 if direction == "bidirectional" else 1
     x = net.transpose(net.bn(net.input("N", 4, "L"), 4), 2, 0, 1)
     w = net.weight(net.normal(both, gates * 5, 4, scale=0.5), "W")
@@ -333,7 +332,7 @@ CASES.case("BatchNorm before an LSTM at opset 7", 30, draw=recurrent, opset=7)
 CASES.case("BatchNorm before an LSTM with lengths", 30, draw=partial(recurrent, lengths=True), opset=14, below=4)
 
 
-def bn_conv_transpose(net: Net, *, shift: bool = True, groups: int = 1, **attrs: object) -> None:
+def bn_conv_transpose(net: Net, *, shift: bool = True, groups: int = 1, **attrs: Any) -> None:
     net.output(net.conv_transpose(net.bn(net.input("N", 4, "H", "W"), 4, shift=shift), 4, 6, groups=groups, **attrs))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ PADDING = r"pad|shift"
 # --- averages (line 12) --------------------------------------------------------------------------
 
 
-def average(net: Net, *, positive: bool = False, shift: bool = True, **attrs: object) -> None:
+def average(net: Net, *, positive: bool = False, shift: bool = True, **attrs: Any) -> None:
     y = net.op("AveragePool", net.conv(net.input("N", 4, "H", "W"), 4, 6), kernel_shape=[3, 2], **attrs)
     net.output(net.bn(y, 6, positive=positive, shift=shift))
 
@@ -154,7 +155,7 @@ def _(net: Net) -> None:
 # --- Resize and Upsample (line 14) -----------------------------------------------------------------
 
 
-def resized(net: Net, *, scales: tuple[float, ...] = (1, 1, 2, 3), sizes: tuple[int, ...] = (), **attrs: object) -> None:
+def resized(net: Net, *, scales: tuple[float, ...] = (1, 1, 2, 3), sizes: tuple[int, ...] = (), **attrs: Any) -> None:
     y = net.conv(net.input(2, 4, 6, 5), 4, 6)
     if net.opset < 10:
         y = net.op("Upsample", y, *([net.constant(np.array(scales, np.float32))] if net.opset == 9 else []), **attrs)

@@ -82,7 +82,7 @@ def _(net: Net) -> None:
     "a fold whose weights are too small for float16", 43, 48, dtype="float16", double=False, notes=r"too small|small", roundoffs=1e4
 )
 def _(net: Net) -> None:
-    gamma, beta, mean, var = net.bn_params(6)
+    _, beta, mean, var = net.bn_params(6)
     w = net.weight(net.normal(6, 4, 3, 3) * 1e-4, "filters")
     tiny = net.weight(np.full(6, 1e-3), "gamma")
     net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6, weight=w), params=[tiny, beta, mean, var]))
@@ -91,7 +91,7 @@ def _(net: Net) -> None:
 # --- old opsets (line 44) -----------------------------------------------------------------------------------------
 
 
-def old_bn(net: Net, *, cut: bool = False, **attrs: int) -> None:
+def old_bn(net: Net, *, cut: bool = False, **attrs: Any) -> None:
     net.output(net.bn(net.conv(net.input("N", 4, 7, 6), 4, 6), 6, **attrs))
 
 
