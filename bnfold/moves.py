@@ -32,7 +32,7 @@ def move_up(node: Node, a: Affine, *, shrink: bool = True) -> list[Affine]:
         both = []
         for c in (a.scale, a.shift):
             flat = np.full(ends[-1], np.nan)
-            wanted = np.broadcast_to(c, ids.shape)
+            wanted = _over(c, ids.shape)
             flat[ids] = wanted
             if (flat[ids] != wanted).any() and not np.array_equal(flat[ids], wanted, equal_nan=True):
                 raise Blocked("copies of one element would need different maps")
@@ -50,11 +50,18 @@ def move_down(node: Node, maps: list[Affine]) -> Affine:
         along = {i: max(a.shape[i] if a.rank else 1 for a in maps) for i in node.attrs["kept"]}
         shapes, ids = _numbered(node, probe, along)
         scale, shift = (
-            np.concatenate([np.broadcast_to(c, shape).ravel() for c, shape in zip(cs, shapes, strict=True)])[ids]
+            np.concatenate([_over(c, shape).ravel() for c, shape in zip(cs, shapes, strict=True)])[ids]
             for cs in ([a.scale for a in maps], [a.shift for a in maps])
         )
         found.append(_shrunk(Affine(scale, shift)))
     return _agreed(found, True).settled()
+
+
+def _over(c: Array, shape: tuple[int, ...]) -> Array:
+    """The coefficients of every element."""
+    if any(n not in (1, size) for n, size in zip(c.shape, shape, strict=False)):
+        raise Blocked("the map varies along an axis of dynamic size")
+    return np.broadcast_to(c, shape)
 
 
 def _probes(node: Node) -> int:

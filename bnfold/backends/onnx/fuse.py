@@ -8,8 +8,8 @@ from ...fold import Outcome, fold
 from ...graph import Node
 from ...merge import Merge, merge
 from ...report import Counts, FuseReport, Layer, Merged
-from .lower import lower
-from .walk import batchnorms
+from .lower import Lowering
+from .walk import batchnorms, name_of
 from .write import inlined, stored_bytes, write
 
 
@@ -17,21 +17,23 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
     fused = inlined(model)
     before = batchnorms(fused)
-    graph = lower(fused)
+    lowering = Lowering(fused)
+    graph = lowering.graph()
     affine = [node for site in graph.sites for node in site.nodes]
     outcomes = fold(graph, clone=clone)
     merges = merge(graph) if before else []
     into_host = {m.branch: m.host for m in merges if m.branch is not None}
     outcomes = [_merged(o, into_host) for o in outcomes]
     notes: dict[Node, str] = {}
-    if merges or any(o.folded for o in outcomes):
+    values = {node: lowering.constants.get(node.outputs[0]) for node in lowering.computed}
+    if values or merges or any(o.folded for o in outcomes):
         left = set(graph.nodes)
-        notes = write(fused, graph, [node for node in affine if node not in left and node not in into_host], merges)
+        notes = write(fused, graph, [node for node in affine if node not in left and node not in into_host], merges, values)
     else:
         fused = model.clone()
     report = FuseReport(
         batchnorms=Counts(before, batchnorms(fused)),
-        layers=tuple(_layer(o, notes) for o in outcomes if o.site.is_batchnorm or o.folded),
+        layers=(*map(_computed_layer, values), *(_layer(o, notes) for o in outcomes if o.site.is_batchnorm or o.folded)),
         merged=tuple(Merged(host.name, branches) for host, branches in _by_host(merges).items()),
         bytes_added=max(0, stored_bytes(fused) - stored_bytes(model)),
     )
@@ -53,6 +55,13 @@ def _by_host(merges: list[Merge]) -> dict[Node, tuple[str, ...]]:
         names = into.pop(m.branch, []) if m.branch is not None else []
         into.setdefault(m.host, [m.host.name]).extend([m.branch.name if m.branch is not None else "identity", *names[1:]])
     return {host: tuple(names) for host, names in into.items()}
+
+
+def _computed_layer(node: ir.Node) -> Layer:
+    channels = node.inputs[1].shape if node.inputs[1] is not None else None
+    size = channels[0] if channels else 0
+    count = size if isinstance(size, int) else 0
+    return Layer(name_of(node), count, "folded", (), "", ("it normalises constants alone, so it was computed once",))
 
 
 def _layer(outcome: Outcome, notes: dict[Node, str]) -> Layer:

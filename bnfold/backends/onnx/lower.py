@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
-from .constants import FLOATS, Constants
+from .constants import CONTROL, FLOATS, Constants
 from .shapes import Shapes
 from .walk import all_graphs, attribute, is_standard, name_of, subgraphs
 
@@ -35,12 +35,29 @@ class Lowering:
         self.model = model
         self.shapes = Shapes(model)
         self.constants = Constants(model, self.shapes)
+        if computed := self._computed_settings():
+            self.shapes = Shapes(model, computed)
+            self.constants = Constants(model, self.shapes)
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
         self.nodes: list[Node] = []
         self.sites: dict[Any, Site] = {}
+        self.computed: list[ir.Node] = []  # BatchNorms of constants (weight standardisation)
         self._values: dict[ir.Value, Value] = {}
         self._tensors: dict[Any, Tensor] = {}
         self._ranks: dict[ir.Value, int] = {}  # where the shape inference knows nothing but the operator does
+
+    def _computed_settings(self) -> dict[str, npt.NDArray[Any]]:
+        """The small integers that the graph computes from constants and that decide a size which isn't known yet."""
+        found = {}
+        for node in self.model.graph:
+            if node.op_type in CONTROL or not self.shapes.uncertain(node):
+                continue
+            for v in node.inputs:
+                if v is not None and v.producer() is not None and self.constants.is_constant(v) and self.constants.stored(v) is None:
+                    array = self.constants.get(v)
+                    if array is not None and v.name and array.dtype == np.int64 and array.size <= 64:
+                        found[v.name] = array
+        return found
 
     def graph(self) -> Graph:
         self._lower(self.model.graph)
@@ -57,6 +74,8 @@ class Lowering:
             for _, inner in subgraphs(node):
                 self._lower(inner)
             if node.outputs and all(self.constants.is_constant(v) for v in node.outputs):
+                if node.op_type == "BatchNormalization" and is_standard(node):
+                    self.computed.append(node)
                 continue  # constants are parameters of those who read them
             kinds = [self.shapes.dtype(v) for v in node.outputs]
             if kinds and all(kind is not None and kind not in FLOATS for kind in kinds):
@@ -232,7 +251,9 @@ class Lowering:
 
 
 def lower(model: ir.Model) -> Graph:
-    """The model's operators in topological order, those of subgraphs before the node that holds them.
+    """The neutral graph of a model (see `Lowering` for what else is found out on the way).
+
+    It holds the model's operators in topological order, those of subgraphs before the node that holds them.
 
     Functions are a barrier here; `write.inlined` puts their bodies in the calls' places first.
     """

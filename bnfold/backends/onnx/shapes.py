@@ -7,8 +7,10 @@ chance. Where the inference knows nothing (an operator outside the standard), th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -22,12 +24,15 @@ Dims = tuple["int | None", ...]
 
 
 class Shapes:
-    """probes(value): the shapes at each probe, None for what isn't known. rank(value). dtype(value)."""
+    """probes(value): the shapes at each probe, None for what isn't known. rank(value). dtype(value).
 
-    def __init__(self, model: ir.Model) -> None:
+    computed: small constants that the graph computes (by value name), which the inference can't work out by itself.
+    """
+
+    def __init__(self, model: ir.Model, computed: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
         self._probes: list[dict[ir.Value, Dims]] = []
         self._types: dict[ir.Value, int] = {}
-        skeleton = _skeleton(model)
+        skeleton = _skeleton(model, computed or {})
         for sizes in _probe_sizes(model):
             proto = onnx.ModelProto()
             proto.CopyFrom(skeleton)
@@ -59,6 +64,11 @@ class Shapes:
             for name, subgraph in subgraphs(node):
                 if name in inner and inner[name].HasField("g"):
                     self._collect(subgraph, inner[name].g, found)
+
+    def uncertain(self, node: ir.Node) -> bool:
+        """Whether some size of the node's outputs isn't known."""
+        found = [self.probes(v) for v in node.outputs]
+        return any(probes is None or any(None in dims for dims in probes) for probes in found)
 
     def probes(self, value: ir.Value) -> tuple[Dims, ...] | None:
         if value.const_value is not None:
@@ -105,7 +115,7 @@ def _probe_sizes(model: ir.Model) -> Iterator[dict[tuple[str, int], int]]:
         yield sizes
 
 
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
+def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx.ModelProto:
     """The model without its large weights (these become inputs) and without the shapes that the inference can find itself."""
     clone = model.clone()
     for value in list(clone.graph.initializers.values()):
@@ -115,6 +125,13 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
             value.const_value = None
             if value not in clone.graph.inputs:
                 clone.graph.inputs.append(value)
+    for node in list(clone.graph):
+        for i, v in enumerate(node.inputs):
+            if v is not None and v.name in computed and v.producer() is not None:
+                name = f"{v.name}.computed"
+                if name not in clone.graph.initializers:
+                    clone.graph.register_initializer(ir.Value(name=name, const_value=ir.Tensor(computed[v.name], name=name)))
+                node.replace_input_with(i, clone.graph.initializers[name])
     _forget_shapes(clone.graph)
     return ir.to_proto(clone)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -29,13 +29,27 @@ def inlined(model: ir.Model) -> ir.Model:
     return copy
 
 
-def write(model: ir.Model, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = ()) -> dict[Node, str]:
+def write(
+    model: ir.Model,
+    graph: Graph,
+    removed: Iterable[Node],
+    merges: Iterable[Merge] = (),
+    computed: Mapping[ir.Node, npt.NDArray[Any] | None] | None = None,
+) -> dict[Node, str]:
     """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes and merged sums out.
+
+    computed: nodes to replace by the constants that they make.
 
     Returns a note for each node whose weights lost precision to the range of their type. Raises RuntimeError on an update that
     nothing here can write: it must never be lost.
     """
-    return _Writer(model).write(graph, removed, merges)
+    writer = _Writer(model)
+    writer.write(graph, removed, merges)
+    for node, array in (computed or {}).items():
+        if array is not None:
+            writer.compute(node, array)
+    writer.sweep()
+    return writer.notes
 
 
 def stored_bytes(model: ir.Model) -> int:
@@ -59,7 +73,7 @@ class _Writer:
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
         self.notes: dict[Node, str] = {}
 
-    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> dict[Node, str]:
+    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
         self._make_clones([node for node in graph.nodes if isinstance(node.native, Native) and node.native.clone_of is not None])
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
@@ -100,9 +114,8 @@ class _Writer:
             self._remove(node.native.node, node.native.source)
         for m in merges:
             self._remove(m.add.native.node, m.kept_input)
-        self._sweep()
+        self.sweep()
         self._keep_names()
-        return self.notes
 
     def _make_clones(self, clones: list[Node]) -> None:
         """Make the ONNX nodes of doubled operators, and let those who want the copy read it."""
@@ -149,7 +162,7 @@ class _Writer:
         return value
 
     def _rescaled(self, old: ir.Value, how: Quantised, scale: Array) -> ir.Value:
-        """A DequantizeLinear like the one that makes `old`, with its scales times |scale| and its integers negated where that is negative."""
+        """A DequantizeLinear like the one that makes `old`: its scales times |scale|, its integers negated where that is negative."""
         node = old.producer()
         assert node is not None
         q, old_scale, zero = (get_constant(v) for v in (*node.inputs, None)[:3])
@@ -239,7 +252,16 @@ class _Writer:
         node.op_type, node.domain = "Identity", ""
         node.attributes.clear()
 
-    def _sweep(self) -> None:
+    def compute(self, node: ir.Node, array: npt.NDArray[Any]) -> None:
+        """Put a constant in the place of the node that computes it, if it is still there."""
+        output = node.outputs[0]
+        if node.graph is None or not output.uses() or output.is_graph_output():
+            return
+        value = self._initializer(output.name or node.op_type, rounded(array, output.dtype))
+        for user, index in output.uses():
+            user.replace_input_with(index, value)
+
+    def sweep(self) -> None:
         """Drop what nobody reads any more, weights and the nodes that computed them; what nobody read before stays."""
         for graph in _inner_first(self.model.graph):
             for node in reversed(graph):
