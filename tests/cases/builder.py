@@ -210,7 +210,8 @@ class Net:
         """A Dropout at inference."""
         if self.opset >= 12:
             return self.op("Dropout", x, self.constant(np.array(0.5, np.float32)), self.constant(np.array(False)))
-        return self.op("Dropout", x, ratio=0.5, **({"is_test": 1} if self.opset < 7 else {}))
+        old: dict[str, Any] = {"is_test": 1} if self.opset < 7 else {}
+        return self.op("Dropout", x, ratio=0.5, **old)
 
     # --- scopes ------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,19 +16,41 @@ CASES = Theme()
 # --- quantised (lines 41, 42) --------------------------------------------------------------------------------------
 
 
-def quantised(net: Net, *, positive: bool = True, per_axis: bool = True) -> str:
-    """A conv whose int8 filter is dequantised in the graph; its bias is float."""
-    q = net.constant(net.rng.integers(-120, 120, (6, 4, 3, 3)).astype(np.int8), "q")
-    scale = net.weight(net.rng.uniform(0.01, 0.03, 6) if per_axis else np.array(0.02), "scale")
-    zero = net.constant(np.zeros(6 if per_axis else (), np.int8))
-    w = net.op("DequantizeLinear", q, scale, zero, **({"axis": 0} if per_axis else {}))
-    return net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w, net.bias(6)), 6, positive=positive)
+def quantised(
+    net: Net, *, positive: bool = True, axis: int | None = 0, layer: str = "Conv", low: int = -120, zero: int = 0, bias: str = ""
+) -> None:
+    """A layer whose 8-bit weight is dequantised in the graph. axis: of its scales, None for one scale. bias: "int32" for one stored so."""
+    shape = {"Conv": (6, 4, 3, 3), "ConvTranspose": (4, 6, 3, 3), "Gemm": (4, 6)}[layer]
+    kind = np.uint8 if zero else np.int8
+    stored = net.rng.integers(low + zero, 120 + zero, shape)
+    stored.flat[0] = low + zero
+    count = () if axis is None else (shape[axis],)
+    scale = net.weight(net.rng.uniform(0.01, 0.03, count), "scale")
+    attrs: dict[str, Any] = {} if axis is None else {"axis": axis}
+    w = net.op("DequantizeLinear", net.constant(stored.astype(kind), "q"), scale, net.constant(np.full(count, zero, kind)), **attrs)
+    x = net.input("N", 4, "H", "W") if layer != "Gemm" else net.input("N", 4)
+    b = net.bias(6)
+    if bias:
+        b = net.op(
+            "DequantizeLinear", net.constant(net.rng.integers(-9000, 9000, 6).astype(np.int32)), net.constant(np.array(1e-3, net.dtype))
+        )
+    net.output(net.bn(net.op(layer, x, w, b), 6, positive=positive))
 
 
-CASES.case("int8 filter dequantised per channel", 41, draw=lambda net: net.output(quantised(net)), double=False)
-CASES.case(
-    "int8 filter dequantised per channel, negative scales", 41, draw=lambda net: net.output(quantised(net, positive=False)), double=False
-)
+def dequantised(name: str, left: int = 0, reason: str = "", **how: Any) -> None:
+    CASES.case(f"{name}, dequantised", 41, draw=partial(quantised, **how), left=left, reason=reason, double=False, opset=19)
+
+
+dequantised("int8 filter with a scale per channel")
+dequantised("int8 filter with a scale per channel, BatchNorm of both signs", positive=False)
+dequantised("int8 filter with one scale", axis=None)
+dequantised("int8 filter with one scale, BatchNorm of both signs", axis=None, positive=False)
+dequantised("int8 filter that holds -128, BatchNorm of both signs", low=-128, positive=False, left=1, reason=r"int8|quanti|negat|128")
+dequantised("uint8 filter with zero point 128", zero=128)
+dequantised("int8 matrix of a gemm", layer="Gemm", axis=1, positive=False)
+dequantised("int8 filter of a transposed conv", layer="ConvTranspose", axis=1, left=1, reason="quantised")
+dequantised("int8 filter with a scale per input channel", axis=1, left=1, reason=r"quanti|axis|scale")
+dequantised("int8 filter and int32 bias, which becomes a float one", bias="int32")
 
 
 @CASES.case("activations quantised between conv and BatchNorm", 42, left=1, reason=r"QuantizeLinear|rule")

@@ -47,7 +47,8 @@ CASES.case("gemm with a square matrix of bias and beta", 3, draw=partial(gemm_bn
 CASES.case("gemm to one channel", 3, draw=partial(gemm_bn, n=1, c=(1,)))
 CASES.case("gemm on one row", 3, draw=partial(gemm_bn, rows=1))
 for opset in (6, 7, 9, 11, 13, 18, 22):
-    CASES.case(f"gemm at opset {opset}", 3, draw=partial(gemm_bn, **({"broadcast": 1} if opset < 7 else {})), opset=opset, ort=opset > 6)
+    old: dict[str, Any] = {"broadcast": 1} if opset < 7 else {}
+    CASES.case(f"gemm at opset {opset}", 3, draw=partial(gemm_bn, **old), opset=opset, ort=opset > 6)
 
 
 @CASES.case("gemm with an empty bias", 3)
