@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-SIZES = {"N": 3, "H": 9, "W": 7, "L": 6, "K": 6}  # of dynamic axes, by name
-OTHER_SIZES = {"N": 1, "H": 10, "W": 8, "L": 5, "K": 6}
+SIZES = {"N": 3, "H": 9, "W": 7, "L": 6, "K": 6, "flag": 1}  # of dynamic axes, by name, and the value of every boolean input
+OTHER_SIZES = {"N": 1, "H": 10, "W": 8, "L": 5, "K": 6, "flag": 0}
 Feeds = dict[str, np.ndarray]
 
 
@@ -75,7 +75,7 @@ def is_valid(model: onnx.ModelProto, *, full: bool) -> bool:
 
 
 def feeds(model: onnx.ModelProto, sizes: dict[str, int] = SIZES, *, below: int = 4, seed: int = 0) -> Feeds:
-    """Random data for the true inputs: normal floats, integers below `below`, fair coins."""
+    """Random data for the true inputs: normal floats, integers below `below`; booleans are all as `sizes` says."""
     made = {}
     for info in true_inputs(model):
         tensor = info.type.tensor_type
@@ -83,7 +83,7 @@ def feeds(model: onnx.ModelProto, sizes: dict[str, int] = SIZES, *, below: int =
         rng = np.random.default_rng((zlib.crc32(info.name.encode()), seed))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if dtype == np.bool_:
-            made[info.name] = np.asarray(rng.random(shape) < 0.5)
+            made[info.name] = np.full(shape, bool(sizes["flag"]))
         elif np.issubdtype(dtype, np.integer):
             made[info.name] = np.asarray(rng.integers(0, below, shape), dtype)
         else:

@@ -123,7 +123,7 @@ def test_training_mode(opset: int) -> None:
         y = net.conv(image(net), 4, 6)
         net.output(net.ops("BatchNormalization", y, *net.bn_params(6), outputs=3, training_mode=1)[0])
 
-    model, result, reason = fused(draw, opset=opset)
+    _, result, reason = fused(draw, opset=opset)
     assert batchnorms(result) == 1
     assert "training" in reason
 
@@ -259,7 +259,7 @@ def test_an_empty_string_for_the_bias(opset: int) -> None:
     def draw(net: Net) -> None:
         net.output(net.bn(net.conv(image(net), 4, 6, bias=""), 6))
 
-    model, result, _ = fused(draw, opset=opset)
+    _, result, _ = fused(draw, opset=opset)
     assert batchnorms(result) == 0
     assert all(node.input[2] for node in result.graph.node if node.op_type == "Conv")
 

@@ -99,7 +99,7 @@ def _(net: Net) -> None:
 
 @CASES.case("matmul in mid-network without an Add", 4, after={"Add": 1})
 def _(net: Net) -> None:
-    x = net.relu(net.bn(net.op("MatMul", net.input("N", 4), net.matrix(4, 6)), 6))
+    x = net.op("LeakyRelu", net.bn(net.op("MatMul", net.input("N", 4), net.matrix(4, 6)), 6))
     net.output(net.gemm(x, 6, 3))
 
 
@@ -273,5 +273,5 @@ def _(net: Net) -> None:
 def _(net: Net) -> None:
     """Tied weights: the table may change for one user only in a copy."""
     table = net.matrix(4, 6)
-    x = net.relu(net.bn(net.op("Gather", table, net.input("N", name="ids", dtype="int64")), 6))
+    x = net.op("LeakyRelu", net.bn(net.op("Gather", table, net.input("N", name="ids", dtype="int64")), 6))
     net.output(net.op("Gemm", x, table, transB=1))
