@@ -5,6 +5,7 @@ A verb never changes the model that it is given, and gives back the same kind.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -73,7 +74,9 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
         notes = (f"the check was inconclusive: {checked.reason}",) if checked.verdict == "inconclusive" else ()
         report = dataclasses.replace(report, verify=checked, notes=report.notes + notes)
-    return back(fused), dataclasses.replace(report, seconds=time.perf_counter() - start)
+    unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
+    result = copy.deepcopy(model) if unchanged and back is not _itself else back(fused)
+    return result, dataclasses.replace(report, seconds=time.perf_counter() - start)
 
 
 def recalibrate(
@@ -130,13 +133,17 @@ def verify(
     )
 
 
+def _itself(model: Any) -> Any:
+    return model
+
+
 def _as_ir(model: Any) -> tuple[ir.Model, Callable[[Any], Any]]:
     """The model as onnx_ir's, and the way back to the kind that came in."""
     import onnx
     import onnx_ir as ir
 
     if isinstance(model, ir.Model):
-        return model, lambda m: m
+        return model, _itself
     if isinstance(model, onnx.ModelProto):
         from .backends.onnx.load import checked
 

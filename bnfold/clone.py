@@ -41,7 +41,8 @@ class Clones:
             return False
         value = Value(f"{shared.value.name}.clone", shared.value.probes, shared.value.rank)
         params = {role: Param(p.tensor, p.shape, p.layout, p.default, p.update) for role, p in node.params.items()}
-        native = dataclasses.replace(node.native, clone_of=node.native)
+        readers = [user.native for user, _ in shared.uses]
+        native = dataclasses.replace(node.native, clone_of=node.native, readers=readers)
         copy = Node(node.op, f"{node.name}.clone", list(node.inputs), [value], dict(node.attrs), params, native, label=node.label)
         self._move_uses(shared.uses, shared.value, value)
         self.graph.nodes.insert(self.graph.nodes.index(node) + 1, copy)

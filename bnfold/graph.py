@@ -148,6 +148,7 @@ class Site:
     is_batchnorm: bool = True
     separable: bool = True  # the calls could also fold one by one (ONNX), or stand and fall together (a module)
     refusal: str | None = None  # why it may not even be tried: training mode, NaN, negative variance
+    note: str = ""  # what a user should know of it
 
 
 @dataclass(eq=False)

@@ -14,13 +14,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .shapes import Shapes
-from .walk import is_standard, subgraphs
+from .walk import held_tensor, is_standard, subgraphs
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
 FLOATS = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE}
-FLOAT_NAMES = {"value_float", "value_floats"}
-OTHER_NAMES = {"value_int": np.int64, "value_ints": np.int64}
 
 
 class Constants:
@@ -80,11 +78,7 @@ class Constants:
         """The tensor in the file that holds this constant, seen through Constant nodes and Identity."""
         while (node := value.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
             value = node.inputs[0]
-        if value.const_value is not None:
-            return value.const_value
-        if node is not None and node.op_type == "Constant":
-            return ir.convenience.get_const_tensor(value)
-        return None
+        return held_tensor(value)
 
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """The type in which the constant is stored or computed."""

@@ -10,7 +10,7 @@ from ...merge import Merge, merge
 from ...report import Counts, FuseReport, Layer, Merged
 from .lower import Lowering
 from .walk import batchnorms, name_of
-from .write import inlined, stored_bytes, write
+from .write import inlined, write
 
 
 def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]:
@@ -24,18 +24,23 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     merges = merge(graph) if before else []
     into_host = {m.branch: m.host for m in merges if m.branch is not None}
     outcomes = [_merged(o, into_host) for o in outcomes]
+    if merges:  # what a sum kept from folding may fold now
+        graph.sites = [o.site for o in outcomes if not o.folded]
+        again = {o.site: o for o in fold(graph, clone=clone) if o.folded}
+        outcomes = [again.get(o.site, o) for o in outcomes]
     notes: dict[Node, str] = {}
-    values = {node: lowering.constants.get(node.outputs[0]) for node in lowering.computed}
+    added = 0
+    values = {node: (lowering.constants.get(node.outputs[0]), lowering.shapes.dtype(node.outputs[0])) for node in lowering.computed}
     if values or merges or any(o.folded for o in outcomes):
         left = set(graph.nodes)
-        notes = write(fused, graph, [node for node in affine if node not in left and node not in into_host], merges, values)
+        notes, added = write(fused, graph, [node for node in affine if node not in left and node not in into_host], merges, values)
     else:
         fused = model.clone()
     report = FuseReport(
         batchnorms=Counts(before, batchnorms(fused)),
         layers=(*map(_computed_layer, values), *(_layer(o, notes) for o in outcomes if o.site.is_batchnorm or o.folded)),
         merged=tuple(Merged(host.name, branches) for host, branches in _by_host(merges).items()),
-        bytes_added=max(0, stored_bytes(fused) - stored_bytes(model)),
+        bytes_added=added,
     )
     return fused, report
 
@@ -71,6 +76,8 @@ def _layer(outcome: Outcome, notes: dict[Node, str]) -> Layer:
         said.append(f"{dead} of its {site.channels} channels are dead (gamma is 0)")
     if len(site.nodes) > 1:
         said.append(f"called {len(site.nodes)} times")
+    if site.note:
+        said.append(site.note)
     if outcome.note:
         said.append(outcome.note)
     if not site.is_batchnorm:

@@ -26,6 +26,7 @@ class Native:
     reset: dict[str, ir.Attr] = field(default_factory=dict)  # attributes to set once the bias is rewritten (Gemm's beta)
     source: int = 0  # which input is the activation of an affine node
     clone_of: Native | None = None  # the original, where the ONNX node has still to be made
+    readers: list[Native] = field(default_factory=list)  # who will read the clone instead of the original
 
 
 class Lowering:
@@ -240,14 +241,14 @@ class Lowering:
         if outputs:
             self.nodes.append(Node("Barrier", name_of(node), inputs, outputs, {"why": why}, native=Native(node), label=node.op_type))
 
-    def site(self, key: Any, node: Node, channels: int, *, is_batchnorm: bool, refusal: str | None = None) -> None:
+    def site(self, key: Any, node: Node, channels: int, *, is_batchnorm: bool, refusal: str | None = None, note: str = "") -> None:
         """Register an affine node as something to fold; nodes with the same key are calls of one layer."""
         if key in self.sites and self.sites[key].refusal == refusal:
             self.sites[key].nodes.append(node)
             return
         if key in self.sites:
             key = node
-        self.sites[key] = Site(node.name, [node], channels, is_batchnorm, refusal=refusal)
+        self.sites[key] = Site(node.name, [node], channels, is_batchnorm, refusal=refusal, note=note)
 
 
 def lower(model: ir.Model) -> Graph:

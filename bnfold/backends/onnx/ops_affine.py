@@ -57,7 +57,9 @@ def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
         return None
     attrs = {"gain": gain, "mean": mean.reshape(shape), "dead": int((gamma == 0).sum())}
     made = ctx.emit("Affine", node, [x], attrs, params, {"gamma": 1, "beta": 2})
-    ctx.site(tuple(node.inputs[3:5]), made, gamma.shape[0] if gamma.ndim else 1, is_batchnorm=True)
+    odd = ctx.opset < 9 and not attribute(node, "spatial", 1) and gamma.ndim == 1 and rank > 2
+    note = "its file says spatial=0, but its parameters are one per channel: read as spatial=1" if odd else ""
+    ctx.site(tuple(node.inputs[3:5]), made, gamma.shape[0] if gamma.ndim else 1, is_batchnorm=True, note=note)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -88,9 +89,26 @@ def batchnorms(model: ir.Model) -> int:
     return sum(node.op_type == "BatchNormalization" and is_standard(node) for graph in graphs for node in all_nodes(graph))
 
 
+def held_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor that an initializer or a Constant node holds. (onnx_ir's own helper would rename it, in the caller's model too.)"""
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or not is_standard(node):
+        return None
+    for name, kind in (
+        ("value", None),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
+        if (found := attribute(node, name)) is not None:
+            return found if kind is None else ir.Tensor(np.asarray(found, kind))  # type: ignore[return-value]
+    return None
+
+
 def get_constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The array that an initializer or a Constant node holds, in its stored type."""
-    if value is None:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = None if value is None else held_tensor(value)
     return None if tensor is None else tensor.numpy()

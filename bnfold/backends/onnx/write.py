@@ -13,8 +13,8 @@ import onnx_ir as ir
 from ...affine import Array
 from ...graph import Graph, Node, Quantised
 from ...merge import Merge
-from .lower import Native, largest
-from .walk import all_graphs, get_constant
+from .lower import Native
+from .walk import all_graphs, all_nodes, get_constant
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -25,6 +25,9 @@ def inlined(model: ir.Model) -> ir.Model:
     if copy.functions:
         from onnx_ir.passes.common import InlinePass
 
+        for function in copy.functions.values():
+            for value in (v for node in all_nodes(function.graph) for v in node.outputs):
+                value.const_value = None  # the pass renames values, and a name would reach the tensor that the caller's model holds too
         copy = InlinePass()(copy).model
     return copy
 
@@ -34,27 +37,23 @@ def write(
     graph: Graph,
     removed: Iterable[Node],
     merges: Iterable[Merge] = (),
-    computed: Mapping[ir.Node, npt.NDArray[Any] | None] | None = None,
-) -> dict[Node, str]:
+    computed: Mapping[ir.Node, tuple[npt.NDArray[Any] | None, ir.DataType | None]] | None = None,
+) -> tuple[dict[Node, str], int]:
     """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes and merged sums out.
 
     computed: nodes to replace by the constants that they make.
 
-    Returns a note for each node whose weights lost precision to the range of their type. Raises RuntimeError on an update that
+    Returns a note for each node whose weights lost precision to the range of their type, and the bytes that copies of shared weights
+    add. Raises RuntimeError on an update that
     nothing here can write: it must never be lost.
     """
     writer = _Writer(model)
     writer.write(graph, removed, merges)
-    for node, array in (computed or {}).items():
+    for node, (array, dtype) in (computed or {}).items():
         if array is not None:
-            writer.compute(node, array)
+            writer.compute(node, rounded(array, dtype))
     writer.sweep()
-    return writer.notes
-
-
-def stored_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
-    return sum(v.const_value.nbytes for g in all_graphs(model.graph) for v in g.initializers.values() if v.const_value is not None)
+    return writer.notes, writer.bytes_added
 
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
@@ -72,6 +71,7 @@ class _Writer:
         self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
         self.notes: dict[Node, str] = {}
+        self.bytes_added = 0
 
     def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
         self._make_clones([node for node in graph.nodes if isinstance(node.native, Native) and node.native.clone_of is not None])
@@ -139,11 +139,10 @@ class _Writer:
             native.node, native.clone_of = copy, None
             originals[node] = value
         for node, value in originals.items():
-            for user, _ in node.output.users:
-                target = user.native.node
-                for i, v in enumerate(target.inputs):
+            for reader in node.native.readers:
+                for i, v in enumerate(reader.node.inputs):
                     if v is value:
-                        target.replace_input_with(i, node.native.node.outputs[0])
+                        reader.node.replace_input_with(i, node.native.node.outputs[0])
 
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
@@ -257,7 +256,7 @@ class _Writer:
         output = node.outputs[0]
         if node.graph is None or not output.uses() or output.is_graph_output():
             return
-        value = self._initializer(output.name or node.op_type, rounded(array, output.dtype))
+        value = self._initializer(output.name or node.op_type, array)
         for user, index in output.uses():
             user.replace_input_with(index, value)
 
@@ -282,17 +281,23 @@ class _Writer:
         """A weight that was rewritten for all of its users keeps its name; who reads only its shape reads the new one's."""
         claimed: set[str] = set()
         for old, new in self.made:
-            graph = old.graph
-            if graph is not None and old.producer() is None and not old.is_graph_input() and old.shape == new.shape:
+            graph, interface = old.graph, old.is_graph_input() or old.is_graph_output()
+            if graph is not None and old.producer() is None and not interface and old.shape == new.shape:
                 uses = old.uses()
                 if all(user.op_type in SHAPE_ONLY or (user.op_type == "CastLike" and i == 1) for user, i in uses):
                     for user, i in uses:
                         user.replace_input_with(i, new)
                     del graph.initializers[old.name]  # type: ignore[arg-type]
             gone = not old.is_initializer() if old.producer() is None else old.producer().graph is None  # type: ignore[union-attr]
+            self.bytes_added += _nbytes(new)
             if gone and old.name and old.name not in claimed:
                 claimed.add(old.name)
+                self.bytes_added -= _nbytes(new)  # it took the old one's place
                 new.name = old.name
+
+
+def _nbytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
 
 
 def _is_read(node: ir.Node) -> bool:
@@ -307,6 +312,3 @@ def _replace_outputs(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     for i, v in enumerate(graph.outputs):
         if v is old:
             graph.outputs[i] = new
-
-
-__all__ = ["inlined", "largest", "rounded", "stored_bytes", "write"]
