@@ -63,6 +63,14 @@ def _(net: Net) -> None:
 
 @CASES.case("Add of a conv and a skip connection", 20, left=1, reason=r"input")
 def _(net: Net) -> None:
+    """The block of a ResNet v2: the skip reads another value than the conv."""
+    x = net.input("N", 6, "H", "W")
+    net.output(net.bn(net.op("Add", net.conv(net.relu(x), 6, 6, pads=1), x), 6))
+
+
+@CASES.case("Add of a conv and of its own input, which merge", 20, after={"Conv": 1, "Add": 0})
+def _(net: Net) -> None:
+    """x is a convolution of x with the unit kernel, so the sum is one convolution, and the BatchNorm goes into that."""
     x = net.input("N", 6, "H", "W")
     net.output(net.bn(net.op("Add", net.conv(x, 6, 6, pads=1), x), 6))
 
@@ -70,7 +78,7 @@ def _(net: Net) -> None:
 @CASES.case("Add of a conv and a skip connection, folded forward", 20, 22)
 def _(net: Net) -> None:
     x = net.input("N", 6, "H", "W")
-    net.output(net.conv(net.bn(net.op("Add", net.conv(x, 6, 6, pads=1), x), 6), 6, 3))
+    net.output(net.conv(net.bn(net.op("Add", net.conv(net.relu(x), 6, 6, pads=1), x), 6), 6, 3))
 
 
 @CASES.case("three parallel branches of RepVGG", 19, after={"Conv": 1, "Add": 0})
