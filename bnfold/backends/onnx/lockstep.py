@@ -1,0 +1,254 @@
+"""Recalibrate an ONNX model in lockstep: what its BatchNorms are, and the new statistics written into a copy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ...errors import NothingToDoError
+from ...moments import Moments
+from ...recalibrate import Layer, Progress, Reading
+from ...recalibrate import recalibrate as run_plan
+from ...report import RecalibrateReport
+from .constants import Constants
+from .feeds import check_feeds, inputs
+from .lockstep_plan import Call, cut
+from .lockstep_stage import OnnxStage
+from .shapes import Shapes
+from .walk import all_graphs, all_nodes, attribute, is_standard, name_of, number, subgraphs
+from .write import inlined, rounded
+
+if TYPE_CHECKING:
+    from ...data import Batch
+
+Parameters = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # mean and variance, as stored
+
+
+def recalibrate(
+    model: ir.Model,
+    batches: Iterable[Batch],
+    *,
+    memory_budget: int = 1 << 30,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[ir.Model, RecalibrateReport]:
+    """A copy of the model with the exact pooled statistics of the data in every BatchNorm, and what changed.
+
+    batches: micro-batches by input name, of any size each; they are read once. memory_budget: bytes of activations held in memory.
+    Only means and variances change. A BatchNorm that can't be measured (training mode, in a control-flow body, with parameters that the
+    caller may override or that depend on the data) keeps its statistics, with a note in the report.
+
+    A layer that is called several times has the pooled statistics of all its calls. Where one call depends on the outcome of another,
+    each is normalised, on the way, with the pooled statistics of the calls measured up to it.
+
+    Raises NothingToDoError (no BatchNorm to measure), DataError (no data, or such that don't fit or that end in NaN), UnsupportedError (an
+    operator that ONNX Runtime lacks), DeviceError.
+    """
+    fresh = inlined(model) if any(_is_batchnorm(n) for f in model.functions.values() for n in all_nodes(f.graph)) else model.clone()
+    _name_values(fresh)
+    plan = OnnxPlan(fresh, provider)
+    specs = inputs(fresh)
+
+    def checked() -> Iterator[Batch]:
+        for batch in batches:
+            check_feeds(batch, specs)
+            yield batch
+
+    report = run_plan(plan, checked(), memory_budget=memory_budget, progress=progress)
+    _write(fresh, plan)
+    return fresh, report
+
+
+class OnnxPlan:
+    """A model cut into stages (see `bnfold.recalibrate.Plan`). The model isn't touched."""
+
+    def __init__(self, model: ir.Model, provider: str = "cpu") -> None:
+        self.model = model
+        self.provider = provider
+        self.constants = Constants(model, Shapes(model))
+        self.notes: list[str] = []
+        self.layers: list[Layer] = []
+        self.calls: list[Call] = []
+        self.statistics: dict[int, Parameters] = {}  # by layer, final after the last stage
+        self._find()
+        if not self.calls:
+            why = "; ".join(self.notes) or "the model holds no BatchNorm"
+            raise NothingToDoError(f"there are no statistics to measure: {why}")
+        self._cuts, dependent = cut(model.graph, self.calls, self.constants.is_constant)
+        for layer in sorted(dependent):
+            self.notes.append(
+                f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
+                f"calls, and each call was normalised with those of the calls up to it"
+            )
+
+    @property
+    def stage_count(self) -> int:
+        return len(self._cuts)
+
+    def stages(self) -> Iterator[OnnxStage]:
+        kinds = {v.name or "": v.dtype.value for v in self.model.graph.inputs if v.dtype is not None}
+        replaced: dict[ir.Node, dict[int, npt.NDArray[Any]]] = {}
+        for each in self._cuts:
+            readings = [Reading(call.source.name or "", call.layer, self._per_activation(call.node)) for call in each.calls]
+            yield OnnxStage(self.model, each, readings, replaced, kinds, self.provider)
+            for call in each.calls:
+                if call.layer in self.statistics:
+                    mean, variance = self.statistics[call.layer]
+                    replaced[call.node] = {3: mean, 4: variance}
+
+    def set(self, layer: int, moments: Moments) -> str | None:
+        node = next(call.node for call in self.calls if call.layer == layer)
+        stored = []
+        for index, exact, role in ((3, moments.mean, "mean"), (4, moments.variance(), "variance")):
+            value = node.inputs[index]
+            assert value is not None
+            dtype = self.constants.dtype(value)
+            with np.errstate(over="ignore"):
+                array = rounded(exact, dtype).reshape(self._value(node, index).shape)
+            if not np.isfinite(array.astype(np.float64)).all():
+                channel = int(np.flatnonzero(~np.isfinite(array.astype(np.float64)))[0])
+                self.statistics.pop(layer, None)
+                return f"its new {role} of channel {channel} is {exact[channel]:.3g}, more than {array.dtype} can hold"
+            stored.append(array)
+        self.statistics[layer] = (stored[0], stored[1])
+        return None
+
+    def _per_activation(self, node: ir.Node) -> bool:
+        return attribute(node, "spatial", 1) == 0 and self._value(node, 3).ndim > 1
+
+    def _find(self) -> None:
+        """The calls and the layers that they belong to; a note for each BatchNorm that can't be measured."""
+        found: dict[Any, int] = {}
+        for node in self.model.graph:
+            for _, body in subgraphs(node):
+                for inner in filter(_is_batchnorm, all_nodes(body)):
+                    self._leave(inner, f"it is inside the body of {node.op_type} {name_of(node)}, which runs as a whole")
+        for node in filter(_is_batchnorm, self.model.graph):
+            why = self._why_not(node)
+            if why is not None:
+                self._leave(node, why)
+                continue
+            key = self._identity(node)
+            if key not in found:
+                found[key] = len(self.layers)
+                mean, variance = (np.ravel(self._value(node, index)) for index in (3, 4))
+                self.layers.append(Layer(name_of(node), mean, variance))
+            self.calls.append(Call(node, found[key]))
+
+    def _leave(self, node: ir.Node, why: str) -> None:
+        self.notes.append(f"{name_of(node)} keeps its statistics: {why}")
+
+    def _why_not(self, node: ir.Node) -> str | None:
+        opset = self.model.opset_imports.get("", self.model.opset_imports.get("ai.onnx", 1))
+        if attribute(node, "training_mode", 0) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+            return "it is in training mode: it normalises each batch by itself"
+        if opset < 7 and not attribute(node, "is_test", 0):
+            return "it is in training mode (is_test is 0): it normalises each batch by itself"
+        for index, role in ((3, "mean"), (4, "variance")):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None or not self.constants.is_constant(value):
+                overridable = value is not None and value.is_graph_input()
+                return (
+                    f"its {role} {'may be overridden by the caller (it is also an input of the model)' if overridable else 'is computed'}"
+                )
+        if self._value(node, 3).shape != self._value(node, 4).shape:
+            return "its mean and its variance have different shapes"
+        if self.constants.is_constant(node.inputs[0]):
+            return "its input doesn't depend on the data"
+        return None
+
+    def _value(self, node: ir.Node, index: int) -> npt.NDArray[Any]:
+        array = self.constants.get(node.inputs[index])
+        assert array is not None
+        return array
+
+    def _identity(self, node: ir.Node) -> Any:
+        """What makes two calls one layer: the same stored mean and variance, and equal gamma, beta and epsilon.
+
+        Tools that store equal tensors once (zeros and ones, in a network that was never trained) make different layers share them. Such
+        a layer betrays itself where its own gamma and variance, or its beta and mean, are one tensor, or its gamma or beta differs.
+        """
+        gamma, beta, mean, variance = map(_root, node.inputs[1:5])
+        if gamma is variance or beta is mean or gamma is beta or mean is variance:
+            return node
+        values = [self.constants.get(v) for v in (gamma, beta)]
+        equal = tuple(v if a is None else a.tobytes() for v, a in zip((gamma, beta), values, strict=True))
+        return (mean, variance, number(node, "epsilon", 1e-5), *equal)
+
+
+def _is_batchnorm(node: ir.Node) -> bool:
+    return node.op_type == "BatchNormalization" and is_standard(node)
+
+
+def _root(value: ir.Value | None) -> ir.Value | None:
+    """The value that an Identity only hands on."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity" and is_standard(node):
+        value = node.inputs[0]
+    return value
+
+
+def _names(model: ir.Model) -> set[str]:
+    graphs = list(all_graphs(model.graph))
+    return {v.name for g in graphs for v in itertools.chain(g.inputs, g.initializers.values(), *(n.outputs for n in g)) if v.name}
+
+
+def _name_values(model: ir.Model) -> None:
+    """Every value gets a name: the stages know them by it."""
+    taken = _names(model)
+    for graph in all_graphs(model.graph):
+        for value in itertools.chain.from_iterable(node.outputs for node in graph):
+            if not value.name and (value.uses() or value.is_graph_output()):
+                value.name = _unused("value", taken)
+
+
+def _unused(stem: str, taken: set[str]) -> str:
+    name = next(n for n in itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1))) if n not in taken)
+    taken.add(name)
+    return name
+
+
+def _write(model: ir.Model, plan: OnnxPlan) -> None:
+    """Put the final statistics in the places of the old: under the same name where nobody else reads the old ones."""
+    taken = _names(model)
+    old: dict[ir.Value, None] = {}
+    for layer, arrays in plan.statistics.items():
+        nodes = [call.node for call in plan.calls if call.layer == layer]
+        for index, array in zip((3, 4), arrays, strict=True):
+            value = nodes[0].inputs[index]
+            assert value is not None
+            uses = {(node, index) for node in nodes}
+            alone = value.is_initializer() and value.graph is model.graph and not value.is_graph_output()
+            if alone and {(use.node, use.idx) for use in value.uses()} == uses:
+                value.const_value = ir.tensor(array, name=value.name)
+                continue
+            name = _unused(f"{value.name or name_of(nodes[0])}_recalibrated", taken)
+            fresh = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+            fresh.shape, fresh.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+            model.graph.register_initializer(fresh)
+            if (model.ir_version or 4) < 4:  # there, every initializer is listed among the inputs
+                model.graph.inputs.append(fresh)
+            for node in nodes:
+                old[node.inputs[index]] = None  # type: ignore[index]
+                node.replace_input_with(index, fresh)
+    for value in old:
+        _drop_idle(model.graph, value)
+
+
+def _drop_idle(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Take out what computed or stored a value that nobody reads any more."""
+    if value is None or value.uses() or value.is_graph_output():
+        return
+    node = value.producer()
+    if node is None:
+        if value.is_initializer() and not value.is_graph_input():
+            del graph.initializers[value.name or ""]
+    elif node.graph is graph and not any(v.uses() or v.is_graph_output() for v in node.outputs):
+        inputs_of = list(node.inputs)
+        graph.remove(node, safe=True)
+        for source in inputs_of:
+            _drop_idle(graph, source)

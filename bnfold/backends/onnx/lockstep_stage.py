@@ -1,0 +1,231 @@
+"""One stage of a model as an ONNX Runtime session of its own, with just its weights."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from ...errors import DataError, DeviceError, UnsupportedError
+from ...recalibrate import Reading, Values
+from .feeds import shape_text
+from .lockstep_plan import Cut, sources
+from .run import resolve
+
+LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
+# Types that ONNX Runtime's Python interface takes by their bits only.
+BITS: dict[int, np.dtype[Any]] = {TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+Replaced = Mapping[ir.Node, Mapping[int, npt.NDArray[Any]]]
+
+
+class OnnxStage:
+    """A session over the nodes of a `Cut` (none where there are no nodes: a BatchNorm right at the model's input).
+
+    kinds: the type of each value that may come in, as ONNX's number; what the stage makes is added. replaced: for some
+    BatchNormalization nodes, arrays that stand in for the parameters at some inputs.
+    """
+
+    def __init__(
+        self, model: ir.Model, cut: Cut, readings: list[Reading], replaced: Replaced, kinds: dict[str, int], provider: str
+    ) -> None:
+        self.readings = readings
+        self.needs = [_name(value) for value in cut.reads]
+        self.keeps = frozenset(_name(value) for value in cut.keeps)
+        self._kinds = kinds
+        self._lent: list[Any] = []  # the session reads the weights where they are
+        self._session = None
+        if cut.nodes:
+            import onnxruntime as ort
+
+            self._ort = ort
+            self._session = self._open(*_proto(model, cut, replaced, kinds), provider)
+            self._results = [output.name for output in self._session.get_outputs()]
+            for output in self._session.get_outputs():
+                kinds[output.name] = _kind(output.type, output.name)
+            self._by_bits = any(kinds[name] in BITS for name in (*self._takes, *self._results))
+
+    def run(self, values: Values) -> Values:
+        if self._session is None:
+            return {}
+        feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
+        try:
+            if not self._by_bits:
+                return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
+            lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
+            return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
+        except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
+            text = _one_line(error)
+            shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
+            if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
+                raise DeviceError(f"not enough memory for {shapes}: {text}; use a smaller batch size") from None
+            raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+
+    def _lend(self, array: npt.NDArray[Any], kind: int) -> Any:
+        if kind in BITS:
+            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def _open(self, proto: onnx.ModelProto, weights: dict[str, npt.NDArray[Any]], provider: str) -> Any:
+        ort = self._ort
+        ort.set_default_logger_severity(4)
+        name = resolve(provider)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.use_deterministic_compute = True
+        # Threads that spin between two runs take the cores from whoever measures the results.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if weights:
+            self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), self._lent)
+        self._takes = [info.name for info in proto.graph.input]
+        try:
+            chosen = (name, {"use_tf32": "0"}) if name == "CUDAExecutionProvider" else name
+            session = ort.InferenceSession(proto.SerializeToString(), options, providers=[chosen], enable_fallback=0)
+        except Exception as error:
+            if name != "CPUExecutionProvider" and type(error).__name__ not in ("InvalidGraph", "InvalidArgument", "NotImplemented"):
+                raise DeviceError(f"execution provider {provider} could not start: {_one_line(error)}; use --provider cpu") from None
+            raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {_one_line(error)}") from None
+        if name not in session.get_providers():
+            raise DeviceError(
+                f"execution provider {provider} is built in but ONNX Runtime dropped it: its libraries don't load here; use --provider cpu"
+            )
+        session.disable_fallback()
+        return session
+
+
+def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int]) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+    """The stage as a model, and the large weights that go to the session beside it."""
+    nodes, leaves = _with_constants(cut, replaced)
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+    graph = onnx.GraphProto(name="stage")
+    for node in nodes:
+        made = ir.to_proto(node)
+        for index, array in replaced.get(node, {}).items():
+            made.input[index] = f"{node.outputs[0].name}:measured:{index}"
+            graph.initializer.append(_tensor(made.input[index], array))
+        if node.op_type == "BatchNormalization":
+            _normalise_only(node, made)
+        graph.node.append(made)
+    taken = set(cut.reads)
+    for value in cut.reads:
+        if not any(value in sources(node) for node in cut.nodes):
+            continue  # it is only measured
+        info = onnx.ValueInfoProto(name=_name(value))
+        if value.is_graph_input() and value.type is not None:
+            info = ir.to_proto(value)
+        else:
+            info.type.tensor_type.elem_type = kinds[_name(value)]
+        graph.input.append(info)
+    for value in cut.makes:
+        graph.output.append(onnx.ValueInfoProto(name=_name(value)))
+    lent: dict[str, npt.NDArray[Any]] = {}
+    for value in leaves:
+        if value in taken:
+            continue
+        tensor = value.const_value
+        if tensor is None:
+            raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
+        if opset >= 7 and tensor.nbytes >= LARGE and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16):
+            entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+            entry.data_location = TensorProto.EXTERNAL
+            entry.external_data.add(key="location", value="in-memory")
+            lent[_name(value)] = np.ascontiguousarray(tensor.numpy())
+        else:
+            entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+            if tensor.dtype == ir.DataType.STRING:
+                entry = ir.to_proto(tensor)
+                entry.name = _name(value)
+            else:
+                entry.raw_data = tensor.tobytes()
+        graph.initializer.append(entry)
+    proto = onnx.ModelProto(ir_version=max(model.ir_version or 8, 4), graph=graph)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
+    if opset < 7:  # ONNX Runtime has kernels from opset 7 on
+        proto = onnx.version_converter.convert_version(proto, 7)
+    return proto, lent
+
+
+def _with_constants(cut: Cut, replaced: Replaced) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The stage's nodes after those that compute the constants they read, and the stored values that all of these read."""
+    order: dict[ir.Node, None] = {}
+    leaves: dict[ir.Value, None] = {}
+    taken = set(cut.reads)
+    for node in cut.nodes:
+        stack = [(node, False)]
+        while stack:
+            current, ready = stack.pop()
+            if current in order:
+                continue
+            if ready:
+                order[current] = None
+                continue
+            stack.append((current, True))
+            out_of_use = replaced.get(current, {})
+            for value in (v for i, v in enumerate(sources(current)) if i not in out_of_use):
+                maker = value.producer()
+                if value in taken:
+                    continue
+                if maker is None:
+                    leaves[value] = None
+                elif maker not in order:
+                    stack.append((maker, False))
+    return list(order), list(leaves)
+
+
+def _tensor(name: str, array: npt.NDArray[Any]) -> TensorProto:
+    kind = ir.DataType.from_numpy(array.dtype)
+    return TensorProto(name=name, data_type=kind.value, dims=list(array.shape), raw_data=array.tobytes())
+
+
+def _normalise_only(node: ir.Node, made: onnx.NodeProto) -> None:
+    """Opset 7 and 8: spatial = 0 with one parameter per channel is a known malformation, which means spatial = 1."""
+    mean = node.inputs[3].shape if node.inputs[3] is not None else None
+    if mean is not None and mean.rank() == 1:
+        kept = [a for a in made.attribute if a.name != "spatial"]
+        del made.attribute[:]
+        made.attribute.extend(kept)
+
+
+def _kind(text: str, name: str) -> int:
+    """ONNX's number of ONNX Runtime's "tensor(float16)"."""
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    if f"tensor({inner})" != text:
+        raise UnsupportedError(f"{name!r} is a {text} that would have to wait between two BatchNorms; only tensors can")
+    names = {"float": "FLOAT", "double": "DOUBLE"}
+    return int(TensorProto.DataType.Value(names.get(inner, inner.upper())))
+
+
+def _borrow(value: Any) -> npt.NDArray[Any]:
+    """An array over the memory of an OrtValue, which lives as long as the array."""
+    kind = value.element_type()
+    if kind not in BITS:
+        array: npt.NDArray[Any] = value.numpy()
+        return array
+    shape = tuple(value.shape())
+    buffer = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    buffer.owner = value
+    bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
+    return bits.view(BITS[kind]).reshape(shape)
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name
+    return value.name
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text if len(text) <= limit else text[: limit - 1] + "…"
