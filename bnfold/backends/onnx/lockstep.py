@@ -79,7 +79,7 @@ class OnnxPlan:
         if not self.calls:
             why = "; ".join(self.notes) or "the model holds no BatchNorm"
             raise NothingToDoError(f"there are no statistics to measure: {why}")
-        self._cuts, dependent = cut(model.graph, self.calls, self.constants.is_constant)
+        self._cuts, dependent = cut(model.graph, self.calls, self._is_fixed)
         for layer in sorted(dependent):
             self.notes.append(
                 f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
@@ -117,6 +117,10 @@ class OnnxPlan:
             stored.append(array)
         self.statistics[layer] = (stored[0], stored[1])
         return None
+
+    def _is_fixed(self, value: ir.Value) -> bool:
+        """Whether the value doesn't depend on the data; what the caller may override has its stored value here."""
+        return value.is_initializer() or self.constants.is_constant(value)
 
     def _per_activation(self, node: ir.Node) -> bool:
         return attribute(node, "spatial", 1) == 0 and self._value(node, 3).ndim > 1

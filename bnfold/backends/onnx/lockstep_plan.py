@@ -106,11 +106,10 @@ class _Cutter:
             mine = set(made)
             stage.reads = [value for value in wanted if value not in mine]
             stage.makes = [value for value in made if value in measured or last.get(value, -1) > k]
+        data = [value for value in last if value not in self._maker]  # they pass by once, in the first stage
         for k, stage in enumerate(cuts):
-            before = [value for earlier in cuts[: k + 1] for value in (*earlier.makes, *earlier.reads)]
-            stage.keeps = [value for value in dict.fromkeys(before) if last[value] > k]
-        first = [v for v in dict.fromkeys(v for stage in cuts for v in stage.reads) if v not in self._maker]
-        cuts[0].keeps = list(dict.fromkeys((*cuts[0].keeps, *(v for v in first if last[v] > 0))))  # the data pass by once
+            before = [value for earlier in cuts[: k + 1] for value in earlier.makes]
+            stage.keeps = [value for value in (*data, *before) if last[value] > k]
         return cuts, self._dependent()
 
     def _dependent(self) -> set[int]:

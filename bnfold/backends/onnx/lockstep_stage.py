@@ -138,7 +138,7 @@ def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int])
             entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value="in-memory")
-            lent[_name(value)] = np.ascontiguousarray(tensor.numpy())
+            lent[_name(value)] = np.require(tensor.numpy(), requirements=["C", "A"])
         else:
             entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
             if tensor.dtype == ir.DataType.STRING:
