@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -269,6 +270,27 @@ def test_half_precision(statistics: str, rtol: float) -> None:
     assert kinds == {statistics.upper().replace("FLOAT32", "FLOAT")}
 
 
+def test_bfloat16_passes_through_the_frontier() -> None:
+    """Its values come in, wait (on disk too) and go on by their bits; ONNX Runtime's CPU provider has no BatchNormalization for it."""
+    net = Net("bfloat16")
+    x = net.op("Cast", net.input("N", 3, dtype=ml_dtypes.bfloat16), to=onnx.TensorProto.FLOAT)
+    y = net.op("Cast", net.bn(x, 3), to=onnx.TensorProto.BFLOAT16)  # read in two stages, so that it waits once
+    z = net.bn(net.relu(net.op("Cast", y, to=onnx.TensorProto.FLOAT)), 3)
+    net.output(net.bn(net.op("Add", z, net.op("Cast", y, to=onnx.TensorProto.FLOAT)), 3))
+    model, x0 = ir.from_proto(net.model()), normal(20, 3, dtype=ml_dtypes.bfloat16)
+    whole, _ = recalibrate(model, [{"x": x0}])
+    parts, report = recalibrate(model, cut({"x": x0}, 6), memory_budget=0)
+    agree(stored(parts), stored(whole), 1e-6)
+    assert report.spilled_bytes > 0
+    np.testing.assert_allclose(next(iter(stored(parts).values()))[0], x0.astype(np.float64).mean(0), rtol=1e-6)
+
+
+def test_a_type_without_kernels_is_unsupported() -> None:
+    proto, data = build(volumes, dtype="float64")
+    with pytest.raises(UnsupportedError, match=r"ONNX Runtime can't run this model on cpu: .*Conv"):
+        recalibrate(ir.from_proto(proto), [{"x": data["x"].astype(np.float64)}])
+
+
 def test_statistics_that_overflow_their_type_are_refused() -> None:
     net = Net("overflow", dtype="float16")
     net.output(net.bn(net.input("N", 2), 2))
@@ -471,6 +493,16 @@ def test_a_local_function_is_measured_inside() -> None:
     net.output(net.bn(net.gemm(x, 3, 4), 4))
     _, report = recalibrate(ir.from_proto(net.model()), [{"x": normal(9, 3)}])
     assert [layer.count for layer in report.layers] == [9, 9]
+
+
+def test_a_local_function_without_a_batchnorm_stays() -> None:
+    net = Net("plain function")
+    body = net.child("body")
+    net.function("block", ["inner"], [body.relu("inner")], body)
+    net.output(net.bn(net.op("block", net.bn(net.input("N", 3), 3), domain="local"), 3))
+    fresh, report = recalibrate(ir.from_proto(net.model()), cut({"x": normal(9, 3)}, 4))
+    assert [layer.count for layer in report.layers] == [9, 9]
+    assert len(fresh.functions) == 1
 
 
 def test_a_branch_that_no_data_reach_keeps_its_statistics() -> None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.version_converter
 import onnx_ir as ir
 from onnx import TensorProto
 
@@ -38,12 +39,12 @@ class OnnxStage:
     ) -> None:
         self.readings = readings
         self.needs = [_name(value) for value in cut.reads]
-        self.keeps = frozenset(_name(value) for value in cut.keeps)
+        self.keeps = dict.fromkeys(_name(value) for value in cut.keeps)
         self._kinds = kinds
         self._lent: list[Any] = []  # the session reads the weights where they are
         self._session = None
         if cut.nodes:
-            import onnxruntime as ort
+            import onnxruntime as ort  # type: ignore[import-untyped]
 
             self._ort = ort
             self._session = self._open(*_proto(model, cut, replaced, kinds), provider)
@@ -81,6 +82,7 @@ class OnnxStage:
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.use_deterministic_compute = True
+        options.enable_cpu_mem_arena = False  # an arena gives nothing back while one of its values is held
         # Threads that spin between two runs take the cores from whoever measures the results.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if weights:
