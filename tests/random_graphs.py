@@ -1,0 +1,200 @@
+"""Random networks in float64, folded and compared: the hunt for what nobody thought of.
+
+    python tests/random_graphs.py --count 5000 --seed 0      thousands of networks, a line for each that fails
+    python tests/random_graphs.py --only 1234                one of them again, with its report (--save FILE keeps the model)
+
+Weights and data are float64, so both models evaluate to about 1e-15 and a coefficient in the wrong place shows. Where the two differ
+by more, the network itself may be badly conditioned (a difference of nearly equal values); so a difference counts only if it is also
+far larger than what moving every weight by half a unit in its last place does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir
+
+import bnfold
+from bnfold.backends.onnx.oracle import Oracle
+from bnfold.report import FuseReport
+
+import random_moves as moves
+import random_ops as ops
+from cases.builder import Net
+from compare import batchnorms, difference, interface
+
+OPSETS = (9, 11, 13, 17, 18, 21)
+TOLERANCE = 1e-12  # times the largest magnitude of an output
+CONDITION = 50.0  # times what a jitter of the weights does
+STEPS = {
+    ops.batchnorm: 6,
+    moves.conv_bn_relu: 5,
+    ops.convolution: 4,
+    ops.elementwise: 3,
+    ops.constant: 2,
+    ops.pair: 3,
+    ops.pool: 2,
+    ops.gemm: 2,
+    ops.matmul: 2,
+    ops.conv_transpose: 1,
+    ops.product: 0.5,
+    ops.einsum: 0.7,
+    ops.normalisation: 0.5,
+    ops.recurrent: 0.3,
+    ops.table: 0.2,
+    ops.reduction: 0.7,
+    ops.resize: 0.7,
+    moves.transpose: 1,
+    moves.reshape: 1,
+    moves.flatten: 0.7,
+    moves.squeeze: 1,
+    moves.unsqueeze: 0.7,
+    moves.grow: 0.7,
+    moves.concat: 2,
+    moves.split: 1,
+    moves.cut: 1,
+    moves.gather: 1,
+    moves.pad: 1,
+    moves.space_and_depth: 0.7,
+    moves.residual: 2,
+    moves.parallel: 1.5,
+    moves.gate: 0.7,
+    moves.shuffle: 0.7,
+    moves.twice: 0.7,
+    moves.rows: 0.5,
+}
+
+
+def build(seed: int) -> onnx.ModelProto:
+    """The network of a seed: at least 6 operators and at least one BatchNorm, all weights and inputs in float64."""
+    rng = np.random.default_rng(seed)
+    net = Net(f"random {seed}", opset=int(rng.choice(OPSETS)), dtype="float64")
+    net.rng = rng
+    net.value_info = bool(rng.random() < 0.2)
+    g = ops.Growing(net, rng)
+    dynamic, batch = bool(rng.random() < 0.6), int(rng.integers(1, 5))
+    for k in range(1 if rng.random() < 0.7 else 2):
+        shape = [int(n) for n in rng.integers(1, 7, rng.choice([1, 2, 3, 3]))]
+        if rng.random() < 0.3:
+            shape = [batch] * len(shape)  # equal sizes, by which no axis can be told from another
+        name = net.input(*(["N"] if dynamic else [batch]), *shape, name=f"x{k}")
+        g.made(name, [], (-1 if dynamic else batch, *shape))
+    steps, weights = list(STEPS), np.array(list(STEPS.values()))
+    wanted = int(rng.integers(6, 26))
+    inputs = len(g.shapes)
+    for _ in range(400):
+        if len(g.shapes) - inputs >= wanted and g.norms:
+            break
+        steps[rng.choice(len(steps), p=weights / weights.sum())](g)  # type: ignore[operator]
+    made = list(g.shapes)[inputs:]
+    ends = [v for v in made if v not in g.used and rng.random() < 0.9] or made[-1:]
+    ends += [v for v in made if v not in ends and rng.random() < 0.04]
+    net.output(*ends)
+    return net.model()
+
+
+@dataclass
+class Found:
+    """What became of one network. problem: empty where all is well."""
+
+    seed: int
+    problem: str = ""
+    report: FuseReport | None = None
+    operators: Counter[str] = field(default_factory=Counter)
+
+
+def check(seed: int, model: onnx.ModelProto | None = None, *, clone: bool | None = None) -> Found:
+    """Fold a network, the one of the seed unless another is given, and compare all that must not change."""
+    model = build(seed) if model is None else model
+    found = Found(seed, operators=Counter(node.op_type for node in model.graph.node))
+    try:
+        found.problem = _compare(model, found, seed % 4 == 0 if clone is None else clone)
+    except Exception:
+        found.problem = traceback.format_exc()
+    return found
+
+
+def _compare(model: onnx.ModelProto, found: Found, clone: bool) -> str:
+    if not batchnorms(model):
+        return ""
+    onnx.checker.check_model(model, full_check=True)
+    before = model.SerializeToString(deterministic=True)
+    fused, report = bnfold.fuse(model, check=False, clone=clone)
+    found.report = report
+    if model.SerializeToString(deterministic=True) != before:
+        return "the model that was given changed"
+    onnx.checker.check_model(fused, full_check=True)
+    if interface(fused) != interface(model):
+        return f"the interface changed:\n{interface(model)}\n{interface(fused)}"
+    kept = sum(layer.verdict == "kept" for layer in report.layers)
+    if (batchnorms(model), batchnorms(fused)) != (report.batchnorms.before, report.batchnorms.after) or (kept == 0) != (
+        report.batchnorms.after == 0
+    ):
+        return f"the report counts {report.batchnorms} and {kept} kept, the models hold {batchnorms(model)} and {batchnorms(fused)}"
+    if silent := [layer.name for layer in report.layers if layer.verdict == "kept" and not layer.reason]:
+        return f"no reason for {silent}"
+    pair = [onnx_ir.from_proto(m) for m in (model, fused)]
+    oracles = [Oracle(m) for m in pair]
+    dynamic = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for size in (2, 5) if dynamic else (0,):
+        rng = np.random.default_rng((found.seed, size))
+        shapes = {i.name: [d.dim_value or size for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+        feeds = {name: rng.normal(0.1, 1.0, shape) for name, shape in shapes.items()}
+        reference, folded = (oracle.run(feeds) for oracle in oracles)
+        if (gap := difference(reference, folded)) > TOLERANCE:
+            noise = max(difference(reference, Oracle(pair[0], jitter=k).run(feeds)) for k in range(3))
+            if gap > CONDITION * noise:
+                return f"the outputs differ by {gap:.2e} of their size with a batch of {size or 'fixed size'} (jitter: {noise:.2e})"
+    return ""
+
+
+def share_folded(reports: list[FuseReport]) -> float:
+    """The share of all BatchNorms that are gone."""
+    before, after = (sum(getattr(r.batchnorms, which) for r in reports) for which in ("before", "after"))
+    return 1 - after / before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--only", type=int, help="run this seed alone, and say more")
+    parser.add_argument("--clone", type=int, choices=(0, 1), help="whether operators may be doubled (otherwise: for every fourth seed)")
+    parser.add_argument("--save", help="with --only: write the network here")
+    args = parser.parse_args()
+    clone = None if args.clone is None else bool(args.clone)
+    if args.only is not None:
+        model = build(args.only)
+        if args.save:
+            onnx.save(model, args.save)
+        found = check(args.only, model, clone=clone)
+        print(onnx.printer.to_text(model.graph))
+        for layer in found.report.layers if found.report else ():
+            print(f"{layer.name}: {layer.verdict} {' '.join(layer.into)} {layer.reason}")
+        print(found.problem or "all is well")
+        raise SystemExit(bool(found.problem))
+    start, failed, reports, operators = time.perf_counter(), [], [], Counter[str]()
+    for seed in range(args.seed, args.seed + args.count):
+        found = check(seed, clone=clone)
+        operators.update(found.operators.keys())
+        if found.report:
+            reports.append(found.report)
+        if found.problem:
+            failed.append(seed)
+            print(f"seed {seed}: {found.problem.strip().splitlines()[-1]}", flush=True)
+    merged = sum(len(r.merged) for r in reports)
+    print(f"{args.count} networks, {len(failed)} failed {failed}, {time.perf_counter() - start:.0f} s")
+    print(
+        f"{share_folded(reports):.1%} of {sum(r.batchnorms.before for r in reports)} BatchNorms folded, {merged} merges, {len(operators)} operators"
+    )
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
