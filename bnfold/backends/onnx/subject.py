@@ -1,0 +1,127 @@
+"""An ONNX model as `verify` sees it (see `bnfold.subject`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from ...fold import fold
+from ...graph import Node, Value
+from ...merge import merge
+from ...subject import Plan, Port, roundoff
+from .constants import FLOATS
+from .feeds import inputs, random_feeds
+from .lower import lower
+from .oracle import Oracle
+from .run import Session
+from .walk import all_graphs, held_tensor, name_of
+from .write import inlined
+
+if TYPE_CHECKING:
+    from ...data import Batch, InputSpec
+
+# Rounding spreads an error evenly over one unit in the last place: variance 1/12. A stored number can only move by whole units, so
+# one in twelve moves by one: the same variance.
+MOVED = 1 / 12
+
+
+class OnnxSubject:
+    """See `bnfold.subject.Subject`. The model is never changed."""
+
+    optimisations = ("off", "on")
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+
+    @cached_property
+    def roundoff(self) -> float:
+        kinds = {t.dtype for t in self._weights().values() if t.dtype in FLOATS}
+        kinds |= {v.dtype for v in (*self.model.graph.inputs, *self.model.graph.outputs) if v.dtype in FLOATS}
+        return max((roundoff(kind.numpy()) for kind in kinds), default=2.0**-24)
+
+    def _weights(self) -> dict[ir.Value, ir.TensorProtocol]:
+        """Every stored tensor, those of subgraphs and of Constant nodes too."""
+        found = {}
+        for graph in all_graphs(self.model.graph):
+            values = (*graph.initializers.values(), *(v for node in graph for v in node.outputs))
+            found.update({v: tensor for v in values if (tensor := held_tensor(v)) is not None})
+        return found
+
+    def inputs(self) -> list[InputSpec]:
+        return inputs(self.model)
+
+    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
+        graph = self.model.graph
+        fed = [v for v in graph.inputs if v.name not in graph.initializers]
+        # Below IR version 4 every initializer is listed as an input, and none is meant to be fed.
+        defaults = [v for v in graph.inputs if v.name in graph.initializers] if (self.model.ir_version or 0) >= 4 else []
+        return [_port(v) for v in fed], [_port(v) for v in defaults], [_port(v) for v in graph.outputs]
+
+    def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
+        return random_feeds(self.inputs(), batch=batch, seed=seed, input_shapes=input_shapes)
+
+    def plan(self, *, clone: bool = False) -> Plan:
+        graph = lower(inlined(self.model))
+        named = {v.name: v for node in graph.nodes for v in node.outputs}
+        outcomes = fold(graph, clone=clone)
+        if merge(graph):  # what a sum kept from folding may fold now
+            left = set(graph.nodes)
+            graph.sites = [o.site for o in outcomes if not o.folded and left.issuperset(o.site.nodes)]
+            outcomes = [*(o for o in outcomes if o.folded), *fold(graph, clone=clone)]
+        left = set(graph.nodes)
+        ends = {v.name: _end(named[v.name], left) for v in self.model.graph.outputs if v.name in named}
+        return Plan(graph, {str(name): v for name, v in ends.items()}, tuple(outcomes))
+
+    def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
+        return Oracle(self.model, jitter=jitter, outputs=outputs)
+
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Session:
+        model = self.model if jitter is None else self._moved(jitter)
+        return Session(model, provider=provider, optimise=optimisation == "on")
+
+    def _moved(self, seed: int) -> ir.Model:
+        """The model with one in twelve of its weights moved to the next stored number, up or down (see MOVED)."""
+        copy = OnnxSubject(self.model.clone())
+        rng = np.random.default_rng(seed)
+        for value, tensor in copy._weights().items():
+            array = tensor.numpy()
+            if tensor.dtype not in FLOATS or array.size < 2:  # a lone number may be a setting, such as a limit
+                continue
+            draw = rng.random(array.shape)
+            up = np.nextafter(array, np.asarray(np.inf, array.dtype))
+            down = np.nextafter(array, np.asarray(-np.inf, array.dtype))
+            keep = (array == 0) | ~np.isfinite(array.astype(np.float64)) | (draw >= MOVED)
+            moved = ir.Tensor(np.where(keep, array, np.where(draw < MOVED / 2, up, down)), dtype=tensor.dtype, name=value.name)
+            node = value.producer()
+            if node is None:
+                value.const_value = moved
+            else:
+                node.attributes.clear()
+                node.attributes["value"] = ir.AttrTensor("value", moved)
+        return copy.model
+
+    def layers(self) -> dict[str, str]:
+        return {v.name: name_of(node) for node in self.model.graph for v in node.outputs if v.name}
+
+    def folded(self) -> OnnxSubject | None:
+        from .fuse import fuse
+
+        model, report = fuse(self.model)
+        return OnnxSubject(model) if any(layer.verdict == "folded" for layer in report.layers) else None
+
+
+def _end(value: Value, left: set[Node]) -> Value:
+    """Where an output comes from once the nodes on the way to it are gone."""
+    while value.producer is not None and value.producer not in left and value.producer.inputs:
+        value = value.producer.inputs[0]
+    return value
+
+
+def _port(value: ir.Value) -> Port:
+    shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    dtype = value.type if value.dtype is None or not isinstance(value.type, ir.TensorType) else value.dtype.name.lower()
+    return Port(value.name or "", str(dtype), shape)

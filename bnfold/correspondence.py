@@ -1,0 +1,261 @@
+"""Level 1 of `verify`: every coefficient of two models in normal form, in units of roundoff of the stored type. No data, no run.
+
+Both models are brought to normal form by the planner: all that can be folded is planned, in float64. Then their operators are paired
+by data flow, backwards from the outputs, and each pair's coefficients are compared. Rounding once errs by at most one unit roundoff u
+of the number itself. Another tool's arithmetic in the stored type errs by 3.5 u for gamma/sqrt(var + eps) * W (half for the sum under the
+root, and one for each of root, division and product; the model is Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., equation
+2.4), and for beta - s*mean by as much of the magnitudes of the summands, which may cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .absorbing import coefficients
+from .affine import Array
+from .fold import Outcome
+from .graph import Node, Param, Tensor, Value
+from .report import Coefficients
+from .subject import Plan
+
+LIMIT = 4.0  # units of roundoff
+
+# Where one in two coefficients is off by this much and the outputs still agree to rounding, scales were moved between layers.
+ANOTHER_FORM = 1e-2
+
+COMMUTATIVE = {"Add", "Mul", "Mean", "Maximum"}
+
+
+class Mismatch(NamedTuple):
+    """One array that differs. units: its largest error; widespread: whether at least half of it is off by 1 % or more."""
+
+    node: Node
+    text: str
+    units: float
+    widespread: bool
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """What level 1 found. unpaired: why the structures don't correspond, "" if they do; mismatches are in the reference's order."""
+
+    checked: int
+    worst: float
+    mismatches: tuple[Mismatch, ...]
+    unpaired: str = ""
+
+    def report(self) -> Coefficients:
+        if self.unpaired:
+            return Coefficients("skipped", self.checked, self.worst, self.unpaired)
+        if self.mismatches:
+            return Coefficients("different", self.checked, self.worst, self.mismatches[0].text)
+        if not self.checked:
+            return Coefficients("skipped", reason="no coefficients that a fold could change")
+        return Coefficients("equivalent", self.checked, self.worst)
+
+    @property
+    def may_be_another_form(self) -> bool:
+        """Whether the differences are so large that outputs which agree all the same prove another parametrisation of one function."""
+        return len(self.mismatches) > 1 and all(m.widespread for m in self.mismatches)
+
+
+def correspond(reference: Plan, candidate: Plan) -> Correspondence:
+    """Pair the operators of two plans and compare their coefficients."""
+    pairs, unpaired = _paired(reference, candidate)
+    hidden = _hidden(reference.outcomes)
+    checked, worst = 0, 0.0
+    mismatches = []
+    for a, b in sorted(pairs, key=lambda pair: pair[0].index):
+        for role, want, have, magnitude, unit, tiny in _arrays(a, b, hidden):
+            checked += 1
+            try:
+                want, have, magnitude = np.broadcast_arrays(want, have, magnitude)
+            except ValueError:
+                unpaired = unpaired or f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}"
+                continue
+            with np.errstate(all="ignore"):
+                error = np.abs(have - want)
+                units = np.maximum(error - tiny, 0) / (unit * magnitude)
+            same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
+            units = np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
+            most = float(units.max(initial=0.0))
+            worst = max(worst, most)
+            if most > LIMIT:
+                place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[_channel(a, role, units.ndim)]
+                text = f"the {role} of {a.label} {a.name} is off by {most:.3g} units of roundoff (channel {place})"
+                wide = bool(np.mean(~(error <= ANOTHER_FORM * np.abs(want))) >= 0.5)
+                mismatches.append(Mismatch(a, text, most, wide))
+    return Correspondence(checked, worst, tuple(mismatches), unpaired)
+
+
+# --- pairing ------------------------------------------------------------------------------------------------------------------
+
+
+def _paired(reference: Plan, candidate: Plan) -> tuple[list[tuple[Node, Node]], str]:
+    """Nodes that stand at the same place in the data flow, and the first reason why some don't."""
+    keys = _keys(reference) | _keys(candidate)
+    stack = _roots(reference, candidate)
+    pairs: dict[tuple[Node, Node], None] = {}
+    seen: set[tuple[Value, Value]] = set()
+    trouble: list[tuple[int, str]] = []
+    while stack:
+        a, b = (_through(v) for v in stack.pop())
+        if (a, b) in seen:
+            continue
+        seen.add((a, b))
+        p, q = a.producer, b.producer
+        if p is None or q is None:
+            if p is not q or a.name != b.name:
+                node = p if p is not None else next((user for user, _ in a.users), None)
+                where = f"{node.label} {node.name}" if node is not None else f"input {a.name}"
+                trouble.append((node.index if node is not None else 0, f"{where} has no counterpart in the candidate"))
+            continue
+        if (
+            p.op != q.op
+            or (p.op == "Barrier" and p.label != q.label)
+            or len(p.inputs) != len(q.inputs)
+            or p.params.keys() != q.params.keys()
+        ):
+            trouble.append((p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}"))
+            continue
+        pairs[p, q] = None
+        stack.extend(zip(p.inputs, _ordered(p, q, keys), strict=True))
+    return list(pairs), min(trouble, default=(0, ""))[1]
+
+
+def _roots(reference: Plan, candidate: Plan) -> list[tuple[Value, Value]]:
+    """The models' outputs, and those of subgraphs, by name."""
+    roots = [(v, candidate.outputs[name]) for name, v in reference.outputs.items() if name in candidate.outputs]
+    inner = [{v.name: v for node in plan.graph.nodes for v in node.outputs if v.is_output} for plan in (reference, candidate)]
+    return roots + [(v, inner[1][name]) for name, v in inner[0].items() if name in inner[1] and name not in reference.outputs]
+
+
+def _through(value: Value) -> Value:
+    """The value behind operators that do nothing, which other tools take out."""
+    while value.producer is not None and value.producer.op == "Identity" and len(value.producer.inputs) == 1:
+        value = value.producer.inputs[0]
+    return value
+
+
+def _keys(plan: Plan) -> dict[Value, int]:
+    """What each value is computed by, as a hash: alike in two models where their structures are."""
+    keys: dict[Value, int] = {}
+    for node in plan.graph.nodes:
+        inputs = [keys.setdefault(v, hash(("input", v.name))) for v in node.inputs]
+        if node.op == "Identity" and len(inputs) == 1:
+            keys[node.output] = inputs[0]
+            continue
+        shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
+        order = tuple(sorted(inputs) if _commutes(node) else inputs)
+        for i, v in enumerate(node.outputs):
+            keys[v] = hash((node.op, node.label if node.op == "Barrier" else "", shapes, order, i))
+    return keys
+
+
+def _commutes(node: Node) -> bool:
+    signs, factors = node.attrs.get("signs", ()), node.attrs.get("factors", len(node.inputs))
+    return node.op in COMMUTATIVE and len(set(signs)) <= 1 and factors == len(node.inputs)
+
+
+def _ordered(p: Node, q: Node, keys: dict[Value, int]) -> list[Value]:
+    """The inputs of q in the order of their counterparts among the inputs of p."""
+    if not _commutes(p) or all(keys.get(a) == keys.get(b) for a, b in zip(p.inputs, q.inputs, strict=True)):
+        return q.inputs
+    left, order = list(q.inputs), []
+    for a in p.inputs:
+        found = next((v for v in left if keys.get(v) == keys.get(a)), None) or next((v for v in left if v.name == a.name), left[0])
+        left.remove(found)
+        order.append(found)
+    return order
+
+
+# --- coefficients -------------------------------------------------------------------------------------------------------------
+
+_Compared = tuple[str, Array, Array, Array, float, float]  # role, reference, candidate, magnitude, unit roundoff, half the smallest number
+
+
+def _arrays(a: Node, b: Node, hidden: dict[Node, list[Array]]) -> Iterator[_Compared]:
+    for role, param in a.params.items():
+        other = b.params[role]
+        if param.tensor is None and other.tensor is None and param.update is None and other.update is None:
+            continue
+        limit = next(t.limit for t in (other.tensor, param.tensor, *_tensors((a, b))) if t is not None)
+        magnitude = np.maximum(*_broadcast(_magnitude(param), _magnitude(other)))
+        if role != "weight":
+            for more in hidden.get(a, ()):
+                magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
+        yield role, param.read(), other.read(), magnitude, *_precision(limit)
+    if a.op == "Affine":  # what of a BatchNorm isn't a parameter
+        for role in ("gain", "mean"):
+            want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
+            if want.size > 1 or have.size > 1 or want != have:
+                limit = next((t.limit for t in _tensors((b, a)) if t is not None), a.attrs.get("limit", np.finfo(np.float32).max))
+                yield role, want, have, np.abs(want), *_precision(float(limit))
+
+
+def _tensors(nodes: Iterable[Node]) -> Iterator[Tensor | None]:
+    return (param.tensor for node in nodes for param in node.params.values())
+
+
+def _broadcast(x: Array, y: Array) -> tuple[Array, Array]:
+    try:
+        return np.broadcast_arrays(x, y)  # type: ignore[return-value]
+    except ValueError:
+        return x, x
+
+
+def _magnitude(param: Param) -> Array:
+    """What a coefficient's summands amount to: |S*w| + |T| for the update (S, T) of a stored w."""
+    stored = np.abs(_stored(param))
+    return stored if param.update is None else np.abs(param.update.scale) * stored + np.abs(param.update.shift)
+
+
+def _stored(param: Param) -> Array:
+    return np.full(param.shape, param.default) if param.tensor is None else param.layout.canonical(param.tensor.read())
+
+
+def _hidden(outcomes: Iterable[Outcome]) -> dict[Node, list[Array]]:
+    """Summands that the planned shifts no longer show: |beta| + |s*mean|, and what a weight makes of them, for each site that went in."""
+    found: dict[Node, list[Array]] = {}
+    for outcome in outcomes:
+        for site_node in outcome.site.nodes if outcome.folded else ():
+            if "mean" not in site_node.attrs:
+                continue
+            own = coefficients(site_node)
+            summands = np.abs(own.shift) + 2 * np.abs(own.scale * np.broadcast_to(site_node.attrs["mean"], own.shape))
+            for node in outcome.into:
+                weight = node.params.get("weight")
+                if site_node.index < node.index and weight is not None:  # it went down, into W*t
+                    found.setdefault(node, []).append(summands.max() * _row_sums(node, weight))
+                else:
+                    found.setdefault(node, []).append(summands)
+    return found
+
+
+def _row_sums(node: Node, weight: Param) -> Array:
+    """The sum of |W| over all that one output reads, the largest of all outputs."""
+    array = np.abs(_stored(weight))
+    w, y = node.attrs.get("w"), node.attrs.get("y")
+    summed = tuple(i for i, name in enumerate(w) if name not in y) if w and y else tuple(range(1, array.ndim))
+    return np.asarray(array.sum(axis=summed).max(initial=0.0))
+
+
+def _precision(limit: float) -> tuple[float, float]:
+    """Unit roundoff and half the smallest positive number of the IEEE type whose largest number is (2 - 2**(1 - p)) * 2**emax."""
+    fraction, exponent = np.frexp(limit)
+    unit = 1.0 - float(fraction)  # 2**-p
+    return unit, float(np.ldexp(unit, 2 - int(exponent)))
+
+
+def _channel(node: Node, role: str, rank: int) -> int:
+    """The axis of a parameter along which its output channels lie."""
+    if not rank:
+        return 0
+    w, y = node.attrs.get("w"), node.attrs.get("y")
+    if role == "weight" and w and y:
+        return next((i for i, name in reversed(list(enumerate(w))) if name in y), 0)
+    return 1 if node.op == "Affine" and rank > 1 else 0 if role == "weight" or node.op == "Conv" else rank - 1

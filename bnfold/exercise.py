@@ -1,0 +1,109 @@
+"""What `verify` feeds two models, and whether they take and give the same kinds of things at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import UsageError
+from .subject import Port, Subject
+
+if TYPE_CHECKING:
+    from .data import Batch
+
+SAMPLES = 32  # compared where nobody says how many
+LARGE = 1 << 17  # numbers in one sample; of samples as large as a photograph a few are enough, since they give many outputs
+FEW_SAMPLES = 4
+BATCH = 8
+
+
+def interface_difference(reference: Subject, candidate: Subject) -> str:
+    """How what callers see of the two differs, "" where it doesn't."""
+    mine, theirs = reference.ports(), candidate.ports()
+    for what, want, have in (("input", mine[0], theirs[0]), ("output", mine[2], theirs[2])):
+        by_name = {port.name: port for port in have}
+        for port in want:
+            if port.name not in by_name:
+                return f"{what} {port.name!r} is missing; the candidate has {', '.join(map(repr, by_name)) or 'none'}"
+            if reason := _ports(what, port, by_name[port.name]):
+                return reason
+        if more := by_name.keys() - {port.name for port in want}:
+            return f"the candidate has an {what} more, {min(more)!r}"
+        if [port.name for port in want] != [port.name for port in have]:
+            return f"the {what}s come in another order: {', '.join(port.name for port in have)}"
+    defaults = {port.name: port for port in theirs[1]}
+    for port in mine[1]:
+        if port.name not in defaults:
+            return f"input {port.name!r}, whose default callers may override, is missing"
+        if reason := _ports("input", port, defaults[port.name]):
+            return reason
+    return ""
+
+
+def _ports(what: str, want: Port, have: Port) -> str:
+    if want.dtype != have.dtype:
+        return f"{what} {want.name!r} is {have.dtype} instead of {want.dtype}"
+    if want.shape is None or have.shape is None:
+        return ""
+    fixed = [isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(want.shape, have.shape, strict=False)]
+    if len(want.shape) != len(have.shape) or any(fixed):
+        texts = ["(" + ", ".join("?" if d is None else str(d) for d in shape) + ")" for shape in (have.shape, want.shape)]
+        return f"{what} {want.name!r} has shape {texts[0]} instead of {texts[1]}"
+    return ""
+
+
+def given(reference: Subject, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
+    """The user's data."""
+    from .data import as_batches
+
+    if samples is not None and samples < 1:
+        raise UsageError(f"samples must be at least 1, not {samples}")
+    return iter(as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples or SAMPLES))
+
+
+def random(
+    reference: Subject,
+    candidate: Subject,
+    samples: int | None,
+    batch_size: int | None,
+    seed: int,
+    input_shapes: Mapping[str, tuple[int, ...]] | None,
+) -> list[Batch]:
+    """Random data: in more than one batch where there is more than one sample, so that it shows whether outputs depend on them."""
+    shapes = _fixed_shapes(reference, candidate, seed, input_shapes)
+    one = reference.random(batch=1, seed=seed, input_shapes=shapes)
+    wanted = samples or (FEW_SAMPLES if sum(a.size for a in one.values()) > LARGE else SAMPLES)
+    specs = reference.inputs()
+    dynamic = all(s.shape and not isinstance(s.shape[0], int) for s in specs) and not shapes
+    batch = min(batch_size or BATCH, -(-wanted // 2) if wanted > 1 else 1) if dynamic else 1
+    size = batch if dynamic else max((a.shape[0] for a in one.values() if a.ndim), default=1)
+    return [reference.random(batch=batch, seed=seed + k, input_shapes=shapes) for k in range(max(1, -(-wanted // size)))]
+
+
+def _fixed_shapes(
+    reference: Subject, candidate: Subject, seed: int, given: Mapping[str, tuple[int, ...]] | None
+) -> Mapping[str, tuple[int, ...]] | None:
+    """Shapes that suit both models: a candidate may have fixed what the reference leaves open."""
+    pairs = list(zip(reference.inputs(), candidate.inputs(), strict=False))
+    fixed = any(isinstance(n, int) and not isinstance(m, int) for a, b in pairs for m, n in zip(a.shape, b.shape, strict=False))
+    if not fixed or given:
+        return given
+    return {name: array.shape for name, array in candidate.random(batch=1, seed=seed, input_shapes=None).items()}
+
+
+def another(subject: Subject, batch: Batch) -> Batch:
+    """Other data of the same shapes."""
+    return subject.random(batch=1, seed=1, input_shapes={name: array.shape for name, array in batch.items()})
+
+
+def moved(feeds: list[Batch], times: int, seed: int) -> Iterator[Batch]:
+    """The samples again, their floats moved by a thousandth: new rounding errors of the same size."""
+    rng = np.random.default_rng(seed)
+    for _ in range(times):
+        for batch in feeds:
+            yield {
+                name: (array * (1 + 1e-3 * rng.standard_normal(array.shape))).astype(array.dtype) if array.dtype.kind in "fV" else array
+                for name, array in batch.items()
+            }

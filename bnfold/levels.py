@@ -1,0 +1,286 @@
+"""Levels 2 and 3 of `verify`: how far one run lies from another, and what rounding explains of that.
+
+The yardstick is measured, not chosen: the reference is run again with every weight moved at random by up to half a unit in its last
+place. That is all that its rounded weights say about the function, so a right fold moves the outputs by as much, and a bug by far more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .affine import Array
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .data import Batch
+
+Outputs = Mapping[str, npt.NDArray[Any]]
+Run = Callable[["Batch"], Outputs]
+
+# How many times the yardstick a right candidate may err. A right fold lands on 1, with float32 arithmetic on 3; the mildest bug, a channel
+# off by 1e-3, lies at 100 or more where it isn't diluted: the limit is their geometric middle.
+FUNCTION_LIMIT = 10.0
+# A part of an output is judged by its own yardstick, which is measured on fewer numbers.
+PART_LIMIT = 3 * FUNCTION_LIMIT
+PART_SIZE = 8  # elements; smaller parts say too little
+# In the stored type: arithmetic and weights are rounded on both sides, so a right candidate errs as much as the reference itself.
+DEPLOYED_LIMIT, HALF_LIMIT = 2.0, 3.0
+PEAK_SLACK = 2.0  # the largest of many errors scatters more than their root mean square
+FLOOR = 1e-13  # of the largest output: what float64 itself leaves uncertain
+CHANGED = 1e-4  # the share of integers that a yardstick of none still allows, over the limit
+DEAD = 1e-3  # of the usual noise: what a part that should be all zeros may show
+FEW, MANY = 3, 8  # runs with moved weights: as a rule, and where they scatter
+SCATTER = 0.25  # relative
+
+
+@dataclass
+class Tally:
+    """Errors of one output, gathered over the samples. part: the worst ratio of a part of it; problem: what no number says."""
+
+    square: float = 0.0
+    peak: float = 0.0
+    count: int = 0
+    part: float = 0.0
+    where: str = ""
+    problem: str = ""
+
+    def add(self, error: Array) -> None:
+        self.square += float(np.square(error).sum())
+        self.peak = max(self.peak, float(error.max(initial=0.0)))
+        self.count += error.size
+
+    @property
+    def rms(self) -> float:
+        return float(np.sqrt(self.square / max(self.count, 1)))
+
+
+@dataclass
+class Noise:
+    """What moved weights do to one output. runs: one tally a seed; squares: for each batch, the mean square by element."""
+
+    runs: list[Tally] = field(default_factory=list)
+    squares: list[Array] = field(default_factory=list)
+
+    @property
+    def rms(self) -> float:
+        """Their root mean square, and three deviations more where the runs scatter: then few independent numbers came out."""
+        each = np.array([t.rms for t in self.runs])
+        return float(each.mean() + 3 * each.std()) if each.size else 0.0
+
+    @property
+    def peak(self) -> float:
+        return max((t.peak for t in self.runs), default=0.0)
+
+    @property
+    def scatters(self) -> bool:
+        each = np.array([t.rms for t in self.runs])
+        return bool(each.size and each.std() > SCATTER * each.mean())
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of one output. floor: an error below which nothing can be told; discrete: integers, booleans, text."""
+
+    largest: float
+    floor: float
+    count: int
+    discrete: bool
+
+
+class Truth:
+    """The reference's outputs on all samples, and the yardstick."""
+
+    def __init__(self, run: Run, feeds: Iterable[Batch], *, most_bytes: int = 1 << 29) -> None:
+        self._run = run
+        self.feeds: list[Batch] = []
+        self.expected: list[dict[str, npt.NDArray[Any]]] = []
+        self.noise: dict[str, Noise] = {}
+        held = 0
+        for batch in feeds:
+            outputs = plain(run(batch))
+            self.feeds.append(batch)
+            self.expected.append(outputs)
+            held += 2 * sum(v.nbytes for v in outputs.values())
+            if held > most_bytes:
+                break
+
+    def measure(self, moved: Callable[[int], Run], *, least: int = FEW, most: int = MANY) -> None:
+        """Run with moved weights: `least` seeds, and up to `most` where what they do scatters."""
+        self.noise = {name: Noise() for name in self.names}
+        for seed in range(most):
+            if seed >= least and not any(n.scatters for n in self.noise.values()):
+                break
+            run = moved(seed)
+            for name in self.names:
+                self.noise[name].runs.append(Tally())
+            for i, (batch, expected) in enumerate(zip(self.feeds, self.expected, strict=True)):
+                got = plain(run(batch))
+                for name, want in expected.items():
+                    noise, (error, problem) = self.noise[name], deviation(want, got[name])
+                    if problem or error is None:  # it decides by its weights' rounding whether a number comes out at all
+                        error = np.zeros(want.shape)
+                    noise.runs[-1].add(error)
+                    if i == len(noise.squares):
+                        noise.squares.append(np.square(error))
+                    else:
+                        noise.squares[i] += (np.square(error) - noise.squares[i]) / (seed + 1)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.expected[0]) if self.expected else []
+
+    def scale(self, name: str, unit: float) -> Scale:
+        """unit: roundoff of the stored type; an output can't be more certain than that. Constants (no noise) don't count."""
+        arrays = [outputs[name] for outputs in self.expected]
+        count = sum(a.size for a in arrays)
+        if any(a.dtype.kind not in "fc" for a in arrays):
+            return Scale(1.0, CHANGED, count, True)
+        squares = self.noise[name].squares if name in self.noise else []
+        square = n = 0.0
+        largest = 0.0
+        for i, array in enumerate(arrays):
+            finite = np.isfinite(array)
+            size = np.abs(np.where(finite, array, 0.0))
+            largest = max(largest, float(size.max(initial=0.0)))
+            alive = finite & (squares[i] > 0) if squares else finite
+            square, n = square + float(np.square(size[alive]).sum()), n + int(alive.sum())
+        return Scale(largest, max(unit * np.sqrt(square / max(n, 1)), FLOOR * largest), count, False)
+
+    def compare(self, run: Run) -> dict[str, Tally]:
+        """The errors of a run, output by output."""
+        tallies = {name: Tally() for name in self.names}
+        for i, (batch, expected) in enumerate(zip(self.feeds, self.expected, strict=True)):
+            got = plain(run(batch))
+            for name, want in expected.items():
+                tally = tallies[name]
+                if name not in got:
+                    tally.problem = tally.problem or f"output {name} is missing"
+                    continue
+                error, problem = deviation(want, got[name])
+                if error is None or problem:
+                    tally.problem = tally.problem or f"output {name} {problem}"
+                if error is None:
+                    continue
+                tally.add(error)
+                if self.noise and want.dtype.kind == "f":
+                    ratio, where = worst_part(want, error, self.noise[name].squares[i])
+                    if ratio > tally.part:
+                        tally.part, tally.where = ratio, where
+        return tallies
+
+    def constant(self, probe: Callable[[Batch], Batch]) -> bool:
+        """Whether every output is the same whatever goes in. probe: other data like the ones given, used where there is but one batch."""
+        same = [outputs for outputs in self.expected[1:] if all(outputs[n].shape == self.expected[0][n].shape for n in self.names)]
+        others = same or [plain(self._run(probe(self.feeds[0])))]
+        return not any(
+            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)])
+            for name in self.names
+        )
+
+
+def deviation(want: npt.NDArray[Any], got: npt.NDArray[Any]) -> tuple[Array | None, str]:
+    """|got - want| element by element, 0 where neither is a finite number; 0 and 1 for integers, booleans and text.
+
+    None with the reason where the shapes differ; a reason alone where only one of the two is a number.
+    """
+    if want.shape != got.shape:
+        return None, f"has shape {_shape(got.shape)} instead of {_shape(want.shape)}"
+    if want.dtype.kind not in "fc":
+        return (want != got).astype(np.float64), ""
+    got = got.astype(np.complex128 if got.dtype.kind == "c" else np.float64)
+    usable, whole = np.isfinite(want), np.isfinite(got)
+    with np.errstate(all="ignore"):
+        error = np.where(usable & whole, np.abs(got - want), 0.0)
+    if (usable & ~whole).any():
+        k = np.argwhere(usable & ~whole)[0]
+        return error, f"is {got[tuple(k)]} at {_shape(k)}, where the reference gives {want[tuple(k)]:.6g}"
+    if (~usable & whole).any():
+        k = np.argwhere(~usable & whole)[0]
+        return error, f"is {got[tuple(k)]:.6g} at {_shape(k)}, where the reference gives {want[tuple(k)]}"
+    if ((want != got) & ~(np.isnan(want) & np.isnan(got)) & ~usable).any():
+        return error, "is infinite with the other sign, or not a number where the reference is infinite"
+    return error, ""
+
+
+def worst_part(want: Array, error: Array, noise: Array) -> tuple[float, str]:
+    """The largest ratio of error to noise over the slices along each axis, so that one bad channel doesn't hide among the others.
+
+    A slice's noise may be small by chance, so its relative noise counts as at least the median of its axis.
+    """
+    worst, where = 0.0, ""
+    alive = (noise > 0) & np.isfinite(want)
+    floor = FLOOR * float(np.abs(np.where(np.isfinite(want), want, 0.0)).max(initial=0.0))
+    for axis, length in enumerate(want.shape):
+        if length < 2 or want.size // length < PART_SIZE:
+            continue
+        others = tuple(i for i in range(want.ndim) if i != axis)
+        counts = np.maximum(alive.sum(others), 1)
+        size = np.sqrt(np.square(np.where(alive, want, 0.0)).sum(others) / counts)
+        own = np.sqrt(noise.mean(others))
+        got = np.sqrt(np.square(error).mean(others))
+        known = (size > 0) & (own > 0)
+        if not known.any():
+            continue
+        usual = float(np.median(own[known] / size[known]))
+        yardstick = np.maximum(np.maximum(own, usual * size), DEAD * np.sqrt(noise.mean()))
+        ratios = np.where(got > floor, got / np.maximum(yardstick, floor or 1.0), 0.0)
+        k = int(ratios.argmax())
+        if ratios[k] > worst:
+            worst, where = float(ratios[k]), f"at {k} along axis {axis}"
+    return worst, where
+
+
+def function_ratio(tally: Tally, noise: Noise, scale: Scale) -> float:
+    """The candidate's error over the yardstick: the worst of the whole, of single numbers, and of parts (to their own limit)."""
+    if scale.discrete:
+        return (tally.square / max(tally.count, 1)) / max(noise.rms**2, CHANGED)
+    part = tally.part * FUNCTION_LIMIT / PART_LIMIT
+    return max(_over(tally.rms, max(noise.rms, scale.floor)), _over(tally.peak, max(noise.peak, scale.floor)), part)
+
+
+def deployed_ratio(candidate: Tally, reference: Tally, noise: Noise, scale: Scale) -> float:
+    """The candidate's error over what is usual in the stored type: the reference's own error and its noise, added as independent errors."""
+    if scale.discrete:
+        usual = max(reference.square / max(reference.count, 1), noise.rms**2, CHANGED)
+        return DEPLOYED_LIMIT / FUNCTION_LIMIT * (candidate.square / max(candidate.count, 1)) / usual
+    rms = _over(candidate.rms, max(float(np.hypot(reference.rms, noise.rms)), scale.floor))
+    return max(rms, _over(candidate.peak, max(float(np.hypot(reference.peak, noise.peak)), scale.floor)) / PEAK_SLACK)
+
+
+def _over(error: float, yardstick: float) -> float:
+    return 0.0 if error == 0 else error / yardstick if yardstick else np.inf
+
+
+def varies(arrays: Sequence[npt.NDArray[Any]]) -> bool:
+    """Whether arrays of one shape differ by more than float64 itself leaves uncertain."""
+    first = arrays[0]
+    for other in arrays[1:]:
+        if first.dtype.kind not in "fc":
+            changed = bool((first != other).any())
+        else:
+            finite = np.isfinite(first) & np.isfinite(other)
+            changed = bool(
+                (np.abs(np.where(finite, other - first, 0.0)) > 1e-9 * np.abs(np.where(finite, first, 0.0)).max(initial=0.0)).any()
+            )
+        if changed:
+            return True
+    return False
+
+
+def plain(outputs: Outputs) -> dict[str, npt.NDArray[Any]]:
+    """Outputs of any floating-point type in float64."""
+    found = {}
+    for name, value in outputs.items():
+        if not isinstance(value, np.ndarray):
+            raise UnsupportedError(f"output {name!r} is no tensor, which can't be compared")
+        found[name] = value.astype(np.float64) if value.dtype.kind in "fV" else value  # ml_dtypes' types are of kind V
+    return found
+
+
+def _shape(shape: Iterable[Any]) -> str:
+    return "(" + ", ".join(str(int(n)) for n in shape) + ")"

@@ -1,0 +1,363 @@
+"""Whether two models compute the same function, decided without a tolerance, on three levels.
+
+1. Coefficients (`correspondence`): every coefficient that a fold could change, against float64, in units of roundoff.
+2. Function (`levels`): both models in float64. What rounded weights explain is measured on the reference itself.
+3. Deployment (`levels`): both in their stored types on each provider, against the float64 oracle of the reference.
+
+Each finds what the others can't: an epsilon of 1.1e-5 for 1e-5 shows in no output, a transposed matrix product in no coefficient, and what
+a runtime's optimiser makes of a right model shows only there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .correspondence import Correspondence, correspond
+from .errors import BnfoldError, DataError, UnsupportedError
+from .exercise import another, given, interface_difference, moved, random
+from .levels import (
+    DEPLOYED_LIMIT,
+    FEW,
+    FUNCTION_LIMIT,
+    HALF_LIMIT,
+    MANY,
+    Noise,
+    Scale,
+    Tally,
+    Truth,
+    deployed_ratio,
+    function_ratio,
+)
+from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
+from .subject import Runner, Subject
+
+if TYPE_CHECKING:
+    from .data import Batch
+
+Progress = Callable[[str, int, "int | None"], None]
+
+ENOUGH = 64  # numbers of an output; with fewer, the same samples are fed again, slightly moved
+
+
+def verify(
+    reference: Any,
+    candidate: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    providers: Iterable[str] = ("cpu",),
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    progress: Progress | None = None,
+    oracle_only: bool = False,
+) -> VerifyReport:
+    """Compare a candidate with its reference. Both are `subject.Subject`s or ONNX models.
+
+    batches: what to feed; random data where it is None. samples: how many; at least 4, or 32 of small ones, where it is None.
+    oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    """
+    start = time.perf_counter()
+    check = _Check(_subject(reference), _subject(candidate), progress or (lambda stage, done, total: None))
+    feeds: Iterable[Batch]
+    if batches is None:
+        feeds = random(check.reference, check.candidate, samples, batch_size, seed, input_shapes)
+    else:
+        feeds = given(check.reference, batches, samples, batch_size)
+    report = check.run(feeds, () if oracle_only else tuple(dict.fromkeys(providers)), seed, least=FEW, most=MANY)
+    return _timed(report, start)
+
+
+def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
+    """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample."""
+    start = time.perf_counter()
+    check = _Check(_subject(reference), _subject(fused), lambda stage, done, total: None)
+    feeds = random(check.reference, check.candidate, 1, None, 0, None) if example is None else given(check.reference, [example], 1, None)
+    return _timed(check.run(feeds, (), 0, least=1, most=MANY), start)
+
+
+def _timed(report: VerifyReport, start: float) -> VerifyReport:
+    import dataclasses
+
+    return dataclasses.replace(report, seconds=time.perf_counter() - start)
+
+
+def _subject(model: Any) -> Subject:
+    if isinstance(model, Subject):
+        return model
+    import onnx_ir as ir
+
+    from .backends.onnx.subject import OnnxSubject
+
+    if isinstance(model, ir.Model):
+        return OnnxSubject(model)
+    raise UnsupportedError(f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold can verify")
+
+
+@dataclass
+class _Measured:
+    """One output on level 2: the candidate's errors, the yardstick, and the ratio of the two."""
+
+    tally: Tally
+    noise: Noise
+    scale: Scale
+    ratio: float
+
+
+class _Check:
+    """One verification. `run` is the order of the work; every method is a step of it."""
+
+    def __init__(self, reference: Subject, candidate: Subject, progress: Progress) -> None:
+        self.reference, self.candidate, self.progress = reference, candidate, progress
+        self.unit = max(reference.roundoff, candidate.roundoff)
+        self.limit = HALF_LIMIT if self.unit > 2.0**-20 else DEPLOYED_LIMIT
+        self.measured: dict[str, _Measured] = {}
+        self.ratios: dict[str, float] = {}
+
+    def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int, *, least: int, most: int) -> VerifyReport:
+        if reason := interface_difference(self.reference, self.candidate):
+            skipped = "the interfaces differ"
+            levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
+            return VerifyReport(verdict="different", levels=levels, reason=reason)
+        self.progress("coefficients", 0, 1)
+        coefficients, found = self.coefficients()
+        truth, lacking = self.truth(feeds, seed, least, most, providers)
+        function = self.function(truth, lacking)
+        rows = [row for p in providers for row in self.deployment(truth, lacking, p)]
+        if found is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and found.may_be_another_form:
+            text = "the outputs agree to rounding while most coefficients differ: the same function in another form"
+            coefficients = Coefficients("skipped", coefficients.checked, coefficients.worst, text)
+        verdict, reason = self.verdict(coefficients, function, rows, truth)
+        first = self.first_difference(found, coefficients, truth, function) if verdict == "different" else None
+        outputs = tuple(
+            OutputError(name, m.tally.peak, m.tally.peak / (m.scale.largest or 1.0), self.ratios.get(name, m.ratio if not rows else 0.0))
+            for name, m in self.measured.items()
+        )
+        return VerifyReport(
+            verdict=verdict, levels=Levels(coefficients, function, tuple(rows)), outputs=outputs, first_difference=first, reason=reason
+        )
+
+    # --- level 1 ----------------------------------------------------------------------------------------------------------------
+
+    def coefficients(self) -> tuple[Coefficients, Correspondence | None]:
+        found = None
+        for clone in (False, True):
+            try:
+                found = correspond(self.reference.plan(clone=clone), self.candidate.plan(clone=clone))
+            except UnsupportedError as error:
+                return Coefficients("skipped", reason=str(error)), None
+            if not found.unpaired:
+                break
+        assert found is not None
+        return found.report(), found
+
+    # --- level 2 ----------------------------------------------------------------------------------------------------------------
+
+    def truth(self, feeds: Iterable[Batch], seed: int, least: int, most: int, providers: tuple[str, ...]) -> tuple[Truth | None, str]:
+        """The reference in float64 with its yardstick, or in its stored type and why."""
+        feeds = list(feeds)
+        provider = providers[0] if providers else "cpu"
+        lacking: list[str] = []
+        for make in (self.reference.oracle, partial(self.reference.deployed, provider, self.reference.optimisations[0])):
+            try:
+                return self._truth(make, feeds, seed, least, most), "; ".join(lacking)
+            except UnsupportedError as error:
+                lacking.append(str(error))
+        return None, "; ".join(lacking)
+
+    def _truth(self, make: Callable[..., Runner], feeds: list[Batch], seed: int, least: int, most: int) -> Truth:
+        self.progress("reference", 0, None)
+        truth = Truth(make().run, feeds)
+        sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in truth.expected]
+        if 0 < sum(sizes) < ENOUGH:
+            times = min(-(-(ENOUGH - sum(sizes)) // sum(sizes)), 2 * ENOUGH // len(sizes))
+            truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)])
+        self.progress("yardstick", 0, None)
+        truth.measure(lambda k: make(jitter=seed + k + 1).run, least=least, most=most)
+        return truth
+
+    def function(self, truth: Truth | None, lacking: str) -> Function:
+        if truth is None:
+            return Function("inconclusive", reason=lacking)
+        self.progress("candidate", 0, None)
+        try:
+            run = self.candidate.deployed("cpu", self.candidate.optimisations[0]) if lacking else self.candidate.oracle()
+            tallies = truth.compare(run.run)
+        except UnsupportedError as error:
+            return Function("skipped", reason=str(error))
+        except DataError as error:
+            return Function("different", np.inf, reason=f"the candidate doesn't run on what the reference takes: {error}")
+        for name, tally in tallies.items():
+            noise, scale = truth.noise[name], truth.scale(name, self.unit)
+            self.measured[name] = _Measured(tally, noise, scale, function_ratio(tally, noise, scale))
+        return self._judged(truth, f"by the noise of the stored type, since {lacking}" if lacking else "")
+
+    def _judged(self, truth: Truth, how: str) -> Function:
+        if not self.measured:
+            return Function("inconclusive", reason="the model has no outputs")
+        name, worst = max(self.measured.items(), key=lambda item: item[1].ratio)
+        error = worst.tally.peak / (worst.scale.largest or 1.0)
+        yardstick = max(worst.noise.peak, worst.scale.floor) / (worst.scale.largest or 1.0)
+        if problems := [m.tally.problem for m in self.measured.values() if m.tally.problem]:
+            return Function("different", np.inf, yardstick, problems[0])
+        if worst.ratio > FUNCTION_LIMIT:
+            where = f" ({worst.tally.where})" if worst.tally.where and worst.tally.part >= worst.ratio else ""
+            text = f"output {name}{where} is off by {worst.ratio:.3g} times what rounded weights explain"
+            return Function("different", error, yardstick, text)
+        counts = [int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size for outputs in truth.expected for a in outputs.values()]
+        if not sum(counts):
+            empty = not sum(a.size for outputs in truth.expected for a in outputs.values())
+            return Function("inconclusive", reason="all outputs are empty" if empty else "all outputs of both models are NaN or infinite")
+        return Function("equivalent", error, yardstick, how)
+
+    # --- level 3 ----------------------------------------------------------------------------------------------------------------
+
+    def deployment(self, truth: Truth | None, lacking: str, provider: str) -> list[Deployment]:
+        rows = []
+        options = self.candidate.optimisations
+        try:
+            reference = self.reference.deployed(provider, self.reference.optimisations[0])
+            if truth is None:
+                raise UnsupportedError(lacking)
+            self.progress(f"{provider}: reference", 0, None)
+            own = truth.compare(reference.run)
+        except UnsupportedError as error:
+            return [Deployment(provider, option, 0.0, "skipped", str(error)) for option in options]
+        if reason := self._unsteady(truth, reference):
+            return [Deployment(provider, option, 0.0, "inconclusive", reason) for option in options]
+        for option in options:
+            self.progress(f"{provider}: candidate, optimisation {option}", 0, None)
+            try:
+                tallies = truth.compare(self.candidate.deployed(provider, option).run)
+            except (UnsupportedError, DataError) as error:
+                rows.append(Deployment(provider, option, np.inf, "different", f"the reference runs, the candidate doesn't: {error}"))
+                continue
+            rows.append(self._row(truth, provider, option, tallies, own))
+        return rows
+
+    def _row(self, truth: Truth, provider: str, option: str, tallies: Mapping[str, Tally], own: Mapping[str, Tally]) -> Deployment:
+        worst, reason = 0.0, ""
+        for name, tally in tallies.items():
+            if own[name].problem:  # the reference itself doesn't give what it should there
+                continue
+            ratio = np.inf if tally.problem else deployed_ratio(tally, own[name], truth.noise[name], truth.scale(name, self.unit))
+            self.ratios[name] = max(self.ratios.get(name, 0.0), ratio)
+            if ratio > worst:
+                worst = ratio
+                reason = tally.problem or f"output {name} errs {ratio:.3g} times as much as the reference (at most {self.limit:g})"
+        broken = [t.problem for t in own.values() if t.problem]
+        if len(broken) == len(own):
+            return Deployment(provider, option, 0.0, "inconclusive", f"the reference itself fails there: {broken[0]}")
+        return Deployment(provider, option, worst, *(("different", reason) if worst > self.limit else ("equivalent", "")))
+
+    def _unsteady(self, truth: Truth, reference: Runner) -> str:
+        """A model that differs from itself, by far more than rounding."""
+        again = Truth(reference.run, truth.feeds[:1])
+        again.noise = {name: Noise(truth.noise[name].runs, truth.noise[name].squares[:1]) for name in again.names}
+        for name, tally in again.compare(reference.run).items():
+            scale = truth.scale(name, self.unit)
+            if tally.problem or function_ratio(tally, truth.noise[name], scale) > FUNCTION_LIMIT:
+                return f"the reference differs from itself between two runs, in output {name}"
+        return ""
+
+    # --- what it comes to ---------------------------------------------------------------------------------------------------------
+
+    def verdict(self, coefficients: Coefficients, function: Function, rows: list[Deployment], truth: Truth | None) -> tuple[Verdict, str]:
+        unsteady = next((row.reason for row in rows if row.verdict == "inconclusive"), "")
+        if not unsteady and truth is not None and truth.feeds and "different" in (function.verdict, *(row.verdict for row in rows)):
+            unsteady = self._random_reference(truth)
+        if unsteady:
+            return "inconclusive", unsteady
+        named = [(coefficients.verdict, coefficients.reason), (function.verdict, function.reason)]
+        named += [(r.verdict, f"{r.provider}, optimisation {r.optimisation}: {r.reason}") for r in rows]
+        for wanted in ("different", "inconclusive"):
+            for verdict, reason in named:
+                if verdict == wanted:
+                    return wanted, reason
+        if truth is None or not truth.feeds:
+            return "inconclusive", "nothing was exercised: there are no samples"
+        if not truth.feeds[0]:
+            return "inconclusive", "nothing was exercised: the model has no inputs"
+        if truth.constant(lambda batch: another(self.reference, batch)):
+            return "inconclusive", "nothing was exercised: the reference answers the same whatever it is fed"
+        if "equivalent" not in (function.verdict, *(row.verdict for row in rows)):
+            return "inconclusive", f"neither model's outputs could be compared: {function.reason}"
+        return "equivalent", self._summary(coefficients, rows)
+
+    def _summary(self, coefficients: Coefficients, rows: list[Deployment]) -> str:
+        parts = []
+        if coefficients.verdict == "equivalent":
+            parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
+        if self.measured:
+            parts.append(f"outputs differ by {max(m.ratio for m in self.measured.values()):.2g} times what rounded weights explain")
+        if ratios := [row.ratio for row in rows if row.verdict == "equivalent"]:
+            parts.append(f"deployed, the candidate errs at most {max(ratios):.2g} times as much as the reference")
+        return "; ".join(parts)
+
+    def _random_reference(self, truth: Truth) -> str:
+        """Whether the oracle itself gives two answers (a random operator, dropout in training mode)."""
+        try:
+            again = Truth(self.reference.oracle().run, truth.feeds[:1])
+            tallies = again.compare(self.reference.oracle().run)
+        except UnsupportedError:
+            return ""
+        for name, tally in tallies.items():
+            if tally.problem or tally.peak > 1e-9 * (truth.scale(name, 0.0).largest or 1.0):
+                return f"the reference differs from itself between two runs, in output {name}"
+        return ""
+
+    def first_difference(
+        self, found: Correspondence | None, coefficients: Coefficients, truth: Truth | None, function: Function
+    ) -> str | None:
+        """The first layer of the reference at which the two part."""
+        places = list(self.reference.layers().values())
+        seen: list[str] = []
+        if found is not None and found.mismatches and coefficients.verdict == "different":
+            seen.append(found.mismatches[0].node.name)
+        if function.verdict == "different" and truth is not None and truth.feeds and self.measured:
+            try:
+                inner = self._first_inner(truth.feeds[0])
+            except BnfoldError:
+                inner = None
+            seen += [] if inner is None else [inner]
+        return min(seen, key=lambda name: places.index(name) if name in places else len(places), default=None)
+
+    def _first_inner(self, feeds: Batch) -> str | None:
+        """By inner values that both models have by name. A value may also be what it becomes where the reference is folded."""
+        layers, shared = self.reference.layers(), self.candidate.layers().keys()
+        names = [name for name in layers if name in shared]
+        folded = self.reference.folded()
+        also = {} if folded is None else folded.layers()
+        for start in range(0, len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            self.progress("first difference", start, len(names))
+            truth = Truth(_only(self.reference, chunk), [feeds], most_bytes=1 << 62)
+            truth.measure(lambda k, chunk=chunk: _only(self.reference, chunk, jitter=k + 1), least=1, most=1)  # type: ignore[misc]
+            tallies = truth.compare(_only(self.candidate, chunk))
+            known = [name for name in chunk if name in also]
+            right = _only(folded, known)(feeds) if folded is not None and known else {}
+            theirs = _only(self.candidate, known)(feeds) if known else {}
+            for name in chunk:
+                scale = truth.scale(name, self.unit)
+                if not tallies[name].problem and function_ratio(tallies[name], truth.noise[name], scale) <= FUNCTION_LIMIT:
+                    continue
+                if name in right and right[name].shape == theirs[name].shape and right[name].dtype.kind == "f":
+                    off = np.abs(right[name] - theirs[name]).max(initial=0.0)
+                    if off <= FUNCTION_LIMIT * max(truth.noise[name].peak, scale.floor):
+                        continue
+                return layers[name]
+        return None
+
+
+CHUNK = 64  # inner values looked at in one run, so that they needn't all be held
+
+
+def _only(subject: Subject, names: list[str], jitter: int | None = None) -> Callable[[Batch], dict[str, Any]]:
+    run = subject.oracle(jitter=jitter, outputs=names).run
+    return lambda feeds: {name: value for name, value in run(feeds).items() if name in names}
