@@ -73,7 +73,8 @@ class OnnxPlan:
     def __init__(self, model: ir.Model, provider: str = "cpu") -> None:
         self.model = model
         self.provider = provider
-        self.constants = Constants(model, Shapes(model))
+        self._shapes = Shapes(model)
+        self.constants = Constants(model, self._shapes)
         self.notes: list[str] = []
         self.layers: list[Layer] = []
         self.calls: list[Call] = []
@@ -94,15 +95,25 @@ class OnnxPlan:
         return len(self._cuts)
 
     def stages(self) -> Iterator[OnnxStage]:
-        kinds = {v.name or "": v.dtype.value for v in self.model.graph.inputs if v.dtype is not None}
+        values = itertools.chain(self.model.graph.inputs, *(node.outputs for node in self.model.graph))
+        types = {value.name or "": self._shapes.dtype(value) for value in values}
+        kinds = {name: dtype.value for name, dtype in types.items() if dtype is not None}
         replaced: dict[ir.Node, dict[int, npt.NDArray[Any]]] = {}
+        lacking = []
         for each in self._cuts:
             readings = [Reading(call.source.name or "", call.layer, self._per_activation(call.node)) for call in each.calls]
-            yield OnnxStage(self.model, each, readings, replaced, kinds, self.provider)
+            stage = OnnxStage(self.model, each, readings, replaced, kinds, self.provider)
+            lacking += [stage.lacks] * bool(stage.lacks)
+            yield stage
             for call in each.calls:
                 if call.layer in self.statistics:
                     mean, variance = self.statistics[call.layer]
                     replaced[call.node] = {3: mean, 4: variance}
+        if lacking:
+            self.notes.append(
+                f"{len(lacking)} of {len(self._cuts)} stages ran in the float64 reference evaluator, which is slow, since ONNX Runtime "
+                f"lacks a kernel on {self.provider}: {lacking[0]}"
+            )
 
     def set(self, layer: int, moments: Moments) -> str | None:
         node = next(call.node for call in self.calls if call.layer == layer)

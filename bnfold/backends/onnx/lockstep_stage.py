@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.version_converter
 import onnx_ir as ir
 from onnx import TensorProto
 
-from ...errors import DataError, DeviceError, UnsupportedError
+from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...recalibrate import Reading, Values
 from .feeds import shape_text
 from .lockstep_plan import Cut, sources
 from .run import resolve
 
+OLDEST = 7  # the first opset that ONNX Runtime has kernels for
 LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
 # Types that ONNX Runtime's Python interface takes by their bits only.
 BITS: dict[int, np.dtype[Any]] = {TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
@@ -30,8 +30,10 @@ Replaced = Mapping[ir.Node, Mapping[int, npt.NDArray[Any]]]
 class OnnxStage:
     """A session over the nodes of a `Cut` (none where there are no nodes: a BatchNorm right at the model's input).
 
-    kinds: the type of each value that may come in, as ONNX's number; what the stage makes is added. replaced: for some
-    BatchNormalization nodes, arrays that stand in for the parameters at some inputs.
+    kinds: the type of each value, as ONNX's number, as far as it is known; what the stage makes is added. replaced: for some
+    BatchNormalization nodes, arrays that stand in for the parameters at some inputs. lacks: empty where ONNX Runtime runs the stage; where
+    it has no kernel for an operator in its type (float64 and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the
+    stage then runs in the float64 oracle, which is slow, and its results are rounded to their own types.
     """
 
     def __init__(
@@ -40,28 +42,29 @@ class OnnxStage:
         self.readings = readings
         self.needs = [_name(value) for value in cut.reads]
         self.keeps = dict.fromkeys(_name(value) for value in cut.keeps)
-        self._kinds = kinds
-        self._lent: list[Any] = []  # the session reads the weights where they are
-        self._session = None
-        if cut.nodes:
-            import onnxruntime as ort  # type: ignore[import-untyped]
-
-            self._ort = ort
-            self._session = self._open(*_proto(model, cut, replaced, kinds), provider)
-            self._results = [output.name for output in self._session.get_outputs()]
-            for output in self._session.get_outputs():
-                kinds[output.name] = _kind(output.type, output.name)
-            self._by_bits = any(kinds[name] in BITS for name in (*self._takes, *self._results))
+        self.lacks = ""
+        self._run: Callable[[dict[str, npt.NDArray[Any]]], Values] = lambda _: {}
+        self._takes: list[str] = []
+        if not cut.nodes:
+            return
+        proto, lent = _proto(model, cut, replaced, kinds)
+        self._takes = [info.name for info in proto.graph.input]
+        self.lacks = "" if _opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
+        if not self.lacks:
+            try:
+                self._run = _Session(proto, lent, provider, kinds)
+                return
+            except _NoKernelError as error:
+                self.lacks = str(error)
+        resolve(provider)
+        self._run = _evaluator(proto, lent, kinds)
 
     def run(self, values: Values) -> Values:
-        if self._session is None:
-            return {}
         feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
         try:
-            if not self._by_bits:
-                return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
-            lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
-            return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
+            return self._run(feeds)
+        except BnfoldError:
+            raise
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
             text = _one_line(error)
             shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
@@ -69,14 +72,20 @@ class OnnxStage:
                 raise DeviceError(f"not enough memory for {shapes}: {text}; use a smaller batch size") from None
             raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
 
-    def _lend(self, array: npt.NDArray[Any], kind: int) -> Any:
-        if kind in BITS:
-            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
-        return self._ort.OrtValue.ortvalue_from_numpy(array)
 
-    def _open(self, proto: onnx.ModelProto, weights: dict[str, npt.NDArray[Any]], provider: str) -> Any:
-        ort = self._ort
+class _NoKernelError(Exception):
+    """ONNX Runtime knows the operator, but not in this type."""
+
+
+class _Session:
+    """ONNX Runtime over one stage, without graph optimisation."""
+
+    def __init__(self, proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], provider: str, kinds: dict[str, int]) -> None:
+        import onnxruntime as ort  # type: ignore[import-untyped]
+
         ort.set_default_logger_severity(4)
+        self._ort = ort
+        self._kinds = kinds
         name = resolve(provider)
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -85,32 +94,71 @@ class OnnxStage:
         options.enable_cpu_mem_arena = False  # an arena gives nothing back while one of its values is held
         # Threads that spin between two runs take the cores from whoever measures the results.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if weights:
-            self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-            options.add_external_initializers(list(weights), self._lent)
-        self._takes = [info.name for info in proto.graph.input]
+        self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]  # the session reads the weights where they are
+        if lent:
+            options.add_external_initializers(list(lent), self._lent)
+        chosen = (name, {"use_tf32": "0"}) if name == "CUDAExecutionProvider" else name
         try:
-            chosen = (name, {"use_tf32": "0"}) if name == "CUDAExecutionProvider" else name
-            session = ort.InferenceSession(proto.SerializeToString(), options, providers=[chosen], enable_fallback=0)
+            self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=[chosen], enable_fallback=0)
         except Exception as error:
+            text = _one_line(error)
+            if "Could not find an implementation" in text:
+                raise _NoKernelError(text) from None
             if name != "CPUExecutionProvider" and type(error).__name__ not in ("InvalidGraph", "InvalidArgument", "NotImplemented"):
-                raise DeviceError(f"execution provider {provider} could not start: {_one_line(error)}; use --provider cpu") from None
-            raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {_one_line(error)}") from None
-        if name not in session.get_providers():
+                raise DeviceError(f"execution provider {provider} could not start: {text}; use --provider cpu") from None
+            raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {text}") from None
+        if name not in self._session.get_providers():
             raise DeviceError(
                 f"execution provider {provider} is built in but ONNX Runtime dropped it: its libraries don't load here; use --provider cpu"
             )
-        session.disable_fallback()
-        return session
+        self._session.disable_fallback()
+        outputs = self._session.get_outputs()
+        self._results = [output.name for output in outputs]
+        kinds.update({output.name: _kind(output.type, output.name) for output in outputs})
+        self._by_bits = any(kinds[info.name] in BITS for info in (*proto.graph.input, *outputs))
+
+    def __call__(self, feeds: dict[str, npt.NDArray[Any]]) -> Values:
+        if not self._by_bits:
+            return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
+        lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
+        return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
+
+    def _lend(self, array: npt.NDArray[Any], kind: int) -> Any:
+        if kind in BITS:
+            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _evaluator(proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], kinds: dict[str, int]) -> Callable[..., Values]:
+    """The stage in the float64 oracle. Raises UnsupportedError, naming the operator, where that lacks one too."""
+    from .oracle import Oracle
+
+    for tensor in proto.graph.initializer:
+        if tensor.name in lent:
+            tensor.CopyFrom(_tensor(tensor.name, lent[tensor.name]))
+    oracle = Oracle(ir.from_proto(proto))
+
+    def run(feeds: dict[str, npt.NDArray[Any]]) -> Values:
+        made = oracle.run(feeds)
+        for name, array in made.items():
+            own = onnx.helper.tensor_dtype_to_np_dtype(kinds[name]) if name in kinds else array.dtype
+            made[name] = array.astype(own, copy=False)
+            kinds[name] = onnx.helper.np_dtype_to_tensor_dtype(own)
+        return made
+
+    return run
 
 
 def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int]) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
     """The stage as a model, and the large weights that go to the session beside it."""
     nodes, leaves = _with_constants(cut, replaced)
-    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
     graph = onnx.GraphProto(name="stage")
+    names: set[str] = set()
     for node in nodes:
         made = ir.to_proto(node)
+        if made.name in names:  # ONNX Runtime refuses it
+            made.name = f"{made.name}:{_name(node.outputs[0])}"
+        names.add(made.name)
         for index, array in replaced.get(node, {}).items():
             made.input[index] = f"{node.outputs[0].name}:measured:{index}"
             graph.initializer.append(_tensor(made.input[index], array))
@@ -136,7 +184,7 @@ def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int])
         tensor = value.const_value
         if tensor is None:
             raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
-        if opset >= 7 and tensor.nbytes >= LARGE and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16):
+        if tensor.nbytes >= LARGE and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16):
             entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value="in-memory")
@@ -153,8 +201,6 @@ def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int])
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
     proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
-    if opset < 7:  # ONNX Runtime has kernels from opset 7 on
-        proto = onnx.version_converter.convert_version(proto, 7)
     return proto, lent
 
 
@@ -219,6 +265,10 @@ def _borrow(value: Any) -> npt.NDArray[Any]:
     buffer.owner = value
     bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
     return bits.view(BITS[kind]).reshape(shape)
+
+
+def _opset(model: ir.Model) -> int:
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
 
 
 def _name(value: ir.Value) -> str:
