@@ -4,59 +4,77 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .api import Progress
+from .errors import DataError, UsageError
 from .report import BenchReport
 
-ROUND = 0.05  # seconds: a round repeats a call at least this long, so that the clock's grain doesn't show
+ROUND = 0.02  # seconds: in a round a model runs at least so long, so that the clock's grain doesn't show
 
 
 def bench(
     reference: Any,
     candidate: Any,
-    batches: Any = None,
+    batches: Iterable[Any] | None = None,
     *,
     provider: str = "cpu",
-    rounds: int = 20,
+    rounds: int = 21,
     batch_size: int = 1,
     seed: int = 0,
-    input_shapes: dict[str, tuple[int, ...]] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    optimise: bool = True,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Time one batch through both models, as deployed (ONNX Runtime's optimisations on), in turn: A B, B A, A B, ...
+    """Time one batch through both models in turn: A B, B A, A B, ...
 
-    Seconds are medians per call; the ratio is the median over the rounds, with the range that half of them lie in.
+    batches: the first one is run; a random one of `batch_size` samples where it is None. optimise: ONNX Runtime's own graph
+    optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
+    median over the rounds, and its range holds the middle half of them.
     """
     from .backends.onnx.run import Session, inputs, random_feeds
 
-    specs = inputs(reference)
-    feeds = random_feeds(specs, batch=batch_size, seed=seed, input_shapes=input_shapes) if batches is None else next(iter(batches))
-    sessions = [Session(model, provider=provider, optimise=True) for model in (reference, candidate)]
-    for session in sessions:
-        session.run(feeds)
-    start = time.perf_counter()
-    sessions[0].run(feeds)
-    calls = max(1, round(ROUND / max(time.perf_counter() - start, 1e-6)))
+    if rounds < 2:
+        raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")
+    if batches is None:
+        feeds = random_feeds(inputs(reference), batch=batch_size, seed=seed, input_shapes=input_shapes)
+    else:
+        feeds = next(iter(batches), {})
+        if not feeds:
+            raise DataError("the data hold no batch, so there is nothing to time: give at least one sample")
+    calls = [_call(Session(model, provider=provider, optimise=optimise), feeds) for model in (reference, candidate)]
+    repeats = [max(1, round(ROUND / max(call(1), 1e-9))) for call in calls]
     times: list[list[float]] = [[], []]
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            for _ in range(calls):
-                sessions[which].run(feeds)
-            times[which].append((time.perf_counter() - start) / calls)
+            times[which].append(calls[which](repeats[which]) / repeats[which])
         if progress is not None:
             progress("time", number + 1, rounds)
-    ratios = sorted(b / a for a, b in zip(*times, strict=True))
+    ratios = [b / a for a, b in zip(*times, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
-    size = next((len(array) for array in feeds.values() if array.ndim), 1)
     return BenchReport(
         provider=provider,
+        optimisation="on" if optimise else "off",
         rounds=rounds,
-        batch_size=size,
+        batch_size=next((len(array) for array in feeds.values() if array.ndim), 1),
         reference=statistics.median(times[0]),
         candidate=statistics.median(times[1]),
         ratio=statistics.median(ratios),
         ratio_low=low,
         ratio_high=high,
     )
+
+
+def _call(session: Any, feeds: Any) -> Callable[[int], float]:
+    """Seconds that a number of calls take; the first two, which allocate, are behind it."""
+    for _ in range(2):
+        session.run(feeds)
+
+    def seconds(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            session.run(feeds)
+        return time.perf_counter() - start
+
+    return seconds

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import api
-from .errors import DataError
+from .errors import DataError, NothingToDoError
 from .report import Accuracy, PipelineReport
 
 
@@ -23,45 +23,61 @@ def pipeline(
     memory_budget: int = 1 << 30,
     progress: api.Progress | None = None,
 ) -> tuple[Any, PipelineReport]:
-    """The recalibrated and folded model, or None where it failed its verification (or a BatchNorm stayed, with `strict`).
+    """The recalibrated and folded model; None in its place where the result isn't proven equivalent, or where a BatchNorm stays
+    with `strict`, and the last of the report's notes says why.
 
-    labelled: data with labels, to score the model before and after. Raises what the steps raise.
+    labelled: data with labels, to score the model before and after. The statistics are measured on the first of the providers, the
+    verdict is for all of them. Raises what the steps raise.
     """
-    before = accuracy(model, labelled, progress)
-    fresh, recalibrated = api.recalibrate(model, batches, memory_budget=memory_budget, progress=progress)
+    providers = tuple(providers)
+    if not api.inspect(model).layers:
+        raise NothingToDoError(api.ALREADY_FOLDED)
+    before = accuracy(model, labelled, provider=providers[0], progress=progress)
+    fresh, recalibrated = api.recalibrate(model, batches, memory_budget=memory_budget, provider=providers[0], progress=progress)
     if progress is not None:
         progress("fold and check", 0, None)
     fused, folded = api.fuse(fresh)
     kept = sum(layer.verdict == "kept" for layer in folded.layers)
     if strict and kept:
-        note = f"--strict: {kept} BatchNorm{'s' * (kept != 1)} stayed"
+        note = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}"
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=before, notes=(note,))
     verdict = api.verify(fresh, fused, batches, providers=providers, progress=progress)
-    after = accuracy(fused, labelled, progress) if verdict.verdict == "equivalent" else None
-    report = PipelineReport(recalibrate=recalibrated, fuse=folded, verify=verdict, accuracy_before=before, accuracy_after=after)
-    return (fused if verdict.verdict == "equivalent" else None), report
+    proven = verdict.verdict == "equivalent"
+    return (fused if proven else None), PipelineReport(
+        recalibrate=recalibrated,
+        fuse=folded,
+        verify=verdict,
+        accuracy_before=before,
+        accuracy_after=accuracy(fused, labelled, provider=providers[0], progress=progress) if proven else None,
+        notes=() if proven else (f"the verdict is {verdict.verdict}: {verdict.reason}",),
+    )
 
 
-def accuracy(model: Any, data: Any, progress: api.Progress | None = None) -> Accuracy | None:
+def accuracy(model: Any, data: Any, *, provider: str = "cpu", progress: api.Progress | None = None) -> Accuracy | None:
     """The share of samples whose largest output is their label; None where there are no labels.
 
-    The first output counts, its largest element along axis 1. The standard error is the binomial's, sqrt(p (1 - p) / n).
+    The first output counts, [samples, classes] or [samples, classes, 1, ...]. The standard error is the binomial's, sqrt(p (1 - p) / n).
+    Raises DataError where labels and output don't fit.
     """
     labels = getattr(data, "labels", None)
     if labels is None:
         return None
     from .backends.onnx.run import Session
 
-    session = Session(model)
+    session = Session(model, provider=provider)
     correct = seen = 0
     for batch in data:
         scores = next(iter(session.run(batch).values()))
-        if scores.ndim < 2 or scores.shape[0] + seen > len(labels):
-            raise DataError(f"the labels don't fit: the first output has shape {scores.shape}, and there are {len(labels)} labels")
-        wanted = np.asarray(labels[seen : seen + scores.shape[0]])
-        correct += int((scores.reshape(scores.shape[0], scores.shape[1], -1)[:, :, 0].argmax(axis=1) == wanted).sum())
-        seen += scores.shape[0]
+        if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
+            raise DataError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
+        if seen + len(scores) > len(labels):
+            raise DataError(f"accuracy needs a label for each sample; there are {len(labels)} labels and more samples")
+        wanted = np.asarray(labels[seen : seen + len(scores)])
+        correct += int((scores.reshape(scores.shape[:2]).argmax(axis=1) == wanted).sum())
+        seen += len(scores)
         if progress is not None:
             progress("score", seen, len(labels))
+    if not seen:
+        raise DataError("accuracy needs at least one labelled sample")
     share = correct / seen
     return Accuracy(share, math.sqrt(share * (1 - share) / seen), seen)

@@ -208,7 +208,7 @@ class PipelineReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport(Report):
-    """Medians over interleaved rounds, in seconds per call; ratio: candidate / reference, pair by pair."""
+    """Medians over interleaved rounds, in seconds per call; ratio: candidate / reference, round by round, and its quartiles."""
 
     schema = "bnfold.bench/1"
     provider: str
@@ -219,3 +219,4 @@ class BenchReport(Report):
     ratio: float
     ratio_low: float
     ratio_high: float
+    optimisation: str = "on"  # ONNX Runtime's own: "off" or "on"

@@ -3,63 +3,85 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import warnings
+from typing import TextIO
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit with the contract's status (see `bnfold.errors`)."""
-    given = sys.argv[1:] if arguments is None else arguments
-    status = run(given)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has left; nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def main() -> None:
+    """Run the command of the process's arguments and exit with the contract's status (see `bnfold.errors`)."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
+            stream.reconfigure(errors="backslashreplace")
+    status = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # whoever read it has left; nothing is wrong
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command; its exit status. Anything wrong is one line on standard error, a traceback only with --debug."""
-    import signal
+    """Run a command; its exit status. Whatever goes wrong is one line on standard error, a traceback only with --debug."""
+    from .app import app
+    from .groups import Interrupted
 
+    debug = "--debug" in arguments
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            status = app(args=arguments, prog_name="bnfold", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, Interrupted):
+        return _say("interrupted; what was begun is undone", 130)
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Say in one line what is wrong; the status that belongs to it."""
     import typer
 
     from ..errors import BnfoldError
-    from .app import app
 
-    signal.signal(signal.SIGTERM, _terminate)
-    debug = "--debug" in arguments
-    try:
-        result = typer.main.get_command(app).main(args=arguments, prog_name="bnfold", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-    except BrokenPipeError:
-        return 0
-    except BnfoldError as error:
-        if debug:
-            raise
-        return _say(f"error: {' '.join(str(error).split())}", error.exit_status)
-    except Exception as error:
-        name = type(error).__name__
-        if name in ("Exit", "NoArgsIsHelpError"):  # the parser's own, under whichever module it keeps them
-            return getattr(error, "exit_code", 0)
-        if name == "Abort":
-            return _say("interrupted", 130)
-        if hasattr(error, "format_message"):
-            return _say(f"error: {' '.join(error.format_message().split())} (see 'bnfold --help')", 2)
-        if debug:
-            raise
-        what = f"{name}: {' '.join(str(error).split())[:300]}"
-        return _say(f"error: {what}; this is a defect of bnfold: run again with --debug and report what it prints", 70)
+    usage = typer.BadParameter.__mro__[1]  # the parser's own error, in whichever module Typer keeps it
+    if isinstance(error, BnfoldError):
+        return _say(f"error: {error}", error.exit_status)
+    if isinstance(error, usage):
+        context = getattr(error, "ctx", None)
+        asked = context.command_path if context is not None else "bnfold"
+        return _say(f"error: {error.format_message()}; see '{asked} --help'", 2)  # type: ignore[attr-defined]
+    if isinstance(error, MemoryError):
+        return _say("error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget", 5)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"error: {where}{error.strerror}; nothing was written", 3)
+    what = f"{type(error).__name__}: {str(error)[:300]}".rstrip(": ")
+    return _say(f"error: {what}; this is a defect of bnfold: run again with --debug and report what it prints", 70)
 
 
 def _say(text: str, status: int) -> int:
-    print(f"bnfold: {text}", file=sys.stderr)
+    _line(sys.stderr, f"bnfold: {' '.join(text.split())}")
     return status
 
 
-def _terminate(*_: object) -> None:
+def _line(stream: TextIO, text: str) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _interrupt(*_: object) -> None:
     """A request to stop is an interruption: what was begun is cleaned up on the way out."""
     raise KeyboardInterrupt

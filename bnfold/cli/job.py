@@ -3,63 +3,78 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import io
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 
-from ..errors import InputError, UsageError
 from ..report import InputFile, Report
+from .output import ready_to_write, sha256, write_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 R = TypeVar("R", bound=Report)
-WIDE = 200  # columns where the output is no terminal
+UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
+EVERY = 10.0  # seconds between two plain lines of progress
 
 
 class Job:
-    """Results go to standard output, progress and remarks to standard error."""
+    """Results go to standard output; progress, remarks and errors to standard error.
 
-    def __init__(self, *, as_json: bool, report: Path | None, quiet: bool, inputs: list[Path]) -> None:
+    report: where the report is written too. as_json: whether it is all that goes to standard output. quiet: no progress, no remarks.
+    """
+
+    def __init__(self, *, as_json: bool = False, report: Path | None = None, force: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.report_path = report
         self.quiet = quiet
-        self.inputs = inputs
-        self.start = time.perf_counter()
-        self.out = _console(sys.stdout)
-        self.err = _console(sys.stderr)
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
+        self._inputs: list[InputFile] = []
+        self._start = time.perf_counter()
+        self._err = _Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
         if report is not None:
-            ready_to_write(report, force=True, inputs=inputs)
+            ready_to_write(report, suffix=".json", force=force, inputs=())
 
     def __enter__(self) -> Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._stop()
+
+    def came_in(self, path: Path) -> None:
+        """A file that was read, for the report."""
+        if self.as_json or self.report_path is not None:
+            self._inputs.append(InputFile(str(path), sha256(path)))
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
-        """A bar for each stage on a terminal; a line when a stage begins where there is none."""
+        """On a terminal a bar for each stage; elsewhere a line when a stage begins, and then every ten seconds."""
         if self.quiet:
             return
-        if not sys.stderr.isatty():
-            if stage not in self._tasks:
-                self._tasks[stage] = None
-                print(f"bnfold: {stage}", file=sys.stderr)
+        if not self._err.is_terminal:
+            now = time.monotonic()
+            if stage not in self._said:
+                self.remark(stage)
+            elif now - self._said[stage] >= EVERY:
+                self.remark(f"{stage}: {done:,}" + ("" if total is None else f" of {total:,}"))
+            else:
+                return
+            self._said[stage] = now
             return
         if self._bar is None:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self.err, transient=True)
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._err, transient=True)
             self._bar.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
@@ -68,61 +83,58 @@ class Job:
     def remark(self, text: str) -> None:
         """A line on standard error."""
         if not self.quiet:
-            self.err.print(f"bnfold: {text}", markup=False, highlight=False, soft_wrap=True)
+            self._err.print(f"bnfold: {text}", soft_wrap=True)
 
-    def finish(self, report: R, show: Callable[[Console, R], None]) -> R:
-        """Give out the report: as a table, or as JSON; to a file too where one was asked for."""
+    def fail(self, text: str) -> None:
+        """An error on standard error, whose report is given out all the same."""
+        self._err.print(f"bnfold: error: {text}", soft_wrap=True)
+
+    def finish(self, report: R, show: Callable[[Console, R], None]) -> None:
+        """Give out the report: as a table or as JSON, and to a file where one was asked for."""
+        self._stop()
+        report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
+        if self.as_json or self.report_path is not None:
+            text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+            if self.report_path is not None:
+                write_text(self.report_path, text)
+            if self.as_json:
+                _write(sys.stdout, text)
+                return
+        out = _Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+        if out.is_terminal:
+            show(out, report)
+            return
+        page = Console(file=io.StringIO(), width=UNBOUNDED, markup=False, highlight=False, emoji=False)
+        with page.capture() as capture:
+            show(page, report)
+        _write(sys.stdout, "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+    def say(self, text: str) -> None:
+        """A line of the results, unless standard output is the report's alone."""
+        if not self.as_json:
+            _write(sys.stdout, text + "\n")
+
+    def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        report = dataclasses.replace(report, seconds=time.perf_counter() - self.start)
-        if self.as_json or self.report_path is not None:
-            report = dataclasses.replace(report, inputs=tuple(InputFile(str(path), _sha256(path)) for path in self.inputs))
-            text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
-            if self.report_path is not None:
-                _write_text(self.report_path, text + "\n")
-            if self.as_json:
-                print(text)
-                return report
-        show(self.out, report)
-        return report
 
 
-def ready_to_write(path: Path, *, force: bool, inputs: list[Path]) -> None:
-    """Fail before any work is done where the result couldn't be written in the end."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        what = "is the input itself" if any(path.exists() and p.exists() and path.samefile(p) for p in inputs) else "exists"
-        raise UsageError(f"{path} {what}; give another name, or --force to overwrite it")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise InputError(f"{path}: the folder {folder} doesn't exist; make it first")
+class _Console(Console):
+    """A console whose reader may leave early: the work goes on, and its status is that of the work."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _silence(self.file)  # type: ignore[arg-type]
+
+
+def _write(stream: TextIO, text: str) -> None:
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: can't write to {folder} ({error.strerror or error}); choose another folder") from None
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        _silence(stream)
 
 
-def _console(stream: Any) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, markup=False)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror or error}); choose another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
+def _silence(stream: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

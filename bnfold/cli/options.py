@@ -1,151 +1,195 @@
-"""The options that several commands share, each declared once."""
+"""The options that several commands share, in groups, each declared once."""
 
 from __future__ import annotations
 
-import json
-import re
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
+from . import parse
+from .job import Job
 
 if TYPE_CHECKING:
     from ..images import ImageOptions
 
-MODEL, DATA, OUTPUT = "Models", "Data", "Output"
+# Titles of the help's panels.
+MODELS, DATA, IMAGES, OUTPUT = "Models", "Data", "Images", "Output"
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file (.onnx).", show_default=False)]
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file (.onnx).", show_default=False)]
 Reference = Annotated[Path, typer.Argument(metavar="REFERENCE", help="The model that is right.", show_default=False)]
 Candidate = Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.", show_default=False)]
-Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write the result.", show_default=False)]
-MaybeOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write the result.", show_default=False)]
-Arch = Annotated[
-    str | None, typer.Option("--arch", metavar="MODULE:FACTORY", help="What builds the network of a checkpoint.", rich_help_panel=MODEL)
-]
-ArchArgs = Annotated[str | None, typer.Option("--arch-args", metavar="JSON", help="Arguments of --arch.", rich_help_panel=MODEL)]
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load files that can run code.", rich_help_panel=MODEL)]
-InputShape = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape", metavar="[NAME=]1,3,224,224", help="Shape of an input with dynamic axes; repeatable.", rich_help_panel=MODEL
-    ),
-]
-DATA_HELP = "FILE.npy|npz|safetensors|pt, a folder of images or .npy files, FILE.py:FUNCTION, or random."
-Data = Annotated[str, typer.Option("--data", metavar="DATA", help=DATA_HELP, rich_help_panel=DATA, show_default=False)]
-MaybeData = Annotated[str | None, typer.Option("--data", metavar="DATA", help=DATA_HELP, rich_help_panel=DATA, show_default=False)]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Samples that go through the network at once.", rich_help_panel=DATA)
-]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Use at most this many samples.", rich_help_panel=DATA)]
-Seed = Annotated[int, typer.Option("--seed", help="For everything random.", rich_help_panel=DATA)]
-Preprocess = Annotated[
-    Path | None,
-    typer.Option("--preprocess", metavar="CONFIG.json", help="A preprocessing config of timm or Hugging Face.", rich_help_panel=DATA),
-]
-ImageSize = Annotated[int | None, typer.Option("--image-size", min=1, help="Height and width that the network gets.", rich_help_panel=DATA)]
-Resize = Annotated[int | None, typer.Option("--resize", min=1, help="Shorter side before the crop.", rich_help_panel=DATA)]
-Mean = Annotated[str | None, typer.Option("--mean", metavar="R,G,B", help="Subtracted from each channel.", rich_help_panel=DATA)]
-Std = Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="Divides each channel.", rich_help_panel=DATA)]
-Scale = Annotated[float | None, typer.Option("--scale", help="Multiplies the pixel values, before mean and std.", rich_help_panel=DATA)]
-Interpolation = Annotated[
-    str | None, typer.Option("--interpolation", help="nearest, bilinear, bicubic, lanczos, ...", rich_help_panel=DATA)
-]
+Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
+MaybeOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
+DATA_FORMS = (
+    "A .npy, .npz or .safetensors file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION that returns batches, "
+    "or random."
+)
+Data = Annotated[str, typer.Option("--data", metavar="DATA", help=DATA_FORMS, show_default=False)]
+MaybeData = Annotated[str | None, typer.Option("--data", metavar="DATA", help=f"{DATA_FORMS} Default: random.", show_default=False)]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail, with status 1 and nothing written, if a BatchNorm stays.")]
+Clone = Annotated[bool, typer.Option("--clone", help="Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.")]
 MemoryBudget = Annotated[
-    str,
-    typer.Option("--memory-budget", metavar="SIZE", help="Activations held before they spill to disk (512M, 2G).", rich_help_panel=DATA),
+    str, typer.Option("--memory-budget", metavar="SIZE", help="Activations held in memory before they spill to disk.", rich_help_panel=DATA)
 ]
-Device = Annotated[str, typer.Option("--device", help="For PyTorch models: cpu or cuda.", rich_help_panel=MODEL)]
-Provider = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--provider", help="ONNX Runtime execution provider: cpu, cuda, tensorrt, openvino, ...; repeatable.", rich_help_panel=MODEL
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="The report on standard output, and nothing else.", rich_help_panel=OUTPUT)]
-ReportFile = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE.json", help="Write the report to a file.", rich_help_panel=OUTPUT)
-]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.", rich_help_panel=OUTPUT)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 
 
-def size_in_bytes(text: str) -> int:
-    """Bytes of "512M", "2G", "1000"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"--memory-budget {text}: expected a size such as 512M or 2G")
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
+def _option(*names: str, panel: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, show_default=False, **more)
 
 
-def shapes(given: list[str] | None, names: list[str]) -> dict[str, tuple[int, ...]] | None:
-    """--input-shape as shapes by input name; a shape without a name is the only input's."""
-    if not given:
-        return None
-    found = {}
-    for text in given:
-        name, equals, numbers = text.rpartition("=")
-        if not equals and len(names) != 1:
-            raise UsageError(f"--input-shape {text}: the model has {len(names)} inputs ({', '.join(names)}); write NAME={text}")
-        name = name if equals else names[0]
-        if name not in names:
-            raise UsageError(f"--input-shape {text}: the model has no input '{name}'; its inputs are {', '.join(names)}")
-        try:
-            found[name] = tuple(int(n) for n in re.split(r"[,x]", numbers))
-        except ValueError:
-            raise UsageError(f"--input-shape {text}: expected numbers such as 1,3,224,224") from None
-    return found
+@dataclass(frozen=True)
+class Loading:
+    """How model files are read."""
+
+    arch: Annotated[
+        str | None,
+        _option("--arch", panel=MODELS, metavar="MODULE:FACTORY", help="What builds the network of a checkpoint; FILE.py:FACTORY too."),
+    ] = None
+    arch_args: Annotated[str | None, _option("--arch-args", panel=MODELS, metavar="JSON", help="The arguments of --arch.")] = None
+    trust_pickle: Annotated[bool, _option("--trust-pickle", panel=MODELS, help="Load files that can run code.")] = False
+
+    def load(self, path: Path, job: Job) -> Any:
+        """The model in a file, which goes into the report."""
+        from .. import api
+
+        args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
+        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle)
+        job.came_in(path)
+        return model
 
 
-def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    """A comma-separated list of numbers."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(n) for n in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text}: expected numbers such as 0.485,0.456,0.406") from None
+@dataclass(frozen=True)
+class Running:
+    """Where models run."""
+
+    device: Annotated[str | None, _option("--device", panel=MODELS, metavar="cpu|cuda", help="For PyTorch models.")] = None
+    provider: Annotated[
+        list[str] | None,
+        _option(
+            "--provider",
+            panel=MODELS,
+            metavar="NAME",
+            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt, openvino, ...",
+        ),
+    ] = None
+
+    def providers(self) -> tuple[str, ...]:
+        """The providers asked for, which ONNX Runtime has."""
+        from ..backends.onnx.run import resolve
+
+        if self.device is not None:
+            raise UsageError(f"--device {self.device}: that is for PyTorch models; for ONNX give --provider")
+        names = tuple(dict.fromkeys(self.provider or ("cpu",)))
+        for name in names:
+            resolve(name)
+        return names
+
+    def one_provider(self) -> str:
+        """The same, where there can be only one."""
+        name, *more = self.providers()
+        if more:
+            raise UsageError(f"--provider {' --provider '.join((name, *more))}: this command takes one")
+        return name
 
 
-def json_object(text: str | None, option: str) -> dict[str, Any] | None:
-    """A JSON object."""
-    if text is None:
-        return None
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f"{option} {text}: expected a JSON object such as '{{\"depth\": 18}}'")
-    return found
+@dataclass(frozen=True)
+class Shaping:
+    """What random data look like."""
+
+    input_shape: Annotated[
+        list[str] | None,
+        _option("--input-shape", panel=DATA, metavar="[NAME=]1,3,224,224", help="Shape of an input with open axes; repeatable."),
+    ] = None
+    seed: Annotated[int, _option("--seed", panel=DATA, help="For everything random.")] = 0
+
+    def shapes(self, model: Any) -> dict[str, tuple[int, ...]] | None:
+        """The shapes asked for, by input name."""
+        if not self.input_shape:
+            return None
+        from ..backends.onnx.run import inputs
+
+        return parse.shapes(self.input_shape, [spec.name for spec in inputs(model)], "--input-shape")
+
+    def example(self, model: Any) -> dict[str, Any] | None:
+        """A random batch of the shapes asked for; None leaves the choice to the library."""
+        shapes = self.shapes(model)
+        if shapes is None and self.seed == 0:
+            return None
+        from ..backends.onnx.run import inputs, random_feeds
+
+        return random_feeds(inputs(model), seed=self.seed, input_shapes=shapes)
 
 
-def images(
-    preprocess: Path | None,
-    size: int | None,
-    resize: int | None,
-    mean: str | None,
-    std: str | None,
-    scale: float | None,
-    interpolation: str | None,
-) -> ImageOptions | None:
-    """The image options: what is given on the command line goes before what the config says."""
-    import dataclasses
+@dataclass(frozen=True)
+class Feeding:
+    """What data go in."""
 
-    given = {
-        "size": None if size is None else (size, size),
-        "resize": resize,
-        "mean": numbers(mean, "--mean"),
-        "std": numbers(std, "--std"),
-        "scale": scale,
-        "interpolation": interpolation,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if preprocess is None and not given:
-        return None
-    from ..images import ImageOptions
+    batch_size: Annotated[int | None, _option("--batch-size", panel=DATA, min=1, help="Samples that go through at once.")] = None
+    samples: Annotated[int | None, _option("--samples", panel=DATA, min=1, help="Use at most so many samples.")] = None
+    preprocess: Annotated[
+        Path | None,
+        _option("--preprocess", panel=IMAGES, metavar="CONFIG.json", help="A configuration of timm, or a preprocessor's of Hugging Face."),
+    ] = None
+    image_size: Annotated[str | None, _option("--image-size", panel=IMAGES, metavar="H[,W]", help="What the network gets.")] = None
+    resize: Annotated[int | None, _option("--resize", panel=IMAGES, min=1, help="The shorter side before the crop.")] = None
+    mean: Annotated[str | None, _option("--mean", panel=IMAGES, metavar="R,G,B", help="Subtracted from each channel.")] = None
+    std: Annotated[str | None, _option("--std", panel=IMAGES, metavar="R,G,B", help="Divides each channel.")] = None
+    scale: Annotated[float | None, _option("--scale", panel=IMAGES, help="Multiplies pixels, before --mean and --std.")] = None
+    interpolation: Annotated[str | None, _option("--interpolation", panel=IMAGES, help="bilinear, bicubic, nearest, ...")] = None
 
-    base = ImageOptions() if preprocess is None else ImageOptions.from_config(preprocess)
-    return dataclasses.replace(base, **given)  # type: ignore[arg-type]
+    def images(self) -> ImageOptions | None:
+        """What to do with images: what the command line says goes before the configuration."""
+        given = {
+            "size": None if self.image_size is None else parse.height_and_width(self.image_size, "--image-size"),
+            "resize": self.resize,
+            "mean": None if self.mean is None else parse.numbers(self.mean, "--mean"),
+            "std": None if self.std is None else parse.numbers(self.std, "--std"),
+            "scale": self.scale,
+            "interpolation": self.interpolation,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.preprocess is None and not given:
+            return None
+        from ..images import ImageOptions
+
+        base = ImageOptions() if self.preprocess is None else ImageOptions.from_config(self.preprocess)
+        return dataclasses.replace(base, **given)  # type: ignore[arg-type]
+
+    def open(self, spec: str, model: Any, job: Job, shaping: Shaping, *, samples: int | None = None) -> Any:
+        """The user's data as batches; what is done to them is said on standard error."""
+        from ..backends.onnx.run import inputs
+        from ..data import open_data
+
+        data = open_data(
+            spec,
+            inputs(model),
+            batch_size=self.batch_size,
+            samples=samples,
+            seed=shaping.seed,
+            images=self.images(),
+            input_shapes=shaping.shapes(model),
+        )
+        job.remark(f"data: {data.description}")
+        for note in data.notes:
+            job.remark(note)
+        if Path(spec).is_file():
+            job.came_in(Path(spec))
+        return data
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Where the report goes."""
+
+    as_json: Annotated[bool, _option("--json", panel=OUTPUT, help="The report as JSON on standard output, and nothing else there.")] = False
+    report: Annotated[Path | None, _option("--report", panel=OUTPUT, metavar="FILE.json", help="Write the report to a file too.")] = None
+    force: Annotated[bool, _option("--force", panel=OUTPUT, help="Overwrite files that exist.")] = False
+    quiet: Annotated[bool, _option("-q", "--quiet", panel=OUTPUT, help="No progress and no remarks.")] = False
+    debug: Annotated[bool, _option("--debug", panel=OUTPUT, help="Show the traceback of an error.")] = False
+
+    def job(self) -> Job:
+        return Job(as_json=self.as_json, report=self.report, force=self.force, quiet=self.quiet)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,99 +11,151 @@ from rich.text import Text
 from ..report import Accuracy, BenchReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, VerifyReport
 
 COLOURS = {"folded": "green", "kept": "yellow", "equivalent": "bold green", "different": "bold red", "inconclusive": "bold yellow"}
+GAP = 2  # columns between two cells
+PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph
 
 
 def fuse(console: Console, report: FuseReport) -> None:
     """What became of every BatchNorm, or would."""
-    table = _table("BatchNorm", "channels", "verdict", "into", "why, and what to know")
-    for layer in report.layers:
-        remarks = "; ".join(text for text in (layer.reason, *layer.notes) if text)
-        table.add_row(layer.name, str(layer.channels), _verdict(layer.verdict), ", ".join(layer.into), remarks)
-    console.print(table)
+    rows = [
+        (
+            layer.name or "(no name)",
+            f"{layer.channels:,}",
+            layer.verdict,
+            ", ".join(layer.into),
+            "; ".join(text for text in (layer.reason, *layer.notes) if text),
+        )
+        for layer in report.layers
+    ]
+    _rows(console, ("BatchNorm", "channels", "verdict", "into", "remarks"), rows)
     for merged in report.merged:
         console.print(f"merged into {merged.into}: {', '.join(merged.branches)}")
     before, after = report.batchnorms.before, report.batchnorms.after
-    would = "would leave" if isinstance(report, InspectReport) else "leaves"
-    copies = f", {report.bytes_added:,} bytes more for copies of shared weights" if report.bytes_added else ""
-    console.print(f"{before} BatchNorm{'s' * (before != 1)}; folding {would} {after}{copies}")
+    if before:
+        tense = "would stay" if isinstance(report, InspectReport) else "stay" if after != 1 else "stays"
+        console.print(f"{before} BatchNorm{'s' * (before != 1)}, of which {after} {tense}")
+    elif not report.layers:
+        from ..api import ALREADY_FOLDED
+
+        console.print(ALREADY_FOLDED)
+    if report.bytes_added:
+        console.print(f"{report.bytes_added:,} bytes added by copies of shared weights")
     for note in report.notes:
         console.print(note)
     if report.verify is not None:
-        console.print(Text("check before writing: ").append(_verdict(report.verify.verdict)).append(f" ({report.verify.reason})"))
+        _verdict(console, "check of the folded model", report.verify)
 
 
 def recalibrate(console: Console, report: RecalibrateReport) -> None:
     """How far each BatchNorm's statistics moved, each figure its worst channel's."""
-    table = _table("BatchNorm", "count", "shift of mean", "ratio of variance", "standard error")
-    for layer in report.layers:
-        figures = (f"{layer.mean_shift:.3g}", f"{layer.var_ratio:.3g}", f"{layer.stderr:.2g}") if layer.count else ("kept", "kept", "")
-        table.add_row(layer.name, f"{layer.count:,}", *figures)
-    console.print(table)
-    held = f"{report.held_bytes / 2**20:.1f} MiB held"
-    spilled = f", {report.spilled_bytes / 2**20:.1f} MiB spilled to disk" if report.spilled_bytes else ""
-    console.print(f"{report.samples:,} samples, method {report.method}, {held}{spilled}")
+    rows = [
+        (
+            layer.name or "(no name)",
+            f"{layer.count:,}",
+            *((f"{layer.mean_shift:.3g}", f"{layer.var_ratio:.3g}", f"{layer.stderr:.2g}") if layer.count else ("kept", "kept", "")),
+        )
+        for layer in report.layers
+    ]
+    _rows(console, ("BatchNorm", "values", "mean moved by", "variance times", "standard error"), rows, prose=False)
+    console.print("each layer's worst channel; means in old standard deviations, their standard errors in new ones")
+    spilled = f", {_bytes(report.spilled_bytes)} spilled to disk" if report.spilled_bytes else ""
+    held = f"; at most {_bytes(report.held_bytes)} held{spilled}" if report.held_bytes else ""
+    console.print(f"{report.samples:,} samples, method {report.method}{held}")
     for note in report.notes:
         console.print(note)
 
 
 def verify(console: Console, report: VerifyReport) -> None:
     """The verdict, and what each level says."""
-    console.print(Text("verdict: ").append(_verdict(report.verdict)).append(f" ({report.reason})" if report.reason else ""))
     levels = report.levels
-    table = _table("level", "verdict", "figure", "remark")
     c, f = levels.coefficients, levels.function
-    worst = f"worst of {c.checked} arrays: {c.worst:.3g} unit roundoffs" if c.checked else ""
-    table.add_row("coefficients", _verdict(c.verdict), worst, c.reason)
-    error = "" if f.verdict == "skipped" else f"error {f.error:.2g} in float64, rounding explains {f.yardstick:.2g}"
-    table.add_row("function", _verdict(f.verdict), error, f.reason)
+    found = f"worst of {c.checked} arrays off by {c.worst:.2g} units of roundoff" if c.checked else ""
+    rows = [("coefficients", c.verdict, found, c.reason)]
+    found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
+    rows.append(("function, in float64", f.verdict, found, f.reason))
     for row in levels.deployment:
-        where = f"{row.provider}, optimisation {row.optimisation}"
-        ratio = "" if row.verdict == "skipped" else f"{row.ratio:.3g} times the reference's own error"
-        table.add_row(f"deployment ({where})", _verdict(row.verdict), ratio, row.reason)
-    console.print(table)
+        found = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
+        rows.append((f"{row.provider}, optimisation {row.optimisation}", row.verdict, found, row.reason))
+    _rows(console, ("level", "verdict", "candidate", "remarks"), rows)
     if report.outputs:
-        table = _table("output", "largest difference", "relative", "error ratio")
-        for output in report.outputs:
-            table.add_row(output.name, f"{output.max_abs:.3g}", f"{output.max_rel:.3g}", f"{output.error_ratio:.3g}")
-        console.print(table)
+        figures = [(o.name, f"{o.max_abs:.3g}", f"{o.max_rel:.3g}", f"{o.error_ratio:.3g}") for o in report.outputs]
+        _rows(console, ("output", "largest difference", "relative", "error ratio"), figures, prose=False)
     if report.first_difference:
         console.print(f"first difference: {report.first_difference}")
+    _verdict(console, "verdict", report)
 
 
 def pipeline(console: Console, report: PipelineReport) -> None:
     """Every step that ran, and the accuracy where there are labels."""
-    if report.recalibrate is not None:
-        recalibrate(console, report.recalibrate)
-    if report.fuse is not None:
-        fuse(console, report.fuse)
-    if report.verify is not None:
-        verify(console, report.verify)
-    if report.accuracy_before is not None and report.accuracy_after is not None:
-        console.print(f"accuracy before {_accuracy(report.accuracy_before)}, after {_accuracy(report.accuracy_after)}")
+    for title, show, step in (
+        ("recalibrate", recalibrate, report.recalibrate),
+        ("fuse", fuse, report.fuse),
+        ("verify", verify, report.verify),
+    ):
+        if step is not None:
+            console.print(Text(title, style="bold underline"))
+            show(console, step)  # type: ignore[operator]
+            console.print()
+    if report.accuracy_before is not None:
+        after = f", {_accuracy(report.accuracy_after)} after" if report.accuracy_after is not None else ""
+        console.print(f"accuracy on {report.accuracy_before.samples:,} samples: {_accuracy(report.accuracy_before)} before{after}")
     for note in report.notes:
         console.print(note)
 
 
 def bench(console: Console, report: BenchReport) -> None:
     """Two models side by side."""
-    table = _table("model", "median time of a call")
-    table.add_row("reference", f"{report.reference * 1e3:.3f} ms")
-    table.add_row("candidate", f"{report.candidate * 1e3:.3f} ms")
-    console.print(table)
-    rounds = f"{report.rounds} interleaved rounds, batch {report.batch_size}, {report.provider}"
-    console.print(f"candidate / reference: {report.ratio:.3f} ({report.ratio_low:.3f} to {report.ratio_high:.3f}; {rounds})")
+    rows = [("reference", f"{report.reference * 1e3:.3f} ms"), ("candidate", f"{report.candidate * 1e3:.3f} ms")]
+    _rows(console, ("model", "median time of a call"), rows, prose=False)
+    how = f"batch {report.batch_size}, {report.provider}, optimisation {report.optimisation}"
+    console.print(f"{report.rounds} interleaved rounds; {how}")
+    console.print(
+        f"candidate / reference: {report.ratio:.3f} (half of the rounds between {report.ratio_low:.3f} and {report.ratio_high:.3f})"
+    )
 
 
 def _accuracy(a: Accuracy) -> str:
-    return f"{a.accuracy:.2%} ± {a.stderr:.2%} ({a.samples:,} samples)"
+    return f"{a.accuracy:.1%} (± {a.stderr:.1%})"
 
 
-def _verdict(verdict: str) -> Text:
-    return Text(verdict, style=COLOURS.get(verdict, "dim"))
+def _bytes(n: int) -> str:
+    return f"{n / 2**20:,.1f} MiB"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=False)
-    return table
+def _verdict(console: Console, title: str, report: VerifyReport) -> None:
+    text = Text(f"{title}: ").append(_coloured(report.verdict))
+    console.print(text.append(f" - {report.reason}") if report.reason else text)
+
+
+def _coloured(text: str) -> Text:
+    return Text(text, style=COLOURS.get(text, ""))
+
+
+def _rows(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = True) -> None:
+    """A table without its empty columns, or, where it is too wide for the console, a paragraph for each row. Names are never cut.
+
+    prose: whether the last column holds sentences, which may go over several lines.
+    """
+    if not rows:
+        return
+    used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
+    widths = [max(len(titles[i]), *(len(row[i]) for row in rows)) for i in used]
+    if prose and used[-1] == len(titles) - 1:
+        widths[-1] = min(widths[-1], PROSE)
+    if sum(widths) + GAP * (len(used) - 1) <= console.width:
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+        for i in used:
+            table.add_column(titles[i], overflow="fold", no_wrap=i != used[-1], justify="right" if _numbers(rows, i) else "left")
+        for row in rows:
+            table.add_row(*(_coloured(row[i]) for i in used))
+        console.print(table)
+        return
+    for row in rows:
+        console.print(Text(row[0], style="bold"), overflow="fold")
+        for i in used[1:]:
+            if row[i]:
+                console.print(Text(f"  {titles[i]}: ").append(_coloured(row[i])), overflow="fold")
+
+
+def _numbers(rows: Sequence[Sequence[str]], column: int) -> bool:
+    return all(row[column][:1].isdigit() or row[column] in ("", "kept", "inf", "nan") for row in rows) and column > 0

@@ -1,0 +1,53 @@
+"""Options in groups: a command takes dataclasses, and Typer sees their fields, one option each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from inspect import Parameter
+from typing import Any, get_type_hints
+
+
+class Interrupted(Exception):
+    """Ctrl-C, in a class that the parser lets through."""
+
+
+def grouped(command: Callable[..., int]) -> Callable[..., int]:
+    """The command as Typer wants it: each parameter that is a dataclass replaced by its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters: list[Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _fields(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> int:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+        try:
+            return command(**given)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+    del flat.__wrapped__  # type: ignore[attr-defined]  # else its signature would be the one that is seen
+    flat.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+    return flat
+
+
+def _fields(group: type[Any]) -> list[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]

@@ -1,0 +1,61 @@
+"""Texts of the command line to values. All raise UsageError, which names the option."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import UsageError
+
+
+def size_in_bytes(text: str, option: str) -> int:
+    """Bytes of "512M", "2G", "1000": powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{option} {text}: not a size; write it like 512M or 2G")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
+
+
+def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by input name, from "NAME=1,3,224,224", or "1,3,224,224" where there is one input. names: the model's inputs."""
+    found = {}
+    for text in given:
+        name, equals, sizes = text.rpartition("=")
+        if not equals and len(names) != 1:
+            raise UsageError(f"{option} {text}: the model has {len(names)} inputs ({', '.join(names)}); write NAME={text}")
+        name = name if equals else names[0]
+        if name not in names:
+            raise UsageError(f"{option} {text}: the model has no input '{name}'; its inputs are {', '.join(names)}")
+        if not re.fullmatch(r"\d+([,x]\d+)*", sizes):
+            raise UsageError(f"{option} {text}: not a shape; write it like 1,3,224,224")
+        found[name] = tuple(int(n) for n in re.split("[,x]", sizes))
+    return found
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers from "0.485,0.456,0.406"."""
+    try:
+        return tuple(float(n) for n in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text}: not numbers; write them like 0.485,0.456,0.406") from None
+
+
+def height_and_width(text: str, option: str) -> tuple[int, int]:
+    """(height, width) from "224" or "224,320"."""
+    match = re.fullmatch(r"([1-9]\d*)(?:[,x]([1-9]\d*))?", text.strip())
+    if match is None:
+        raise UsageError(f"{option} {text}: not a size; write it like 224, or 224,320 for height and width")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{option} {text}: not a JSON object; write it like '{{\"depth\": 18}}'")
+    return found
