@@ -300,6 +300,18 @@ def test_a_type_without_kernels_runs_in_the_reference_evaluator(draw: Callable[[
     assert "ran in the float64 reference evaluator, which is slow, since ONNX Runtime lacks a kernel on cpu: Could not find" in note
 
 
+def test_a_kernel_that_gives_up_when_it_runs() -> None:
+    """ONNX Runtime takes a GRU in float64, and then refuses to run it."""
+    net = Net("recurrent", dtype="float64")
+    x = net.op("GRU", net.transpose(net.bn(net.input("N", 3, 4), 3), 2, 0, 1), net.matrix(1, 6, 3), net.matrix(1, 6, 2), hidden_size=2)
+    net.output(net.bn(net.transpose(net.squeeze(x, 1), 1, 2, 0), 2))
+    proto, data = net.model(), {"x": normal(9, 3, 4, dtype=np.float64)}
+    whole, report = recalibrate(ir.from_proto(proto), [data])
+    parts, _ = recalibrate(ir.from_proto(proto), cut(data, 4))
+    assert report.notes[0].startswith("1 of 2 stages ran in the float64 reference evaluator")
+    agree(stored(parts), stored(whole), 1e-12)
+
+
 def test_bfloat16_convolutions_too() -> None:
     proto, data = build(residual, dtype="bfloat16", opset=22)
     data = {k: v.astype(ml_dtypes.bfloat16) for k, v in data.items()}

@@ -103,8 +103,8 @@ class OnnxPlan:
         for each in self._cuts:
             readings = [Reading(call.source.name or "", call.layer, self._per_activation(call.node)) for call in each.calls]
             stage = OnnxStage(self.model, each, readings, replaced, kinds, self.provider)
-            lacking += [stage.lacks] * bool(stage.lacks)
             yield stage
+            lacking += [stage.lacks] * bool(stage.lacks)
             for call in each.calls:
                 if call.layer in self.statistics:
                     mean, variance = self.statistics[call.layer]

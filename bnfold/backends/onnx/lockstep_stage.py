@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -48,6 +49,7 @@ class OnnxStage:
         if not cut.nodes:
             return
         proto, lent = _proto(model, cut, replaced, kinds)
+        self._instead = partial(_evaluator, proto, lent, kinds)
         self._takes = [info.name for info in proto.graph.input]
         self.lacks = "" if _opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
         if not self.lacks:
@@ -57,7 +59,7 @@ class OnnxStage:
             except _NoKernelError as error:
                 self.lacks = str(error)
         resolve(provider)
-        self._run = _evaluator(proto, lent, kinds)
+        self._run = self._instead()
 
     def run(self, values: Values) -> Values:
         feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
@@ -67,6 +69,11 @@ class OnnxStage:
             raise
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
             text = _one_line(error)
+            if (
+                "does not support" in text or "not implemented" in text.lower()
+            ):  # some kernels say so only when they run (recurrent ones in float64)
+                self.lacks, self._run = text, self._instead()
+                return self._run(feeds)
             shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
             if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
                 raise DeviceError(f"not enough memory for {shapes}: {text}; use a smaller batch size") from None
