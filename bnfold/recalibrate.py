@@ -7,6 +7,9 @@ or on their order.
 
 A backend cuts its network into stages (`Plan`); everything else is here. The variance is M2/n, the data set's own, with which one batch
 of everything would be normalised; PyTorch's running_var is the estimate M2/(n-1), larger by a factor 1 + 1/(n-1).
+
+All this is about networks that treat their samples one by one. One that mixes them (a mean along the batch axis) is another function at
+each size of the micro-batches, and so are its statistics.
 """
 
 from __future__ import annotations
