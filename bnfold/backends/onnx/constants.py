@@ -51,7 +51,7 @@ class Constants:
             if not is_standard(node) or node.op_type in RANDOM | CONTROL or any(subgraphs(node)):
                 self._known[current] = False
                 continue
-            needed = [v for v in _value_inputs(node, self._shapes) if v is not None]
+            needed = [v for v in value_inputs(node) if v is not None]
             unknown = [v for v in needed if v not in self._known]
             if unknown:
                 stack.extend(unknown)
@@ -98,7 +98,7 @@ class Constants:
                 leaves.setdefault(v, ir.Value(name=v.name, const_value=v.const_value, type=v.type, shape=v.shape))
             elif node not in seen:
                 seen.add(node)
-                for source in _value_inputs(node, self._shapes):
+                for source in value_inputs(node):
                     if source is not None:
                         visit(source)
                 nodes.append(node)
@@ -129,6 +129,6 @@ class Constants:
         return np.asarray(next(iter(oracle.run({}).values())))
 
 
-def _value_inputs(node: ir.Node, shapes: Shapes) -> list[ir.Value | None]:
-    """The inputs whose values the node reads: CastLike takes only the type of its second, Shape only the shape of a constant."""
+def value_inputs(node: ir.Node) -> list[ir.Value | None]:
+    """The inputs whose values the node reads: CastLike takes only the type of its second."""
     return list(node.inputs[:1]) if node.op_type == "CastLike" else list(node.inputs)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
-from .constants import CONTROL, FLOATS, Constants
+from .constants import CONTROL, FLOATS, Constants, value_inputs
 from .shapes import Shapes
 from .walk import all_graphs, attribute, is_standard, name_of, subgraphs
 
@@ -168,8 +168,19 @@ class Lowering:
         return c.reshape([-1 if i == axis else 1 for i in range(rank)])
 
     def _quantised(self, v: ir.Value) -> bool:
-        node = v.producer()
-        return node is not None and (node.op_type == "DequantizeLinear" or any(x is not None and self._quantised(x) for x in node.inputs))
+        """Whether a constant is computed from integers that stand for floats."""
+        stack, seen = [v], {v}
+        while stack:
+            node = stack.pop().producer()
+            if node is None:
+                continue
+            if node.op_type == "DequantizeLinear":
+                return True
+            for x in value_inputs(node):
+                if x is not None and x not in seen:
+                    seen.add(x)
+                    stack.append(x)
+        return False
 
     def param(self, node: ir.Node, index: int, shape: tuple[int, ...] | None = None, layout: Layout | None = None) -> Param | None:
         """A constant input as a parameter in its canonical shape; None where it can't be one."""

@@ -96,7 +96,8 @@ class _Writer:
             elif param.tensor is not None and param.tensor.quantised is not None and param.update is not None:
                 value = self._rescaled(old, param.tensor.quantised, param.update.scale)
             else:
-                key = (old, array.shape, array.tobytes())
+                shared = param.tensor is not None and len(param.tensor.users) > 1
+                key = (old, array.shape, array.tobytes() if shared else b"")
                 if key not in alike:
                     alike[key] = self._initializer(param.tensor.name or node.name, array)  # type: ignore[union-attr]
                     self.made.append((old, alike[key]))
