@@ -23,6 +23,8 @@ from .report import Coefficients
 from .subject import Plan
 
 LIMIT = 4.0  # units of roundoff
+DOUBLE_LIMIT = 2 * LIMIT  # in float64 what they are compared with is rounded as well
+DOUBLE = 2.0**-53
 
 # Where one in two coefficients is off by this much and the outputs still agree to rounding, scales were moved between layers.
 ANOTHER_FORM = 1e-2
@@ -84,7 +86,7 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
             units = np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
             most = float(units.max(initial=0.0))
             worst = max(worst, most)
-            if most > LIMIT:
+            if most > (LIMIT if unit > DOUBLE else DOUBLE_LIMIT):
                 place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[_channel(a, role, units.ndim)]
                 text = f"the {role} of {a.label} {a.name} is off by {most:.3g} units of roundoff (channel {place})"
                 wide = bool(np.mean(~(error <= ANOTHER_FORM * np.abs(want))) >= 0.5)
