@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
 from random_ops import Growing, Shape, _fits, _image, batchnorm, convolution, elementwise, gemm
 
 

@@ -30,8 +30,8 @@ def always(*_: object) -> bool:
 
 @dataclass(frozen=True)
 class Specimen:
-    """name: unique. op: the row. shapes: of the inputs. steers: how many of the inputs, from the first, carry no map; `feed` then makes them.
-
+    """name: unique. op: the row. shapes: of the inputs. steers: how many of the inputs, from the first, carry no map;
+    `feed` then makes them.
     unknown: axes whose size the rule may not know. params: shapes of the parameters. passes_up: of a map on the output; passes_down: of
     the maps on the inputs.
     """

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from cases import Net
+from compare import difference, feeds, run_double
 from random_graphs import build, check, share_folded
 
+import bnfold
 from bnfold.backends.onnx.ops import OPERATORS
 
 COUNT = 300
@@ -34,3 +39,79 @@ def test_random_networks_hold_most_operators() -> None:
     """What they lack are operators that need inputs or outputs of other types, or old opsets."""
     used = {node.op_type for seed in range(400) for node in build(seed).graph.node}
     assert set(OPERATORS) - used <= {"GroupNormalization", "CastLike", "Upsample", "GlobalLpPool"}
+
+
+# --- what they found, each reduced to a few operators ------------------------------------------------------------------------------
+
+
+def constant_twice(net: Net) -> None:
+    """A constant that stands twice in a Concat becomes two."""
+    x, c = net.conv(net.input(3, 2, 4), 2, 2, 1, dims=1), net.weight(net.normal(3, 2, 4))
+    net.output(net.bn(net.op("Concat", x, c, c, axis=1), 6))
+
+
+def channels_as_rows(net: Net) -> None:
+    """A scale that varies along the rows of a product passes it; its bias must not be scaled."""
+    x, w, bias = net.bn(net.input(4, 3), 3), net.weight(net.normal(4, 5)), net.weight(net.normal(5))
+    net.output(net.gemm(net.reshape(net.op("Gemm", x, w, bias, transA=1), 1, 15), 15, 2))
+
+
+def channels_as_rows_unshifted(net: Net) -> None:
+    x, w, bias = net.bn(net.input(4, 3), 3, shift=False), net.weight(net.normal(4, 5)), net.weight(net.normal(5))
+    net.output(net.gemm(net.transpose(net.op("Gemm", x, w, bias, transA=1), 1, 0), 3, 2))
+
+
+def one_matrix_for_the_batch(net: Net) -> None:
+    """Only the left factor has the channels."""
+    y = net.op("Sigmoid", net.input(5, 3, name="y"))
+    net.output(net.bn(net.op("MatMul", net.conv(net.input("N", 2, 4, 5), 2, 3, 1), y), 3, shift=False))
+
+
+def reader_behind_a_folded_batchnorm(net: Net) -> None:
+    """Who reads a doubled layer may do so through a BatchNorm that has gone."""
+    y = net.gemm(net.input("N", 4), 4, 6)
+    net.output(net.bn(net.bn(y, 6), 6), net.op("Sigmoid", net.bn(y, 6)))
+
+
+def part_of_a_split(net: Net) -> None:
+    """A Split is several moves, yet reads one value."""
+    y = net.conv(net.input("N", 4, 5, 5), 4, 6)
+    one, rest = net.split(y, 1, 1, 5)
+    net.output(net.bn(one, 1), rest, net.op("Sigmoid", y))
+
+
+def same_value_twice(net: Net) -> None:
+    y = net.conv(net.input("N", 4, 5, 5), 4, 6)
+    net.output(net.bn(net.op("Add", y, y), 6), net.op("Sigmoid", y))
+
+
+def batchnorms_that_share_a_batchnorm(net: Net) -> None:
+    """A BatchNorm folded into the double of another one is nothing won."""
+    y = net.bn(net.op("Sigmoid", net.input("N", 4)), 4)
+    net.output(net.bn(net.unsqueeze(y, 2), 4), net.op("MatMul", y, net.weight(net.normal(4, 3))))
+
+
+FOUND = [
+    (constant_twice, 0),
+    (channels_as_rows, 0),
+    (channels_as_rows_unshifted, None),
+    (one_matrix_for_the_batch, 0),
+    (reader_behind_a_folded_batchnorm, None),
+    (part_of_a_split, None),
+    (same_value_twice, None),
+    (batchnorms_that_share_a_batchnorm, None),
+]
+
+
+@pytest.mark.parametrize("clone", [False, True])
+@pytest.mark.parametrize(("draw", "left"), FOUND, ids=[draw.__name__ for draw, _ in FOUND])
+def test_what_random_networks_found(draw: Callable[[Net], None], left: int | None, clone: bool) -> None:
+    """left: how many BatchNorms stay, None where that is not the point."""
+    net = Net(draw.__name__, dtype="float64")
+    draw(net)
+    model = net.model()
+    fused, report = bnfold.fuse(model, check=False, clone=clone)
+    data = feeds(model)
+    assert difference(run_double(model, data), run_double(fused, data)) < 1e-12
+    assert sum(layer.verdict == "kept" for layer in report.layers) == report.batchnorms.after
+    assert left is None or report.batchnorms.after == left
