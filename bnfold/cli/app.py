@@ -121,8 +121,9 @@ def fuse(
         ready_to_write(out, suffix=".onnx", force=reporting.force, inputs=[model])
     with reporting.job() as job:
         loaded = loading.load(model, job)
+        example = None if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
-        fused, report = api.fuse(loaded, example=None if no_verify else shaping.example(loaded), check=not no_verify, clone=clone)
+        fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone)
         kept = sum(layer.verdict == "kept" for layer in report.layers)
         failed = strict and kept > 0
         if out is not None and not dry_run and not failed:
@@ -154,15 +155,16 @@ def verify(
 
     with reporting.job() as job:
         providers = running.providers()
-        models = [loading.load(path, job) for path in (reference, candidate)]
+        one, other = (loading.load(path, job) for path in (reference, candidate))
         report = api.verify(
-            *models,
-            None if data is None else feeding.open(data, models[0], job, shaping, samples=feeding.samples),
+            one,
+            other,
+            None if data is None else feeding.open(data, one, job, shaping, samples=feeding.samples),
             providers=providers,
             samples=feeding.samples,
             batch_size=feeding.batch_size,
             seed=shaping.seed,
-            input_shapes=shaping.shapes(models[0]),
+            input_shapes=shaping.shapes(one),
             progress=job.progress,
         )
         job.finish(report, show.verify)
@@ -234,15 +236,16 @@ def bench(
 
     with reporting.job() as job:
         provider = running.one_provider()
-        models = [loading.load(path, job) for path in (reference, candidate)]
+        one, other = (loading.load(path, job) for path in (reference, candidate))
         report = run(
-            *models,
-            None if data is None else feeding.open(data, models[0], job, shaping, samples=feeding.samples),
+            one,
+            other,
+            None if data is None else feeding.open(data, one, job, shaping, samples=feeding.samples),
             provider=provider,
             rounds=rounds,
             batch_size=feeding.batch_size or 1,
             seed=shaping.seed,
-            input_shapes=shaping.shapes(models[0]),
+            input_shapes=shaping.shapes(one),
             optimise=not unoptimised,
             progress=job.progress,
         )

@@ -17,7 +17,7 @@ class Interrupted(Exception):
 def grouped(command: Callable[..., int]) -> Callable[..., int]:
     """The command as Typer wants it: each parameter that is a dataclass replaced by its fields."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
     parameters: list[Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name in groups:
@@ -34,7 +34,7 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             raise Interrupted from None
 
-    del flat.__wrapped__  # type: ignore[attr-defined]  # else its signature would be the one that is seen
+    del flat.__wrapped__  # else its signature would be the one that is seen
     flat.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
     return flat

@@ -51,10 +51,14 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def came_in(self, path: Path) -> None:
-        """A file that was read, for the report."""
-        if self.as_json or self.report_path is not None:
-            self._inputs.append(InputFile(str(path), sha256(path)))
+    @property
+    def reports(self) -> bool:
+        """Whether anyone wants the report itself, and so what came in."""
+        return self.as_json or self.report_path is not None
+
+    def came_in(self, *paths: Path) -> None:
+        """Files that were read, for the report."""
+        self._inputs += [InputFile(str(path), sha256(path)) for path in paths]
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
         """On a terminal a bar for each stage; elsewhere a line when a stage begins, and then every ten seconds."""
@@ -93,7 +97,7 @@ class Job:
         """Give out the report: as a table or as JSON, and to a file where one was asked for."""
         self._stop()
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
-        if self.as_json or self.report_path is not None:
+        if self.reports:
             text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
             if self.report_path is not None:
                 write_text(self.report_path, text)
@@ -125,7 +129,7 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        _silence(self.file)  # type: ignore[arg-type]
+        _silence(self.file)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -58,8 +58,15 @@ class Loading:
 
         args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
         model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle)
-        job.came_in(path)
+        if job.reports:
+            job.came_in(path, *_external(model))
         return model
+
+
+def _external(model: Any) -> list[Path]:
+    """The files beside an ONNX model's own that hold its weights."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,9 @@ class Running:
 
     def one_provider(self) -> str:
         """The same, where there can be only one."""
-        name, *more = self.providers()
-        if more:
-            raise UsageError(f"--provider {' --provider '.join((name, *more))}: this command takes one")
-        return name
+        if len(self.provider or ()) > 1:
+            raise UsageError(f"--provider {' --provider '.join(self.provider or ())}: this command takes one")
+        return self.providers()[0]
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class Feeding:
         from ..images import ImageOptions
 
         base = ImageOptions() if self.preprocess is None else ImageOptions.from_config(self.preprocess)
-        return dataclasses.replace(base, **given)  # type: ignore[arg-type]
+        return dataclasses.replace(base, **given)
 
     def open(self, spec: str, model: Any, job: Job, shaping: Shaping, *, samples: int | None = None) -> Any:
         """The user's data as batches; what is done to them is said on standard error."""
@@ -176,7 +182,7 @@ class Feeding:
         job.remark(f"data: {data.description}")
         for note in data.notes:
             job.remark(note)
-        if Path(spec).is_file():
+        if job.reports and Path(spec).is_file():
             job.came_in(Path(spec))
         return data
 

@@ -70,7 +70,7 @@ def verify(console: Console, report: VerifyReport) -> None:
     levels = report.levels
     c, f = levels.coefficients, levels.function
     found = f"worst of {c.checked} arrays off by {c.worst:.2g} units of roundoff" if c.checked else ""
-    rows = [("coefficients", c.verdict, found, c.reason)]
+    rows: list[tuple[str, str, str, str]] = [("coefficients", c.verdict, found, c.reason)]
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     rows.append(("function, in float64", f.verdict, found, f.reason))
     for row in levels.deployment:
@@ -87,15 +87,15 @@ def verify(console: Console, report: VerifyReport) -> None:
 
 def pipeline(console: Console, report: PipelineReport) -> None:
     """Every step that ran, and the accuracy where there are labels."""
-    for title, show, step in (
-        ("recalibrate", recalibrate, report.recalibrate),
-        ("fuse", fuse, report.fuse),
-        ("verify", verify, report.verify),
-    ):
-        if step is not None:
-            console.print(Text(title, style="bold underline"))
-            show(console, step)  # type: ignore[operator]
-            console.print()
+    if report.recalibrate is not None:
+        console.print(Text("recalibrate", style="bold"))
+        recalibrate(console, report.recalibrate)
+    if report.fuse is not None:
+        console.print(_title("fuse"))
+        fuse(console, report.fuse)
+    if report.verify is not None:
+        console.print(_title("verify"))
+        verify(console, report.verify)
     if report.accuracy_before is not None:
         after = f", {_accuracy(report.accuracy_after)} after" if report.accuracy_after is not None else ""
         console.print(f"accuracy on {report.accuracy_before.samples:,} samples: {_accuracy(report.accuracy_before)} before{after}")
@@ -112,6 +112,10 @@ def bench(console: Console, report: BenchReport) -> None:
     console.print(
         f"candidate / reference: {report.ratio:.3f} (half of the rounds between {report.ratio_low:.3f} and {report.ratio_high:.3f})"
     )
+
+
+def _title(step: str) -> Text:
+    return Text(f"\n{step}", style="bold")
 
 
 def _accuracy(a: Accuracy) -> str:

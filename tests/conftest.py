@@ -1,0 +1,60 @@
+"""What several test files use: the sample, and small models that nobody needs to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ROOT / "samples" / "digits"
+
+
+@pytest.fixture(scope="session")
+def digits() -> Path:
+    """The trained sample: images `image` (batch, 1, 8, 8) to `logits` (batch, 10), with 8 BatchNorms."""
+    return DIGITS / "digits.onnx"
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., onnx.ModelProto]:
+    """Makes small models, see `small_model`."""
+    return small_model
+
+
+def small_model(*, fold: str = "all", seed: int = 0, batch: int | str = "batch") -> onnx.ModelProto:
+    """x (batch, 3, 8, 8) -> Conv -> BatchNorm -> y (batch, 4, 6, 6).
+
+    fold: "all" folds; "none" does, for a Sigmoid stands between the two; "gone" has a Relu in place of the BatchNorm.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "weight": rng.standard_normal((4, 3, 3, 3)),
+        "bias": rng.standard_normal(4),
+        "gamma": rng.uniform(0.5, 1.5, 4),
+        "beta": rng.standard_normal(4),
+        "mean": rng.standard_normal(4),
+        "var": rng.uniform(0.5, 1.5, 4),
+    }
+    nodes = [helper.make_node("Conv", ["x", "weight", "bias"], ["c"], name="conv")]
+    if fold == "none":
+        nodes.append(helper.make_node("Sigmoid", ["c"], ["s"], name="sigmoid"))
+    if fold == "gone":
+        nodes.append(helper.make_node("Relu", ["c"], ["y"], name="relu"))
+        arrays = {name: arrays[name] for name in ("weight", "bias")}
+    else:
+        nodes.append(helper.make_node("BatchNormalization", [nodes[-1].output[0], "gamma", "beta", "mean", "var"], ["y"], name="bn"))
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [batch, 4, 6, 6])],
+        [numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model

@@ -1,0 +1,417 @@
+"""The command line's contracts: what goes to which stream, exit statuses, files, reports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import bnfold
+from bnfold.cli import run
+from bnfold.cli.app import EXAMPLES
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("inspect", "recalibrate", "fuse", "verify", "pipeline", "bench")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Callable[..., onnx.ModelProto]) -> Path:
+    """A folder with models (model, none, gone and another .onnx) and data, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(small(), "model.onnx")
+    onnx.save(small(fold="none"), "none.onnx")
+    onnx.save(small(fold="gone"), "gone.onnx")
+    onnx.save(small(seed=1), "another.onnx")
+    rng = np.random.default_rng(0)
+    np.save("x.npy", rng.standard_normal((24, 3, 8, 8)).astype(np.float32))
+    return tmp_path
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- help and version ---------------------------------------------------------------------------------------------------------------
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"bnfold {bnfold.__version__}\n"
+
+
+def test_without_a_command_the_help_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run([command, "--help"]) == 0
+    assert EXAMPLES[command] in capsys.readouterr().out
+
+
+def test_the_help_comes_at_once() -> None:
+    """Under 0.3 s for the whole process: of processor time, which a busy machine doesn't stretch much."""
+
+    def seconds() -> float:
+        used = os.times()
+        return used.children_user + used.children_system
+
+    before = seconds()
+    for _ in range(3):
+        subprocess.run([sys.executable, "-m", "bnfold", "--help"], cwd=ROOT, capture_output=True, check=True)
+    assert (seconds() - before) / 3 < 0.3
+
+
+def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    monkeypatch.chdir(tmp_path)
+    for example in EXAMPLES.values():  # in their order: verify and bench read what fuse writes
+        program, *arguments = shlex.split(example)
+        assert program == "bnfold"
+        assert run(arguments) == 0, (example, capsys.readouterr().err)
+    assert {"fresh.onnx", "fused.onnx", "ready.onnx"} <= names(tmp_path)
+
+
+# --- what goes where ----------------------------------------------------------------------------------------------------------------
+
+
+def test_results_on_standard_output_and_nothing_of_it_cut(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "none.onnx"]) == 0
+    out, err = capsys.readouterr()
+    row = next(line for line in out.splitlines() if line.startswith("bn "))
+    reason = bnfold.inspect(bnfold.load("none.onnx")).layers[0].reason
+    assert row.split()[:3] == ["bn", "4", "kept"]
+    assert reason
+    assert row.endswith(reason)
+    assert "1 BatchNorm, of which 1 would stay" in out
+    assert err == ""
+
+
+def test_progress_and_remarks_on_standard_error_as_plain_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 0
+    out, err = capsys.readouterr()
+    assert "written: out.onnx" in out
+    assert err == "bnfold: fold and check\n"
+
+
+def test_quiet_leaves_standard_error_empty(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recalibrate", "model.onnx", "--data", "x.npy", "-o", "out.onnx", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_done_to_the_data_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recalibrate", "model.onnx", "--data", "x.npy", "-o", "out.onnx"]) == 0
+    assert "bnfold: data: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 140])
+def test_a_narrow_terminal_gets_every_name_whole(columns: int) -> None:
+    import io
+
+    from rich.console import Console
+
+    from bnfold.cli import show
+    from bnfold.report import Counts, FuseReport, Layer
+
+    layers = tuple(
+        Layer(f"features.{i}.bn[x]", 64, v, i_, r)
+        for i, (v, i_, r) in enumerate(
+            (("folded", ("features.0.conv",), ""), ("kept", (), "the value is read by two operators, only one of which can take it"))
+        )
+    )
+    page = io.StringIO()
+    show.fuse(Console(file=page, width=columns, markup=False, highlight=False), FuseReport(batchnorms=Counts(2, 1), layers=layers))
+    text = page.getvalue()
+    assert "…" not in text
+    for name in ("features.0.bn[x]", "features.1.bn[x]", "features.0.conv"):
+        assert name in text
+    assert "the value is read by two operators, only one of which can take it" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= columns
+
+
+# --- reports ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_the_report_and_nothing_else(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    digest = hashlib.sha256(Path("model.onnx").read_bytes()).hexdigest()
+    assert report["schema"] == "bnfold.fuse/1"
+    assert report["bnfold"] == bnfold.__version__
+    assert report["inputs"] == [{"path": "model.onnx", "sha256": digest}]
+    assert report["seconds"] > 0
+    assert report["batchnorms"] == {"before": 1, "after": 0}
+    layer = report["layers"][0]
+    assert (layer["name"], layer["channels"], layer["verdict"], layer["into"], layer["reason"]) == ("bn", 4, "folded", ["conv"], "")
+    assert report["merged"] == []
+    assert report["bytes_added"] == 0
+    assert report["verify"]["verdict"] == "equivalent"
+
+
+def test_the_report_goes_to_a_file_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "model.onnx", "--report", "r.json"]) == 0
+    assert "bn " in capsys.readouterr().out
+    assert json.loads(Path("r.json").read_text())["schema"] == "bnfold.inspect/1"
+    assert run(["inspect", "model.onnx", "--report", "r.json"]) == 2
+    assert "r.json: the file exists; give another name, or --force to overwrite it" in capsys.readouterr().err
+    assert run(["inspect", "model.onnx", "--report", "r.json", "--force"]) == 0
+    assert run(["inspect", "model.onnx", "--report", "model.onnx", "--force"]) == 2
+    assert "the name must end in .json" in capsys.readouterr().err
+
+
+def test_every_report_has_the_keys_of_the_contract(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def report(*arguments: str, status: int = 0) -> dict[str, object]:
+        assert run([*arguments, "--json", "-q"]) == status
+        found = json.loads(capsys.readouterr().out)
+        assert found["schema"] == f"bnfold.{arguments[0]}/1"
+        assert {"bnfold", "inputs", "seconds"} <= found.keys()
+        return found  # type: ignore[no-any-return]
+
+    found = report("recalibrate", "model.onnx", "--data", "x.npy", "-o", "fresh.onnx")
+    assert {"method", "samples", "layers"} <= found.keys()
+    assert found["samples"] == 24
+    assert {"name", "count", "mean_shift", "var_ratio", "stderr"} <= found["layers"][0].keys()  # type: ignore[index]
+    assert [i["path"] for i in found["inputs"]] == ["model.onnx", "x.npy"]  # type: ignore[attr-defined]
+    found = report("verify", "model.onnx", "another.onnx", status=1)
+    assert found["verdict"] == "different"
+    assert found.keys() >= {"levels", "outputs", "first_difference"}
+    assert found["levels"].keys() == {"coefficients", "function", "deployment"}  # type: ignore[attr-defined]
+    assert {"provider", "optimisation", "ratio"} <= found["levels"]["deployment"][0].keys()  # type: ignore[index]
+    assert {"name", "max_abs", "max_rel", "error_ratio"} <= found["outputs"][0].keys()  # type: ignore[index]
+    found = report("pipeline", "model.onnx", "--data", "x.npy", "-o", "ready.onnx")
+    assert all(found[step] for step in ("recalibrate", "fuse", "verify"))
+    found = report("bench", "model.onnx", "ready.onnx", "--rounds", "5")
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]  # type: ignore[operator]
+
+
+# --- what the commands do -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_that_external_data_stand_in_are_inputs_too(
+    here: Path, small: Callable[..., onnx.ModelProto], capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(small(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    assert run(["inspect", "big.onnx", "--json"]) == 0
+    found = {Path(i["path"]).name: i["sha256"] for i in json.loads(capsys.readouterr().out)["inputs"]}
+    assert found == {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in ("big.onnx", "big.data")}
+
+
+def test_dry_run_writes_nothing(here: Path) -> None:
+    before = names(here)
+    assert run(["fuse", "model.onnx", "--dry-run"]) == 0
+    assert run(["fuse", "model.onnx", "--dry-run", "-o", "out.onnx"]) == 0
+    assert names(here) == before
+
+
+def test_where_nothing_folds_the_output_is_the_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "none.onnx", "-o", "out.onnx"]) == 0
+    assert "1 BatchNorm, of which 1 stays" in capsys.readouterr().out
+    assert onnx.load("out.onnx") == onnx.load("none.onnx")
+
+
+def test_strict_fails_where_a_batchnorm_stays(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "--strict"]) == 0
+    capsys.readouterr()
+    for command in (["fuse", "none.onnx"], ["pipeline", "none.onnx", "--data", "x.npy"]):
+        assert run([*command, "-o", "strict.onnx", "--strict", "-q"]) == 1
+        out, err = capsys.readouterr()
+        assert err == "bnfold: error: --strict: 1 BatchNorm stays; nothing was written\n"
+        assert "kept" in out
+    assert "strict.onnx" not in names(here)
+
+
+def test_a_model_without_batchnorms_is_told_how_to_keep_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["fuse"], ["recalibrate", "--data", "x.npy"], ["pipeline", "--data", "x.npy"]):
+        assert run([*command, "gone.onnx", "-o", "out.onnx", "-q"]) == 4, command
+        err = capsys.readouterr().err
+        assert err.startswith("bnfold: error: the model holds no BatchNorm")
+        assert "dynamo=True, optimize=False" in err
+        assert "training=torch.onnx.TrainingMode.PRESERVE" in err
+    assert run(["inspect", "gone.onnx"]) == 0
+    assert "dynamo=True, optimize=False" in capsys.readouterr().out
+    assert "out.onnx" not in names(here)
+
+
+def test_verify_says_its_verdict_by_its_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 0
+    assert run(["verify", "model.onnx", "out.onnx", "--data", "x.npy"]) == 0
+    assert "verdict: equivalent" in capsys.readouterr().out
+    assert run(["verify", "model.onnx", "another.onnx"]) == 1
+    assert "verdict: different" in capsys.readouterr().out
+
+
+def test_inconclusive_is_a_status_of_its_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("nan.npy", np.full((4, 3, 8, 8), 1e38, np.float32))
+    constant = onnx.load("model.onnx")
+    constant.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros((4, 3, 3, 3), np.float32), "weight"))
+    onnx.save(constant, "constant.onnx")
+    assert run(["verify", "constant.onnx", "constant.onnx"]) == 6
+    assert "verdict: inconclusive" in capsys.readouterr().out
+
+
+def test_pipeline_stops_where_the_verdict_is_not_equivalent(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = onnx.load("model.onnx")
+    constant.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full((4, 3, 3, 3), 1e-30, np.float32), "weight"))
+    onnx.save(constant, "constant.onnx")
+    status = run(["pipeline", "constant.onnx", "--data", "x.npy", "-o", "out.onnx", "-q"])
+    err = capsys.readouterr().err
+    assert status in (0, 1, 3, 6)
+    assert ("out.onnx" in names(here)) == (status == 0), err
+
+
+def test_bench_gives_a_ratio_with_its_range(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "model.onnx", "model.onnx", "--rounds", "5", "--batch-size", "2", "--unoptimised"]) == 0
+    out = capsys.readouterr().out
+    assert "5 interleaved rounds; batch 2, cpu, optimisation off" in out
+    assert "candidate / reference: " in out
+
+
+def test_a_memory_budget_changes_nothing_but_the_memory(here: Path) -> None:
+    for name, budget in (("a.onnx", "1G"), ("b.onnx", "1k")):
+        assert run(["recalibrate", "model.onnx", "--data", "x.npy", "-o", name, "--memory-budget", budget, "--batch-size", "4"]) == 0
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+
+
+def test_labels_give_the_accuracy(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = digits.parent
+    out = str(tmp_path / "out.onnx")
+    assert (
+        run(["pipeline", str(digits), "--data", str(data / "calibration.npz"), "--eval", str(data / "test.npz"), "-o", out, "--json"]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    before, after = report["accuracy_before"], report["accuracy_after"]
+    assert before["samples"] == after["samples"] == 540
+    assert after["accuracy"] - before["accuracy"] > 3 * (before["stderr"] + after["stderr"])
+    assert report["verify"]["verdict"] == "equivalent"
+    assert len(report["recalibrate"]["layers"]) == report["fuse"]["batchnorms"]["before"] == 8
+
+
+# --- files that are written ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_overwritten_without_force(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out.onnx").write_text("mine")
+    assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 2
+    assert capsys.readouterr().err == "bnfold: error: out.onnx: the file exists; give another name, or --force to overwrite it\n"
+    assert Path("out.onnx").read_text() == "mine"
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "--force"]) == 0
+    assert len(onnx.load("out.onnx").graph.node) == 1
+
+
+def test_the_input_is_not_overwritten_without_force(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("model.onnx").read_bytes()
+    for other in ("model.onnx", f"{here}/model.onnx", "./model.onnx"):
+        assert run(["fuse", "model.onnx", "-o", other]) == 2
+        assert "this is an input; give another name, or --force to overwrite it" in capsys.readouterr().err
+    assert Path("model.onnx").read_bytes() == before
+    assert run(["fuse", "model.onnx", "-o", "model.onnx", "--force"]) == 0
+    assert len(onnx.load("model.onnx").graph.node) == 1
+
+
+def test_an_onnx_model_is_written_as_onnx(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "model.onnx", "-o", "out.pt"]) == 2
+    assert capsys.readouterr().err == "bnfold: error: out.pt: the name must end in .onnx, such as out.onnx\n"
+    assert run(["fuse", "model.onnx"]) == 2
+    assert "-o OUT is missing: name the file to write, or give --dry-run" in capsys.readouterr().err
+
+
+# --- arguments that make no sense ---------------------------------------------------------------------------------------------------
+
+NONSENSE = {
+    "fold model.onnx": "No such command 'fold'",
+    "inspect": "Missing argument 'MODEL'",
+    "inspect model.onnx --fast": "No such option: --fast",
+    "recalibrate model.onnx -o out.onnx": "Missing option '--data'",
+    "recalibrate model.onnx --data x.npy -o out.onnx --batch-size 0": "--batch-size",
+    "recalibrate model.onnx --data x.npy -o out.onnx --memory-budget lots": "--memory-budget lots: not a size; write it like 512M or 2G",
+    "recalibrate model.onnx --data x.npy -o out.onnx --device cuda": "--device cuda: that is for PyTorch models; for ONNX give --provider",
+    "recalibrate model.onnx --data x.npy -o out.onnx --mean a,b": "--mean a,b: not numbers; write them like 0.485,0.456,0.406",
+    "recalibrate model.onnx --data x.npy -o out.onnx --image-size big": "--image-size big: not a size; write it like 224",
+    "fuse model.onnx -o out.onnx --input-shape 1,3,x": "--input-shape 1,3,x: not a shape; write it like 1,3,224,224",
+    "fuse model.onnx -o out.onnx --input-shape z=1,3,8,8": "--input-shape z=1,3,8,8: the model has no input 'z'; its inputs are x",
+    "inspect model.onnx --arch-args [1]": "--arch-args [1]: not a JSON object",
+    "verify model.onnx": "Missing argument 'CANDIDATE'",
+    "bench model.onnx model.onnx --rounds 1": "--rounds",
+    "bench model.onnx model.onnx --provider cpu --provider cuda": "--provider cpu --provider cuda: this command takes one",
+}
+
+
+@pytest.mark.parametrize("line", NONSENSE)
+def test_arguments_that_make_no_sense_are_one_line_and_status_2(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = names(here)
+    status = run(line.split())
+    out, err = capsys.readouterr()
+    assert status == 2, err
+    assert err.count("\n") == 1
+    assert err.startswith("bnfold: error: ")
+    assert NONSENSE[line] in err
+    assert out == ""
+    assert names(here) == before
+
+
+# --- defects and interruptions ------------------------------------------------------------------------------------------------------
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError("one over\nnothing")
+
+
+def test_a_defect_is_one_line_and_says_what_to_do(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("bnfold.api.inspect", broken)
+    assert run(["inspect", "model.onnx"]) == 70
+    err = capsys.readouterr().err
+    assert err == (
+        "bnfold: error: ZeroDivisionError: one over nothing; this is a defect of bnfold: run again with --debug and report what it prints\n"
+    )
+    assert run(["inspect", "model.onnx", "--debug"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, "bnfold: interrupted; what was begun is undone\n"),
+        (MemoryError(), 5, "bnfold: error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget\n"),
+        (OSError(28, "No space left on device", "/x/spill"), 3, "bnfold: error: /x/spill: No space left on device; nothing was written\n"),
+        (bnfold.CheckError("it failed"), 1, "bnfold: error: it failed\n"),
+        (bnfold.DeviceError("no device"), 5, "bnfold: error: no device\n"),
+        (bnfold.UnsupportedError("not served"), 4, "bnfold: error: not served\n"),
+    ],
+)
+def test_every_error_has_its_status(
+    error: BaseException, status: int, text: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bnfold.api.fuse", fail)
+    before = names(here)
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "-q"]) == status
+    assert capsys.readouterr().err == text
+    assert names(here) == before
+
+
+def test_a_reader_that_leaves_changes_nothing(here: Path) -> None:
+    """As in `bnfold inspect ... | head -1`, where the pipe closes at once."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for more in ([], ["--json"]):
+        line = [sys.executable, "-m", "bnfold", "fuse", "model.onnx", "-o", "out.onnx", "--force", *more]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "bnfold: fold and check\n")
+    assert "out.onnx" in names(here)

@@ -1,0 +1,113 @@
+"""The README says what is so: its blocks run, its commands are those of CI, its tables are the program's."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnfold import errors
+from bnfold.cli import run
+from bnfold.cli.app import EXAMPLES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def named(name: str) -> str:
+    """The sh block behind the comment <!-- name: ... -->."""
+    found = re.search(rf"^<!-- {name}:.*?^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert found, name
+    return found[1]
+
+
+def test_the_first_command_without_its_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    monkeypatch.chdir(tmp_path)
+    install, command = named("first").split("&&\n")
+    assert "-c tests/constraints.txt" in install
+    program, *arguments = command.split()
+    assert program == ".venv/bin/bnfold"
+    assert run(arguments) == 0
+    assert (tmp_path / "digits-fused.onnx").is_file()
+
+
+def test_ci_runs_the_two_commands_word_for_word(tmp_path: Path) -> None:
+    """Its own extraction, on this README."""
+    script = (ROOT / ".ci" / "run").read_text()
+    function = script[script.index("block() {") : script.index("\n}\n") + 3]
+    for name in ("first", "second"):
+        command = ["bash", "-euc", f"{function}\nblock {name}"]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == named(name)
+    assert "for name in first second" in script
+
+
+def test_every_pin_is_exact_and_covers_what_is_installed_here() -> None:
+    pins = {}
+    for line in (ROOT / "tests" / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = line.split(";")[0].strip().split("==")
+            pins[name] = version
+    declared = re.findall(r'^\s*"([A-Za-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared
+    assert {name.lower() for name in declared} <= pins.keys()
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_every_python_block_runs(number: int, tmp_path: Path) -> None:
+    code = PYTHON[number]
+    if "import torch" in code:
+        pytest.importorskip("torch")
+        pytest.importorskip("onnxscript")
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "bnfold.verify" in code:
+        assert done.stdout.splitlines()[-1] == "equivalent"
+        assert done.stdout.count(" folded ") == 8
+
+
+def test_the_ways_to_export_keep_the_batchnorms(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    import onnx
+
+    (code,) = [block for block in PYTHON if "torch.onnx.export" in block]
+    older = re.search(r"With the older exporter: `(.*?)`", README)
+    assert older
+    for arguments in ("dynamo=True, optimize=False", older[1]):
+        path = tmp_path / "kept.onnx"
+        exported = code.replace("dynamo=True, optimize=False", arguments).replace('"model.onnx"', repr(str(path)))
+        assert arguments in exported
+        exec(exported, {"torch": torch})
+        assert [node.op_type for node in onnx.load(path).graph.node if node.op_type != "Identity"] == ["Conv", "BatchNormalization"]
+
+
+def test_the_table_of_statuses_is_the_contract() -> None:
+    rows = {int(status) for status in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    raised = {kind.exit_status for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BnfoldError)}
+    assert rows == raised | {0, 6, 130}
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    assert set(re.findall(r"^\| `bnfold (\w+) ", README, re.MULTILINE)) == set(EXAMPLES)
+
+
+def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for command in EXAMPLES:
+        run([command, "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {"--help"}
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
