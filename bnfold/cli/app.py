@@ -32,6 +32,7 @@ app = typer.Typer(
     epilog="Exit status: 0 done or equivalent; 1 the check failed; 2 usage; 3 an input can't be read, or is unsafe or invalid; "
     "4 nothing to do, or unsupported; 5 a device or provider is not available; 6 inconclusive; 70 a defect of bnfold; 130 interrupted.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

@@ -19,7 +19,7 @@ from ..report import InputFile, Report
 from .output import ready_to_write, sha256, write_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 R = TypeVar("R", bound=Report)
 UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
@@ -40,7 +40,7 @@ class Job:
         self._start = time.perf_counter()
         self._err = _Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
         self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._stage = ""
         self._said: dict[str, float] = {}
         if report is not None:
             ready_to_write(report, suffix=".json", force=force, inputs=())
@@ -61,7 +61,7 @@ class Job:
         self._inputs += [InputFile(str(path), sha256(path)) for path in paths]
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
-        """On a terminal a bar for each stage; elsewhere a line when a stage begins, and then every ten seconds."""
+        """On a terminal a bar for the stage; elsewhere a line when a stage begins, and then every ten seconds."""
         if self.quiet:
             return
         if not self._err.is_terminal:
@@ -75,14 +75,24 @@ class Job:
             self._said[stage] = now
             return
         if self._bar is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(20),
+                TextColumn("{task.fields[count]}"),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, console=self._err, transient=True)
             self._bar.start()
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[stage], completed=done, total=total)
+        count = "" if total is None else f"{done:,} of {total:,}"
+        if stage != self._stage:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._stage = stage
+            self._bar.add_task(stage, total=total, completed=done, count=count)
+        else:
+            self._bar.update(self._bar.task_ids[0], total=total, completed=done, count=count)
 
     def remark(self, text: str) -> None:
         """A line on standard error."""
