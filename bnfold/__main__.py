@@ -1,3 +1,6 @@
+"""`python -m bnfold`: the command line."""
+
 from bnfold.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

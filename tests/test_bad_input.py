@@ -354,7 +354,7 @@ def test_interrupted(sent: signal.Signals, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "bnfold: interrupted; what was begun is undone"
+    assert err.splitlines()[-1] == "bnfold: interrupted; no file is left half-written"
     assert all(line.startswith("bnfold: ") for line in err.splitlines())
     (folder / "begun").unlink()
     assert contents(folder) == before

@@ -383,9 +383,13 @@ def test_a_defect_is_one_line_and_says_what_to_do(here: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (KeyboardInterrupt(), 130, "bnfold: interrupted; what was begun is undone\n"),
+        (KeyboardInterrupt(), 130, "bnfold: interrupted; no file is left half-written\n"),
         (MemoryError(), 5, "bnfold: error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget\n"),
-        (OSError(28, "No space left on device", "/x/spill"), 3, "bnfold: error: /x/spill: No space left on device; nothing was written\n"),
+        (
+            OSError(28, "No space left on device", "/x/spill"),
+            3,
+            "bnfold: error: /x/spill: No space left on device; see to that file or disk, then run again\n",
+        ),
         (bnfold.CheckError("it failed"), 1, "bnfold: error: it failed\n"),
         (bnfold.DeviceError("no device"), 5, "bnfold: error: no device\n"),
         (bnfold.UnsupportedError("not served"), 4, "bnfold: error: not served\n"),

@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 import warnings
-from typing import TextIO
 
 __all__ = ["main", "run"]
+
+INTERRUPTED = "interrupted; no file is left half-written"
 
 
 def main() -> None:
@@ -17,7 +18,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
             stream.reconfigure(errors="backslashreplace")
-    status = run(sys.argv[1:])
+    try:
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before the command began, or once more while it cleaned up
+        status = _say(INTERRUPTED, 130)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -39,7 +43,7 @@ def run(arguments: list[str]) -> int:
             status = app(args=arguments, prog_name="bnfold", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, Interrupted):
-        return _say("interrupted; what was begun is undone", 130)
+        return _say(INTERRUPTED, 130)
     except Exception as error:
         if debug:
             import traceback
@@ -65,21 +69,17 @@ def _explain(error: Exception) -> int:
         return _say("error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget", 5)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return _say(f"error: {where}{error.strerror}; nothing was written", 3)
+        return _say(f"error: {where}{error.strerror}; see to that file or disk, then run again", 3)
     what = f"{type(error).__name__}: {str(error)[:300]}".rstrip(": ")
     return _say(f"error: {what}; this is a defect of bnfold: run again with --debug and report what it prints", 70)
 
 
 def _say(text: str, status: int) -> int:
-    _line(sys.stderr, f"bnfold: {' '.join(text.split())}")
-    return status
-
-
-def _line(stream: TextIO, text: str) -> None:
     try:
-        print(text, file=stream, flush=True)
+        print(f"bnfold: {' '.join(text.split())}", file=sys.stderr, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    return status
 
 
 def _interrupt(*_: object) -> None:
