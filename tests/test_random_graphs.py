@@ -91,7 +91,23 @@ def batchnorms_that_share_a_batchnorm(net: Net) -> None:
     net.output(net.bn(net.unsqueeze(y, 2), 4), net.op("MatMul", y, net.weight(net.normal(4, 3))))
 
 
+def two_behind_a_pad(net: Net) -> None:
+    """The fill of the second is what the first made of it."""
+    y = net.pad(net.conv(net.input("N", 4, "L"), 4, 1, 1, dims=1), 0, 0, 1, 0, 0, 1, value=0.7)
+    net.output(net.bn(net.bn(y, 1), 1))
+
+
+def merged_then_folded(net: Net) -> None:
+    """Of two calls of one BatchNorm behind a sum, what a merge lets fold is reported call by call."""
+    x = net.relu(net.input("N", 4, "L"))
+    y, params = net.op("Add", net.conv(x, 4, 4, 3, dims=1, pads=1), x), net.bn_params(4)
+    z = net.bn(y, params=params)
+    net.output(z, net.bn(z, params=params))
+
+
 FOUND = [
+    (two_behind_a_pad, 0),
+    (merged_then_folded, None),
     (constant_twice, 0),
     (channels_as_rows, 0),
     (channels_as_rows_unshifted, None),
