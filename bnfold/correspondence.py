@@ -29,6 +29,7 @@ DOUBLE = 2.0**-53
 # Where one in two coefficients is off by this much and the outputs still agree to rounding, scales were moved between layers.
 ANOTHER_FORM = 1e-2
 
+STATISTICS = ("gain", "mean")  # what of a BatchNorm isn't a parameter
 COMMUTATIVE = {"Add", "Mul", "Mean", "Maximum"}
 
 
@@ -71,37 +72,50 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
     hidden = _hidden(reference.outcomes)
     checked, worst = 0, 0.0
     mismatches = []
-    for a, b in sorted(pairs, key=lambda pair: pair[0].index):
-        for role, want, have, magnitude, unit, tiny in _arrays(a, b, hidden):
-            checked += 1
-            try:
-                want, have, magnitude = np.broadcast_arrays(want, have, magnitude)
-            except ValueError:
-                unpaired = unpaired or f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}"
-                continue
-            with np.errstate(all="ignore"):
-                error = np.abs(have - want)
-                units = np.maximum(error - tiny, 0) / (unit * magnitude)
-            same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
-            units = np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
-            most = float(units.max(initial=0.0))
-            worst = max(worst, most)
-            if most > (LIMIT if unit > DOUBLE else DOUBLE_LIMIT):
-                place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[_channel(a, role, units.ndim)]
-                text = f"the {role} of {a.label} {a.name} is off by {most:.3g} units of roundoff (channel {place})"
-                wide = bool(np.mean(~(error <= ANOTHER_FORM * np.abs(want))) >= 0.5)
-                mismatches.append(Mismatch(a, text, most, wide))
+    for pair in sorted(pairs, key=lambda pair: pair.reference.index):
+        compared = _arrays(pair, hidden)
+        if compared is None:
+            continue
+        a, role = pair.reference, pair.role
+        want, have, magnitude, unit, tiny = compared
+        checked += 1
+        try:
+            want, have, magnitude = np.broadcast_arrays(want, have, magnitude)
+        except ValueError:
+            unpaired = unpaired or f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}"
+            continue
+        with np.errstate(all="ignore"):
+            error = np.abs(have - want)
+            units = np.maximum(error - tiny, 0) / (unit * magnitude)
+        same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
+        units = np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
+        most = float(units.max(initial=0.0))
+        worst = max(worst, most)
+        if most > (LIMIT if unit > DOUBLE else DOUBLE_LIMIT):
+            place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[_channel(a, role, units.ndim)]
+            text = f"the {role} of {a.label} {a.name} is off by {most:.3g} units of roundoff (channel {place})"
+            wide = bool(np.mean(~(error <= ANOTHER_FORM * np.abs(want))) >= 0.5)
+            mismatches.append(Mismatch(a, text, most, wide))
     return Correspondence(checked, worst, tuple(mismatches), unpaired)
 
 
 # --- pairing ------------------------------------------------------------------------------------------------------------------
 
 
-def _paired(reference: Plan, candidate: Plan) -> tuple[list[tuple[Node, Node]], str]:
+class _Pair(NamedTuple):
+    """Two parameters that should be equal."""
+
+    reference: Node
+    role: str
+    candidate: Node
+    its_role: str
+
+
+def _paired(reference: Plan, candidate: Plan) -> tuple[list[_Pair], str]:
     """Nodes that stand at the same place in the data flow, and the first reason why some don't."""
     keys = _keys(reference) | _keys(candidate)
-    stack = _roots(reference, candidate)
-    pairs: dict[tuple[Node, Node], None] = {}
+    stack = [(v, candidate.outputs[name]) for name, v in reference.outputs.items() if name in candidate.outputs]
+    pairs: dict[_Pair, None] = {}
     seen: set[tuple[Value, Value]] = set()
     trouble: list[tuple[int, str]] = []
     while stack:
@@ -116,6 +130,10 @@ def _paired(reference: Plan, candidate: Plan) -> tuple[list[tuple[Node, Node]], 
                 where = f"{node.label} {node.name}" if node is not None else f"input {a.name}"
                 trouble.append((node.index if node is not None else 0, f"{where} has no counterpart in the candidate"))
             continue
+        if (parted := _parted(p, q)) is not None:
+            pairs |= dict.fromkeys(parted)
+            stack.extend(zip(parted[0].reference.inputs, parted[0].candidate.inputs, strict=True))
+            continue
         if (
             p.op != q.op
             or (p.op == "Barrier" and p.label != q.label)
@@ -124,16 +142,29 @@ def _paired(reference: Plan, candidate: Plan) -> tuple[list[tuple[Node, Node]], 
         ):
             trouble.append((p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}"))
             continue
-        pairs[p, q] = None
+        statistics = [role for role in STATISTICS if np.size(p.attrs.get(role, 0)) > 1 or np.size(q.attrs.get(role, 0)) > 1]
+        pairs |= dict.fromkeys(_Pair(p, role, q, role) for role in (*p.params, *statistics))
         stack.extend(zip(p.inputs, _ordered(p, q, keys), strict=True))
     return list(pairs), min(trouble, default=(0, ""))[1]
 
 
-def _roots(reference: Plan, candidate: Plan) -> list[tuple[Value, Value]]:
-    """The models' outputs, and those of subgraphs, by name."""
-    roots = [(v, candidate.outputs[name]) for name, v in reference.outputs.items() if name in candidate.outputs]
-    inner = [{v.name: v for node in plan.graph.nodes for v in node.outputs if v.is_output} for plan in (reference, candidate)]
-    return roots + [(v, inner[1][name]) for name, v in inner[0].items() if name in inner[1] and name not in reference.outputs]
+def _parted(p: Node, q: Node) -> tuple[_Pair, _Pair] | None:
+    """A product with a bias on one side, a product and an Add behind it on the other: weights and shifts correspond."""
+    for whole, add in ((p, q), (q, p)):
+        product = add.inputs[0].producer if add.inputs else None
+        if whole.op != "Contraction" or add.op != "Affine" or add.params.keys() != {"beta"} or "mean" in add.attrs or product is None:
+            continue
+        if product.op != "Contraction" or len(product.inputs) != len(whole.inputs) or _has(product, "bias"):
+            continue
+        if whole is p:
+            return _Pair(whole, "weight", product, "weight"), _Pair(whole, "bias", add, "beta")
+        return _Pair(product, "weight", whole, "weight"), _Pair(add, "beta", whole, "bias")
+    return None
+
+
+def _has(node: Node, role: str) -> bool:
+    param = node.params.get(role)
+    return param is not None and (param.tensor is not None or param.update is not None)
 
 
 def _through(value: Value) -> Value:
@@ -150,6 +181,10 @@ def _keys(plan: Plan) -> dict[Value, int]:
         inputs = [keys.setdefault(v, hash(("input", v.name))) for v in node.inputs]
         if node.op == "Identity" and len(inputs) == 1:
             keys[node.output] = inputs[0]
+            continue
+        before = node.inputs[0].producer if node.inputs else None
+        if node.op == "Affine" and node.params.keys() == {"beta"} and before is not None and before.op == "Contraction":
+            keys[node.output] = inputs[0]  # the product's bias, in other words
             continue
         shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
         order = tuple(sorted(inputs) if _commutes(node) else inputs)
@@ -177,26 +212,25 @@ def _ordered(p: Node, q: Node, keys: dict[Value, int]) -> list[Value]:
 
 # --- coefficients -------------------------------------------------------------------------------------------------------------
 
-_Compared = tuple[str, Array, Array, Array, float, float]  # role, reference, candidate, magnitude, unit roundoff, half the smallest number
+_Compared = tuple[Array, Array, Array, float, float]  # reference, candidate, magnitude, unit roundoff, half the smallest number
 
 
-def _arrays(a: Node, b: Node, hidden: dict[Node, list[Array]]) -> Iterator[_Compared]:
-    for role, param in a.params.items():
-        other = b.params[role]
-        if param.tensor is None and other.tensor is None and param.update is None and other.update is None:
-            continue
-        limit = next(t.limit for t in (other.tensor, param.tensor, *_tensors((a, b))) if t is not None)
-        magnitude = np.maximum(*_broadcast(_magnitude(param), _magnitude(other)))
-        if role != "weight":
-            for more in hidden.get(a, ()):
-                magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
-        yield role, param.read(), other.read(), magnitude, *_precision(limit)
-    if a.op == "Affine":  # what of a BatchNorm isn't a parameter
-        for role in ("gain", "mean"):
-            want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
-            if want.size > 1 or have.size > 1 or want != have:
-                limit = next((t.limit for t in _tensors((b, a)) if t is not None), a.attrs.get("limit", np.finfo(np.float32).max))
-                yield role, want, have, np.abs(want), *_precision(float(limit))
+def _arrays(pair: _Pair, hidden: dict[Node, list[Array]]) -> _Compared | None:
+    """What a pair compares; None where neither side has such a parameter."""
+    a, role, b, its_role = pair
+    if role in STATISTICS:
+        want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
+        limit = next((t.limit for t in _tensors((b, a)) if t is not None), a.attrs.get("limit", np.finfo(np.float32).max))
+        return want, have, np.abs(want), *_precision(float(limit))
+    param, other = a.params[role], b.params[its_role]
+    if not _has(a, role) and not _has(b, its_role):
+        return None
+    limit = next(t.limit for t in (other.tensor, param.tensor, *_tensors((a, b))) if t is not None)
+    magnitude = np.maximum(*_broadcast(_magnitude(param), _magnitude(other)))
+    if role != "weight":
+        for more in hidden.get(a, ()):
+            magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
+    return param.read(), other.read(), magnitude, *_precision(limit)
 
 
 def _tensors(nodes: Iterable[Node]) -> Iterator[Tensor | None]:

@@ -30,6 +30,7 @@ PART_LIMIT = 3 * FUNCTION_LIMIT
 PART_SIZE = 8  # elements; smaller parts say too little
 # In the stored type: arithmetic and weights are rounded on both sides, so a right candidate errs as much as the reference itself.
 DEPLOYED_LIMIT, HALF_LIMIT = 2.0, 3.0
+ARITHMETIC = 3.0  # units of roundoff: a fold moves sums and shifts around, which costs as much in a network of two or three operators
 PEAK_SLACK = 2.0  # the largest of many errors scatters more than their root mean square
 FLOOR = 1e-13  # of the largest output: what float64 itself leaves uncertain
 CHANGED = 1e-4  # the share of integers that a yardstick of none still allows, over the limit
@@ -149,7 +150,7 @@ class Truth:
             largest = max(largest, float(size.max(initial=0.0)))
             alive = finite & (squares[i] > 0) if squares else finite
             square, n = square + float(np.square(size[alive]).sum()), n + int(alive.sum())
-        return Scale(largest, max(unit * np.sqrt(square / max(n, 1)), FLOOR * largest), count, False)
+        return Scale(largest, max(unit * float(np.sqrt(square / max(n, 1))), FLOOR * largest), count, False)
 
     def compare(self, run: Run) -> dict[str, Tally]:
         """The errors of a run, output by output."""
@@ -248,8 +249,9 @@ def deployed_ratio(candidate: Tally, reference: Tally, noise: Noise, scale: Scal
     if scale.discrete:
         usual = max(reference.square / max(reference.count, 1), noise.rms**2, CHANGED)
         return DEPLOYED_LIMIT / FUNCTION_LIMIT * (candidate.square / max(candidate.count, 1)) / usual
-    rms = _over(candidate.rms, max(float(np.hypot(reference.rms, noise.rms)), scale.floor))
-    return max(rms, _over(candidate.peak, max(float(np.hypot(reference.peak, noise.peak)), scale.floor)) / PEAK_SLACK)
+    floor = ARITHMETIC * scale.floor
+    rms, peak = (float(np.hypot(own, moved)) for own, moved in ((reference.rms, noise.rms), (reference.peak, noise.peak)))
+    return max(_over(candidate.rms, max(rms, floor)), _over(candidate.peak, max(peak, floor)) / PEAK_SLACK)
 
 
 def _over(error: float, yardstick: float) -> float:
@@ -264,9 +266,8 @@ def varies(arrays: Sequence[npt.NDArray[Any]]) -> bool:
             changed = bool((first != other).any())
         else:
             finite = np.isfinite(first) & np.isfinite(other)
-            changed = bool(
-                (np.abs(np.where(finite, other - first, 0.0)) > 1e-9 * np.abs(np.where(finite, first, 0.0)).max(initial=0.0)).any()
-            )
+            one, two = np.where(finite, first, 0.0), np.where(finite, other, 0.0)
+            changed = bool((np.abs(two - one) > 1e-9 * np.abs(one).max(initial=0.0)).any())
         if changed:
             return True
     return False

@@ -27,7 +27,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model in normal form: all that can be folded is planned, nothing is written. outputs: the model's outputs by name."""
+    """A model in normal form: all that can be folded is planned, nothing is written. outputs: those of the model and of its subgraphs, by name."""
 
     graph: Graph
     outputs: Mapping[str, Value]
@@ -71,6 +71,9 @@ class Subject(Protocol):
 
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Runner:
         """The model in its stored types on a provider or device; jitter as above. UnsupportedError, DeviceError."""
+
+    def require(self, provider: str) -> None:
+        """Raise DeviceError or UsageError where there is no such provider or device."""
 
     def layers(self) -> dict[str, str]:
         """The inner values, in topological order, and the name of the layer that computes each."""

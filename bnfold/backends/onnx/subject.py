@@ -17,7 +17,7 @@ from .constants import FLOATS
 from .feeds import inputs, random_feeds
 from .lower import lower
 from .oracle import Oracle
-from .run import Session
+from .run import Session, resolve
 from .walk import all_graphs, held_tensor, name_of
 from .write import inlined
 
@@ -65,7 +65,8 @@ class OnnxSubject:
         return random_feeds(self.inputs(), batch=batch, seed=seed, input_shapes=input_shapes)
 
     def plan(self, *, clone: bool = False) -> Plan:
-        graph = lower(inlined(self.model))
+        model = inlined(self.model)
+        graph = lower(model)
         named = {v.name: v for node in graph.nodes for v in node.outputs}
         outcomes = fold(graph, clone=clone)
         if merge(graph):  # what a sum kept from folding may fold now
@@ -73,8 +74,8 @@ class OnnxSubject:
             graph.sites = [o.site for o in outcomes if not o.folded and left.issuperset(o.site.nodes)]
             outcomes = [*(o for o in outcomes if o.folded), *fold(graph, clone=clone)]
         left = set(graph.nodes)
-        ends = {v.name: _end(named[v.name], left) for v in self.model.graph.outputs if v.name in named}
-        return Plan(graph, {str(name): v for name, v in ends.items()}, tuple(outcomes))
+        ends = {str(v.name): _end(named[v.name], left) for g in all_graphs(model.graph) for v in g.outputs if v.name in named}
+        return Plan(graph, ends, tuple(outcomes))
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.model, jitter=jitter, outputs=outputs)
@@ -103,6 +104,9 @@ class OnnxSubject:
                 node.attributes.clear()
                 node.attributes["value"] = ir.AttrTensor("value", moved)
         return copy.model
+
+    def require(self, provider: str) -> None:
+        resolve(provider)
 
     def layers(self) -> dict[str, str]:
         return {v.name: name_of(node) for node in self.model.graph for v in node.outputs if v.name}
