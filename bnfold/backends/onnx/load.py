@@ -1,34 +1,27 @@
 """Read an ONNX file: what it is, whether it is whole, and whether onnx_ir would lose any of it.
 
-A file is looked at before it is parsed, since almost any bytes are a valid protocol buffer of some kind, and an empty file is a
-valid model without nodes.
+The weights are not parsed: the file's bytes stay as they were read, and each weight is a view of them. So memory holds the file once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from ...errors import ModelError, UnsupportedError
-from .save import save
+from . import wire
+from .external import Files, is_external
+from .proto import check_complete, check_names, check_values, data_type, tensors
+from .save import EXTERNAL, save
+from .sniff import sniff
 
-__all__ = ["checked", "load", "save"]
+__all__ = ["checked", "from_proto", "load", "save"]
 
-LOOKS = (  # how other files begin, what they are, and what to do
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run 'git lfs pull'"),
-    (b"<!doctype html", "an HTML page, probably of a failed download", "download the model again"),
-    (b"<html", "an HTML page, probably of a failed download", "download the model again"),
-    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file)", "export it to ONNX first"),
-    (b"\x80\x02", "a Python pickle (an old PyTorch checkpoint)", "export it to ONNX first"),
-    (b"\x89HDF", "an HDF5 file (Keras)", "convert it with tf2onnx first"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
-)
-# Bytes of one element, for the types whose elements fill whole bytes (onnx.proto, TensorProto.DataType).
-SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2, 17: 1, 18: 1, 19: 1, 20: 1}
+LARGE = 1024  # bytes: smaller weights are parsed with the rest
 
 
 def load(path: str | Path) -> ir.Model:
@@ -39,39 +32,27 @@ def load(path: str | Path) -> ir.Model:
     path = Path(path)
     data = _read(path)
     try:
-        proto = onnx.ModelProto.FromString(data)
-    except Exception:  # the parsers differ in what they raise
-        raise ModelError(f"{path}: not an ONNX model, or cut short ({len(data):,} bytes); export or download it again") from None
-    del data
-    if not proto.ir_version or not (proto.opset_import or proto.ir_version < 3) or not proto.HasField("graph") or not proto.graph.node:
-        raise ModelError(f"{path}: not an ONNX model (no version, no operator set or no nodes in it); export or download it again")
-    try:
-        checked(proto)
-        base = path.resolve().parent
-        for tensor in _tensors(proto):
-            _check_data(tensor, base)
+        proto, views = _parse(data)
+        del data
+        return _model(proto, views, Files(path))
     except (ModelError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from None
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:
-        raise ModelError(f"{path}: its graph makes no sense ({_line(error)}); export it again") from None
-    ir.external_data.set_base_dir(model.graph, base)
-    return model
+
+
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """onnx_ir's model of a proto, which isn't changed. Raises ModelError and UnsupportedError as `load` does."""
+    return _model(proto, [], None)
 
 
 def checked(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The proto itself; UnsupportedError where it holds something that onnx_ir would silently drop."""
-    if proto.training_info:
-        raise UnsupportedError("it holds training information (training_info), which would be lost; export the model for inference")
-    if any(graph.sparse_initializer for graph in _graphs(proto)):
-        raise UnsupportedError("it holds sparse weights (sparse_initializer), which would be lost; make them dense first")
+    check_complete(proto)
     return proto
 
 
 def _read(path: Path) -> bytes:
     if path.is_dir():
-        raise ModelError(f"{path}: a folder, not a model file")
+        raise ModelError(f"{path}: a folder, not a model file; name the file in it")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -80,83 +61,120 @@ def _read(path: Path) -> bytes:
         raise ModelError(f"{path}: can't be read ({error.strerror or error})") from None
     if not data:
         raise ModelError(f"{path}: an empty file; export or download it again")
-    start = data[:64].lstrip().lower()
-    for prefix, kind, remedy in LOOKS:
-        if data.startswith(prefix) or start.startswith(prefix):
-            raise ModelError(f"{path}: {kind}; {remedy}")
-    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < len(data):
-        raise ModelError(f"{path}: a safetensors file, which holds weights without a network; export the model to ONNX first")
+    if known := sniff(data):
+        raise ModelError(f"{path}: {known[0]}; {known[1]}")
     return data
 
 
-def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    def inner(nodes: list[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-        for node in nodes:
-            for attribute in node.attribute:
-                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    yield graph
-                    yield from inner(graph.node)
-
-    yield proto.graph
-    yield from inner(proto.graph.node)
-    for function in proto.functions:
-        yield from inner(function.node)
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every stored tensor: initializers, and those in attributes."""
-    node_lists = [graph.node for graph in _graphs(proto)] + [function.node for function in proto.functions]
-    for graph in _graphs(proto):
-        yield from graph.initializer
-    for nodes in node_lists:
-        for node in nodes:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-
-
-def _check_data(tensor: onnx.TensorProto, base: Path) -> None:
-    """The tensor's bytes are there, as many as its shape says, and in its own folder."""
-    width = SIZES.get(tensor.data_type)
-    expected = None if width is None else width * math.prod(tensor.dims)
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        if tensor.HasField("raw_data") and expected is not None and len(tensor.raw_data) != expected:
-            raise ModelError(
-                f"tensor '{tensor.name}' holds {len(tensor.raw_data):,} bytes, its shape {list(tensor.dims)} asks for {expected:,}; "
-                "the file is damaged"
-            )
-        return
-    info = {entry.key: entry.value for entry in tensor.external_data}
-    location = info.get("location", "")
-    where = Path(location)
-    if not location or where.is_absolute() or ".." in where.parts or "\\" in location:
-        raise ModelError(f"tensor '{tensor.name}' points outside the model's folder ('{location}'), which is not safe")
-    file = base / where
+def _parse(data: bytes) -> tuple[onnx.ModelProto, list[memoryview | None]]:
+    """The model without its large weights, and for each initializer a view of its raw data where it is large."""
+    view = memoryview(data)
+    parts: list[bytes | memoryview] = []
+    views: list[memoryview | None] = []
     try:
-        real = file.resolve(strict=True)
-        size = real.stat().st_size
-    except OSError:
-        raise ModelError(f"the file '{location}' with the data of tensor '{tensor.name}' is missing from {base}; copy it there") from None
-    if not real.is_relative_to(base) or not real.is_file():
-        raise ModelError(f"tensor '{tensor.name}' points outside the model's folder ('{location}' is a link to {real}), which is not safe")
+        for field in wire.fields(data):
+            if field.number != wire.GRAPH or field.kind != wire.BYTES:
+                parts.append(view[field.key : field.end])
+                continue
+            inner = [part for entry in wire.fields(data, field.start, field.end) for part in _entry(data, entry, views)]
+            parts += (wire.opening(wire.GRAPH, sum(map(len, inner))), *inner)
+        proto = onnx.ModelProto.FromString(b"".join(parts))
+    except wire.CutShort as cut:
+        if len(data) < cut.end < 1 << 40 and data[:1] == b"\x08":  # the IR version comes first in all files met so far
+            raise ModelError(f"cut short: it has {len(data):,} bytes of at least {cut.end:,}; export or download it again") from None
+        raise ModelError("not an ONNX model, or a damaged one; export or download it again") from None
+    except Exception:  # the parsers of protocol buffers differ in what they raise
+        raise ModelError("not an ONNX model, or a damaged one; export or download it again") from None
+    if not proto.ir_version or not proto.graph.node:
+        raise ModelError("not an ONNX model: it has no version or no nodes; export or download it again")
+    return proto, views
+
+
+def _entry(data: bytes, entry: wire.Field, views: list[memoryview | None]) -> list[bytes | memoryview]:
+    """The bytes of a graph's field; of a large weight only what describes it, and its raw data go to `views`."""
+    view = memoryview(data)
+    if entry.number != wire.INITIALIZER or entry.kind != wire.BYTES:
+        return [view[entry.key : entry.end]]
+    large = entry.end - entry.start > LARGE
+    found = [f for f in wire.fields(data, entry.start, entry.end) if f.number == wire.RAW_DATA] if large else []
+    if len(found) != 1 or found[0].kind != wire.BYTES or found[0].end - found[0].start < LARGE:
+        views.append(None)
+        return [view[entry.key : entry.end]]
+    raw = found[0]
+    views.append(view[raw.start : raw.end])
+    size = entry.end - entry.start - (raw.end - raw.key)
+    return [wire.opening(wire.INITIALIZER, size), view[entry.start : raw.key], view[raw.end : entry.end]]
+
+
+def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files | None) -> ir.Model:
+    """views: the raw data of the initializers, where they were taken out. files: where external data are; without it there are none."""
+    if not proto.opset_import and proto.ir_version >= 3:
+        raise ModelError("not an ONNX model: it names no operator set; export or download it again")
+    check_complete(proto)
+    in_order = check_names(proto)
+    aside: dict[str, tuple[memoryview, Path | None]] = {}
+    external = False
+    initializers = proto.graph.initializer
+    for i, tensor in enumerate(list(tensors(proto))):  # the initializers come first
+        view, file = views[i] if i < len(views) else None, None
+        if is_external(tensor):
+            if files is None:
+                raise ModelError(f"the data of tensor '{tensor.name}' are in a file that isn't loaded; load them with onnx.load")
+            external = True
+            view, file = files.read(tensor)
+            if i >= len(initializers):  # in a subgraph or an attribute
+                del tensor.external_data[:]
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                tensor.raw_data, view = bytes(view), None
+        check_values(tensor, None if view is None else len(view))
+        if view is not None:
+            aside[tensor.name] = view, file
     try:
-        offset = int(info.get("offset", 0))
-        length = int(info.get("length", size - offset))
-    except ValueError:
-        raise ModelError(f"tensor '{tensor.name}' has an offset or length that is no number") from None
-    if offset < 0 or length < 0 or offset + length > size:
-        raise ModelError(
-            f"tensor '{tensor.name}' needs bytes {offset:,} to {offset + length:,} of '{location}', which has {size:,}; copy the whole file"
-        )
-    if expected is not None and length != expected:
-        raise ModelError(
-            f"tensor '{tensor.name}' takes {length:,} bytes of '{location}', its shape {list(tensor.dims)} asks for {expected:,}"
-        )
+        model = ir.from_proto(proto)
+        if not in_order:
+            model.graph.sort()
+            for function in model.functions.values():
+                function.sort()
+    except Exception as error:
+        raise ModelError(f"its graph makes no sense ({_line(error)}); export it again") from None
+    for tensor in initializers:
+        if tensor.name in aside:
+            model.graph.initializers[tensor.name].const_value = _weight(tensor, *aside[tensor.name])
+    for imports in (model.graph.opset_imports, *(f.opset_imports for f in model.functions.values())):
+        if "ai.onnx" in imports:  # another name of the standard operators, which onnx_ir shortens in nodes only
+            imports.setdefault("", imports.pop("ai.onnx"))
+    model.graph.meta[EXTERNAL] = external
+    return model
+
+
+class Mapped(ir.LazyTensor):
+    """A weight in a file beside the model's: `path`."""
+
+    __slots__ = ("path",)
+    path: Path | None
+
+
+def _weight(tensor: onnx.TensorProto, view: memoryview, file: Path | None) -> ir.LazyTensor:
+    dtype, shape = data_type(tensor), ir.Shape(tensor.dims, frozen=True)
+    metadata = {entry.key: entry.value for entry in tensor.metadata_props}
+    read = partial(_array, view, dtype, shape)
+    kind = ir.LazyTensor if file is None else Mapped
+    weight = kind(read, dtype, shape, name=tensor.name, doc_string=tensor.doc_string or None, metadata_props=metadata)
+    if isinstance(weight, Mapped):
+        weight.path = file
+    return weight
+
+
+def _array(view: memoryview, dtype: ir.DataType, shape: ir.Shape) -> ir.TensorProtocol:
+    """The weight as an array, a copy only where the file doesn't align it."""
+    if dtype.bitwidth < 8:
+        return ir.PackedTensor(np.frombuffer(view, np.uint8), dtype, shape=shape)
+    array = np.frombuffer(view, dtype.numpy().newbyteorder("<"))
+    return ir.Tensor((array if array.flags.aligned else array.copy()).reshape(shape.numpy()), dtype=dtype)
 
 
 def _line(error: Exception) -> str:
     """The root of an error in one line."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,7 @@
-"""Write an ONNX file: atomically, and one weight at a time.
+"""Write an ONNX file: whole or not at all, and one weight at a time.
 
-A protocol buffer is a sequence of fields, each a key (number << 3 | type), for bytes and messages (type 2) a length, and the content
-(https://protobuf.dev/programming-guides/encoding). So the graph is serialised without its initializers, and these follow one by one: the
-peak of memory is the model and one tensor, not three models.
+The graph is serialised without its initializers, and these follow one by one, each behind the few bytes that describe it (see `wire`).
+So the peak of memory is the model and one weight, not three models, and a weight that is computed on demand is computed once.
 """
 
 from __future__ import annotations
@@ -14,130 +13,197 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ...errors import InputError, UsageError
+from ...errors import InputError, ModelError, UnsupportedError, UsageError
+from . import wire
 
-GRAPH, INITIALIZER = 7, 5  # field numbers in ModelProto and GraphProto (onnx.proto)
-ONE_FILE = 1_900_000_000  # bytes: a protocol buffer can't pass 2 GiB
-ALIGNMENT = 4096  # of tensors in an external file, so that they can be mapped
-EMBEDDED = 1024  # bytes: smaller tensors stay in the model file
+EXTERNAL = "bnfold.external_data"  # in a graph's meta: whether its file kept weights in other files
+ONE_FILE = 1_900_000_000  # bytes: readers refuse a protocol buffer of 2 GiB
+ALIGNMENT = 4096  # of weights in an external file, so that they can be mapped
+EMBEDDED = 1024  # bytes: smaller weights stay in the model file
 
 
 def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
     """Write a model. Weights go beside it into `<name>.data` where the model had such a file, or would pass 2 GB.
 
-    Nothing is half-written: the file appears when it is whole. Raises UsageError where it exists and `force` isn't given, InputError
-    where it can't be written.
+    Nothing is half-written: files appear when all are whole. A link is followed. The model isn't changed, and may have been read from
+    the same files. Raises UsageError where one exists and `force` isn't given, InputError where it can't be written.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; give another name, or --force to overwrite it")
-    weights = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    total = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
-    outside = total > ONE_FILE or any(isinstance(value.const_value, ir.ExternalTensor) for value in weights)
-    data_path = path.with_name(path.name + ".data")
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; name a file in it")
+    target = path.resolve() if path.is_symlink() else path
+    weights = [_Weight(value) for value in model.graph.initializers.values()]
+    outside = bool(model.graph.meta.get(EXTERNAL)) or any(isinstance(w.tensor, ir.ExternalTensor) for w in weights)
+    if not outside and sum(w.nbytes for w in weights) <= ONE_FILE:
+        data_target = None
+    else:
+        data_target = target.with_name(target.name + ".data") if any(w.movable for w in weights) else None
+    for file in (target, data_target):
+        if file is not None and file.exists() and not force:
+            raise UsageError(f"{file}: the file exists; give another name, or --force to overwrite it")
     try:
-        with contextlib.ExitStack() as stack:
-            target = stack.enter_context(_replacing(path))
-            data = stack.enter_context(_replacing(data_path)) if outside else None
-            _write(model, weights, target, data, data_path.name)
+        with _replacing(target, data_target) as (out, data):
+            if data is not None:
+                for weight in weights:
+                    weight.move(data, target.name + ".data")
+            _write(_skeleton(model), weights, out)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error}); choose another folder") from None
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is whole; on any error nothing is left of it."""
-    path = path.resolve() if path.is_symlink() else path
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "xb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+class _Weight:
+    """An initializer on its way into a file: what describes it, serialised, and its bytes, which are asked for once."""
+
+    def __init__(self, value: ir.Value) -> None:
+        if value.const_value is None:
+            raise ModelError(f"weight '{value.name}' has no data")
+        self.tensor = tensor = value.const_value
+        self.nbytes = tensor.nbytes if tensor.dtype != ir.DataType.STRING else 0
+        self.moved = False
+        if isinstance(tensor, (ir.TensorProtoTensor, ir.StringTensor)):  # kept as it is stored
+            self.proto = ir.to_proto(tensor)
+            self.proto.name = value.name or ""
+            self.raw = False
+            return
+        self.proto = onnx.TensorProto(dims=tensor.shape.numpy(), data_type=int(tensor.dtype), name=value.name)
+        if tensor.doc_string:
+            self.proto.doc_string = tensor.doc_string
+        for key, text in tensor.metadata_props.items():
+            self.proto.metadata_props.add(key=key, value=text)
+        self.raw = True
+
+    @property
+    def movable(self) -> bool:
+        """Whether its bytes may be in another file."""
+        return self.nbytes > EMBEDDED and (self.raw or self.proto.HasField("raw_data"))
+
+    @property
+    def size(self) -> int:
+        """The bytes that it will take in the model file, as the content of a field."""
+        return int(self.proto.ByteSize()) + (wire.framed(wire.RAW_DATA, self.nbytes) if self.raw else 0)
+
+    def move(self, data: IO[bytes], location: str) -> None:
+        """Put its bytes into an external file, unless they are few."""
+        if not self.movable:
+            return
+        data.write(bytes(-data.tell() % ALIGNMENT))
+        offset = data.tell()
+        self._put(data)
+        self.proto.ClearField("raw_data")
+        self.proto.data_location = onnx.TensorProto.EXTERNAL
+        for key, text in (("location", location), ("offset", str(offset)), ("length", str(self.nbytes))):
+            self.proto.external_data.add(key=key, value=text)
+        self.raw = False
+
+    def write(self, out: IO[bytes]) -> None:
+        """Write it as the content of a field, `size` bytes."""
+        out.write(self.proto.SerializeToString())
+        if self.raw:
+            out.write(wire.opening(wire.RAW_DATA, self.nbytes))
+            self._put(out)
+
+    def _put(self, file: IO[bytes]) -> None:
+        start = file.tell()
+        self.tensor.tofile(file)  # type: ignore[attr-defined]  # onnx_ir's protocol leaves it out
+        if file.tell() - start != self.nbytes:
+            raise RuntimeError(f"weight {self.proto.name} has {file.tell() - start} bytes, {self.nbytes} were announced")
 
 
-def _write(model: ir.Model, weights: list[ir.Value], target: IO[bytes], data: IO[bytes] | None, data_name: str) -> None:
-    skeleton = _skeleton(model, weights)
+def _write(skeleton: onnx.ModelProto, weights: list[_Weight], out: IO[bytes]) -> None:
     graph = skeleton.graph.SerializeToString()
+    functions = onnx.ModelProto(functions=skeleton.functions).SerializeToString()
     skeleton.ClearField("graph")
-    entries = [_entry(value, data, data_name) for value in weights] if data is not None else None
-    sizes = [len(e) for e in entries] if entries is not None else [_header_size(value) for value in weights]
-    length = len(graph) + sum(1 + len(_varint(n)) + n for n in sizes)
-    target.write(skeleton.SerializeToString())
-    target.write(_key(GRAPH) + _varint(length))
-    target.write(graph)
-    for i, value in enumerate(weights):
-        entry = entries[i] if entries is not None else _tensor(value).SerializeToString()
-        target.write(_key(INITIALIZER) + _varint(len(entry)))
-        target.write(entry)
-        if len(entry) != sizes[i]:
-            raise RuntimeError(f"tensor {value.name} took {len(entry)} bytes, {sizes[i]} were announced")
+    skeleton.ClearField("functions")
+    head = skeleton.SerializeToString()
+    sizes = [weight.size for weight in weights]
+    length = len(graph) + sum(wire.framed(wire.INITIALIZER, size) for size in sizes)
+    if len(head) + length + len(functions) > ONE_FILE + (1 << 27):
+        raise UnsupportedError("the weights within subgraphs pass 2 GB, which a file can't hold; make them weights of the graph")
+    out.write(head + wire.opening(wire.GRAPH, length) + graph)
+    for weight, size in zip(weights, sizes, strict=True):
+        out.write(wire.opening(wire.INITIALIZER, size))
+        weight.write(out)
+    out.write(functions)
 
 
-def _skeleton(model: ir.Model, weights: list[ir.Value]) -> onnx.ModelProto:
-    """The model without its initializers."""
-    held = [value.const_value for value in weights]
-    names = [value.name or "" for value in weights]
-    try:
-        for name in names:
-            del model.graph.initializers[name]
-        return ir.to_proto(model)
-    finally:
-        for value, tensor in zip(weights, held, strict=True):
-            value.const_value = tensor
-            model.graph.register_initializer(value)
-
-
-def _tensor(value: ir.Value) -> onnx.TensorProto:
-    assert value.const_value is not None
-    proto = ir.to_proto(value.const_value)
-    proto.name = value.name
-    if proto.data_location == onnx.TensorProto.EXTERNAL:
-        proto = ir.to_proto(ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name))
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model without its initializers, but with what is said about them elsewhere. The model isn't changed."""
+    graph = model.graph
+    nothing = ir.Tensor(np.zeros(0, np.float32))
+    shadows = []
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        plain = value.type == ir.TensorType(tensor.dtype) and value.shape == tensor.shape
+        shadow = ir.Value(name=value.name, type=None if plain else value.type, shape=None if plain else value.shape)
+        shadow.doc_string = value.doc_string
+        shadow.metadata_props.update(value.metadata_props)
+        shadow.meta.update(value.meta)
+        shadow.const_value = nothing
+        shadows.append(shadow)
+    view = ir.GraphView(
+        graph.inputs,
+        graph.outputs,
+        nodes=graph,
+        initializers=shadows,
+        doc_string=graph.doc_string,
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+        metadata_props=graph.metadata_props,
+    )
+    proto = ir.to_proto(
+        ir.Model(
+            view,  # type: ignore[arg-type]  # documented to work
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+            domain=model.domain,
+            model_version=model.model_version,
+            doc_string=model.doc_string,
+            functions=list(model.functions.values()),
+            metadata_props=model.metadata_props,
+            device_configurations=model.device_configurations,
+        )
+    )
+    del proto.graph.initializer[:]
     return proto
 
 
-def _header_size(value: ir.Value) -> int:
-    """The size of a serialised tensor, without its content wherever that can be told from its shape."""
-    tensor = value.const_value
-    assert tensor is not None
-    if isinstance(tensor, ir.Tensor) and tensor.nbytes > EMBEDDED:
-        empty = onnx.TensorProto(
-            dims=tensor.shape.numpy(), data_type=int(tensor.dtype), name=value.name, doc_string=tensor.doc_string or ""
-        )
-        if not tensor.doc_string:
-            empty.ClearField("doc_string")
-        return len(empty.SerializeToString()) + 1 + len(_varint(tensor.nbytes)) + tensor.nbytes
-    return _tensor(value).ByteSize()
-
-
-def _entry(value: ir.Value, data: IO[bytes], data_name: str) -> bytes:
-    """A serialised tensor whose content went to the external file."""
-    proto = _tensor(value)
-    if len(proto.raw_data) > EMBEDDED:
-        content = proto.raw_data
-        offset = -(-data.tell() // ALIGNMENT) * ALIGNMENT
-        data.write(b"\0" * (offset - data.tell()))
-        data.write(content)
-        proto.ClearField("raw_data")
-        proto.data_location = onnx.TensorProto.EXTERNAL
-        for key, text in (("location", data_name), ("offset", str(offset)), ("length", str(len(content)))):
-            proto.external_data.add(key=key, value=text)
-    return proto.SerializeToString()
-
-
-def _key(field: int) -> bytes:
-    return _varint(field << 3 | 2)
-
-
-def _varint(n: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
-    out = bytearray()
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    return bytes([*out, n])
+@contextlib.contextmanager
+def _replacing(target: Path, data_target: Path | None) -> Iterator[tuple[IO[bytes], IO[bytes] | None]]:
+    """Files that take the places of a model and of its data once both are whole; on any error all is as before."""
+    mark = f".{secrets.token_hex(4)}"
+    part = target.with_name(f".{target.name}{mark}.part")
+    data_part = data_target and data_target.with_name(f".{data_target.name}{mark}.part")
+    before = data_target and data_target.with_name(f".{data_target.name}{mark}.before")
+    try:
+        with contextlib.ExitStack() as stack:
+            data = stack.enter_context(open(data_part, "xb")) if data_part else None
+            out = stack.enter_context(open(part, "xb"))
+            yield out, data
+            for file in (data, out):
+                if file is not None:
+                    file.flush()
+                    os.fsync(file.fileno())
+        if data_target and data_part and before:
+            if data_target.exists():
+                os.replace(data_target, before)  # it belongs to the model that is still there
+            try:
+                os.replace(data_part, data_target)
+                os.replace(part, target)
+            except BaseException:
+                if before.exists():
+                    os.replace(before, data_target)
+                else:
+                    data_target.unlink(missing_ok=True)
+                raise
+        else:
+            os.replace(part, target)
+    finally:
+        for leftover in (part, data_part, before):
+            if leftover:
+                leftover.unlink(missing_ok=True)
