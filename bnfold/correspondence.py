@@ -142,7 +142,7 @@ def _paired(reference: Plan, candidate: Plan) -> tuple[list[_Pair], str]:
         ):
             trouble.append((p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}"))
             continue
-        statistics = [role for role in STATISTICS if np.size(p.attrs.get(role, 0)) > 1 or np.size(q.attrs.get(role, 0)) > 1]
+        statistics = [role for role in STATISTICS if np.ndim(p.attrs.get(role, 0)) or p.attrs.get(role) != q.attrs.get(role)]
         pairs |= dict.fromkeys(_Pair(p, role, q, role) for role in (*p.params, *statistics))
         stack.extend(zip(p.inputs, _ordered(p, q, keys), strict=True))
     return list(pairs), min(trouble, default=(0, ""))[1]

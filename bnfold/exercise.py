@@ -55,12 +55,19 @@ def _ports(what: str, want: Port, have: Port) -> str:
 
 
 def given(reference: Subject, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
-    """The user's data."""
+    """The user's data, as many batches as it takes for the number of samples."""
     from .data import as_batches
 
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
-    return iter(as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples or SAMPLES))
+    seen = 0
+    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples):
+        yield batch
+        size = max((array.shape[0] for array in batch.values() if array.ndim), default=1)
+        seen += size
+        large = sum(array.size for array in batch.values()) > LARGE * size
+        if seen >= (samples or (FEW_SAMPLES if large else SAMPLES)):
+            return
 
 
 def random(

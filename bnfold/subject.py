@@ -27,7 +27,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model in normal form: all that can be folded is planned, nothing is written. outputs: those of the model and of its subgraphs, by name."""
+    """A model in normal form: all that can be folded is planned, nothing is written.
+
+    outputs: those of the model and of its subgraphs, by name.
+    """
 
     graph: Graph
     outputs: Mapping[str, Value]

@@ -60,7 +60,8 @@ def verify(
 ) -> VerifyReport:
     """Compare a candidate with its reference. Both are `subject.Subject`s or ONNX models.
 
-    batches: what to feed; random data where it is None. samples: how many; at least 4, or 32 of small ones, where it is None.
+    batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
+    of them: this is about rounding, of which each sample shows as much as the next.
     oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
