@@ -54,7 +54,8 @@ def contraction_up(node: Node, a: Affine) -> list[Step]:
 def contraction_down(node: Node, maps: list[Affine]) -> list[Step]:
     """(s*x + t).W + b = x.(s*W) + (b + t.W); a scale along letters that W lacks passes on instead.
 
-    An operator without a bias of its own lets the shift travel on, for an Add behind to pick up, or else grows an Add.
+    What passes, s*(x.W) + t.W + b = s*(x.W + b) + (t.W + b - s*b), leaves the bias as it is. An operator without a bias of its own
+    lets the shift travel on, for an Add behind to pick up, or else grows an Add.
     """
     a, x, w, y = maps[0], node.attrs["x"], node.attrs["w"], node.attrs["y"]
     weight = node.params["weight"]
@@ -68,9 +69,11 @@ def contraction_down(node: Node, maps: list[Affine]) -> list[Step]:
         out = Affine(_by_letters(a.scale, x, y), np.zeros(()))
     else:
         updates["weight"] = Affine.scaling(_by_letters(a.scale, x, w))
-    if not a.shift.any():
+    shift = a.shift
+    own = node.params["bias"].read() if passes and "bias" in node.params else np.zeros(())
+    if not shift.any() and not own.any():
         return [Step([out], updates)]
-    product = np.einsum(f"{x},{w}->{y}", a.shift, weight.read())  # sizes of 1 broadcast
+    product = np.einsum(f"{x},{w}->{y}", shift, weight.read()) + own * (1 - out.scale)  # sizes of 1 broadcast
     travel = Step([Affine(out.scale, product)], updates)
     if passes or "bias" not in node.params:
         return [travel]

@@ -37,11 +37,13 @@ class Clones:
         node = shared.value.producer
         if node is None or len(self.made) == LIMIT or not node.attrs.get("cloneable") or not shared.uses:
             return False
+        if node.op == "Affine" or not all(user.attrs.get("cloneable", True) for user, _ in shared.uses):
+            return False  # a second BatchNorm for the sake of one is nothing won; a Split is several moves in one operator
         if any(v.producer is not None and v.producer.op == "Constant" for v in node.inputs):
             return False
         value = Value(f"{shared.value.name}.clone", shared.value.probes, shared.value.rank)
         params = {role: Param(p.tensor, p.shape, p.layout, p.default, p.update) for role, p in node.params.items()}
-        readers = [user.native for user, _ in shared.uses]
+        readers = [(user.native, i) for user, i in shared.uses]
         native = dataclasses.replace(node.native, clone_of=node.native, readers=readers)
         copy = Node(node.op, f"{node.name}.clone", list(node.inputs), [value], dict(node.attrs), params, native, label=node.label)
         self._move_uses(shared.uses, shared.value, value)

@@ -64,10 +64,15 @@ def _terms(node: Node) -> int:
     return int(np.prod([n for n in sizes if n is not None]))
 
 
+def _fill(node: Node) -> float:
+    """What it pads with, an earlier map's update included."""
+    return float(node.params["fill"].read()) if "fill" in node.params else float(node.attrs["fill"])
+
+
 def fill_up(node: Node, a: Affine) -> list[Step]:
     """a(pad(x, v)) = pad(a(x), a(v)), if a(v) is one number."""
     _fixed(a, node)
-    new = a(node.attrs["fill"])
+    new = a(_fill(node))
     if (new != new.flat[0]).any():
         raise Blocked("it pads with one constant, which the map would make differ from channel to channel")
     return _refilled(node, [a], float(new.flat[0]))
@@ -75,7 +80,7 @@ def fill_up(node: Node, a: Affine) -> list[Step]:
 
 def fill_down(node: Node, maps: list[Affine]) -> list[Step]:
     """pad(a(x), v) = a(pad(x, u)) with a(u) = v, if u is one number."""
-    a, fill = _fixed(maps[0], node), node.attrs["fill"]
+    a, fill = _fixed(maps[0], node), _fill(node)
     if (a(fill) == fill).all():
         return [Step([a])]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -86,7 +91,7 @@ def fill_down(node: Node, maps: list[Affine]) -> list[Step]:
 
 
 def _refilled(node: Node, maps: list[Affine], fill: float) -> list[Step]:
-    if fill == node.attrs["fill"]:
+    if fill == _fill(node):
         return [Step(maps)]
     if "fill" not in node.params:
         raise Blocked("it pads with zeros and the map's shift is not zero")
@@ -169,13 +174,16 @@ def matmul_up(node: Node, a: Affine) -> list[Step]:
     """s*(x@y) = (s*x)@y if s is constant along the columns, x@(s*y) if along the rows."""
     a.require(unshifted=True)
     options, last = [], a.rank - 1
+    reason = Blocked("the map varies along both the rows and the columns of a matrix product")
     for k, along in ((0, last), (1, last - 1)):
-        if a.shape[along] == 1:
-            maps = [identity(v) for v in node.inputs]
-            maps[k] = _to_operand(a, node.inputs[k])
-            options.append(Step(maps))
+        if a.shape[along] != 1:
+            continue
+        try:
+            options.append(Step([_to_operand(a, v) if i == k else identity(v) for i, v in enumerate(node.inputs)]))
+        except Blocked as blocked:
+            reason = blocked
     if not options:
-        raise Blocked("the map varies along both the rows and the columns of a matrix product")
+        raise reason
     return options
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...fold import Outcome, fold
-from ...graph import Node
+from ...graph import Graph, Node, Site
 from ...merge import Merge, merge
 from ...report import Counts, FuseReport, Layer, Merged
 from .lower import Lowering
@@ -23,11 +23,8 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     outcomes = fold(graph, clone=clone)
     merges = merge(graph) if before else []
     into_host = {m.branch: m.host for m in merges if m.branch is not None}
-    outcomes = [_merged(o, into_host) for o in outcomes]
-    if merges:  # what a sum kept from folding may fold now
-        graph.sites = [o.site for o in outcomes if not o.folded]
-        again = {o.site: o for o in fold(graph, clone=clone) if o.folded}
-        outcomes = [again.get(o.site, o) for o in outcomes]
+    if merges:
+        outcomes = _after_merging(graph, outcomes, into_host, clone)
     notes: dict[Node, str] = {}
     added = 0
     values = {node: (lowering.constants.get(node.outputs[0]), lowering.shapes.dtype(node.outputs[0])) for node in lowering.computed}
@@ -45,12 +42,22 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     return fused, report
 
 
-def _merged(outcome: Outcome, into_host: dict[Node, Node]) -> Outcome:
-    """A BatchNorm that stood alone in a branch went into the host of that branch."""
-    hosts = [into_host.get(node) for node in outcome.site.nodes]
-    if outcome.folded or None in hosts:
-        return outcome
-    return Outcome(outcome.site, True, tuple(host for host in hosts if host is not None))
+def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: dict[Node, Node], clone: bool) -> list[Outcome]:
+    """The outcomes, now that some BatchNorms went into the host of their branch, and some sums that were in the way are gone."""
+    found: list[Outcome] = []
+    for outcome in outcomes:
+        site = outcome.site
+        if outcome.folded or site.refusal is not None:
+            found.append(outcome)
+            continue
+        left = [node for node in site.nodes if node not in into_host]
+        for node in (node for node in site.nodes if node in into_host):
+            found.append(Outcome(Site(node.name, [node], site.channels, site.is_batchnorm, note=site.note), True, (into_host[node],)))
+        if left:
+            name = site.name if len(left) == len(site.nodes) else left[0].name
+            graph.sites = [Site(name, left, site.channels, site.is_batchnorm, site.separable, note=site.note)]
+            found += fold(graph, clone=clone)
+    return found
 
 
 def _by_host(merges: list[Merge]) -> dict[Node, tuple[str, ...]]:

@@ -24,9 +24,9 @@ class Native:
     slots: dict[str, int | str] = field(default_factory=dict)
     dtype: ir.DataType | None = None  # the type that a parameter without a tensor gets
     reset: dict[str, ir.Attr] = field(default_factory=dict)  # attributes to set once the bias is rewritten (Gemm's beta)
-    source: int = 0  # which input is the activation of an affine node
+    positions: list[int] = field(default_factory=list)  # for each activation, which of the node's inputs it is
     clone_of: Native | None = None  # the original, where the ONNX node has still to be made
-    readers: list[Native] = field(default_factory=list)  # who will read the clone instead of the original
+    readers: list[tuple[Native, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
 
 class Lowering:
@@ -213,19 +213,20 @@ class Lowering:
         if dtype not in FLOATS and inputs:
             dtype = self.shapes.dtype(inputs[0])
         attrs = {"limit": largest(dtype), "cloneable": len(node.outputs) == 1, **(attrs or {})}
-        source = next((i for i, v in enumerate(node.inputs) if inputs and v is inputs[0]), 0)
-        native = Native(node, slots or {}, dtype, reset or {}, source)
-        sources = [self._operand(node, v) for v in inputs]
+        positions: list[int] = []
+        for v in inputs:  # a value may stand twice
+            positions.append(next(i for i, x in enumerate(node.inputs) if x is v and i not in positions))
+        native = Native(node, slots or {}, dtype, reset or {}, positions)
+        sources = [self._operand(node, v, i) for v, i in zip(inputs, positions, strict=True)]
         made = Node(op, name_of(node), sources, [self.value(out)], attrs, params or {}, native, label=node.op_type)
         self.nodes.append(made)
         return made
 
-    def _operand(self, node: ir.Node, v: ir.Value) -> Value:
+    def _operand(self, node: ir.Node, v: ir.Value, index: int) -> Value:
         """An activation; a constant operand becomes a node of its own, which can absorb a map."""
         if not self.constants.is_constant(v):
             return self.value(v)
         tensor = self.tensor(v)
-        index = next(i for i, x in enumerate(node.inputs) if x is v)
         shape = self.constants.get(v).shape if tensor is None else tensor.shape  # type: ignore[union-attr]
         value = Value(v.name or "", (shape,), len(shape))
         if tensor is not None:
@@ -247,10 +248,13 @@ class Lowering:
     def barrier(self, node: ir.Node, why: str) -> None:
         """A node that no map crosses. It uses all its activations, and shapes alone are no use of a value."""
         shape_only = node.op_type in ("Shape", "Size") and is_standard(node)
-        inputs = [] if shape_only else [self.value(v) for v in node.inputs if v is not None and not self.constants.is_constant(v)]
+        positions = [i for i, v in enumerate(node.inputs) if v is not None and not self.constants.is_constant(v) and not shape_only]
+        inputs = [self.value(v) for i, v in enumerate(node.inputs) if i in positions and v is not None]
         outputs = [self.value(v) for v in node.outputs]
         if outputs:
-            self.nodes.append(Node("Barrier", name_of(node), inputs, outputs, {"why": why}, native=Native(node), label=node.op_type))
+            self.nodes.append(
+                Node("Barrier", name_of(node), inputs, outputs, {"why": why}, native=Native(node, positions=positions), label=node.op_type)
+            )
 
     def site(self, key: Any, node: Node, channels: int, *, is_batchnorm: bool, refusal: str | None = None, note: str = "") -> None:
         """Register an affine node as something to fold; nodes with the same key are calls of one layer."""

@@ -112,7 +112,7 @@ class _Writer:
             if role == "bias":
                 native.node.attributes.update(native.reset)
         for node in removed:
-            self._remove(node.native.node, node.native.source)
+            self._remove(node.native.node, node.native.positions[0])
         for m in merges:
             self._remove(m.add.native.node, m.kept_input)
         self.sweep()
@@ -120,7 +120,6 @@ class _Writer:
 
     def _make_clones(self, clones: list[Node]) -> None:
         """Make the ONNX nodes of doubled operators, and let those who want the copy read it."""
-        originals = {}
         for node in clones:
             native: Native = node.native
             old = native.node
@@ -138,12 +137,9 @@ class _Writer:
             assert old.graph is not None
             old.graph.insert_after(old, copy)
             native.node, native.clone_of = copy, None
-            originals[node] = value
-        for node, value in originals.items():
-            for reader in node.native.readers:
-                for i, v in enumerate(reader.node.inputs):
-                    if v is value:
-                        reader.node.replace_input_with(i, node.native.node.outputs[0])
+        for node in clones:
+            for reader, i in node.native.readers:  # perhaps through a BatchNorm that folded before and is still to be removed
+                reader.node.replace_input_with(reader.positions[i], node.native.node.outputs[0])
 
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
