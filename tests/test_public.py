@@ -23,6 +23,13 @@ def test_every_public_name_is_there() -> None:
     assert set(bnfold.__all__) <= set(dir(bnfold))
 
 
+def test_verbs_stay_functions_when_the_modules_of_their_names_are_imported() -> None:
+    for name in ("recalibrate", "verify"):
+        module = importlib.import_module(f"bnfold.{name}")
+        assert inspect.ismodule(module)
+        assert inspect.isfunction(getattr(bnfold, name))
+
+
 def test_every_error_is_public() -> None:
     own = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, errors.BnfoldError)}
     assert own == {name for name in bnfold.__all__ if name.endswith("Error")}

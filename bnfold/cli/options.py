@@ -140,22 +140,35 @@ class Feeding:
         Path | None,
         _option("--preprocess", panel=IMAGES, metavar="CONFIG.json", help="A configuration of timm, or a preprocessor's of Hugging Face."),
     ] = None
-    image_size: Annotated[str | None, _option("--image-size", panel=IMAGES, metavar="H[,W]", help="What the network gets.")] = None
-    resize: Annotated[int | None, _option("--resize", panel=IMAGES, min=1, help="The shorter side before the crop.")] = None
-    mean: Annotated[str | None, _option("--mean", panel=IMAGES, metavar="R,G,B", help="Subtracted from each channel.")] = None
-    std: Annotated[str | None, _option("--std", panel=IMAGES, metavar="R,G,B", help="Divides each channel.")] = None
-    scale: Annotated[float | None, _option("--scale", panel=IMAGES, help="Multiplies pixels, before --mean and --std.")] = None
-    interpolation: Annotated[str | None, _option("--interpolation", panel=IMAGES, help="bilinear, bicubic, nearest, ...")] = None
+    image_size: Annotated[
+        str | None, _option("--image-size", panel=IMAGES, metavar="H[,W]", help="What the network gets, cut from the centre.")
+    ] = None
+    resize: Annotated[int | None, _option("--resize", panel=IMAGES, min=1, help="The shorter side before the cut.")] = None
+    crop_pct: Annotated[
+        float | None, _option("--crop-pct", panel=IMAGES, min=0.01, max=1.0, help="Instead: --image-size over --resize.")
+    ] = None
+    stretch: Annotated[bool, _option("--stretch", panel=IMAGES, help="Resize to --image-size itself, and cut nothing.")] = False
+    scale: Annotated[float | None, _option("--scale", panel=IMAGES, help="Multiplies pixels; 1/255 unless given.")] = None
+    mean: Annotated[str | None, _option("--mean", panel=IMAGES, metavar="R,G,B", help="Subtracted from scaled pixels.")] = None
+    std: Annotated[str | None, _option("--std", panel=IMAGES, metavar="R,G,B", help="Divides what is left.")] = None
+    interpolation: Annotated[
+        str | None,
+        _option("--interpolation", panel=IMAGES, metavar="NAME", help="bilinear (default), bicubic, nearest, lanczos, box, hamming."),
+    ] = None
+    bgr: Annotated[bool, _option("--bgr", panel=IMAGES, help="Channels in the order blue, green, red.")] = False
 
     def images(self) -> ImageOptions | None:
         """What to do with images: what the command line says goes before the configuration."""
-        given = {
+        given: dict[str, Any] = {
             "size": None if self.image_size is None else parse.height_and_width(self.image_size, "--image-size"),
             "resize": self.resize,
+            "crop_pct": self.crop_pct,
+            "stretch": self.stretch or None,
             "mean": None if self.mean is None else parse.numbers(self.mean, "--mean"),
             "std": None if self.std is None else parse.numbers(self.std, "--std"),
             "scale": self.scale,
             "interpolation": self.interpolation,
+            "bgr": self.bgr or None,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if self.preprocess is None and not given:

@@ -81,7 +81,9 @@ class OnnxPlan:
         self.statistics: dict[int, Parameters] = {}  # by layer, final after the last stage
         self._find()
         if not self.calls:
-            why = "; ".join(self.notes) or "the model holds no BatchNorm"
+            from ...api import ALREADY_FOLDED
+
+            why = "; ".join(self.notes) or ALREADY_FOLDED
             raise NothingToDoError(f"there are no statistics to measure: {why}")
         self._cuts, dependent = cut(model.graph, self.calls, self._is_fixed)
         for layer in sorted(dependent):
