@@ -1,460 +1,403 @@
-"""What the user's data can be, as batches by input name.
+"""What the user's data can be, as batches: files, folders, functions, arrays and loaders.
 
-Everything ends in a `Source`: samples by number, which `Data` cuts into batches again and again, so that a second pass sees the same data.
+Every form becomes a `Source` of chunks; `Data` fits the chunks to the model's inputs and cuts them into batches. The sample axis is axis 0.
+An input whose first axis is fixed while another input's is dynamic, and one without axes, holds no samples: it goes along with every batch.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BnfoldError, DataError, UsageError
+from .errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from .images import ImageOptions
 
-Batch = dict[str, npt.NDArray[Any]]
-LABELS = ("labels", "label", "targets", "target", "y")
-BATCH = 8  # samples that go through a network at once, unless told otherwise
-AHEAD = 4  # threads that read images before they are wanted
+Array = npt.NDArray[Any]
+Batch = dict[str, Array]
+
+BATCH_SIZE = 8
+LABELS = ("labels", "label", "y", "targets", "target")
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of a model: its type, and its shape, where a name or None stands for a dynamic axis."""
+    """A model's input; a dynamic axis is its symbol, or None when it has none."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {shape_text(self.shape)}"
 
-@dataclass
-class Data:
-    """Batches by input name, from the start at each iteration. labels: one for each sample, where there are any."""
 
-    batches: Callable[[], Iterator[Batch]]
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some samples as they were found. where: what an error calls them. single: they were one sample without a sample axis."""
+
+    arrays: Batch
+    labels: Array | None
+    where: str
+    single: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Chunks, opened anew for every pass.
+
+    total, labels: the number of samples and their labels where these are known without a pass.
+    keep: the chunks are batches of the user's own making, kept whole unless another size is asked for.
+    """
+
+    open: Callable[[], Iterator[Chunk]]
     description: str
-    labels: npt.NDArray[Any] | None = None
-    samples: int | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    total: int | None = None
+    labels: Array | None = None
+    keep: bool = False
+
+
+class Data:
+    """Batches by input name, as often as they are asked for.
+
+    description: where the data come from, in a line. notes: what the user should know about them.
+    samples, labels: how many samples a pass feeds, and their labels. Arrays and images know both at once; of iterables, functions and
+    folders of arrays they are None until a pass is complete. What comes last of a pass may add a note.
+    Raises DataError, when opened or when iterated, for data that don't fit; UsageError for a batch size or a count below 1.
+    """
+
+    def __init__(self, source: Source, inputs: Sequence[InputSpec], *, batch_size: int | None = None, samples: int | None = None) -> None:
+        for option, value in (("batch size", batch_size), ("number of samples", samples)):
+            if value is not None and value < 1:
+                raise UsageError(f"the {option} is {value}; it must be 1 or more")
+        if not inputs:
+            raise DataError("the model has no inputs, so it can't be fed data")
+        self._source, self._inputs, self._limit = source, tuple(inputs), samples
+        first = [spec.shape[0] for spec in inputs if spec.shape]
+        dynamic = any(not isinstance(n, int) for n in first)
+        self._fixed = first[0] if first and not dynamic and isinstance(first[0], int) else None
+        self._batched = {s.name for s in inputs if s.shape and (not isinstance(s.shape[0], int) if dynamic else s.shape[0] == self._fixed)}
+        self._keep = source.keep and batch_size is None and self._fixed is None
+        self._size = self._fixed or batch_size or BATCH_SIZE
+        self.description = source.description
+        self.notes: list[str] = []
+        self.labels: Array | None = None
+        self.samples: int | None = None
+        for text in source.notes:
+            self._note(text)
+        if self._fixed is not None and batch_size not in (None, self._fixed):
+            self._note(f"the model takes batches of {self._fixed} only, so a batch size of {batch_size} isn't used")
+        if source.total is not None:
+            self._settle(min(source.total, samples or source.total), source.total)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
+        fed, labels, bare = 0, [], False
+        for batch, found, count in self._cut():
+            fed += count
+            bare = bare or found is None
+            if found is not None:
+                labels.append(found)
+            yield batch
+        if bare and labels:
+            raise DataError(f"{self.description}: some batches have labels and some have none; give them to all or to none")
+        if self.samples is not None and fed != self.samples:
+            raise DataError(
+                f"{self.description}: this pass gave {fed} samples, another {self.samples}; every pass must give the same (return a new iterator each time)"
+            )
+        if self.samples is None:
+            self.samples = fed
+        if labels:
+            self.labels = _join(labels, f"the labels of {self.description}")
+
+    def _cut(self) -> Iterator[tuple[Batch, Array | None, int]]:
+        """Batches of the size asked for; a chunk of another shape than the last one's starts a new batch."""
+        held: list[Chunk] = []
+        seen = 0
+        for found in self._source.open():
+            chunk, count = self._fit(found)
+            whole = self._keep and not chunk.single
+            size = count if whole or not self._batched else self._size
+            if held and (whole or not self._together(held[-1], chunk)) and self._fixed is None:
+                yield self._batch(held)
+                held = []
+            elif held and not self._together(held[-1], chunk):
+                raise DataError(f"{chunk.where}: a batch of {self._fixed} can't hold samples of different shapes or types; make them alike")
+            start = 0
+            while start < count and seen != self._limit:
+                stop = min(count, start + size - sum(map(self._count, held)))
+                stop = stop if self._limit is None else min(stop, start + self._limit - seen)
+                held.append(self._part(chunk, start, stop))
+                seen, start = seen + stop - start, stop
+                if sum(map(self._count, held)) == size:
+                    yield self._batch(held)
+                    held = []
+            if seen == self._limit:
+                break
+        if held and self._fixed is None:
+            yield self._batch(held)
+        if self._source.total is None:
+            self._settle(seen, seen)
+
+    def _settle(self, wanted: int, total: int) -> None:
+        """What a pass feeds of `wanted` samples; the notes about the rest."""
+        if not total:
+            raise DataError(f"{self.description}: there are no samples; give at least one")
+        if self._limit is not None and total < self._limit:
+            self._note(f"{self._limit} samples are asked for, and the data hold {total}")
+        rest = wanted % self._fixed if self._fixed and self._batched else 0
+        if rest == wanted:
+            raise DataError(
+                f"{self.description}: {_counted(wanted)} can't fill a batch of {self._fixed}, the only size that the model takes"
+            )
+        if rest:
+            self._note(
+                f"the last {_counted(rest)} of {wanted} can't fill a batch of {self._fixed}, the only size that the model takes: left out"
+            )
+        if self._source.total is not None:
+            self.samples = wanted - rest
+            self.labels = None if self._source.labels is None else self._source.labels[: self.samples]
+
+    def _fit(self, chunk: Chunk) -> tuple[Chunk, int]:
+        """The chunk with a sample axis on everything, and its number of samples; DataError unless names, types, shapes and counts fit."""
+        arrays, single, counts = {}, chunk.single, {}
+        for spec in self._inputs:
+            given = arrays[spec.name] = chunk.arrays[spec.name]
+            _check_type(given.dtype, spec, chunk.where)
+            if spec.name in self._batched and given.ndim == len(spec.shape) - 1:
+                arrays[spec.name], single = given[None], True
+            axes = tuple(None if axis == 0 and spec.name in self._batched else n for axis, n in enumerate(spec.shape))
+            shape = arrays[spec.name].shape
+            if len(shape) != len(axes) or any(isinstance(a, int) and a != n for a, n in zip(axes, shape, strict=True)):
+                raise DataError(
+                    f"{chunk.where}: input {spec.name!r} takes {shape_text(spec.shape)}, the data are {shape_text(given.shape)}; "
+                    f"reshape or transpose them"
+                )
+            if spec.name in self._batched:
+                counts[spec.name] = shape[0]
+        if single and not chunk.single and not self._source.keep:
+            self._note(f"{chunk.where}: one sample without a batch axis; the axis was added")
+        count = next(iter(counts.values()), 1)
+        if labels := [] if chunk.labels is None else [chunk.labels]:
+            if labels[0].ndim == 0 or (single and labels[0].shape[0] != 1):
+                labels = [labels[0][None]]
+            counts["labels"] = len(labels[0])
+        if any(n != count for n in counts.values()) and self._batched:
+            told = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
+            raise DataError(f"{chunk.where}: the numbers of samples differ: {told}; give as many of each")
+        return replace(chunk, arrays=arrays, labels=labels[0] if labels else None, single=single), count
+
+    def _part(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        """Samples start to stop, in the types that the model takes; DataError for values that it can't take."""
+        arrays = {}
+        for spec in self._inputs:
+            array = chunk.arrays[spec.name]
+            arrays[spec.name] = _convert(array[start:stop] if spec.name in self._batched else array, spec, chunk.where, start)
+        return replace(chunk, arrays=arrays, labels=None if chunk.labels is None else chunk.labels[start:stop])
+
+    def _count(self, chunk: Chunk) -> int:
+        return next((len(chunk.arrays[name]) for name in self._batched), 1)
+
+    def _together(self, a: Chunk, b: Chunk) -> bool:
+        """Whether one batch can hold both."""
+        for spec in self._inputs:
+            x, y = a.arrays[spec.name], b.arrays[spec.name]
+            if x.shape[1:] != y.shape[1:] if spec.name in self._batched else not np.array_equal(x, y):
+                return False
+        return (a.labels is None) == (b.labels is None)
+
+    def _batch(self, parts: list[Chunk]) -> tuple[Batch, Array | None, int]:
+        where = parts[0].where
+        batch = {
+            spec.name: _join([p.arrays[spec.name] for p in parts], where) if spec.name in self._batched else parts[0].arrays[spec.name]
+            for spec in self._inputs
+        }
+        labels = [p.labels for p in parts if p.labels is not None]
+        return batch, _join(labels, where) if labels else None, sum(map(self._count, parts))
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def as_batches(obj: Any, inputs: Sequence[InputSpec], *, batch_size: int | None = None, samples: int | None = None) -> Data:
+    """Data from what a library's user has at hand.
+
+    obj: an array or tensor of samples; a mapping or tuple of such (a tuple in the inputs' order, its labels last); an iterable of batches, each
+    of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them, called for each pass.
+    An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
+    model takes one only. A generator can be iterated once.
+    """
+    if isinstance(obj, Data):
+        return Data(obj._source, inputs, batch_size=batch_size, samples=samples)
+    if isinstance(obj, (str, bytes)) or not (
+        _holds_samples(obj, inputs) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
+    ):
+        raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
+    name = f"the {type(obj).__name__} given"
+    source = from_object(obj, inputs, name) if _holds_samples(obj, inputs) else from_stream(obj, inputs, name)
+    return Data(source, inputs, batch_size=batch_size, samples=samples)
 
 
 def open_data(
     spec: str,
-    inputs: list[InputSpec],
+    inputs: Sequence[InputSpec],
     *,
     batch_size: int | None = None,
     samples: int | None = None,
     seed: int = 0,
     images: ImageOptions | None = None,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Data:
-    """The command line's DATA. Raises DataError where it can't be read or doesn't fit the model's inputs."""
-    if spec == "random":
-        return _random(inputs, batch_size, samples or 64, seed, input_shapes)
-    path = Path(spec)
-    if not path.exists() and ":" in spec:
-        return _function(spec, inputs, batch_size, samples)
-    if not path.exists():
-        raise DataError(
-            f"{spec}: no such file or folder; DATA is a .npy, .npz, .safetensors or .pt file, a folder, FILE.py:FUNCTION or random"
-        )
-    if path.is_dir():
-        return _folder(path, inputs, batch_size, samples, seed, images)
-    readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _pt, ".pth": _pt}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{spec}: a {path.suffix or 'nameless'} file isn't data that bnfold reads; make it .npy, .npz, .safetensors or .pt")
-    try:
-        found = reader(path)
-    except BnfoldError:
-        raise
-    except Exception as error:  # each format raises its own
-        text = " ".join(str(error).split())[:120]
-        raise DataError(f"{path}: damaged, or not a {path.suffix} file ({text})") from None
-    return _from_arrays(found, inputs, batch_size, samples, str(path))
+    """The command line's DATA.
+
+    spec: a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION (any form of
+    `as_batches`, made anew for each pass), or `random`. samples: at most so many, the first ones, but a random choice by `seed` in a folder
+    of images. images: how a folder of images is prepared. input_shapes: whole shapes by input name, where the model's are dynamic.
+    """
+    from .sources import open_source
+
+    source = open_source(spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes)
+    return Data(source, inputs, batch_size=batch_size, samples=samples)
 
 
-def as_batches(obj: Any, inputs: list[InputSpec], *, batch_size: int | None = None, samples: int | None = None) -> Data:
-    """What a library user gives: an array, a tuple or dict of arrays (all the data), or an iterable of such batches."""
-    if isinstance(obj, Data):
-        return obj
-    if isinstance(obj, Mapping) or _is_array(obj):
-        return _from_arrays(_named(obj, inputs, "the data"), inputs, batch_size, samples, "the data")
-    if not isinstance(obj, Iterable):
-        raise DataError(f"the data: expected arrays, or an iterable of batches, got {type(obj).__name__}")
-    return _from_iterable(lambda: iter(obj), inputs, batch_size, samples, "the data", again=not isinstance(obj, Iterator))
+def from_object(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
+    """All samples at once: an array, or a mapping or sequence of arrays."""
+    chunk, notes = _chunk(obj, inputs, where)
+    data = Data(Source(lambda: iter(()), where), inputs)
+    fitted, total = data._fit(chunk)  # what can't fit is refused at once
+    return Source(lambda: iter((fitted,)), where, (*notes, *data.notes), total, fitted.labels)
 
 
-# --- arrays, whole ---------------------------------------------------------------------------------------------------------------
+def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
+    """An iterable of batches, or a function that returns one (or all samples at once)."""
+    used = False
 
-
-def _npy(path: Path) -> Batch:
-    return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
-
-
-def _npz(path: Path) -> Batch:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def _safetensors(path: Path) -> Batch:
-    from safetensors.numpy import load_file
-
-    return dict(load_file(path))
-
-
-def _pt(path: Path) -> Batch:
-    try:
-        import torch
-    except ImportError:
-        raise DataError(f"{path}: reading a .pt file takes PyTorch; install it, or save the data as .npz") from None
-    found = torch.load(path, weights_only=True, map_location="cpu")
-    if isinstance(found, Mapping):
-        return {str(name): _array(value) for name, value in found.items()}
-    if isinstance(found, (tuple, list)):
-        return {str(i): _array(value) for i, value in enumerate(found)}
-    return {"": _array(found)}
-
-
-def _from_arrays(found: Batch, inputs: list[InputSpec], batch_size: int | None, samples: int | None, where: str) -> Data:
-    """All the data in memory (or mapped), cut into batches."""
-    arrays, labels, notes = _assigned(found, inputs, where)
-    for spec in inputs:
-        arrays[spec.name] = _fitted(arrays[spec.name], spec, where, notes)
-    counts = {name: len(array) for name, array in arrays.items()}
-    if len(set(counts.values())) > 1:
-        raise DataError(f"{where}: the inputs have different numbers of samples ({', '.join(f'{k}: {n}' for k, n in counts.items())})")
-    count = min(next(iter(counts.values())), samples or sys.maxsize)
-    if count == 0:
-        raise DataError(f"{where}: no samples in it")
-    size = _batch_size(inputs, batch_size, notes)
-    used = _used(count, size, inputs, where, notes)
-    if labels is not None and len(labels) < used:
-        raise DataError(f"{where}: {len(labels)} labels for {used} samples")
-
-    def batches() -> Iterator[Batch]:
-        for start in range(0, used, size):
-            stop = min(start + size, used)
-            yield {spec.name: _typed(np.asarray(arrays[spec.name][start:stop]), spec, where) for spec in inputs}
-
-    return Data(batches, f"{used} samples from {where}, {size} at a time", None if labels is None else labels[:used], used, notes)
-
-
-def _assigned(found: Batch, inputs: list[InputSpec], where: str) -> tuple[Batch, npt.NDArray[Any] | None, list[str]]:
-    """Arrays by input name, and the labels among what is left over."""
-    names = [spec.name for spec in inputs]
-    rest = {name: array for name, array in found.items() if name not in names}
-    arrays = {name: array for name, array in found.items() if name in names}
-    labels = next((np.asarray(rest.pop(name)).ravel() for name in LABELS if name in rest), None)
-    missing = [name for name in names if name not in arrays]
-    if len(missing) == 1 and len(rest) == 1 and len(names) == 1:
-        arrays[missing.pop()] = rest.popitem()[1]
-    elif missing and len(missing) == len(rest) == len(names) and set(rest) == {str(i) for i in range(len(names))}:
-        arrays = dict(zip(names, rest.values(), strict=True))
-        rest, missing = {}, []
-    if missing:
-        raise DataError(
-            f"{where}: no array for input '{missing[0]}'; it holds {', '.join(found) or 'nothing'}, the model takes {', '.join(names)}"
-        )
-    notes = [f"{where}: array '{name}' is no input of the model and is left out" for name in rest]
-    return arrays, labels, notes
-
-
-# --- folders ------------------------------------------------------------------------------------------------------------------------
-
-
-def _folder(
-    path: Path, inputs: list[InputSpec], batch_size: int | None, samples: int | None, seed: int, images: ImageOptions | None
-) -> Data:
-    from .images import SUFFIXES
-
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    arrays = [p for p in files if p.suffix.lower() == ".npy"]
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
-    if len(inputs) != 1:
-        raise DataError(
-            f"{path}: a folder feeds one input, the model takes {', '.join(s.name for s in inputs)}; use .npz or FILE.py:FUNCTION"
-        )
-    if arrays and not pictures:
-        spec = inputs[0]
-
-        def stored() -> Iterator[Any]:
-            for file in arrays:
-                try:
-                    array = np.load(file, allow_pickle=False)
-                except (OSError, ValueError) as error:
-                    raise DataError(f"{file}: damaged, or not a .npy file ({' '.join(str(error).split())[:100]})") from None
-                yield {spec.name: array[None] if array.ndim == len(spec.shape) - 1 else array}
-
-        return _from_iterable(stored, inputs, batch_size, samples, str(path))
-    if not pictures:
-        raise DataError(f"{path}: no images and no .npy files in it")
-    return _pictures(path, pictures, inputs[0], batch_size, samples, seed, images)
-
-
-def _pictures(
-    folder: Path, files: list[Path], spec: InputSpec, batch_size: int | None, samples: int | None, seed: int, options: ImageOptions | None
-) -> Data:
-    """Images, read a few ahead of use; the sub-folders, in sorted order, are their labels."""
-    from .images import ImageOptions, Pipeline
-
-    pipeline = Pipeline(options or ImageOptions(), spec.shape)
-    notes = list(pipeline.notes)
-    classes = sorted({p.relative_to(folder).parts[0] for p in files if len(p.relative_to(folder).parts) > 1})
-    labelled = bool(classes) and all(len(p.relative_to(folder).parts) > 1 for p in files)
-    chosen = files
-    if samples is not None and samples < len(files):
-        picked = np.random.default_rng(seed).choice(len(files), samples, replace=False)
-        chosen = [files[i] for i in sorted(picked)]
-    size = _batch_size([spec], batch_size, notes)
-    used = _used(len(chosen), size, [spec], str(folder), notes)
-    chosen = chosen[:used]
-
-    def batches() -> Iterator[Batch]:
-        with ThreadPoolExecutor(AHEAD) as pool:
-            pending = [pool.submit(pipeline, file, spec.dtype) for file in chosen[: 2 * size]]
-            for start in range(0, used, size):
-                batch = [pending.pop(0).result() for _ in range(min(size, used - start))]
-                begin = start + 2 * size
-                pending += [pool.submit(pipeline, file, spec.dtype) for file in chosen[begin : begin + size]]
-                yield {spec.name: np.stack(batch)}
-
-    labels = np.array([classes.index(p.relative_to(folder).parts[0]) for p in chosen]) if labelled else None
-    kinds = f" in {len(classes)} classes" if labelled else ""
-    how = f", {used} of them drawn with seed {seed}" if len(chosen) < len(files) else ""
-    return Data(batches, f"{len(files)} images from {folder}{kinds}{how}; {pipeline}", labels, used, notes)
-
-
-# --- iterables and functions ------------------------------------------------------------------------------------------------------------
-
-
-def _function(spec: str, inputs: list[InputSpec], batch_size: int | None, samples: int | None) -> Data:
-    module_name, _, name = spec.rpartition(":")
-    try:
-        if module_name.endswith(".py"):
-            path = Path(module_name)
-            if not path.is_file():
-                raise DataError(f"{spec}: no such file {module_name}")
-            loader = importlib.util.spec_from_file_location(path.stem, path)
-            assert loader is not None
-            assert loader.loader is not None
-            module = importlib.util.module_from_spec(loader)
-            sys.path.insert(0, str(path.resolve().parent))
-            try:
-                loader.loader.exec_module(module)
-            finally:
-                sys.path.pop(0)
-        else:
-            module = importlib.import_module(module_name)
-        function = getattr(module, name)
-    except BnfoldError:
-        raise
-    except AttributeError:
-        raise DataError(f"{spec}: {module_name} has no function '{name}'") from None
-    except Exception as error:  # the user's code may raise anything
-        raise DataError(f"{spec}: can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
-
-    def call() -> Iterator[Any]:
+    def chunks() -> Iterator[Chunk]:
+        nonlocal used
+        made = obj() if callable(obj) and not hasattr(obj, "__iter__") else obj
+        if _holds_samples(made, inputs):
+            yield _chunk(made, inputs, where)[0]
+            return
         try:
-            found = function()
-            yield from ([found] if isinstance(found, Mapping) or _is_array(found) else found)
-        except BnfoldError:
-            raise
-        except Exception as error:  # the user's code again
-            raise DataError(f"{spec}: failed ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
+            items = iter(made)
+        except TypeError:
+            raise DataError(f"{where} gave {type(made).__name__}; it must give an iterable of arrays, tuples or dicts") from None
+        if items is obj:
+            if used:
+                raise DataError(f"{where} can be read only once, and this is a second pass; give a list, or a function that makes it anew")
+            used = True
+        for number, item in enumerate(items, 1):
+            yield _chunk(item, inputs, f"batch {number} of {where}")[0]
 
-    return _from_iterable(call, inputs, batch_size, samples, spec)
-
-
-def _from_iterable(
-    make: Callable[[], Iterator[Any]],
-    inputs: list[InputSpec],
-    batch_size: int | None,
-    samples: int | None,
-    where: str,
-    *,
-    again: bool = True,
-) -> Data:
-    """Batches as somebody makes them, cut anew to the batch size."""
-    notes: list[str] = []
-    size = _batch_size(inputs, batch_size, notes)
-    passes = 0
-
-    def batches() -> Iterator[Batch]:
-        nonlocal passes
-        passes += 1
-        if passes > 1 and not again:
-            raise DataError(f"{where}: an iterator can be read once only; give a list, or a function that makes the batches")
-        held: list[Batch] = []
-        seen = 0
-        for item in make():
-            found, _, _ = _assigned(_named(item, inputs, where), inputs, where)
-            batch = {s.name: _typed(np.asarray(_fitted(found[s.name], s, where, [])), s, where) for s in inputs}
-            count = len(next(iter(batch.values())))
-            if samples is not None and seen + count > samples:
-                batch = {name: array[: samples - seen] for name, array in batch.items()}
-                count = samples - seen
-            seen += count
-            if held and any(a.shape[1:] != held[0][name].shape[1:] for name, a in batch.items()):
-                yield from _cut(held, size, last=True)  # sizes change from here on
-                held = []
-            held.append(batch)
-            whole = list(_cut(held, size, last=False))
-            yield from whole
-            if samples is not None and seen >= samples:
-                break
-        if not seen:
-            raise DataError(f"{where}: no samples in it")
-        fixed = isinstance(inputs[0].shape[0], int) if inputs[0].shape else False
-        for rest in _cut(held, size, last=True):
-            if not fixed or len(next(iter(rest.values()))) == size:
-                yield rest
-
-    labels = _labels(make, samples) if again else None
-    return Data(batches, f"batches from {where}, {size} samples at a time", labels, samples if labels is None else len(labels), notes)
+    return Source(chunks, where, keep=True)
 
 
-def _cut(held: list[Batch], size: int, *, last: bool) -> Iterator[Batch]:
-    """Batches of `size` from the front of what is held; what is left stays held (or comes too, if it is the last)."""
-    total = sum(len(next(iter(b.values()))) for b in held)
-    if total < size and not (last and total):
-        return
-    joined = {name: np.concatenate([b[name] for b in held]) if len(held) > 1 else held[0][name] for name in held[0]}
-    held.clear()
-    stop = total if last else total - total % size
-    for start in range(0, stop, size):
-        yield {name: array[start : min(start + size, stop)] for name, array in joined.items()}
-    if stop < total:
-        held.append({name: array[stop:] for name, array in joined.items()})
+def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str) -> tuple[Chunk, list[str]]:
+    """One item of data by input name, and notes on what isn't used of it. DataError for names that don't fit."""
+    names = [spec.name for spec in inputs]
+    if isinstance(obj, Mapping):
+        named = {str(key): as_array(value, f"{where}, array {key!r}") for key, value in obj.items()}
+        label = next((key for key in LABELS if key in named and key not in names and len(named) > 1), None)
+        labels = None if label is None else named.pop(label)
+        if len(names) == len(named) == 1 and names[0] not in named:
+            (key,) = named
+            return Chunk({names[0]: named[key]}, labels, f"{where}, array {key!r}"), []
+        if missing := [name for name in names if name not in named]:
+            raise DataError(
+                f"{where}: no array for input {_listed(missing)}; it holds {_listed(named) or 'nothing'}; name the arrays as the inputs"
+            )
+        extra = [key for key in named if key not in names]
+        notes = [f"{where}: {_listed(extra)} isn't used: no input has that name"] if extra else []
+        return Chunk({name: named[name] for name in names}, labels, where), notes
+    items = list(obj) if isinstance(obj, (tuple, list)) else [obj]
+    if len(items) not in (len(names), len(names) + 1) or (len(items) > 1 and items is obj):
+        raise DataError(
+            f"{where} has {len(items)} arrays, and the model has {len(names)} inputs ({_listed(names)}); "
+            f"give one for each, in this order, then at most the labels"
+        )
+    arrays = [as_array(item, f"{where}, array {number}" if len(items) > 1 else where) for number, item in enumerate(items)]
+    return Chunk(dict(zip(names, arrays, strict=False)), arrays[len(names)] if len(arrays) > len(names) else None, where), []
 
 
-def _labels(make: Callable[[], Iterator[Any]], samples: int | None) -> npt.NDArray[Any] | None:
-    """The labels that dicts carry beside the inputs, if the first does."""
-    found: list[npt.NDArray[Any]] = []
-    for item in make():
-        if not isinstance(item, Mapping) or "labels" not in item:
-            return None
-        found.append(_array(item["labels"]).ravel())
-        if samples is not None and sum(map(len, found)) >= samples:
-            break
-    return np.concatenate(found)[:samples] if found else None
-
-
-# --- random -----------------------------------------------------------------------------------------------------------------------------
-
-
-def _random(inputs: list[InputSpec], batch_size: int | None, samples: int, seed: int, shapes: Mapping[str, tuple[int, ...]] | None) -> Data:
-    from .backends.onnx.feeds import random_feeds
-
-    notes: list[str] = ["random data exercise the network, they don't stand for real data"]
-    size = _batch_size(inputs, batch_size, notes)
-    used = _used(samples, size, inputs, "random", notes)
-    given = None if shapes is None else dict(shapes)
-
-    def batches() -> Iterator[Batch]:
-        for number, start in enumerate(range(0, used, size)):
-            yield random_feeds(inputs, batch=min(size, used - start), seed=seed + number, input_shapes=given)
-
-    return Data(batches, f"{used} random samples, seed {seed}, {size} at a time", None, used, notes)
-
-
-# --- what the model takes -----------------------------------------------------------------------------------------------------------------
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, np.ndarray) or (hasattr(x, "shape") and (hasattr(x, "detach") or hasattr(x, "__array__")))
-
-
-def _array(x: Any) -> npt.NDArray[Any]:
-    """An array of whatever holds one; a torch tensor without importing torch."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        if str(x.dtype) == "torch.bfloat16":
-            x = x.float()
-        return np.asarray(x.numpy())
-    return np.asarray(x)
-
-
-def _named(item: Any, inputs: list[InputSpec], where: str) -> Batch:
-    """One batch (or all the data) by name: a dict as it is, an array or tuple in the order of the inputs."""
-    if isinstance(item, Mapping):
-        return {str(name): _array(value) for name, value in item.items()}
-    if _is_array(item):
-        item = (item,)
-    if not isinstance(item, (tuple, list)):
-        raise DataError(f"{where}: a batch is an array, a tuple or a dict by input name, not {type(item).__name__}")
-    if len(item) < len(inputs):
-        raise DataError(f"{where}: {len(item)} arrays in a batch, the model takes {len(inputs)} ({', '.join(s.name for s in inputs)})")
-    named = {spec.name: _array(value) for spec, value in zip(inputs, item, strict=False)}
-    if len(item) == len(inputs) + 1:  # (images, labels), as data loaders give them
-        named["labels"] = _array(item[-1])
-    return named
-
-
-def _fitted(array: npt.NDArray[Any], spec: InputSpec, where: str, notes: list[str]) -> npt.NDArray[Any]:
-    """The array with a batch axis, if its shape fits the input's."""
-    wanted = list(spec.shape)
-    if array.ndim == len(wanted) - 1 and all(not isinstance(w, int) or w == n for w, n in zip(wanted[1:], array.shape, strict=True)):
-        notes.append(f"{where}: '{spec.name}' has no batch axis, so it is taken as one sample")
-        array = array[None]
-    fits = array.ndim == len(wanted) and all(not isinstance(w, int) or w == n for w, n in zip(wanted[1:], array.shape[1:], strict=True))
-    if not fits:
-        shown = ["N", *(w if isinstance(w, int) else (w or "?") for w in wanted[1:])]
-        raise DataError(f"{where}: input '{spec.name}' takes shape {shown}, the data have {list(array.shape)}".replace("'N'", "N"))
-    kind, other = spec.dtype.kind, array.dtype.kind
-    floats = ("f", "V")
-    if (
-        array.dtype != spec.dtype
-        and not (other in floats and kind in floats)
-        and not np.can_cast(array.dtype, spec.dtype, "safe" if kind in "iub" else "no")
-    ):
-        advice = "convert and scale them to floats first" if other in "iub" else "convert them first"
-        raise DataError(f"{where}: input '{spec.name}' takes {spec.dtype}, the data are {array.dtype}; {advice}")
+def as_array(obj: Any, where: str) -> Array:
+    """An array of an array, a number, a list of numbers or a tensor (told by its methods, so that PyTorch isn't needed)."""
+    if hasattr(obj, "detach"):
+        obj = obj.detach().cpu()
+        obj = (obj.float() if str(obj.dtype) == "torch.bfloat16" else obj).numpy()  # exact; numpy has no bfloat16
+    try:
+        array = np.asarray(obj)
+    except ValueError as error:
+        raise DataError(f"{where}: no array can be made of it ({error})") from None
+    if array.dtype == object and not all(isinstance(item, (str, bytes)) for item in array.flat):
+        raise DataError(f"{where}: it holds {type(obj).__name__}, not numbers; give an array")
     return array
 
 
-def _typed(array: npt.NDArray[Any], spec: InputSpec, where: str) -> npt.NDArray[Any]:
-    """The array in the input's type, without a NaN or infinity."""
-    with np.errstate(over="ignore"):
-        typed = np.ascontiguousarray(array, dtype=spec.dtype)
-    if typed.dtype.kind in ("f", "V") and not np.isfinite(typed.astype(np.float32, copy=False)).all():
-        raise DataError(f"{where}: the data for input '{spec.name}' hold NaN or infinity (or overflow {spec.dtype}); clean them first")
-    return typed
+def _holds_samples(obj: Any, inputs: Sequence[InputSpec]) -> bool:
+    """Whether the object is samples, rather than an iterable of batches."""
+    if isinstance(obj, tuple):
+        return len(obj) in (len(inputs), len(inputs) + 1) and all(hasattr(o, "__array__") or hasattr(o, "detach") for o in obj)
+    return isinstance(obj, Mapping) or hasattr(obj, "__array__") or hasattr(obj, "detach")
 
 
-def _batch_size(inputs: list[InputSpec], wanted: int | None, notes: list[str]) -> int:
-    """What goes through at once: the model's own fixed batch, else what is wanted."""
-    fixed = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)}
-    if len(fixed) == 1:
-        [size] = (n for n in fixed if isinstance(n, int))
-        if wanted not in (None, size):
-            notes.append(f"the model's batch size is fixed at {size}, so --batch-size {wanted} is not used")
-        return size
-    if wanted is not None and wanted < 1:
-        raise UsageError(f"a batch size of {wanted} makes no sense")
-    return wanted or BATCH
+def is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))  # ml_dtypes' types are of kind V
 
 
-def _used(count: int, size: int, inputs: list[InputSpec], where: str, notes: list[str]) -> int:
-    """How many samples fill whole batches, where the model's batch is fixed."""
-    if not any(spec.shape and isinstance(spec.shape[0], int) for spec in inputs):
-        return count
-    used = count - count % size
-    if not used:
-        raise DataError(f"{where}: {count} samples don't fill the model's fixed batch of {size}")
-    if used < count:
-        notes.append(f"{where}: the last {count - used} of {count} samples don't fill the model's fixed batch of {size} and are left out")
-    return used
+def _check_type(dtype: np.dtype[Any], spec: InputSpec, where: str) -> None:
+    """DataError unless the type converts without loss of meaning: float to float, integer to integer, text to text."""
+    if dtype == spec.dtype or (is_float(dtype) and is_float(spec.dtype)) or (dtype.kind in "OUS" and spec.dtype.kind in "OUS"):
+        return
+    if dtype.kind in "iu" and spec.dtype.kind in "iu":
+        return  # if the values fit, which `_convert` checks
+    advice = f"convert them with .astype({spec.dtype.name!r}) if that is right"
+    if dtype.kind in "iub" and is_float(spec.dtype):
+        advice = f"scale and normalise them as in training, say x.astype({spec.dtype.name!r}) / 255 for pixels"
+    elif spec.dtype.kind in "iu" and is_float(dtype):
+        advice = f"give the integers (pixels, tokens) before any scaling, as {spec.dtype}"
+    elif np.can_cast(dtype, spec.dtype, "safe") and dtype.kind != "b":
+        return
+    raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, the data are {dtype}; {advice}")
+
+
+def _convert(array: Array, spec: InputSpec, where: str, start: int) -> Array:
+    """The array in the input's type; DataError for NaN, infinity and values that the type can't hold."""
+    finite = spec.dtype.kind == "V" or spec.dtype.kind in "fc"
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = np.ascontiguousarray(array, dtype=spec.dtype).reshape(array.shape)
+    for bad, what in (
+        (lambda: ~np.isfinite(array), "holds NaN or infinity; clean the data"),
+        (lambda: ~np.isfinite(made), f"holds values beyond the range of {spec.dtype}, which the model takes; scale the data"),
+    ):
+        if finite and (at := np.argwhere(bad())).size:
+            raise DataError(f"{where}: input {spec.name!r}{f', sample {start + at[0][0]},' if array.ndim else ''} {what}")
+    if array.dtype.kind in "iu" and array.dtype != made.dtype and not np.array_equal(array, made):
+        raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, and the data hold {array.dtype} values beyond its range")
+    return made
+
+
+def _join(parts: list[Array], where: str) -> Array:
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return np.concatenate(parts)
+    except ValueError as error:
+        raise DataError(f"{where}: samples of different shapes ({error}); make them alike") from None
+
+
+def shape_text(shape: Iterable[object]) -> str:
+    return "(" + ", ".join("?" if d is None else str(d) for d in shape) + ")"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _counted(n: int) -> str:
+    return f"{n} sample" if n == 1 else f"{n} samples"

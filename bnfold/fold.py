@@ -100,7 +100,9 @@ def _with_clones(graph: Graph, site: Site) -> Outcome | None:
     clones = Clones(graph)
     while True:
         try:
-            return _commit(graph, site, _checked(graph, site, _push_up(site)), clones.note)
+            outcome = _commit(graph, site, _checked(graph, site, _push_up(site)), clones.note)
+            graph.clones += [copy for _, copy in clones.made]
+            return outcome
         except Shared as shared:
             if clones.add(shared):
                 continue

@@ -157,6 +157,7 @@ class Graph:
 
     nodes: list[Node]
     sites: list[Site]
+    clones: list[Node] = field(default_factory=list)  # operators doubled for sites that folded, in the order of their making
     copies_weights: bool = True  # whether the front-end can give a user of a shared weight its own copy
 
     def __post_init__(self) -> None:

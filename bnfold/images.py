@@ -1,189 +1,335 @@
-"""Images as a network wants them: read, resized, cropped, scaled, normalised.
+"""Folders of images, prepared as the model was trained to see them.
 
-The steps and their rounding follow torchvision's and timm's evaluation transforms: the shorter side is resized (Pillow, with its
-antialiasing), the centre is cropped, the values are scaled and normalised per channel.
+The steps and their rounding are torchvision's (`Resize`, `CenterCrop`, `ToTensor`, `Normalize`) and those of timm's evaluation transform:
+turn upright by EXIF, convert to the model's channels, resize, crop the centre, scale, normalise, order the channels and the axes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .data import Array, Chunk, InputSpec, Source, is_float, shape_text
 from .errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's codes
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # at their codes in Pillow and Hugging Face
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CROP_PCT = 0.875
+SIZE = 224
+WORKERS = 4
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What to do with an image; None leaves it to the default, which `Pipeline` states.
+    """How images become a model's input; None is what isn't given.
 
-    size: (height, width) that the network gets. resize: the shorter side before the crop, or crop_pct: size / resize. stretch: resize
-    to the size itself, whatever the proportions. mean, std: per channel, of the scaled values. scale: multiplies the pixel values.
+    size: (height, width) that the model takes. resize: the shorter side in pixels, or (height, width) for both, or 0 for none.
+    crop: whether the centre of `size` is cut out after the resize; without, images are resized to `size`. crop_pct: `size` over the
+    resize where that isn't given. scale: what pixels of 0 to 255 are multiplied by (1/255). mean, std: per channel, after the scale, in the
+    order RGB. interpolation: one of Pillow's. channels_last: NHWC. bgr: the channels are reversed, last of all.
     """
 
-    size: tuple[int, int] | None = None
-    resize: int | None = None
+    size: int | tuple[int, int] | None = None
+    resize: int | tuple[int, int] | None = None
+    crop: bool | None = None
     crop_pct: float | None = None
-    stretch: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     scale: float | None = None
     interpolation: str | None = None
-    bgr: bool = False
+    channels_last: bool | None = None
+    bgr: bool | None = None
 
     @classmethod
     def from_config(cls, path: str | Path) -> ImageOptions:
-        """The options in a preprocessing config of timm (pretrained_cfg) or Hugging Face (preprocessor_config.json)."""
+        """Options of timm's config.json (or its pretrained_cfg alone) or of Hugging Face's preprocessor_config.json."""
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
-        except ValueError:
-            raise DataError(f"{path}: not a JSON file") from None
-        if not isinstance(found, dict):
-            raise DataError(f"{path}: not a preprocessing config; expected a JSON object")
-        config = found.get("pretrained_cfg", found)
+            config = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: can't be read as JSON ({error})") from None
         try:
-            if "input_size" in config or "crop_pct" in config:
-                return cls._timm(config)
-            if any(key in config for key in ("image_mean", "do_normalize", "do_resize", "crop_size", "size")):
-                return cls._hugging_face(config)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise DataError(f"{path}: a preprocessing config that makes no sense ({type(error).__name__}: {error})") from None
+            if isinstance(config, dict):
+                timm = config.get("pretrained_cfg", config)
+                if isinstance(timm, dict) and "input_size" in timm:
+                    return _from_timm(timm)
+                if config.keys() & {"image_mean", "do_normalize", "do_resize", "crop_size", "do_rescale", "size"}:
+                    return _from_hugging_face(config)
+        except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+            raise DataError(f"{path}: a setting has a form that bnfold doesn't know ({type(error).__name__}: {error})") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
         raise DataError(
-            f"{path}: neither timm's (input_size, mean, std) nor Hugging Face's (image_mean, image_std, size) preprocessing config"
+            f"{path}: neither timm's pretrained_cfg (input_size) nor Hugging Face's preprocessor_config.json (size, image_mean)"
         )
 
-    @classmethod
-    def _timm(cls, config: dict[str, Any]) -> ImageOptions:
-        height, width = config.get("input_size", (3, 224, 224))[-2:]
-        mode = config.get("crop_mode", "center")
-        return cls(
-            size=(int(height), int(width)),
-            crop_pct=float(config.get("crop_pct", 0.875)),
-            stretch=mode == "squash",
-            mean=_floats(config.get("mean")),
-            std=_floats(config.get("std")),
-            scale=1 / 255,
-            interpolation=config.get("interpolation"),
-        )
 
-    @classmethod
-    def _hugging_face(cls, config: dict[str, Any]) -> ImageOptions:
-        size, crop = config.get("size", {}), config.get("crop_size", {})
-        size = {"shortest_edge": size} if isinstance(size, int) else size
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        cropped = bool(crop) and config.get("do_center_crop", False)
-        if cropped:
-            target = (int(crop["height"]), int(crop["width"]))
-        elif "height" in size:
-            target = (int(size["height"]), int(size["width"]))
-        else:
-            target = (int(size["shortest_edge"]),) * 2
-        normalised = config.get("do_normalize", True)
-        code = config.get("resample", 2)
-        return cls(
-            size=target,
-            resize=int(size["shortest_edge"]) if "shortest_edge" in size else None,
-            stretch="height" in size and not cropped,
-            mean=_floats(config.get("image_mean")) if normalised else None,
-            std=_floats(config.get("image_std")) if normalised else None,
-            scale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
-            interpolation=FILTERS[int(code)] if isinstance(code, int) else str(code),
-        )
+def _from_timm(config: Mapping[str, Any]) -> ImageOptions:
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise DataError(f"crop_mode {mode!r} isn't served (center and squash are); prepare the images yourself with FILE.py:FUNCTION")
+    _, height, width = config["input_size"]
+    pct = float(config.get("crop_pct") or CROP_PCT)
+    return ImageOptions(
+        size=(height, width),
+        resize=(math.floor(height / pct), math.floor(width / pct)) if mode == "squash" else None,
+        crop=True,
+        crop_pct=pct,
+        mean=_floats(config.get("mean")),
+        std=_floats(config.get("std")),
+        interpolation=config.get("interpolation"),
+    )
+
+
+def _from_hugging_face(config: Mapping[str, Any]) -> ImageOptions:
+    size, crop = config.get("size"), bool(config.get("do_center_crop", "crop_size" in config))
+    resize: int | tuple[int, int] | None = None
+    if isinstance(size, int):  # an older form: the shorter side where a crop follows, else both sides
+        size = {"shortest_edge": size} if crop or "crop_pct" in config else {"height": size, "width": size}
+    if isinstance(size, dict) and "shortest_edge" in size and "longest_edge" not in size:
+        resize = int(size["shortest_edge"])
+    elif isinstance(size, dict) and "height" in size:
+        resize = (int(size["height"]), int(size["width"]))
+    elif size is not None:
+        raise DataError(f"size {size} isn't served (shortest_edge, and height with width, are); prepare the images with FILE.py:FUNCTION")
+    cut = config.get("crop_size") if crop else None
+    final = (int(cut["height"]), int(cut["width"])) if isinstance(cut, dict) else (cut, cut) if isinstance(cut, int) else None
+    if isinstance(resize, int) and config.get("crop_pct") and not crop:  # ConvNeXt: crops below 384 pixels, squashes from there on
+        final, crop = (resize, resize), resize < 384
+        resize = int(resize / config["crop_pct"]) if crop else final
+    if not config.get("do_resize", True):
+        resize = 0
+    code = config.get("resample")
+    plain = config.get("do_normalize", True) is False
+    return ImageOptions(
+        size=final or (resize if isinstance(resize, tuple) else None),
+        resize=resize,
+        crop=crop,
+        mean=(0.0,) if plain else _floats(config.get("image_mean")),
+        std=(1.0,) if plain else _floats(config.get("image_std")),
+        scale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
+        interpolation=None if code is None else INTERPOLATIONS[code],
+    )
 
 
 def _floats(values: Any) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(v) for v in values)
+    return None if values is None else tuple(map(float, values)) if isinstance(values, (list, tuple)) else (float(values),)
 
 
+@dataclass(frozen=True)
 class Pipeline:
-    """The options resolved for one input of shape (N, C, H, W) or (N, H, W, C): callable on a file, and readable."""
+    """The steps from an image file to one sample in the layout of `spec`, all resolved."""
 
-    def __init__(self, options: ImageOptions, shape: tuple[int | str | None, ...]) -> None:
-        if len(shape) != 4:
-            raise DataError(f"images need an input of rank 4, (N, C, H, W) or (N, H, W, C); this one has shape {list(shape)}")
-        fixed = [n if isinstance(n, int) else None for n in shape]
-        self.last = fixed[1] not in MODES and fixed[3] in MODES
-        channels = fixed[3] if self.last else fixed[1]
-        self.channels = 3 if channels is None else channels
-        if self.channels not in MODES:
-            raise DataError(f"images have 1, 3 or 4 channels; the input of shape {list(shape)} wants {self.channels}")
-        height, width = fixed[1:3] if self.last else fixed[2:4]
-        wanted = options.size or (height or width or 224, width or height or 224)
-        if (height not in (None, wanted[0])) or (width not in (None, wanted[1])):
-            raise DataError(f"the network takes images of {height} x {width}, not {wanted[0]} x {wanted[1]}; leave --image-size out")
-        self.size = wanted
-        self.stretch = options.stretch
-        self.resize = options.resize or math.floor(min(wanted) / (options.crop_pct or 1.0))
-        self.interpolation = options.interpolation or "bilinear"
-        if self.interpolation not in FILTERS:
-            raise UsageError(f"interpolation '{self.interpolation}' is not known; choose one of {', '.join(FILTERS)}")
-        self.scale = 1 / 255 if options.scale is None else options.scale
-        self.bgr = options.bgr
-        self.notes = []
-        if options.mean is None or options.std is None:
-            self.notes.append("images are scaled to [0, 1] and not normalised: give --mean and --std if the network was trained with them")
-        self.mean, self.std = (self._per_channel(c, name) for c, name in ((options.mean, "mean"), (options.std, "std")))
+    dtype: np.dtype[Any]
+    channels: int
+    size: tuple[int, int]
+    resize: int | tuple[int, int]
+    cover: bool  # resize is a pair to cover with the aspect kept
+    crop: bool
+    interpolation: str
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels_last: bool
+    bgr: bool
 
-    def _per_channel(self, values: tuple[float, ...] | None, name: str) -> npt.NDArray[np.float64]:
-        default = 0.0 if name == "mean" else 1.0
-        given = (default,) if values is None else values
-        if len(given) not in (1, self.channels) or (name == "std" and 0 in given):
-            raise UsageError(f"{name} has {len(given)} values, the network's images have {self.channels} channels (and no std is 0)")
-        return np.broadcast_to(np.asarray(given, np.float64), self.channels)
-
-    def __str__(self) -> str:
-        height, width = self.size
-        shape = f"stretched to {height}x{width}" if self.stretch else f"shorter side {self.resize}, centre {height}x{width}"
-        order = ("BGR" if self.bgr else MODES[self.channels]) + (" NHWC" if self.last else " NCHW")
-        scale = "1/255" if self.scale == 1 / 255 else f"{self.scale:g}"
-        numbers = [", ".join(f"{v:g}" for v in c) for c in (self.mean, self.std)]
-        return f"{shape} ({self.interpolation}), times {scale}, minus ({numbers[0]}), over ({numbers[1]}), {order}"
-
-    def __call__(self, path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """One sample, without a batch axis. Raises DataError naming a file that is no image, or a broken one."""
+    def __call__(self, path: Path) -> Array:
+        """(C, H, W), or (H, W, C) with channels last. DataError for a file that can't be decoded."""
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-                image = (
-                    image.convert("RGBA").convert(MODES[self.channels])
-                    if image.mode in ("P", "LA", "PA")
-                    else image.convert(MODES[self.channels])
-                )
-        except Exception as error:  # Pillow raises many kinds for a broken file
-            text = " ".join(str(error).split())[:120]
-            raise DataError(f"{path}: not an image, or a broken one ({text}); remove it from the folder") from None
-        pixels = np.asarray(self._shaped(image), np.float64).reshape(*self.size, self.channels)
-        if self.bgr:
-            pixels = pixels[..., ::-1]
-        pixels = (pixels * self.scale - self.mean) / self.std
-        return np.ascontiguousarray(pixels if self.last else pixels.transpose(2, 0, 1)).astype(dtype)
+            with Image.open(path) as file:
+                if file.mode.startswith(("I", "F")):
+                    raise DataError(
+                        f"{path}: the image has more than 8 bits per channel; save it with 8, or prepare it with FILE.py:FUNCTION"
+                    )
+                image = ImageOps.exif_transpose(file).convert(MODES[self.channels])
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: the image can't be decoded ({error}); remove it or replace it") from None
+        image = self._resized(image)
+        if self.crop:
+            image = image.crop(_centre(image.size, self.size))
+        if (image.height, image.width) != self.size:
+            raise DataError(
+                f"{path}: the image is {image.height}x{image.width} and the model takes {self.size[0]}x{self.size[1]}; let it be resized or cropped"
+            )
+        pixels = np.asarray(image).reshape(*self.size, self.channels)
+        made = self._normalised(pixels) if is_float(self.dtype) else pixels.astype(self.dtype)
+        made = made[..., ::-1] if self.bgr else made
+        return np.ascontiguousarray(made if self.channels_last else made.transpose(2, 0, 1))
 
-    def _shaped(self, image: Image) -> Image:
-        from PIL.Image import Resampling
+    def _resized(self, image: Image) -> Image:
+        if self.resize == 0:
+            return image
+        width, height = image.size
+        if isinstance(self.resize, int):  # torchvision: the longer side is cut to an integer
+            short, long = self.resize, int(self.resize * max(width, height) / min(width, height))
+            target = (short, long) if width <= height else (long, short)
+        elif self.cover:  # timm's ResizeKeepRatio
+            ratio = min(height / self.resize[0], width / self.resize[1])
+            target = (round(width / ratio), round(height / ratio))
+        else:
+            target = (self.resize[1], self.resize[0])
+        return image if target == image.size else image.resize(target, INTERPOLATIONS.index(self.interpolation))
 
-        how = Resampling[self.interpolation.upper()]
+    def _normalised(self, pixels: Array) -> Array:
+        real = pixels.astype(np.float32)
+        real = real / np.float32(255) if self.scale == 1 / 255 else real * np.float32(self.scale)  # ToTensor divides
+        real = (real - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return real.astype(self.dtype)
+
+    def __str__(self) -> str:
         height, width = self.size
-        if self.stretch:
-            return image.resize((width, height), how)
-        w, h = image.size
-        new = (self.resize, max(1, int(self.resize * h / w))) if w <= h else (max(1, int(self.resize * w / h)), self.resize)
-        if new != image.size:
-            image = image.resize(new, how)
-        left, top = round((image.size[0] - width) / 2), round((image.size[1] - height) / 2)
-        return image.crop((left, top, left + width, top + height))  # what lies outside is filled with zeros
+        steps = [MODES[self.channels]]
+        if self.resize:
+            pair = "x".join(map(str, self.resize)) if isinstance(self.resize, tuple) else ""
+            steps.append(f"{'cover' if self.cover else 'resize to'} {pair or f'shorter side {self.resize}'} ({self.interpolation})")
+        if self.crop:
+            steps.append(f"centre crop {height}x{width}")
+        if is_float(self.dtype):
+            steps.append("scale 1/255" if self.scale == 1 / 255 else f"scale {self.scale:g}")
+            for name, values, idle in (("mean", self.mean, 0), ("std", self.std, 1)):
+                if any(v != idle for v in values):
+                    steps.append(f"{name} {', '.join(f'{v:g}' for v in values)}")
+        else:
+            steps.append("pixels as they are")
+        return " -> ".join([*steps, *(["BGR"] if self.bgr else []), f"{self.dtype} {'HWC' if self.channels_last else 'CHW'}"])
+
+
+def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipeline, list[str]]:
+    """The pipeline for an input, and notes on what was assumed. DataError where the input takes no images, or options contradict it."""
+    given, notes = options or ImageOptions(), []
+    whole = f"input {spec.name!r} takes {spec}"
+    if len(spec.shape) != 4 or not (is_float(spec.dtype) or np.can_cast(np.uint8, spec.dtype, "safe")):
+        raise DataError(f"{whole}, which isn't images; give arrays, or FILE.py:FUNCTION")
+    last = given.channels_last
+    if last is None:
+        last = spec.shape[1] not in MODES and spec.shape[3] in MODES
+    channels = spec.shape[3 if last else 1]
+    channels = channels if isinstance(channels, int) else 3
+    if channels not in MODES:
+        raise DataError(f"{whole}: images have 1, 3 or 4 channels, not {channels}; if the channels come last, say so")
+    sides = spec.shape[1:3] if last else spec.shape[2:4]
+    wanted = (given.size, given.size) if isinstance(given.size, int) else given.size
+    if wanted is None:
+        wanted = tuple(n if isinstance(n, int) else SIZE for n in sides)
+        if any(not isinstance(n, int) for n in sides):
+            notes.append(f"{whole}; images are made {wanted[0]}x{wanted[1]}, as no size is given")
+    size = (int(wanted[0]), int(wanted[1]))
+    if any(isinstance(n, int) and n != w for n, w in zip(sides, size, strict=True)):
+        raise DataError(f"{whole}, so images of {size[0]}x{size[1]} don't fit; give that size, or none")
+    interpolation = given.interpolation or "bilinear"
+    if interpolation not in INTERPOLATIONS:
+        raise DataError(f"interpolation {interpolation!r} isn't known; give one of {', '.join(INTERPOLATIONS)}")
+    crop = given.crop is not False
+    resize, cover = given.resize, False
+    if resize is None and not crop:
+        resize = size
+    elif resize is None:
+        pct = CROP_PCT if given.crop_pct is None else given.crop_pct
+        if not 0 < pct <= 1:
+            raise DataError(f"crop_pct is {pct}; it must be above 0 and at most 1")
+        full = (math.floor(size[0] / pct), math.floor(size[1] / pct))
+        resize, cover = (full[0], False) if full[0] == full[1] else (full, True)
+        if given.crop_pct is None:
+            notes.append(
+                f"neither a resize nor crop_pct is given; {CROP_PCT} is taken, timm's default: resize to {max(full)}, crop the centre"
+            )
+    mean, std = given.mean or (0.0,), given.std or (1.0,)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise DataError(f"{name} has {len(values)} values, and {whole}: {channels} channels; give one for each channel, or one for all")
+    if not all(v > 0 for v in std):
+        raise DataError(f"std is {', '.join(map(str, std))}; every value must be above 0")
+    if given.bgr and channels != 3:
+        raise DataError(f"{whole}: BGR needs 3 channels, not {channels}")
+    if is_float(spec.dtype) and given.mean is None and given.std is None:
+        told = "scaled to [0, 1]" if given.scale is None else f"multiplied by {given.scale:g}"
+        notes.append(f"no mean and std are given: values are {told} and not normalised")
+    elif not is_float(spec.dtype) and (given.mean or given.std or given.scale):
+        notes.append(f"{whole}: it gets pixels as they are, so scale, mean and std aren't used")
+    scale = 1 / 255 if given.scale is None else given.scale
+    made = Pipeline(spec.dtype, channels, size, resize, cover, crop, interpolation, scale, mean, std, last, bool(given.bgr))
+    return made, notes
+
+
+def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
+    """The images below a folder in sorted order; their labels, the places of their sub-folders in sorted order; notes."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)))
+    if not paths:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) and no .npy files in it")
+    inside = [p.relative_to(folder).parts for p in paths]
+    if all(len(parts) == 1 for parts in inside):
+        return paths, None, []
+    if any(len(parts) == 1 for parts in inside):
+        return paths, None, [f"{folder}: some images lie outside its sub-folders, so there are no labels"]
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _hidden(Path(p.name)))
+    return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), []
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def folder_source(
+    folder: Path,
+    inputs: Sequence[InputSpec],
+    *,
+    samples: int | None,
+    seed: int,
+    options: ImageOptions | None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Source:
+    """A folder of images; `samples` of them, when that is fewer, by a shuffle from `seed`."""
+    if len(inputs) != 1:
+        raise DataError(
+            f"{folder}: images serve a model with one input, and this one has {len(inputs)}; give an .npz file or FILE.py:FUNCTION"
+        )
+    spec = inputs[0]
+    if shape := (input_shapes or {}).get(spec.name):
+        if len(shape) != len(spec.shape):
+            raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
+        axes = (n if isinstance(n, int) else m for n, m in zip(spec.shape[1:], shape[1:], strict=True))
+        spec = InputSpec(spec.name, spec.dtype, (spec.shape[0], *axes))
+    paths, labels, notes = find_images(folder)
+    pipeline, assumed = resolve(spec, options)
+    total = len(paths)
+    if samples is not None and 0 < samples < total:
+        chosen = np.random.default_rng(seed).permutation(total)[:samples]
+        paths, labels = [paths[i] for i in chosen], None if labels is None else labels[chosen]
+
+    def chunks() -> Iterator[Chunk]:
+        for place, (path, image) in enumerate(load_ahead(paths, pipeline)):
+            yield Chunk({spec.name: image[None]}, None if labels is None else labels[place : place + 1], str(path), single=True)
+
+    of = f"{len(paths)} of {total} images" if len(paths) < total else f"{total} image{'s' * (total != 1)}"
+    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels)
+
+
+def load_ahead(paths: Sequence[Path], pipeline: Pipeline) -> Iterator[tuple[Path, Array]]:
+    """Images in the order of `paths`, at most 2 x WORKERS of them loaded before they are asked for."""
+    waiting: deque[tuple[Path, Future[Array]]] = deque()
+    with ThreadPoolExecutor(WORKERS, "bnfold-images") as pool:
+        try:
+            for path in paths:
+                waiting.append((path, pool.submit(pipeline, path)))
+                if len(waiting) >= 2 * WORKERS:
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            while waiting:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        finally:
+            for _, result in waiting:
+                result.cancel()

@@ -54,6 +54,8 @@ def merge(graph: Graph) -> list[Merge]:
     """Merge all that can be, in topological order, inner sums first. Merged nodes leave the graph."""
     done = []
     for add in [node for node in graph.nodes if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0] is not node.inputs[1]]:
+        if not add.output.users and not add.output.is_output:
+            continue
         signs = add.attrs.get("signs", (1, 1))
         for host, branch, kept in _pairings(add):
             delta = _as_kernel_of(graph, host, branch)

@@ -74,7 +74,7 @@ class _Writer:
         self.bytes_added = 0
 
     def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
-        self._make_clones([node for node in graph.nodes if isinstance(node.native, Native) and node.native.clone_of is not None])
+        self._make_clones(graph.clones)
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
         for node, role, _ in updates:
