@@ -41,7 +41,8 @@ def pipeline(
     if strict and kept:
         note = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}"
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=before, notes=(note,))
-    verdict = api.verify(fresh, fused, batches, providers=providers, progress=progress)
+    checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
+    verdict = api.verify(fresh, fused, batches, providers=providers, progress=checking)
     proven = verdict.verdict == "equivalent"
     return (fused if proven else None), PipelineReport(
         recalibrate=recalibrated,

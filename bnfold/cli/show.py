@@ -96,6 +96,8 @@ def pipeline(console: Console, report: PipelineReport) -> None:
     if report.verify is not None:
         console.print(_title("verify"))
         verify(console, report.verify)
+    if report.notes or report.accuracy_before is not None:
+        console.print()
     if report.accuracy_before is not None:
         after = f", {_accuracy(report.accuracy_after)} after" if report.accuracy_after is not None else ""
         console.print(f"accuracy on {report.accuracy_before.samples:,} samples: {_accuracy(report.accuracy_before)} before{after}")
