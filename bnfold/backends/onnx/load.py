@@ -122,9 +122,9 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
                 raise ModelError(f"the data of tensor '{tensor.name}' are in a file that isn't loaded; load them with onnx.load")
             external = True
             view, file = files.read(tensor)
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
             if i >= len(initializers):  # in a subgraph or an attribute
-                del tensor.external_data[:]
-                tensor.data_location = onnx.TensorProto.DEFAULT
                 tensor.raw_data, view = bytes(view), None
         check_values(tensor, None if view is None else len(view))
         if view is not None:

@@ -1,0 +1,339 @@
+"""Files that are no models, damaged ones, dangerous ones, and those that onnx_ir would lose something of: one clear line each."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import AttributeProto, ModelProto, TensorProto, helper
+
+import bnfold
+from bnfold.backends.onnx.load import from_proto, load, save
+from bnfold.errors import BnfoldError, ModelError, UnsupportedError
+from tests.conftest import small_model
+
+
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return file.getvalue()
+
+
+WHOLE = small_model().SerializeToString()
+LARGE = WHOLE + b"\x32\x90\x4e" + bytes(10_000)  # a doc_string of 10,000 bytes
+CONTENT: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "an empty file; export or download it again"),
+    "git lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "a Git LFS pointer, not the file itself; run 'git lfs pull'",
+    ),
+    "html": (b"\n <!DOCTYPE HTML><html>", "an HTML page, probably of a failed download; download the model again"),
+    "html, no doctype": (b"<html lang='en'>", "an HTML page"),
+    "openvino": (b'<?xml version="1.0"?><net name="m">', "an XML file, such as an OpenVINO model; give the ONNX model"),
+    "textproto": (
+        str(small_model()).encode(),
+        "ONNX in text form; convert it with onnx.save(onnx.load(path, format='textproto'), 'model.onnx')",
+    ),
+    "onnxtxt": (b'<\n  ir_version: 8,\n  opset_import: ["" : 17]\n>', "ONNX in text form, or a web page"),
+    "json": (b'\xef\xbb\xbf{"irVersion": "8"}', "a JSON file"),
+    "keras 2": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file, such as a Keras model; convert it to ONNX with tf2onnx"),
+    "keras 3": (zipped("metadata.json", "model.weights.h5"), "a Keras model"),
+    "checkpoint": (zipped("m/data.pkl", "m/data/0"), "a PyTorch checkpoint; export it to ONNX first, with torch.onnx.export"),
+    "torchscript": (zipped("m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"), "a TorchScript archive; export it to ONNX first"),
+    "pt2": (zipped("m/archive_format", "m/models/model.json"), "a PyTorch exported program (.pt2); export it to ONNX first"),
+    "zipped model": (zipped("model.onnx"), "a zip archive that holds an ONNX model; unpack it"),
+    "npz": (zipped("x.npy"), "a NumPy .npz archive; give the model first"),
+    "damaged zip": (b"PK\x03\x04" + bytes(9), "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file); export it"),
+    "pickle": (pickle.dumps({"state_dict": 1}), "a Python pickle, such as an old PyTorch checkpoint; export it to ONNX first"),
+    "safetensors": (
+        (16).to_bytes(8, "little") + b'{"w":{}}        ',
+        "a safetensors file, which holds weights without a network; export it",
+    ),
+    "gzip": (gzip.compress(WHOLE), "a gzip archive; unpack it"),
+    "numpy": (b"\x93NUMPY\x01\x00", "not an ONNX model but a NumPy array"),
+    "tflite": (b"\x1c\0\0\0TFL3" + bytes(99), "a TensorFlow Lite model; convert it to ONNX with tf2onnx"),
+    "ort": (b"\x1c\0\0\0ORTM" + bytes(99), "a model in ONNX Runtime's own format (.ort)"),
+    "gguf": (b"GGUF\x03", "a GGUF file"),
+    "cut short": (
+        LARGE[: len(LARGE) // 2],
+        f"cut short: it has {len(LARGE) // 2:,} bytes of at least {len(LARGE):,}; export or download it again",
+    ),
+    "damaged within": (WHOLE.replace(b"\x0a\x01x", b"\x0a\x7fx", 1), "not an ONNX model, or a damaged one"),
+    "text": (b"hello", "not an ONNX model"),
+    "one byte": (b"\x08", "cut short: it has 1 bytes of at least 2"),
+    "zeros": (bytes(100), "not an ONNX model"),
+    "random": (np.random.default_rng(2).bytes(4096), "not an ONNX model"),
+    "another message": (small_model().graph.SerializeToString(), "not an ONNX model"),
+    "a version alone": (b"\x08\x08", "not an ONNX model: it has no version or no nodes"),
+}
+
+
+@pytest.mark.parametrize("case", CONTENT)
+def test_what_is_no_model(tmp_path: Path, case: str) -> None:
+    content, says = CONTENT[case]
+    (tmp_path / "m.onnx").write_bytes(content)
+    error = refused(tmp_path / "m.onnx", ModelError)
+    assert error.startswith(f"{tmp_path / 'm.onnx'}: ")
+    assert says in error
+
+
+def refused(path: Path, kind: type[BnfoldError]) -> str:
+    """The one line with which a file is refused."""
+    with pytest.raises(kind) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("length", range(1, len(WHOLE), 7))
+def test_wherever_a_file_is_cut(tmp_path: Path, length: int) -> None:
+    (tmp_path / "m.onnx").write_bytes(WHOLE[:length])
+    refused(tmp_path / "m.onnx", ModelError)
+
+
+def test_whatever_byte_is_damaged(tmp_path: Path) -> None:
+    """A damaged file may still be a model; then it loads, else it is refused. No other error comes out."""
+    rng = np.random.default_rng(0)
+    loaded = 0
+    for _ in range(300):
+        content = bytearray(WHOLE)
+        for at in rng.integers(0, len(content), 3):
+            content[at] = rng.integers(0, 256)
+        (tmp_path / "m.onnx").write_bytes(content)
+        with contextlib.suppress(BnfoldError):
+            load(tmp_path / "m.onnx")
+            loaded += 1
+    assert 0 < loaded < 300
+
+
+def test_no_file_and_no_right_to_read(tmp_path: Path) -> None:
+    assert "m.onnx: no such file" in refused(tmp_path / "m.onnx", ModelError)
+    assert "a folder, not a model file; name the file in it" in refused(tmp_path, ModelError)
+    (tmp_path / "loop.onnx").symlink_to(tmp_path / "loop.onnx")
+    assert "loop.onnx: can't be read (" in refused(tmp_path / "loop.onnx", ModelError)
+
+
+# --- models that make no sense -------------------------------------------------------------------------------------------------------
+
+Change = Callable[[ModelProto], object]
+
+
+def weight(model: ModelProto) -> TensorProto:
+    return model.graph.initializer[0]
+
+
+def new(**fields: object) -> Change:
+    """Adds a weight."""
+    return lambda m: m.graph.initializer.add(**fields)  # type: ignore[arg-type]
+
+
+def map_type() -> onnx.ValueInfoProto:
+    info = helper.make_tensor_sequence_value_info("z", 1, None)
+    info.type.sequence_type.elem_type.Clear()
+    info.type.sequence_type.elem_type.map_type.key_type = TensorProto.INT64
+    return info
+
+
+def add_attribute(**fields: object) -> Change:
+    return lambda m: m.graph.node[0].attribute.append(AttributeProto(name="a", **fields))  # type: ignore[arg-type]
+
+
+def subgraph(model: ModelProto) -> onnx.GraphProto:
+    inner = helper.make_graph([helper.make_node("Relu", ["c"], ["r"])], "inner", [], [helper.make_tensor_value_info("r", 1, None)])
+    node = model.graph.node.add(op_type="If", input=["x"], output=["z"])
+    node.attribute.extend([helper.make_attribute("then_branch", inner), helper.make_attribute("else_branch", inner)])
+    return node.attribute[0].g
+
+
+INVALID: dict[str, tuple[Change, str]] = {
+    "no operator set": (lambda m: m.ClearField("opset_import"), "not an ONNX model: it names no operator set"),
+    "two operator sets": (lambda m: m.opset_import.add(domain="ai.onnx", version=9), "operator set 'ai.onnx' in versions [9, 17]"),
+    "nothing makes it": (lambda m: m.graph.node[0].input.append("lost"), "Conv 'conv' reads 'lost', which nothing makes; export"),
+    "nothing makes it within": (lambda m: subgraph(m).node[0].input.append("lost"), "the Relu that makes 'r' reads 'lost', which"),
+    "no output": (lambda m: m.graph.output.append(helper.make_tensor_value_info("z", 1, None)), "output 'z' is made by no node"),
+    "no output within": (lambda m: subgraph(m).output.append(helper.make_tensor_value_info("c", 1, None)), "output 'c' is made by no node"),
+    "made twice": (lambda m: m.graph.node.append(helper.make_node("Relu", ["x"], ["c"])), "value 'c' is made twice, the second time by"),
+    "made and stored": (lambda m: m.graph.node.append(helper.make_node("Relu", ["x"], ["bias"])), "value 'bias' is made twice"),
+    "stored twice": (lambda m: m.graph.initializer.append(weight(m)), "there are 2 of weight 'weight'"),
+    "input twice": (lambda m: m.graph.input.append(m.graph.input[0]), "there are 2 of input 'x'"),
+    "function twice": (lambda m: m.functions.extend([onnx.FunctionProto(name="f", domain="d")] * 2), "there are 2 of function d::f"),
+    "circle": (lambda m: m.graph.node[0].input.append("y"), "its graph makes no sense"),
+    "no name": (new(data_type=1), "weight number 7 has no name"),
+    "too few bytes": (lambda m: setattr(weight(m), "raw_data", b"1234"), "4 bytes, its shape [4, 3, 3, 3] asks for 432; the file"),
+    "too many bytes": (lambda m: setattr(weight(m), "raw_data", bytes(2000)), "tensor 'weight' holds 2,000 bytes, its shape"),
+    "no bytes": (lambda m: weight(m).ClearField("raw_data"), "tensor 'weight' holds 0 values, its shape [4, 3, 3, 3] asks for 108"),
+    "too few values": (new(name="w", data_type=1, dims=[3], float_data=[1, 2]), "tensor 'w' holds 2 values, its shape [3] asks for 3"),
+    "too few nibbles": (new(name="w", data_type=22, dims=[5], int32_data=[1, 2]), "holds 2 values, its shape [5] asks for 3"),
+    "half a complex": (new(name="w", data_type=14, dims=[1], float_data=[1]), "holds 1 values, its shape [1] asks for 2"),
+    "raw strings": (new(name="w", data_type=8, raw_data=b"a"), "tensor 'w' holds strings as raw bytes"),
+    "negative size": (lambda m: weight(m).dims.append(-1), "tensor 'weight' has the impossible shape [4, 3, 3, 3, -1]"),
+    "no type": (lambda m: weight(m).ClearField("data_type"), "tensor 'weight' has the element type 0"),
+    "new type": (lambda m: setattr(weight(m), "data_type", 99), "tensor 'weight' has the element type 99, which onnx_ir"),
+    "attribute": (add_attribute(type=4, t=TensorProto(name="t", data_type=1, dims=[2])), "tensor 't' holds 0 values, its shape [2]"),
+    "within": (lambda m: subgraph(m).initializer.add(name="w", data_type=1, dims=[2]), "tensor 'w' holds 0 values"),
+}  # fmt: skip
+LOST: dict[str, tuple[Change, str]] = {
+    "training": (lambda m: m.training_info.add(), "it holds training information (training_info), which would be lost"),
+    "sparse": (lambda m: m.graph.sparse_initializer.add(), "it holds sparse weights (sparse_initializer), which would be lost"),
+    "sparse within": (lambda m: subgraph(m).sparse_initializer.add(), "it holds sparse weights (sparse_initializer), which would be lost"),
+    "sparse attribute": (add_attribute(type=11), "attribute 'a' of Conv 'conv' is a sparse tensor"),
+    "untyped attribute": (add_attribute(i=3), "attribute 'a' of Conv 'conv' doesn't say its type"),
+    "map": (lambda m: m.graph.value_info.append(map_type()), "value 'z' is of map type, which isn't supported"),
+    "map attribute": (add_attribute(type=13, tp=map_type().type), "attribute 'a' of Conv 'conv' is of map type"),
+    "segment": (lambda m: weight(m).segment.SetInParent(), "tensor 'weight' is stored in segments"),
+    "old": (lambda m: setattr(m, "ir_version", 2), "its format is older than ONNX 1.0 (IR version 2)"),
+    "new": (lambda m: m.graph.MergeFromString(b"\xfa\x7f\x01a"), f"it holds fields that onnx {onnx.__version__} doesn't know"),
+}
+
+
+@pytest.mark.parametrize("case", [*INVALID, *LOST])
+def test_models_that_are_refused(tmp_path: Path, case: str) -> None:
+    change, says = (INVALID | LOST)[case]
+    model = small_model()
+    change(model)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    kind = UnsupportedError if case in LOST else ModelError
+    assert says in refused(tmp_path / "m.onnx", kind)
+    with pytest.raises(kind):
+        from_proto(model)
+
+
+def test_large_weights_are_counted_too(tmp_path: Path) -> None:
+    model = small_model()
+    model.graph.initializer.add(name="w", data_type=1, dims=[1000], raw_data=bytes(3996))
+    onnx.save(model, tmp_path / "m.onnx")
+    assert "tensor 'w' holds 3,996 bytes, its shape [1000] asks for 4,000" in refused(tmp_path / "m.onnx", ModelError)
+
+
+# --- external data -------------------------------------------------------------------------------------------------------------------
+
+
+def outside(path: Path, **entries: str) -> Path:
+    """A model with its weights in w.data; entries: of the first weight's external_data, instead of the right ones."""
+    model = small_model()
+    onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    info = {entry.key: entry.value for entry in weight(model).external_data} | entries
+    del weight(model).external_data[:]
+    for key, text in info.items():
+        weight(model).external_data.add(key=key, value=text)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+UNSAFE = {
+    "/etc/passwd": "points outside the model's folder ('/etc/passwd'), which is not safe",
+    "../w.data": "points outside the model's folder ('../w.data'), which is not safe",
+    "a/../../w.data": "points outside the model's folder",
+    "..\\w.data": "points outside the model's folder",
+    "C:\\w.data": "points outside the model's folder",
+    "\\\\host\\w.data": "points outside the model's folder",
+    "": "points outside the model's folder ('')",
+    "gone.data": "the file 'gone.data' with the data of tensor 'weight' is missing from {folder}; copy it there",
+    "link.data": "points outside the model's folder ('link.data' is a link to {outer}), which is not safe",
+    "folder": "'folder', with the data of tensor 'weight', can't be read",
+    "hard.data": "tensor 'weight' has its data in a hard link ('hard.data'), which is not safe; put a copy in its place",
+}
+
+
+@pytest.mark.parametrize("location", UNSAFE)
+def test_external_data_that_must_not_be_read(tmp_path: Path, location: str) -> None:
+    folder, outer = tmp_path / "model", tmp_path / "secret"
+    (folder / "folder").mkdir(parents=True)
+    outer.write_bytes(bytes(1000))
+    (folder / "link.data").symlink_to(outer)
+    (folder / "hard.data").hardlink_to(outer)
+    path = outside(folder / "m.onnx", location=location)
+    assert UNSAFE[location].format(folder=folder, outer=outer) in refused(path, ModelError)
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"offset": "1000"}, "tensor 'weight' needs bytes 1,000 to 1,432 of 'w.data', which has 512; copy the whole file"),
+        ({"offset": "-8"}, "tensor 'weight' needs bytes -8 to 424"),
+        ({"length": "8"}, "tensor 'weight' takes 8 bytes of 'w.data', its shape [4, 3, 3, 3] asks for 432"),
+        ({"offset": "one"}, "tensor 'weight' has an offset or a length that is no number"),
+    ],
+)
+def test_external_data_that_do_not_fit(tmp_path: Path, entries: dict[str, str], says: str) -> None:
+    assert says in refused(outside(tmp_path / "m.onnx", **entries), ModelError)
+
+
+def test_external_data_without_offset_and_length(tmp_path: Path) -> None:
+    """Both may be left out: the data begin where the file does."""
+    path = outside(tmp_path / "m.onnx", offset="", length="")
+    assert stored(path)["weight"] == weight(small_model()).raw_data
+
+
+def stored(path: Path) -> dict[str, bytes]:
+    return {name: v.const_value.tobytes() for name, v in load(path).graph.initializers.items()}  # type: ignore[union-attr]
+
+
+def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
+    """As Hugging Face's: the model and its data are links into one folder, where they have other names."""
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    outside(snapshot / "m.onnx")
+    for name, blob in (("m.onnx", "aa"), ("w.data", "bb")):
+        (snapshot / name).rename(blobs / blob)
+        (snapshot / name).symlink_to(Path("../../blobs", blob))
+    assert stored(snapshot / "m.onnx")["weight"] == weight(small_model()).raw_data
+
+
+def test_external_data_within_subgraphs_and_attributes(tmp_path: Path) -> None:
+    model = small_model()
+    inner = subgraph(model)
+    numbers = np.arange(500, dtype=np.float32)
+    inner.node.append(helper.make_node("Constant", [], ["k"], value=onnx.numpy_helper.from_array(numbers, "k")))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.data", size_threshold=0, convert_attribute=True)
+    loaded = load(tmp_path / "m.onnx")
+    os.remove(tmp_path / "w.data")
+    save(loaded, tmp_path / "out.onnx")
+    back = onnx.load(tmp_path / "out.onnx")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(back.graph.node[-1].attribute[0].g.node[-1].attribute[0].t), numbers)
+
+
+def test_a_model_may_be_saved_over_itself(tmp_path: Path) -> None:
+    """Its data are mapped: they go to a new file, which takes the old one's place, and both models can be read on."""
+    model = small_model()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(5000, dtype=np.float32), "big"))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    original = load(path)
+    fused, _ = bnfold.fuse(original, check=False)
+    save(fused, path, force=True)
+    assert original.graph.initializers["weight"].const_value.tobytes() == weight(small_model()).raw_data  # type: ignore[union-attr]
+    assert stored(path)["big"] == np.arange(5000, dtype=np.float32).tobytes()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+
+
+def test_data_stay_outside_where_every_weight_was_rewritten(tmp_path: Path) -> None:
+    model = small_model()
+    wide = onnx.numpy_helper.from_array(np.ones((64, 3, 3, 3), np.float32), "weight")
+    model.graph.initializer[0].CopyFrom(wide)
+    for tensor in model.graph.initializer[1:]:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones(64, np.float32), tensor.name))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
+    fused, _ = bnfold.fuse(load(tmp_path / "m.onnx"), check=False)
+    save(fused, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx.data").stat().st_size == 64 * 3 * 3 * 3 * 4
+
+
+def test_a_proto_whose_data_are_not_loaded(tmp_path: Path) -> None:
+    proto = onnx.load(outside(tmp_path / "m.onnx"), load_external_data=False)
+    with pytest.raises(ModelError, match=r"the data of tensor 'weight' are in a file that isn't loaded; load them with onnx.load"):
+        from_proto(proto)
