@@ -55,9 +55,7 @@ RULES: dict[str, Rule] = {
     "Average": ANY,  # mean(s*x + t) = s*mean(x) + t; global, windowed without counted padding, or along axes
     "Resize": ANY,  # weights that sum to 1 are a mean
     "Crop": ANY,  # a slice by computed bounds
-    "Move": Rule(
-        lambda node, a: [Step(move_up(node, a))], lambda node, maps: [Step([move_down(node, maps)])]
-    ),  # out[i] = in[source(i)]: the coefficients move as the data do
+    "Move": MOVE,  # out[i] = in[source(i)]: the coefficients move as the data do
     # maps that keep the order cross
     "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise
     # stretchings cross

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import channels, convolutions, forms, forward, health, linear, moves, norms, pools, precision, scopes, sharing, sums
+from . import channels, convolutions, forms, forward, health, linear, moves, norms, operators, pools, precision, scopes, sharing, sums
 from .builder import Net
 from .case import Case
 
@@ -20,6 +20,7 @@ ALL: list[Case] = [
     *precision.CASES,
     *health.CASES,
     *forms.CASES,
+    *operators.CASES,
 ]
 
 __all__ = ["ALL", "Case", "Net"]
