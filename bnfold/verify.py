@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, "int | None"], None]
 
 STEADY = 100.0  # units of roundoff within which two runs of one model agree, whatever the order of their sums
+PLENTY = 256  # numbers of an output, from which one run with moved weights tells the noise well enough for a quick check
 ENOUGH = 64  # numbers of an output; with fewer, the same samples are fed again, slightly moved
 
 
@@ -191,7 +192,7 @@ class _Check:
             times = min(-(-(ENOUGH - sum(sizes)) // sum(sizes)), 2 * ENOUGH // len(sizes))
             truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)])
         self.progress("yardstick", 0, None)
-        truth.measure(lambda k: make(jitter=seed + k + 1).run, least=FEW if self.thorough else 1)
+        truth.measure(lambda k: make(jitter=seed + k + 1).run, least=FEW if self.thorough or sum(sizes) < PLENTY else 1)
         return truth
 
     def function(self, truth: Truth | None, lacking: str) -> Function:
