@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError, UsageError
+from .values import check_type, convert, shape_text
 
 if TYPE_CHECKING:
     from .images import ImageOptions
@@ -108,7 +109,8 @@ class Data:
             raise DataError(f"{self.description}: some batches have labels and some have none; give them to all or to none")
         if self.samples is not None and fed != self.samples:
             raise DataError(
-                f"{self.description}: this pass gave {fed} samples, another {self.samples}; every pass must give the same (return a new iterator each time)"
+                f"{self.description}: this pass gave {fed} samples, another {self.samples}; "
+                "every pass must give the same (return a new iterator each time)"
             )
         if self.samples is None:
             self.samples = fed
@@ -168,7 +170,7 @@ class Data:
         arrays, single, counts = {}, chunk.single, {}
         for spec in self._inputs:
             given = arrays[spec.name] = chunk.arrays[spec.name]
-            _check_type(given.dtype, spec, chunk.where)
+            check_type(given.dtype, spec, chunk.where)
             if spec.name in self._batched and given.ndim == len(spec.shape) - 1:
                 arrays[spec.name], single = given[None], True
             axes = tuple(None if axis == 0 and spec.name in self._batched else n for axis, n in enumerate(spec.shape))
@@ -197,7 +199,7 @@ class Data:
         arrays = {}
         for spec in self._inputs:
             array = chunk.arrays[spec.name]
-            arrays[spec.name] = _convert(array[start:stop] if spec.name in self._batched else array, spec, chunk.where, start)
+            arrays[spec.name] = convert(array[start:stop] if spec.name in self._batched else array, spec, chunk.where, start)
         return replace(chunk, arrays=arrays, labels=None if chunk.labels is None else chunk.labels[start:stop])
 
     def _count(self, chunk: Chunk) -> int:
@@ -228,8 +230,9 @@ class Data:
 def as_batches(obj: Any, inputs: Sequence[InputSpec], *, batch_size: int | None = None, samples: int | None = None) -> Data:
     """Data from what a library's user has at hand.
 
-    obj: an array or tensor of samples; a mapping or tuple of such (a tuple in the inputs' order, its labels last); an iterable of batches, each
-    of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them, called for each pass.
+    obj: an array or tensor of samples; a mapping or tuple of such (a tuple in the inputs' order, its labels last); an iterable of
+    batches, each of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them,
+    called for each pass.
     An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
     model takes one only. A generator can be iterated once.
     """
@@ -256,9 +259,9 @@ def open_data(
 ) -> Data:
     """The command line's DATA.
 
-    spec: a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION (any form of
-    `as_batches`, made anew for each pass), or `random`. samples: at most so many, the first ones, but a random choice by `seed` in a folder
-    of images. images: how a folder of images is prepared. input_shapes: whole shapes by input name, where the model's are dynamic.
+    spec: a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION (any
+    form of `as_batches`, made anew for each pass), or `random`. samples: at most so many, the first ones, but a random choice by `seed` in
+    a folder of images. images: how a folder of images is prepared. input_shapes: whole shapes by input name, where the model's are dynamic.
     """
     from .sources import open_source
 
@@ -346,42 +349,6 @@ def _holds_samples(obj: Any, inputs: Sequence[InputSpec]) -> bool:
     return isinstance(obj, Mapping) or hasattr(obj, "__array__") or hasattr(obj, "detach")
 
 
-def is_float(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))  # ml_dtypes' types are of kind V
-
-
-def _check_type(dtype: np.dtype[Any], spec: InputSpec, where: str) -> None:
-    """DataError unless the type converts without loss of meaning: float to float, integer to integer, text to text."""
-    if dtype == spec.dtype or (is_float(dtype) and is_float(spec.dtype)) or (dtype.kind in "OUS" and spec.dtype.kind in "OUS"):
-        return
-    if dtype.kind in "iu" and spec.dtype.kind in "iu":
-        return  # if the values fit, which `_convert` checks
-    advice = f"convert them with .astype({spec.dtype.name!r}) if that is right"
-    if dtype.kind in "iub" and is_float(spec.dtype):
-        advice = f"scale and normalise them as in training, say x.astype({spec.dtype.name!r}) / 255 for pixels"
-    elif spec.dtype.kind in "iu" and is_float(dtype):
-        advice = f"give the integers (pixels, tokens) before any scaling, as {spec.dtype}"
-    elif np.can_cast(dtype, spec.dtype, "safe") and dtype.kind != "b":
-        return
-    raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, the data are {dtype}; {advice}")
-
-
-def _convert(array: Array, spec: InputSpec, where: str, start: int) -> Array:
-    """The array in the input's type; DataError for NaN, infinity and values that the type can't hold."""
-    finite = spec.dtype.kind == "V" or spec.dtype.kind in "fc"
-    with np.errstate(over="ignore", invalid="ignore"):
-        made = np.ascontiguousarray(array, dtype=spec.dtype).reshape(array.shape)
-    for bad, what in (
-        (lambda: ~np.isfinite(array), "holds NaN or infinity; clean the data"),
-        (lambda: ~np.isfinite(made), f"holds values beyond the range of {spec.dtype}, which the model takes; scale the data"),
-    ):
-        if finite and (at := np.argwhere(bad())).size:
-            raise DataError(f"{where}: input {spec.name!r}{f', sample {start + at[0][0]},' if array.ndim else ''} {what}")
-    if array.dtype.kind in "iu" and array.dtype != made.dtype and not np.array_equal(array, made):
-        raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, and the data hold {array.dtype} values beyond its range")
-    return made
-
-
 def _join(parts: list[Array], where: str) -> Array:
     if len(parts) == 1:
         return parts[0]
@@ -389,10 +356,6 @@ def _join(parts: list[Array], where: str) -> Array:
         return np.concatenate(parts)
     except ValueError as error:
         raise DataError(f"{where}: samples of different shapes ({error}); make them alike") from None
-
-
-def shape_text(shape: Iterable[object]) -> str:
-    return "(" + ", ".join("?" if d is None else str(d) for d in shape) + ")"
 
 
 def _listed(names: Iterable[str]) -> str:

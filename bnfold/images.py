@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import Array, Chunk, InputSpec, Source, is_float, shape_text
+from .data import Array, Chunk, InputSpec, Source
 from .errors import DataError, UsageError
+from .values import is_float, shape_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +163,8 @@ class Pipeline:
             image = image.crop(_centre(image.size, self.size))
         if (image.height, image.width) != self.size:
             raise DataError(
-                f"{path}: the image is {image.height}x{image.width} and the model takes {self.size[0]}x{self.size[1]}; let it be resized or cropped"
+                f"{path}: the image is {image.height}x{image.width} and the model takes "
+                f"{self.size[0]}x{self.size[1]}; let it be resized or cropped"
             )
         pixels = np.asarray(image).reshape(*self.size, self.channels)
         made = self._normalised(pixels) if is_float(self.dtype) else pixels.astype(self.dtype)
@@ -184,7 +186,7 @@ class Pipeline:
         return image if target == image.size else image.resize(target, INTERPOLATIONS.index(self.interpolation))
 
     def _normalised(self, pixels: Array) -> Array:
-        real = pixels.astype(np.float32)
+        real: Array = pixels.astype(np.float32)
         real = real / np.float32(255) if self.scale == 1 / 255 else real * np.float32(self.scale)  # ToTensor divides
         real = (real - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return real.astype(self.dtype)
@@ -207,6 +209,14 @@ class Pipeline:
         return " -> ".join([*steps, *(["BGR"] if self.bgr else []), f"{self.dtype} {'HWC' if self.channels_last else 'CHW'}"])
 
 
+def _centre(have: tuple[int, int], want: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of torchvision's CenterCrop, from (width, height) and (height, width); black beyond the image."""
+    (width, height), (tall, wide) = have, want
+    left = -((wide - width) // 2) if wide > width else round((width - wide) / 2)
+    top = -((tall - height) // 2) if tall > height else round((height - tall) / 2)
+    return left, top, left + wide, top + tall
+
+
 def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipeline, list[str]]:
     """The pipeline for an input, and notes on what was assumed. DataError where the input takes no images, or options contradict it."""
     given, notes = options or ImageOptions(), []
@@ -221,12 +231,10 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     if channels not in MODES:
         raise DataError(f"{whole}: images have 1, 3 or 4 channels, not {channels}; if the channels come last, say so")
     sides = spec.shape[1:3] if last else spec.shape[2:4]
-    wanted = (given.size, given.size) if isinstance(given.size, int) else given.size
-    if wanted is None:
-        wanted = tuple(n if isinstance(n, int) else SIZE for n in sides)
-        if any(not isinstance(n, int) for n in sides):
-            notes.append(f"{whole}; images are made {wanted[0]}x{wanted[1]}, as no size is given")
-    size = (int(wanted[0]), int(wanted[1]))
+    height, width = (n if isinstance(n, int) else SIZE for n in sides)
+    size = (given.size, given.size) if isinstance(given.size, int) else given.size or (height, width)
+    if given.size is None and any(not isinstance(n, int) for n in sides):
+        notes.append(f"{whole}; images are made {height}x{width}, as no size is given")
     if any(isinstance(n, int) and n != w for n, w in zip(sides, size, strict=True)):
         raise DataError(f"{whole}, so images of {size[0]}x{size[1]} don't fit; give that size, or none")
     interpolation = given.interpolation or "bilinear"

@@ -1,0 +1,230 @@
+"""The command line's DATA: files, folders, functions and random data, as sources of samples."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, from_object, from_stream
+from .errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from .images import ImageOptions
+
+FORMS = "a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or .npy files, FILE.py:FUNCTION, MODULE:FUNCTION or random"
+
+
+def open_source(
+    spec: str,
+    inputs: Sequence[InputSpec],
+    *,
+    batch_size: int | None,
+    samples: int | None,
+    seed: int,
+    images: ImageOptions | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+) -> Source:
+    """The source that `spec` names (see `data.open_data`). DataError for what isn't there, can't be read or isn't one of the forms."""
+    if spec == "random":
+        return _random(inputs, batch_size, samples, seed, input_shapes)
+    path = Path(spec)
+    if path.is_dir():
+        return _folder(path, inputs, samples, seed, images, input_shapes)
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
+        return from_object(_read(path), inputs, str(path))
+    target, colon, function = spec.rpartition(":")
+    if colon and target and function.isidentifier():
+        return from_stream(_guarded(_function(target, function, spec), spec), inputs, spec)
+    raise DataError(f"{spec}: there is no such file or folder; give {FORMS}")
+
+
+def _npy(path: Path) -> Any:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _npz(path: Path) -> Any:
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("this is no zip archive")
+        return {name: file[name] for name in file.files}
+
+
+def _safetensors(path: Path) -> Any:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise DataError(
+            f"{path}: reading it needs PyTorch, which isn't installed; install bnfold[torch], or save it as .npy or .npz"
+        ) from None
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch}
+
+
+def _read(path: Path) -> Any:
+    """The file's arrays. DataError for a file that isn't what its name says, or that would run code when read."""
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    try:
+        return READERS[path.suffix](path)
+    except DataError:
+        raise
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, RuntimeError) as error:
+        reason = _reason(error)
+    except Exception as error:
+        # safetensors' and pickle's own errors derive from Exception alone
+        if type(error).__module__.partition(".")[0] not in ("safetensors", "pickle", "_pickle"):
+            raise
+        reason = _reason(error)
+    if any(sign in reason for sign in ("allow_pickle", "Python objects", "weights_only", "Weights only")):
+        reason = "it holds Python objects, which could run code when read; save plain arrays"
+    raise DataError(f"{path}: can't be read as {path.suffix} ({reason})")
+
+
+def _folder(
+    path: Path,
+    inputs: Sequence[InputSpec],
+    samples: int | None,
+    seed: int,
+    images: ImageOptions | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+) -> Source:
+    files = sorted(path.glob("*.npy"))
+    if not files:
+        from .images import folder_source
+
+        return folder_source(path, inputs, samples=samples, seed=seed, options=images, input_shapes=input_shapes)
+    if len(inputs) != 1:
+        raise DataError(f"{path}: a folder of .npy files serves a model with one input, and this one has {len(inputs)}; give an .npz file")
+    spec = inputs[0]
+
+    def chunks() -> Iterator[Chunk]:
+        for file in files:
+            array: Array = _read(file)
+            single = array.ndim == len(spec.shape) - 1
+            yield Chunk({spec.name: array[None] if single else array}, None, str(file), single)
+
+    return Source(chunks, f"{path}: {len(files)} .npy file{'s' * (len(files) != 1)}")
+
+
+def _function(target: str, name: str, spec: str) -> Callable[[], Any]:
+    """FUNCTION of FILE.py or of MODULE, whose own folder (or the working one) may hold what it imports."""
+    file = Path(target)
+    if target.endswith(".py") and not file.is_file():
+        raise DataError(f"{spec}: there is no file {target}")
+    try:
+        if target.endswith(".py"):
+            found = importlib.util.spec_from_file_location(f"_bnfold_data_{file.stem}", file.resolve())
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            with _importable(file.resolve().parent):
+                sys.modules[found.name] = module  # dataclasses and pickle look their module up there
+                found.loader.exec_module(module)
+        else:
+            with _importable(Path.cwd()):
+                module = importlib.import_module(target)
+    except Exception as error:
+        raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {_reason(error)})") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        has = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise DataError(f"{spec}: {target} has no function {name!r}; it has {', '.join(has) or 'none'}")
+    made: Callable[[], Any] = function
+    return made
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+
+
+def _guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
+    """The function, whose errors (and those of the iterator that it returns) become DataErrors with its name."""
+
+    def failed(error: Exception) -> DataError:
+        return DataError(f"{spec} raised {type(error).__name__}: {_reason(error)}")
+
+    def items(iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise failed(error) from error
+            yield item
+
+    def called() -> Any:
+        try:
+            made = function()
+            if isinstance(made, (tuple, Mapping)) or hasattr(made, "__array__") or not hasattr(made, "__iter__"):
+                return made
+            return items(iter(made))
+        except Exception as error:
+            raise failed(error) from error
+
+    return called
+
+
+def _random(
+    inputs: Sequence[InputSpec], batch_size: int | None, samples: int | None, seed: int, input_shapes: Mapping[str, Sequence[int]] | None
+) -> Source:
+    """Batches of `backends.onnx.feeds.random_feeds`, each from a seed of its own; two batches unless a number of samples is given."""
+    from .backends.onnx.feeds import random_feeds
+
+    if (batch_size is not None and batch_size < 1) or (samples is not None and samples < 1):
+        raise UsageError("the batch size and the number of samples must be 1 or more")
+    shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
+    given = [shapes[s.name][0] for s in inputs if shapes.get(s.name) and s.shape]
+    first = [s.shape[0] for s in inputs if s.shape]
+    dynamic = any(not isinstance(n, int) for n in first)
+    usual = batch_size or min(samples or BATCH_SIZE, BATCH_SIZE)
+    size = given[0] if given else usual if dynamic or not first else next(n for n in first if isinstance(n, int))
+    count = -(-samples // size) if samples is not None else 2
+
+    def chunks() -> Iterator[Chunk]:
+        shared: dict[str, Array] = {}
+        for number in range(count):
+            state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+            feeds = random_feeds(inputs, batch=size, seed=state, input_shapes=shapes)
+            for s in inputs:
+                if not s.shape or (dynamic and isinstance(s.shape[0], int)):
+                    feeds[s.name] = shared.setdefault(s.name, feeds[s.name])
+            yield Chunk(dict(feeds), None, f"random batch {number + 1}")
+
+    example = next(chunks())
+    notes = []
+    for s in inputs:
+        free = [axis for axis, n in enumerate(s.shape) if axis and not isinstance(n, int)]
+        if free and s.name not in shapes:
+            taken = "x".join(str(n) for n in example.arrays[s.name].shape)
+            notes.append(f"input {s.name!r} has dynamic axes; {taken} is taken (--input-shape {s.name}=... gives another)")
+    return Source(chunks, f"random, seed {seed}", tuple(notes), count * size, keep=True)
+
+
+def _reason(error: BaseException) -> str:
+    """An error's first line."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
