@@ -79,7 +79,7 @@ class Data:
                 raise UsageError(f"the {option} is {value}; it must be 1 or more")
         if not inputs:
             raise DataError("the model has no inputs, so it can't be fed data")
-        self._source, self._inputs, self._limit = source, tuple(inputs), samples
+        self._source, self._inputs, self._asked, self._limit = source, tuple(inputs), batch_size, samples
         first = [spec.shape[0] for spec in inputs if spec.shape]
         dynamic = any(not isinstance(n, int) for n in first)
         self._fixed = first[0] if first and not dynamic and isinstance(first[0], int) else None
@@ -237,7 +237,7 @@ def as_batches(obj: Any, inputs: Sequence[InputSpec], *, batch_size: int | None 
     model takes one only. A generator can be iterated once.
     """
     if isinstance(obj, Data):
-        return Data(obj._source, inputs, batch_size=batch_size, samples=samples)
+        return Data(obj._source, inputs, batch_size=batch_size or obj._asked, samples=samples or obj._limit)
     if isinstance(obj, (str, bytes)) or not (
         _holds_samples(obj, inputs) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
     ):

@@ -38,8 +38,9 @@ class ImageOptions:
 
     size: (height, width) that the model takes. resize: the shorter side in pixels, or (height, width) for both, or 0 for none.
     crop: whether the centre of `size` is cut out after the resize; without, images are resized to `size`. crop_pct: `size` over the
-    resize where that isn't given. scale: what pixels of 0 to 255 are multiplied by (1/255). mean, std: per channel, after the scale, in the
-    order RGB. interpolation: one of Pillow's. channels_last: NHWC. bgr: the channels are reversed, last of all.
+    resize where that isn't given. scale: what pixels of 0 to 255 are multiplied by (1/255). mean, std: per channel, after the scale, in
+    the order RGB. interpolation: one of Pillow's. channels_last: NHWC. bgr: the channels are reversed, last of all. stretch: images are
+    resized to `size` itself and nothing is cut, whatever resize, crop and crop_pct say.
     """
 
     size: int | tuple[int, int] | None = None
@@ -52,6 +53,7 @@ class ImageOptions:
     interpolation: str | None = None
     channels_last: bool | None = None
     bgr: bool | None = None
+    stretch: bool | None = None
 
     @classmethod
     def from_config(cls, path: str | Path) -> ImageOptions:
@@ -240,8 +242,8 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     interpolation = given.interpolation or "bilinear"
     if interpolation not in INTERPOLATIONS:
         raise DataError(f"interpolation {interpolation!r} isn't known; give one of {', '.join(INTERPOLATIONS)}")
-    crop = given.crop is not False
-    resize, cover = given.resize, False
+    crop = given.crop is not False and not given.stretch
+    resize, cover = None if given.stretch else given.resize, False
     if resize is None and not crop:
         resize = size
     elif resize is None:

@@ -213,6 +213,7 @@ def test_objects():
     assert as_batches((A, LABELS), X).labels.tolist() == LABELS.tolist()
     assert as_batches((A, LABELS), X, samples=6).labels.tolist() == list(range(6))
     assert sizes(as_batches(as_batches(A, X), X, batch_size=20)) == [20]
+    assert sizes(as_batches(as_batches(A, X, batch_size=4, samples=6), X)) == [4, 2]
 
 
 def test_own_batches_are_kept_and_samples_are_gathered():

@@ -86,6 +86,7 @@ def test_the_aspect_is_kept_for_a_target_that_is_not_square(picture):
 def test_no_crop_and_no_resize(picture):
     squashed = np.asarray(Image.fromarray(PIXELS).resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     np.testing.assert_array_equal(pipeline(crop=False)(picture), squashed.astype(np.float32) / 255)
+    np.testing.assert_array_equal(pipeline(stretch=True, resize=36, crop_pct=0.9)(picture), pipeline(crop=False)(picture))
     np.testing.assert_array_equal(pipeline(resize=0)(picture), PIXELS[4:36, 14:46].transpose(2, 0, 1).astype(np.float32) / 255)
     refused("a.png: the image is 40x60 and the model takes 32x32", lambda: pipeline(crop=False, resize=0)(picture))
 
