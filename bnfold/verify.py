@@ -126,6 +126,7 @@ class _Check:
         self.made_up, self.thorough = made_up, thorough
         self.measured: dict[str, _Measured] = {}
         self.ratios: dict[str, float] = {}
+        self.unsteady = ""  # why the reference is no function of its inputs
 
     def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int) -> VerifyReport:
         if reason := interface_difference(self.reference, self.candidate):
@@ -243,6 +244,7 @@ class _Check:
         except (UnsupportedError, DataError) as error:
             return [Deployment(provider, option, 0.0, "skipped", str(error)) for option in options]
         if reason := self._unsteady(truth, reference):
+            self.unsteady = reason
             return [Deployment(provider, option, 0.0, "inconclusive", reason) for option in options]
         for option in options:
             self.progress(f"{provider}: candidate, optimisation {option}", 0, None)
@@ -298,13 +300,12 @@ class _Check:
     # --- what it comes to ---------------------------------------------------------------------------------------------------------
 
     def verdict(self, coefficients: Coefficients, function: Function, rows: list[Deployment], truth: Truth | None) -> tuple[Verdict, str]:
-        unsteady = next((row.reason for row in rows if row.verdict == "inconclusive"), "")
         ran = {row.verdict for row in rows} - {"skipped"}
         doubtful = "different" in {function.verdict, *ran} or (self.thorough and not ran)
-        if doubtful and not unsteady and truth is not None and truth.feeds:
-            unsteady = self._random_reference(truth)
-        if unsteady:
-            return "inconclusive", unsteady
+        if doubtful and not self.unsteady and truth is not None and truth.feeds:
+            self.unsteady = self._random_reference(truth)
+        if self.unsteady:
+            return "inconclusive", self.unsteady
         named = [(coefficients.verdict, coefficients.reason), (function.verdict, function.reason)]
         named += [(r.verdict, f"{r.provider}, optimisation {r.optimisation}: {r.reason}") for r in rows]
         for wanted in ("different", "inconclusive"):

@@ -137,3 +137,18 @@ def model(
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     assert dtype in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
     return ir.from_proto(made)
+
+
+def small(nodes: list[Any], arrays: Weights, inputs: dict[str, Any], outputs: dict[str, Any], *, opset: int = 17) -> ir.Model:
+    """A float32 model of these nodes; arrays, shapes of inputs and shapes of outputs by name."""
+    kind = TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()],
+    )
+    if opset < 9:
+        graph.input.extend(helper.make_tensor_value_info(name, kind, array.shape) for name, array in arrays.items())
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=3 if opset < 9 else 10))

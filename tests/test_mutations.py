@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from networks import EPSILON, INPUTS, NETWORKS, STEPS, folded, model, weights
-from onnx import helper, numpy_helper
+from networks import EPSILON, INPUTS, NETWORKS, STEPS, folded, model, small, weights
+from onnx import helper
 
 from bnfold.verify import check_fold, verify
 
@@ -144,21 +144,6 @@ def padded(*, folded: bool, pads: int) -> ir.Model:
     return small(nodes, arrays, {"x": ("N", 3, 7, 7)}, {"y": None})
 
 
-def small(nodes, arrays, inputs, outputs, opset=17, dtype=np.float32, domains=()) -> ir.Model:
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()],
-        [numpy_helper.from_array(array.astype(dtype), name) for name, array in arrays.items()],
-    )
-    if opset < 9:
-        graph.input.extend(helper.make_tensor_value_info(name, kind, array.shape) for name, array in arrays.items())
-    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
-    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=3 if opset < 9 else 10))
-
-
 def test_shift_through_padding():
     assert verify(padded(folded=False, pads=0), padded(folded=True, pads=0)).verdict == "equivalent"
     report = verify(padded(folded=False, pads=1), padded(folded=True, pads=1))
@@ -282,7 +267,7 @@ RIGHT = [(np.float32, np.float64), (np.float32, np.float32), (np.float16, np.flo
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(("dtype", "arithmetic"), RIGHT)
 def test_right_folds_are_equivalent(network, dtype, arithmetic):
-    for seed in range(8):
+    for seed in range(5):
         w = weights(network, seed, dtype)
         report = verify(model(network, w), model(network, folded(network, w, arithmetic)), seed=seed)
         assert report.verdict == "equivalent", (seed, report)
@@ -331,108 +316,3 @@ def test_scales_moved_between_layers_are_another_form_of_the_function():
     assert report.verdict == "equivalent"
     assert report.levels.coefficients.verdict == "skipped"
     assert report.levels.coefficients.reason.endswith("the same function in another form")
-
-
-# --- neither ------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_network_that_answers_a_constant():
-    w = weights("residual")
-    w["y.weight"] = 0 * w["y.weight"]
-    report = verify(model("residual", w), model("residual", folded("residual", w)))
-    assert (report.verdict, report.reason) == (
-        "inconclusive",
-        "nothing was exercised: the reference answers the same whatever it is fed",
-    )
-
-
-def test_both_sides_nan():
-    w = weights("tabular")
-    w["y.bias"][:] = np.nan
-    report = verify(model("tabular", w), model("tabular", folded("tabular", w)))
-    assert (report.verdict, report.reason) == ("inconclusive", "all outputs of both models are NaN or infinite")
-
-
-def test_a_model_that_differs_from_itself():
-    def noisy(nodes):
-        nodes[-1].output[0] = "inner"
-        nodes.append(helper.make_node("RandomNormalLike", ["inner"], ["noise"]))
-        nodes.append(helper.make_node("Add", ["inner", "noise"], ["y"]))
-
-    w = weights("tabular")
-    report = verify(model("tabular", w, edit=noisy), model("tabular", folded("tabular", w), edit=noisy))
-    assert (report.verdict, report.reason) == ("inconclusive", "the reference differs from itself between two runs, in output y")
-
-
-def test_empty_outputs():
-    def empty(nodes):
-        nodes[-1].output[0] = "inner"
-        nodes.append(helper.make_node("Slice", ["inner", "none", "none"], ["y"]))
-
-    nodes = [helper.make_node("Slice", ["x", "none", "none"], ["y"])]
-    graph = helper.make_graph(
-        nodes,
-        "empty",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.array([0]), "none")],
-    )
-    nothing = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10))
-    report = verify(nothing, nothing)
-    assert (report.verdict, report.reason) == ("inconclusive", "all outputs are empty")
-
-
-def with_gelu(nodes, domain="com.microsoft", op="Gelu"):
-    next(n for n in nodes if n.name == "node_first_relu").op_type = op
-    next(n for n in nodes if n.name == "node_first_relu").domain = domain
-
-
-def test_noise_floor_where_the_oracle_lacks_an_operator():
-    def imported(w):
-        made = model("tabular", w, edit=with_gelu)
-        made.opset_imports["com.microsoft"] = 1
-        return made
-
-    for seed in range(4):
-        w = weights("tabular", seed)
-        report = verify(imported(w), imported(folded("tabular", w)), seed=seed)
-        assert report.verdict == "equivalent"
-        assert report.levels.function.reason.startswith("by the noise of the stored type, since the float64 oracle lacks the operator")
-        wrong = folded("tabular", w)
-        wrong["second.bias"][0] += 1e-2
-        assert verify(imported(w), imported(wrong), seed=seed).levels.function.verdict == "different"
-
-
-def test_inconclusive_where_nothing_can_run_the_model():
-    def imported(w):
-        made = model("tabular", w, edit=lambda nodes: with_gelu(nodes, "nobody.knows", "Mystery"))
-        made.opset_imports["nobody.knows"] = 1
-        return made
-
-    w = weights("tabular")
-    report = verify(imported(w), imported(folded("tabular", w)))
-    assert report.verdict == "inconclusive"
-    assert "Mystery" in report.reason
-    assert report.levels.coefficients.verdict == "equivalent"
-    assert {row.verdict for row in report.levels.deployment} == {"skipped"}
-
-
-def test_opset_6_is_judged_without_a_runtime():
-    rng = np.random.default_rng(0)
-    w, s = rng.normal(size=(4, 3, 1, 1)), rng.uniform(0.5, 1.5, 4)
-    arrays = {"w": w, "s": s, "t": rng.normal(size=4), "m": rng.normal(size=4), "v": np.ones(4)}
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
-        helper.make_node("BatchNormalization", ["c", "s", "t", "m", "v"], ["y"], name="bn", epsilon=0.0, is_test=1),
-    ]
-    shapes = {"x": (2, 3, 5, 5)}, {"y": (2, 4, 5, 5)}
-    reference = small(nodes, arrays, *shapes, opset=6)
-    right = {"w": w * s.reshape(4, 1, 1, 1), "b": arrays["t"] - arrays["m"] * s}
-    node = [helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv")]
-    stored = {name: array.astype(np.float32).astype(np.float64) for name, array in arrays.items()}
-    right = {"w": stored["w"] * stored["s"].reshape(4, 1, 1, 1), "b": stored["t"] - stored["m"] * stored["s"]}
-    report = verify(reference, small(node, right, *shapes, opset=6))
-    assert report.verdict == "equivalent"
-    assert {row.verdict for row in report.levels.deployment} == {"skipped"}
-    right["b"][3] += 1e-3
-    assert verify(reference, small(node, right, *shapes, opset=6)).verdict == "different"

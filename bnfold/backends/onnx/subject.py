@@ -68,6 +68,8 @@ class OnnxSubject:
         model = inlined(self.model)
         graph = lower(model)
         named = {v.name: v for node in graph.nodes for v in node.outputs}
+        for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
+            graph.bypass(node)  # other tools take them out, and they may stand in the way of a merge
         outcomes = fold(graph, clone=clone)
         if merge(graph):  # what a sum kept from folding may fold now
             left = set(graph.nodes)

@@ -1,0 +1,117 @@
+"""What `verify` says where a pair can't be judged, or not in the usual way."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from networks import folded, model, small, weights
+from onnx import helper, numpy_helper
+
+from bnfold.verify import verify
+
+
+def test_a_network_that_answers_a_constant():
+    w = weights("residual")
+    w["y.weight"] = 0 * w["y.weight"]
+    report = verify(model("residual", w), model("residual", folded("residual", w)))
+    assert (report.verdict, report.reason) == (
+        "inconclusive",
+        "nothing was exercised: the reference answers the same whatever it is fed",
+    )
+
+
+def test_both_sides_nan():
+    w = weights("tabular")
+    w["y.bias"][:] = np.nan
+    report = verify(model("tabular", w), model("tabular", folded("tabular", w)))
+    assert (report.verdict, report.reason) == ("inconclusive", "all outputs of both models are NaN or infinite")
+
+
+def test_a_model_that_differs_from_itself():
+    def noisy(nodes):
+        nodes[-1].output[0] = "inner"
+        nodes.append(helper.make_node("RandomNormalLike", ["inner"], ["noise"]))
+        nodes.append(helper.make_node("Add", ["inner", "noise"], ["y"]))
+
+    w = weights("tabular")
+    report = verify(model("tabular", w, edit=noisy), model("tabular", folded("tabular", w), edit=noisy))
+    assert (report.verdict, report.reason) == ("inconclusive", "the reference differs from itself between two runs, in output y")
+
+
+def test_empty_outputs():
+    nodes = [helper.make_node("Slice", ["x", "none", "none"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "empty",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array([0]), "none")],
+    )
+    nothing = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10))
+    report = verify(nothing, nothing)
+    assert (report.verdict, report.reason) == ("inconclusive", "all outputs are empty")
+
+
+def with_gelu(nodes, domain="com.microsoft", op="Gelu"):
+    next(n for n in nodes if n.name == "node_first_relu").op_type = op
+    next(n for n in nodes if n.name == "node_first_relu").domain = domain
+
+
+def test_noise_floor_where_the_oracle_lacks_an_operator():
+    def imported(w):
+        made = model("tabular", w, edit=with_gelu)
+        made.opset_imports["com.microsoft"] = 1
+        return made
+
+    for seed in range(4):
+        w = weights("tabular", seed)
+        report = verify(imported(w), imported(folded("tabular", w)), seed=seed)
+        assert report.verdict == "equivalent"
+        assert report.levels.function.reason.startswith("by the noise of the stored type, since the float64 oracle lacks the operator")
+        wrong = folded("tabular", w)
+        wrong["second.bias"][0] += 1e-2
+        assert verify(imported(w), imported(wrong), seed=seed).levels.function.verdict == "different"
+
+
+def test_inconclusive_where_nothing_can_run_the_model():
+    def imported(w):
+        made = model("tabular", w, edit=lambda nodes: with_gelu(nodes, "nobody.knows", "Mystery"))
+        made.opset_imports["nobody.knows"] = 1
+        return made
+
+    w = weights("tabular")
+    report = verify(imported(w), imported(folded("tabular", w)))
+    assert report.verdict == "inconclusive"
+    assert "Mystery" in report.reason
+    assert report.levels.coefficients.verdict == "equivalent"
+    assert {row.verdict for row in report.levels.deployment} == {"skipped"}
+
+
+def test_opset_6_is_judged_without_a_runtime():
+    rng = np.random.default_rng(0)
+    w, s = rng.normal(size=(4, 3, 1, 1)), rng.uniform(0.5, 1.5, 4)
+    arrays = {"w": w, "s": s, "t": rng.normal(size=4), "m": rng.normal(size=4), "v": np.ones(4)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("BatchNormalization", ["c", "s", "t", "m", "v"], ["y"], name="bn", epsilon=0.0, is_test=1),
+    ]
+    shapes = {"x": (2, 3, 5, 5)}, {"y": (2, 4, 5, 5)}
+    reference = small(nodes, arrays, *shapes, opset=6)
+    node = [helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv")]
+    stored = {name: array.astype(np.float32).astype(np.float64) for name, array in arrays.items()}
+    right = {"w": stored["w"] * stored["s"].reshape(4, 1, 1, 1), "b": stored["t"] - stored["m"] * stored["s"]}
+    report = verify(reference, small(node, right, *shapes, opset=6))
+    assert report.verdict == "equivalent"
+    assert {row.verdict for row in report.levels.deployment} == {"skipped"}
+    right["b"][3] += 1e-3
+    assert verify(reference, small(node, right, *shapes, opset=6)).verdict == "different"
+
+
+def test_a_defect_shows_where_the_reference_itself_overflows_in_its_stored_type():
+    w = weights("tabular", dtype=np.float16)
+    w["y.weight"] = np.full_like(w["y.weight"], 60000.0)
+    right = folded("tabular", w)
+    assert verify(model("tabular", w), model("tabular", right)).verdict == "inconclusive"
+    right["second.bias"][0] += np.float16(0.5)
+    assert verify(model("tabular", w), model("tabular", right)).verdict == "different"
