@@ -127,7 +127,7 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
                 clone.graph.inputs.append(value)
     for node in list(clone.graph):
         for i, v in enumerate(node.inputs):
-            if v is not None and v.name in computed and v.producer() is not None:
+            if v is not None and v.name is not None and v.name in computed and v.producer() is not None:
                 name = f"{v.name}.computed"
                 if name not in clone.graph.initializers:
                     clone.graph.register_initializer(ir.Value(name=name, const_value=ir.Tensor(computed[v.name], name=name)))
