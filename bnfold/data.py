@@ -54,6 +54,7 @@ class Source:
 
     total, labels: the number of samples and their labels where these are known without a pass.
     keep: the chunks are batches of the user's own making, kept whole unless another size is asked for.
+    again: a second pass is possible. pictures: the chunks are made from image files.
     """
 
     open: Callable[[], Iterator[Chunk]]
@@ -62,14 +63,17 @@ class Source:
     total: int | None = None
     labels: Array | None = None
     keep: bool = False
+    again: bool = True
+    pictures: bool = False
 
 
 class Data:
     """Batches by input name, as often as they are asked for.
 
     description: where the data come from, in a line. notes: what the user should know about them.
-    samples, labels: how many samples a pass feeds, and their labels. Arrays and images know both at once; of iterables, functions and
-    folders of arrays they are None until a pass is complete. What comes last of a pass may add a note.
+    samples, labels: how many samples a pass feeds, and their classes (integers, one for each). Arrays and images know both at once. Of
+    iterables, functions and folders of arrays `samples` is None until a pass is complete; asking for `labels` makes that pass where the
+    first batch has some, but of a generator, which can be read only once, they are None until it has been read. A pass may add a note.
     Raises DataError, when opened or when iterated, for data that don't fit; UsageError for a batch size or a count below 1.
     """
 
@@ -88,7 +92,7 @@ class Data:
         self._size = self._fixed or batch_size or BATCH_SIZE
         self.description = source.description
         self.notes: list[str] = []
-        self.labels: Array | None = None
+        self._labels: Array | None = None
         self.samples: int | None = None
         for text in source.notes:
             self._note(text)
@@ -96,6 +100,15 @@ class Data:
             self._note(f"the model takes batches of {self._fixed} only, so a batch size of {batch_size} isn't used")
         if source.total is not None:
             self._settle(min(source.total, samples or source.total), source.total)
+
+    @property
+    def labels(self) -> Array | None:
+        if self._labels is None and self.samples is None and self._source.again:
+            first = next(iter(self._source.open()), None)
+            if first is not None and first.labels is not None:
+                for _ in self:
+                    pass
+        return self._labels
 
     def __iter__(self) -> Iterator[Batch]:
         fed, labels, bare = 0, [], False
@@ -115,7 +128,7 @@ class Data:
         if self.samples is None:
             self.samples = fed
         if labels:
-            self.labels = _join(labels, f"the labels of {self.description}")
+            self._labels = _join(labels, f"the labels of {self.description}")
 
     def _cut(self) -> Iterator[tuple[Batch, Array | None, int]]:
         """Batches of the size asked for; a chunk of another shape than the last one's starts a new batch."""
@@ -163,7 +176,7 @@ class Data:
             )
         if self._source.total is not None:
             self.samples = wanted - rest
-            self.labels = None if self._source.labels is None else self._source.labels[: self.samples]
+            self._labels = None if self._source.labels is None else self._source.labels[: self.samples]
 
     def _fit(self, chunk: Chunk) -> tuple[Chunk, int]:
         """The chunk with a sample axis on everything, and its number of samples; DataError unless names, types, shapes and counts fit."""
@@ -185,14 +198,18 @@ class Data:
         if single and not chunk.single and not self._source.keep:
             self._note(f"{chunk.where}: one sample without a batch axis; the axis was added")
         count = next(iter(counts.values()), 1)
-        if labels := [] if chunk.labels is None else [chunk.labels]:
-            if labels[0].ndim == 0 or (single and labels[0].shape[0] != 1):
-                labels = [labels[0][None]]
-            counts["labels"] = len(labels[0])
+        labels = chunk.labels
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.size != (len(labels) if labels.ndim else 1)):
+            found = f"{labels.dtype} {shape_text(labels.shape)}"
+            self._note(f"the labels aren't used: classes are integers, one for each sample, and these are {found}")
+            labels = None
+        if labels is not None:
+            labels = labels.reshape(-1)
+            counts["labels"] = len(labels)
         if any(n != count for n in counts.values()) and self._batched:
             told = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
             raise DataError(f"{chunk.where}: the numbers of samples differ: {told}; give as many of each")
-        return replace(chunk, arrays=arrays, labels=labels[0] if labels else None, single=single), count
+        return replace(chunk, arrays=arrays, labels=labels, single=single), count
 
     def _part(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         """Samples start to stop, in the types that the model takes; DataError for values that it can't take."""
@@ -298,7 +315,7 @@ def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
         for number, item in enumerate(items, 1):
             yield _chunk(item, inputs, f"batch {number} of {where}")[0]
 
-    return Source(chunks, where, keep=True)
+    return Source(chunks, where, keep=True, again=not isinstance(obj, Iterator))
 
 
 def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str) -> tuple[Chunk, list[str]]:

@@ -113,6 +113,9 @@ def _from_hugging_face(config: Mapping[str, Any]) -> ImageOptions:
         resize = int(resize / config["crop_pct"]) if crop else final
     if not config.get("do_resize", True):
         resize = 0
+    for key in ("rescale_offset", "include_top", "do_pad", "do_thumbnail", "do_align_long_axis"):
+        if config.get(key):
+            raise DataError(f"{key} isn't served; prepare the images yourself with FILE.py:FUNCTION")
     code = config.get("resample")
     plain = config.get("do_normalize", True) is False
     return ImageOptions(
@@ -123,6 +126,7 @@ def _from_hugging_face(config: Mapping[str, Any]) -> ImageOptions:
         std=(1.0,) if plain else _floats(config.get("image_std")),
         scale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
         interpolation=None if code is None else INTERPOLATIONS[code],
+        bgr=True if config.get("do_flip_channel_order") else None,
     )
 
 
@@ -324,7 +328,7 @@ def folder_source(
             yield Chunk({spec.name: image[None]}, None if labels is None else labels[place : place + 1], str(path), single=True)
 
     of = f"{len(paths)} of {total} images" if len(paths) < total else f"{total} image{'s' * (total != 1)}"
-    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels)
+    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, pictures=True)
 
 
 def load_ahead(paths: Sequence[Path], pipeline: Pipeline) -> Iterator[tuple[Path, Array]]:

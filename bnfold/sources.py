@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,30 @@ def open_source(
     input_shapes: Mapping[str, Sequence[int]] | None,
 ) -> Source:
     """The source that `spec` names (see `data.open_data`). DataError for what isn't there, can't be read or isn't one of the forms."""
+    if seed < 0:
+        raise UsageError(f"the seed is {seed}; it must be 0 or more")
+    source = _source(spec, inputs, batch_size, samples, seed, images, input_shapes)
+    if images is None or source.pictures:
+        return source
+    return replace(source, notes=(*source.notes, f"{source.description}: these are no image files, so the image options aren't used"))
+
+
+def _source(
+    spec: str,
+    inputs: Sequence[InputSpec],
+    batch_size: int | None,
+    samples: int | None,
+    seed: int,
+    images: ImageOptions | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+) -> Source:
     if spec == "random":
         return _random(inputs, batch_size, samples, seed, input_shapes)
     path = Path(spec)
     if path.is_dir():
         return _folder(path, inputs, samples, seed, images, input_shapes)
     if path.is_file():
-        if path.suffix not in READERS:
+        if path.suffix.lower() not in READERS:
             raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
         return from_object(_read(path), inputs, str(path))
     target, colon, function = spec.rpartition(":")
@@ -60,6 +78,7 @@ def _npz(path: Path) -> Any:
 
 
 def _safetensors(path: Path) -> Any:
+    import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that safetensors asks it for
     from safetensors.numpy import load_file
 
     return load_file(path)
@@ -76,17 +95,28 @@ def _torch(path: Path) -> Any:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch}
+# How such files begin: numpy and PyTorch take anything else for a pickle, and would say that of a web page too.
+BEGINNINGS = {".npy": (b"\x93NUMPY",), ".npz": (b"PK",), ".pt": (b"PK", b"\x80"), ".pth": (b"PK", b"\x80")}
 
 
 def _read(path: Path) -> Any:
     """The file's arrays. DataError for a file that isn't what its name says, or that would run code when read."""
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
+    form = path.suffix.lower()
     try:
-        return READERS[path.suffix](path)
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            raise DataError(f"{path}: this is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            raise DataError(f"{path}: this is a web page, not a {form} file; download the file itself")
+        if not head.startswith(BEGINNINGS.get(form, b"")):
+            raise DataError(f"{path}: can't be read as {form} (it doesn't begin as such a file does)")
+        return READERS[form](path)
     except DataError:
         raise
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = _reason(error)
     except Exception as error:
         # safetensors' and pickle's own errors derive from Exception alone
@@ -95,7 +125,7 @@ def _read(path: Path) -> Any:
         reason = _reason(error)
     if any(sign in reason for sign in ("allow_pickle", "Python objects", "weights_only", "Weights only")):
         reason = "it holds Python objects, which could run code when read; save plain arrays"
-    raise DataError(f"{path}: can't be read as {path.suffix} ({reason})")
+    raise DataError(f"{path}: can't be read as {form} ({reason})")
 
 
 def _folder(
@@ -141,7 +171,7 @@ def _function(target: str, name: str, spec: str) -> Callable[[], Any]:
         else:
             with _importable(Path.cwd()):
                 module = importlib.import_module(target)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit, even with status 0
         raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {_reason(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -164,7 +194,7 @@ def _importable(folder: Path) -> Iterator[None]:
 def _guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
     """The function, whose errors (and those of the iterator that it returns) become DataErrors with its name."""
 
-    def failed(error: Exception) -> DataError:
+    def failed(error: BaseException) -> DataError:
         return DataError(f"{spec} raised {type(error).__name__}: {_reason(error)}")
 
     def items(iterator: Iterator[Any]) -> Iterator[Any]:
@@ -173,7 +203,7 @@ def _guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
                 item = next(iterator)
             except StopIteration:
                 return
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise failed(error) from error
             yield item
 
@@ -183,7 +213,7 @@ def _guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
             if isinstance(made, (tuple, Mapping)) or hasattr(made, "__array__") or not hasattr(made, "__iter__"):
                 return made
             return items(iter(made))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failed(error) from error
 
     return called

@@ -132,7 +132,7 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
 
 
 def test_a_torch_file_without_torch(tmp_path, monkeypatch):
-    (tmp_path / "a.pt").write_bytes(b"1")
+    (tmp_path / "a.pt").write_bytes(b"PK")
     monkeypatch.setitem(sys.modules, "torch", None)
     refused("reading it needs PyTorch, which isn't installed", lambda: open_data(str(tmp_path / "a.pt"), X))
 
@@ -162,6 +162,18 @@ def test_function_of_a_file(tmp_path):
     refused("has no function 'nope'; it has arrays, pairs", lambda: open_data(f"{tmp_path}/load.py:nope", X))
     refused("there is no file gone.py", lambda: open_data("gone.py:load", X))
     refused("no_such_module can't be imported (ModuleNotFoundError", lambda: open_data("no_such_module:load", X))
+
+
+@pytest.mark.parametrize("values", [np.ones(20), np.ones((20, 5), int), np.ones((20, 3, 2))])
+def test_labels_that_are_no_classes_are_not_used(values):
+    data = as_batches({"x": A, "y": values}, X)
+    assert data.labels is None
+    assert data.notes[0].startswith("the labels aren't used: classes are integers, one for each sample, and these are ")
+    assert len(fed(data)) == 20
+
+
+def test_labels_in_a_column():
+    assert as_batches({"x": A, "y": LABELS[:, None]}, X).labels.tolist() == list(range(20))
 
 
 def test_function_of_a_module(tmp_path, monkeypatch):

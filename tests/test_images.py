@@ -258,6 +258,23 @@ def test_hugging_face(tmp_path, settings, steps):
     assert steps in str(pipeline(**vars(config(tmp_path, {"image_mean": MEAN, "image_std": STD, **settings}))))
 
 
+def test_hugging_face_in_bgr(tmp_path):
+    settings = {"size": {"shortest_edge": 36}, "crop_size": 32, "do_flip_channel_order": True}
+    assert "-> BGR -> float32" in str(pipeline(**vars(config(tmp_path, settings))))
+
+
+@pytest.mark.parametrize("key", ["rescale_offset", "include_top", "do_pad"])
+def test_hugging_face_settings_that_are_not_served(tmp_path, key):
+    refused(f"c.json: {key} isn't served", lambda: config(tmp_path, {"size": 32, key: True}))
+    config(tmp_path, {"size": 32, key: False})
+
+
+def test_image_options_for_arrays_are_noted(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((2, 3, 32, 32), np.float32))
+    spec = InputSpec("x", np.dtype(np.float32), ("n", 3, 32, 32))
+    assert "the image options aren't used" in open_data(str(tmp_path / "a.npy"), [spec], images=ImageOptions(bgr=True)).notes[0]
+
+
 def test_configurations_that_are_none(tmp_path):
     refused("c.json: neither timm's pretrained_cfg (input_size) nor", lambda: config(tmp_path, {"layers": 3}))
     refused("c.json: neither", lambda: config(tmp_path, [1]))
