@@ -117,6 +117,29 @@ def test_what_is_done_to_the_data_is_said(here: Path, capsys: pytest.CaptureFixt
     assert "bnfold: data: " in capsys.readouterr().err
 
 
+def test_what_becomes_of_an_image_is_said_and_the_command_line_goes_before_the_configuration(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("cats/1.png", "cats/2.png", "dogs/3.png"):
+        Path("pictures", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(Path("pictures", name))
+    Path("config.json").write_text(json.dumps({"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.8}))
+    line = ["recalibrate", "model.onnx", "--data", "pictures", "--preprocess", "config.json", "--force"]
+    pipelines = []
+    for more in ([], ["--std", "0.125,0.125,0.125", "--resize", "9", "--bgr"]):
+        assert run([*line, *more, "-o", f"{len(more)}.onnx"]) == 0
+        pipelines.append(capsys.readouterr().err.splitlines()[0])
+    first, second = pipelines
+    assert first.startswith("bnfold: data: pictures")
+    assert "0.25" in first
+    assert "0.125" in second
+    assert first != second
+    assert Path("0.onnx").read_bytes() != Path("5.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 140])
 def test_a_narrow_terminal_gets_every_name_whole(columns: int) -> None:
     import io

@@ -21,6 +21,8 @@ from .output import ready_to_write, sha256, write_text
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from ..data import Data
+
 R = TypeVar("R", bound=Report)
 UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
 EVERY = 10.0  # seconds between two plain lines of progress
@@ -41,6 +43,8 @@ class Job:
         self._err = _Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._stage = ""
+        self._data: list[Data] = []
+        self._notes: list[str] = []
         self._said: dict[str, float] = {}
         if report is not None:
             ready_to_write(report, suffix=".json", force=force, inputs=())
@@ -50,6 +54,19 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
+
+    def feed(self, data: Data) -> None:
+        """Say what data go in, and what there is to know about them."""
+        self.remark(f"data: {data.description}")
+        self._data.append(data)
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        """What data tell about themselves, some of it only when they were read."""
+        for note in (note for data in self._data for note in data.notes):
+            if note not in self._notes:
+                self._notes.append(note)
+                self.remark(note)
 
     @property
     def reports(self) -> bool:
@@ -106,6 +123,7 @@ class Job:
     def finish(self, report: R, show: Callable[[Console, R], None]) -> None:
         """Give out the report: as a table or as JSON, and to a file where one was asked for."""
         self._stop()
+        self._say_notes()
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
         if self.reports:
             text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"

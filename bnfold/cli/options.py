@@ -25,8 +25,8 @@ Candidate = Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model 
 Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
 MaybeOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
 DATA_FORMS = (
-    "A .npy, .npz or .safetensors file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION that returns batches, "
-    "or random."
+    "A .npy, .npz, .safetensors or .pt file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION that returns "
+    "batches, or random."
 )
 Data = Annotated[str, typer.Option("--data", metavar="DATA", help=DATA_FORMS, show_default=False)]
 MaybeData = Annotated[str | None, typer.Option("--data", metavar="DATA", help=f"{DATA_FORMS} Default: random.", show_default=False)]
@@ -140,35 +140,41 @@ class Feeding:
         Path | None,
         _option("--preprocess", panel=IMAGES, metavar="CONFIG.json", help="A configuration of timm, or a preprocessor's of Hugging Face."),
     ] = None
-    image_size: Annotated[
-        str | None, _option("--image-size", panel=IMAGES, metavar="H[,W]", help="What the network gets, cut from the centre.")
+    image_size: Annotated[str | None, _option("--image-size", panel=IMAGES, metavar="H[,W]", help="What the network gets.")] = None
+    resize: Annotated[
+        str | None, _option("--resize", panel=IMAGES, metavar="N|H,W", help="First: the shorter side, or both, in pixels; 0 for no resize.")
     ] = None
-    resize: Annotated[int | None, _option("--resize", panel=IMAGES, min=1, help="The shorter side before the cut.")] = None
+    crop: Annotated[
+        bool | None, _option("--crop/--no-crop", panel=IMAGES, help="Then: cut --image-size out of the centre, or resize to it.")
+    ] = None
     crop_pct: Annotated[
-        float | None, _option("--crop-pct", panel=IMAGES, min=0.01, max=1.0, help="Instead: --image-size over --resize.")
+        float | None, _option("--crop-pct", panel=IMAGES, min=0.01, max=1.0, help="In place of --resize: --image-size over it.")
     ] = None
-    stretch: Annotated[bool, _option("--stretch", panel=IMAGES, help="Resize to --image-size itself, and cut nothing.")] = False
-    scale: Annotated[float | None, _option("--scale", panel=IMAGES, help="Multiplies pixels; 1/255 unless given.")] = None
-    mean: Annotated[str | None, _option("--mean", panel=IMAGES, metavar="R,G,B", help="Subtracted from scaled pixels.")] = None
-    std: Annotated[str | None, _option("--std", panel=IMAGES, metavar="R,G,B", help="Divides what is left.")] = None
+    scale: Annotated[float | None, _option("--scale", panel=IMAGES, help="Then: what pixels are multiplied by, 1/255 unless given.")] = None
+    mean: Annotated[str | None, _option("--mean", panel=IMAGES, metavar="R,G,B", help="Then: what is subtracted.")] = None
+    std: Annotated[str | None, _option("--std", panel=IMAGES, metavar="R,G,B", help="Then: what it is divided by.")] = None
     interpolation: Annotated[
-        str | None,
-        _option("--interpolation", panel=IMAGES, metavar="NAME", help="bilinear (default), bicubic, nearest, lanczos, box, hamming."),
+        str | None, _option("--interpolation", panel=IMAGES, metavar="NAME", help="bilinear, bicubic, nearest, lanczos, box or hamming.")
     ] = None
-    bgr: Annotated[bool, _option("--bgr", panel=IMAGES, help="Channels in the order blue, green, red.")] = False
+    bgr: Annotated[bool | None, _option("--bgr/--rgb", panel=IMAGES, help="The order of the channels.")] = None
+    channels_last: Annotated[
+        bool | None,
+        _option("--channels-last/--channels-first", panel=IMAGES, help="(N, H, W, C) or (N, C, H, W), where the shape leaves it open."),
+    ] = None
 
     def images(self) -> ImageOptions | None:
         """What to do with images: what the command line says goes before the configuration."""
         given: dict[str, Any] = {
             "size": None if self.image_size is None else parse.height_and_width(self.image_size, "--image-size"),
-            "resize": self.resize,
+            "resize": None if self.resize is None else parse.resize(self.resize, "--resize"),
+            "crop": self.crop,
             "crop_pct": self.crop_pct,
-            "stretch": self.stretch or None,
+            "scale": self.scale,
             "mean": None if self.mean is None else parse.numbers(self.mean, "--mean"),
             "std": None if self.std is None else parse.numbers(self.std, "--std"),
-            "scale": self.scale,
             "interpolation": self.interpolation,
-            "bgr": self.bgr or None,
+            "bgr": self.bgr,
+            "channels_last": self.channels_last,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if self.preprocess is None and not given:
@@ -192,9 +198,7 @@ class Feeding:
             images=self.images(),
             input_shapes=shaping.shapes(model),
         )
-        job.remark(f"data: {data.description}")
-        for note in data.notes:
-            job.remark(note)
+        job.feed(data)
         if job.reports and Path(spec).is_file():
             job.came_in(Path(spec))
         return data

@@ -50,6 +50,16 @@ def height_and_width(text: str, option: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def resize(text: str, option: str) -> int | tuple[int, int]:
+    """The shorter side from "256", (height, width) from "256,320", and 0 for none."""
+    match = re.fullmatch(r"(\d+)(?:[,x]([1-9]\d*))?", text.strip())
+    if match is None or (match[2] and not int(match[1])):
+        raise UsageError(
+            f"{option} {text}: not a size; write it like 256 for the shorter side, 256,320 for height and width, or 0 for none"
+        )
+    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+
+
 def json_object(text: str, option: str) -> dict[str, Any]:
     """A JSON object."""
     try:
