@@ -112,8 +112,8 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, 
         if offset is None or other.shape[0] != out or branch.node.attrs["groups"] != groups or other.shape[1] != fan_in:
             return None
         delta = np.zeros(weight.shape)
-        inside: tuple[slice, ...] = (slice(None), slice(None), *(slice(o, o + k) for o, k in zip(offset, branch.kernel(), strict=True)))
-        delta[inside] = other.read()
+        inside = [slice(None)] * 2 + [slice(o, o + k) for o, k in zip(offset, branch.kernel(), strict=True)]
+        delta[tuple(inside)] = other.read()
         return delta, branch.node.params["bias"].read()
     rank = len(size) + 2
     a = Affine.identity(rank) if branch.node is None else coefficients(branch.node)

@@ -13,10 +13,7 @@ CASES = Theme()
 def between(net: Net, *, kind: str) -> None:
     """conv, operator, BatchNorm whose scales are positive and whose shifts are zero."""
     y = net.conv(net.input("N", 4, 5, 6), 4, 3)
-    if kind in ("ReduceL1", "ReduceL2"):
-        y = net.reduce(kind.removeprefix("Reduce"), y, 2, 3)
-    else:
-        y = net.op(kind, y)
+    y = net.reduce(kind.removeprefix("Reduce"), y, 2, 3) if kind in ("ReduceL1", "ReduceL2") else net.op(kind, y)
     net.output(net.bn(y, 3, positive=True, shift=False))
 
 
