@@ -12,6 +12,7 @@ the two must be a convolution whose kernel covers the other's (the host), so tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,8 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, 
     s, t = a.along(1, out)
     delta = np.zeros(weight.shape)
     channel = np.arange(out)
-    delta[(channel, channel % fan_in, *offset)] = s  # output channel o is input o % (in/g) of its own group
+    place: tuple[Any, ...] = (channel, channel % fan_in, *offset)  # output channel o is input o % (in/g) of its own group
+    delta[place] = s
     return delta, t
 
 
