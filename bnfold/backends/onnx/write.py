@@ -57,8 +57,22 @@ def write(
 
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
-    """The array rounded once to a stored type (float32 where it isn't known)."""
-    return np.ascontiguousarray(array).astype((dtype or ir.DataType.FLOAT).numpy()).reshape(np.shape(array))
+    """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
+    exact = np.ascontiguousarray(array).reshape(np.shape(array))
+    if dtype == ir.DataType.BFLOAT16:  # ml_dtypes goes there through float32, which would round twice
+        exact = _to_odd(exact)
+    with np.errstate(over="ignore"):
+        return exact.astype((dtype or ir.DataType.FLOAT).numpy())
+
+
+def _to_odd(exact: Array) -> npt.NDArray[np.float32]:
+    """Float64 to float32 rounded to odd, after which a rounding to fewer bits is right (Boldo & Melquiond 2008, theorem 2)."""
+    with np.errstate(over="ignore"):
+        near = exact.astype(np.float32)
+    inexact = (near.astype(np.float64) != exact) & np.isfinite(near)
+    toward_zero = np.where(np.abs(near.astype(np.float64)) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    odd = (np.ascontiguousarray(toward_zero).view(np.uint32) | np.uint32(1)).view(np.float32)
+    return np.where(inexact, odd, near)
 
 
 class _Writer:
