@@ -58,11 +58,11 @@ def write(
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
     """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
-    exact = np.ascontiguousarray(array).reshape(np.shape(array))
+    exact: npt.NDArray[Any] = np.ascontiguousarray(array).reshape(np.shape(array))
     if dtype == ir.DataType.BFLOAT16:  # ml_dtypes goes there through float32, which would round twice
         exact = _to_odd(exact)
     with np.errstate(over="ignore"):
-        return exact.astype((dtype or ir.DataType.FLOAT).numpy())
+        return np.asarray(exact.astype((dtype or ir.DataType.FLOAT).numpy()))
 
 
 def _to_odd(exact: Array) -> npt.NDArray[np.float32]:
