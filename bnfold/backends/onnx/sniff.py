@@ -44,7 +44,7 @@ def sniff(data: bytes) -> tuple[str, str] | None:
     """What the file is and what to do about it; None where nothing but ONNX is recognised."""
     if data.startswith(b"PK\x03\x04"):
         return _sniff_zip(data)
-    if data[4:8] in AT_FOUR:
+    if data[2:4] == b"\0\0" and data[4:8] in AT_FOUR:
         return AT_FOUR[data[4:8]]
     if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") <= len(data) - 8:
         return "a safetensors file, which holds weights without a network", EXPORT
