@@ -68,7 +68,8 @@ class Affine:
         return tuple(axis for axis, size in enumerate(self.shape) if size > 1)
 
     def __call__(self, x: Array | float) -> Array:
-        return np.asarray(self.scale * x + self.shift)
+        scaled = np.asarray(self.scale * x)
+        return scaled + self.shift if self.shift.any() else scaled
 
     def after(self, first: Affine) -> Affine:
         """The composition self(first(x))."""

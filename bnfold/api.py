@@ -145,9 +145,9 @@ def _as_ir(model: Any) -> tuple[ir.Model, Callable[[Any], Any]]:
     if isinstance(model, ir.Model):
         return model, _itself
     if isinstance(model, onnx.ModelProto):
-        from .backends.onnx.load import checked
+        from .backends.onnx.load import from_proto
 
-        return ir.from_proto(checked(model)), ir.to_proto
+        return from_proto(model), ir.to_proto
     if isinstance(model, (str, Path)):
         raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
     raise UnsupportedError(

@@ -334,6 +334,7 @@ def _source(param: Param) -> Array:
 def _magnitude(tensor: Tensor) -> float:
     """The largest absolute value of a stored tensor, remembered; infinite where one is not finite."""
     if tensor.magnitude is None:
-        largest = float(np.abs(tensor.read()).max(initial=0.0))
+        array = tensor.read()
+        largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
         tensor.magnitude = largest if np.isfinite(largest) else float("inf")
     return tensor.magnitude

@@ -58,3 +58,16 @@ def small_model(*, fold: str = "all", seed: int = 0, batch: int | str = "batch")
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return model
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Callable[..., onnx.ModelProto]) -> Path:
+    """A folder with models (model, none, gone and another .onnx) and data, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(small(), "model.onnx")
+    onnx.save(small(fold="none"), "none.onnx")
+    onnx.save(small(fold="gone"), "gone.onnx")
+    onnx.save(small(seed=1), "another.onnx")
+    rng = np.random.default_rng(0)
+    np.save("x.npy", rng.standard_normal((24, 3, 8, 8)).astype(np.float32))
+    return tmp_path

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -157,8 +158,10 @@ class _Writer:
 
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
-        with np.errstate(all="ignore"):
-            lost = (exact != 0) & (np.abs(array.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))
+        small = np.abs(array) < ml_dtypes.finfo(array.dtype).tiny  # type: ignore[no-untyped-call]
+        if not small.any():
+            return
+        lost = small & (np.abs(array.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))
         if count := int(lost.sum()):
             self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
 

@@ -1,0 +1,142 @@
+"""The command line when something is wrong: files that exist, arguments that make no sense, defects, interruptions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+import bnfold
+from bnfold.cli import run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- files that are written ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_overwritten_without_force(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out.onnx").write_text("mine")
+    assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 2
+    assert capsys.readouterr().err == "bnfold: error: out.onnx: the file exists; give another name, or --force to overwrite it\n"
+    assert Path("out.onnx").read_text() == "mine"
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "--force"]) == 0
+    assert len(onnx.load("out.onnx").graph.node) == 1
+
+
+def test_the_input_is_not_overwritten_without_force(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("model.onnx").read_bytes()
+    for other in ("model.onnx", f"{here}/model.onnx", "./model.onnx"):
+        assert run(["fuse", "model.onnx", "-o", other]) == 2
+        assert "this is an input; give another name, or --force to overwrite it" in capsys.readouterr().err
+    assert Path("model.onnx").read_bytes() == before
+    assert run(["fuse", "model.onnx", "-o", "model.onnx", "--force"]) == 0
+    assert len(onnx.load("model.onnx").graph.node) == 1
+
+
+def test_an_onnx_model_is_written_as_onnx(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "model.onnx", "-o", "out.pt"]) == 2
+    assert capsys.readouterr().err == "bnfold: error: out.pt: the name must end in .onnx, such as out.onnx\n"
+    assert run(["fuse", "model.onnx"]) == 2
+    assert "-o OUT is missing: name the file to write, or give --dry-run" in capsys.readouterr().err
+
+
+# --- arguments that make no sense ---------------------------------------------------------------------------------------------------
+
+NONSENSE = {
+    "fold model.onnx": "No such command 'fold'",
+    "inspect": "Missing argument 'MODEL'",
+    "inspect model.onnx --fast": "No such option: --fast",
+    "recalibrate model.onnx -o out.onnx": "Missing option '--data'",
+    "recalibrate model.onnx --data x.npy -o out.onnx --batch-size 0": "--batch-size",
+    "recalibrate model.onnx --data x.npy -o out.onnx --memory-budget lots": "--memory-budget lots: not a size; write it like 512M or 2G",
+    "recalibrate model.onnx --data x.npy -o out.onnx --device cuda": "--device cuda: that is for PyTorch models; for ONNX give --provider",
+    "recalibrate model.onnx --data x.npy -o out.onnx --mean a,b": "--mean a,b: not numbers; write them like 0.485,0.456,0.406",
+    "recalibrate model.onnx --data x.npy -o out.onnx --image-size big": "--image-size big: not a size; write it like 224",
+    "fuse model.onnx -o out.onnx --input-shape 1,3,x": "--input-shape 1,3,x: not a shape; write it like 1,3,224,224",
+    "fuse model.onnx -o out.onnx --input-shape z=1,3,8,8": "--input-shape z=1,3,8,8: the model has no input 'z'; its inputs are x",
+    "inspect model.onnx --arch-args [1]": "--arch-args [1]: not a JSON object",
+    "verify model.onnx": "Missing argument 'CANDIDATE'",
+    "bench model.onnx model.onnx --rounds 1": "--rounds",
+    "bench model.onnx model.onnx --provider cpu --provider cuda": "--provider cpu --provider cuda: this command takes one",
+}
+
+
+@pytest.mark.parametrize("line", NONSENSE)
+def test_arguments_that_make_no_sense_are_one_line_and_status_2(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = names(here)
+    status = run(line.split())
+    out, err = capsys.readouterr()
+    assert status == 2, err
+    assert err.count("\n") == 1
+    assert err.startswith("bnfold: error: ")
+    assert NONSENSE[line] in err
+    assert out == ""
+    assert names(here) == before
+
+
+# --- defects and interruptions ------------------------------------------------------------------------------------------------------
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError("one over\nnothing")
+
+
+def test_a_defect_is_one_line_and_says_what_to_do(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("bnfold.api.inspect", broken)
+    assert run(["inspect", "model.onnx"]) == 70
+    err = capsys.readouterr().err
+    assert err == (
+        "bnfold: error: ZeroDivisionError: one over nothing; this is a defect of bnfold: run again with --debug and report what it prints\n"
+    )
+    assert run(["inspect", "model.onnx", "--debug"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, "bnfold: interrupted; no file is left half-written\n"),
+        (MemoryError(), 5, "bnfold: error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget\n"),
+        (
+            OSError(28, "No space left on device", "/x/spill"),
+            3,
+            "bnfold: error: /x/spill: No space left on device; see to that file or disk, then run again\n",
+        ),
+        (bnfold.CheckError("it failed"), 1, "bnfold: error: it failed\n"),
+        (bnfold.DeviceError("no device"), 5, "bnfold: error: no device\n"),
+        (bnfold.UnsupportedError("not served"), 4, "bnfold: error: not served\n"),
+    ],
+)
+def test_every_error_has_its_status(
+    error: BaseException, status: int, text: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bnfold.api.fuse", fail)
+    before = names(here)
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "-q"]) == status
+    assert capsys.readouterr().err == text
+    assert names(here) == before
+
+
+def test_a_reader_that_leaves_changes_nothing(here: Path) -> None:
+    """As in `bnfold inspect ... | head -1`, where the pipe closes at once."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for more in ([], ["--json"]):
+        line = [sys.executable, "-m", "bnfold", "fuse", "model.onnx", "-o", "out.onnx", "--force", *more]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "bnfold: fold and check\n")
+    assert "out.onnx" in names(here)
