@@ -1,0 +1,28 @@
+"""The kinds of models that bnfold serves. Each back-end is imported when a model of its kind comes in, and no earlier."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedError, UsageError
+
+
+def family(model: Any) -> str:
+    """ "onnx" for an onnx_ir.Model or an onnx.ModelProto, "torch" for a torch.nn.Module or an ExportedProgram.
+
+    Raises UsageError for a path, UnsupportedError for anything else. Who holds a model has imported its framework, so none is here.
+    """
+    if (onnx := sys.modules.get("onnx")) is not None and isinstance(model, onnx.ModelProto):
+        return "onnx"
+    if (ir := sys.modules.get("onnx_ir")) is not None and isinstance(model, ir.Model):
+        return "onnx"
+    if (torch := sys.modules.get("torch")) is not None and isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
+        return "torch"
+    if isinstance(model, (str, Path)):
+        raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
+    raise UnsupportedError(
+        f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold knows: "
+        "give a torch.nn.Module, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto"
+    )

@@ -1,0 +1,1 @@
+"""PyTorch models: modules and exported programs."""

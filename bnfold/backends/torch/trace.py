@@ -1,0 +1,310 @@
+"""What bnfold knows of a PyTorch model: its data flow, read by `torch.export`, and how to call it with flat, named tensors.
+
+The user's module is traced through a twin that shares its tensors, so that nothing of the module itself changes. All axes of the inputs
+are dynamic where the model lets them be; where it doesn't, the batch alone, and where even that is refused, the sizes of the example hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ...data import Batch, InputSpec
+from ...errors import DataError, UnsupportedError, UsageError
+
+Model = nn.Module | ExportedProgram
+
+NUMPY = {
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.complex64: np.dtype(np.complex64),
+    torch.complex128: np.dtype(np.complex128),
+    torch.bool: np.dtype(np.bool_),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int8: np.dtype(np.int8),
+    torch.int16: np.dtype(np.int16),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+TORCH = {numpy: kind for kind, numpy in NUMPY.items()}
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model is called: positional and keyword arguments, in which tensors may be nested."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Traced:
+    """A model and its data flow. program: the graph in ATen operators; of a module it holds the module's own tensors, not copies.
+
+    specs: the tensors that a caller feeds, flat and in order, with a symbol or None for an axis that may change. names: those of the
+    outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place.
+    """
+
+    model: Model
+    program: ExportedProgram
+
+    @cached_property
+    def specs(self) -> list[InputSpec]:
+        found = []
+        for node in self.input_nodes:
+            value = node.meta["val"]
+            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(_axis, value.shape))))
+        return found
+
+    @cached_property
+    def input_nodes(self) -> list[torch.fx.Node]:
+        """The graph's placeholders of the tensors that a caller feeds."""
+        wanted = set(self.program.graph_signature.user_inputs)
+        nodes = [node for node in self.program.graph.nodes if node.op == "placeholder" and node.name in wanted]
+        return [node for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+
+    @cached_property
+    def output_nodes(self) -> dict[str, torch.fx.Node]:
+        """The graph's nodes that a caller gets, by the name of the output."""
+        spec = self.program.call_spec.out_spec
+        assert spec is not None
+        by_name = {node.name: node for node in self.program.graph.nodes}
+        places = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))[0]
+        found = {}
+        for (path, _), name in zip(places, self.program.graph_signature.user_outputs, strict=True):
+            node = by_name.get(name) if isinstance(name, str) else None
+            if node is not None and isinstance(node.meta.get("val"), Tensor):
+                found[output_name(path)] = node
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.output_nodes)
+
+    def call(self, tensors: Mapping[str, Tensor]) -> Call:
+        """The arguments for flat tensors by name; what isn't a tensor is as it was in the example."""
+        spec = self.program.call_spec.in_spec
+        assert spec is not None
+        given = self.program.example_inputs
+        leaves = pytree.tree_leaves(given) if given is not None else [None] * spec.num_leaves
+        flat = [tensors.get(name, leaf) for name, leaf in zip(self._input_names(), leaves, strict=True)]
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        return Call(tuple(args), dict(kwargs))
+
+    def _input_names(self) -> list[str]:
+        """A name for each leaf of the arguments; of what isn't a tensor it is one that no tensor has."""
+        return [str(getattr(s.arg, "name", "")) for s in self.program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+
+
+def trace(model: Model, example: Any = None, *, evaluation: bool = False) -> Traced:
+    """The data flow of a module, called as in the example, or of an exported program, which has it already.
+
+    example: a tensor or array; a tuple of arguments; a dict of them by name; or a `Call`. A model that says itself what it takes (timm's
+    pretrained_cfg, Lightning's example_input_array) needs none. evaluation: whether the module is traced in evaluation mode, whatever
+    mode it is in. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
+    """
+    if isinstance(model, ExportedProgram):
+        return Traced(model, model)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
+    twin = shared_twin(model)
+    if evaluation:
+        twin.eval()
+    call = as_call(model, example if example is not None else known_example(model))
+    _require_shapes(model)
+    return Traced(model, _exported(twin, model, call))
+
+
+def shared_twin(module: nn.Module) -> nn.Module:
+    """A copy of a module's structure that shares its parameters and buffers."""
+    memo: dict[int, Any] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, memo)
+
+
+def known_example(module: nn.Module) -> Call:
+    """Random data of the shape that the model itself states. Raises UsageError where it states none."""
+    stated = getattr(module, "example_input_array", None)
+    if stated is not None:
+        return as_call(module, stated)
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(module, name, None)
+        size = config.get("input_size") if isinstance(config, Mapping) else None
+        if isinstance(size, Sequence) and all(isinstance(n, int) for n in size):
+            generator = torch.Generator().manual_seed(0)
+            return as_call(module, torch.randn((2, *size), generator=generator))
+    raise UsageError(
+        f"{type(module).__name__} doesn't say what it takes: give an example of its input (example=batch in Python, "
+        f"--input-shape 1,3,224,224 or --data on the command line)"
+    )
+
+
+def as_call(module: nn.Module, example: Any) -> Call:
+    """An example in one of the forms that `trace` takes as arguments: tensors on the module's device, floats in the module's type."""
+    if isinstance(example, Call):
+        call = example
+    elif isinstance(example, Mapping):
+        names = inspect.signature(module.forward).parameters
+        by_name = all(key in names for key in example) or any(p.kind is p.VAR_KEYWORD for p in names.values())
+        call = Call((), dict(example)) if by_name else Call((dict(example),))
+    elif isinstance(example, (tuple, list)):
+        call = Call(tuple(example))
+    else:
+        call = Call((example,))
+    tensor = next((t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()), None)
+    device, kind = (torch.device("cpu"), None) if tensor is None else (tensor.device, tensor.dtype)
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            leaf = to_tensor(leaf)
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(device, kind if leaf.is_floating_point() else None)
+
+    args, kwargs = pytree.tree_map(convert, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def to_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """A tensor that shares the array's memory where it can."""
+    if array.dtype == NUMPY[torch.bfloat16]:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    if array.dtype not in TORCH:
+        raise DataError(f"the data are {array.dtype}, which PyTorch has no type for; convert them")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """An array on the CPU; bfloat16 becomes ml_dtypes' type."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(NUMPY[torch.bfloat16])
+    return tensor.numpy()
+
+
+def feeds_of(batch: Batch, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A batch by input name as tensors on a device."""
+    return {name: to_tensor(array).to(device) for name, array in batch.items()}
+
+
+def output_name(path: Sequence[Any]) -> str:
+    """The name of an output by its place in what the model returns."""
+    keys = [next(str(getattr(p, a)) for a in ("key", "idx", "name") if hasattr(p, a)) for p in path]
+    return ".".join(["output", *keys])
+
+
+def flat_outputs(returned: Any) -> dict[str, Tensor]:
+    """The tensors that a model returned, by output name."""
+    return {output_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(returned)[0] if isinstance(leaf, Tensor)}
+
+
+def _axis(size: Any) -> int | str:
+    """A size, or the symbol of one that may change."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
+
+
+# --- export ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """A lazy parameter gets its shape in the first call, which is the user's to make."""
+    if any(nn.parameter.is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())):
+        raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
+
+
+def _exported(twin: nn.Module, model: nn.Module, call: Call) -> ExportedProgram:
+    failure: Exception | None = None
+    for candidate, axes in ((_doubled(call), None), (_doubled(call), 1), (call, 0)):
+        try:
+            with quiet(), torch.no_grad():
+                shapes = _dynamic(twin, candidate, axes)
+                return torch.export.export(twin, candidate.args, candidate.kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # torch.export raises whatever the model's code raises
+            failure = error
+    assert failure is not None
+    where = _failing_module(failure, twin)
+    raise UnsupportedError(
+        f"torch.export can't read {type(model).__name__}{where}: {_first_line(failure)}; give an example of the input as the model is "
+        f"called in deployment, or export it to ONNX and give that file"
+    ) from failure
+
+
+def _doubled(call: Call) -> Call:
+    """A batch of one would be taken for a constant: two of it."""
+    leaves = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves or any(len(leaf) != 1 for leaf in leaves):
+        return call
+    args, kwargs = pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf, (call.args, call.kwargs)
+    )
+    return Call(args, kwargs)
+
+
+def _dynamic(twin: nn.Module, call: Call, axes: int | None) -> Any:
+    """The first `axes` axes of every tensor are dynamic, all of them for None."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return dict.fromkeys(range(leaf.ndim if axes is None else min(axes, leaf.ndim)), Dim.AUTO)
+
+    bound = inspect.signature(twin.forward).bind(*call.args, **call.kwargs).arguments
+    named = {}
+    for name, value in bound.items():
+        kind = inspect.signature(twin.forward).parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update({key: pytree.tree_map(of, each) for key, each in value.items()})
+        else:
+            named[name] = pytree.tree_map(of, value)
+    return named
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's own remarks on what it does inside."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # where the data decide what is computed, torch.export prints the whole graph
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _failing_module(error: Exception, twin: nn.Module) -> str:
+    """The innermost module of the model in whose forward the error rose."""
+    names = {id(module): name for name, module in twin.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        module = step.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and names.get(id(module)):
+            found = f", in its module {names[id(module)]} ({type(module).__name__})"
+        step = step.tb_next
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (text or type(error).__name__)[:300].rstrip(".")
