@@ -104,15 +104,24 @@ def constant_up(node: Node, a: Affine) -> list[Step]:
 
 
 def recurrent_down(node: Node, maps: list[Affine]) -> list[Step]:
-    """W*(s*x + t) + b = (W*s)*x + (b + W*t), for every gate and direction: W is [directions, gates, features]."""
+    """W*(s*x + t) + b = (W*s)*x + (b + W*t), for every gate and direction.
+
+    W is [directions, gates, features] in one parameter, "weight" (ONNX), or in one for each direction, "weight0" and "weight1" (PyTorch),
+    and so is the bias, in which those of the recurrence may follow those of the input.
+    """
     if not all(a.is_identity for a in maps[1:]):
         raise Blocked("the map would reach its state, not its input")
-    weight = node.params["weight"]
-    s, t = maps[0].along(-1, weight.shape[-1])
-    updates = {"weight": Affine.scaling(s.reshape(1, 1, -1))}
-    if t.any():
-        product = weight.read() @ t  # [directions, gates]
-        updates["bias"] = Affine.shifting(np.concatenate([product, np.zeros_like(product)], axis=1))  # [W bias, R bias]
+    updates: dict[str, Affine] = {}
+    for role in [name for name in node.params if name.startswith("weight")]:
+        weight, bias = node.params[role], role.replace("weight", "bias")
+        s, t = maps[0].along(-1, weight.shape[-1])
+        updates[role] = Affine.scaling(s.reshape(1, 1, -1))
+        if t.any() and bias not in node.params:
+            raise Blocked("it has no bias and the map's shift is not zero")
+        if t.any():
+            product = weight.read() @ t  # [directions, gates]
+            rest = np.zeros((len(product), node.params[bias].shape[1] - product.shape[1]))
+            updates[bias] = Affine.shifting(np.concatenate([product, rest], axis=1))
     return [Step([identity(node.output)], updates)]
 
 
@@ -128,7 +137,7 @@ def normalised_up(node: Node, a: Affine) -> list[Step]:
 
 
 def coefficients(node: Node) -> Affine:
-    """The map of an affine node: gain * gamma * (x - mean) + beta, each of gamma and beta a parameter where it has that slot.
+    """The map of an affine node: gain * gamma * (x - mean) + beta + shift, each of gamma and beta a parameter where it has that slot.
 
     For a BatchNorm gain is 1/sqrt(var + eps) (Ioffe & Szegedy 2015, Algorithm 2, line 11).
     """
@@ -136,7 +145,7 @@ def coefficients(node: Node) -> Affine:
     beta = node.params["beta"].read() if "beta" in node.params else np.zeros(())
     scale = node.attrs.get("gain", 1.0) * gamma
     rank = node.output.rank or 0
-    a = Affine(scale, beta - node.attrs.get("mean", 0.0) * scale)
+    a = Affine(scale, beta + node.attrs.get("shift", 0.0) - node.attrs.get("mean", 0.0) * scale)
     return a.map(lambda c: c.reshape((1,) * (rank - c.ndim) + c.shape)).settled()
 
 

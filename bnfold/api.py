@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .backends import family
 from .errors import CheckError, NothingToDoError, UnsupportedError, UsageError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
@@ -24,6 +25,7 @@ ALREADY_FOLDED = (
     "the model holds no BatchNorm: there is nothing to do. torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
     "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
 )
+NO_BATCHNORM = "the model holds no BatchNorm: there is nothing to do"
 
 
 def load(path: str | Path, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> ir.Model:
@@ -42,12 +44,10 @@ def save(model: Any, path: str | Path, *, force: bool = False) -> None:
     save_onnx(_as_ir(model)[0], path, force=force)
 
 
-def inspect(model: Any, *, clone: bool = False) -> InspectReport:
-    """What `fuse` would do with each BatchNorm, and why one would stay. Nothing is changed."""
-    from .backends.onnx.fuse import fuse as fuse_onnx
-
+def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:
+    """What `fuse` would do with each BatchNorm, and why one would stay. Nothing is changed. example: as for `fuse`."""
     start = time.perf_counter()
-    _, report = fuse_onnx(_as_ir(model)[0], clone=clone)
+    report = _fused(model, example, clone)[2]
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
     return InspectReport(**{**fields, "seconds": time.perf_counter() - start})
 
@@ -55,17 +55,18 @@ def inspect(model: Any, *, clone: bool = False) -> InspectReport:
 def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Any, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
-    example: a batch for the check; random inputs without it. check: whether the result is verified (levels 1 and 2) before it is
-    given back. clone: whether a convolution that something else reads too may be doubled, so that its BatchNorm can fold.
-    Raises NothingToDoError where the model holds no BatchNorm, and CheckError where the result fails its check.
+    model: an onnx_ir.Model or onnx.ModelProto; a torch.nn.Module, of which a copy comes back in which BatchNorms are Identity and the
+    weights around are new, all else being as it was; or an ExportedProgram. example: a batch for the check; random inputs without it. A
+    module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
+    unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back. clone: whether a
+    convolution that something else reads too may be doubled, so that its BatchNorm can fold; a module's code allows no such thing.
+    Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
+    where the result fails its check.
     """
-    from .backends.onnx.fuse import fuse as fuse_onnx
-
     start = time.perf_counter()
-    original, back = _as_ir(model)
-    fused, report = fuse_onnx(original, clone=clone)
+    original, fused, report = _fused(model, example, clone)
     if report.batchnorms.before == 0 and not report.layers:
-        raise NothingToDoError(ALREADY_FOLDED)
+        raise NothingToDoError(ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM)
     if check and any(layer.verdict == "folded" for layer in report.layers):
         from .verify import check_fold
 
@@ -74,9 +75,25 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
         notes = (f"the check was inconclusive: {checked.reason}",) if checked.verdict == "inconclusive" else ()
         report = dataclasses.replace(report, verify=checked, notes=report.notes + notes)
-    unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
-    result = copy.deepcopy(model) if unchanged and back is not _itself else back(fused)
-    return result, dataclasses.replace(report, seconds=time.perf_counter() - start)
+    if family(model) == "onnx":
+        back = _as_ir(model)[1]
+        unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
+        fused = copy.deepcopy(model) if unchanged and back is not _itself else back(fused)
+    return fused, dataclasses.replace(report, seconds=time.perf_counter() - start)
+
+
+def _fused(model: Any, example: Any, clone: bool) -> tuple[Any, Any, FuseReport]:
+    """The model as its back-end sees it, the folded one, and the report."""
+    if family(model) == "torch":
+        from .backends.torch.fuse import fuse as fuse_torch
+        from .backends.torch.trace import trace
+
+        traced = trace(model, example)
+        return traced, *fuse_torch(traced, clone=clone)
+    from .backends.onnx.fuse import fuse as fuse_onnx
+
+    original = _as_ir(model)[0]
+    return original, *fuse_onnx(original, clone=clone)
 
 
 def recalibrate(

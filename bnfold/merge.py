@@ -11,6 +11,7 @@ the two must be a convolution whose kernel covers the other's (the host), so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,18 @@ class _Branch:
         return () if self.node is None or self.node.op != "Conv" else self.node.params["weight"].shape[2:]
 
 
-def merge(graph: Graph) -> list[Merge]:
-    """Merge all that can be, in topological order, inner sums first. Merged nodes leave the graph."""
+May = Callable[[Node, "Node | None", int], bool]
+
+
+def always(add: Node, branch: Node | None, kept: int) -> bool:
+    return True
+
+
+def merge(graph: Graph, may: May = always) -> list[Merge]:
+    """Merge all that can be, in topological order, inner sums first. Merged nodes leave the graph.
+
+    may: whether the front-end can take a branch (None: the value itself) out of a sum, whose input `kept` is the host's.
+    """
     done = []
     for add in [node for node in graph.nodes if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0] is not node.inputs[1]]:
         if not add.output.users and not add.output.is_output:
@@ -60,7 +71,7 @@ def merge(graph: Graph) -> list[Merge]:
         signs = add.attrs.get("signs", (1, 1))
         for host, branch, kept in _pairings(add):
             delta = _as_kernel_of(graph, host, branch)
-            if delta is None or host.node is None:
+            if delta is None or host.node is None or not may(add, branch.node, kept):
                 continue
             for role, array in zip(("weight", "bias"), delta, strict=True):
                 param, change = host.node.params[role], Affine(np.asarray(float(signs[kept])), signs[1 - kept] * array)

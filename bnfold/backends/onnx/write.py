@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ... import rounding
 from ...affine import Array
 from ...graph import Graph, Node, Quantised
 from ...merge import Merge
@@ -59,21 +59,7 @@ def write(
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
     """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
-    exact: npt.NDArray[Any] = np.ascontiguousarray(array).reshape(np.shape(array))
-    if dtype == ir.DataType.BFLOAT16:  # ml_dtypes goes there through float32, which would round twice
-        exact = _to_odd(exact)
-    with np.errstate(over="ignore"):
-        return np.asarray(exact.astype((dtype or ir.DataType.FLOAT).numpy()))
-
-
-def _to_odd(exact: Array) -> npt.NDArray[np.float32]:
-    """Float64 to float32 rounded to odd, after which a rounding to fewer bits is right (Boldo & Melquiond 2008, theorem 2)."""
-    with np.errstate(over="ignore"):
-        near = exact.astype(np.float32)
-    inexact = (near.astype(np.float64) != exact) & np.isfinite(near)
-    toward_zero = np.where(np.abs(near.astype(np.float64)) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
-    odd = (np.ascontiguousarray(toward_zero).view(np.uint32) | np.uint32(1)).view(np.float32)
-    return np.where(inexact, odd, near)
+    return rounding.rounded(array, np.dtype((dtype or ir.DataType.FLOAT).numpy()))
 
 
 class _Writer:
@@ -158,11 +144,7 @@ class _Writer:
 
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
-        small = np.abs(array) < ml_dtypes.finfo(array.dtype).tiny  # type: ignore[no-untyped-call]
-        if not small.any():
-            return
-        lost = small & (np.abs(array.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))
-        if count := int(lost.sum()):
+        if count := rounding.lost(exact, array):
             self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:

@@ -1,0 +1,40 @@
+"""Fuse a PyTorch model: lower, plan, write."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from ...graph import Node
+from ...merge import always
+from ...plan import plan
+from ...report import FuseReport
+from .lower import Lowering
+from .removal import may_merge, removals
+from .trace import Traced
+from .write_module import write_module
+from .write_program import write_program
+
+
+def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedProgram, FuseReport]:
+    """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy.
+
+    clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
+    """
+    ctx = Lowering(traced)
+    graph = ctx.graph()
+    module = None if isinstance(traced.model, ExportedProgram) else traced.model
+    ways = {} if module is None else removals(ctx, graph.sites)
+    planned = plan(graph, clone=clone and module is None, may=always if module is None else may_merge(ctx, ways))
+    notes: dict[Node, str] = {}
+    added = 0
+    if not planned.changes:
+        fused: nn.Module | ExportedProgram = copy.deepcopy(traced.model)
+    elif module is None:
+        fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges)
+    else:
+        folded = {site: ways[site] for site in planned.folded_sites if site in ways}
+        fused, notes, added = write_module(ctx, module, graph, folded, planned.merges)
+    return fused, planned.report(notes, bytes_added=added)

@@ -1,0 +1,157 @@
+"""What folding changes in a module's structure, apart from its weights: so that an unfolded network can be given the folded one's form."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...errors import ModelError
+
+ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
+
+
+@dataclass
+class Surgery:
+    """Changes by the qualified names of modules.
+
+    replaced: BatchNorms that are gone, each with the names of its own modules that stay (an activation), none for an Identity.
+    merged: branches whose weights went into another branch of their sum, each with whether it must keep its shape.
+    plain: layers whose subclass computed its weight in each call, now of torch's own class.
+    fixed: layers whose weight was computed by a parametrization or by weight_norm, now stored.
+    biases: the layers that got a bias, with its size.
+    """
+
+    replaced: dict[str, list[str]] = field(default_factory=dict)
+    merged: dict[str, bool] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, list[int]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Surgery:
+        """Raises ModelError for what no `to_dict` wrote."""
+        try:
+            return cls(**{key: given[key] for key in ("replaced", "merged", "plain", "fixed", "biases") if key in given})
+        except TypeError as error:
+            raise ModelError(f"the file's record of what was folded is damaged: {error}") from None
+
+
+class Zero(nn.Module):
+    """A branch of a sum whose weights went into another branch: what it still adds is 0.
+
+    full: whether as a tensor of the input's shape, for a sum that is formed in place; else as a number.
+    """
+
+    def __init__(self, full: bool = False) -> None:
+        super().__init__()
+        self.full = full
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...] to [], which broadcasts, or to [...]."""
+        return torch.zeros_like(x) if self.full else x.new_zeros(())
+
+    def extra_repr(self) -> str:
+        return f"full={self.full}"
+
+
+def rebuild(module: nn.Module, surgery: Surgery) -> nn.Module:
+    """A copy of an unfolded module in the folded one's form, ready to load its weights. Raises ModelError where the two don't fit."""
+    return restructure(copy.deepcopy(module), surgery)
+
+
+def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
+    """The same, in place."""
+    for path in surgery.plain:
+        replace(module, path, plain(_at(module, path)))
+    for path, how in surgery.fixed.items():
+        fix(_at(module, path), how)
+    for path, size in surgery.biases.items():
+        owner = _at(module, path)
+        weight = next(p for p in owner.parameters() if p.is_floating_point())
+        owner.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
+    for path, kept in surgery.replaced.items():
+        replace(module, path, remains(_at(module, path), kept))
+    for path, full in surgery.merged.items():
+        replace(module, path, Zero(full))
+    setattr(module, ATTRIBUTE, surgery)
+    return module
+
+
+def remains(module: nn.Module, kept: list[str]) -> nn.Module:
+    """What is left of a module without its BatchNorm: an Identity, or those of its own modules that stay, with the module's hooks."""
+    children = dict(module.named_children())
+    left: nn.Module = nn.Sequential(OrderedDict((name, children[name]) for name in kept)) if kept else nn.Identity()
+    left.train(module.training)
+    return with_hooks(left, module)
+
+
+def with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
+    """The hooks of the module whose place the new one takes."""
+    names = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
+    for name in (*names, "_backward_hooks", "_backward_pre_hooks"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    return new
+
+
+def replace(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever that is registered."""
+    old = _at(root, path)
+    for name, module in list(root.named_modules(remove_duplicate=False)):
+        if module is old and name:
+            parent, _, child = name.rpartition(".")
+            setattr(_at(root, parent), child, new)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """torch's own layer in the place of a subclass that computes its weight, with the same settings."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    kind = next(
+        base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.") and not base.__name__.startswith("_")
+    )
+    bias = getattr(module, "bias", None) is not None
+    with torch.device("meta"):
+        if kind is nn.Linear:
+            made: nn.Module = nn.Linear(module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+        else:
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+            made = kind(**{name: getattr(module, name) for name in names}, bias=bias)
+    made.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if isinstance(own := getattr(module, "bias", None), Tensor):
+        made.bias = nn.Parameter(own.detach().clone(), own.requires_grad)
+    made.train(module.training)
+    return with_hooks(made, module)
+
+
+def fix(module: nn.Module, how: str) -> None:
+    """Store the weight that a parametrization, weight_norm or spectral_norm computes."""
+    if how == "parametrization":
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    elif how == "weight_norm":
+        torch.nn.utils.remove_weight_norm(module)
+    else:
+        torch.nn.utils.remove_spectral_norm(module)
+
+
+def _at(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise ModelError(f"the architecture has no module {path!r}, which the folded network had: is this the right one?") from None

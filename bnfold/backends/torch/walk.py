@@ -1,0 +1,111 @@
+"""Reading a node of an exported graph: its operator's name, its arguments by name, the modules in whose forward it stands."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
+
+
+def operator_name(node: Node) -> str:
+    """ "relu" for aten.relu.default and for aten.relu_.default; "" for what is no ATen operator."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return ""
+    name = node.target._schema.name.partition("::")[2]
+    return name.removesuffix("_") if node.target._schema.is_mutable and name.endswith("_") else name
+
+
+def overload(node: Node) -> str:
+    return node.target._overloadname if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments by their names in the operator's schema, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    found = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args) and not argument.kwarg_only:
+            found[argument.name] = node.args[i]
+        else:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
+    return found
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Give a node another argument by its name in the schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name != name:
+            continue
+        if argument.kwarg_only or i > len(node.args):
+            node.update_kwarg(name, value)
+        elif i == len(node.args):
+            node.args = (*node.args, value)
+        else:
+            node.update_arg(i, value)
+        return
+    raise RuntimeError(f"{node.target} has no argument {name}")
+
+
+def value_of(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, Node) else None
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(value_of(node), Tensor)
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    value = value_of(node)
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def is_float(node: Any) -> bool:
+    return dtype_of(node) in FLOATS
+
+
+def mutates(node: Node) -> bool:
+    """Whether the operator writes into one of its arguments."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written(node: Node) -> list[Node]:
+    """The tensors that an operator writes into."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    by_name = arguments(node)
+    found = [by_name[a.name] for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [each for each in found if isinstance(each, Node)]
+
+
+# Operators that may hand on their input itself, although their schema doesn't say so.
+SILENT_VIEWS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "reshape_as", "contiguous", "to", "type_as"}
+
+
+def viewed(node: Node) -> Node | None:
+    """The tensor whose storage the output shares, or may share."""
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if operator_name(node) in SILENT_VIEWS or any(r.alias_info is not None for r in node.target._schema.returns):
+        first = node.args[0] if node.args else None
+        return first if isinstance(first, Node) else None
+    return None
+
+
+def frames(node: Node) -> list[str]:
+    """The qualified names of the modules in whose forward the node stands, outermost first; "" is the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [re.sub(r"@\d+", "", entry[0]) for entry in stack.values()]
+
+
+def frame(node: Node) -> str:
+    """The innermost module."""
+    found = frames(node)
+    return found[-1] if found else ""

@@ -1,0 +1,103 @@
+"""Write a plan into a copy of the user's module: new tensors by their qualified names, and modules in the place of BatchNorms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node as Op
+
+from ...graph import Graph, Node, Site
+from ...merge import Merge
+from ...rounding import lost, rounded
+from .constants import Constants
+from .lower import Lowering, Native
+from .places import Place
+from .removal import Removal, fills, unit_variance
+from .surgery import Surgery, restructure
+from .trace import NUMPY, to_tensor
+from .walk import arguments, frame
+
+
+def write_module(
+    ctx: Lowering, module: nn.Module, graph: Graph, removed: Mapping[Site, Removal], merges: Iterable[Merge] = ()
+) -> tuple[nn.Module, dict[Node, str], int]:
+    """A folded copy of the module, a note for each node whose weights lost precision, and the bytes that new biases and untied weights add.
+
+    Raises RuntimeError on an update that nothing here can write: it must never be lost.
+    """
+    result = copy.deepcopy(module)
+    surgery, notes, made = Surgery(), {}, {}
+    for node, role, param in graph.updates():
+        native: Native = node.native
+        slot = native.slots.get(role)
+        if slot is None or not isinstance(slot.place, Place):
+            raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+        exact = param.layout.stored(param.read())
+        dtype = native.dtype if param.tensor is None else param.tensor.dtype
+        array = rounded(exact, NUMPY[dtype])
+        if count := lost(exact, array):
+            notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+        place = slot.place
+        if place.how == "plain":
+            surgery.plain += [place.owner] * (place.owner not in surgery.plain)
+        elif place.how != "stored":
+            surgery.fixed[place.owner] = place.how
+        if param.tensor is None:
+            surgery.biases[place.owner] = list(array.shape)
+        made[place.target] = to_tensor(np.ascontiguousarray(array))
+    for removal in removed.values():
+        if removal.path is not None:
+            surgery.replaced[removal.path] = list(removal.kept)
+    for m in merges:
+        if m.branch is not None:
+            surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
+    tied = _tied(module)
+    restructure(result, surgery)
+    for target, tensor in made.items():
+        _set(result, target, tensor)
+    for removal in removed.values():
+        for call in removal.calls:
+            _make_identity(ctx.constants, result, call)
+    added = sum(
+        tensor.nbytes for target, tensor in made.items() if target.rpartition(".")[0] in surgery.biases and target.endswith(".bias")
+    )
+    added += sum(tensor.nbytes for target, tensor in made.items() if target in tied)
+    return result, notes, added
+
+
+def _tied(module: nn.Module) -> set[str]:
+    """The names under which a parameter stands for at least the second time."""
+    seen: set[int] = set()
+    found = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            found.add(name)
+        seen.add(id(parameter))
+    return found
+
+
+def _set(root: nn.Module, target: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, on its device; under this name alone, where others share it."""
+    place = Place(target)
+    owner = root.get_submodule(place.owner)
+    old = getattr(owner, place.attribute)
+    tensor = tensor.to(old.device)
+    if place.attribute in owner._buffers:
+        owner._buffers[place.attribute] = tensor
+    else:
+        owner._parameters[place.attribute] = nn.Parameter(tensor, old.requires_grad)
+
+
+def _make_identity(constants: Constants, root: nn.Module, call: Op) -> None:
+    """Give a functional batch_norm parameters with which it does nothing."""
+    given = arguments(call)
+    for name, number in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", None)):
+        stored = constants.stored(given[name])
+        if stored is None:
+            continue
+        value = unit_variance(float(given["eps"]), stored.tensor.dtype) if number is None else torch.tensor(number)
+        _set(root, stored.target, torch.full_like(stored.tensor.detach(), 0) + value.to(stored.tensor.dtype).to(stored.tensor.device))

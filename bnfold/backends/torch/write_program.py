@@ -1,0 +1,255 @@
+"""Write a plan into a copy of an exported program: new parameters, operators taken out, everything else untouched."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node as Op
+
+from ...graph import Graph, Node
+from ...merge import Merge
+from ...rounding import lost, rounded
+from .lower import Lowering, Native, Slot
+from .trace import NUMPY, quiet, to_tensor
+from .walk import arguments, mutates, set_argument, viewed, written
+
+
+def write_program(
+    ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = ()
+) -> tuple[ExportedProgram, dict[Node, str], int]:
+    """A folded copy of the program that was lowered, a note for each node whose weights lost precision, and the bytes that were added.
+
+    Raises RuntimeError on an update that nothing here can write: it must never be lost.
+    """
+    writer = _Writer(ctx)
+    writer.write(graph, removed, merges)
+    return writer.finish(), writer.notes, writer.bytes_added
+
+
+class _Writer:
+    def __init__(self, ctx: Lowering) -> None:
+        self.ctx, self.program = ctx, ctx.program
+        self.module = copy.deepcopy(ctx.program.graph_module)
+        self.graph = self.module.graph
+        by_name = {op.name: op for op in self.graph.nodes}
+        self.copies: dict[Op, Op] = {op: by_name[op.name] for op in ctx.program.graph.nodes}
+        self.signature = copy.deepcopy(ctx.program.graph_signature)
+        self.state = dict(ctx.program.state_dict)
+        self.constants = dict(ctx.program.constants)
+        self.idle = {op for op in self.graph.nodes if not op.users}
+        self.first = next(op for op in self.graph.nodes if op.op == "placeholder")
+        self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
+        self.notes: dict[Node, str] = {}
+        self.bytes_added = 0
+
+    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
+        self._make_clones(graph.clones)
+        alike: dict[tuple[Any, tuple[int, ...], bytes], Op] = {}  # equal copies of one weight are one weight
+        for node, role, param in list(graph.updates()):
+            native: Native = node.native
+            slot = native.slots.get(role)
+            if slot is None:
+                raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+            exact = param.layout.stored(param.read())
+            op = self.copies[native.op]
+            if slot.argument == "value" and param.tensor is None:
+                set_argument(op, "value", float(exact))
+                continue
+            dtype = native.dtype if param.tensor is None else param.tensor.dtype
+            array = rounded(exact, NUMPY[dtype])
+            if count := lost(exact, array):
+                self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+            old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
+            key = (old, array.shape, array.tobytes() if old is not None and len(old.users) > 1 else b"")
+            if old is None or key not in alike:
+                device = None if old is None else self._device(old)
+                alike[key] = self._parameter(
+                    old, native, role, to_tensor(np.ascontiguousarray(array)).to(device or self._device(native.op))
+                )
+            self._give(op, slot, alike[key])
+        for node in removed:
+            self._remove(node.native)
+        for m in merges:
+            self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
+
+    def _device(self, op: Op) -> torch.device:
+        value = op.meta.get("val")
+        device: torch.device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+        return device
+
+    def _make_clones(self, clones: list[Node]) -> None:
+        """Make the operators that were doubled, and let those who want the copy read it."""
+        for node in clones:
+            native: Native = node.native
+            old = self.copies[native.op]
+            with self.graph.inserting_after(old):
+                made = self.graph.node_copy(old)
+            self.copies[made] = made
+            native.op, native.clone_of = made, None
+        for node in clones:
+            for reader, i in node.native.readers:
+                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), self.copies[node.native.op])
+
+    def _parameter(self, old: Op | None, native: Native, role: str, tensor: Tensor) -> Op:
+        """A placeholder for a new tensor; the old one's own where nothing else reads it."""
+        stored = None if old is None else self.ctx.constants.stored(old)
+        if stored is not None and old is not None and len(old.users) == 1 and tensor.shape == stored.tensor.shape:
+            holder = self.state if stored.target in self.state else self.constants
+            again = [s for s in self.signature.input_specs if s.target == stored.target]
+            if len(again) == 1:
+                holder[stored.target] = _like(tensor, stored.tensor)
+                return self.copies[old]
+        stem = stored.target if stored is not None else f"{_path(native)}.{role}"
+        target = _free(stem, {*self.state, *self.constants})
+        name = _free("p_" + re.sub(r"\W", "_", target), {op.name for op in self.graph.nodes})
+        with self.graph.inserting_before(self.first):
+            made: Op = self.graph.placeholder(name)
+        mode = next(v.fake_mode for op in self.graph.nodes if isinstance(v := op.meta.get("val"), Tensor) and hasattr(v, "fake_mode"))
+        made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+        made.meta["tensor_meta"] = {}
+        self.state[target] = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        spec = InputSpec(InputKind.PARAMETER, TensorArgument(made.name), target, None)
+        order = [op.name for op in self.graph.nodes if op.op == "placeholder"]
+        self.signature.input_specs.insert(order.index(made.name), spec)
+        self.bytes_added += tensor.nbytes
+        self.copies[made] = made
+        return made
+
+    def _give(self, op: Op, slot: Slot, value: Op) -> None:
+        if slot.argument == "Add":
+            with self.graph.inserting_after(op):
+                made = self.graph.call_function(torch.ops.aten.add.Tensor, (op, value))
+            made.meta = dict(op.meta)
+            op.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+            self.moved[op] = made
+            self._rename_output(op, made)
+            return
+        name, _, index = slot.argument.partition(".")
+        if not index:
+            set_argument(op, name, value)
+            return
+        items = list(arguments(op)[name])
+        items[int(index)] = value
+        set_argument(op, name, items)
+
+    def _remove(self, native: Native) -> None:
+        output = native.output if native.output is not None else (native.group or [native.op])[-1]
+        self._replace(self.copies[output], self._current(native.operands[0]))
+
+    def _current(self, op: Op) -> Op:
+        """Who gives now what an operator gave."""
+        found = self.copies[op]
+        while found in self.moved:
+            found = self.moved[found]
+        return found
+
+    def _replace(self, old: Op, new: Op) -> None:
+        """Let the users of one operator read another's output; a copy of it where somebody would write into what others still read."""
+        if _writes_into_shared(old, new):
+            with self.graph.inserting_after(old):
+                made = self.graph.call_function(torch.ops.aten.clone.default, (new,))
+            made.meta = dict(old.meta)
+            new = made
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.moved[old] = new
+        self._rename_output(old, new)
+        if mutates(old):  # nobody reads it, and it must not write either
+            self.graph.erase_node(old)
+
+    def _rename_output(self, old: Op, new: Op) -> None:
+        for spec in self.signature.output_specs:
+            if isinstance(spec.arg, TensorArgument) and spec.arg.name == old.name:
+                spec.arg = TensorArgument(new.name)
+
+    def _sweep(self) -> None:
+        """Drop what nobody reads any more, weights and what computed them; what nobody read before stays."""
+        gone = self._counters()
+        for op in reversed(list(self.graph.nodes)):
+            if op.users or op in self.idle or op.op == "output" or mutates(op):
+                continue
+            if op.op == "placeholder":
+                if not any(
+                    s.arg.name == op.name and s.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") for s in self.signature.input_specs
+                ):
+                    continue
+                gone.add(op.name)
+            self.graph.erase_node(op)
+        self.signature.input_specs = [s for s in self.signature.input_specs if s.arg.name not in gone]
+        left = {s.target for s in self.signature.input_specs if s.target is not None}
+        before = {s.target for s in self.program.graph_signature.input_specs if s.target is not None}
+        for held in (self.state, self.constants):
+            for target in list(held):
+                if target in before and target not in left:
+                    tensor = held.pop(target)
+                    self.bytes_added -= tensor.nbytes if f"{target}.2" in left or f"{target}_2" in left else 0
+
+    def _counters(self) -> set[str]:
+        """Erase the counters of BatchNorms that are gone, which nothing reads in evaluation; the names of their placeholders."""
+        owners = {
+            s.target.rpartition(".")[0] for s in self.signature.input_specs if s.target is not None and s.target.endswith("running_mean")
+        }
+        by_name = {op.name: op for op in self.graph.nodes}
+        read = {
+            s.target.rpartition(".")[0]
+            for s in self.signature.input_specs
+            if s.target and s.arg.name in by_name and s.target.endswith("running_mean") and by_name[s.arg.name].users
+        }
+        gone = set()
+        for spec in self.signature.input_specs:
+            owner, _, attribute = (spec.target or "").rpartition(".")
+            op = by_name.get(spec.arg.name)
+            if attribute == "num_batches_tracked" and owner in owners - read and op is not None and not op.users:
+                self.graph.erase_node(op)
+                gone.add(spec.arg.name)
+        return gone
+
+    def finish(self) -> ExportedProgram:
+        self._sweep()
+        self.graph.lint()
+        self.module.recompile()
+        with quiet():
+            return self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    return torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
+
+
+def _path(native: Native) -> str:
+    stack = native.op.meta.get("nn_module_stack") or {}
+    return next((entry[0] for entry in reversed(stack.values()) if entry[0]), native.op.name)
+
+
+def _free(stem: str, taken: set[str]) -> str:
+    name, count = stem, 1
+    while name in taken:
+        count += 1
+        name = f"{stem}_{count}"
+    return name
+
+
+def _writes_into_shared(old: Op, new: Op) -> bool:
+    """Whether somebody writes into the tensor `old`, or a view of it, while another still reads `new`, or the caller owns it."""
+    stack, family = [old], {old}
+    while stack:
+        op = stack.pop()
+        for user in op.users:
+            if mutates(user) and op in written(user):
+                root = new
+                while (source := viewed(root)) is not None:
+                    root = source
+                shared = root.op == "placeholder" or any(other is not old for other in new.users if other not in family)
+                if shared or root is not new:
+                    return True
+            if viewed(user) is op and user not in family:
+                family.add(user)
+                stack.append(user)
+    return False

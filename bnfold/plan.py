@@ -1,0 +1,99 @@
+"""What becomes of a network's BatchNorms: fold, then merge parallel branches, then fold what was in their way; and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .fold import Outcome, fold
+from .graph import Graph, Node, Site
+from .merge import May, Merge, always, merge
+from .report import Counts, FuseReport, Layer, Merged
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch."""
+
+    outcomes: tuple[Outcome, ...]
+    merges: tuple[Merge, ...]
+    removed: tuple[Node, ...]
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.merges) or any(outcome.folded for outcome in self.outcomes)
+
+    @property
+    def folded_sites(self) -> list[Site]:
+        return [outcome.site for outcome in self.outcomes if outcome.folded]
+
+    def counts(self) -> Counts:
+        """Calls of BatchNorms before and after."""
+        sites = [(len(o.site.nodes), o.folded) for o in self.outcomes if o.site.is_batchnorm]
+        return Counts(sum(n for n, _ in sites), sum(n for n, folded in sites if not folded))
+
+    def report(
+        self, notes: Mapping[Node, str], *, bytes_added: int, counts: Counts | None = None, computed: Iterable[Layer] = ()
+    ) -> FuseReport:
+        """notes: on nodes that absorbed something. computed: layers that were folded without a plan."""
+        layers = (*computed, *(_layer(o, notes) for o in self.outcomes if o.site.is_batchnorm or o.folded))
+        merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
+        return FuseReport(batchnorms=self.counts() if counts is None else counts, layers=layers, merged=merged, bytes_added=bytes_added)
+
+
+def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Planned:
+    """Decide what folds. clone: whether an operator that something else reads too may be doubled. may: which branches may merge, if any."""
+    affine = [node for site in graph.sites for node in site.nodes]
+    outcomes = fold(graph, clone=clone)
+    merges = merge(graph, may) if may is not None else []
+    into_host = {m.branch: m.host for m in merges if m.branch is not None}
+    if merges:
+        outcomes = _after_merging(graph, outcomes, into_host, clone)
+    left = set(graph.nodes)
+    removed = tuple(node for node in affine if node not in left and node not in into_host)
+    return Planned(tuple(outcomes), tuple(merges), removed)
+
+
+def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:
+    """The outcomes, now that some BatchNorms went into the host of their branch, and some sums that were in the way are gone."""
+    found: list[Outcome] = []
+    for outcome in outcomes:
+        site = outcome.site
+        if outcome.folded or site.refusal is not None:
+            found.append(outcome)
+            continue
+        left = [node for node in site.nodes if node not in into_host]
+        for node in (node for node in site.nodes if node in into_host):
+            found.append(Outcome(Site(node.name, [node], site.channels, site.is_batchnorm, note=site.note), True, (into_host[node],)))
+        if left:
+            name = site.name if len(left) == len(site.nodes) else left[0].name
+            graph.sites = [Site(name, left, site.channels, site.is_batchnorm, site.separable, note=site.note)]
+            found += fold(graph, clone=clone)
+    return found
+
+
+def _by_host(merges: Iterable[Merge]) -> dict[Node, tuple[str, ...]]:
+    """For each operator that is left, the names of all branches that ended in it."""
+    into: dict[Node, list[str]] = {}
+    for m in merges:
+        names = into.pop(m.branch, []) if m.branch is not None else []
+        into.setdefault(m.host, [m.host.name]).extend([m.branch.name if m.branch is not None else "identity", *names[1:]])
+    return {host: tuple(names) for host, names in into.items()}
+
+
+def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
+    site = outcome.site
+    said = [notes[node] for node in outcome.into if node in notes]
+    if dead := site.nodes[0].attrs.get("dead"):
+        said.append(f"{dead} of its {site.channels} channels are dead (gamma is 0)")
+    if len(site.nodes) > 1:
+        said.append(f"called {len(site.nodes)} times")
+    if site.note:
+        said.append(site.note)
+    if outcome.note:
+        said.append(outcome.note)
+    if not site.is_batchnorm:
+        said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
+    into = tuple(dict.fromkeys(node.name for node in outcome.into))
+    reason = "" if outcome.folded else outcome.reason
+    return Layer(site.name, site.channels, "folded" if outcome.folded else "kept", into, reason, tuple(said))

@@ -1,0 +1,40 @@
+"""One rounding from float64 to the type in which a coefficient is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from .affine import Array
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def rounded(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The array rounded once, to nearest even."""
+    exact: npt.NDArray[Any] = np.ascontiguousarray(array).reshape(np.shape(array))
+    if dtype == BFLOAT16:  # ml_dtypes goes there through float32, which would round twice
+        exact = _to_odd(exact)
+    with np.errstate(over="ignore"):
+        return np.asarray(exact.astype(dtype))
+
+
+def _to_odd(exact: Array) -> npt.NDArray[np.float32]:
+    """Float64 to float32 rounded to odd, after which a rounding to fewer bits is right (Boldo & Melquiond 2008, theorem 2)."""
+    with np.errstate(over="ignore"):
+        near = exact.astype(np.float32)
+    inexact = (near.astype(np.float64) != exact) & np.isfinite(near)
+    toward_zero = np.where(np.abs(near.astype(np.float64)) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    odd = (np.ascontiguousarray(toward_zero).view(np.uint32) | np.uint32(1)).view(np.float32)
+    return np.where(inexact, odd, near)
+
+
+def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
+    """How many coefficients fell below the normal range of their type, where it keeps fewer bits of them, or none."""
+    small = np.abs(stored) < ml_dtypes.finfo(stored.dtype).tiny  # type: ignore[no-untyped-call]
+    if not small.any():
+        return 0
+    return int((small & (np.abs(stored.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))).sum())
