@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -13,9 +11,9 @@ from ...plan import plan
 from ...report import FuseReport
 from .lower import Lowering
 from .removal import may_merge, removals
-from .trace import Traced
+from .trace import Traced, duplicate
 from .write_module import write_module
-from .write_program import write_program
+from .write_program import copy_program, write_program
 
 
 def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedProgram, FuseReport]:
@@ -31,7 +29,7 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
     notes: dict[Node, str] = {}
     added = 0
     if not planned.changes:
-        fused: nn.Module | ExportedProgram = copy.deepcopy(traced.model)
+        fused: nn.Module | ExportedProgram = copy_program(traced.program) if module is None else duplicate(module)
     elif module is None:
         fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges)
     else:

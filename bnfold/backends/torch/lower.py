@@ -101,16 +101,16 @@ class Lowering:
 
     def _count_other_readers(self) -> None:
         """A stored weight that is also read in a way that no update can follow (it takes part in a computed constant, say) must stay."""
-        for tensor in self._tensors.values():
-            place = tensor.native
-            if not isinstance(place, Place) or place.how != "stored":
-                continue
+        readers: dict[Any, list[Op]] = {}
+        for op in self.program.graph.nodes:
+            for reader in op.users if self.constants.stored(op) is not None else ():
+                if isinstance(value_of(reader), TorchTensor):
+                    readers.setdefault(self.host.weight(reader, op), []).append(reader)
+        for place, tensor in self._tensors.items():
             known = {user.native.op for user, _ in tensor.users}
-            for op in self.program.graph.nodes:
-                stored = self.constants.stored(op)
-                for reader in op.users if stored is not None and stored.target == place.target else ():
-                    if reader not in known and isinstance(value_of(reader), TorchTensor):
-                        Node("Barrier", reader.name, [], [], {}, {"read": Param(tensor, tensor.shape)}, label=operator_name(reader))
+            for reader in readers.get(place, ()):
+                if reader not in known:
+                    Node("Barrier", reader.name, [], [], {}, {"read": Param(tensor, tensor.shape)}, label=operator_name(reader))
 
     # --- what the operators' functions use ---------------------------------------------------------------------------------
 

@@ -78,23 +78,35 @@ class ModuleHost:
     def __init__(self, module: nn.Module, program: ExportedProgram, constants: Constants) -> None:
         self._constants = constants
         self._modules = dict(module.named_modules(remove_duplicate=False))
+        self._first: dict[int, str] = {}  # the first of the names that a module has
+        for path, each in self._modules.items():
+            self._first.setdefault(id(each), path)
         self._inside: dict[str, list[Node]] = {}  # the operators in each module's forward, those of its children included
         for node in program.graph.nodes:
-            for path in dict.fromkeys(frames(node) if node.op == "call_function" else ()):
+            for path in dict.fromkeys(map(self.canonical, frames(node)) if node.op == "call_function" else ()):
                 self._inside.setdefault(path, []).append(node)
 
     def module(self, path: str) -> nn.Module | None:
         return self._modules.get(path)
 
     def inside(self, path: str) -> list[Node]:
-        return self._inside.get(path, [])
+        return self._inside.get(self.canonical(path), [])
+
+    def canonical(self, path: str) -> str:
+        """One name for a module that is registered under several."""
+        module = self._modules.get(path)
+        return path if module is None else self._first[id(module)]
 
     def weight(self, op: Node, argument: Node) -> Place | Node | None:
         stored = self._constants.stored(argument)
-        if stored is not None:
-            return Place(stored.target) if stored.kind != "CONSTANT_TENSOR" and self._registered(stored.target) else None
-        path = frame(op)
+        path = self.canonical(frame(op))
         owner = self._modules.get(path)
+        if stored is not None:
+            for name, own in owner._parameters.items() if owner is not None else ():
+                if own is not None and own.shape == stored.tensor.shape and own.data_ptr() == stored.tensor.data_ptr():
+                    return Place(f"{path}.{name}".lstrip("."))  # a tied weight has several names: this module's own can be untied
+            place = Place(".".join(filter(None, (self.canonical(Place(stored.target).owner), Place(stored.target).attribute))))
+            return place if stored.kind != "CONSTANT_TENSOR" and self._registered(place.target) else None
         if owner is None or not path or not isinstance(owner, (*CONVOLUTIONS, nn.Linear)):
             return None
         how = _how_computed(owner)
@@ -108,7 +120,7 @@ class ModuleHost:
         return owner is not None and (place.attribute in owner._parameters or place.attribute in owner._buffers)
 
     def bias(self, op: Node, weight: Place | Node) -> Place | Node | None:
-        path = frame(op)
+        path = self.canonical(frame(op))
         owner = self._modules.get(path)
         if not isinstance(weight, Place) or owner is None or weight.owner != path or weight.attribute != "weight":
             return None

@@ -7,7 +7,6 @@ identity, exactly.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from ...merge import May
 from .lower import Lowering
 from .places import CONVOLUTIONS, ModuleHost
 from .surgery import remains
+from .trace import duplicate
 from .walk import arguments, frame, frames, mutates, operator_name
 
 SIDE = 8  # the spatial sizes of what a module is tried on
@@ -94,8 +94,8 @@ def _behaves(module: nn.Module, kept: tuple[str, ...], node: Node) -> bool:
     x = np.random.default_rng(0).standard_normal(shape)
     try:
         with torch.no_grad():
-            whole = copy.deepcopy(module).cpu().double()
-            left = copy.deepcopy(remains(module, list(kept))).cpu().double()
+            whole = duplicate(module).cpu().double()
+            left = duplicate(remains(module, list(kept))).cpu().double()
             want = whole(torch.from_numpy(x.copy()))
             got = left(torch.from_numpy(np.asarray(coefficients(node)(x))))
     except Exception:  # the user's code may raise anything; a module that can't be tried isn't replaced

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...errors import ModelError
+from .trace import duplicate
 
 ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 
@@ -26,6 +26,7 @@ class Surgery:
     plain: layers whose subclass computed its weight in each call, now of torch's own class.
     fixed: layers whose weight was computed by a parametrization or by weight_norm, now stored.
     biases: the layers that got a bias, with its size.
+    copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
     replaced: dict[str, list[str]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Surgery:
     plain: list[str] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     biases: dict[str, list[int]] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,9 +43,17 @@ class Surgery:
     def from_dict(cls, given: Mapping[str, Any]) -> Surgery:
         """Raises ModelError for what no `to_dict` wrote."""
         try:
-            return cls(**{key: given[key] for key in ("replaced", "merged", "plain", "fixed", "biases") if key in given})
+            return cls(**{key: given[key] for key in (f.name for f in fields(cls)) if key in given})
         except TypeError as error:
             raise ModelError(f"the file's record of what was folded is damaged: {error}") from None
+
+
+class Copy(nn.Module):
+    """A copy of the input, for somebody who writes into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...] to [...]."""
+        return x.clone()
 
 
 class Zero(nn.Module):
@@ -66,7 +76,7 @@ class Zero(nn.Module):
 
 def rebuild(module: nn.Module, surgery: Surgery) -> nn.Module:
     """A copy of an unfolded module in the folded one's form, ready to load its weights. Raises ModelError where the two don't fit."""
-    return restructure(copy.deepcopy(module), surgery)
+    return restructure(duplicate(module), surgery)
 
 
 def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
@@ -80,17 +90,20 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
         weight = next(p for p in owner.parameters() if p.is_floating_point())
         owner.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
     for path, kept in surgery.replaced.items():
-        replace(module, path, remains(_at(module, path), kept))
+        replace(module, path, remains(_at(module, path), kept, path in surgery.copied))
     for path, full in surgery.merged.items():
         replace(module, path, Zero(full))
     setattr(module, ATTRIBUTE, surgery)
     return module
 
 
-def remains(module: nn.Module, kept: list[str]) -> nn.Module:
+def remains(module: nn.Module, kept: list[str], copied: bool = False) -> nn.Module:
     """What is left of a module without its BatchNorm: an Identity, or those of its own modules that stay, with the module's hooks."""
     children = dict(module.named_children())
-    left: nn.Module = nn.Sequential(OrderedDict((name, children[name]) for name in kept)) if kept else nn.Identity()
+    left: nn.Module = Copy() if copied else nn.Identity()
+    if kept:
+        first = [("copy", left)] if copied else []
+        left = nn.Sequential(OrderedDict([*first, *((name, children[name]) for name in kept)]))
     left.train(module.training)
     return with_hooks(left, module)
 

@@ -134,7 +134,20 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False) -> Tra
 
 def shared_twin(module: nn.Module) -> nn.Module:
     """A copy of a module's structure that shares its parameters and buffers."""
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
+    return _copied(module, {id(t): t for t in itertools.chain(module.parameters(), module.buffers())})
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """A copy of a module, its tensors included."""
+    return _copied(module, {})
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, also of a tensor that is an attribute and was computed (as weight_norm's), which copy.deepcopy refuses."""
+    for each in module.modules():
+        for value in vars(each).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
     return copy.deepcopy(module, memo)
 
 

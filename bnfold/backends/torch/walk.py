@@ -99,6 +99,30 @@ def viewed(node: Node) -> Node | None:
     return None
 
 
+def writes_into_shared(old: Node, new: Node) -> bool:
+    """Whether, once `new` stands in the place of its copy `old`, somebody writes into what others still read or the caller owns."""
+    if not any(mutates(user) and view in written(user) for view in _views(old) for user in view.users):
+        return False
+    root = new
+    while (source := viewed(root)) is not None:
+        root = source
+    family = _views(root)
+    readers = {user for view in family for user in view.users if user is not old and user not in family}
+    return root.op == "placeholder" or bool(readers)
+
+
+def _views(root: Node) -> set[Node]:
+    """All that shares a tensor's storage from there on, what is written in place included."""
+    found, stack = {root}, [root]
+    while stack:
+        op = stack.pop()
+        for user in op.users:
+            if user not in found and viewed(user) is op:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
 def frames(node: Node) -> list[str]:
     """The qualified names of the modules in whose forward the node stands, outermost first; "" is the model itself."""
     stack = node.meta.get("nn_module_stack") or {}

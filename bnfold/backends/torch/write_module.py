@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -18,8 +17,8 @@ from .lower import Lowering, Native
 from .places import Place
 from .removal import Removal, fills, unit_variance
 from .surgery import Surgery, restructure
-from .trace import NUMPY, to_tensor
-from .walk import arguments, frame
+from .trace import NUMPY, duplicate, to_tensor
+from .walk import arguments, frame, writes_into_shared
 
 
 def write_module(
@@ -29,7 +28,7 @@ def write_module(
 
     Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
-    result = copy.deepcopy(module)
+    result = duplicate(module)
     surgery, notes, made = Surgery(), {}, {}
     for node, role, param in graph.updates():
         native: Native = node.native
@@ -49,9 +48,11 @@ def write_module(
         if param.tensor is None:
             surgery.biases[place.owner] = list(array.shape)
         made[place.target] = to_tensor(np.ascontiguousarray(array))
-    for removal in removed.values():
+    for site, removal in removed.items():
         if removal.path is not None:
             surgery.replaced[removal.path] = list(removal.kept)
+            if any(writes_into_shared(_output(node), node.native.operands[0]) for node in site.nodes):
+                surgery.copied.append(removal.path)
     for m in merges:
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
@@ -67,6 +68,11 @@ def write_module(
     )
     added += sum(tensor.nbytes for target, tensor in made.items() if target in tied)
     return result, notes, added
+
+
+def _output(node: Node) -> Op:
+    native: Native = node.native
+    return native.output if native.output is not None else native.op
 
 
 def _tied(module: nn.Module) -> set[str]:

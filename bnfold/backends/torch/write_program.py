@@ -19,7 +19,7 @@ from ...merge import Merge
 from ...rounding import lost, rounded
 from .lower import Lowering, Native, Slot
 from .trace import NUMPY, quiet, to_tensor
-from .walk import arguments, mutates, set_argument, viewed, written
+from .walk import arguments, mutates, set_argument, writes_into_shared
 
 
 def write_program(
@@ -34,13 +34,33 @@ def write_program(
     return writer.finish(), writer.notes, writer.bytes_added
 
 
+def copy_program(program: ExportedProgram) -> ExportedProgram:
+    """The program with tensors of its own."""
+    memo: dict[int, Tensor] = {}
+
+    def own(held: dict[str, Any]) -> dict[str, Any]:
+        return {name: memo.setdefault(id(t), copy.deepcopy(t)) if isinstance(t, Tensor) else t for name, t in held.items()}
+
+    module, signature = _graph_copy(program)[0], copy.deepcopy(program.graph_signature)
+    found: ExportedProgram = program._update(module, signature, state_dict=own(program.state_dict), constants=own(program.constants))
+    return found
+
+
+def _graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
+    """A copy of the graph, and for each operator its own copy."""
+    module = copy.deepcopy(program.graph_module)
+    copies = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
+    for old, new in copies.items():
+        new.name = old.name  # fx renames in a copy what Python has a name for, such as `input`
+    module.recompile()
+    return module, copies
+
+
 class _Writer:
     def __init__(self, ctx: Lowering) -> None:
         self.ctx, self.program = ctx, ctx.program
-        self.module = copy.deepcopy(ctx.program.graph_module)
+        self.module, self.copies = _graph_copy(ctx.program)
         self.graph = self.module.graph
-        by_name = {op.name: op for op in self.graph.nodes}
-        self.copies: dict[Op, Op] = {op: by_name[op.name] for op in ctx.program.graph.nodes}
         self.signature = copy.deepcopy(ctx.program.graph_signature)
         self.state = dict(ctx.program.state_dict)
         self.constants = dict(ctx.program.constants)
@@ -153,7 +173,7 @@ class _Writer:
 
     def _replace(self, old: Op, new: Op) -> None:
         """Let the users of one operator read another's output; a copy of it where somebody would write into what others still read."""
-        if _writes_into_shared(old, new):
+        if writes_into_shared(old, new):
             with self.graph.inserting_after(old):
                 made = self.graph.call_function(torch.ops.aten.clone.default, (new,))
             made.meta = dict(old.meta)
@@ -216,7 +236,8 @@ class _Writer:
         self.graph.lint()
         self.module.recompile()
         with quiet():
-            return self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
+            found: ExportedProgram = self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
+        return found
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
@@ -234,22 +255,3 @@ def _free(stem: str, taken: set[str]) -> str:
         count += 1
         name = f"{stem}_{count}"
     return name
-
-
-def _writes_into_shared(old: Op, new: Op) -> bool:
-    """Whether somebody writes into the tensor `old`, or a view of it, while another still reads `new`, or the caller owns it."""
-    stack, family = [old], {old}
-    while stack:
-        op = stack.pop()
-        for user in op.users:
-            if mutates(user) and op in written(user):
-                root = new
-                while (source := viewed(root)) is not None:
-                    root = source
-                shared = root.op == "placeholder" or any(other is not old for other in new.users if other not in family)
-                if shared or root is not new:
-                    return True
-            if viewed(user) is op and user not in family:
-                family.add(user)
-                stack.append(user)
-    return False
