@@ -62,6 +62,7 @@ class Lowering:
         self._values: dict[Op, Value] = {}
         self._tensors: dict[Any, Tensor] = {}
         self._names: dict[str, int] = {}
+        self.idle: dict[Op, Op] = {}  # operators that do nothing, with their inputs
         self.done: set[Op] = set()  # operators that were lowered together with another
         self._leaves = _leaf_frames(self.program)
 
@@ -124,6 +125,7 @@ class Lowering:
         """An operator that does nothing: its output is its input."""
         if dtype_of(op) == dtype_of(source):
             self._values[op] = self.value(source)
+            self.idle[op] = source
         else:
             self.emit("Identity", op, [source])
 

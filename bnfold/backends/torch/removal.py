@@ -111,15 +111,38 @@ def may_merge(ctx: Lowering, ways: Mapping[Site, Removal]) -> May:
     assert isinstance(host, ModuleHost)
     whole = {site.nodes[0]: way for site, way in ways.items() if len(site.nodes) == 1}
 
+    gone = {
+        node.native.output or node.native.op: node.native.operands[0]
+        for site, way in ways.items()
+        for node in site.nodes
+        if way.path is not None and not way.kept
+    }
+
     def may(add: Node, branch: Node | None, kept: int) -> bool:
-        if branch is None or (fills(add, kept) and branch.inputs[0].probes != branch.output.probes):
-            return False  # the value itself stays in the sum; and who is added to in place must have the sum's shape
+        if branch is None or len(add.native.operands) != 2:
+            return False  # the value itself stays in the sum
+        op: Op = add.native.operands[1 - kept]
+        end: Op = branch.native.op if branch.op == "Conv" else branch.native.output or branch.native.op
+        while op is not end:  # what stays between the branch and the sum must take the zeros for a tensor
+            if op in gone:
+                op = gone[op]
+            elif op in ctx.idle:
+                op = ctx.idle[op]
+            else:
+                return False
+        if fills(add, kept) and branch.inputs[0].probes != branch.output.probes:
+            return False  # who is added to in place must have the sum's shape
+        if not _is_module(branch):
+            return False
+        gone[add.native.op] = add.native.operands[kept]
+        return True
+
+    def _is_module(branch: Node) -> bool:
         if branch.op == "Affine":
             way = whole.get(branch)
             return way is not None and way.path is not None and not way.kept
-        op: Op = branch.native.op
-        path = frame(op)
-        others = [each for each in host.inside(path) if each is not op and not ctx.constants.is_constant(each)]
+        path = frame(branch.native.op)
+        others = [each for each in host.inside(path) if each is not branch.native.op and not ctx.constants.is_constant(each)]
         return bool(path) and isinstance(host.module(path), CONVOLUTIONS) and not others
 
     return may
