@@ -225,13 +225,15 @@ def _wanted(value: Value, demands: Maps) -> Affine:
 
 def _as_is(user: Node, i: int, value: Value) -> Affine:
     """The identity on all that a user reads of a value; a move may leave some of it unread, and that is free."""
-    rank = value.rank or 0
     if user.op == "Move" and user.output.rank is not None:
-        try:
-            return move_up(user, Affine.identity(user.output.rank), shrink=False)[i]
-        except Blocked:
-            pass
-    return Affine.identity(rank)
+        if "reads" not in user.attrs:  # the same for every site: what an operator moves doesn't change
+            try:
+                user.attrs["reads"] = move_up(user, Affine.identity(user.output.rank), shrink=False)
+            except Blocked:
+                user.attrs["reads"] = None
+        if user.attrs["reads"] is not None:
+            return user.attrs["reads"][i]  # type: ignore[no-any-return]
+    return Affine.identity(value.rank or 0)
 
 
 def _push_down(site: Site) -> Draft:

@@ -34,7 +34,9 @@ def _to_odd(exact: Array) -> npt.NDArray[np.float32]:
 
 def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
     """How many coefficients fell below the normal range of their type, where it keeps fewer bits of them, or none."""
-    small = np.abs(stored) < ml_dtypes.finfo(stored.dtype).tiny  # type: ignore[no-untyped-call]
-    if not small.any():
+    tiny = ml_dtypes.finfo(stored.dtype).tiny  # type: ignore[no-untyped-call]
+    small = np.flatnonzero((stored < tiny) & (stored > -tiny))
+    if not small.size:
         return 0
-    return int((small & (np.abs(stored.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact))).sum())
+    exact, stored = np.ravel(exact)[small], np.ravel(stored)[small]
+    return int((np.abs(stored.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact)).sum())

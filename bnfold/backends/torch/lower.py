@@ -146,7 +146,7 @@ class Lowering:
             return None
         place = self.host.weight(op, argument)
         array_shape = tuple(int(n) for n in value_of(argument).shape)
-        if place is None or self.const(argument) is None:
+        if place is None or (self.constants.stored(argument) is None and self.const(argument) is None):
             return None
         if place not in self._tensors:
             dtype = dtype_of(argument) or torch.float32

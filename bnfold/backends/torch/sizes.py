@@ -21,6 +21,7 @@ FACTORS = (2, 3)  # multiples keep what a model may demand of its sizes: that th
 
 class Sizes:
     def __init__(self, program: ExportedProgram) -> None:
+        self._known: dict[tuple[Any, int], Any] = {}
         hints: Probe = {}
         for node in program.graph.nodes:
             value = node.meta.get("val")
@@ -56,16 +57,18 @@ class Sizes:
         known = all(value == found[0] for value in found) and not any(leaf is None for leaf in pytree.tree_leaves(found[0]))
         return found[0] if known or argument is None else default
 
-    @staticmethod
-    def _size(leaf: Any, probe: Probe) -> Any:
+    def _size(self, leaf: Any, probe: Probe) -> Any:
         if isinstance(leaf, torch.fx.Node):
             leaf = leaf.meta.get("val")
         if not isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return leaf
         expression = leaf.node.expr
-        if not expression.free_symbols <= probe.keys():
+        key = (expression, self.probes.index(probe))
+        if key not in self._known:  # sympy takes its time, and most sizes occur often
+            self._known[key] = expression.subs(probe) if expression.free_symbols <= probe.keys() else None
+        number = self._known[key]
+        if number is None:
             return None  # the data decide it
-        number = expression.subs(probe)
         return float(number) if isinstance(leaf, torch.SymFloat) else bool(number) if isinstance(leaf, torch.SymBool) else int(number)
 
 
