@@ -110,6 +110,8 @@ class ModuleHost:
         if owner is None or not path or not isinstance(owner, (*CONVOLUTIONS, nn.Linear)):
             return None
         how = _how_computed(owner)
+        if how == "parametrization" and len(owner.parametrizations) > 1:  # type: ignore[arg-type]
+            return None
         if how == "plain" and any(node is not op and not self._constants.is_constant(node) for node in self.inside(path)):
             return None
         return Place(f"{path}.weight", how)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ...errors import ModelError
 from .trace import duplicate
@@ -156,7 +155,11 @@ def plain(module: nn.Module) -> nn.Module:
 def fix(module: nn.Module, how: str) -> None:
     """Store the weight that a parametrization, weight_norm or spectral_norm computes."""
     if how == "parametrization":
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        # not by torch's own remove_parametrizations: it takes the weight from the class, which all copies of the module share
+        value, base = module.weight.detach().clone(), type(module).__mro__[1]  # type: ignore[operator]
+        del module._modules["parametrizations"]
+        module.__class__ = base
+        module.weight = nn.Parameter(value)
     elif how == "weight_norm":
         torch.nn.utils.remove_weight_norm(module)
     else:

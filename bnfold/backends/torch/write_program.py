@@ -17,6 +17,7 @@ from torch.fx import Node as Op
 from ...graph import Graph, Node
 from ...merge import Merge
 from ...rounding import lost, rounded
+from .constants import KINDS
 from .lower import Lowering, Native, Slot
 from .trace import NUMPY, quiet, to_tensor
 from .walk import arguments, mutates, set_argument, writes_into_shared
@@ -25,7 +26,7 @@ from .walk import arguments, mutates, set_argument, writes_into_shared
 def write_program(
     ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = ()
 ) -> tuple[ExportedProgram, dict[Node, str], int]:
-    """A folded copy of the program that was lowered, a note for each node whose weights lost precision, and the bytes that were added.
+    """A folded copy of the program that was lowered, a note for each node whose weights lost precision, and the bytes that copies of shared weights add.
 
     Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
@@ -68,6 +69,7 @@ class _Writer:
         self.first = next(op for op in self.graph.nodes if op.op == "placeholder")
         self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
         self.notes: dict[Node, str] = {}
+        self.made: dict[str, list[int]] = {}  # bytes of the new tensors made of an old one
         self.bytes_added = 0
 
     def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
@@ -139,7 +141,8 @@ class _Writer:
         spec = InputSpec(InputKind.PARAMETER, TensorArgument(made.name), target, None)
         order = [op.name for op in self.graph.nodes if op.op == "placeholder"]
         self.signature.input_specs.insert(order.index(made.name), spec)
-        self.bytes_added += tensor.nbytes
+        if stored is not None:
+            self.made.setdefault(stored.target, []).append(tensor.nbytes)
         self.copies[made] = made
         return made
 
@@ -191,45 +194,26 @@ class _Writer:
 
     def _sweep(self) -> None:
         """Drop what nobody reads any more, weights and what computed them; what nobody read before stays."""
-        gone = self._counters()
+        held = {s.arg.name: s.target for s in self.signature.input_specs if s.kind.name in KINDS and s.target is not None}
+        gone = set()
         for op in reversed(list(self.graph.nodes)):
-            if op.users or op in self.idle or op.op == "output" or mutates(op):
+            if op.users or op in self.idle or op.op == "output" or mutates(op) or (op.op == "placeholder" and op.name not in held):
                 continue
             if op.op == "placeholder":
-                if not any(
-                    s.arg.name == op.name and s.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR") for s in self.signature.input_specs
-                ):
-                    continue
                 gone.add(op.name)
             self.graph.erase_node(op)
+        owners = {held[name].rpartition(".")[0] for name in gone if held[name].endswith("running_mean")}
+        for op in list(self.graph.nodes):  # the counters of BatchNorms that are gone, which nothing reads in evaluation
+            owner, _, attribute = held.get(op.name, "").rpartition(".")
+            if op.op == "placeholder" and attribute == "num_batches_tracked" and owner in owners and not op.users:
+                gone.add(op.name)
+                self.graph.erase_node(op)
         self.signature.input_specs = [s for s in self.signature.input_specs if s.arg.name not in gone]
         left = {s.target for s in self.signature.input_specs if s.target is not None}
-        before = {s.target for s in self.program.graph_signature.input_specs if s.target is not None}
-        for held in (self.state, self.constants):
-            for target in list(held):
-                if target in before and target not in left:
-                    tensor = held.pop(target)
-                    self.bytes_added -= tensor.nbytes if f"{target}.2" in left or f"{target}_2" in left else 0
-
-    def _counters(self) -> set[str]:
-        """Erase the counters of BatchNorms that are gone, which nothing reads in evaluation; the names of their placeholders."""
-        owners = {
-            s.target.rpartition(".")[0] for s in self.signature.input_specs if s.target is not None and s.target.endswith("running_mean")
-        }
-        by_name = {op.name: op for op in self.graph.nodes}
-        read = {
-            s.target.rpartition(".")[0]
-            for s in self.signature.input_specs
-            if s.target and s.arg.name in by_name and s.target.endswith("running_mean") and by_name[s.arg.name].users
-        }
-        gone = set()
-        for spec in self.signature.input_specs:
-            owner, _, attribute = (spec.target or "").rpartition(".")
-            op = by_name.get(spec.arg.name)
-            if attribute == "num_batches_tracked" and owner in owners - read and op is not None and not op.users:
-                self.graph.erase_node(op)
-                gone.add(spec.arg.name)
-        return gone
+        self.bytes_added = sum(sum(sizes) - (target not in left) * sizes[0] for target, sizes in self.made.items())
+        for tensors in (self.state, self.constants):
+            for target in {held[name] for name in gone} - left:
+                tensors.pop(target, None)
 
     def finish(self) -> ExportedProgram:
         self._sweep()

@@ -1,0 +1,400 @@
+"""Folding of PyTorch models: the user's module keeps its class and its names, and a program its interface; both routes fold alike."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import Net, difference, folded, kept, lively, norm, run, weight
+from torch import nn
+from torch.nn.utils import parametrizations
+from vision import package
+
+import bnfold
+from bnfold.backends.torch.surgery import ATTRIBUTE, Surgery, rebuild
+
+IMAGE = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def siamese() -> nn.Module:
+    return Net(lambda s, x: s.b(s.c(x)).relu() + s.d(s.c(2 * x)).relu(), c=nn.Conv2d(3, 4, 3), b=norm(4), d=norm(4))
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), norm(4, 1), nn.ReLU(), nn.Linear(4, 4), norm(4, 1))
+    net[3].weight = net[0].weight
+    return net
+
+
+def two_names() -> nn.Module:
+    net = Net(lambda s, x: s.c(s.other(x)).relu() + s.b(s.a(x + 1)), a=nn.Conv2d(3, 3, 1), b=norm(3), c=norm(3))
+    net.other = net.a
+    return net
+
+
+# name: (network, its input, BatchNorms that stay in the module, and in the program)
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)), IMAGE, 0, 0),
+    "no bias": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norm(4)), IMAGE, 0, 0),
+    "no affine": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, affine=False)), IMAGE, 0, 0),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, padding="same"), norm(6)), IMAGE, 0, 0),
+    "before it": (lambda: nn.Sequential(norm(3), nn.Conv2d(3, 4, 3)), IMAGE, 0, 0),
+    "before padding": (lambda: nn.Sequential(norm(3), nn.Conv2d(3, 4, 3, padding=1)), IMAGE, 1, 1),
+    "circular padding": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), norm(4)), IMAGE, 0, 0),
+    "before circular padding": (lambda: nn.Sequential(norm(3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), IMAGE, 0, 0),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 6, 3, groups=3, stride=2, output_padding=1), norm(6)), IMAGE, 0, 0),
+    "transposed, as many in as out": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 2), norm(3)), IMAGE, 0, 0),
+    "two in a row": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), norm(4)), IMAGE, 0, 0),
+    "called twice": (lambda: Net(lambda s, x: s.b(s.c(x)).relu() + s.b(s.c(2 * x)).relu(), c=nn.Conv2d(3, 4, 3), b=norm(4)), IMAGE, 0, 0),
+    "one convolution, two norms": (siamese, IMAGE, 2, 0),
+    "tied weights": (tied, torch.randn(3, 4), 0, 0),
+    "a module of two names": (two_names, IMAGE, 2, 0),
+    "a weight that is also read": (
+        lambda: Net(lambda s, x: s.b(s.a(x)) + s.a.weight.sum(), a=nn.Conv2d(3, 3, 1), b=norm(3)),
+        IMAGE,
+        1,
+        0,
+    ),
+    "a linear layer in between": (
+        lambda: nn.Sequential(norm(5, 1), nn.Linear(5, 6), norm(6, 1), nn.ReLU(), nn.Dropout(), nn.Linear(6, 4, bias=False), norm(4, 1)),
+        torch.randn(4, 5),
+        0,
+        0,
+    ),
+    "rows of a linear layer": (lambda: nn.Sequential(nn.Linear(4, 4), norm(4, 1)), torch.randn(2, 4, 4), 1, 1),
+    "columns of a linear layer": (
+        lambda: Net(lambda s, x: s.b(s.l(x).transpose(1, 2)).transpose(1, 2), l=nn.Linear(4, 4), b=norm(4, 1)),
+        torch.randn(2, 4, 4),
+        0,
+        0,
+    ),
+    "a product without a bias": (lambda: Net(lambda s, x: s.b(x @ s.w), w=weight(4, 5), b=norm(5, 1)), torch.randn(2, 4), 1, 0),
+    "addmm": (
+        lambda: Net(lambda s, x: s.b(torch.addmm(s.k, x, s.w, beta=2, alpha=0.5)), w=weight(4, 5), k=weight(5), b=norm(5, 1)),
+        torch.randn(2, 4),
+        0,
+        0,
+    ),
+    "einsum": (lambda: Net(lambda s, x: s.b(torch.einsum("nk,ko->no", x, s.w)), w=weight(4, 5), b=norm(5, 1)), torch.randn(2, 4), 1, 0),
+    "a functional convolution": (
+        lambda: Net(lambda s, x: s.b(F.conv2d(x, s.w, s.k)), w=weight(4, 3, 3, 3), k=weight(4), b=norm(4)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "a functional convolution without a bias": (
+        lambda: Net(lambda s, x: s.b(F.conv2d(x, s.w)), w=weight(4, 3, 3, 3), b=norm(4)),
+        IMAGE,
+        1,
+        0,
+    ),
+    "recurrent": (
+        lambda: Net(lambda s, x: s.l(s.b(x).transpose(1, 2))[0], b=norm(5, 1), l=nn.LSTM(5, 3, 2, batch_first=True, bidirectional=True)),
+        torch.randn(2, 5, 6),
+        0,
+        0,
+    ),
+    "recurrent without a bias": (
+        lambda: Net(lambda s, x: s.l(s.b(x).transpose(1, 2))[0], b=norm(5, 1), l=nn.GRU(5, 3, bias=False)),
+        torch.randn(2, 5, 6),
+        1,
+        1,
+    ),
+    "embedding": (
+        lambda: Net(lambda s, x: s.b(s.e(x).transpose(1, 2)), b=norm(4, 1), e=nn.Embedding(9, 4)),
+        torch.randint(0, 9, (2, 5)),
+        0,
+        0,
+    ),
+    "concatenated": (
+        lambda: Net(lambda s, x: s.b(torch.cat([s.c(x), s.d(x)], 1)), c=nn.Conv2d(3, 4, 3), d=nn.Conv2d(3, 2, 3), b=norm(6)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "shuffled": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ChannelShuffle(2), norm(8), nn.PixelShuffle(2), norm(2)), IMAGE, 0, 0),
+    "split, and written in place": (
+        lambda: Net(lambda s, x: torch.cat([s.b(y).relu_() for y in s.c(x).chunk(2, 1)], 1), c=nn.Conv2d(3, 4, 3), b=norm(2)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "through a head": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), norm(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "a scale of a layer": (
+        lambda: Net(lambda s, x: s.b(s.c(x) * s.g.view(1, -1, 1, 1)), c=nn.Conv2d(3, 4, 3), b=norm(4), g=weight(4)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "upsampled": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), norm(4)), IMAGE, 0, 0),
+    "another normalisation": (lambda: nn.Sequential(nn.GroupNorm(1, 3), norm(3), nn.InstanceNorm2d(3, affine=True), norm(3)), IMAGE, 0, 0),
+    "a gate": (
+        lambda: Net(lambda s, x: s.b(s.c(x) * torch.sigmoid(s.c(x).mean((2, 3), keepdim=True))), c=nn.Conv2d(3, 4, 3), b=norm(4)),
+        IMAGE,
+        1,
+        1,
+    ),
+    "parallel branches": (
+        lambda: Net(lambda s, x: s.a(s.c(x)) + s.b(x), a=norm(3), b=norm(3), c=nn.Conv2d(3, 3, 3, padding=1, bias=False)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "parallel branches, summed in place": (
+        lambda: Net(lambda s, x: s.b(x).add_(s.a(s.c(x))), a=norm(3), b=norm(3), c=nn.Conv2d(3, 3, 3, padding=1, bias=False)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "parallel branches, called in the forward": (
+        lambda: Net(
+            lambda s, x: F.batch_norm(s.c(x), s.m, s.v) + F.batch_norm(s.d(x), s.m, s.v),
+            c=nn.Conv2d(3, 4, 3),
+            d=nn.Conv2d(3, 4, 3),
+            m=torch.randn(4),
+            v=torch.rand(4) + 0.5,
+        ),
+        IMAGE,
+        0,
+        0,
+    ),
+    "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), norm(4)), IMAGE, 0, 0),
+    "weight_norm by a hook": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), norm(4, 1)), torch.randn(5, 3), 0, 0),
+    "spectral_norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), norm(4)), IMAGE, 0, 0),
+    "the network is a norm": (lambda: norm(3), IMAGE, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_both_routes_fold_alike(name: str) -> None:
+    make, example, in_module, in_program = CASES[name]
+    (copied, report), (_, other) = folded(make().eval(), example)
+    assert (report.batchnorms.after, other.batchnorms.after) == (in_module, in_program)
+    assert len(kept(report)) == 0 or in_module
+    left = [m for m in copied.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(left) == len(kept(report))
+
+
+def test_the_class_the_names_and_the_modes_stay() -> None:
+    class Mine(nn.Sequential):
+        answer = 42
+
+    net = Mine(nn.Conv2d(3, 4, 3, bias=False), norm(4), nn.Dropout(), nn.ReLU()).eval()
+    net[0].weight.requires_grad_(False)
+    fused, _ = bnfold.fuse(net, example=IMAGE, check=False)
+    assert type(fused) is Mine
+    assert [type(m) for m in fused] == [nn.Conv2d, nn.Identity, nn.Dropout, nn.ReLU]
+    assert list(fused.state_dict()) == ["0.weight", "0.bias"]
+    assert not fused[0].weight.requires_grad
+    assert not any(m.training for m in fused.modules())
+    assert net[0].bias is None
+    assert isinstance(net[1], nn.BatchNorm2d)
+
+
+def test_hooks_stay() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU()).eval()
+    seen: list[torch.Tensor] = []
+    net[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net[2].register_forward_hook(lambda module, inputs, output: output * 2)
+    fused, report = bnfold.fuse(net, example=IMAGE, check=False)
+    assert report.batchnorms.after == 0
+    seen.clear()
+    want = run(net, IMAGE)
+    got = run(fused, IMAGE)
+    assert len(seen) == 2
+    assert difference(want, got) < 1e-5
+    assert float((seen[0] - seen[1]).abs().max()) < 1e-5
+
+
+def test_a_norm_with_an_activation_keeps_it() -> None:
+    layers = package("timm.layers")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), lively(layers.BatchNormAct2d(4, act_layer=nn.SiLU)), nn.Conv2d(4, 2, 1)).eval()
+    (fused, report), (_, other) = folded(net, IMAGE)
+    assert (report.batchnorms.after, other.batchnorms.after) == (0, 0)
+    assert isinstance(fused[1].act, nn.SiLU)
+
+
+@pytest.mark.parametrize("kind", ["torchvision.ops:FrozenBatchNorm2d", "timm.layers:FrozenBatchNormAct2d"])
+def test_frozen_statistics(kind: str) -> None:
+    module, _, name = kind.partition(":")
+    frozen = lively(getattr(package(module), name)(4))
+    (_, report), (_, other) = folded(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), frozen, nn.ReLU()).eval(), IMAGE)
+    assert (report.batchnorms.before, report.batchnorms.after) == (1, 0)
+    assert (other.batchnorms.before, other.batchnorms.after) == (1, 0)
+    assert [layer.name for layer in report.layers] == ["1"]
+
+
+@pytest.mark.parametrize("name", ["StdConv2d", "ScaledStdConv2d"])
+def test_a_layer_that_standardises_its_weight_becomes_a_plain_one(name: str) -> None:
+    layers = package("timm.layers")
+    net = nn.Sequential(getattr(layers, name)(3, 4, 3, padding=1, stride=2), norm(4)).eval()
+    (fused, report), _ = folded(net, IMAGE)
+    assert report.batchnorms.after == 0
+    assert type(fused[0]) is nn.Conv2d
+    assert fused[0].stride == (2, 2)
+
+
+def test_a_call_in_the_forward_does_nothing_afterwards() -> None:
+    parts = {"m": torch.randn(4), "v": torch.rand(4) + 0.5, "g": weight(4), "k": weight(4)}
+    net = Net(lambda s, x: F.batch_norm(s.c(x), s.m, s.v, s.g, s.k), c=nn.Conv2d(3, 4, 3), **parts).eval()
+    for kind in (torch.float32, torch.float64, torch.bfloat16):
+        fused, report = bnfold.fuse(copy.deepcopy(net).to(kind), example=IMAGE, check=False)
+        assert report.batchnorms.after == 0
+        assert "does nothing" in report.layers[0].notes[0]
+        x = torch.randn(2, 4, 5, 5, dtype=kind)
+        assert torch.equal(F.batch_norm(x, fused.m, fused.v, fused.g, fused.k), x)
+
+
+def test_what_is_written_in_place_doesnt_reach_what_else_is_read() -> None:
+    """Without the BatchNorm, relu_ would write into the convolution's output, which the other branch still reads."""
+    net = Net(
+        lambda s, x: (lambda y: s.d(s.b(y).relu_()) + y)(s.c(x)), c=nn.Conv2d(3, 4, 3), b=norm(4, positive=True), d=nn.Conv2d(4, 4, 1)
+    )
+    net.eval().b.bias.data.zero_()
+    net.b.running_mean.zero_()
+    (_, report), (_, other) = folded(net, IMAGE)
+    assert (report.batchnorms.after, other.batchnorms.after) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda b: b.train(), "training mode"),
+        (lambda b: b.running_var.__setitem__(2, -1.0), r"running variance is negative \(-1\) in channel 2"),
+        (lambda b: b.weight.data.__setitem__(1, float("nan")), "gamma is nan in channel 1"),
+        (lambda b: b.running_mean.__setitem__(0, float("inf")), "running mean is inf in channel 0"),
+    ],
+)
+def test_what_is_sick_stays(spoil: Callable[[Any], Any], reason: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
+    spoil(net[1])
+    for model in (net, bnfold.backends.torch.trace.trace(net, IMAGE).program):  # type: ignore[attr-defined]
+        report = bnfold.inspect(model, example=IMAGE)
+        (found,) = kept(report).values()
+        assert __import__("re").search(reason, found), found
+
+
+def test_statistics_of_the_batch_stay() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    assert "track_running_stats=False" in kept(bnfold.inspect(net, example=IMAGE))["1"]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_once(kind: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norm(4)).eval()
+    half = copy.deepcopy(net).to(kind)
+    fused, _ = bnfold.fuse(half, example=IMAGE, check=False)
+    exact = copy.deepcopy(half).double()
+    want, _ = bnfold.fuse(exact, example=IMAGE, check=False)
+    assert fused[0].weight.dtype == fused[0].bias.dtype == kind
+    assert torch.equal(fused[0].weight, want[0].weight.to(kind))
+    assert torch.equal(fused[0].bias, want[0].bias.to(kind))
+
+
+def test_statistics_in_float32_beside_half_weights() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False).half(), norm(4)).eval()
+    fused, report = bnfold.fuse(net, example=IMAGE.half(), check=False)
+    assert report.batchnorms.after == 0
+    assert fused[0].bias.dtype == torch.float16
+
+
+def test_nested_inputs_and_outputs() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.b = nn.Conv2d(3, 4, 3), norm(4)
+
+        def forward(self, batch: dict[str, Any], *, scale: float = 1.0) -> dict[str, Any]:
+            return {"logits": self.b(self.c(batch["image"])) * scale, "rest": (batch["more"][0] + 1, None)}
+
+    batch = {"image": IMAGE.double(), "more": [torch.randn(2, 2).double()]}
+    (_, report), (program, _) = folded(Nested().eval(), (batch,))
+    assert report.batchnorms.after == 0
+    assert bnfold.backends.torch.trace.trace(program).names == ["output.logits", "output.rest.0"]  # type: ignore[attr-defined]
+
+
+def test_a_program_keeps_its_interface_and_its_dynamic_axes() -> None:
+    net = nn.Sequential(norm(3), nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(inplace=True)).eval()
+    before = torch.export.export(net, (IMAGE,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    after, report = bnfold.fuse(before, check=False)
+    assert report.batchnorms.after == 0
+    assert after.call_spec.in_spec == before.call_spec.in_spec
+    assert str(after.range_constraints) == str(before.range_constraints)
+    assert sorted(after.state_dict) == ["1.bias", "1.weight"]
+    buffer = io.BytesIO()
+    torch.export.save(after, buffer)
+    buffer.seek(0)
+    again = torch.export.load(buffer)
+    for size in (2, 7):
+        x = torch.randn(size, 3, 9, 8)
+        assert difference(run(before, x), run(again, x)) < 1e-5
+    assert sorted(before.state_dict) != sorted(after.state_dict)
+
+
+def test_core_aten_programs_fold_too() -> None:
+    net = nn.Sequential(norm(3), nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 6, 5), norm(5, 1)).double().eval()
+    program = torch.export.export(net, (IMAGE.double(),)).run_decompositions()
+    fused, report = bnfold.fuse(program, check=False)
+    assert (report.batchnorms.before, report.batchnorms.after) == (3, 0)
+    assert difference(run(net, IMAGE.double()), run(fused, IMAGE.double())) < 1e-12
+
+
+def test_an_unfolded_network_takes_the_folded_ones_form() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            parametrizations.weight_norm(nn.Conv2d(3, 4, 3, bias=False)),
+            norm(4),
+            nn.ReLU(),
+            Net(lambda s, x: s.a(s.c(x)) + s.b(x), a=norm(4), b=norm(4), c=nn.Conv2d(4, 4, 3, padding=1, bias=False)),
+        ).eval()
+
+    fused, report = bnfold.fuse(make(), example=IMAGE, check=False)
+    assert report.batchnorms.after == 0
+    surgery = Surgery.from_dict(getattr(fused, ATTRIBUTE).to_dict())
+    again = rebuild(make(), surgery)
+    again.load_state_dict(fused.state_dict())
+    assert difference(run(fused, IMAGE), run(again, IMAGE)) == 0
+
+
+def test_a_network_that_cant_be_exported_is_refused_by_name() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), Odd()).eval()
+    with pytest.raises(bnfold.UnsupportedError, match=r"torch.export can't read Sequential, in its module 2 \(Odd\): .*; give an example"):
+        bnfold.fuse(net, example=IMAGE)
+
+
+def test_an_example_is_asked_for() -> None:
+    with pytest.raises(bnfold.UsageError, match="Sequential doesn't say what it takes: give an example of its input"):
+        bnfold.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval())
+
+
+def test_lazy_layers_must_have_met_a_batch() -> None:
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    with pytest.raises(bnfold.UsageError, match="lazy parameters without a shape yet: call it once on a batch"):
+        bnfold.fuse(net, example=IMAGE)
+    net(IMAGE)
+    assert bnfold.fuse(lively(net), example=IMAGE, check=False)[1].batchnorms.after == 0
+
+
+def test_nothing_to_do() -> None:
+    with pytest.raises(bnfold.NothingToDoError, match="the model holds no BatchNorm"):
+        bnfold.fuse(nn.Conv2d(3, 4, 3), example=IMAGE)
