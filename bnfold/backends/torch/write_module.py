@@ -24,7 +24,7 @@ from .walk import arguments, frame, writes_into_shared
 def write_module(
     ctx: Lowering, module: nn.Module, graph: Graph, removed: Mapping[Site, Removal], merges: Iterable[Merge] = ()
 ) -> tuple[nn.Module, dict[Node, str], int]:
-    """A folded copy of the module, a note for each node whose weights lost precision, and the bytes that new biases and untied weights add.
+    """A folded copy of the module, a note for each node whose weights lost precision, and the bytes that untied weights add.
 
     Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
@@ -63,10 +63,7 @@ def write_module(
     for removal in removed.values():
         for call in removal.calls:
             _make_identity(ctx.constants, result, call)
-    added = sum(
-        tensor.nbytes for target, tensor in made.items() if target.rpartition(".")[0] in surgery.biases and target.endswith(".bias")
-    )
-    added += sum(tensor.nbytes for target, tensor in made.items() if target in tied)
+    added = sum(tensor.nbytes for target, tensor in made.items() if target in tied)
     return result, notes, added
 
 

@@ -26,9 +26,9 @@ from .walk import arguments, mutates, set_argument, writes_into_shared
 def write_program(
     ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = ()
 ) -> tuple[ExportedProgram, dict[Node, str], int]:
-    """A folded copy of the program that was lowered, a note for each node whose weights lost precision, and the bytes that copies of shared weights add.
+    """A folded copy of the program that was lowered, notes, and the bytes that copies of shared weights add.
 
-    Raises RuntimeError on an update that nothing here can write: it must never be lost.
+    The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
     writer = _Writer(ctx)
     writer.write(graph, removed, merges)
