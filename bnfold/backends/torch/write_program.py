@@ -28,7 +28,7 @@ def write_program(
 ) -> tuple[ExportedProgram, dict[Node, str], int]:
     """A folded copy of the program that was lowered, notes, and the bytes that copies of shared weights add.
 
-    The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: it must never be lost.
+    The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: none may be lost.
     """
     writer = _Writer(ctx)
     writer.write(graph, removed, merges)
