@@ -33,7 +33,8 @@ def bench(
     optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
     median over the rounds, and its range holds the middle half of them.
     """
-    from .backends.onnx.run import Session, inputs, random_feeds
+    from .backends.onnx.run import Session, inputs
+    from .feeds import random_feeds
 
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")

@@ -223,7 +223,7 @@ def _random(
     inputs: Sequence[InputSpec], batch_size: int | None, samples: int | None, seed: int, input_shapes: Mapping[str, Sequence[int]] | None
 ) -> Source:
     """Batches of `backends.onnx.feeds.random_feeds`, each from a seed of its own; two batches unless a number of samples is given."""
-    from .backends.onnx.feeds import random_feeds
+    from .feeds import random_feeds
 
     if (batch_size is not None and batch_size < 1) or (samples is not None and samples < 1):
         raise UsageError("the batch size and the number of samples must be 1 or more")

@@ -125,7 +125,8 @@ class Shaping:
         shapes = self.shapes(model)
         if shapes is None and self.seed == 0:
             return None
-        from ..backends.onnx.run import inputs, random_feeds
+        from ..backends.onnx.run import inputs
+        from ..feeds import random_feeds
 
         return random_feeds(inputs(model), seed=self.seed, input_shapes=shapes)
 

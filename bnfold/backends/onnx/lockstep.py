@@ -13,12 +13,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...errors import NothingToDoError
+from ...feeds import check_feeds
 from ...moments import Moments
 from ...recalibrate import Layer, Progress, Reading
 from ...recalibrate import recalibrate as run_plan
 from ...report import RecalibrateReport
 from .constants import Constants
-from .feeds import check_feeds, inputs
+from .feeds import inputs
 from .lockstep_plan import Call, cut
 from .lockstep_stage import OnnxStage
 from .shapes import Shapes

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...recalibrate import Reading, Values
-from .feeds import shape_text
+from ...values import shape_text
 from .lockstep_plan import Cut, sources
 from .run import resolve
 

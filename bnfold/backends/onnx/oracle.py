@@ -18,8 +18,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpFunction, OpRun, RuntimeContextError
 
 from ...errors import BnfoldError, UnsupportedError, UsageError
+from ...feeds import check_feeds, listed
 from . import oracle_ops, oracle_resize, oracle_rnn, oracle_windows  # noqa: F401 - they enter their operators into the table
-from .feeds import check_feeds, inputs, listed
+from .feeds import inputs
 from .oracle_convert import bodies, controls, maybe_jittered, to_float64, widen
 from .run import self_contained
 

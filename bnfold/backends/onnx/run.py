@@ -18,7 +18,9 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from ...errors import DataError, DeviceError, UnsupportedError, UsageError
-from .feeds import check_feeds, inputs, listed, random_feeds, shape_text
+from ...feeds import check_feeds, listed, random_feeds
+from ...values import shape_text
+from .feeds import inputs
 
 if TYPE_CHECKING:
     from ...data import Batch

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from ...feeds import random_feeds
 from ...fold import fold
 from ...graph import Node, Value
 from ...merge import merge
 from ...subject import Plan, Port, roundoff
 from .constants import FLOATS
-from .feeds import inputs, random_feeds
+from .feeds import inputs
 from .lower import lower
 from .oracle import Oracle
 from .run import Session, resolve

@@ -1,0 +1,103 @@
+"""Feeds for a model's inputs: random data that fit, and whether given data do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import DataError, UnsupportedError, UsageError
+from .values import is_float, shape_text
+
+if TYPE_CHECKING:
+    from .data import Batch, InputSpec
+
+
+def random_feeds(
+    specs: Sequence[InputSpec],
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Batch:
+    """One lively random batch: the same for the same arguments.
+
+    Floats are standard normal; 8-bit integers cover their range (they are pixels); wider integers are 0 or 1, which any table,
+    mask or token type can take; booleans are fair coins. A dynamic axis 0 becomes `batch`. Any other dynamic axis takes its
+    symbol's size from `sizes`, or 64 in the images of a rank-4 input (axes 2 and 3), 32 in a volume (axes 2 to 4 of rank 5) and
+    16 elsewhere; the same symbol has the same size everywhere. Where the model can't run at those sizes, `input_shapes` gives
+    whole shapes by input name.
+    """
+    wanted = dict(input_shapes or {})
+    for name in wanted.keys() - {spec.name for spec in specs}:
+        raise UsageError(f"--input-shape names {name!r}, which is no input; the model has {listed(spec.name for spec in specs)}")
+    known: dict[str, int] = dict(sizes or {})
+    for spec in specs:
+        if spec.name in wanted:
+            shape = tuple(wanted[spec.name])
+            if len(shape) != len(spec.shape) or any(isinstance(d, int) and d != n for d, n in zip(spec.shape, shape, strict=True)):
+                raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
+            known.update({d: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, str)})
+        elif spec.shape and isinstance(spec.shape[0], str):
+            known.setdefault(spec.shape[0], batch)
+
+    rng = np.random.default_rng(seed)
+    feeds: Batch = {}
+    for spec in specs:
+        if spec.name in wanted:
+            feeds[spec.name] = _lively(rng, spec, tuple(wanted[spec.name]))
+            continue
+        shape = ()
+        for axis, d in enumerate(spec.shape):
+            usual = batch if axis == 0 else {4: 64, 5: 32}.get(len(spec.shape), 16) if axis >= 2 else 16
+            shape += (d if isinstance(d, int) else usual if d is None else known.setdefault(d, usual),)
+        feeds[spec.name] = _lively(rng, spec, shape)
+    return feeds
+
+
+def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str] = (), *, any_float: bool = False) -> None:
+    """DataError unless the feeds are just what the inputs ask for: names, types (any floating-point one with `any_float`) and shapes.
+
+    optional: initializers that the caller may override (IR version 4 and later).
+    """
+    missing = [spec.name for spec in specs if spec.name not in feeds]
+    if missing:
+        raise DataError(f"no data for input {listed(map(repr, missing))}; the data have {listed(map(repr, feeds)) or 'nothing'}")
+    extra = feeds.keys() - {spec.name for spec in specs} - set(optional)
+    if extra:
+        raise DataError(
+            f"the data name {listed(map(repr, sorted(extra)))}, but the model's inputs are {listed(repr(s.name) for s in specs)}"
+        )
+    symbols: dict[str, tuple[str, int]] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        floats = any_float and is_float(array.dtype) and is_float(spec.dtype)
+        if array.dtype != spec.dtype and not floats and not (spec.dtype.kind in "OUS" and array.dtype.kind in "OUS"):
+            raise DataError(f"input {spec.name!r} takes {spec.dtype}, the data are {array.dtype}")
+        if len(array.shape) != len(spec.shape) or any(isinstance(d, int) and d != n for d, n in zip(spec.shape, array.shape, strict=True)):
+            raise DataError(f"input {spec.name!r} has shape {shape_text(spec.shape)}, the data have {shape_text(array.shape)}")
+        for axis, (d, n) in enumerate(zip(spec.shape, array.shape, strict=True)):
+            if isinstance(d, str):
+                where, before = symbols.setdefault(d, (f"axis {axis} of {spec.name!r}", n))
+                if before != n:
+                    raise DataError(f"{d!r} is {before} on {where} but {n} on axis {axis} of {spec.name!r}")
+
+
+def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...]) -> np.ndarray:
+    if is_float(spec.dtype):
+        return rng.standard_normal(shape).astype(spec.dtype)
+    if spec.dtype.kind in "iu":
+        low, high = (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max) if spec.dtype.itemsize == 1 else (0, 1)
+        return rng.integers(low, high, shape, dtype=spec.dtype, endpoint=True)
+    if spec.dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(bool)
+    if spec.dtype.kind == "c":
+        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(spec.dtype)
+    raise UnsupportedError(f"input {spec.name!r} takes {spec.dtype}: there are no random data of that type; give --data")
+
+
+def listed(names: Iterable[object], word: str = "and") -> str:
+    texts = [str(n) for n in names]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}" if texts else ""
