@@ -138,8 +138,8 @@ def verify(
     from .verify import verify as verify_models
 
     return verify_models(
-        _as_ir(reference)[0],
-        _as_ir(candidate)[0],
+        _native(reference),
+        _native(candidate),
         batches,
         providers=tuple(providers),
         samples=samples,
@@ -148,6 +148,11 @@ def verify(
         input_shapes=None if input_shapes is None else dict(input_shapes),
         progress=progress,
     )
+
+
+def _native(model: Any) -> Any:
+    """The model as its back-end has it."""
+    return _as_ir(model)[0] if family(model) == "onnx" else model
 
 
 def _itself(model: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from . import subject
 from .fold import Outcome, fold
-from .graph import Graph, Node, Site
+from .graph import Graph, Node, Site, Value
 from .merge import May, Merge, always, merge
 from .report import Counts, FuseReport, Layer, Merged
 
@@ -52,6 +53,25 @@ def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Plan
     left = set(graph.nodes)
     removed = tuple(node for node in affine if node not in left and node not in into_host)
     return Planned(tuple(outcomes), tuple(merges), removed)
+
+
+def normal_form(graph: Graph, outputs: Mapping[str, Value], *, clone: bool = False) -> subject.Plan:
+    """A graph with all planned that can be folded, for `verify`: without operators that do nothing, which other tools take out.
+
+    outputs: the values that a caller gets, by name.
+    """
+    for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
+        graph.bypass(node)  # it may stand in the way of a merge
+    planned = plan(graph, clone=clone)
+    left = set(graph.nodes)
+    return subject.Plan(graph, {name: _end(value, left) for name, value in outputs.items()}, planned.outcomes)
+
+
+def _end(value: Value, left: set[Node]) -> Value:
+    """Where an output comes from once the nodes on the way to it are gone."""
+    while value.producer is not None and value.producer not in left and value.producer.inputs:
+        value = value.producer.inputs[0]
+    return value
 
 
 def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:

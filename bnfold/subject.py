@@ -63,6 +63,9 @@ class Subject(Protocol):
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
         """Inputs, inputs with a default that callers may override, and outputs, each in order."""
 
+    def example(self) -> Batch | None:
+        """A few samples that came with the model; None where none did."""
+
     def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
         """Random data that the model takes."""
 

@@ -34,6 +34,7 @@ from .levels import (
     function_ratio,
 )
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
+from .sides import sides
 from .subject import Runner, Subject
 
 if TYPE_CHECKING:
@@ -59,14 +60,15 @@ def verify(
     progress: Progress | None = None,
     oracle_only: bool = False,
 ) -> VerifyReport:
-    """Compare a candidate with its reference. Both are `subject.Subject`s or ONNX models.
+    """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
 
     batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
-    check = _Check(_subject(reference), _subject(candidate), progress or (lambda stage, done, total: None), made_up=batches is None)
+    first, second, batches = sides(reference, candidate, batches, input_shapes)
+    check = _Check(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
     feeds: Iterable[Batch]
     if batches is None:
         feeds = random(check.reference, check.candidate, samples, batch_size, seed, input_shapes)
@@ -79,8 +81,13 @@ def verify(
 def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
     """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample."""
     start = time.perf_counter()
-    check = _Check(_subject(reference), _subject(fused), lambda stage, done, total: None, made_up=example is None, thorough=False)
-    feeds = random(check.reference, check.candidate, 1, None, 0, None) if example is None else given(check.reference, [example], 1, None)
+    first, second, _ = sides(reference, fused)
+    check = _Check(first, second, lambda stage, done, total: None, made_up=example is None, thorough=False)
+    feeds: Iterable[Batch]
+    if (known := first.example()) is not None:
+        feeds = [known]
+    else:
+        feeds = random(first, second, 1, None, 0, None) if example is None else given(first, [example], 1, None)
     return _timed(check.run(feeds, (), 0), start)
 
 
@@ -88,18 +95,6 @@ def _timed(report: VerifyReport, start: float) -> VerifyReport:
     import dataclasses
 
     return dataclasses.replace(report, seconds=time.perf_counter() - start)
-
-
-def _subject(model: Any) -> Subject:
-    if isinstance(model, Subject):
-        return model
-    import onnx_ir as ir
-
-    from .backends.onnx.subject import OnnxSubject
-
-    if isinstance(model, ir.Model):
-        return OnnxSubject(model)
-    raise UnsupportedError(f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold can verify")
 
 
 @dataclass
@@ -134,7 +129,8 @@ class _Check:
             levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
             return VerifyReport(verdict="different", levels=levels, reason=reason)
         for provider in providers:
-            self.reference.require(provider)
+            for side in (self.reference, self.candidate):
+                side.require(provider)
         self.progress("coefficients", 0, 1)
         coefficients, found = self.coefficients()
         truth, lacking = self.truth(feeds, seed, providers)

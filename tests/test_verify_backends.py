@@ -30,6 +30,9 @@ class Doubled:
 
         return [Port("x", "float", ("N", 8))], [], [Port("y", "float", ("N", 8))]
 
+    def example(self) -> None:
+        return None
+
     def random(self, *, batch, seed, input_shapes):
         return {"x": np.random.default_rng(seed).normal(size=(batch, 8)).astype(np.float32)}
 

@@ -10,9 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...feeds import random_feeds
-from ...fold import fold
-from ...graph import Node, Value
-from ...merge import merge
+from ...plan import normal_form
 from ...subject import Plan, Port, roundoff
 from .constants import FLOATS
 from .feeds import inputs
@@ -62,6 +60,9 @@ class OnnxSubject:
         defaults = [v for v in graph.inputs if v.name in graph.initializers] if (self.model.ir_version or 0) >= 4 else []
         return [_port(v) for v in fed], [_port(v) for v in defaults], [_port(v) for v in graph.outputs]
 
+    def example(self) -> Batch | None:
+        return None
+
     def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
         return random_feeds(self.inputs(), batch=batch, seed=seed, input_shapes=input_shapes)
 
@@ -69,16 +70,8 @@ class OnnxSubject:
         model = inlined(self.model)
         graph = lower(model)
         named = {v.name: v for node in graph.nodes for v in node.outputs}
-        for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
-            graph.bypass(node)  # other tools take them out, and they may stand in the way of a merge
-        outcomes = fold(graph, clone=clone)
-        if merge(graph):  # what a sum kept from folding may fold now
-            left = set(graph.nodes)
-            graph.sites = [o.site for o in outcomes if not o.folded and left.issuperset(o.site.nodes)]
-            outcomes = [*(o for o in outcomes if o.folded), *fold(graph, clone=clone)]
-        left = set(graph.nodes)
-        ends = {str(v.name): _end(named[v.name], left) for g in all_graphs(model.graph) for v in g.outputs if v.name in named}
-        return Plan(graph, ends, tuple(outcomes))
+        outputs = {str(v.name): named[v.name] for g in all_graphs(model.graph) for v in g.outputs if v.name in named}
+        return normal_form(graph, outputs, clone=clone)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.model, jitter=jitter, outputs=outputs)
@@ -119,13 +112,6 @@ class OnnxSubject:
 
         model, report = fuse(self.model)
         return OnnxSubject(model) if any(layer.verdict == "folded" for layer in report.layers) else None
-
-
-def _end(value: Value, left: set[Node]) -> Value:
-    """Where an output comes from once the nodes on the way to it are gone."""
-    while value.producer is not None and value.producer not in left and value.producer.inputs:
-        value = value.producer.inputs[0]
-    return value
 
 
 def _port(value: ir.Value) -> Port:

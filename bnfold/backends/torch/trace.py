@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ...data import Batch, InputSpec
+from ...data import LABELS, Batch, InputSpec
 from ...errors import DataError, UnsupportedError, UsageError
 
 Model = nn.Module | ExportedProgram
@@ -64,6 +64,7 @@ class Traced:
 
     model: Model
     program: ExportedProgram
+    family = "torch"
 
     @cached_property
     def specs(self) -> list[InputSpec]:
@@ -104,11 +105,12 @@ class Traced:
         assert spec is not None
         given = self.program.example_inputs
         leaves = pytree.tree_leaves(given) if given is not None else [None] * spec.num_leaves
-        flat = [tensors.get(name, leaf) for name, leaf in zip(self._input_names(), leaves, strict=True)]
+        flat = [tensors.get(name, leaf) for name, leaf in zip(self.flat_names, leaves, strict=True)]
         args, kwargs = pytree.tree_unflatten(flat, spec)
         return Call(tuple(args), dict(kwargs))
 
-    def _input_names(self) -> list[str]:
+    @property
+    def flat_names(self) -> list[str]:
         """A name for each leaf of the arguments; of what isn't a tensor it is one that no tensor has."""
         return [str(getattr(s.arg, "name", "")) for s in self.program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
 
@@ -192,6 +194,33 @@ def as_call(module: nn.Module, example: Any) -> Call:
 
     args, kwargs = pytree.tree_map(convert, (call.args, call.kwargs))
     return Call(args, kwargs)
+
+
+def example_of(model: Model, item: Any) -> Any:
+    """How a model is called with one item of somebody's data, which may hold more than the model takes: labels, at the end or by name."""
+    if isinstance(model, ExportedProgram):
+        return None
+    parameters = inspect.signature(model.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(item, Mapping):
+        named = {p.name for p in parameters}
+        known = {str(key): value for key, value in item.items() if str(key) in named}
+        if known:
+            return known
+        left = {key: value for key, value in item.items() if key not in LABELS} or dict(item)
+        return Call((next(iter(left.values())),)) if len(left) == 1 else Call((left,))
+    if isinstance(item, (tuple, list)) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        required = sum(p.default is p.empty for p in places)
+        return tuple(item[: required if len(item) == required + 1 else len(places)])
+    return item
+
+
+def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Call:
+    """Random data by the names of the forward's parameters; in their order where the names aren't its own."""
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
+    known = inspect.signature(model.forward).parameters
+    return as_call(model, made if all(name in known for name in made) else tuple(made.values()))
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:

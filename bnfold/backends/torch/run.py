@@ -1,0 +1,222 @@
+"""A PyTorch model that runs: in its stored types on a device, as its user runs it, and in float64, operator by operator.
+
+TF32, whose rounding hides real defects, is off while a model runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node as Op
+from torch.utils import _pytree as pytree
+
+from ...errors import DataError, DeviceError, UnsupportedError, UsageError
+from ...feeds import check_feeds
+from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
+from .walk import FLOATS, is_tensor
+
+if TYPE_CHECKING:
+    from ...data import Batch
+
+MOVED = 1 / 12  # the share of stored numbers that move by a unit in the last place, with the variance of rounding itself
+
+
+def device_of(name: str) -> torch.device:
+    """A device by its name, "cpu", "cuda" or "cuda:1". Raises UsageError for another name, DeviceError where it isn't there."""
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UsageError(f"PyTorch models run on cpu or cuda, not on {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "there is no CUDA device, or no driver for it"
+        raise DeviceError(f"device {name} isn't available: {why}; use --device cpu")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name} isn't available: there are {torch.cuda.device_count()}; use --device cuda")
+    return torch.device(name)
+
+
+@contextmanager
+def precise() -> Iterator[None]:
+    """Without gradients, and with float32 in full."""
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        with torch.no_grad():
+            yield
+    finally:
+        for flag, old in zip(flags, before, strict=True):
+            flag.allow_tf32 = old
+
+
+class Session:
+    """A model in its stored types on a device.
+
+    jitter: a seed; one in twelve of its weights is then moved to the next stored number, up or down.
+    Raises DeviceError where the device isn't there.
+    """
+
+    def __init__(self, traced: Traced, *, device: str = "cpu", jitter: int | None = None) -> None:
+        self.device = device_of(device)
+        self._traced = traced
+        if isinstance(traced.model, ExportedProgram):
+            program = traced.model
+            if self.device.type != "cpu":
+                from torch.export.passes import move_to_device_pass
+
+                program = move_to_device_pass(program, str(self.device))
+            module: nn.Module = program.module()
+            if jitter is not None:
+                module = duplicate(module)
+        else:
+            module = traced.model
+            there = all(t.device == self.device for t in (*module.parameters(), *module.buffers()))
+            if jitter is not None or not there:
+                module = duplicate(module).to(self.device)
+        if jitter is not None:
+            _move_weights(module, jitter)
+        self._module = module
+
+    def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
+        """The outputs by name. Raises DataError for feeds that don't fit."""
+        check_feeds(feeds, self._traced.specs)
+        call = self._traced.call({name: to_tensor(np.array(array)).to(self.device) for name, array in feeds.items()})
+        args, kwargs = pytree.tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
+        with precise():
+            try:
+                returned = self._module(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                raise DeviceError(f"not enough memory on {self.device}: {_one_line(error)}; use a smaller batch size") from None
+            except Exception as error:  # the model's code raises what it likes
+                shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+                text = f"PyTorch can't run the model on {shapes}: {_one_line(error)}"
+                raise (UnsupportedError if "not implemented" in str(error) else DataError)(text) from None
+        return {name: to_numpy(tensor) for name, tensor in flat_outputs(returned).items()}
+
+
+class Oracle:
+    """A model in float64, from its graph: casts to another floating-point type give float64 too.
+
+    jitter: a seed; every weight is then moved by up to half a unit in the last place of its stored type, which is what rounding may have
+    done to it. outputs: inner values to return besides the model's outputs, by their names in the graph.
+    """
+
+    def __init__(self, traced: Traced, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> None:
+        self._traced = traced
+        program = traced.program
+        self._held: dict[str, Any] = {}
+        for spec in program.graph_signature.input_specs:
+            if spec.target is None:
+                continue
+            held = program.state_dict.get(spec.target)
+            held = program.constants.get(spec.target) if held is None else held
+            if isinstance(held, Tensor):
+                held = _exact(held, None if jitter is None else _seed(spec.target, jitter))
+            self._held[spec.arg.name] = held
+        self._wanted = dict(traced.output_nodes)
+        by_name = {op.name: op for op in program.graph.nodes}
+        self._wanted.update({name: by_name[name] for name in outputs if name in by_name})
+        needed = set(self._wanted.values())
+        self._last: dict[Op, list[Op]] = {}  # the values that nobody reads after an operator
+        seen: set[Op] = set()
+        for op in reversed(program.graph.nodes):
+            for source in op.all_input_nodes:
+                if source not in seen and op.op != "output":
+                    seen.add(source)
+                    if source not in needed:
+                        self._last.setdefault(op, []).append(source)
+
+    def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
+        """The outputs by name, floating-point ones in float64. Raises DataError for feeds that don't fit."""
+        check_feeds(feeds, self._traced.specs, any_float=True)
+        program = self._traced.program
+        values: dict[Op, Any] = {}
+        with torch.no_grad():
+            for op in program.graph.nodes:
+                if op.op == "placeholder":
+                    held = self._held.get(op.name)
+                    values[op] = _double(to_tensor(np.array(feeds[op.name]))) if op.name in feeds else _own(held)
+                elif op.op == "get_attr":
+                    values[op] = _own(_attribute(program.graph_module, str(op.target)))
+                elif op.op == "call_function":
+                    values[op] = self._call(op, values)
+                    for source in self._last.get(op, ()):
+                        values.pop(source, None)
+        return {name: _double(values[op]).numpy() for name, op in self._wanted.items() if isinstance(values.get(op), Tensor)}
+
+    def _call(self, op: Op, values: dict[Op, Any]) -> Any:
+        def exact(leaf: Any) -> Any:
+            if isinstance(leaf, Op):
+                return values[leaf]
+            if isinstance(leaf, torch.dtype):
+                return torch.float64 if leaf in FLOATS else leaf
+            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+        args, kwargs = pytree.tree_map(exact, (tuple(op.args), dict(op.kwargs)))
+        try:
+            returned = op.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:  # operators raise what they like
+            if "not implemented" in str(error):
+                raise UnsupportedError(f"{op.target} has no form in float64: {_one_line(error)}") from None
+            raise DataError(f"PyTorch can't run the model on these data: {_one_line(error)} (in {op.name})") from None
+        return _double(returned) if isinstance(returned, Tensor) else returned
+
+
+def inner(traced: Traced) -> list[Op]:
+    """The operators whose floating-point output can be looked at."""
+    return [op for op in traced.program.graph.nodes if op.op == "call_function" and is_tensor(op) and op.meta["val"].dtype in FLOATS]
+
+
+def _own(held: Any) -> Any:
+    """What an operator that writes in place may write to."""
+    return _double(held).clone() if isinstance(held, Tensor) else held
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.detach().cpu()
+
+
+def _attribute(module: Any, target: str) -> Any:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _seed(name: str, jitter: int) -> int:
+    import zlib
+
+    return zlib.crc32(f"{jitter} {name}".encode())
+
+
+def _exact(tensor: Tensor, seed: int | None) -> Tensor:
+    """A stored tensor in float64; with a seed, moved by up to half a unit in the last place. A lone number may be a setting."""
+    exact = _double(tensor)
+    if seed is None or not tensor.is_floating_point() or tensor.numel() < 2:
+        return exact
+    places = -np.log2(torch.finfo(tensor.dtype).eps)
+    _, exponent = torch.frexp(exact)
+    unit = torch.ldexp(torch.ones_like(exact), exponent - 1 - int(places))
+    noise = torch.rand(exact.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 0.5
+    return torch.where((exact == 0) | ~exact.isfinite(), exact, exact + noise * unit)
+
+
+def _move_weights(module: nn.Module, seed: int) -> None:
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_floating_point() or tensor.numel() < 2:
+                continue
+            draw = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(_seed(name, seed))).to(tensor.device)
+            up, down = (torch.nextafter(tensor, torch.full_like(tensor, end)) for end in (float("inf"), float("-inf")))
+            keep = (tensor == 0) | ~tensor.isfinite() | (draw >= MOVED)
+            tensor.copy_(torch.where(keep, tensor, torch.where(draw < MOVED / 2, up, down)))
+
+
+def _one_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300].rstrip(".")

@@ -1,0 +1,125 @@
+"""A PyTorch model as `verify` sees it (see `bnfold.subject`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ...errors import BnfoldError
+from ...feeds import random_feeds
+from ...plan import normal_form
+from ...subject import Plan, Port, roundoff
+from .lower import Lowering
+from .run import Oracle, Session, device_of, inner
+from .sizes import Sizes
+from .trace import NUMPY, Call, Traced, to_numpy, trace
+from .walk import FLOATS, frame
+
+if TYPE_CHECKING:
+    from ...data import Batch, InputSpec
+
+# The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
+NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bool: "bool",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
+}
+
+
+class TorchSubject:
+    """See `bnfold.subject.Subject`. The model is never changed. beside_onnx: whether it is held against an ONNX model.
+
+    Then the providers that are asked for are ONNX Runtime's, and this model runs on the CPU where they name no device of PyTorch's.
+    """
+
+    optimisations = ("off",)
+
+    def __init__(self, traced: Traced, *, beside_onnx: bool = False) -> None:
+        self.traced = traced
+        self._beside_onnx = beside_onnx
+
+    @cached_property
+    def roundoff(self) -> float:
+        program = self.traced.program
+        held = (*program.state_dict.values(), *program.constants.values())
+        kinds = {t.dtype for t in held if isinstance(t, Tensor) and t.dtype in FLOATS}
+        kinds |= {op.meta["val"].dtype for op in self.traced.input_nodes if op.meta["val"].dtype in FLOATS}
+        return max((roundoff(NUMPY[kind]) for kind in kinds), default=2.0**-24)
+
+    def inputs(self) -> list[InputSpec]:
+        return self.traced.specs
+
+    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
+        inputs = [_port(op.name, op) for op in self.traced.input_nodes]
+        return inputs, [], [_port(name, op) for name, op in self.traced.output_nodes.items()]
+
+    def example(self) -> Batch | None:
+        """At most two samples of what the model was traced with."""
+        given = self.traced.program.example_inputs
+        if given is None:
+            return None
+        found = dict(zip(self.traced.flat_names, pytree.tree_leaves(given), strict=True))
+        arrays = {spec.name: to_numpy(found[spec.name]) for spec in self.traced.specs}
+        open_axes = all(spec.shape and isinstance(spec.shape[0], str) for spec in self.traced.specs)
+        return {name: array[:2] for name, array in arrays.items()} if open_axes else arrays
+
+    def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
+        sizes = {str(symbol): size for symbol, size in Sizes(self.traced.program).probes[0].items()}
+        for spec in self.traced.specs:
+            if spec.shape and isinstance(spec.shape[0], str):
+                sizes.pop(spec.shape[0], None)
+        return random_feeds(self.traced.specs, batch=batch, seed=seed, input_shapes=input_shapes, sizes=sizes)
+
+    def plan(self, *, clone: bool = False) -> Plan:
+        # As a program, not as a module: what can be folded is a matter of the function, not of who wrote the code.
+        lowering = Lowering(Traced(self.traced.program, self.traced.program))
+        graph = lowering.graph()
+        for op in self.traced.input_nodes:
+            lowering.value(op).name = op.name
+        return normal_form(graph, lowering.outputs, clone=clone)
+
+    def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
+        return Oracle(self.traced, jitter=jitter, outputs=outputs)
+
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Session:
+        known = provider.partition(":")[0] in ("cpu", "cuda")
+        return Session(self.traced, device=provider if known or not self._beside_onnx else "cpu", jitter=jitter)
+
+    def require(self, provider: str) -> None:
+        if not self._beside_onnx or provider.partition(":")[0] in ("cpu", "cuda"):
+            device_of(provider)
+
+    def layers(self) -> dict[str, str]:
+        return {op.name: frame(op) or op.name for op in inner(self.traced)}
+
+    def folded(self) -> TorchSubject | None:
+        from .fuse import fuse
+
+        try:
+            model, report = fuse(self.traced)
+            if not any(layer.verdict == "folded" for layer in report.layers):
+                return None
+            return TorchSubject(like(model, self.traced), beside_onnx=self._beside_onnx)
+        except BnfoldError:
+            return None
+
+
+def like(model: Any, traced: Traced) -> Traced:
+    """Another model's data flow, called as this one is."""
+    example = traced.program.example_inputs
+    return trace(model, None if example is None else Call(tuple(example[0]), dict(example[1])))
+
+
+def _port(name: str, op: torch.fx.Node) -> Port:
+    value = op.meta["val"]
+    shape = tuple(n if isinstance(n, int) else None for n in value.shape)
+    return Port(name, NAMES.get(value.dtype, str(value.dtype).removeprefix("torch.")), shape)

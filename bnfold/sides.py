@@ -1,0 +1,180 @@
+"""The two sides of a verification, whatever frameworks they come from, made to speak of their inputs and outputs by the same names."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .backends import family
+from .errors import UnsupportedError
+from .subject import Plan, Port, Runner, Subject
+
+if TYPE_CHECKING:
+    from .data import Batch, InputSpec
+
+
+def sides(
+    reference: Any, candidate: Any, batches: Any = None, input_shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[Subject, Subject, Any]:
+    """Both models as subjects, and the data, of which the first batch may have been looked at.
+
+    A PyTorch module says nothing of its inputs: it is called as the other side is fed, with the first batch, or with random data.
+    """
+    kinds = [_family(reference), _family(candidate)]
+    mixed = len(set(kinds)) > 1
+    example = None
+    if "torch" in kinds and batches is not None:
+        example, batches = _peeked(batches)
+    made: list[Subject | None] = [None, None]
+    for side in sorted((0, 1), key=lambda i: kinds[i] == "torch"):  # an ONNX model knows what it takes
+        model, other = (reference, candidate)[side], made[1 - side]
+        if isinstance(model, Subject):
+            made[side] = model
+        elif kinds[side] == "onnx":
+            made[side] = _onnx(model)
+        else:
+            made[side] = _torch(model, other, example, input_shapes, mixed)
+    first, second = made
+    assert first is not None
+    assert second is not None
+    names = [_positions(first.ports()[i], second.ports()[i]) if i == 0 or mixed else {} for i in (0, 2)]
+    renamed = any(mine != theirs for each in names for mine, theirs in each.items())
+    return first, Renamed(second, *names) if renamed else second, batches
+
+
+def _family(model: Any) -> str:
+    """As `backends.family`; what is a subject already counts as one of ONNX's kind."""
+    if isinstance(model, Subject):
+        return "onnx"
+    return getattr(model, "family", None) or family(model)
+
+
+def _onnx(model: Any) -> Subject:
+    import onnx_ir as ir
+
+    from .backends.onnx.subject import OnnxSubject
+
+    if not isinstance(model, ir.Model):
+        raise UnsupportedError(f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold can verify")
+    return OnnxSubject(model)
+
+
+def _torch(model: Any, other: Subject | None, example: Any, shapes: Mapping[str, tuple[int, ...]] | None, mixed: bool) -> Subject:
+    from .backends.torch.subject import TorchSubject, like
+    from .backends.torch.trace import Traced, example_of, random_example, to_tensor, trace
+
+    if isinstance(model, Traced):
+        return TorchSubject(model, beside_onnx=mixed)
+    if isinstance(other, TorchSubject):
+        return TorchSubject(like(model, other.traced), beside_onnx=mixed)
+    if example is not None:
+        example = example_of(model, example)
+    elif other is not None:
+        fed = other.random(batch=2, seed=0, input_shapes=shapes)
+        example = tuple(to_tensor(array) for array in fed.values())
+    elif shapes:
+        example = random_example(model, shapes)
+    return TorchSubject(trace(model, example), beside_onnx=mixed)
+
+
+def _peeked(batches: Any) -> tuple[Any, Any]:
+    """The first batch, and all of them."""
+    from .data import Data
+
+    if isinstance(batches, Data):
+        return next(iter(batches), None), batches
+    if isinstance(batches, Mapping) or hasattr(batches, "__array__") or hasattr(batches, "detach"):
+        return batches, batches
+    if isinstance(batches, tuple) and all(hasattr(b, "__array__") or hasattr(b, "detach") for b in batches):
+        return batches, batches
+    if callable(batches) and not hasattr(batches, "__iter__"):
+        return _peeked(batches())[0], batches
+    if isinstance(batches, Iterator):
+        first = next(batches, None)
+        return first, batches if first is None else itertools.chain([first], batches)
+    return next(iter(batches), None), batches
+
+
+def _positions(mine: list[Port], theirs: list[Port]) -> dict[str, str]:
+    """For each name of the reference's the candidate's: its own where there is one, else what stands at the same place."""
+    names = [port.name for port in theirs]
+    if len(mine) != len(theirs) or {port.name for port in mine} == set(names):
+        return {}
+    return dict(zip((port.name for port in mine), names, strict=True))
+
+
+class Renamed:
+    """A subject whose inputs and outputs go by another's names (see `subject.Subject`). inputs, outputs: its own, by the other's."""
+
+    def __init__(self, subject: Subject, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        self._subject = subject
+        self._own_inputs, self._own_outputs = dict(inputs), dict(outputs)
+        self._inputs = {own: name for name, own in inputs.items()}
+        self._outputs = {own: name for name, own in outputs.items()}
+
+    @property
+    def roundoff(self) -> float:
+        return self._subject.roundoff
+
+    @property
+    def optimisations(self) -> tuple[str, ...]:
+        return self._subject.optimisations
+
+    def inputs(self) -> list[InputSpec]:
+        import dataclasses
+
+        return [dataclasses.replace(spec, name=self._inputs.get(spec.name, spec.name)) for spec in self._subject.inputs()]
+
+    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
+        fed, defaults, outputs = self._subject.ports()
+        return _named(fed, self._inputs), defaults, _named(outputs, self._outputs)
+
+    def example(self) -> Batch | None:
+        made = self._subject.example()
+        return None if made is None else {self._inputs.get(name, name): array for name, array in made.items()}
+
+    def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
+        shapes = None if input_shapes is None else {self._own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
+        made = self._subject.random(batch=batch, seed=seed, input_shapes=shapes)
+        return {self._inputs.get(name, name): array for name, array in made.items()}
+
+    def plan(self, *, clone: bool = False) -> Plan:
+        plan = self._subject.plan(clone=clone)
+        for node in plan.graph.nodes:
+            for value in node.inputs:
+                if value.producer is None:
+                    value.name = self._inputs.get(value.name, value.name)
+        return Plan(plan.graph, {self._outputs.get(name, name): value for name, value in plan.outputs.items()}, plan.outcomes)
+
+    def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
+        return _Renaming(self._subject.oracle(jitter=jitter, outputs=outputs), self._own_inputs, self._outputs)
+
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Runner:
+        return _Renaming(self._subject.deployed(provider, optimisation, jitter=jitter), self._own_inputs, self._outputs)
+
+    def require(self, provider: str) -> None:
+        self._subject.require(provider)
+
+    def layers(self) -> dict[str, str]:
+        return self._subject.layers()
+
+    def folded(self) -> Subject | None:
+        folded = self._subject.folded()
+        return None if folded is None else Renamed(folded, self._own_inputs, self._own_outputs)
+
+
+def _named(ports: list[Port], names: Mapping[str, str]) -> list[Port]:
+    return [Port(names.get(port.name, port.name), port.dtype, port.shape) for port in ports]
+
+
+class _Renaming:
+    def __init__(self, runner: Runner, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        self._runner, self._inputs, self._outputs = runner, inputs, outputs
+
+    def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
+        found = self._runner.run({self._inputs.get(name, name): np.asarray(array) for name, array in feeds.items()})
+        return {self._outputs.get(name, name): array for name, array in found.items()}
