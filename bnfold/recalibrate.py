@@ -23,11 +23,11 @@ import numpy.typing as npt
 
 from .affine import Array
 from .errors import DataError, UsageError
-from .moments import Moments, measure
+from .moments import Moments
 from .report import LayerStatistics, RecalibrateReport
 from .spill import Frontier
 
-Values = Mapping[str, npt.NDArray[Any]]
+Values = Mapping[str, Any]  # arrays, of numpy or of the framework that computes
 Progress = Callable[[str, int, "int | None"], None]
 
 
@@ -66,6 +66,14 @@ class Stage(Protocol):
 
     def run(self, values: Values) -> Values:
         """One micro-batch: from the values that it needs to those that it computes. Raises DataError where they don't fit the network."""
+        ...
+
+    def moments(self, array: Any) -> Moments:
+        """Of a value of its own, [samples, channels, ...]: arrays may lie on a device."""
+        ...
+
+    def held(self, array: Any) -> npt.NDArray[Any]:
+        """A value of its own as it waits for a later stage."""
         ...
 
 
@@ -126,13 +134,13 @@ def recalibrate(
                 made = stage.run(given)
                 for reading in stage.readings:
                     array = made[reading.value] if reading.value in made else given[reading.value]
-                    totals[reading.layer] += _read(array, reading, layers[reading.layer], index)
+                    totals[reading.layer] += _read(stage, array, reading, layers[reading.layer], index)
                 for name in frontier.names(index):
                     if name not in stage.keeps:
                         frontier.drop(index, name)
                 for name in stage.keeps:
                     if name in made:
-                        frontier.put(index, name, made[name])
+                        frontier.put(index, name, stage.held(made[name]))
                     elif name in data:
                         frontier.put(index, name, np.array(data[name]))  # a copy: a loader may use its buffer again
                 index += 1
@@ -156,7 +164,7 @@ def recalibrate(
     )
 
 
-def _read(array: npt.NDArray[Any], reading: Reading, layer: Layer, batch: int) -> Moments:
+def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) -> Moments:
     """Moments of one micro-batch at one call of a layer."""
     if array.ndim == 1:
         array = array[:, None]  # samples of one channel
@@ -165,7 +173,7 @@ def _read(array: npt.NDArray[Any], reading: Reading, layer: Layer, batch: int) -
     if array.shape[1] != layer.mean.size:
         raise DataError(f"micro-batch {batch + 1} brings {array.shape[1]} channels to {layer.name}, which has {layer.mean.size}")
     with np.errstate(invalid="ignore", over="ignore"):
-        moments = measure(array)
+        moments = stage.moments(array)
     if not (np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all()):
         channel = int(np.flatnonzero(~(np.isfinite(moments.mean) & np.isfinite(moments.m2)))[0])
         raise DataError(

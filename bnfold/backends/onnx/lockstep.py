@@ -20,7 +20,7 @@ from ...recalibrate import recalibrate as run_plan
 from ...report import RecalibrateReport
 from .constants import Constants
 from .feeds import inputs
-from .lockstep_plan import Call, cut
+from .lockstep_plan import OnnxCall, cut
 from .lockstep_stage import OnnxStage
 from .shapes import Shapes
 from .walk import all_graphs, all_nodes, attribute, is_standard, name_of, number, subgraphs
@@ -78,7 +78,7 @@ class OnnxPlan:
         self.constants = Constants(model, self._shapes)
         self.notes: list[str] = []
         self.layers: list[Layer] = []
-        self.calls: list[Call] = []
+        self.calls: list[OnnxCall] = []
         self.statistics: dict[int, Parameters] = {}  # by layer, final after the last stage
         self._find()
         if not self.calls:
@@ -159,7 +159,9 @@ class OnnxPlan:
                 found[key] = len(self.layers)
                 mean, variance = (np.ravel(self._value(node, index)) for index in (3, 4))
                 self.layers.append(Layer(name_of(node), mean, variance))
-            self.calls.append(Call(node, found[key]))
+            source = node.inputs[0]
+            assert source is not None
+            self.calls.append(OnnxCall(node, source, found[key]))
 
     def _leave(self, node: ir.Node, why: str) -> None:
         self.notes.append(f"{name_of(node)} keeps its statistics: {why}")

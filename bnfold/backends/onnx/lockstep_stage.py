@@ -16,9 +16,10 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
+from ...moments import Moments, measure
 from ...recalibrate import Reading, Values
 from ...values import shape_text
-from .lockstep_plan import Cut, sources
+from .lockstep_plan import OnnxCut, sources
 from .run import resolve
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
@@ -38,7 +39,7 @@ class OnnxStage:
     """
 
     def __init__(
-        self, model: ir.Model, cut: Cut, readings: list[Reading], replaced: Replaced, kinds: dict[str, int], provider: str
+        self, model: ir.Model, cut: OnnxCut, readings: list[Reading], replaced: Replaced, kinds: dict[str, int], provider: str
     ) -> None:
         self.readings = readings
         self.needs = [_name(value) for value in cut.reads]
@@ -60,6 +61,12 @@ class OnnxStage:
                 self.lacks = str(error)
         resolve(provider)
         self._run = self._instead()
+
+    def moments(self, array: npt.NDArray[Any]) -> Moments:
+        return measure(array)
+
+    def held(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array
 
     def run(self, values: Values) -> Values:
         feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
@@ -156,7 +163,7 @@ def _evaluator(proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], kinds:
     return run
 
 
-def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int]) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+def _proto(model: ir.Model, cut: OnnxCut, replaced: Replaced, kinds: dict[str, int]) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
     """The stage as a model, and the large weights that go to the session beside it."""
     nodes, leaves = _with_constants(cut, replaced)
     graph = onnx.GraphProto(name="stage")
@@ -211,7 +218,7 @@ def _proto(model: ir.Model, cut: Cut, replaced: Replaced, kinds: dict[str, int])
     return proto, lent
 
 
-def _with_constants(cut: Cut, replaced: Replaced) -> tuple[list[ir.Node], list[ir.Value]]:
+def _with_constants(cut: OnnxCut, replaced: Replaced) -> tuple[list[ir.Node], list[ir.Value]]:
     """The stage's nodes after those that compute the constants they read, and the stored values that all of these read."""
     order: dict[ir.Node, None] = {}
     leaves: dict[ir.Value, None] = {}
