@@ -100,21 +100,35 @@ def recalibrate(
     model: Any,
     batches: Iterable[Any],
     *,
+    example: Any = None,
     memory_budget: int = 1 << 30,
     batch_size: int | None = None,
     samples: int | None = None,
     provider: str = "cpu",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, RecalibrateReport]:
     """Measure every BatchNorm's mean and variance afresh, exactly, layer by layer in one pass (lockstep).
 
-    batches: an iterable of arrays, tuples or dicts by input name. memory_budget: bytes of activations to hold before they
-    spill to disk. batch_size: how many samples go through the network at once, which doesn't change the result.
+    batches: an iterable of arrays or tensors, tuples or dicts by input name; labels may ride along. example: how a PyTorch module is
+    called, where the first batch doesn't show it. memory_budget: bytes of activations to hold before they spill to disk. batch_size: how
+    many samples go through the network at once, which doesn't change the result. provider: of ONNX Runtime; device: "cpu" or "cuda", for
+    PyTorch.
     Raises NothingToDoError where the model holds no BatchNorm, DataError where the data don't fit.
     """
+    from .data import as_batches
+
+    if family(model) == "torch":
+        from .backends.torch.lockstep import recalibrate as recalibrate_torch
+        from .backends.torch.trace import example_of, trace
+        from .sides import peeked
+
+        first, batches = peeked(batches)
+        traced = trace(model, example_of(model, first) if example is None and first is not None else example, evaluation=True)
+        data = as_batches(batches, traced.specs, batch_size=batch_size, samples=samples)
+        return recalibrate_torch(traced, data, memory_budget=memory_budget, device=device or provider, progress=progress)
     from .backends.onnx.lockstep import recalibrate as recalibrate_onnx
     from .backends.onnx.run import inputs
-    from .data import as_batches
 
     original, back = _as_ir(model)
     data = as_batches(batches, inputs(original), batch_size=batch_size, samples=samples)

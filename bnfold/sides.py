@@ -28,7 +28,7 @@ def sides(
     mixed = len(set(kinds)) > 1
     example = None
     if "torch" in kinds and batches is not None:
-        example, batches = _peeked(batches)
+        example, batches = peeked(batches)
     made: list[Subject | None] = [None, None]
     for side in sorted((0, 1), key=lambda i: kinds[i] == "torch"):  # an ONNX model knows what it takes
         model, other = (reference, candidate)[side], made[1 - side]
@@ -81,7 +81,7 @@ def _torch(model: Any, other: Subject | None, example: Any, shapes: Mapping[str,
     return TorchSubject(trace(model, example), beside_onnx=mixed)
 
 
-def _peeked(batches: Any) -> tuple[Any, Any]:
+def peeked(batches: Any) -> tuple[Any, Any]:
     """The first batch, and all of them."""
     from .data import Data
 
@@ -92,7 +92,7 @@ def _peeked(batches: Any) -> tuple[Any, Any]:
     if isinstance(batches, tuple) and all(hasattr(b, "__array__") or hasattr(b, "detach") for b in batches):
         return batches, batches
     if callable(batches) and not hasattr(batches, "__iter__"):
-        return _peeked(batches())[0], batches
+        return peeked(batches())[0], batches
     if isinstance(batches, Iterator):
         first = next(batches, None)
         return first, batches if first is None else itertools.chain([first], batches)

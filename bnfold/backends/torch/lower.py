@@ -51,7 +51,7 @@ class Lowering:
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
-        self.program = traced.program if not _entangled(traced.program) else functional(traced.program)
+        self.program = traced.program if not entangled(traced.program) else functional(traced.program)
         self.sizes = Sizes(self.program)
         self.constants = Constants(self.program)
         module = None if isinstance(traced.model, ExportedProgram) else traced.model
@@ -282,7 +282,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
         return found
 
 
-def _entangled(program: ExportedProgram) -> bool:
+def entangled(program: ExportedProgram) -> bool:
     """Whether a tensor is read under another name after its storage was written to: then the data flow isn't the graph's edges."""
     if not any(mutates(op) for op in program.graph.nodes):
         return False

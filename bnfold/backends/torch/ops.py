@@ -30,16 +30,20 @@ from .ops_moves import MOVES
 
 DIMS = ("1d", "2d", "3d")
 
+BATCHNORMS = (
+    "batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update",
+)
+
 OPERATORS: dict[str, Lower] = {
     # the sites
-    "batch_norm": batchnorm,
-    "cudnn_batch_norm": batchnorm,
-    "miopen_batch_norm": batchnorm,
-    "native_batch_norm": batchnorm,
-    "_native_batch_norm_legit": batchnorm,
-    "_native_batch_norm_legit_no_training": batchnorm,
-    "_batch_norm_no_update": batchnorm,
-    "_batch_norm_with_update": batchnorm,
+    **dict.fromkeys(BATCHNORMS, batchnorm),
     "add": arithmetic,
     "sub": arithmetic,
     "mul": arithmetic,

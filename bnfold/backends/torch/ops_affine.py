@@ -99,7 +99,13 @@ def _sick(constants: list[Array | None], epsilon: float) -> str | None:
 
 
 def frozen(ctx: Lowering) -> None:
-    """Find the modules with running statistics whose forward is plain arithmetic (FrozenBatchNorm2d), and lower each call at once."""
+    """Lower each call of a module with running statistics whose forward is plain arithmetic (FrozenBatchNorm2d) as one map."""
+    for chain in frozen_chains(ctx):
+        _lower_chain(ctx, chain)
+
+
+def frozen_chains(ctx: Lowering) -> list[list[Op]]:
+    """The operators of each such call, in order."""
     named = {s.target for s in map(ctx.constants.stored, ctx.program.graph.nodes) if s is not None}
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] == "running_mean"}
     owners = {owner for owner in owners if f"{owner}.running_var".lstrip(".") in named}
@@ -112,8 +118,7 @@ def frozen(ctx: Lowering) -> None:
             last.append(op)
         else:
             chains.append([op])
-    for chain in chains:
-        _lower_chain(ctx, chain)
+    return chains
 
 
 def _source(ctx: Lowering, op: Op) -> Op:

@@ -42,14 +42,16 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     def own(held: dict[str, Any]) -> dict[str, Any]:
         return {name: memo.setdefault(id(t), copy.deepcopy(t)) if isinstance(t, Tensor) else t for name, t in held.items()}
 
-    module, signature = _graph_copy(program)[0], copy.deepcopy(program.graph_signature)
-    found: ExportedProgram = program._update(module, signature, state_dict=own(program.state_dict), constants=own(program.constants))
+    module, signature = graph_copy(program)[0], copy.deepcopy(program.graph_signature)
+    with quiet():
+        found: ExportedProgram = program._update(module, signature, state_dict=own(program.state_dict), constants=own(program.constants))
     return found
 
 
-def _graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
+def graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
     """A copy of the graph, and for each operator its own copy."""
-    module = copy.deepcopy(program.graph_module)
+    with quiet():
+        module = copy.deepcopy(program.graph_module)
     copies = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
     for old, new in copies.items():
         new.name = old.name  # fx renames in a copy what Python has a name for, such as `input`
@@ -60,7 +62,7 @@ def _graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op
 class _Writer:
     def __init__(self, ctx: Lowering) -> None:
         self.ctx, self.program = ctx, ctx.program
-        self.module, self.copies = _graph_copy(ctx.program)
+        self.module, self.copies = graph_copy(ctx.program)
         self.graph = self.module.graph
         self.signature = copy.deepcopy(ctx.program.graph_signature)
         self.state = dict(ctx.program.state_dict)

@@ -1,0 +1,210 @@
+"""One stage of a PyTorch model: its operators, run one by one on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node as Op
+from torch.utils import _pytree as pytree
+
+from ...errors import DataError, DeviceError, UnsupportedError
+from ...moments import Moments, measure
+from ...recalibrate import Reading, Values
+from ...stages import Cut
+from .constants import Constants
+from .run import precise
+from .trace import to_numpy, to_tensor
+from .walk import is_tensor, operator_name, viewed
+
+# Operators with a form that writes into its input, for an input that nobody else reads.
+IN_PLACE: dict[Any, Any] = {
+    torch.ops.aten.relu.default: torch.ops.aten.relu_.default,
+    torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
+    torch.ops.aten.hardtanh.default: torch.ops.aten.hardtanh_.default,
+    torch.ops.aten.hardswish.default: torch.ops.aten.hardswish_.default,
+    torch.ops.aten.leaky_relu.default: torch.ops.aten.leaky_relu_.default,
+    torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
+}
+FRESH = {"batch_norm", "conv1d", "conv2d", "conv3d", "convolution", "linear", "add"}  # their output shares no storage
+
+
+class Held:
+    """What an exported program holds, on the device: parameters, buffers, and what is computed from them, with the new statistics."""
+
+    def __init__(self, program: ExportedProgram, constants: Constants, device: torch.device) -> None:
+        self._program, self._constants, self.device = program, constants, device
+        specs = program.graph_signature.input_specs
+        self._targets = {s.arg.name: s.target for s in specs if s.target is not None and s.kind.name != "USER_INPUT"}
+        self._new: dict[str, Tensor] = {}
+        self._values: dict[Op, Any] = {}
+
+    def is_held(self, op: Op) -> bool:
+        return op.op == "get_attr" or (op.op == "placeholder" and op.name in self._targets)
+
+    def stored(self, target: str) -> Tensor:
+        found: Tensor | None = self._program.state_dict.get(target)
+        return self._program.constants[target] if found is None else found
+
+    def replace(self, target: str, tensor: Tensor) -> None:
+        self._new[target] = tensor.to(self.device)
+        self._values.clear()  # something may have been computed from the old one
+
+    def restore(self, target: str) -> None:
+        self._new.pop(target, None)
+        self._values.clear()
+
+    def value(self, op: Op) -> Any:
+        """The value of a constant."""
+        if op not in self._values:
+            self._values[op] = self._compute(op)
+        return self._values[op]
+
+    def _compute(self, op: Op) -> Any:
+        if op.op == "placeholder":
+            target = self._targets[op.name]
+            return self._new[target] if target in self._new else self.stored(target).detach().to(self.device)
+        if op.op == "get_attr":
+            found: Any = self._program.graph_module
+            for name in str(op.target).split("."):
+                found = getattr(found, name)
+            return found.detach().to(self.device) if isinstance(found, Tensor) else found
+        return call(op, self.value, self.device)
+
+
+def call(op: Op, value: Any, device: torch.device, target: Any = None) -> Any:
+    """Run one operator; value: gives that of a node."""
+
+    def given(leaf: Any) -> Any:
+        if isinstance(leaf, Op):
+            return value(leaf)
+        return device if isinstance(leaf, torch.device) else leaf
+
+    args, kwargs = pytree.tree_map(given, (tuple(op.args), dict(op.kwargs)))
+    run: Any = op.target if target is None else target
+    return run(*args, **kwargs)
+
+
+class TorchStage:
+    """The operators of a `Cut`. Values between stages lie in the host's memory, and with them the sizes of the micro-batch.
+
+    first, last: its place among the stages.
+    """
+
+    def __init__(self, program: ExportedProgram, held: Held, cut: Cut[Op, Op], readings: list[Reading], *, first: bool, last: bool) -> None:
+        self.readings = readings
+        self.needs = [op.name for op in cut.reads]
+        self.keeps = dict.fromkeys(op.name for op in cut.keeps)
+        self._held, self._cut, self._first = held, cut, first
+        inputs = [op for op in program.graph.nodes if op.op == "placeholder" and not held.is_held(op)]
+        axes = [(op.name, axis, n.node.expr) for op in inputs for axis, n in enumerate(_shape(op)) if isinstance(n, torch.SymInt)]
+        self._symbols = {expression: (name, axis) for name, axis, expression in axes if expression.is_symbol}
+        if self._symbols:
+            self.needs = list(dict.fromkeys([*self.needs, *(op.name for op in inputs)])) if first else [*self.needs, SIZES]
+            if not last:
+                self.keeps[SIZES] = None
+        makes = set(cut.makes)
+        self._drops: dict[Op, list[Op]] = {}
+        self._in_place: set[Op] = set()
+        inside, seen = set(cut.nodes), set()
+        for op in reversed(cut.nodes):
+            for source in dict.fromkeys(op.all_input_nodes):
+                if source in inside and source not in seen and source not in makes:
+                    seen.add(source)
+                    self._drops.setdefault(op, []).append(source)
+            target = op.args[0] if op.args else None
+            if not isinstance(target, Op) or op.target not in IN_PLACE or operator_name(target) not in FRESH:
+                continue
+            if target in inside and target not in makes and list(target.users) == [op] and _alike(op, target):
+                self._in_place.add(op)
+
+    def run(self, values: Values) -> Values:
+        env: dict[Op, Any] = {}
+        device = self._held.device
+        for op in self._cut.reads:
+            found = values[op.name]
+            env[op] = found if isinstance(found, Tensor) else to_tensor(np.asarray(found)).to(device)
+        sizes = self._sizes(values)
+        known = dict(zip(self._symbols, sizes.tolist(), strict=True))
+
+        def value(op: Op) -> Any:
+            if op in env:
+                return env[op]
+            size = op.meta.get("val")
+            if isinstance(size, torch.SymInt):
+                return self._size(size, known)
+            return size if isinstance(size, int) else self._held.value(op)
+
+        with precise():
+            for op in self._cut.nodes:
+                try:
+                    env[op] = call(op, value, device, IN_PLACE[op.target] if op in self._in_place else None)
+                except torch.OutOfMemoryError as error:
+                    raise DeviceError(f"not enough memory on {device}: {error}; use a smaller batch size") from None
+                except (UnsupportedError, DeviceError):
+                    raise
+                except Exception as error:  # operators raise what they like
+                    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                    raise DataError(f"PyTorch can't run {op.name} on these data: {text.strip().rstrip('.')}") from None
+                for source in self._drops.get(op, ()):
+                    env.pop(source, None)
+        return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
+
+    def moments(self, array: Any) -> Moments:
+        if not isinstance(array, Tensor):
+            return measure(array)
+        return measure(to_numpy(array)) if array.device.type == "cpu" else _measured(array)
+
+    def held(self, array: Any) -> npt.NDArray[Any]:
+        return to_numpy(array) if isinstance(array, Tensor) else np.asarray(array)
+
+    def _sizes(self, values: Values) -> npt.NDArray[np.int64]:
+        """The symbols' sizes in this micro-batch, in their order."""
+        if not self._first:
+            return np.asarray(values[SIZES]) if self._symbols else np.zeros(0, np.int64)
+        return np.array([values[name].shape[axis] for name, axis in self._symbols.values()], np.int64)
+
+    def _size(self, size: torch.SymInt, known: dict[Any, int]) -> int:
+        expression = size.node.expr
+        if not expression.free_symbols <= known.keys():
+            raise UnsupportedError("a size in this model depends on the data's values, which lockstep can't follow: export it to ONNX")
+        return int(expression.subs(known))
+
+
+SIZES = "sizes of the micro-batch"
+
+
+def _shape(op: Op) -> tuple[Any, ...]:
+    value = op.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _alike(op: Op, source: Op) -> bool:
+    """Whether a result fits into its first input's storage."""
+    if not is_tensor(op) or viewed(op) is not None:
+        return False
+    one, other = op.meta["val"], source.meta["val"]
+    return one.dtype == other.dtype and [str(n) for n in one.shape] == [str(n) for n in other.shape]
+
+
+def _measured(x: Tensor) -> Moments:
+    """Moments of a tensor on its device: two passes, the second around the rounded mean, summed in float64 (see `bnfold.moments`)."""
+    samples, channels = x.shape[:2]
+    rows = x.reshape(samples, channels, -1)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    size = rows.shape[2]
+    if not rows.numel():
+        return Moments.empty(channels)
+    centre = rows.mean(2, keepdim=True)
+    off = rows - centre
+    first, second = off.sum(2, dtype=torch.float64), off.mul_(off).sum(2, dtype=torch.float64)
+    means = centre.double().squeeze(2) + first / size
+    m2 = second - first * first / size
+    mean = means.mean(0)
+    between = size * (means - mean).square().sum(0)
+    total = (m2.sum(0) + between).cpu().numpy()
+    return Moments(samples * size, mean.cpu().numpy(), total, samples, between.cpu().numpy())

@@ -1,0 +1,255 @@
+"""Statistics of PyTorch models: those of one batch of everything, however the data come; and those of the same network in ONNX."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import Net, difference, lively, norm, run
+from torch import nn
+from vision import package
+
+import bnfold
+from bnfold.backends.torch.lockstep_stage import _measured
+from bnfold.moments import measure
+from bnfold.report import RecalibrateReport
+
+DATA = torch.randn(23, 3, 10, 9, generator=torch.Generator().manual_seed(3)) * 2 + 1
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def network() -> nn.Module:
+    """Six layers deep, with writing in place, a skip connection, dropout and a head."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu_(s.b1(s.c1(x)))
+        z = s.b2(s.c2(y))
+        z += y
+        return s.b3(s.head(s.drop(F.relu(z, inplace=True).mean((2, 3)))))
+
+    parts = {"c1": nn.Conv2d(3, 6, 3), "b1": norm(6), "c2": nn.Conv2d(6, 6, 3, padding=1), "b2": norm(6)}
+    return Net(forward, **parts, drop=nn.Dropout(0.5), head=nn.Linear(6, 4), b3=norm(4, 1)).eval()
+
+
+def one_batch(module: nn.Module, data: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The statistics with which one batch of all data is normalised, by PyTorch itself in float64 (its variance is M2/(n - 1))."""
+    model = copy.deepcopy(module).double()
+    for each in model.modules():
+        each.training = isinstance(each, nn.modules.batchnorm._BatchNorm)
+        if each.training:
+            each.momentum = 1.0
+    with torch.no_grad():
+        model(data.double())
+    return {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+
+
+def check(module: nn.Module, data: torch.Tensor, fresh: nn.Module, report: RecalibrateReport, bound: float) -> None:
+    counts = {layer.name: layer.count for layer in report.layers}
+    want = one_batch(module, data)
+    found = {name: buffer for name, buffer in fresh.named_buffers() if "running" in name}
+    assert found.keys() == want.keys()
+    for name, buffer in found.items():
+        exact, n = want[name], counts[name.rpartition(".")[0]]
+        exact = exact * (n - 1) / n if name.endswith("var") else exact
+        assert float((buffer - exact).abs().max()) <= bound * float(exact.abs().max()), name
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 23])
+def test_the_size_of_a_micro_batch_changes_nothing(size: int) -> None:
+    net = network().double()
+    fresh, report = bnfold.recalibrate(net, DATA.double(), batch_size=size)
+    check(net, DATA, fresh, report, 1e-12)
+    assert report.samples == 23
+
+
+def test_in_float32_the_statistics_are_right_to_rounding() -> None:
+    net = network()
+    fresh, report = bnfold.recalibrate(net, DATA, batch_size=5)
+    check(net, DATA, fresh, report, 1e-6)
+
+
+def test_neither_order_nor_spilling_changes_anything() -> None:
+    net = network().double()
+    want, _ = bnfold.recalibrate(net, DATA.double(), batch_size=6)
+    for data, budget in ((DATA.flip(0), 1 << 30), (DATA, 0), (DATA, 4000)):
+        got, report = bnfold.recalibrate(net, data.double(), batch_size=6, memory_budget=budget)
+        assert bool(report.spilled_bytes) == (budget < 1 << 30)
+        for one, other in zip(want.buffers(), got.buffers(), strict=True):
+            assert torch.allclose(one.double(), other.double(), rtol=1e-12, atol=1e-13)
+
+
+def test_nothing_but_the_statistics_changes_and_the_argument_stays() -> None:
+    net = network()
+    net.drop.train()
+    before = copy.deepcopy(net.state_dict())
+    fresh, _ = bnfold.recalibrate(net, DATA)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert type(fresh) is type(net)
+    assert [m.training for m in fresh.modules()] == [m.training for m in net.modules()]
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(before[name], tensor) == ("running" not in name), name
+
+
+def test_a_network_in_training_mode_is_measured_in_evaluation_mode() -> None:
+    net = network()
+    want, _ = bnfold.recalibrate(net, DATA)
+    got, _ = bnfold.recalibrate(net.train(), DATA)
+    assert all(torch.equal(a, b) for a, b in zip(want.buffers(), got.buffers(), strict=True))
+    assert got.training
+
+
+def test_it_equals_the_onnx_route() -> None:
+    net = network().double()
+    buffer = torch.onnx.export(
+        net, (DATA[:2].double(),), dynamo=True, optimize=False, dynamic_shapes=(({0: torch.export.Dim("b")},),), verbose=False
+    )
+    assert buffer is not None
+    model: onnx.ModelProto = buffer.model_proto
+    _, there = bnfold.recalibrate(model, DATA.double().numpy(), batch_size=4)
+    _, here = bnfold.recalibrate(net, DATA.double(), batch_size=7)
+    for one, other in zip(here.layers, there.layers, strict=True):
+        assert one.count == other.count
+        assert one.mean_shift == pytest.approx(other.mean_shift, rel=1e-9)
+        assert one.var_ratio == pytest.approx(other.var_ratio, rel=1e-9)
+        assert one.stderr == pytest.approx(other.stderr, rel=1e-9)
+
+
+def test_an_exported_program_gives_the_same() -> None:
+    net = network().double()
+    program = torch.export.export(net, (DATA[:2].double(),), dynamic_shapes=(({0: torch.export.Dim("b", min=1)},),))
+    want, _ = bnfold.recalibrate(net, DATA.double())
+    got, _ = bnfold.recalibrate(program, DATA.double(), batch_size=3)
+    assert isinstance(got, torch.export.ExportedProgram)
+    for name, buffer in want.named_buffers():
+        assert torch.allclose(buffer.double(), got.state_dict[name].double(), rtol=1e-12), name
+    assert difference(run(want, DATA.double()), run(got, DATA.double())) < 1e-12
+    decomposed, _ = bnfold.recalibrate(program.run_decompositions(), DATA.double(), batch_size=3)
+    assert difference(run(want, DATA.double()), run(decomposed, DATA.double())) < 1e-12
+
+
+def test_a_layer_that_is_called_twice_has_the_pooled_statistics() -> None:
+    net = Net(lambda s, x: s.b(s.c(x)).relu() + s.b(s.d(x)).relu(), c=nn.Conv2d(3, 4, 3), d=nn.Conv2d(3, 4, 3), b=norm(4)).double().eval()
+    fresh, report = bnfold.recalibrate(net, DATA.double(), batch_size=4)
+    both = torch.cat([net.c(DATA.double()), net.d(DATA.double())])
+    assert torch.allclose(fresh.b.running_mean, both.mean((0, 2, 3)), rtol=1e-12)
+    assert torch.allclose(fresh.b.running_var, both.var((0, 2, 3), correction=0), rtol=1e-12)
+    assert [layer.count for layer in report.layers] == [2 * 23 * 8 * 7]
+
+
+def test_frozen_statistics_are_measured_too() -> None:
+    frozen = lively(package("torchvision.ops").FrozenBatchNorm2d(4))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), frozen, nn.ReLU(), nn.Conv2d(4, 4, 1), lively(type(frozen)(4))).double().eval()
+    fresh, report = bnfold.recalibrate(net, DATA.double(), batch_size=4)
+    assert [layer.name for layer in report.layers] == ["1", "4"]
+    inner = net[0](DATA.double())
+    assert torch.allclose(fresh[1].running_var, inner.var((0, 2, 3), correction=0), rtol=1e-12)
+    outer = net[3](fresh[1](inner).relu())
+    assert torch.allclose(fresh[4].running_mean, outer.mean((0, 2, 3)), rtol=1e-10)
+
+
+def test_statistics_of_the_batch_are_left_and_said() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1), norm(4)).eval()
+    _, report = bnfold.recalibrate(net, DATA)
+    assert [layer.name for layer in report.layers] == ["3"]
+    assert "1 keeps its statistics: it has none (track_running_stats=False)" in report.notes[0]
+    with pytest.raises(bnfold.NothingToDoError, match="track_running_stats=False"):
+        bnfold.recalibrate(net[:2], DATA)
+    with pytest.raises(bnfold.NothingToDoError, match="the model holds no BatchNorm"):
+        bnfold.recalibrate(net[:1], DATA)
+
+
+def test_views_that_are_written_to() -> None:
+    """The halves of a tensor are written to in place, and read through the whole afterwards."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.b(s.c(x))
+        y[:, :2].relu_()
+        y.chunk(2, 1)[1].mul_(2)
+        return s.d(s.e(y))
+
+    net = Net(forward, c=nn.Conv2d(3, 4, 3), b=norm(4), e=nn.Conv2d(4, 4, 1), d=norm(4)).double().eval()
+    fresh, report = bnfold.recalibrate(net, DATA.double(), batch_size=4)
+    check(net, DATA, fresh, report, 1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision(kind: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4)).eval().to(kind)
+    fresh, _ = bnfold.recalibrate(net, DATA.to(kind), batch_size=4)
+    exact = one_batch(net, DATA.to(kind))
+    assert fresh[1].running_mean.dtype == kind
+    for name, buffer in fresh.named_buffers():
+        if "running" in name:
+            assert torch.allclose(buffer.double(), exact[name], rtol=0.02, atol=0.02)
+
+
+def test_batches_with_labels_and_dicts() -> None:
+    net = network()
+    want, _ = bnfold.recalibrate(net, DATA)
+    labels = torch.arange(23) % 4
+
+    def loader() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from zip(DATA.split(5), labels.split(5), strict=True)
+
+    single = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
+    for model, batches in (
+        (single, loader()),
+        (single, list(loader())),
+        (single, torch.utils.data.DataLoader(list(zip(DATA, labels, strict=True)), 5)),
+    ):
+        got, report = bnfold.recalibrate(model, batches)
+        assert report.samples == 23
+        assert torch.allclose(got[1].running_mean, model[0](DATA).mean((0, 2, 3)), atol=1e-5)
+    assert want is not net
+
+
+def test_bad_data_are_one_line() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
+    with pytest.raises(bnfold.DataError, match="there are no samples; give at least one"):
+        bnfold.recalibrate(net, [], example=DATA)
+    nn.init.ones_(net[0].weight)
+    wild = DATA.clone()
+    wild[3] = 3e38
+    with pytest.raises(bnfold.DataError, match="NaN, infinity or an overflow to channel"):
+        bnfold.recalibrate(net, wild)
+
+
+def test_values_far_from_zero() -> None:
+    net = nn.Sequential(norm(3), nn.Conv2d(3, 2, 1)).eval()
+    fresh, _ = bnfold.recalibrate(net, torch.randn(200, 3, 4, 4) + 1e4, batch_size=7)
+    assert torch.allclose(fresh[0].running_var, torch.ones(3), rtol=0.1)
+
+
+def test_moments_on_a_device() -> None:
+    for x in (torch.randn(5, 3, 4, 6) * 3 + 100, torch.randn(7, 2), torch.randn(4, 1, 9).double(), torch.randn(3, 4, 5).half()):
+        got, want = _measured(x), measure(x.float().numpy() if x.dtype == torch.float16 else x.numpy())
+        assert (got.count, got.samples) == (want.count, want.samples)
+        for name in ("mean", "m2", "between"):
+            np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_cuda() -> None:
+    net = network()
+    fresh, report = bnfold.recalibrate(net, DATA, batch_size=5, device="cuda")
+    check(net, DATA, fresh, report, 1e-5)
+
+
+def test_a_device_that_isnt_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(bnfold.DeviceError, match=r"device cuda isn't available: .*; use --device cpu"):
+        bnfold.recalibrate(network(), DATA, device="cuda")
+    with pytest.raises(bnfold.UsageError, match="PyTorch models run on cpu or cuda, not on 'tpu'"):
+        bnfold.recalibrate(network(), DATA, device="tpu")
