@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
-from torch.utils import _pytree as pytree
 
 from ...errors import DataError, DeviceError, UnsupportedError
-from ...moments import Moments, measure
+from ...moments import Moments
 from ...recalibrate import Reading, Values
 from ...stages import Cut
 from .constants import Constants
+from .moments import measure
 from .run import precise
 from .trace import to_numpy, to_tensor
 from .walk import is_tensor, operator_name, viewed
@@ -79,14 +79,15 @@ class Held:
 def call(op: Op, value: Any, device: torch.device, target: Any = None) -> Any:
     """Run one operator; value: gives that of a node."""
 
-    def given(leaf: Any) -> Any:
-        if isinstance(leaf, Op):
-            return value(leaf)
-        return device if isinstance(leaf, torch.device) else leaf
+    def given(argument: Any) -> Any:
+        if isinstance(argument, Op):
+            return value(argument)
+        if isinstance(argument, (list, tuple)):
+            return [given(each) for each in argument]
+        return device if isinstance(argument, torch.device) else argument
 
-    args, kwargs = pytree.tree_map(given, (tuple(op.args), dict(op.kwargs)))
     run: Any = op.target if target is None else target
-    return run(*args, **kwargs)
+    return run(*map(given, op.args), **{name: given(each) for name, each in op.kwargs.items()})
 
 
 class TorchStage:
@@ -155,9 +156,7 @@ class TorchStage:
         return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
 
     def moments(self, array: Any) -> Moments:
-        if not isinstance(array, Tensor):
-            return measure(array)
-        return measure(to_numpy(array)) if array.device.type == "cpu" else _measured(array)
+        return measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)))
 
     def held(self, array: Any) -> npt.NDArray[Any]:
         return to_numpy(array) if isinstance(array, Tensor) else np.asarray(array)
@@ -188,23 +187,5 @@ def _alike(op: Op, source: Op) -> bool:
     if not is_tensor(op) or viewed(op) is not None:
         return False
     one, other = op.meta["val"], source.meta["val"]
-    return one.dtype == other.dtype and [str(n) for n in one.shape] == [str(n) for n in other.shape]
-
-
-def _measured(x: Tensor) -> Moments:
-    """Moments of a tensor on its device: two passes, the second around the rounded mean, summed in float64 (see `bnfold.moments`)."""
-    samples, channels = x.shape[:2]
-    rows = x.reshape(samples, channels, -1)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    size = rows.shape[2]
-    if not rows.numel():
-        return Moments.empty(channels)
-    centre = rows.mean(2, keepdim=True)
-    off = rows - centre
-    first, second = off.sum(2, dtype=torch.float64), off.mul_(off).sum(2, dtype=torch.float64)
-    means = centre.double().squeeze(2) + first / size
-    m2 = second - first * first / size
-    mean = means.mean(0)
-    between = size * (means - mean).square().sum(0)
-    total = (m2.sum(0) + between).cpu().numpy()
-    return Moments(samples * size, mean.cpu().numpy(), total, samples, between.cpu().numpy())
+    shapes = [[n.node.expr if isinstance(n, torch.SymInt) else n for n in each.shape] for each in (one, other)]
+    return one.dtype == other.dtype and shapes[0] == shapes[1]
