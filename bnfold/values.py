@@ -41,12 +41,15 @@ def convert(array: Array, spec: InputSpec, where: str, start: int) -> Array:
     finite = spec.dtype.kind == "V" or spec.dtype.kind in "fc"
     with np.errstate(over="ignore", invalid="ignore"):
         made = np.ascontiguousarray(array, dtype=spec.dtype).reshape(array.shape)
-    for bad, what in (
-        (lambda: ~np.isfinite(array), "holds NaN or infinity; clean the data"),
-        (lambda: ~np.isfinite(made), f"holds values beyond the range of {spec.dtype}, which the model takes; scale the data"),
+    for values, what in (
+        (array, "holds NaN or infinity; clean the data"),
+        (made, f"holds values beyond the range of {spec.dtype}, which the model takes; scale the data"),
     ):
-        if finite and (at := np.argwhere(bad())).size:
+        if finite and not (good := np.isfinite(values)).all():
+            at = np.argwhere(~good)
             raise DataError(f"{where}: input {spec.name!r}{f', sample {start + at[0][0]},' if array.ndim else ''} {what}")
+        if array.dtype == made.dtype:
+            break
     if array.dtype.kind in "iu" and array.dtype != made.dtype and not np.array_equal(array, made):
         raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, and the data hold {array.dtype} values beyond its range")
     return made

@@ -1,19 +1,20 @@
 """Lockstep recalibration of PyTorch models against the tools that estimate, over the same micro-batches, in interleaved rounds.
 
-    python -m tests.bench.recalibrate_torch [--model resnet18] [--batches 64] [--batch 8] [--size 128] [--rounds 3]
+    python -m tests.bench.recalibrate_torch [--model resnet18] [--batches 128] [--batch 8] [--size 128] [--rounds 3]
 
 The rivals are fvcore's `update_bn_stats` (pip install fvcore) and `torch.optim.swa_utils.update_bn`, which run the model once in training
-mode and give statistics that depend on the batch size. bnfold is timed whole, torch.export included. Each turn has the memory of a
-process of its own. The ratio is to the faster rival, the median of the rounds'.
+mode and give statistics that depend on the batch size. bnfold is timed whole, torch.export included. One round, which isn't counted,
+warms up each tool. The ratio is to the faster rival, the median of the rounds'. Memory is measured in a process for each.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,9 @@ def model_and_data(args: argparse.Namespace) -> tuple[Any, list[torch.Tensor]]:
     return model, list(torch.randn(args.batches * args.batch, 3, args.size, args.size).split(args.batch))
 
 
-def turn(tool: str, args: argparse.Namespace, queue: Any) -> None:
-    """One run; puts its seconds and the peak of its memory beyond what model and data take, in bytes."""
-    model, data = model_and_data(args)
-    with torch.no_grad():
-        model(data[0])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def turn(tool: str, model: Any, data: list[torch.Tensor]) -> float:
+    """The seconds of one run."""
+    model = copy.deepcopy(model)
     start = time.perf_counter()
     if tool == "bnfold":
         import bnfold
@@ -49,14 +47,29 @@ def turn(tool: str, args: argparse.Namespace, queue: Any) -> None:
         from torch.optim.swa_utils import update_bn
 
         update_bn(data, model)
-    seconds = time.perf_counter() - start
-    queue.put((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+    return time.perf_counter() - start
+
+
+def memory(tool: str, args: argparse.Namespace, queue: Any) -> None:
+    """Puts the peak of a run's memory beyond what model and data take, in bytes."""
+    model, data = model_and_data(args)
+    with torch.no_grad():
+        model(data[0])
+    before = peak()
+    turn(tool, model, data)
+    queue.put(peak() - before)
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes (ru_maxrss would count its parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18", help="a name of torchvision's")
-    parser.add_argument("--batches", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -68,20 +81,20 @@ def main() -> None:
         tools.insert(1, "fvcore")
     except ImportError:
         print("fvcore isn't installed, so it isn't measured")
-    context = multiprocessing.get_context("spawn")
+    model, data = model_and_data(args)
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
-    memory: dict[str, float] = dict.fromkeys(tools, 0.0)
-    for number in range(args.rounds):
+    for number in range(args.rounds + 1):
         for tool in tools if number % 2 == 0 else tools[::-1]:
-            queue: Any = context.Queue()
-            process = context.Process(target=turn, args=(tool, args, queue))
-            process.start()
-            took, peak = queue.get()
-            process.join()
-            seconds[tool].append(took)
-            memory[tool] = max(memory[tool], peak)
+            seconds[tool].append(turn(tool, model, data))
+    context = multiprocessing.get_context("spawn")
     for tool in tools:
-        print(f"{tool:10} median {statistics.median(seconds[tool]):6.2f} s, {memory[tool] / 2**20:6.0f} MiB beyond model and data")
+        seconds[tool] = seconds[tool][1:]
+        queue: Any = context.Queue()
+        process = context.Process(target=memory, args=(tool, args, queue))
+        process.start()
+        most = queue.get()
+        process.join()
+        print(f"{tool:10} median {statistics.median(seconds[tool]):6.2f} s, {most / 2**20:6.0f} MiB beyond model and data")
     ratios = [own / min(seconds[rival][i] for rival in tools[1:]) for i, own in enumerate(seconds["bnfold"])]
     print(f"{args.model}, {args.batches} batches of {args.batch} at {args.size} pixels: bnfold / the faster rival, median of the rounds:")
     print(f"{statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
