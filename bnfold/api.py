@@ -28,17 +28,49 @@ ALREADY_FOLDED = (
 NO_BATCHNORM = "the model holds no BatchNorm: there is nothing to do"
 
 
-def load(path: str | Path, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> ir.Model:
-    """The model in an ONNX file. Raises ModelError where it can't be read, UnsupportedError for what isn't served."""
-    from .backends.onnx.load import load as load_onnx
+def load(
+    path: str | Path,
+    *,
+    arch: str | Callable[..., Any] | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Any:
+    """The model in a file: an onnx_ir.Model, a torch.nn.Module in evaluation mode, or an ExportedProgram. The content tells, not the name.
 
-    if arch is not None:
-        raise UnsupportedError("a checkpoint with an architecture is not supported: export the model to ONNX and load that file")
-    return load_onnx(path)
+    arch: what builds the network of a checkpoint, as "package.module:factory", "FILE.py:FACTORY" or the factory itself; arch_args: its
+    arguments by name. trust_pickle: whether a file may be loaded that can run code. say: told what was found in a checkpoint, and where.
+    Raises ModelError where the file can't be read, is unsafe, or doesn't fit; UnsupportedError for what isn't served.
+    """
+    from .backends.kinds import kind_of
+
+    kind = kind_of(path)
+    if kind == "onnx":
+        from .backends.onnx.load import load as load_onnx
+
+        if arch is not None and say is not None:
+            say(f"{path}: an ONNX file holds its network, so --arch isn't used")
+        return load_onnx(path)
+    try:
+        from .backends.torch.load import load as load_torch
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install 'bnfold[torch]'") from None
+    return load_torch(path, kind, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, say=say or (lambda text: None))
 
 
-def save(model: Any, path: str | Path, *, force: bool = False) -> None:
-    """Write a model atomically; an existing file is kept unless `force`."""
+def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
+    """Write a model atomically; an existing file is kept unless `force`.
+
+    An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt (see `backends.torch.save`), for some of
+    which a module needs an example of its input.
+    """
+    if family(model) == "torch":
+        from .backends.torch.save import save as save_torch
+
+        save_torch(model, path, force=force, example=example, as_state=as_state)
+        return
     from .backends.onnx.load import save as save_onnx
 
     save_onnx(_as_ir(model)[0], path, force=force)
@@ -146,6 +178,7 @@ def verify(
     batch_size: int | None = None,
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    example: Any = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`)."""
@@ -160,6 +193,7 @@ def verify(
         batch_size=batch_size,
         seed=seed,
         input_shapes=None if input_shapes is None else dict(input_shapes),
+        example=example,
         progress=progress,
     )
 

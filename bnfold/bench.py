@@ -24,6 +24,7 @@ def bench(
     batch_size: int = 1,
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    example: Any = None,
     optimise: bool = True,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -33,18 +34,21 @@ def bench(
     optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
     median over the rounds, and its range holds the middle half of them.
     """
-    from .backends.onnx.run import Session, inputs
-    from .feeds import random_feeds
+    from .sides import sides
 
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")
+    first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     if batches is None:
-        feeds = random_feeds(inputs(reference), batch=batch_size, seed=seed, input_shapes=input_shapes)
+        feeds = first.random(batch=batch_size, seed=seed, input_shapes=input_shapes)
     else:
         feeds = next(iter(batches), {})
         if not feeds:
             raise DataError("the data hold no batch, so there is nothing to time: give at least one sample")
-    calls = [_call(Session(model, provider=provider, optimise=optimise), feeds) for model in (reference, candidate)]
+    calls = []
+    for side in (first, second):
+        side.require(provider)
+        calls.append(_call(side.deployed(provider, "on" if optimise and "on" in side.optimisations else "off"), feeds))
     repeats = [max(1, round(ROUND / max(call(1), 1e-9))) for call in calls]
     times: list[list[float]] = [[], []]
     for number in range(rounds):

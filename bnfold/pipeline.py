@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import api
+from .backends import family
 from .errors import DataError, NothingToDoError
 from .report import Accuracy, PipelineReport
 
@@ -18,6 +19,7 @@ def pipeline(
     batches: Any,
     *,
     labelled: Any = None,
+    example: Any = None,
     strict: bool = False,
     providers: Iterable[str] = ("cpu",),
     memory_budget: int = 1 << 30,
@@ -30,31 +32,45 @@ def pipeline(
     verdict is for all of them. Raises what the steps raise.
     """
     providers = tuple(providers)
-    if not api.inspect(model).layers:
-        raise NothingToDoError(api.ALREADY_FOLDED)
-    before = accuracy(model, labelled, provider=providers[0], progress=progress)
-    fresh, recalibrated = api.recalibrate(model, batches, memory_budget=memory_budget, provider=providers[0], progress=progress)
+    if not api.inspect(model, example=example).layers:
+        raise NothingToDoError(api.ALREADY_FOLDED if family(model) == "onnx" else api.NO_BATCHNORM)
+    before = accuracy(model, labelled, example=example, provider=providers[0], progress=progress)
+    fresh, recalibrated = api.recalibrate(
+        model, batches, example=example, memory_budget=memory_budget, provider=providers[0], progress=progress
+    )
     if progress is not None:
         progress("fold and check", 0, None)
-    fused, folded = api.fuse(fresh)
+    fused, folded = api.fuse(fresh, example=example)
     kept = sum(layer.verdict == "kept" for layer in folded.layers)
     if strict and kept:
         note = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}"
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=before, notes=(note,))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
-    verdict = api.verify(fresh, fused, batches, providers=providers, progress=checking)
+    verdict = api.verify(fresh, fused, batches, example=example, providers=providers, progress=checking)
     proven = verdict.verdict == "equivalent"
     return (fused if proven else None), PipelineReport(
         recalibrate=recalibrated,
         fuse=folded,
         verify=verdict,
         accuracy_before=before,
-        accuracy_after=accuracy(fused, labelled, provider=providers[0], progress=progress) if proven else None,
+        accuracy_after=accuracy(fused, labelled, example=example, provider=providers[0], progress=progress) if proven else None,
         notes=() if proven else (f"the verdict is {verdict.verdict}: {verdict.reason}",),
     )
 
 
-def accuracy(model: Any, data: Any, *, provider: str = "cpu", progress: api.Progress | None = None) -> Accuracy | None:
+def deployed(model: Any, provider: str, *, example: Any = None, optimise: bool = False) -> Any:
+    """The model on an execution provider of ONNX Runtime, or on a device of PyTorch."""
+    if family(model) == "torch":
+        from .backends.torch.run import Session as TorchSession
+        from .backends.torch.trace import trace
+
+        return TorchSession(trace(model, example), device=provider)
+    from .backends.onnx.run import Session
+
+    return Session(model, provider=provider, optimise=optimise)
+
+
+def accuracy(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", progress: api.Progress | None = None) -> Accuracy | None:
     """The share of samples whose largest output is their label; None where there are no labels.
 
     The first output counts, [samples, classes] or [samples, classes, 1, ...]. The standard error is the binomial's, sqrt(p (1 - p) / n).
@@ -63,9 +79,7 @@ def accuracy(model: Any, data: Any, *, provider: str = "cpu", progress: api.Prog
     labels = getattr(data, "labels", None)
     if labels is None:
         return None
-    from .backends.onnx.run import Session
-
-    session = Session(model, provider=provider)
+    session = deployed(model, provider, example=example)
     correct = seen = 0
     for batch in data:
         scores = next(iter(session.run(batch).values()))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sides(
-    reference: Any, candidate: Any, batches: Any = None, input_shapes: Mapping[str, tuple[int, ...]] | None = None
+    reference: Any, candidate: Any, batches: Any = None, input_shapes: Mapping[str, tuple[int, ...]] | None = None, example: Any = None
 ) -> tuple[Subject, Subject, Any]:
     """Both models as subjects, and the data, of which the first batch may have been looked at.
 
@@ -26,8 +26,8 @@ def sides(
     """
     kinds = [_family(reference), _family(candidate)]
     mixed = len(set(kinds)) > 1
-    example = None
-    if "torch" in kinds and batches is not None:
+    call, example = example, None
+    if "torch" in kinds and batches is not None and call is None:
         example, batches = peeked(batches)
     made: list[Subject | None] = [None, None]
     for side in sorted((0, 1), key=lambda i: kinds[i] == "torch"):  # an ONNX model knows what it takes
@@ -37,7 +37,7 @@ def sides(
         elif kinds[side] == "onnx":
             made[side] = _onnx(model)
         else:
-            made[side] = _torch(model, other, example, input_shapes, mixed)
+            made[side] = _torch(model, other, example, input_shapes, mixed, call)
     first, second = made
     assert first is not None
     assert second is not None
@@ -63,7 +63,9 @@ def _onnx(model: Any) -> Subject:
     return OnnxSubject(model)
 
 
-def _torch(model: Any, other: Subject | None, example: Any, shapes: Mapping[str, tuple[int, ...]] | None, mixed: bool) -> Subject:
+def _torch(
+    model: Any, other: Subject | None, example: Any, shapes: Mapping[str, tuple[int, ...]] | None, mixed: bool, call: Any
+) -> Subject:
     from .backends.torch.subject import TorchSubject, like
     from .backends.torch.trace import Traced, example_of, random_example, to_tensor, trace
 
@@ -71,7 +73,9 @@ def _torch(model: Any, other: Subject | None, example: Any, shapes: Mapping[str,
         return TorchSubject(model, beside_onnx=mixed)
     if isinstance(other, TorchSubject):
         return TorchSubject(like(model, other.traced), beside_onnx=mixed)
-    if example is not None:
+    if call is not None:
+        example = call
+    elif example is not None:
         example = example_of(model, example)
     elif other is not None:
         fed = other.random(batch=2, seed=0, input_shapes=shapes)

@@ -66,6 +66,25 @@ def _source(
     raise DataError(f"{spec}: there is no such file or folder; give {FORMS}")
 
 
+def first_of(spec: str) -> Any:
+    """Two samples of a file of arrays, or the first batch of a function, in whatever form they are; None where only a model shapes them."""
+    path = Path(spec)
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            return None
+        found = _read(path)
+        return {key: value[:2] for key, value in found.items()} if isinstance(found, Mapping) else found[:2]
+    if path.is_dir() or ":" not in spec:
+        return None
+    target, _, name = spec.rpartition(":")
+    made = _function(target, name, spec)()
+    if isinstance(made, Mapping) or hasattr(made, "__array__") or hasattr(made, "detach"):
+        return made
+    if isinstance(made, tuple) and made and hasattr(made[0], "__array__"):
+        return made
+    return next(iter(made), None)
+
+
 def _npy(path: Path) -> Any:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 

@@ -57,6 +57,7 @@ def verify(
     batch_size: int | None = None,
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    example: Any = None,
     progress: Progress | None = None,
     oracle_only: bool = False,
 ) -> VerifyReport:
@@ -64,10 +65,11 @@ def verify(
 
     batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
+    example: how a PyTorch module is called, where neither the other side nor the data show it.
     oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
-    first, second, batches = sides(reference, candidate, batches, input_shapes)
+    first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     check = _Check(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
     feeds: Iterable[Batch]
     if batches is None:

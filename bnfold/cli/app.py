@@ -55,7 +55,7 @@ def _main(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 
 
 @command
-def inspect(model: o.ModelFile, loading: o.Loading, reporting: o.Reporting, clone: o.Clone = False) -> int:
+def inspect(model: o.ModelFile, loading: o.Loading, shaping: o.Shaping, reporting: o.Reporting, clone: o.Clone = False) -> int:
     """List every BatchNorm, and where it would fold to, or why it can't.
 
     Nothing is changed.
@@ -63,7 +63,8 @@ def inspect(model: o.ModelFile, loading: o.Loading, reporting: o.Reporting, clon
     from .. import api
 
     with reporting.job() as job:
-        job.finish(api.inspect(loading.load(model, job), clone=clone), show.fuse)
+        loaded = loading.load(model, job)
+        job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone), show.fuse)
     return 0
 
 
@@ -85,14 +86,15 @@ def recalibrate(
     """
     from .. import api
 
-    ready_to_write(out, suffix=".onnx", force=reporting.force, inputs=[model])
+    ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     with reporting.job() as job:
-        provider = running.one_provider()
+        provider = running.one_provider(model)
         loaded = loading.load(model, job)
+        example = shaping.call(loaded, data)
         batches = feeding.open(data, loaded, job, shaping, samples=feeding.samples)
-        fresh, report = api.recalibrate(loaded, batches, memory_budget=budget, provider=provider, progress=job.progress)
-        api.save(fresh, out, force=reporting.force)
+        fresh, report = api.recalibrate(loaded, batches, example=example, memory_budget=budget, provider=provider, progress=job.progress)
+        loading.save(fresh, out, force=reporting.force, example=example)
         job.finish(report, show.recalibrate)
         job.say(f"written: {out}")
     return 0
@@ -119,16 +121,16 @@ def fuse(
     if out is None and not dry_run:
         raise UsageError("-o OUT is missing: name the file to write, or give --dry-run")
     if out is not None and not dry_run:
-        ready_to_write(out, suffix=".onnx", force=reporting.force, inputs=[model])
+        ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
     with reporting.job() as job:
         loaded = loading.load(model, job)
-        example = None if no_verify else shaping.example(loaded)
+        example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
         fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone)
         kept = sum(layer.verdict == "kept" for layer in report.layers)
         failed = strict and kept > 0
         if out is not None and not dry_run and not failed:
-            api.save(fused, out, force=reporting.force)
+            loading.save(fused, out, force=reporting.force, example=example)
         job.finish(report, show.fuse)
         if failed:
             job.fail(f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}; nothing was written")
@@ -155,7 +157,7 @@ def verify(
     from .. import api
 
     with reporting.job() as job:
-        providers = running.providers()
+        providers = running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = api.verify(
             one,
@@ -166,6 +168,7 @@ def verify(
             batch_size=feeding.batch_size,
             seed=shaping.seed,
             input_shapes=shaping.shapes(one),
+            example=shaping.call(one, data),
             progress=job.progress,
         )
         job.finish(report, show.verify)
@@ -193,21 +196,28 @@ def pipeline(
 
     The first step that fails ends it, and then nothing is written.
     """
-    from .. import api
     from ..pipeline import pipeline as run
 
-    ready_to_write(out, suffix=".onnx", force=reporting.force, inputs=[model])
+    ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     with reporting.job() as job:
-        providers = running.providers()
+        providers = running.providers(model)
         loaded = loading.load(model, job)
+        example = shaping.call(loaded, data)
         batches = feeding.open(data, loaded, job, shaping, samples=feeding.samples)
         labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping)
         ready, report = run(
-            loaded, batches, labelled=labelled, strict=strict, providers=providers, memory_budget=budget, progress=job.progress
+            loaded,
+            batches,
+            labelled=labelled,
+            example=example,
+            strict=strict,
+            providers=providers,
+            memory_budget=budget,
+            progress=job.progress,
         )
         if ready is not None:
-            api.save(ready, out, force=reporting.force)
+            loading.save(ready, out, force=reporting.force, example=example)
         job.finish(report, show.pipeline)
         if ready is None:
             job.fail(f"{report.notes[-1]}; nothing was written")
@@ -236,7 +246,7 @@ def bench(
     from ..bench import bench as run
 
     with reporting.job() as job:
-        provider = running.one_provider()
+        provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = run(
             one,
@@ -247,6 +257,7 @@ def bench(
             batch_size=feeding.batch_size or 1,
             seed=shaping.seed,
             input_shapes=shaping.shapes(one),
+            example=shaping.call(one, data),
             optimise=not unoptimised,
             progress=job.progress,
         )

@@ -47,7 +47,7 @@ class Job:
         self._notes: list[str] = []
         self._said: dict[str, float] = {}
         if report is not None:
-            ready_to_write(report, suffix=".json", force=force, inputs=())
+            ready_to_write(report, suffixes=[".json"], force=force, inputs=())
 
     def __enter__(self) -> Job:
         return self

@@ -14,12 +14,15 @@ from . import parse
 from .job import Job
 
 if TYPE_CHECKING:
+    from ..data import InputSpec
     from ..images import ImageOptions
 
 # Titles of the help's panels.
 MODELS, DATA, IMAGES, OUTPUT = "Models", "Data", "Images", "Output"
 
-ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="The model file (.onnx).", show_default=False)]
+ModelFile = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="The model: .onnx, .pt2, or a checkpoint with --arch.", show_default=False)
+]
 Reference = Annotated[Path, typer.Argument(metavar="REFERENCE", help="The model that is right.", show_default=False)]
 Candidate = Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
@@ -57,14 +60,33 @@ class Loading:
         from .. import api
 
         args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
-        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle)
+        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, say=job.remark)
         if job.reports:
             job.came_in(path, *_external(model))
         return model
 
+    def suffixes(self, path: Path) -> tuple[str, ...]:
+        """How the name of what is made of this model may end."""
+        from ..backends.kinds import kind_of
+
+        kind = kind_of(path)
+        if kind == "onnx":
+            return (".onnx",)
+        return (".pt2", ".onnx") if kind == "pt2" else (".pt2", ".onnx", ".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+    def save(self, model: Any, path: Path, *, force: bool, example: Any) -> None:
+        """Write a model; a .pt file is a whole module only where one came in."""
+        from .. import api
+
+        api.save(model, path, force=force, example=example, as_state=self.arch is not None)
+
 
 def _external(model: Any) -> list[Path]:
     """The files beside an ONNX model's own that hold its weights."""
+    from ..backends import family
+
+    if family(model) != "onnx":
+        return []
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})
 
@@ -84,22 +106,31 @@ class Running:
         ),
     ] = None
 
-    def providers(self) -> tuple[str, ...]:
-        """The providers asked for, which ONNX Runtime has."""
-        from ..backends.onnx.run import resolve
+    def providers(self, *paths: Path) -> tuple[str, ...]:
+        """Where the models in these files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""
+        from ..backends.kinds import kind_of
 
-        if self.device is not None:
+        kinds = {kind_of(path) == "onnx" for path in paths}
+        if self.device is not None and False not in kinds:
             raise UsageError(f"--device {self.device}: that is for PyTorch models; for ONNX give --provider")
-        names = tuple(dict.fromkeys(self.provider or ("cpu",)))
-        for name in names:
-            resolve(name)
-        return names
+        if self.provider and True not in kinds:
+            raise UsageError(f"--provider {self.provider[0]}: that is for ONNX models; for PyTorch give --device")
+        if True in kinds:
+            from ..backends.onnx.run import resolve
 
-    def one_provider(self) -> str:
+            for name in self.provider or ("cpu",):
+                resolve(name)
+        if self.device is not None:
+            from ..backends.torch.run import device_of
+
+            device_of(self.device)
+        return tuple(dict.fromkeys([*(self.provider or ()), *([self.device] if self.device else [])])) or ("cpu",)
+
+    def one_provider(self, *paths: Path) -> str:
         """The same, where there can be only one."""
         if len(self.provider or ()) > 1:
             raise UsageError(f"--provider {' --provider '.join(self.provider or ())}: this command takes one")
-        return self.providers()[0]
+        return self.providers(*paths)[-1]
 
 
 @dataclass(frozen=True)
@@ -112,23 +143,53 @@ class Shaping:
     ] = None
     seed: Annotated[int, _option("--seed", panel=DATA, help="For everything random.")] = 0
 
+    def specs(self, model: Any, spec: str | None = None) -> list[InputSpec]:
+        """What the model is fed. spec: the data, which may show how a module is called."""
+        from ..backends import family
+
+        if family(model) == "onnx":
+            from ..backends.onnx.feeds import inputs
+
+            return inputs(model)
+        from ..backends.torch.trace import trace
+
+        return trace(model, self.call(model, spec)).specs
+
     def shapes(self, model: Any) -> dict[str, tuple[int, ...]] | None:
         """The shapes asked for, by input name."""
         if not self.input_shape:
             return None
-        from ..backends.onnx.run import inputs
+        return parse.shapes(self.input_shape, [spec.name for spec in self.specs(model)], "--input-shape")
 
-        return parse.shapes(self.input_shape, [spec.name for spec in inputs(model)], "--input-shape")
+    def call(self, model: Any, spec: str | None = None) -> Any:
+        """How a PyTorch module is called: with the shapes asked for, as the data show, or as the model itself says (None)."""
+        from ..backends import family
 
-    def example(self, model: Any) -> dict[str, Any] | None:
+        if family(model) != "torch" or not hasattr(model, "forward"):
+            return None
+        from ..backends.torch.trace import example_of, forward_names, random_example
+
+        if self.input_shape:
+            return random_example(model, parse.shapes(self.input_shape, forward_names(model), "--input-shape"))
+        if spec in (None, "random") or getattr(model, "pretrained_cfg", None) or getattr(model, "example_input_array", None) is not None:
+            return None
+        from ..sources import first_of
+
+        found = first_of(str(spec))
+        return None if found is None else example_of(model, found)
+
+    def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""
+        from ..backends import family
+
+        if family(model) == "torch":
+            return self.call(model)
         shapes = self.shapes(model)
         if shapes is None and self.seed == 0:
             return None
-        from ..backends.onnx.run import inputs
         from ..feeds import random_feeds
 
-        return random_feeds(inputs(model), seed=self.seed, input_shapes=shapes)
+        return random_feeds(self.specs(model), seed=self.seed, input_shapes=shapes)
 
 
 @dataclass(frozen=True)
@@ -187,12 +248,11 @@ class Feeding:
 
     def open(self, spec: str, model: Any, job: Job, shaping: Shaping, *, samples: int | None = None) -> Any:
         """The user's data as batches; what is done to them is said on standard error."""
-        from ..backends.onnx.run import inputs
         from ..data import open_data
 
         data = open_data(
             spec,
-            inputs(model),
+            shaping.specs(model, spec),
             batch_size=self.batch_size,
             samples=samples,
             seed=shaping.seed,

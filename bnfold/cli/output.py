@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import InputError, UsageError
 
 
-def ready_to_write(path: Path, *, suffix: str, force: bool, inputs: Iterable[Path]) -> None:
+def ready_to_write(path: Path, *, suffixes: Sequence[str], force: bool, inputs: Iterable[Path]) -> None:
     """Fail now where the result couldn't be written in the end. UsageError: another name is needed; InputError: another folder.
 
-    suffix: how the name must end. force: whether a file of this name may be overwritten. inputs: the files that are read.
+    suffixes: how the name may end. force: whether a file of this name may be overwritten. inputs: the files that are read.
     """
-    if path.suffix.lower() != suffix:
-        raise UsageError(f"{path}: the name must end in {suffix}, such as {path.name.removesuffix(path.suffix) or 'out'}{suffix}")
+    if path.suffix.lower() not in suffixes:
+        such = f"{path.name.removesuffix(path.suffix) or 'out'}{suffixes[0]}"
+        raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}, such as {such}")
     if path.is_dir():
         raise UsageError(f"{path}: a folder; name a file in it")
     if path.exists() and not force:

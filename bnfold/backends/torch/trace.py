@@ -215,6 +215,13 @@ def example_of(model: Model, item: Any) -> Any:
     return item
 
 
+def forward_names(model: nn.Module) -> list[str]:
+    """The names of the arguments that a module's forward needs; the first, where it needs none."""
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    needed = [p.name for p in parameters if p.default is p.empty]
+    return needed or [p.name for p in parameters[:1]]
+
+
 def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Call:
     """Random data by the names of the forward's parameters; in their order where the names aren't its own."""
     generator = torch.Generator().manual_seed(0)
