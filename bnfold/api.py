@@ -80,6 +80,8 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectR
     """What `fuse` would do with each BatchNorm, and why one would stay. Nothing is changed. example: as for `fuse`."""
     start = time.perf_counter()
     report = _fused(model, example, clone)[2]
+    if not report.layers and not report.batchnorms.before:
+        report = dataclasses.replace(report, notes=(ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM,))
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
     return InspectReport(**{**fields, "seconds": time.perf_counter() - start})
 

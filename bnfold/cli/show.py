@@ -34,10 +34,6 @@ def fuse(console: Console, report: FuseReport) -> None:
     if before:
         tense = "would stay" if isinstance(report, InspectReport) else "stay" if after != 1 else "stays"
         console.print(f"{before} BatchNorm{'s' * (before != 1)}, of which {after} {tense}")
-    elif not report.layers:
-        from ..api import ALREADY_FOLDED
-
-        console.print(ALREADY_FOLDED)
     if report.bytes_added:
         console.print(f"{report.bytes_added:,} bytes added by copies of shared weights")
     for note in report.notes:

@@ -22,18 +22,18 @@ from ...errors import ModelError
 REMEDY = "give --trust-pickle if you trust where it comes from"
 LARGEST_JSON = 1 << 28  # bytes
 RATIO = 200  # of unpacked to packed, beyond which an entry is a bomb; archives of PyTorch aren't packed at all
-# What sizes are made of: symbols, numbers, and the functions of torch.utils._sympy.
+# What sizes are made of: symbols, numbers, and the functions of sympy and of torch.utils._sympy.
 FUNCTIONS = frozenset(
     re.findall(
         r"\w+",
+        "Symbol Add Mul Pow Rational Float Integer "
         "Mod PythonMod FloorDiv CleanDiv CeilDiv CeilToInt FloorToInt IntTrueDiv FloatTrueDiv Max Min Abs "
         "Where Eq Ne Lt Le Gt Ge And Or Not ToFloat TruncToInt RoundToInt ModularIndexing LShift RShift "
         "PowByNatural FloatPow ceiling floor sqrt int_oo oo Integer Identity NonNegative True False Piecewise ",
     )
 )
-EXPRESSION = re.compile(r"[\w\s+\-*/%(),.<>=&|~^!]*")
-NAME = re.compile(r"[A-Za-z_]\w*")
-SYMBOL = re.compile(r"(?:[suzfb]|zuf|unbacked_)\w*\d+|[A-Za-z]\w{0,30}")
+EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=&|~^!]*")
+SYMBOL = re.compile(r"[a-z]{1,12}\d*|unbacked_\w+")  # s77, u0, and what is said of a symbol: positive, integer
 TARGETS = re.compile(
     r"torch\.ops\.[\w.]+|_operator\.\w+|math\.\w+|torch\._?sym_\w+|torch\._higher_order_ops[\w.]*|#.*|(?!torch|_operator|math)[\w.]*"
 )
@@ -88,16 +88,20 @@ def _in_json(value: Any, where: str, key: str = "") -> Iterator[str]:
             yield from _in_json(each, where, key)
     elif key == "use_pickle" and value:
         yield f"it holds pickled tensors ({where!r})"
-    elif isinstance(value, str) and key == "expr_str":
-        tight = value.replace(" ", "")
-        names = set(NAME.findall(re.sub(r"\d+\.?\d*e[+-]?\d+", "", value))) - FUNCTIONS
-        odd = [n for n in names if not SYMBOL.fullmatch(n) or n.startswith("_") or f"{n}(" in tight]
-        if not EXPRESSION.fullmatch(value) or odd or re.search(r"\.\s*[A-Za-z_]", value):
-            yield f"it holds an expression that is no size ({value[:60]!r})"
+    elif isinstance(value, str) and key == "expr_str" and not _is_size(value):
+        yield f"it holds an expression that is no size ({value[:60]!r})"
     elif isinstance(value, str) and key == "target" and ("__" in value.replace("__and__", "") or not TARGETS.fullmatch(value)):
         yield f"it calls {value[:60]!r}"
     elif isinstance(value, str) and key in ("in_spec", "out_spec", "treespec") and value:
         yield from _in_spec(value)
+
+
+def _is_size(text: str) -> bool:
+    """Whether an expression is made of symbols, numbers and known functions alone: no attribute, no text, no other call."""
+    bare = re.sub(r"'\w+'", "s0", re.sub(r"\d+\.?\d*(?:e[+-]?\d+)?", "0", text))
+    called = set(re.findall(r"([A-Za-z_]\w*)\s*\(", bare))
+    plain = set(re.findall(r"[A-Za-z_]\w*", bare)) - called
+    return bool(EXPRESSION.fullmatch(bare)) and called <= FUNCTIONS and all(SYMBOL.fullmatch(n) or n in FUNCTIONS for n in plain)
 
 
 def _in_spec(text: str) -> Iterator[str]:
