@@ -1,0 +1,100 @@
+"""One architecture through the three routes: ONNX, the module, the exported program. Prints a line of JSON.
+
+python -m tests.architectures.sweep NAME
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import json
+import re
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bnfold
+from bnfold.backends.torch.trace import flat_outputs, quiet, trace
+from bnfold.report import FuseReport
+
+from .list import make
+
+EXACT = 1e-9  # relative, in float64
+
+
+def main(name: str) -> None:
+    start = time.perf_counter()
+    module, shape = make(name)
+    found: dict[str, Any] = {"name": name, "shape": shape}
+    double = copy.deepcopy(module).double()
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        want = {key: value.numpy() for key, value in flat_outputs(double(x)).items()}
+    traced = trace(double, x)
+    found["torch"], copied = route(double, x)
+    found["torch"]["error"] = error(want, run(copied, x))
+    found["pt2"], program = route(traced.program, None)
+    found["pt2"]["error"] = error(want, run(program.module(), x))
+    found["onnx"] = onnx_route(double, x, want)
+    fused, _ = bnfold.fuse(module, example=x.float(), check=False)
+    verdict = bnfold.verify(module, fused, x.float(), samples=2)
+    found["verdict"], found["reason"] = verdict.verdict, verdict.reason
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    print(json.dumps(found))
+
+
+def route(model: Any, example: Any) -> tuple[dict[str, Any], Any]:
+    fused, report = bnfold.fuse(model, example=example, check=False)
+    return summary(report), fused
+
+
+def summary(report: FuseReport) -> dict[str, Any]:
+    kept = {layer.name: layer.reason for layer in report.layers if layer.verdict == "kept"}
+    reasons = collections.Counter(general(reason) for reason in kept.values())
+    counts = report.batchnorms
+    return {"before": counts.before, "after": counts.after, "reasons": dict(reasons.most_common()), "kept": sorted(kept)}
+
+
+def general(reason: str) -> str:
+    """A reason without the names of this network's layers."""
+    behind = reason.rpartition("behind it: ")[2]
+    return re.sub(r"^\S+ \S+ blocks, ", lambda m: f"{m[0].split()[0]} blocks, ", behind)
+
+
+def onnx_route(double: nn.Module, x: Tensor, want: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Exported with its BatchNorms; the outputs are the float64 oracle's, on one sample."""
+    from bnfold.backends.onnx.load import from_proto
+    from bnfold.backends.onnx.oracle import Oracle
+
+    with quiet():
+        made = torch.onnx.export(double, (x,), dynamo=True, optimize=False, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
+    assert made is not None
+    proto = made.model_proto
+    fused, report = bnfold.fuse(proto, check=False)
+    found = summary(report)
+    feeds = {proto.graph.input[0].name: x[:1].numpy()}
+    got = Oracle(from_proto(fused)).run(feeds)
+    found["error"] = max(_off(a[:1], b) for a, b in zip(want.values(), got.values(), strict=True))
+    return found
+
+
+def run(module: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {key: value.numpy() for key, value in flat_outputs(module(x)).items()}
+
+
+def error(want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> float:
+    assert list(want) == list(got)
+    return max(_off(want[key], got[key]) for key in want)
+
+
+def _off(want: np.ndarray, got: np.ndarray) -> float:
+    return float(np.abs(want - got).max() / max(np.abs(want).max(), 1e-30))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
