@@ -55,10 +55,9 @@ def main() -> int:
 
 def one(name: str, limit: int) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.architectures.sweep", name]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     try:
-        found = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        )
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:
         return {"name": name, "failed": f"it took more than {limit} s"}
     if found.returncode:
