@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .shapes import Shapes
-from .walk import held_tensor, is_standard, subgraphs
+from .walk import held_tensor, is_standard, subgraphs, whole
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
@@ -48,6 +48,9 @@ class Constants:
                 overridable = current.is_graph_input() and (self._model.ir_version or 0) >= 4
                 self._known[current] = current.is_initializer() and current.const_value is not None and not overridable
                 continue
+            if self._sizes(node) is not None:
+                self._known[current] = True
+                continue
             if not is_standard(node) or node.op_type in RANDOM | CONTROL or any(subgraphs(node)):
                 self._known[current] = False
                 continue
@@ -58,6 +61,18 @@ class Constants:
                 continue
             self._known[current] = all(self._known[v] for v in needed) and (node.op_type != "CastLike" or self._like(node) is not None)
         return self._known[value]
+
+    def _sizes(self, node: ir.Node) -> npt.NDArray[np.int64] | None:
+        """What a Shape gives, where it is the same at every probe although the tensor depends on the data."""
+        source = node.inputs[0] if node.op_type == "Shape" and is_standard(node) and node.inputs else None
+        probes = None if source is None else self._shapes.probes(source)
+        if not probes:
+            return None
+        part = slice(*(None if name not in node.attributes else whole(node, name, 0) for name in ("start", "end")))
+        found = [shape[part] for shape in probes]
+        if any(sizes != found[0] for sizes in found) or None in found[0]:
+            return None
+        return np.array(found[0], np.int64)
 
     def _like(self, node: ir.Node) -> ir.DataType | None:
         return self._shapes.dtype(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
@@ -94,7 +109,10 @@ class Constants:
 
         def visit(v: ir.Value) -> None:
             node = v.producer()
-            if node is None:
+            if node is not None and (sizes := self._sizes(node)) is not None:
+                tensor = ir.Tensor(sizes, name=v.name)
+                leaves.setdefault(v, ir.Value(name=v.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape))
+            elif node is None:
                 leaves.setdefault(v, ir.Value(name=v.name, const_value=v.const_value, type=v.type, shape=v.shape))
             elif node not in seen:
                 seen.add(node)
