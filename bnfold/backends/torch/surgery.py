@@ -25,6 +25,7 @@ class Surgery:
     plain: layers whose subclass computed its weight in each call, now of torch's own class.
     fixed: layers whose weight was computed by a parametrization or by weight_norm, now stored.
     biases: the layers that got a bias, with its size.
+    keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
@@ -34,6 +35,7 @@ class Surgery:
     fixed: dict[str, str] = field(default_factory=dict)
     biases: dict[str, list[int]] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
+    keys: dict[str, str | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

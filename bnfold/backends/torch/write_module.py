@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -57,7 +58,12 @@ def write_module(
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
     tied = _tied(module)
+    before = list(result.state_dict())
     restructure(result, surgery)
+    after = set(result.state_dict())
+    for name in before:
+        computed = re.sub(r"\.(?:parametrizations\.weight\.original\d?|weight_g|weight_v|weight_orig|weight_u)$", ".weight", name)
+        surgery.keys[name] = name if name in after else computed if computed in after else None
     for target, tensor in made.items():
         _set(result, target, tensor)
     for removal in removed.values():

@@ -1,0 +1,340 @@
+"""PyTorch files: what they are is told by their content, nothing is unpickled unasked, and what is written is whole and loads again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from modules import difference, lively, run
+from torch import nn
+
+import bnfold
+from bnfold.backends.kinds import kind_of
+from bnfold.backends.torch.arch import build
+from bnfold.backends.torch.archive import check_archive
+
+X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+FACTORY = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, classes=5):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def make(classes=5):
+    return Net(classes)
+
+
+def broken():
+    raise ValueError("no such\\nluck")
+
+
+def odd():
+    return 3
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with net.py, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(FACTORY)
+    return tmp_path
+
+
+@pytest.fixture
+def net(here: Path) -> nn.Module:
+    torch.manual_seed(0)
+    return lively(build("net.py:make", None))
+
+
+def said(path: str, **options: Any) -> tuple[nn.Module, list[str]]:
+    notes: list[str] = []
+    return bnfold.load(path, say=notes.append, **options), notes
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return difference(run(one, X), run(other, X)) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda s: s, ""),
+        (lambda s: {"state_dict": s, "epoch": 3}, "under 'state_dict'"),
+        (lambda s: {"model": s, "optimizer": {"state": {0: {"exp": torch.ones(2)}}}}, "under 'model'"),
+        (lambda s: {"model_ema": {"module": s}, "lr": 0.1}, "under 'model_ema.module'"),
+        (lambda s: {"module." + k: v for k, v in s.items()}, "begin with 'module.'"),
+        (lambda s: {"state_dict": {"_orig_mod.module." + k: v for k, v in s.items()}}, "begin with '_orig_mod.module.'"),
+        (lambda s: {"module." + k: v for k, v in s.items()} | {"n_averaged": torch.tensor(3)}, "begin with 'module.'"),
+        (lambda s: {"state_dict": s, "ema": s}, "also holds 'ema'"),
+        (lambda s: {k: v for k, v in s.items() if "num_batches" not in k}, ""),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_is_found_wherever_it_is_nested(wrap: Any, note: str, legacy: bool, net: nn.Module) -> None:
+    torch.save(wrap(net.state_dict()), "c.dat", _use_new_zipfile_serialization=not legacy)
+    loaded, notes = said("c.dat", arch="net.py:make")
+    assert same(net, loaded)
+    assert not loaded.training
+    assert bool(notes) == bool(note)
+    assert note in "; ".join(notes)
+
+
+def test_safetensors_and_a_factory_in_python(net: nn.Module) -> None:
+    safetensors.torch.save_file(net.state_dict(), "s.bin")
+    assert kind_of("s.bin") == "safetensors"
+    assert same(net, bnfold.load("s.bin", arch=type(net), arch_args={"classes": 5}))
+
+
+def test_weights_keep_their_type(net: nn.Module) -> None:
+    torch.save(net.half().state_dict(), "half.pth")
+    assert bnfold.load("half.pth", arch="net.py:make").conv.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("arch", "args", "text"),
+    [
+        (None, None, "weights without a network; say what builds it, with --arch"),
+        ("net.py", None, "write it as package.module:factory or FILE.py:FACTORY"),
+        ("nope.py:make", None, "--arch nope.py: no such file"),
+        ("net.py:nope", None, "net.py has no 'nope'"),
+        ("net.py:number", None, "'number' is a int, which can't be called"),
+        ("no.such.package:make", None, "there is no module 'no'"),
+        ("net.py:broken", None, "--arch net.py:broken: it fails with ValueError: no such luck"),
+        ("net.py:odd", None, "it gives a int, not a torch.nn.Module"),
+        ("net.py:make", {"depth": 3}, "it fails with TypeError: .*'depth'; see --arch-args"),
+    ],
+)
+def test_an_architecture_that_doesnt_work(arch: str | None, args: Any, text: str, net: nn.Module) -> None:
+    torch.save(net.state_dict(), "c.pth")
+    with pytest.raises(bnfold.UsageError, match=text):
+        bnfold.load("c.pth", arch=arch, arch_args=args)
+
+
+def test_weights_that_dont_fit_are_a_short_list(net: nn.Module) -> None:
+    state = net.state_dict()
+    del state["bn.weight"]
+    state |= {f"extra.{i}": torch.ones(2) for i in range(9)}
+    state["head.weight"] = torch.ones(3, 4)
+    torch.save(state, "c.pth")
+    text = r"1 of 8 are missing \(bn.weight\); 9 aren't in the architecture \(extra.0, extra.1, extra.2, ...\); 1 have another shape \(head.weight"
+    with pytest.raises(bnfold.ModelError, match=text):
+        bnfold.load("c.pth", arch="net.py:make")
+
+
+def test_a_module_is_unpickled_only_with_trust(net: nn.Module) -> None:
+    torch.save(net, "whole.pt")
+    with pytest.raises(bnfold.ModelError, match=r"more than weights.*Net\), and could run code.*--trust-pickle"):
+        bnfold.load("whole.pt")
+    with pytest.raises(bnfold.ModelError, match="--trust-pickle"):
+        bnfold.load("whole.pt", arch="net.py:make")
+    assert same(net, bnfold.load("whole.pt", trust_pickle=True))
+    torch.save({"model": net, "epoch": 1}, "nested.pt")
+    assert same(net, bnfold.load("nested.pt", trust_pickle=True))
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("boom",)
+
+
+def test_no_code_runs_without_trust(here: Path) -> None:
+    Path("p.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"state_dict": Bomb()}, "z.pt")
+    for name in ("p.pt", "z.pt"):
+        with pytest.raises(bnfold.ModelError):
+            bnfold.load(name, arch="net.py:make")
+    assert not Path("boom").exists()
+
+
+def test_torchscript_is_recognised(net: nn.Module) -> None:
+    torch.jit.save(torch.jit.trace(net, X), "ts.pt")
+    with pytest.raises(bnfold.UnsupportedError, match=r"TorchScript archive.*--arch, or export"):
+        bnfold.load("ts.pt")
+
+
+def test_damaged_files_are_one_line(net: nn.Module) -> None:
+    torch.save(net.state_dict(), "c.pth")
+    data = Path("c.pth").read_bytes()
+    for name, content in (
+        ("cut.pth", data[: len(data) // 2]),
+        ("pickle.pt", b"\x80\x02garbage"),
+        ("s.safetensors", b"\x10" + bytes(7) + b'{"a": 1}        '),
+    ):
+        Path(name).write_bytes(content)
+        with pytest.raises(bnfold.BnfoldError) as caught:
+            bnfold.load(name, arch="net.py:make")
+        assert "\n" not in str(caught.value)
+        assert caught.value.exit_status == 3
+    torch.save({"lr": 0.1}, "none.pth")
+    with pytest.raises(bnfold.ModelError, match="no state dict in it"):
+        bnfold.load("none.pth", arch="net.py:make")
+
+
+# --- exported programs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(net: nn.Module) -> Path:
+    exported = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO},))
+    torch.export.save(exported, "m.pt2")
+    return Path("m.pt2")
+
+
+def test_an_exported_program_loads_whatever_its_name(program: Path, net: nn.Module) -> None:
+    program.rename("model.onnx")
+    loaded = bnfold.load("model.onnx")
+    assert isinstance(loaded, torch.export.ExportedProgram)
+    assert difference(run(net, X), run(loaded, X)) < 1e-6
+
+
+def rewritten(source: Path, change: Any) -> Path:
+    """The archive with one entry changed, or more."""
+    target = source.with_name("changed.pt2")
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        entries = {entry.filename: old.read(entry) for entry in old.infolist()}
+        for name, data in change(entries).items():
+            new.writestr(name, data)
+    return target
+
+
+def in_model(old: str, new: str) -> Any:
+    def change(entries: dict[str, bytes]) -> dict[str, bytes]:
+        name = next(name for name in entries if name.endswith("models/model.json"))
+        text = entries[name].decode()
+        assert old in text
+        return entries | {name: text.replace(old, new, 1).encode()}
+
+    return change
+
+
+def with_pickled_weights(entries: dict[str, bytes]) -> dict[str, bytes]:
+    name = next(name for name in entries if name.endswith("model_weights_config.json"))
+    return entries | {name: entries[name].replace(b'"use_pickle": false', b'"use_pickle": true', 1)}
+
+
+def with_pickled_inputs(entries: dict[str, bytes]) -> dict[str, bytes]:
+    name = next(name for name in entries if "sample_inputs" in name)
+    return entries | {name: pickle.dumps(Bomb())}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (with_pickled_weights, "pickled tensors"),
+        (with_pickled_inputs, "example inputs are no plain tensors"),
+        (lambda e: e | {"m/data/constants/custom_obj_0": b"x"}, "pickled object"),
+        (lambda e: e | {"m/data/aotinductor/model/x.so": b"x"}, "compiled or Python code"),
+        (lambda e: e | {"../../evil": b"x"}, "outside the archive"),
+        (lambda e: e | {"/etc/evil": b"x"}, "outside the archive"),
+        (in_model("torch.ops.aten.conv2d.default", "torch.os.system"), "it calls 'torch.os.system'"),
+        (in_model("torch.ops.aten.conv2d.default", "torch.ops.__class__.x"), "it calls"),
+    ],
+)
+def test_an_archive_that_could_run_code_is_refused(change: Any, text: str, program: Path) -> None:
+    check_archive(program)
+    bad = rewritten(program, change)
+    with pytest.raises(bnfold.ModelError, match=rf"{text}.*can run code when it is loaded; give --trust-pickle"):
+        bnfold.load(bad)
+    assert not Path("boom").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["__import__('os').mkdir('boom')", "exec('1')", "(lambda: 1)()", "os.mkdir('boom')", "s0.__class__", "'a'.join", "open(s0)"]
+)
+def test_an_expression_that_is_no_size_is_refused(text: str, program: Path) -> None:
+    def change(entries: dict[str, bytes]) -> dict[str, bytes]:
+        name = next(name for name in entries if name.endswith("models/model.json"))
+
+        def replaced(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: text if key == "expr_str" else replaced(each) for key, each in value.items()}
+            return [replaced(each) for each in value] if isinstance(value, list) else value
+
+        return entries | {name: json.dumps(replaced(json.loads(entries[name]))).encode()}
+
+    with pytest.raises(bnfold.ModelError, match="an expression that is no size"):
+        bnfold.load(rewritten(program, change))
+    assert not Path("boom").exists()
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["f.safetensors", "f.pth", "f.bin", "f.ckpt"])
+def test_a_folded_state_dict_loads_into_the_unfolded_class(name: str, net: nn.Module) -> None:
+    fused, _ = bnfold.fuse(net, example=X)
+    bnfold.save(fused, name)
+    loaded, notes = said(name, arch="net.py:make")
+    assert same(fused, loaded)
+    assert isinstance(loaded.bn, nn.Identity)
+    assert "folded" in notes[-1]
+    with pytest.raises(bnfold.UsageError, match="the file exists"):
+        bnfold.save(fused, name)
+    bnfold.save(fused, name, force=True)
+    assert {path.name for path in Path().iterdir()} == {"net.py", name} | ({"__pycache__"} if Path("__pycache__").exists() else set())
+
+
+def test_the_record_says_what_became_of_every_key(net: nn.Module) -> None:
+    fused, _ = bnfold.fuse(net, example=X)
+    bnfold.save(fused, "f.safetensors")
+    with safetensors.safe_open("f.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["bnfold"])
+    assert record["replaced"] == {"bn": []}
+    assert record["biases"] == {"conv": [4]}
+    assert record["keys"]["conv.weight"] == "conv.weight"
+    assert record["keys"]["bn.running_mean"] is None
+    assert set(record["keys"]) == set(net.state_dict())
+
+
+def test_a_network_that_wasnt_folded_is_saved_as_it_is(net: nn.Module) -> None:
+    bnfold.save(net, "n.pth")
+    assert torch.load("n.pth", weights_only=True).keys() == net.state_dict().keys()
+
+
+def test_a_module_and_a_program(net: nn.Module) -> None:
+    fused, _ = bnfold.fuse(net, example=X)
+    bnfold.save(fused, "f.pt")
+    assert same(fused, bnfold.load("f.pt", trust_pickle=True))
+    bnfold.save(fused, "f.pt2", example=X)
+    again = bnfold.load("f.pt2")
+    assert difference(run(fused, X), run(again, X)) < 1e-6
+    with pytest.raises(bnfold.UsageError, match=r"written as \.pt2 or \.onnx"):
+        bnfold.save(again, "f.pth")
+    with pytest.raises(bnfold.UsageError, match="must end in one of"):
+        bnfold.save(fused, "f.zip")
+
+
+def test_onnx_is_checked_and_keeps_the_dynamic_batch(net: nn.Module) -> None:
+    fused, _ = bnfold.fuse(net, example=X)
+    bnfold.save(fused, "f.onnx", example=X)
+    model = onnx.load("f.onnx")
+    onnx.checker.check_model(model)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert bnfold.verify(fused, model, X).verdict == "equivalent"
+
+
+def test_tied_weights_can_be_saved(here: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+    net[2].weight = net[0].weight
+    bnfold.save(net, "t.safetensors")
+    assert set(safetensors.torch.load_file("t.safetensors")) == set(net.state_dict())
