@@ -136,7 +136,7 @@ def test_weights_that_dont_fit_are_a_short_list(net: nn.Module) -> None:
     state |= {f"extra.{i}": torch.ones(2) for i in range(9)}
     state["head.weight"] = torch.ones(3, 4)
     torch.save(state, "c.pth")
-    text = r"1 of 8 are missing \(bn.weight\); 9 aren't in the architecture \(extra.0, extra.1, extra.2, ...\); 1 have another shape \(head.weight"
+    text = r"1 of 8 are missing \(bn.weight\); 9 aren't in the architecture \(extra.0, extra.1, extra.2, ...\); 1 have another shape"
     with pytest.raises(bnfold.ModelError, match=text):
         bnfold.load("c.pth", arch="net.py:make")
 

@@ -16,7 +16,7 @@ from torch import nn
 from vision import package
 
 import bnfold
-from bnfold.backends.torch.moments import measure as measure_tensor
+from bnfold.backends.torch.moments import Meter
 from bnfold.moments import measure
 from bnfold.report import RecalibrateReport
 
@@ -238,7 +238,7 @@ def test_moments_of_a_tensor() -> None:
         torch.randn(4, 1, 9).double(),
         torch.randn(3, 4, 5).half(),
     ):
-        got, want = measure_tensor(x), measure(x.float().numpy() if x.dtype == torch.float16 else x.numpy())
+        got, want = Meter(x.device).measure(x), measure(x.float().numpy() if x.dtype == torch.float16 else x.numpy())
         assert (got.count, got.samples) == (want.count, want.samples)
         for name in ("mean", "m2", "between"):
             scale = np.abs(getattr(want, name)).max()

@@ -34,6 +34,8 @@ def conv(ctx: Lowering, node: ir.Node) -> str | None:
         uneven = "its outputs see different taps"
     else:
         out, uniform, uneven = shape[0], not pads(node, shape[2:]), "it pads with zeros"
+    if given(node, 2) is not None and ctx.tensor(arg(node, 2)).shape != (out,):  # type: ignore[union-attr]
+        return "its bias isn't a vector of its output channels, which the standard demands"
     bias = ctx.param(node, 2, (out,)) or Param(None, (out,))
     attrs = {"groups": groups, "uniform": uniform, "uneven": uneven}
     if node.op_type == "Conv" and (window := _window(node, shape[2:])) is not None:

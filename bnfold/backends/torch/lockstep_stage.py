@@ -16,7 +16,7 @@ from ...moments import Moments
 from ...recalibrate import Reading, Values
 from ...stages import Cut
 from .constants import Constants
-from .moments import measure
+from .moments import Meter
 from .run import precise
 from .trace import to_numpy, to_tensor
 from .walk import is_tensor, operator_name, viewed
@@ -40,6 +40,7 @@ class Held:
         self._program, self._constants, self.device = program, constants, device
         specs = program.graph_signature.input_specs
         self._targets = {s.arg.name: s.target for s in specs if s.target is not None and s.kind.name != "USER_INPUT"}
+        self.meter = Meter(device)
         self._new: dict[str, Tensor] = {}
         self._values: dict[Op, Any] = {}
 
@@ -156,7 +157,7 @@ class TorchStage:
         return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
 
     def moments(self, array: Any) -> Moments:
-        return measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)))
+        return self._held.meter.measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)))
 
     def held(self, array: Any) -> npt.NDArray[Any]:
         return to_numpy(array) if isinstance(array, Tensor) else np.asarray(array)

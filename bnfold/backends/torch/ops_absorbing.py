@@ -106,10 +106,16 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     if which is None or weight is None:
         return NO_WEIGHT
     alpha, beta = float(given["alpha"]), float(given["beta"])
-    added = ctx.const(given["self"])
-    if alpha == 0 or beta == 0 or added is None:
-        return "its alpha or beta is zero, or what it adds is computed"
+    if alpha == 0:
+        return "its alpha is zero"
     weight.layout = Layout(f"times {alpha}", lambda w: alpha * w, lambda w: w / alpha, gain=abs(alpha))
+    x, w = ("nk", "ko") if which == "mat2" else ("ko", "nk")
+    other = given["mat1" if which == "mat2" else "mat2"]
+    if beta == 0:  # what it adds isn't read at all
+        return _contraction(ctx, op, other, weight, which, x, w, "no")
+    added = ctx.const(given["self"])
+    if added is None:
+        return "what it adds is computed from the data"
     shape = (1,) * (2 - added.ndim) + added.shape
     layout = Layout(
         f"times {beta} {shape}", lambda c: beta * c.reshape(shape), lambda c: _back(c / beta, shape, added.shape), gain=abs(beta)
@@ -117,8 +123,6 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     bias = ctx.param(op, given["self"], shape, layout)
     if bias is None:
         return "its bias is no constant that can be rewritten"
-    x, w = ("nk", "ko") if which == "mat2" else ("ko", "nk")
-    other = given["mat1" if which == "mat2" else "mat2"]
     slots: dict[str, Slot | str] = {"weight": which, "bias": "self"}
     ctx.emit("Contraction", op, [other], {"x": x, "w": w, "y": "no"}, {"weight": weight, "bias": bias}, slots)
     return None

@@ -92,7 +92,7 @@ class _Writer:
             if count := lost(exact, array):
                 self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
             old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
-            key = (old, array.shape, array.tobytes() if old is not None and len(old.users) > 1 else b"")
+            key = (old, array.shape, array.tobytes() if old is not None and self._shared(old) else b"")
             if old is None or key not in alike:
                 device = None if old is None else self._device(old)
                 alike[key] = self._parameter(
@@ -103,6 +103,10 @@ class _Writer:
             self._remove(node.native)
         for m in merges:
             self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
+
+    def _shared(self, op: Op) -> bool:
+        """Whether several operators read it, those that were doubled included."""
+        return len(self.copies[op].users) > 1
 
     def _device(self, op: Op) -> torch.device:
         value = op.meta.get("val")
@@ -120,12 +124,13 @@ class _Writer:
             native.op, native.clone_of = made, None
         for node in clones:
             for reader, i in node.native.readers:
-                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), self.copies[node.native.op])
+                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), node.native.op)
+                reader.operands = [node.native.op if k == i else op for k, op in enumerate(reader.operands)]
 
     def _parameter(self, old: Op | None, native: Native, role: str, tensor: Tensor) -> Op:
         """A placeholder for a new tensor; the old one's own where nothing else reads it."""
         stored = None if old is None else self.ctx.constants.stored(old)
-        if stored is not None and old is not None and len(old.users) == 1 and tensor.shape == stored.tensor.shape:
+        if stored is not None and old is not None and not self._shared(old) and tensor.shape == stored.tensor.shape:
             holder = self.state if stored.target in self.state else self.constants
             again = [s for s in self.signature.input_specs if s.target == stored.target]
             if len(again) == 1:
