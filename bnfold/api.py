@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,17 +150,23 @@ def recalibrate(
     PyTorch.
     Raises NothingToDoError where the model holds no BatchNorm, DataError where the data don't fit.
     """
-    from .data import as_batches
+    from .data import Data, as_batches
 
     if family(model) == "torch":
         from .backends.torch.lockstep import recalibrate as recalibrate_torch
-        from .backends.torch.trace import example_of, trace
+        from .backends.torch.trace import example_of
         from .sides import peeked
 
         first, batches = peeked(batches)
-        traced = trace(model, example_of(model, first) if example is None and first is not None else example, evaluation=True)
-        data = as_batches(batches, traced.specs, batch_size=batch_size, samples=samples)
-        return recalibrate_torch(traced, data, memory_budget=memory_budget, device=device or provider, progress=progress)
+        return recalibrate_torch(
+            model,
+            lambda specs: as_batches(batches, specs, batch_size=batch_size, samples=samples),
+            example=example_of(model, first) if example is None and first is not None else example,
+            again=batches.again if isinstance(batches, Data) else not isinstance(batches, Iterator),
+            memory_budget=memory_budget,
+            device=device or provider,
+            progress=progress,
+        )
     from .backends.onnx.lockstep import recalibrate as recalibrate_onnx
     from .backends.onnx.run import inputs
 

@@ -102,6 +102,11 @@ class Data:
             self._settle(min(source.total, samples or source.total), source.total)
 
     @property
+    def again(self) -> bool:
+        """Whether a second pass is possible: a generator can be read only once."""
+        return self._source.again
+
+    @property
     def labels(self) -> Array | None:
         if self._labels is None and self.samples is None and self._source.again:
             first = next(iter(self._source.open()), None)

@@ -78,7 +78,10 @@ def _numbered(node: Node, probe: int, along: dict[int, int]) -> tuple[list[tuple
         size = int(np.prod(shape))
         numbers.append(np.arange(start, start + size).reshape(shape))
         start += size
-    ids = node.attrs["run"](numbers, out)
+    try:
+        ids = node.attrs["run"](numbers, out)
+    except (ValueError, IndexError):
+        raise Blocked("its shapes don't fit each other at all the sizes that were tried") from None
     if ids.shape != out:
         raise Blocked(f"its output shape isn't certain (found {ids.shape}, expected {out})")
     return shapes, ids

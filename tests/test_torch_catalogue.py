@@ -16,6 +16,7 @@ from twins import NotInTorchError, Twin
 import bnfold
 
 EXACT = 1e-11  # of an output's largest magnitude, in float64
+TWIN = 1e-8  # ONNX states its settings in float32
 
 # What a module can't do that a graph can, by the reasons that it gives.
 LIMITS = (
@@ -27,6 +28,10 @@ LIMITS = (
     r"unknown number of terms|size of a dynamic axis",  # it holds for inputs of any size
     r"weight is no constant|neither of its|its branches would need the same",
 )
+
+
+# Where a BatchNorm's channels come from a dynamic axis, torch.export sees that they fix its size, and ONNX's shape inference doesn't.
+FIXED = {"Reshape to channels that the size of a dynamic axis hides"}
 
 
 def twin_of(case: Case) -> Twin:
@@ -65,16 +70,17 @@ def test_the_same_folds_in_torch(case: Case) -> None:
     with_module, by_module = bnfold.fuse(twin, example=example, check=False)
     for sizes in (SIZES, OTHER_SIZES):
         data, given = inputs(case, sizes)
-        want = run_double(case.build_double(), data)
-        assert off(want, run(twin, given)) < EXACT, "the twin is another network"
+        own = run(twin, given)
+        assert off(run_double(case.build_double(), data), own) < TWIN, "the twin is another network"
+        want = {str(i): value.detach().numpy() for i, value in enumerate(own)}
         assert off(want, run(with_module, given)) < EXACT
         if sizes is SIZES or fits(program, given):
             assert off(want, run(with_program, given)) < EXACT
-    assert by_graph.batchnorms.after == case.left, kept(by_graph)
+    assert by_graph.batchnorms.after == (0 if case.name in FIXED else case.left), kept(by_graph)
     for reason in kept(by_graph).values():
         assert len(reason.split()) >= 3
-    if by_module.batchnorms.after != case.left:
-        assert by_module.batchnorms.after > case.left
+    if by_module.batchnorms.after != by_graph.batchnorms.after:
+        assert by_module.batchnorms.after > by_graph.batchnorms.after
         assert any(re.search(limit, reason) for limit in LIMITS for reason in kept(by_module).values()), kept(by_module)
 
 

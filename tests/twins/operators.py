@@ -308,7 +308,7 @@ def resize(op: Op) -> Step:
     mode = op.get("mode", "nearest")
     transform = op.get("coordinate_transformation_mode", "half_pixel" if op.twin.opset >= 11 else "asymmetric")
     scales = op.ints("scales", 1 if op.node.op_type == "Upsample" or op.twin.opset < 11 else 2, [])
-    if not scales or any(s != 1 for s in scales[:2]) or op.get("antialias", 0) or op.get("axes"):
+    if not scales or any(s != 1 for s in scales[:2]) or op.get("antialias", 0) or op.get("axes") or op.get("exclude_outside", 0):
         raise NotInTorchError("torch interpolates the spatial axes, by scales")
     dims = len(scales) - 2
     kinds = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}.get(dims), "nearest": "nearest", "cubic": "bicubic"}

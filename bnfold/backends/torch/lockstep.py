@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,32 +32,36 @@ from .lower import Lowering
 from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
 from .run import device_of
-from .trace import NUMPY, Traced, duplicate, to_tensor
+from .trace import NUMPY, Traced, duplicate, to_tensor, trace
 from .walk import arguments, frame, is_float, is_tensor, operator_name
 from .write_program import copy_program
 from .writing import without_writing
 
 if TYPE_CHECKING:
-    from ...data import Batch
+    from ...data import Batch, InputSpec
 
 TINY = ("sym_size",)
 SMALLER = ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin")
 
+Feed = Callable[["Sequence[InputSpec]"], "Iterable[Batch]"]
 Statistics = tuple[str, str]  # the qualified names of a layer's mean and variance
 
 
 def recalibrate(
-    traced: Traced,
-    batches: Iterable[Batch],
+    model: nn.Module | ExportedProgram,
+    feed: Feed,
     *,
+    example: Any = None,
+    again: bool = False,
     memory_budget: int = 1 << 30,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[nn.Module | ExportedProgram, RecalibrateReport]:
     """A copy of the model with the exact pooled statistics of the data in every BatchNorm, and what changed.
 
-    traced: in evaluation mode. batches: micro-batches by input name, of any size each; they are read once. memory_budget: bytes of
-    activations held in memory. device: where it runs, "cpu" or "cuda".
+    feed: gives the micro-batches by input name, of any size each, for a model with these inputs. example: how a module is called.
+    again: whether `feed` may be asked twice. Then the network is first read for samples of one size, which is quicker, and where some
+    have another, all starts afresh. memory_budget: bytes of activations held in memory. device: where it runs, "cpu" or "cuda".
     Only running means and variances change. A BatchNorm without statistics of its own (track_running_stats=False) goes on normalising
     each micro-batch by itself, with a note in the report, as does what else can't be measured.
 
@@ -65,17 +69,30 @@ def recalibrate(
     (a size that the data decide), DeviceError.
     """
     start = time.perf_counter()
-    plan = TorchPlan(traced, device_of(device))
+    for one_size in (True, False) if again and isinstance(model, nn.Module) else (False,):
+        traced = trace(model, example, evaluation=True, one_size=one_size)
+        plan = TorchPlan(traced, device_of(device))
+        try:
+            with torch.no_grad():
+                report = run_plan(plan, _checked(feed, traced.specs, one_size), memory_budget=memory_budget, progress=progress)
+            break
+        except _OtherSizeError:
+            continue
+    return plan.write(model), dataclasses.replace(report, seconds=time.perf_counter() - start)
 
-    def checked() -> Iterator[Batch]:
-        for batch in batches:
-            check_feeds(batch, traced.specs)
-            yield batch
 
-    with torch.no_grad():
-        report = run_plan(plan, checked(), memory_budget=memory_budget, progress=progress)
-    fresh = plan.write(traced.model)
-    return fresh, dataclasses.replace(report, seconds=time.perf_counter() - start)
+class _OtherSizeError(Exception):
+    """A micro-batch of another size than the network was read for."""
+
+
+def _checked(feed: Feed, specs: Sequence[InputSpec], one_size: bool) -> Iterator[Batch]:
+    """The micro-batches; with one_size, axes behind the first may differ from the example's, but not go through."""
+    open_axes = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs]
+    for batch in feed(open_axes if one_size else specs):
+        if one_size and any(batch[spec.name].shape[1:] != spec.shape[1:] for spec in specs):
+            raise _OtherSizeError
+        check_feeds(batch, specs)
+        yield batch
 
 
 class TorchPlan:

@@ -56,7 +56,7 @@ class Meter:
                 centre.copy_(mean.squeeze(2))
                 first.copy_(off.sum(2))
                 second.copy_(vector_norm(off, dim=2)).square_() if size <= SHORT else second.copy_(off.square_().sum(2))
-        return _pooled(*sums.cpu().numpy(), size)
+        return _pooled(sums.cpu().numpy(), size)
 
     def _room(self, elements: int, kind: torch.dtype) -> Tensor:
         if self._buffer.dtype != kind or len(self._buffer) < elements:
@@ -64,8 +64,9 @@ class Meter:
         return self._buffer
 
 
-def _pooled(centre: Array, first: Array, second: Array, size: int) -> Moments:
-    """Of one micro-batch, from the sums of each of its samples, [samples, channels]."""
+def _pooled(sums: Array, size: int) -> Moments:
+    """Of one micro-batch, from c, sum(x - c) and sum((x - c)^2) of each sample, [3, samples, channels]."""
+    centre, first, second = sums
     means, m2 = centre + first / size, second - first * first / size
     mean = means.mean(0)
     between = size * np.square(means - mean).sum(0)

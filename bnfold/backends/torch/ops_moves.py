@@ -147,6 +147,9 @@ def _slice(ctx: Lowering, op: Op) -> str | None:
     else:
         ends = [ctx.sizes.static(given[key], "?") for key in ("start", "end", "step")]
         cut = None if "?" in ends else slice(*ends)
+    if cut is not None and cut.start in (0, None) and cut.step in (1, None) and ctx.value(x).probes == ctx.value(op).probes:
+        ctx.same(op, x)  # indexing begins with the axes that it leaves whole
+        return None
     if cut is None:
         ctx.emit("Crop", op, [x], {"mixes": (axis,)})
         return None

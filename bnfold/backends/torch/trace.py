@@ -115,12 +115,13 @@ class Traced:
         return [str(getattr(s.arg, "name", "")) for s in self.program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
 
 
-def trace(model: Model, example: Any = None, *, evaluation: bool = False) -> Traced:
+def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_size: bool = False) -> Traced:
     """The data flow of a module, called as in the example, or of an exported program, which has it already.
 
     example: a tensor or array; a tuple of arguments; a dict of them by name; or a `Call`. A model that says itself what it takes (timm's
     pretrained_cfg, Lightning's example_input_array) needs none. evaluation: whether the module is traced in evaluation mode, whatever
-    mode it is in. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
+    mode it is in. one_size: whether nothing but the batch may have another size than in the example, which takes a third of the time in a
+    deep network. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
     """
     if isinstance(model, ExportedProgram):
         return Traced(model, model)
@@ -131,7 +132,7 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False) -> Tra
         twin.eval()
     call = as_call(model, example if example is not None else known_example(model))
     _require_shapes(model)
-    return Traced(model, _exported(twin, model, call))
+    return Traced(model, _exported(twin, model, call, one_size))
 
 
 def shared_twin(module: nn.Module) -> nn.Module:
@@ -280,9 +281,9 @@ def _require_shapes(model: nn.Module) -> None:
         raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
 
 
-def _exported(twin: nn.Module, model: nn.Module, call: Call) -> ExportedProgram:
+def _exported(twin: nn.Module, model: nn.Module, call: Call, one_size: bool) -> ExportedProgram:
     failure: Exception | None = None
-    for candidate, axes in ((_doubled(call), None), (_doubled(call), 1), (call, 0)):
+    for candidate, axes in ((_doubled(call), None), (_doubled(call), 1), (call, 0))[one_size:]:
         try:
             with quiet(), torch.no_grad():
                 shapes = _dynamic(twin, candidate, axes)
