@@ -27,11 +27,11 @@ from ...report import RecalibrateReport
 from ...rounding import rounded
 from ...stages import Call, Operation, cut
 from .constants import Constants, as_float64
-from .lockstep_stage import Held, TorchStage
+from .lockstep_stage import Held, TorchStage, parts
 from .lower import Lowering
 from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
-from .run import device_of
+from .run import device_of, precise
 from .trace import NUMPY, Traced, duplicate, to_tensor, trace
 from .walk import arguments, frame, is_float, is_tensor, operator_name
 from .write_program import copy_program
@@ -73,7 +73,7 @@ def recalibrate(
         traced = trace(model, example, evaluation=True, one_size=one_size)
         plan = TorchPlan(traced, device_of(device))
         try:
-            with torch.no_grad():
+            with precise():
                 report = run_plan(plan, _checked(feed, traced.specs, one_size), memory_budget=memory_budget, progress=progress)
             break
         except _OtherSizeError:
@@ -121,19 +121,22 @@ class TorchPlan:
 
     def _operations(self) -> list[Operation[Op, Op]]:
         found = []
+        found_parts: set[Op] = set()
         for op in self.program.graph.nodes:
-            if op.op != "call_function" or self._is_fixed(op):
+            if op.op != "call_function" or self._is_fixed(op) or op in found_parts:
                 continue
             reads = tuple(source for source in op.all_input_nodes if not self._is_fixed(source))
             name = operator_name(op)
             whole = "pool" in name and is_tensor(op) and all(n == 1 for n in op.meta["val"].shape[2:])
             shrinks = 2 if whole or name in TINY else 1 if "pool" in name or name in SMALLER else 0
-            found.append(Operation(op, reads, (op,), shrinks))
+            pieces = parts(op)
+            found_parts.update(pieces)
+            found.append(Operation(op, reads, tuple(pieces) or (op,), shrinks))
         return found
 
     def _is_fixed(self, op: Op) -> bool:
         """Whether a value is the same for all data: a constant, or a size, which the micro-batch's inputs tell."""
-        return self.constants.is_constant(op) or self.held.is_held(op) or isinstance(op.meta.get("val"), (int, torch.SymInt))
+        return self.held.is_constant(op) or isinstance(op.meta.get("val"), (int, torch.SymInt))
 
     # --- what there is to measure -------------------------------------------------------------------------------------------------
 

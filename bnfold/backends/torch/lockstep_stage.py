@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from ...recalibrate import Reading, Values
 from ...stages import Cut
 from .constants import Constants
 from .moments import Meter
-from .run import precise
 from .trace import to_numpy, to_tensor
 from .walk import is_tensor, operator_name, viewed
 
@@ -30,6 +30,7 @@ IN_PLACE: dict[Any, Any] = {
     torch.ops.aten.leaky_relu.default: torch.ops.aten.leaky_relu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
+Value = Callable[[Op], Any]  # gives the value of a node
 FRESH = {"batch_norm", "conv1d", "conv2d", "conv3d", "convolution", "linear", "add"}  # their output shares no storage
 
 
@@ -46,6 +47,10 @@ class Held:
 
     def is_held(self, op: Op) -> bool:
         return op.op == "get_attr" or (op.op == "placeholder" and op.name in self._targets)
+
+    def is_constant(self, op: Op) -> bool:
+        """Whether a value is the same for all data."""
+        return self._constants.is_constant(op) or self.is_held(op)
 
     def stored(self, target: str) -> Tensor:
         found: Tensor | None = self._program.state_dict.get(target)
@@ -74,21 +79,28 @@ class Held:
             for name in str(op.target).split("."):
                 found = getattr(found, name)
             return found.detach().to(self.device) if isinstance(found, Tensor) else found
-        return call(op, self.value, self.device)
+        return prepared(op, self)(self.value)
 
 
-def call(op: Op, value: Any, device: torch.device, target: Any = None) -> Any:
-    """Run one operator; value: gives that of a node."""
+def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
+    """What runs one operator, with its constants in place; it is given what gives the value of another node."""
 
-    def given(argument: Any) -> Any:
+    def settled(argument: Any) -> Any:
+        if isinstance(argument, Op):
+            return held.value(argument) if held.is_constant(argument) else argument
+        if isinstance(argument, (list, tuple)):
+            return [settled(each) for each in argument]
+        return held.device if isinstance(argument, torch.device) else argument
+
+    def given(argument: Any, value: Value) -> Any:
         if isinstance(argument, Op):
             return value(argument)
-        if isinstance(argument, (list, tuple)):
-            return [given(each) for each in argument]
-        return device if isinstance(argument, torch.device) else argument
+        return [given(each, value) for each in argument] if isinstance(argument, list) else argument
 
     run: Any = op.target if target is None else target
-    return run(*map(given, op.args), **{name: given(each) for name, each in op.kwargs.items()})
+    args = [settled(each) for each in op.args]
+    kwargs = {name: settled(each) for name, each in op.kwargs.items()}
+    return lambda value: run(*[given(each, value) for each in args], **{name: given(each, value) for name, each in kwargs.items()})
 
 
 class TorchStage:
@@ -109,11 +121,13 @@ class TorchStage:
             self.needs = list(dict.fromkeys([*self.needs, *(op.name for op in inputs)])) if first else [*self.needs, SIZES]
             if not last:
                 self.keeps[SIZES] = None
+        self._nodes = [op for each in cut.nodes for op in (each, *parts(each))]
+        self._steps: list[tuple[Op, Callable[[Value], Any], list[Op]]] = []
         makes = set(cut.makes)
         self._drops: dict[Op, list[Op]] = {}
         self._in_place: set[Op] = set()
-        inside, seen = set(cut.nodes), set()
-        for op in reversed(cut.nodes):
+        inside, seen = set(self._nodes), set()
+        for op in reversed(self._nodes):
             for source in dict.fromkeys(op.all_input_nodes):
                 if source in inside and source not in seen and source not in makes:
                     seen.add(source)
@@ -141,19 +155,21 @@ class TorchStage:
                 return self._size(size, known)
             return size if isinstance(size, int) else self._held.value(op)
 
-        with precise():
-            for op in self._cut.nodes:
-                try:
-                    env[op] = call(op, value, device, IN_PLACE[op.target] if op in self._in_place else None)
-                except torch.OutOfMemoryError as error:
-                    raise DeviceError(f"not enough memory on {device}: {error}; use a smaller batch size") from None
-                except (UnsupportedError, DeviceError):
-                    raise
-                except Exception as error:  # operators raise what they like
-                    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                    raise DataError(f"PyTorch can't run {op.name} on these data: {text.strip().rstrip('.')}") from None
-                for source in self._drops.get(op, ()):
-                    env.pop(source, None)
+        if not self._steps:
+            in_place = {op: IN_PLACE[op.target] for op in self._in_place}
+            self._steps = [(op, prepared(op, self._held, in_place.get(op)), self._drops.get(op, [])) for op in self._nodes]
+        for op, step, drops in self._steps:
+            try:
+                env[op] = step(value)
+            except torch.OutOfMemoryError as error:
+                raise DeviceError(f"not enough memory on {device}: {error}; use a smaller batch size") from None
+            except (UnsupportedError, DeviceError):
+                raise
+            except Exception as error:  # operators raise what they like
+                text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise DataError(f"PyTorch can't run {op.name} on these data: {text.strip().rstrip('.')}") from None
+            for source in drops:
+                env.pop(source, None)
         return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
 
     def moments(self, array: Any) -> Moments:
@@ -176,6 +192,11 @@ class TorchStage:
 
 
 SIZES = "sizes of the micro-batch"
+
+
+def parts(op: Op) -> list[Op]:
+    """The tensors of an operator that gives several."""
+    return [] if is_tensor(op) else [user for user in op.users if getattr(user.target, "__name__", "") == "getitem"]
 
 
 def _shape(op: Op) -> tuple[Any, ...]:

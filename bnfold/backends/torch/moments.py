@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -43,20 +46,21 @@ class Meter:
         several = min(samples, max(1, self._block // (channels * size)))
         band = channels if several > 1 else min(channels, max(1, self._block // size))
         buffer = self._room(several * band * size, kind)
-        sums = torch.zeros(3, samples, channels, dtype=torch.float64, device=rows.device)
+        sums = np.zeros((3, samples, channels))
         for i in range(0, samples, several):
             for c in range(0, channels, band):
+                part = rows[i : i + several, c : c + band].to(kind)
                 at = (slice(i, i + several), slice(c, c + band))
-                part, (centre, first, second) = rows[at].to(kind), sums[:, at[0], at[1]]
-                if size == 1:
-                    centre.copy_(part.squeeze(2))
-                    continue
                 mean = part.mean(2, keepdim=True)
+                sums[0][at] = _array(mean.squeeze(2))
+                if size == 1:
+                    continue
                 off = torch.sub(part, mean, out=buffer[: part.numel()].view(part.shape))
-                centre.copy_(mean.squeeze(2))
-                first.copy_(off.sum(2))
-                second.copy_(vector_norm(off, dim=2)).square_() if size <= SHORT else second.copy_(off.square_().sum(2))
-        return _pooled(sums.cpu().numpy(), size)
+                sums[1][at] = _array(off.sum(2))
+                sums[2][at] = _array(vector_norm(off, dim=2) if size <= SHORT else off.square_().sum(2))
+        if size <= SHORT:
+            np.square(sums[2], out=sums[2])
+        return _pooled(sums[0], sums[1], sums[2], size)
 
     def _room(self, elements: int, kind: torch.dtype) -> Tensor:
         if self._buffer.dtype != kind or len(self._buffer) < elements:
@@ -64,10 +68,18 @@ class Meter:
         return self._buffer
 
 
-def _pooled(sums: Array, size: int) -> Moments:
-    """Of one micro-batch, from c, sum(x - c) and sum((x - c)^2) of each sample, [3, samples, channels]."""
-    centre, first, second = sums
-    means, m2 = centre + first / size, second - first * first / size
-    mean = means.mean(0)
-    between = size * np.square(means - mean).sum(0)
-    return Moments(len(means) * size, mean, m2.clip(0).sum(0) + between, len(means), between)
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = tensor.cpu().numpy()
+    return found
+
+
+def _pooled(centre: Array, first: Array, second: Array, size: int) -> Moments:
+    """Of one micro-batch, from c, sum(x - c) and sum((x - c)^2) of each sample, [samples, channels]."""
+    samples = len(centre)
+    off = first / size
+    m2 = np.add.reduce(np.maximum(second - first * off, 0))
+    means = centre + off
+    mean = np.add.reduce(means) / samples
+    means -= mean
+    between = size * np.add.reduce(means * means)
+    return Moments(samples * size, mean, m2 + between, samples, between)

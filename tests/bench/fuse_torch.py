@@ -1,0 +1,67 @@
+"""What `fuse` adds to torch.export on PyTorch models, against torch.fx.experimental.optimization.fuse, in interleaved rounds.
+
+    python -m tests.bench.fuse_torch [--rounds 5] [--size 224]
+
+bnfold reads the data flow by torch.export; its own time is that of `fuse` without the check, less that of the export of the same module.
+torch.fx folds Conv+BatchNorm by pattern, in float32, and checks nothing. A ratio is the median of the rounds'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.fx.experimental import optimization
+
+import bnfold
+from bnfold.backends.torch.trace import trace
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(name: str, module: nn.Module, x: torch.Tensor, rounds: int) -> None:
+    export, plain, checked, rival = [], [], [], []
+    for number in range(rounds + 1):  # the first warms up
+        turns = [
+            (export, lambda: trace(module, x)),
+            (plain, lambda: bnfold.fuse(module, example=x, check=False)),
+            (rival, lambda: optimization.fuse(module)),
+            (checked, lambda: bnfold.fuse(module, example=x)),
+        ]
+        for times, call in turns if number % 2 else turns[::-1]:
+            seconds = timed(call)
+            if number:
+                times.append(seconds)
+    added = [whole - part for whole, part in zip(plain, export, strict=True)]
+    middle = statistics.median
+    own, whole = middle(added), middle(checked) - middle(export)
+    print(f"{name}: export {middle(export):.2f} s; fuse adds {own:.2f} s, with its check {whole:.2f} s;")
+    ratio = middle([one / other for one, other in zip(added, rival, strict=True)])
+    print(f"  torch.fx {middle(rival):.2f} s; what fuse adds over torch.fx: {ratio:.2f}")
+
+
+def main() -> None:
+    from tests.vision import package
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    models = package("torchvision").models
+    torch.manual_seed(0)
+    for name in ("resnet50", "mobilenet_v2"):
+        measure(name, models.get_model(name).eval(), torch.randn(2, 3, args.size, args.size), args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`verify` on PyTorch models: folds by others are right or wrong, defects are found, and either side may be an ONNX model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from modules import Net, norm
+from torch import nn
+from torch.fx.experimental import optimization
+
+import bnfold
+from bnfold.backends.torch.run import Session
+from bnfold.backends.torch.trace import trace
+
+X = torch.randn(8, 3, 12, 11, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def network() -> nn.Module:
+    first = (nn.Conv2d(3, 8, 3, bias=False), norm(8, positive=True), nn.ReLU())
+    second = (nn.Conv2d(8, 8, 3, padding=1), norm(8, positive=True), nn.ReLU())
+    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+
+
+def exported(module: nn.Module, x: torch.Tensor = X) -> onnx.ModelProto:
+    axes = ({0: torch.export.Dim("batch")},)
+    made = torch.onnx.export(module, (x,), dynamo=True, optimize=False, dynamic_shapes=axes, verbose=False)
+    assert made is not None
+    model: onnx.ModelProto = made.model_proto
+    return model
+
+
+def test_torchs_own_fold_is_right() -> None:
+    net = network()
+    report = bnfold.verify(net, optimization.fuse(net), X)
+    assert (report.verdict, report.levels.coefficients.verdict) == ("equivalent", "equivalent")
+    assert [(row.provider, row.optimisation) for row in report.levels.deployment] == [("cpu", "off")]
+
+
+def test_torchs_fold_of_a_layer_called_twice_is_wrong() -> None:
+    net = Net(lambda s, x: s.b(s.c(x)) + s.c(2 * x), c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
+    wrong = copy.deepcopy(net)
+    wrong.c = nn.utils.fuse_conv_bn_eval(net.c, net.b)
+    wrong.b = nn.Identity()
+    assert bnfold.verify(net, wrong, X).verdict == "different"
+
+
+def shuffled(module: Any) -> None:
+    module[0].weight.data = module[0].weight.data.flip(0)
+
+
+DEFECTS: dict[str, Callable[[Any], Any]] = {
+    "a channel's weight": lambda m: m[0].weight.data[2].mul_(1.001),
+    "a bias": lambda m: m[3].bias.data[1].add_(1e-3),
+    "channels swapped": shuffled,
+    "epsilon": lambda m: setattr(m[1], "eps", 1.1e-5),
+    "the unbiased variance": lambda m: m[1].running_var.mul_(100 / 99),
+    "the mean isn't subtracted": lambda m: m[4].running_mean.zero_(),
+    "NaN": lambda m: m[3].bias.data[0].fill_(float("nan")),
+    "training mode": lambda m: m[1].train(),
+    "stale statistics": lambda m: m[1].running_mean.add_(0.01),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defects_are_found(name: str) -> None:
+    net = network()
+    wrong = copy.deepcopy(net)
+    DEFECTS[name](wrong)
+    report = bnfold.verify(net, wrong, X)
+    assert report.verdict == "different", report
+    assert report.first_difference
+
+
+def test_a_missing_output_and_another_shape() -> None:
+    net = Net(lambda s, x: (s.c(x), x.mean()), c=nn.Conv2d(3, 4, 3)).eval()
+    less = Net(lambda s, x: (s.c(x),), c=net.c).eval()
+    assert "'output.1' is missing" in bnfold.verify(net, less, X).reason
+    other = Net(lambda s, x: (s.c(x).half(), x.mean()), c=net.c).eval()
+    assert "is float16 instead of float" in bnfold.verify(net, other, X).reason
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_torch_against_onnx(order: int) -> None:
+    net = network()
+    one, other = (net, exported(net))[::order]
+    report = bnfold.verify(one, other, X)
+    assert (report.verdict, report.levels.coefficients.verdict) == ("equivalent", "equivalent")
+    fused, _ = bnfold.fuse(other, example=X)
+    assert bnfold.verify(one, fused, X).verdict == "equivalent"
+    wrong = copy.deepcopy(net)
+    DEFECTS["a bias"](wrong)
+    assert bnfold.verify(wrong, exported(net), X).verdict == "different"
+
+
+def test_without_data_the_onnx_side_or_the_example_says_what_goes_in() -> None:
+    net = network()
+    assert bnfold.verify(net, exported(net), input_shapes={"input": (2, 3, 12, 11)}).verdict == "equivalent"
+    assert bnfold.verify(net, optimization.fuse(net), example=X).verdict == "equivalent"
+    with pytest.raises(bnfold.UsageError, match="doesn't say what it takes"):
+        bnfold.verify(net, optimization.fuse(net))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision(kind: torch.dtype) -> None:
+    net = network().to(kind)
+    fused, report = bnfold.fuse(net, example=X.to(kind))
+    assert report.batchnorms.after == 0
+    assert bnfold.verify(net, fused, X.to(kind)).verdict == "equivalent"
+    fused[0].weight.data[2] *= 1.05
+    assert bnfold.verify(net, fused, X.to(kind)).verdict == "different"
+
+
+def test_a_program_against_the_module_it_came_from() -> None:
+    net = network()
+    program = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    fused, report = bnfold.fuse(program)
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent"
+    assert bnfold.verify(net, fused, X).verdict == "equivalent"
+    assert bnfold.verify(program, fused).verdict == "equivalent"
+
+
+def test_a_fold_that_fails_its_check_isnt_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnfold.backends.torch import write_module
+
+    right = write_module._set
+
+    def wrong(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
+        right(root, target, tensor * 1.001)
+
+    monkeypatch.setattr(write_module, "_set", wrong)
+    with pytest.raises(bnfold.CheckError, match="the folded model failed its check, so it is not given out"):
+        bnfold.fuse(network(), example=X)
+
+
+def test_what_a_network_states_of_itself_is_enough() -> None:
+    net = network()
+    net.example_input_array = X
+    fused, report = bnfold.fuse(net)
+    assert report.batchnorms.after == 0
+    assert bnfold.verify(net, fused).verdict == "equivalent"
+
+
+def test_a_session_leaves_the_settings_as_they_were() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    found = Session(trace(network(), X)).run({"input": X.numpy()})
+    assert torch.backends.cudnn.allow_tf32
+    assert list(found) == ["output"]
+    assert isinstance(found["output"], np.ndarray)
+
+
+def test_devices_are_named() -> None:
+    net = network()
+    with pytest.raises(bnfold.UsageError, match="run on cpu or cuda, not on 'openvino'"):
+        bnfold.verify(net, net, X, providers=["openvino"])
+    if not torch.cuda.is_available():
+        with pytest.raises(bnfold.DeviceError, match="device cuda isn't available"):
+            bnfold.verify(net, net, X, providers=["cuda"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_cuda() -> None:
+    net = network()
+    fused, _ = bnfold.fuse(copy.deepcopy(net).cuda(), example=X.cuda())
+    assert next(fused.parameters()).is_cuda
+    report = bnfold.verify(net, fused, X, providers=["cpu", "cuda"])
+    assert report.verdict == "equivalent"
+    assert {row.provider for row in report.levels.deployment} == {"cpu", "cuda"}
