@@ -1,8 +1,8 @@
 """Whether an exported program's archive can be loaded without running code that it brings along.
 
-A .pt2 file is a zip archive of JSON and raw tensors, but `torch.export.load` also unpickles parts of it, evaluates its size expressions as
-Python (sympy.sympify), calls whatever attribute of torch its operators name, and imports modules that its structure names. So each part is
-looked at first, and only what a plain export holds passes.
+A .pt2 file is a zip archive of JSON and raw tensors, but `torch.export.load` also unpickles parts of it, and what it makes of the JSON is
+Python that is compiled and run (see `archive_json`). So each part is looked at first, by the reader that will load it, and only what a
+plain export holds passes.
 """
 
 from __future__ import annotations
@@ -11,100 +11,91 @@ import io
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ...errors import ModelError
+from .archive_json import is_plain_text, payload_troubles, program_troubles
 
 REMEDY = "give --trust-pickle if you trust where it comes from"
 LARGEST_JSON = 1 << 28  # bytes
 RATIO = 200  # of unpacked to packed, beyond which an entry is a bomb; archives of PyTorch aren't packed at all
-# What sizes are made of: symbols, numbers, and the functions of sympy and of torch.utils._sympy.
-FUNCTIONS = frozenset(
-    re.findall(
-        r"\w+",
-        "Symbol Add Mul Pow Rational Float Integer "
-        "Mod PythonMod FloorDiv CleanDiv CeilDiv CeilToInt FloorToInt IntTrueDiv FloatTrueDiv Max Min Abs "
-        "Where Eq Ne Lt Le Gt Ge And Or Not ToFloat TruncToInt RoundToInt ModularIndexing LShift RShift "
-        "PowByNatural FloatPow ceiling floor sqrt int_oo oo Integer Identity NonNegative True False Piecewise ",
-    )
+# The entries of an archive that holds nothing but an exported program, below its root.
+PROGRAM = re.compile(r"models/[\w-]+\.json")
+PAYLOAD = re.compile(r"data/(weights/[\w-]+_weights|constants/[\w-]+_constants)_config\.json")
+INPUTS = re.compile(r"data/sample_inputs/[\w-]+\.pt")
+PLAIN = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.data/[\w-]+|\.format_version|\.storage_alignment"
+    r"|data/weights/weight_\d+|data/constants/tensor_\d+|extra/.*"
 )
-EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=&|~^!]*")
-SYMBOL = re.compile(r"[a-z]{1,12}\d*|unbacked_\w+")  # s77, u0, and what is said of a symbol: positive, integer
-TARGETS = re.compile(
-    r"torch\.ops\.[\w.]+|_operator\.\w+|math\.\w+|torch\._?sym_\w+|torch\._higher_order_ops[\w.]*|#.*|(?!torch|_operator|math)[\w.]*"
-)
-PICKLES = (".pkl", "serialized_constants.pt", "serialized_state_dict.pt")
-IMPORTS = ("builtins", "collections", "torch.")
+CODE = re.compile(r"(data/)?aotinductor/.*|.*\.(so|dll|dylib|cubin|hsaco|ptx|py|pyc|cpp|o)")
 
 
 def check_archive(path: Path) -> None:
     """Raise ModelError for an archive that is damaged, or whose loading could run code of its own."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if trouble := next(_troubles(archive), None):
-                raise ModelError(f"{path}: {trouble}, which can run code when it is loaded; {REMEDY}")
-    except (zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, OSError, EOFError) as error:
-        raise ModelError(f"{path}: a damaged exported program ({error}); export it again") from None
+            entries = archive.infolist()
+        if trouble := next(_in_directory(entries), None) or next(_in_entries(path, entries), None):
+            raise ModelError(f"{path}: {trouble}, which can run code when it is loaded; {REMEDY}")
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, RecursionError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise ModelError(f"{path}: a damaged exported program ({text}); export it again") from None
 
 
-def _troubles(archive: zipfile.ZipFile) -> Iterator[str]:
-    entries = archive.infolist()
+def _in_directory(entries: list[zipfile.ZipInfo]) -> Iterator[str]:
+    """What the names and sizes of the entries give away."""
     for entry in entries:
         name = entry.filename
-        if name.startswith("/") or ".." in name.split("/"):
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             yield f"its entry {name!r} reaches outside the archive"
+        if name == "serialized_exported_program.json":
+            yield "it is of the kind that PyTorch 2.7 and older wrote, whose weights are pickled"
         if entry.file_size > RATIO * max(entry.compress_size, 1 << 16):
             yield f"its entry {name!r} unpacks to {entry.file_size:,} bytes"
-        last = name.rpartition("/")[2]
-        if name.endswith((".so", ".dll", ".dylib", ".cubin", ".py", ".pyc")):
+        inner = name.partition("/")[2]
+        if CODE.fullmatch(inner):
             yield f"it holds compiled or Python code ({name!r})"
-        if last.startswith(("custom_obj_", "opaque_obj_")) or name.endswith(
-            (".pkl", "serialized_constants.pt", "serialized_state_dict.pt")
-        ):
-            yield f"it holds a pickled object ({name!r})"
-    for entry in entries:
-        if entry.filename.endswith(".json"):
-            if entry.file_size > LARGEST_JSON:
-                yield f"its entry {entry.filename!r} is too large to be looked at ({entry.file_size:,} bytes)"
-                continue
-            yield from _in_json(json.loads(archive.read(entry)), entry.filename)
-        elif "sample_inputs" in entry.filename.split("/") and entry.file_size:
-            try:
-                torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
-            except Exception:  # unpicklers raise what they like
-                yield f"its example inputs are no plain tensors ({entry.filename!r})"
+        if not any(kind.fullmatch(inner) for kind in (PROGRAM, PAYLOAD, INPUTS, PLAIN)):
+            yield f"it holds a pickled object, or something else that isn't known to be plain ({name!r})"
+    if len({entry.filename.partition("/")[0] for entry in entries}) != 1:
+        yield "its entries have several roots"
 
 
-def _in_json(value: Any, where: str, key: str = "") -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, each in value.items():
-            yield from _in_json(each, where, str(name))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _in_json(each, where, key)
-    elif key == "use_pickle" and value:
-        yield f"it holds pickled tensors ({where!r})"
-    elif isinstance(value, str) and key == "expr_str" and not _is_size(value):
-        yield f"it holds an expression that is no size ({value[:60]!r})"
-    elif isinstance(value, str) and key == "target" and ("__" in value.replace("__and__", "") or not TARGETS.fullmatch(value)):
-        yield f"it calls {value[:60]!r}"
-    elif isinstance(value, str) and key in ("in_spec", "out_spec", "treespec") and value:
-        yield from _in_spec(value)
+def _in_entries(path: Path, entries: list[zipfile.ZipInfo]) -> Iterator[str]:
+    """What is in the entries, as PyTorch's own reader sees them: another reader may see another archive in the same file."""
+    reader = torch._C.PyTorchFileReader(str(path))
+    names = reader.get_all_records()
+    if Counter(name.lower() for name in names) != Counter(entry.filename.partition("/")[2].lower() for entry in entries):
+        yield "its table of contents can be read in two ways"
+    if max(Counter(name.lower() for name in names).values()) > 1:
+        yield "it holds several entries of one name"
+    for name in names:
+        if PROGRAM.fullmatch(name) or PAYLOAD.fullmatch(name):
+            if reader.get_record_size(name) > LARGEST_JSON:
+                yield f"its entry {name!r} is too large to be looked at"
+            found = json.loads(reader.get_record(name).decode("utf-8"))
+            yield from (program_troubles if PROGRAM.fullmatch(name) else payload_troubles)(found)
+        elif INPUTS.fullmatch(name) and (data := reader.get_record(name)):
+            yield from _in_inputs(data, name)
 
 
-def _is_size(text: str) -> bool:
-    """Whether an expression is made of symbols, numbers and known functions alone: no attribute, no text, no other call."""
-    bare = re.sub(r"'\w+'", "s0", re.sub(r"\d+\.?\d*(?:e[+-]?\d+)?", "0", text))
-    called = set(re.findall(r"([A-Za-z_]\w*)\s*\(", bare))
-    plain = set(re.findall(r"[A-Za-z_]\w*", bare)) - called
-    return bool(EXPRESSION.fullmatch(bare)) and called <= FUNCTIONS and all(SYMBOL.fullmatch(n) or n in FUNCTIONS for n in plain)
+def _in_inputs(data: bytes, name: str) -> Iterator[str]:
+    """The arguments of the export. The names in them become part of the code of guards."""
+    try:
+        found = torch.load(io.BytesIO(data), weights_only=True)
+    except Exception:  # unpicklers raise what they like
+        yield f"its example inputs are no plain tensors ({name!r})"
+        return
+    for place, _ in pytree.tree_flatten_with_path(found)[0]:
+        if not all(is_plain_text(_key(step)) for step in place):
+            yield f"its example inputs have names that aren't plain ({name!r})"
 
 
-def _in_spec(text: str) -> Iterator[str]:
-    for name in re.findall(r'"([A-Za-z_]\w*(?:\.\w+)+)"', text.replace('\\"', '"')):
-        if not name.startswith(IMPORTS):
-            yield f"its inputs or outputs are of a type of their own ({name!r})"
+def _key(step: Any) -> str:
+    return str(next((getattr(step, kind) for kind in ("key", "idx", "name") if hasattr(step, kind)), "'"))

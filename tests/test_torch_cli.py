@@ -1,0 +1,123 @@
+"""The command line on PyTorch models, as their users have them: checkpoints with an architecture, exported programs, modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from modules import lively
+from test_torch_files import FACTORY
+
+import bnfold
+from bnfold.backends.torch.arch import build
+from bnfold.cli import run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with net.py, a checkpoint c.pth, a program m.pt2, a module whole.pt, data x.npy and d.npz."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(FACTORY)
+    torch.manual_seed(0)
+    net = lively(build("net.py:make", None))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, "c.pth")
+    torch.save(net, "whole.pt")
+    x = torch.randn(2, 1, 8, 8)
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), "m.pt2")
+    data = np.random.default_rng(0).standard_normal((30, 1, 8, 8)).astype(np.float32)
+    np.save("x.npy", data)
+    np.savez("d.npz", x=data, labels=np.arange(30) % 5)
+    return tmp_path
+
+
+ARCH = ["--arch", "net.py:make"]
+SHAPE = ["--input-shape", "1,1,8,8"]
+
+
+def test_a_checkpoint_becomes_each_of_its_forms(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in ("f.safetensors", "f.pth", "f.pt2", "f.onnx"):
+        assert run(["fuse", "c.pth", *ARCH, *SHAPE, "-o", out]) == 0
+        printed = capsys.readouterr()
+        assert "1 BatchNorm, of which 0 stay" in printed.out
+        assert "names of the weights begin with 'module.'" in printed.err
+        assert run(["verify", "c.pth", out, *ARCH, "--data", "x.npy"]) == 0
+        assert "verdict: equivalent" in capsys.readouterr().out
+    onnx.checker.check_model(onnx.load("f.onnx"))
+
+
+def test_the_whole_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, more, out in (("c.pth", ARCH, "p.safetensors"), ("m.pt2", [], "p.pt2"), ("whole.pt", ["--trust-pickle"], "p.pt")):
+        assert run(["pipeline", model, *more, "--data", "d.npz", "-o", out, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["verify"]["verdict"] == "equivalent"
+        assert report["fuse"]["batchnorms"] == {"before": 1, "after": 0}
+        assert report["recalibrate"]["samples"] == report["accuracy_before"]["samples"] == 30
+        assert Path(out).is_file()
+
+
+def test_recalibrated_weights_keep_their_kind(here: Path) -> None:
+    assert run(["recalibrate", "c.pth", *ARCH, "--data", "x.npy", "-o", "r.pt", "--batch-size", "4"]) == 0
+    state = torch.load("r.pt", weights_only=True)
+    assert set(state) == set(build("net.py:make", None).state_dict())
+    assert run(["recalibrate", "m.pt2", "--data", "x.npy", "-o", "r.pt2"]) == 0
+    program = bnfold.load("r.pt2")
+    assert torch.allclose(program.state_dict["bn.running_mean"], state["bn.running_mean"], rtol=1e-5)
+
+
+def test_either_side_may_be_of_the_other_framework(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "m.pt2", "-o", "f.onnx", "-q"]) == 0
+    assert run(["verify", "f.onnx", "c.pth", *ARCH, "--provider", "cpu"]) == 0
+    assert run(["bench", "m.pt2", "f.onnx", "--rounds", "5", "-q"]) == 0
+    assert "candidate / reference" in capsys.readouterr().out
+
+
+NONSENSE = {
+    "inspect c.pth": (2, "weights without a network; say what builds it, with --arch"),
+    "inspect c.pth --arch net.py:make": (2, "--input-shape 1,3,224,224 or --data on the command line"),
+    "inspect c.pth --arch net.py:make --input-shape 1,x": (2, "--input-shape 1,x: not a shape"),
+    "inspect whole.pt": (3, "give --trust-pickle if you trust where it comes from"),
+    "fuse m.pt2 -o f.safetensors": (2, "f.safetensors: the name must end in .pt2 or .onnx, such as f.pt2"),
+    "fuse m.pt2 -o m.pt2": (2, "m.pt2: this is an input"),
+    "recalibrate m.pt2 --data x.npy -o f.pt2 --provider cpu": (2, "--provider cpu: that is for ONNX models; for PyTorch give --device"),
+    "recalibrate m.pt2 --data x.npy -o f.pt2 --device tpu": (2, "PyTorch models run on cpu or cuda, not on 'tpu'"),
+    "recalibrate m.pt2 --data net.py:nope -o f.pt2": (2, "nope"),
+}
+
+
+@pytest.mark.parametrize("line", NONSENSE)
+def test_bad_input_is_one_line(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name for path in here.iterdir()} | {"__pycache__"}
+    status, text = NONSENSE[line]
+    found = run(line.split())
+    out, err = capsys.readouterr()
+    assert text in err
+    assert found in (status, 3)
+    assert out == ""
+    assert "Traceback" not in err
+    assert {path.name for path in here.iterdir()} <= before
+
+
+def test_a_device_that_isnt_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert run(["recalibrate", "m.pt2", "--data", "x.npy", "-o", "f.pt2", "--device", "cuda"]) == 5
+    assert "device cuda isn't available" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own(here: Path) -> None:
+    """As a user runs it; and a command on ONNX files never imports torch."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bnfold", "fuse", "m.pt2", "-o", "f.onnx"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "written: f.onnx" in done.stdout) == (0, True), done.stderr
+    code = "import sys; from bnfold.cli import run; status = run(['inspect', 'f.onnx']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode == 0

@@ -1,0 +1,117 @@
+"""What the tools in use get wrong on PyTorch models, each on a network where it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from modules import Net, difference, folded, kept, lively, norm, run
+from torch import nn
+
+import bnfold
+
+X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def both(module: nn.Module, example: Any = X) -> tuple[int, int]:
+    """BatchNorms that stay in the module and in its program; neither changes the function, in float64."""
+    (_, here), (_, there) = folded(module.eval(), example)
+    return here.batchnorms.after, there.batchnorms.after
+
+
+# --- folding ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_convolution_called_twice_of_which_one_call_is_read_bare() -> None:
+    assert both(Net(lambda s, x: s.b(s.c(x)) + s.c(x + 1), c=nn.Conv2d(3, 4, 3), b=norm(4))) == (1, 0)
+
+
+def test_a_linear_layer_called_twice() -> None:
+    assert both(Net(lambda s, x: s.b(s.l(x)).relu() + s.b(s.l(x * 2)), l=nn.Linear(5, 4), b=norm(4, 1)), torch.randn(6, 5)) == (0, 0)
+
+
+def test_channels_along_an_axis_that_the_linear_layer_doesnt_write() -> None:
+    """(N, C, L) with L = C: the weight has as many rows as the BatchNorm channels, and isn't along them."""
+    assert both(nn.Sequential(nn.Linear(4, 4), norm(4, 1)), torch.randn(3, 4, 4)) == (1, 1)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 1)])
+def test_an_output_that_is_read_elsewhere_too(layer: nn.Module) -> None:
+    example = torch.randn(5, 3) if isinstance(layer, nn.Linear) else torch.randn(5, 3, 7)
+    assert both(Net(lambda s, x: (s.b(s.l(x)), s.l.weight.sum() + s.l(x)[:, :1]), l=layer, b=norm(3, 1)), example)[0] == 1
+    assert both(Net(lambda s, x: (lambda y: s.b(y).relu() * y)(s.l(x)), l=layer, b=norm(3, 1)), example) == (1, 1)
+
+
+def test_a_product_behind_a_transpose_with_sizes_equal_by_chance() -> None:
+    net = Net(lambda s, x: s.b((x @ s.w).transpose(1, 2)), w=nn.Parameter(torch.randn(4, 4)), b=norm(4, 1))
+    assert both(net, torch.randn(2, 4, 4)) == (1, 0)
+
+
+@pytest.mark.parametrize("options", [{"groups": 3}, {"groups": 3, "bias": False}, {"stride": 2, "output_padding": 1}, {"padding": 1}])
+def test_transposed_convolutions(options: dict[str, Any]) -> None:
+    assert both(nn.Sequential(nn.ConvTranspose2d(3, 6, 3, **options), norm(6))) == (0, 0)
+
+
+def test_what_has_no_affine_part_or_is_synchronised() -> None:
+    assert both(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, affine=False))) == (0, 0)
+    assert both(nn.Sequential(nn.Conv2d(3, 4, 3), lively(nn.SyncBatchNorm(4)))) == (0, 0)
+
+
+def test_bfloat16_folds() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval().bfloat16()
+    fused, report = bnfold.fuse(net, example=X.bfloat16())
+    assert report.batchnorms.after == 0
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent"
+    assert difference([t.float() for t in run(net, X.bfloat16())], [t.float() for t in run(fused, X.bfloat16())]) < 0.05
+
+
+def test_an_epsilon_of_zero() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, eps=0.0))
+    assert both(net) == (0, 0)
+    net[1].running_var[2] = 0
+    assert "both zero in channel 2" in kept(bnfold.inspect(net.eval(), example=X))["1"]
+
+
+def test_same_padding_upwards_and_downwards() -> None:
+    assert both(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), norm(4))) == (0, 0)
+    assert both(nn.Sequential(norm(3), nn.Conv2d(3, 4, (3, 1), padding="same"))) == (1, 1)
+    assert both(nn.Sequential(norm(3), nn.Conv2d(3, 4, 1, padding="same"))) == (0, 0)
+
+
+def test_one_that_never_runs() -> None:
+    net = Net(lambda s, x: s.b(s.c(x)), c=nn.Conv2d(3, 4, 3), b=norm(4), idle=norm(4)).eval()
+    before = {name: tensor.clone() for name, tensor in net.idle.state_dict().items()}
+    fresh, report = bnfold.recalibrate(net, X)
+    assert [layer.name for layer in report.layers] == ["b"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in fresh.idle.state_dict().items())
+    fused, _ = bnfold.fuse(net, example=X)
+    assert isinstance(fused.idle, nn.BatchNorm2d)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_ragged_last_batch_and_data_sorted_by_class() -> None:
+    """The variance between batches counts, and a short batch counts for what it holds."""
+    net = nn.Sequential(norm(3), nn.Conv2d(3, 2, 1)).double().eval()
+    data = torch.cat([torch.randn(n, 3, 4, 4, dtype=torch.float64) + level for n, level in ((8, -6), (8, 0), (3, 9))])
+    fresh, _ = bnfold.recalibrate(net, list(data.split(8)))
+    assert torch.allclose(fresh[0].running_var, data.var((0, 2, 3), correction=0), rtol=1e-12)
+    assert torch.allclose(fresh[0].running_mean, data.mean((0, 2, 3)), rtol=1e-12)
+
+
+def test_old_statistics_leave_no_trace() -> None:
+    one, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval() for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    other[1].running_mean.fill_(50)
+    other[1].running_var.fill_(9)
+    fresh = [bnfold.recalibrate(net, X, batch_size=2)[0] for net in (one, other)]
+    assert torch.equal(fresh[0][1].running_mean, fresh[1][1].running_mean)
+    assert torch.equal(fresh[0][1].running_var, fresh[1][1].running_var)
