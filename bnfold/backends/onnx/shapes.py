@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from .integers import settle
 from .walk import subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
@@ -41,7 +43,7 @@ class Shapes:
                     if (key := (info.name, axis)) in sizes:
                         dim.dim_value = sizes[key]
             try:
-                inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+                inferred = settle(proto, partial(onnx.shape_inference.infer_shapes, check_type=False, strict_mode=False, data_prop=True))
             except Exception:  # a model that the inference gives up on still has the shapes written in it
                 inferred = proto
             found: dict[ir.Value, Dims] = {}

@@ -1,0 +1,125 @@
+"""The integers that a graph computes from its tensors' sizes, where ONNX's own shape inference gives up on them.
+
+An exporter writes the shape for a Reshape as it finds it: Shape, Squeeze, Reshape to a vector, Concat. The inference doesn't follow all of
+these, and then doesn't know what comes out of the Reshape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+Ints = dict[str, npt.NDArray[Any]]
+# Operators whose shape is decided by an input of integers.
+DECIDED = ("Reshape", "Expand", "Slice", "Tile", "Resize", "Pad", "ConstantOfShape", "Range", "Split", "Squeeze", "Unsqueeze")
+LARGEST = 64  # elements
+
+
+def settle(proto: onnx.ModelProto, infer: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """The model with inferred shapes, as far as `infer` and the integers worked out here take it."""
+    inferred = infer(proto)
+    while _incomplete(inferred.graph) and _put(proto, _integers(inferred.graph)):
+        inferred = infer(proto)
+    return inferred
+
+
+def _incomplete(graph: onnx.GraphProto) -> bool:
+    known = {v.name: v for v in (*graph.value_info, *graph.output) if v.type.tensor_type.HasField("shape")}
+    for node in graph.node:
+        for name in node.output:
+            if name and (name not in known or any(not d.HasField("dim_value") for d in known[name].type.tensor_type.shape.dim)):
+                return True
+    return False
+
+
+def _put(proto: onnx.ModelProto, found: Ints) -> bool:
+    """Give the operators what is known now; whether any of it is new."""
+    stored = {t.name for t in proto.graph.initializer}
+    made = {name for node in proto.graph.node if node.op_type == "Constant" for name in node.output}
+    changed = False
+    for node in proto.graph.node:
+        if node.op_type not in DECIDED:
+            continue
+        for i, name in enumerate(node.input):
+            if i == 0 and node.op_type not in ("ConstantOfShape", "Range"):
+                continue
+            if name in found and name not in stored and name not in made:
+                settled = f"{name}.settled"
+                if settled not in stored:
+                    proto.graph.initializer.append(numpy_helper.from_array(found[name], settled))
+                    stored.add(settled)
+                node.input[i] = settled
+                changed = True
+    return changed
+
+
+def _integers(graph: onnx.GraphProto) -> Ints:
+    """Every small integer tensor that follows from the sizes known so far."""
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in (*graph.input, *graph.value_info, *graph.output)}
+    shapes = {name: dims for name, dims in shapes.items() if all(d.HasField("dim_value") for d in dims)}
+    found: Ints = {}
+    for tensor in graph.initializer:
+        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) and np.prod(tensor.dims) <= LARGEST:
+            found[tensor.name] = numpy_helper.to_array(tensor)
+    for node in graph.node:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        try:
+            value = _value(node, attributes, found, shapes)
+        except (ValueError, IndexError, KeyError, ZeroDivisionError, TypeError):
+            continue  # one of its inputs isn't known, or it isn't of this kind
+        if value is not None and value.dtype.kind == "i" and value.size <= LARGEST:
+            found[node.output[0]] = value
+    return found
+
+
+def _value(node: onnx.NodeProto, attributes: dict[str, Any], known: Ints, shapes: dict[str, Any]) -> npt.NDArray[Any] | None:
+    if node.op_type == "Constant":
+        if "value" in attributes:
+            return numpy_helper.to_array(attributes["value"])
+        given = attributes.get("value_ints", attributes.get("value_int"))
+        return None if given is None else np.array(given, np.int64)
+    if node.op_type == "Shape":
+        part = slice(attributes.get("start"), attributes.get("end"))
+        return np.array([d.dim_value for d in shapes[node.input[0]]][part], np.int64)
+    run = OPERATORS.get(node.op_type)
+    if run is None:
+        return None
+    return np.asarray(run([known[name] for name in node.input if name], attributes))
+
+
+def _axes(inputs: list[npt.NDArray[Any]], attributes: dict[str, Any]) -> tuple[int, ...] | None:
+    if "axes" in attributes:
+        return tuple(attributes["axes"])
+    return tuple(int(n) for n in inputs[1]) if len(inputs) > 1 else None
+
+
+def _slice(inputs: list[npt.NDArray[Any]], attributes: dict[str, Any]) -> npt.NDArray[Any]:
+    """Of a vector, with the bounds as inputs."""
+    start, end = int(inputs[1][0]), int(inputs[2][0])
+    step = int(inputs[4][0]) if len(inputs) > 4 else 1
+    if inputs[0].ndim != 1 or step < 1:
+        raise ValueError
+    return inputs[0][start:end:step]
+
+
+OPERATORS: dict[str, Callable[[list[npt.NDArray[Any]], dict[str, Any]], Any]] = {
+    "Identity": lambda x, a: x[0],
+    "Cast": lambda x, a: x[0] if a["to"] in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) else None,
+    "Squeeze": lambda x, a: np.squeeze(x[0], _axes(x, a)),
+    "Unsqueeze": lambda x, a: np.expand_dims(x[0], _axes(x, a) or ()),
+    "Reshape": lambda x, a: x[0].reshape([int(n) for n in x[1]]),
+    "Concat": lambda x, a: np.concatenate(x, a["axis"]),
+    "Gather": lambda x, a: np.take(x[0], x[1], a.get("axis", 0)),
+    "Slice": _slice,
+    "Add": lambda x, a: x[0] + x[1],
+    "Sub": lambda x, a: x[0] - x[1],
+    "Mul": lambda x, a: x[0] * x[1],
+    "Div": lambda x, a: np.trunc(x[0] / x[1]).astype(x[0].dtype),
+    "Min": lambda x, a: np.minimum.reduce(x),
+    "Max": lambda x, a: np.maximum.reduce(x),
+}
