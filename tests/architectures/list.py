@@ -76,6 +76,7 @@ def lively(module: nn.Module) -> nn.Module:
         if not isinstance(getattr(each, "running_var", None), Tensor):
             continue
         with torch.no_grad():
+            each.eps = float(torch.tensor(each.eps, dtype=torch.float32))  # as an ONNX file states it
             each.running_mean.normal_(0, 0.1, generator=generator)
             each.running_var.uniform_(0.5, 2.0, generator=generator)
             if isinstance(each.weight, Tensor):
