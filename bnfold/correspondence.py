@@ -262,7 +262,7 @@ def _hidden(outcomes: Iterable[Outcome]) -> dict[Node, list[Array]]:
             if "mean" not in site_node.attrs:
                 continue
             own = coefficients(site_node)
-            summands = np.abs(own.shift) + 2 * np.abs(own.scale * np.broadcast_to(site_node.attrs["mean"], own.shape))
+            summands = np.abs(own.shift) + 2 * np.abs(own.scale * np.asarray(site_node.attrs["mean"]))
             for node in outcome.into:
                 weight = node.params.get("weight")
                 if site_node.index < node.index and weight is not None:  # it went down, into W*t

@@ -144,6 +144,21 @@ def test_a_fold_that_fails_its_check_isnt_given_out(monkeypatch: pytest.MonkeyPa
         bnfold.fuse(network(), example=X)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_a_network_that_was_never_trained(level: float) -> None:
+    """All channels have the same map, so it varies along no axis."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+    net[1].running_mean.fill_(level)
+    fused, report = bnfold.fuse(net, example=X)
+    assert report.verify is not None
+    assert (report.batchnorms.after, report.verify.verdict) == (0, "equivalent")
+    model = exported(net)
+    folded, there = bnfold.fuse(model)
+    assert there.verify is not None
+    assert (there.batchnorms.after, there.verify.verdict) == (0, "equivalent")
+    assert bnfold.verify(fused, folded, X).verdict == "equivalent"
+
+
 def test_what_a_network_states_of_itself_is_enough() -> None:
     net = network()
     net.example_input_array = X
