@@ -150,7 +150,7 @@ def recalibrate(
     PyTorch.
     Raises NothingToDoError where the model holds no BatchNorm, DataError where the data don't fit.
     """
-    from .data import Data, as_batches
+    from .data import BATCH_SIZE, Data, as_batches
 
     if family(model) == "torch":
         from .backends.torch.lockstep import recalibrate as recalibrate_torch
@@ -158,6 +158,8 @@ def recalibrate(
         from .sides import peeked
 
         first, batches = peeked(batches)
+        if first is batches:  # all samples at once
+            first = _few(first, batch_size or BATCH_SIZE)
         return recalibrate_torch(
             model,
             lambda specs: as_batches(batches, specs, batch_size=batch_size, samples=samples),
@@ -174,6 +176,16 @@ def recalibrate(
     data = as_batches(batches, inputs(original), batch_size=batch_size, samples=samples)
     fresh, report = recalibrate_onnx(original, data, memory_budget=memory_budget, provider=provider, progress=progress)
     return back(fresh), report
+
+
+def _few(samples: Any, count: int) -> Any:
+    """The first samples of an array, or of each in a mapping or tuple of arrays that have equally many."""
+    arrays = list(samples.values()) if isinstance(samples, Mapping) else list(samples) if isinstance(samples, tuple) else [samples]
+    if len({tuple(array.shape[:1]) for array in arrays}) > 1 or not all(array.ndim for array in arrays):
+        return samples
+    if isinstance(samples, Mapping):
+        return {name: array[:count] for name, array in samples.items()}
+    return tuple(array[:count] for array in arrays) if isinstance(samples, tuple) else samples[:count]
 
 
 def verify(

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from .affine import Array
 from .errors import DataError, UsageError
@@ -72,8 +71,8 @@ class Stage(Protocol):
         """Of a value of its own, [samples, channels, ...]: arrays may lie on a device."""
         ...
 
-    def held(self, array: Any) -> npt.NDArray[Any]:
-        """A value of its own as it waits for a later stage."""
+    def held(self, array: Any, room: int) -> Any:
+        """A value of its own as it waits for a later stage: on its device, where that has room for so many bytes, else as numpy's array."""
         ...
 
 
@@ -86,6 +85,10 @@ class Plan(Protocol):
     def stage_count(self) -> int: ...
     @property
     def notes(self) -> Sequence[str]: ...
+    @property
+    def device_room(self) -> int:
+        """The bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
+        ...
 
     def stages(self) -> Iterator[Stage]:
         """The stages in order; the next is made after the statistics that this one measured were set."""
@@ -118,7 +121,7 @@ def recalibrate(
     kept: dict[int, str] = {}
     count: int | None = None  # micro-batches, known after the first stage
     samples = 0
-    with Frontier(memory_budget) as frontier:
+    with Frontier(memory_budget, plan.device_room) as frontier:
         for number, stage in enumerate(plan.stages()):
             source = iter(batches) if number == 0 else None
             index = 0
@@ -140,7 +143,7 @@ def recalibrate(
                         frontier.drop(index, name)
                 for name in stage.keeps:
                     if name in made:
-                        frontier.put(index, name, stage.held(made[name]))
+                        frontier.put(index, name, stage.held(made[name], frontier.room))
                     elif name in data:
                         frontier.put(index, name, np.array(data[name]))  # a copy: a loader may use its buffer again
                 index += 1

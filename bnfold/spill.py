@@ -1,5 +1,7 @@
 """The values that wait between two stages of a network: in memory up to a budget, and past it in a temporary file.
 
+A device that computes has memory of its own, in which values wait first, as far as there is room.
+
 The file has no name (or goes with its last handle), so nothing is left behind however the process ends.
 """
 
@@ -30,14 +32,16 @@ class _Slot:
 class Frontier:
     """Arrays by (micro-batch, name). What doesn't fit into `memory_budget` bytes lies on disk.
 
+    A value that isn't one of numpy's arrays lies on a device, which has room for `device_room` bytes: `room` is what is left of it.
     Micro-batches are visited in the same order stage after stage, so of all values the newest is the one that is needed last:
     it goes to disk, and nothing is ever moved. peak: the most bytes held at once, wherever they lay; spilled: bytes written to disk.
     Use as a context manager.
     """
 
-    def __init__(self, memory_budget: int) -> None:
+    def __init__(self, memory_budget: int, device_room: int = 0) -> None:
         self._budget = memory_budget
-        self._values: dict[int, dict[str, npt.NDArray[Any] | _Slot]] = {}
+        self.room = device_room
+        self._values: dict[int, dict[str, Any]] = {}
         self._file = _Scratch()
         self._in_memory = self._held = self.peak = self.spilled = 0
 
@@ -51,19 +55,21 @@ class Frontier:
     def names(self, batch: int) -> list[str]:
         return list(self._values.get(batch, ()))
 
-    def put(self, batch: int, name: str, array: npt.NDArray[Any]) -> None:
-        """Hold an array, which nobody may write to from then on."""
+    def put(self, batch: int, name: str, array: Any) -> None:
+        """Hold an array, which nobody may write to from then on. array: numpy's, or one of a device, with its `nbytes`."""
         self._held += array.nbytes
         self.peak = max(self.peak, self._held)
-        entry: npt.NDArray[Any] | _Slot = array
-        if self._in_memory + array.nbytes > self._budget and array.nbytes and not array.dtype.hasobject:
+        entry = array
+        if not isinstance(array, np.ndarray):
+            self.room -= array.nbytes
+        elif self._in_memory + array.nbytes > self._budget and array.nbytes and not array.dtype.hasobject:
             entry = self._file.write(array)
             self.spilled += array.nbytes
         else:
             self._in_memory += array.nbytes
         self._values.setdefault(batch, {})[name] = entry
 
-    def get(self, batch: int, name: str) -> npt.NDArray[Any]:
+    def get(self, batch: int, name: str) -> Any:
         entry = self._values[batch][name]
         return self._file.read(entry) if isinstance(entry, _Slot) else entry
 
@@ -72,6 +78,8 @@ class Frontier:
         self._held -= entry.nbytes
         if isinstance(entry, _Slot):
             self._file.free(entry)
+        elif not isinstance(entry, np.ndarray):
+            self.room += entry.nbytes
         else:
             self._in_memory -= entry.nbytes
 

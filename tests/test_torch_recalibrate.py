@@ -19,6 +19,7 @@ import bnfold
 from bnfold.backends.torch.moments import Meter
 from bnfold.moments import measure
 from bnfold.report import RecalibrateReport
+from bnfold.spill import Frontier
 
 DATA = torch.randn(23, 3, 10, 9, generator=torch.Generator().manual_seed(3)) * 2 + 1
 
@@ -213,6 +214,54 @@ def test_batches_with_labels_and_dicts() -> None:
     assert want is not net
 
 
+def test_samples_of_several_sizes() -> None:
+    """The network is read for one size at first; another one starts it afresh, unless the data can be read only once."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 3, 1), norm(3)).double().eval()
+    shapes = [(2, 3, 9, 9), (3, 3, 12, 7), (1, 3, 9, 9)]
+    batches = [torch.randn(shape).double() for shape in shapes]
+    inner = torch.cat([net[0](batch).transpose(0, 1).flatten(1) for batch in batches], 1)
+    for data in (batches, (batch for batch in batches), lambda: iter(batches)):
+        fresh, report = bnfold.recalibrate(net, data)
+        assert report.samples == 6
+        assert torch.allclose(fresh[1].running_mean, inner.mean(1), rtol=1e-12)
+        assert torch.allclose(fresh[1].running_var, inner.var(1, correction=0), rtol=1e-12)
+    with pytest.raises(bnfold.DataError, match=r"PyTorch can't run linear on these data: mat1 and mat2 shapes cannot be multiplied"):
+        bnfold.recalibrate(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Flatten(), nn.Linear(196, 2), norm(2, 1)).double(), batches)
+    with pytest.raises(bnfold.DataError, match=r"batch 2 of the list given: input 'input' takes .*, the data are \(3, 4, 9, 9\)"):
+        bnfold.recalibrate(net, [batches[0], torch.randn(3, 4, 9, 9).double()])
+
+
+def test_a_network_that_takes_one_batch_size() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), norm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.bn(self.conv(x.view(4, 3, 10, 9)))
+            return y
+
+    net = Fixed().double().eval()
+    fresh, report = bnfold.recalibrate(net, DATA.double(), batch_size=4)
+    assert report.samples == 20
+    assert torch.allclose(fresh.bn.running_mean, net.conv(DATA[:20].double()).mean((0, 2, 3)), rtol=1e-12)
+
+
+def test_parts_that_are_needed_at_different_times() -> None:
+    """A split of which one part waits for a later stage, a recurrent layer that gives several tensors, a size that is computed."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        one, two = s.b(s.c(x)).split([2, 3], 1)
+        z = s.g(two) + s.e(s.d(one)).mean((2, 3), keepdim=True)
+        y, (h, _) = s.lstm(s.h(z).flatten(2).transpose(1, 2))
+        return s.n(y.sum(1) / y.shape[1] + h[0])
+
+    parts = {"c": nn.Conv2d(3, 5, 3), "b": norm(5), "d": nn.Conv2d(2, 4, 3), "e": norm(4), "g": nn.Conv2d(3, 4, 1), "h": norm(4)}
+    net = Net(forward, **parts, lstm=nn.LSTM(4, 6, batch_first=True), n=norm(6, 1)).double().eval()
+    fresh, report = bnfold.recalibrate(net, DATA.double(), batch_size=4)
+    check(net, DATA, fresh, report, 1e-9)
+
+
 def test_bad_data_are_one_line() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
     with pytest.raises(bnfold.DataError, match="there are no samples; give at least one"):
@@ -230,6 +279,27 @@ def test_values_far_from_zero() -> None:
     assert torch.allclose(fresh[0].running_var, torch.ones(3), rtol=0.1)
 
 
+def test_sums_that_overflow() -> None:
+    net = nn.Sequential(norm(3)).eval()
+    fresh, _ = bnfold.recalibrate(net, DATA * 1e18)
+    assert torch.allclose(fresh[0].running_var, (DATA.double() * 1e18).var((0, 2, 3), correction=0).float(), rtol=1e-6)
+    kept, report = bnfold.recalibrate(net, DATA * 1e25)
+    assert torch.equal(kept[0].running_var, net[0].running_var)
+    assert "0 keeps its statistics: its new variance of channel 0 is" in report.notes[0]
+
+
+def test_values_that_wait_on_a_device() -> None:
+    with Frontier(memory_budget=100, device_room=200) as frontier:
+        frontier.put(0, "there", torch.ones(40))
+        assert frontier.room == 40
+        frontier.put(0, "here", np.ones(20, np.float32))
+        frontier.put(0, "on disk", np.ones(20, np.float32))
+        assert (frontier.peak, frontier.spilled) == (320, 80)
+        assert isinstance(frontier.get(0, "there"), torch.Tensor)
+        frontier.drop(0, "there")
+        assert frontier.room == 200
+
+
 def test_moments_of_a_tensor() -> None:
     for x in (
         torch.randn(5, 3, 4, 6) * 3 + 1e4,
@@ -237,6 +307,8 @@ def test_moments_of_a_tensor() -> None:
         torch.randn(7, 2),
         torch.randn(4, 1, 9).double(),
         torch.randn(3, 4, 5).half(),
+        torch.randn(2, 3, 65, 127).transpose(0, 1),
+        torch.randn(1, 2, 800, 800) - 100,
     ):
         got, want = Meter(x.device).measure(x), measure(x.float().numpy() if x.dtype == torch.float16 else x.numpy())
         assert (got.count, got.samples) == (want.count, want.samples)

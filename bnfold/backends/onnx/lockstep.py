@@ -93,6 +93,8 @@ class OnnxPlan:
                 f"calls, and each call was normalised with those of the calls up to it"
             )
 
+    device_room = 0  # ONNX Runtime hands its results over in the host's memory
+
     @property
     def stage_count(self) -> int:
         return len(self._cuts)

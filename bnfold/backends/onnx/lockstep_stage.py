@@ -65,7 +65,7 @@ class OnnxStage:
     def moments(self, array: npt.NDArray[Any]) -> Moments:
         return measure(array)
 
-    def held(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def held(self, array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
         return array
 
     def run(self, values: Values) -> Values:

@@ -184,6 +184,11 @@ class TorchPlan:
     # --- the protocol -------------------------------------------------------------------------------------------------------------
 
     @property
+    def device_room(self) -> int:
+        """Half of what a GPU has left: the other half is for what runs."""
+        return int(torch.cuda.mem_get_info(self.device)[0] // 2) if self.device.type == "cuda" else 0
+
+    @property
     def stage_count(self) -> int:
         return len(self._cuts)
 

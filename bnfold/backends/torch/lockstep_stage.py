@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from ...errors import DataError, DeviceError, UnsupportedError
+from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...moments import Moments
 from ...recalibrate import Reading, Values
 from ...stages import Cut
@@ -103,8 +104,16 @@ def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
     return lambda value: run(*[given(each, value) for each in args], **{name: given(each, value) for name, each in kwargs.items()})
 
 
+@contextmanager
+def enough_memory(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"not enough memory on {device}: {_first_line(error)}; use a smaller batch size") from None
+
+
 class TorchStage:
-    """The operators of a `Cut`. Values between stages lie in the host's memory, and with them the sizes of the micro-batch.
+    """The operators of a `Cut`. With the values that wait between stages wait the sizes of the micro-batch.
 
     first, last: its place among the stages.
     """
@@ -139,6 +148,10 @@ class TorchStage:
                 self._in_place.add(op)
 
     def run(self, values: Values) -> Values:
+        with enough_memory(self._held.device):
+            return self._run(values)
+
+    def _run(self, values: Values) -> Values:
         env: dict[Op, Any] = {}
         device = self._held.device
         for op in self._cut.reads:
@@ -161,22 +174,25 @@ class TorchStage:
         for op, step, drops in self._steps:
             try:
                 env[op] = step(value)
-            except torch.OutOfMemoryError as error:
-                raise DeviceError(f"not enough memory on {device}: {error}; use a smaller batch size") from None
-            except (UnsupportedError, DeviceError):
+            except (BnfoldError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # operators raise what they like
-                text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise DataError(f"PyTorch can't run {op.name} on these data: {text.strip().rstrip('.')}") from None
+                raise DataError(f"PyTorch can't run {op.name} on these data: {_first_line(error)}") from None
             for source in drops:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
 
     def moments(self, array: Any) -> Moments:
-        return self._held.meter.measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)))
+        with enough_memory(self._held.device):
+            return self._held.meter.measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)).to(self._held.device))
 
-    def held(self, array: Any) -> npt.NDArray[Any]:
-        return to_numpy(array) if isinstance(array, Tensor) else np.asarray(array)
+    def held(self, array: Any, room: int) -> Any:
+        if not isinstance(array, Tensor):
+            return np.asarray(array)
+        if array.device.type == "cpu" or array.nbytes > room:
+            return to_numpy(array)
+        part = array.untyped_storage().nbytes() > array.nbytes  # it would keep what it is a part of
+        return array.clone() if part else array
 
     def _sizes(self, values: Values) -> npt.NDArray[np.int64]:
         """The symbols' sizes in this micro-batch, in their order."""
@@ -197,6 +213,11 @@ SIZES = "sizes of the micro-batch"
 def parts(op: Op) -> list[Op]:
     """The tensors of an operator that gives several."""
     return [] if is_tensor(op) else [user for user in op.users if getattr(user.target, "__name__", "") == "getitem"]
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text.strip().rstrip(".")
 
 
 def _shape(op: Op) -> tuple[Any, ...]:
