@@ -2,7 +2,7 @@
 
     python -m tests.bench.fuse_torch [--rounds 5] [--size 224]
 
-bnfold reads the data flow by torch.export; its own time is that of `fuse` without the check, less that of the export of the same module.
+bnfold reads the data flow by torch.export; its own time is that of folding the exported module.
 torch.fx folds Conv+BatchNorm by pattern, in float32, and checks nothing. A ratio is the median of the rounds'.
 """
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import bnfold
+from bnfold.backends.torch.fuse import fuse
 from bnfold.backends.torch.trace import trace
 
 
@@ -29,24 +30,23 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure(name: str, module: nn.Module, x: torch.Tensor, rounds: int) -> None:
-    export, plain, checked, rival = [], [], [], []
+    traced = trace(module, x)
+    calls: dict[str, Callable[[], object]] = {
+        "export": lambda: trace(module, x),
+        "own": lambda: fuse(traced),
+        "rival": lambda: optimization.fuse(module),
+        "checked": lambda: bnfold.fuse(module, example=x),
+    }
+    times: dict[str, list[float]] = {key: [] for key in calls}
     for number in range(rounds + 1):  # the first warms up
-        turns = [
-            (export, lambda: trace(module, x)),
-            (plain, lambda: bnfold.fuse(module, example=x, check=False)),
-            (rival, lambda: optimization.fuse(module)),
-            (checked, lambda: bnfold.fuse(module, example=x)),
-        ]
-        for times, call in turns if number % 2 else turns[::-1]:
-            seconds = timed(call)
+        for key in list(calls)[:: 1 if number % 2 else -1]:
+            seconds = timed(calls[key])
             if number:
-                times.append(seconds)
-    added = [whole - part for whole, part in zip(plain, export, strict=True)]
-    middle = statistics.median
-    own, whole = middle(added), middle(checked) - middle(export)
-    print(f"{name}: export {middle(export):.2f} s; fuse adds {own:.2f} s, with its check {whole:.2f} s;")
-    ratio = middle([one / other for one, other in zip(added, rival, strict=True)])
-    print(f"  torch.fx {middle(rival):.2f} s; what fuse adds over torch.fx: {ratio:.2f}")
+                times[key].append(seconds)
+    export, own, rival, checked = (statistics.median(times[key]) for key in calls)
+    print(f"{name}: export {export:.2f} s; fuse adds {own:.2f} s, with its check {checked - export:.2f} s; torch.fx {rival:.2f} s;")
+    ratios = [one / other for one, other in zip(times["own"], times["rival"], strict=True)]
+    print(f"  what fuse adds over torch.fx: {statistics.median(ratios):.1f} (from {min(ratios):.1f} to {max(ratios):.1f})")
 
 
 def main() -> None:
