@@ -21,15 +21,17 @@ HIGHER = (
     "cond|while_loop|scan|map_impl|map|associative_scan|invoke_subgraph|strict_mode|hints_wrapper|wrap_with_set_grad_enabled|"
     "wrap_with_autocast|tag_activation_checkpoint|run_const_graph|flex_attention|auto_functionalized|auto_functionalized_v2"
 )
-SCALAR = (
-    "getitem|eq|ne|le|ge|lt|gt|neg|pos|abs|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|xor|not_|invert|lshift|rshift"  # of _operator
-)
+SCALAR = "getitem|eq|ne|le|ge|lt|gt|neg|pos|abs|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|xor|not_|invert|lshift|rshift"  # of _operator
 OPERATOR = re.compile(
     rf"torch\.ops\.({NAMESPACES})\.(?!({FILES})\b)[A-Za-z]\w*\.[A-Za-z]\w*|torch\.ops\.(aten|prims)\._(?!_)\w+\.[A-Za-z]\w*"
     rf"|torch\.ops\.higher_order\.({HIGHER})|_operator\.({SCALAR})|math\.[a-z]\w*|torch\._?sym_\w+"
 )
 IDENTIFIER = re.compile(r"\w*")
 PLAIN_TEXT = re.compile(r"[^\x00-\x1f\x7f\"'`\\{}]*")  # may stand between quotes in code
+PLAIN_KEYS = (
+    "a key|type|fqn|torch_version|parameter_name|buffer_name|tensor_constant_name|user_input_name|as_strings?|as_string_to_argument"
+)
+REMARKS = re.compile("stack_trace|nn_module_stack|source_fn_stack|torch_fn|custom|from_node")  # on operators, for people
 STRUCTURES = {
     "builtins.tuple",
     "builtins.list",
@@ -40,13 +42,14 @@ STRUCTURES = {
     "torch.Size",
 }
 # What sizes are made of: sympy's functions, and those of torch.utils._sympy.
-SIZES = frozenset(
-    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs And Or Not Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan "
-    "StrictGreaterThan GreaterThan Piecewise ExprCondPair Tuple ceiling floor sqrt log exp sign Identity Where PythonMod FloorDiv CleanDiv "
-    "CeilDiv CeilToInt FloorToInt IntTrueDiv FloatTrueDiv ToFloat TruncToInt TruncToFloat RoundToInt RoundDecimal ModularIndexing LShift "
-    "RShift PowByNatural FloatPow IsNonOverlappingAndDenseIndicator".split()
+SIZES = re.compile(
+    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Mod|Max|Min|Abs|And|Or|Not|Eq|Ne|Lt|Le|Gt|Ge|Equality|Unequality|StrictLessThan|LessThan|"
+    "StrictGreaterThan|GreaterThan|Piecewise|ExprCondPair|Tuple|ceiling|floor|sqrt|log|exp|sign|Identity|Where|PythonMod|FloorDiv|CleanDiv|"
+    "CeilDiv|CeilToInt|FloorToInt|IntTrueDiv|FloatTrueDiv|ToFloat|TruncToInt|TruncToFloat|RoundToInt|RoundDecimal|ModularIndexing|LShift|"
+    "RShift|PowByNatural|FloatPow|IsNonOverlappingAndDenseIndicator"
 )
-GUARDS = frozenset("max min abs round int float bool".split())
+ASSUMPTIONS = re.compile("positive|integer|nonnegative|real|precision|evaluate")
+GUARDS = re.compile("max|min|abs|round|int|float|bool")
 ARITHMETIC = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.Load,
     ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
@@ -56,9 +59,8 @@ ARITHMETIC = (
 def program_troubles(found: Any) -> Iterator[str]:
     """What a program's JSON says that no plain export does."""
     for path, text in _texts(found, ()):
-        if "metadata" in path[:-1]:
-            continue  # where operators come from: kept, and shown to people
-        yield from _in_text(path, text)
+        if not (path[-2:-1] == ("metadata",) and REMARKS.fullmatch(path[-1])):
+            yield from _in_text(path, text)
 
 
 def payload_troubles(found: Any) -> Iterator[str]:
@@ -110,7 +112,7 @@ def _in_text(path: Path, text: str) -> Iterator[str]:
             yield f"it holds a name that is no name ({text[:60]!r})"
     elif key.startswith("as_string") and path[-3:-1] == ("inputs", "arg"):
         pass  # the argument of an operator is quoted by torch
-    elif key in PLAIN_KEYS or key.startswith("as_string"):
+    elif re.fullmatch(PLAIN_KEYS, key):
         if not is_plain_text(text):
             yield f"it holds a name that is no name ({text[:60]!r})"
     elif key in ("as_float", "as_floats", "as_float_lists"):
@@ -120,17 +122,12 @@ def _in_text(path: Path, text: str) -> Iterator[str]:
         yield f"it says {text[:60]!r} where an export says nothing"
 
 
-PLAIN_KEYS = (
-    "a key", "type", "fqn", "torch_version", "parameter_name", "buffer_name", "tensor_constant_name", "user_input_name",
-)  # fmt: skip
-
-
 def _is_size(text: str) -> bool:
     """Symbols, numbers and known functions of them. sympify evaluates it as Python with sympy's and the built-in names."""
 
     def call(node: ast.Call) -> bool:
-        named = all(keyword.arg in ("positive", "integer", "nonnegative", "real", "precision", "evaluate") for keyword in node.keywords)
-        return named and isinstance(node.func, ast.Name) and node.func.id in SIZES
+        named = all(keyword.arg and ASSUMPTIONS.fullmatch(keyword.arg) for keyword in node.keywords)
+        return named and isinstance(node.func, ast.Name) and bool(SIZES.fullmatch(node.func.id))
 
     return _is_arithmetic(text, call)
 
@@ -143,7 +140,7 @@ def _is_guard(text: str) -> bool:
             return False
         function = node.func
         if isinstance(function, ast.Name):
-            return function.id in GUARDS
+            return bool(GUARDS.fullmatch(function.id))
         assert isinstance(function, ast.Attribute)
         if isinstance(function.value, ast.Name):
             of_math = function.value.id == "math" and re.fullmatch("[a-z][a-z0-9]*", function.attr)
