@@ -50,12 +50,12 @@ def check_archive(path: Path) -> None:
 
 def _in_directory(entries: list[zipfile.ZipInfo]) -> Iterator[str]:
     """What the names and sizes of the entries give away."""
+    if any(entry.filename == "serialized_exported_program.json" for entry in entries):
+        yield "it is of the kind that PyTorch 2.7 and older wrote, which is unpickled"
     for entry in entries:
         name = entry.filename
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             yield f"its entry {name!r} reaches outside the archive"
-        if name == "serialized_exported_program.json":
-            yield "it is of the kind that PyTorch 2.7 and older wrote, whose weights are pickled"
         if entry.file_size > RATIO * max(entry.compress_size, 1 << 16):
             yield f"its entry {name!r} unpacks to {entry.file_size:,} bytes"
         inner = name.partition("/")[2]
