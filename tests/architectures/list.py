@@ -12,12 +12,12 @@ SIDES: dict[str, int] = {
     **dict.fromkeys(("levit_128s", "efficientformer_l1", "efficientformerv2_s0", "visformer_tiny"), 224),
 }
 SIDE = 64
-FADING = {"efficientnet_b0", "efficientnet_v2_s", "deeplabv3_mobilenet_v3_large"}
+FADING = {"efficientnet_b0", "efficientnet_v2_s", "deeplabv3_mobilenet_v3_large", "convmixer_768_32"}
 
 TORCHVISION = """
 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small
 mobilenet_v3_large mnasnet0_5 mnasnet1_0 shufflenet_v2_x0_5 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_v2_s regnet_y_400mf
-regnet_x_400mf vgg11_bn vgg13_bn
+regnet_x_400mf vgg11_bn
 """.split()  # noqa: SIM905
 VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18"]
 SEGMENTATION = ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
@@ -47,7 +47,7 @@ def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     elif name in TIMM:
         module = package("timm").create_model(name)
     elif name in VIDEO:
-        module, shape = package("torchvision").models.get_model(name), (3, 16, 64, 64)
+        module, shape = package("torchvision").models.get_model(name), (3, 8, 32, 32)
     elif name in SEGMENTATION:
         module = package("torchvision").models.get_model(name, weights_backbone=None)
     elif name == "resnet50_frozen":
@@ -78,7 +78,6 @@ def lively(module: nn.Module) -> nn.Module:
         if not isinstance(getattr(each, "running_var", None), Tensor):
             continue
         with torch.no_grad():
-            each.eps = float(torch.tensor(each.eps, dtype=torch.float32))  # as an ONNX file states it
             each.running_mean.normal_(0, 0.1, generator=generator)
             each.running_var.uniform_(0.5, 2.0, generator=generator)
             if isinstance(each.weight, Tensor):
