@@ -88,6 +88,7 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = ["| architecture | BatchNorms | stay | why | error in float64 | verdict in float32 |", "|---|--:|--:|---|--:|---|"]
     for result in results:
         if "failed" in result:
+            rows.append(f"| {result['name']} | | | | | not measured: {str(result['failed']).replace('|', '/')} |")
             continue
         here = result["torch"]
         stay = " / ".join(dict.fromkeys(str(result[route]["after"]) for route in ROUTES))
