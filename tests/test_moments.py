@@ -57,8 +57,7 @@ def test_pooling_equals_one_batch_whatever_the_cuts() -> None:
     for size in (1, 3, 36):
         many = pool(measure(x[i : i + size]) for i in range(0, 37, size))
         assert (many.count, many.samples) == (one.count, one.samples)
-        for name in ("mean", "m2", "between"):
-            np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-8, err_msg=name)
+        assert_alike(many, one, 1e-8)
 
 
 def test_the_order_of_pooling_does_not_matter() -> None:
@@ -73,8 +72,7 @@ def test_a_piece_of_a_sample_and_whole_samples_agree(monkeypatch: pytest.MonkeyP
     for block in (16, 64, 1024):
         monkeypatch.setattr(moments, "BLOCK", block)
         found = measure(x)
-        for name in ("mean", "m2", "between"):
-            np.testing.assert_allclose(getattr(found, name), getattr(one, name), rtol=1e-12, err_msg=name)
+        assert_alike(found, one, 1e-12)
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +107,35 @@ def test_standard_error_is_that_of_independent_samples() -> None:
     np.testing.assert_allclose(measure(np.repeat(flat[..., None], 100, 2)).standard_error(), flat.std(0, ddof=1) / 50**0.5, rtol=1e-12)
     images = rng.normal(size=(20, 3, 6, 6)) + rng.normal(size=(20, 3, 1, 1))
     np.testing.assert_allclose(measure(images).standard_error(), images.mean((2, 3)).std(0, ddof=1) / 20**0.5, rtol=1e-12)
+
+
+def test_standard_errors_of_samples_of_different_sizes_are_those_of_ratios() -> None:
+    """Samples of 1 to 40 elements, pooled in any order: both errors against their formulas over all samples at once."""
+    rng = np.random.default_rng(9)
+    samples = [rng.gamma(2.0, 1.5, (3, int(size))) + rng.normal(size=(3, 1)) for size in rng.integers(1, 40, 60)]
+    found = pool(measure(x[None]) for x in samples)
+    everything = np.concatenate(samples, axis=1)
+    mean, variance, total = everything.mean(1), everything.var(1), everything.shape[1]
+    of_mean = [(x - mean[:, None]).sum(1) for x in samples]
+    of_variance = [np.square(x - mean[:, None]).sum(1) - x.shape[1] * variance for x in samples]
+    for error, parts in ((found.standard_error(), of_mean), (found.variance_error(), of_variance)):
+        np.testing.assert_allclose(error, np.sqrt(np.square(parts).sum(0) * 60 / 59) / total, rtol=1e-9)
+
+
+def test_standard_errors_tell_how_far_statistics_scatter() -> None:
+    """Over 400 repetitions, what is told is what is seen."""
+    rng = np.random.default_rng(10)
+    found = [measure(rng.gamma(1.0, 2.0, (80, 2, 5)) * rng.uniform(0.5, 1.5, (80, 1, 1))) for _ in range(400)]
+    assert np.mean([m.standard_error() for m in found]) == pytest.approx(np.std([m.mean for m in found], axis=0).mean(), rel=0.1)
+    assert np.mean([m.variance_error() for m in found]) == pytest.approx(np.std([m.variance() for m in found], axis=0).mean(), rel=0.15)
+
+
+def assert_alike(one: Moments, other: Moments, rtol: float) -> None:
+    for name in ("mean", "m2"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=rtol, err_msg=name)
+    for mine, its in zip(one.spread, other.spread, strict=True):
+        np.testing.assert_allclose(mine, its, rtol=rtol, atol=rtol * np.abs(other.spread).max())
+    assert one.weight == other.weight
 
 
 def test_a_value_that_is_not_finite_shows() -> None:

@@ -75,11 +75,5 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
 
 def _pooled(centre: Array, first: Array, second: Array, size: int) -> Moments:
     """Of one micro-batch, from c, sum(x - c) and sum((x - c)^2) of each sample, [samples, channels]."""
-    samples = len(centre)
     off = first / size
-    m2 = np.add.reduce(np.maximum(second - first * off, 0))
-    means = centre + off
-    mean = np.add.reduce(means) / samples
-    means -= mean
-    between = size * np.add.reduce(means * means)
-    return Moments(samples * size, mean, m2 + between, samples, between)
+    return Moments.of_samples(size, centre + off, np.maximum(second - first * off, 0))
