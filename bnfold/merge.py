@@ -34,12 +34,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Merge:
-    """branch went into host, and add went away."""
+    """branch went into host, and add went away. delta: what the branch added to the host's weight, its sign apart."""
 
     add: Node
     host: Node
     branch: Node | None  # None: the value itself
     kept_input: int  # which input of the Add is the host's
+    delta: Array
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def merge(graph: Graph, may: May = always) -> list[Merge]:
                 param, change = host.node.params[role], Affine(np.asarray(float(signs[kept])), signs[1 - kept] * array)
                 if param.tensor is not None or param.update is not None or array.any():
                     param.update = param.updated(change)
-            done.append(Merge(add, host.node, branch.node, kept))
+            done.append(Merge(add, host.node, branch.node, kept, delta[0]))
             _rewire(graph, add, host.node, branch.node)
             break
     return done

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from modules import Net, difference, folded, kept, lively, norm, run, weight
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from vision import package
 
@@ -398,3 +398,45 @@ def test_lazy_layers_must_have_met_a_batch() -> None:
 def test_nothing_to_do() -> None:
     with pytest.raises(bnfold.NothingToDoError, match="the model holds no BatchNorm"):
         bnfold.fuse(nn.Conv2d(3, 4, 3), example=IMAGE)
+
+
+class _Branches(nn.Module):
+    """Two convolutions and their input in a sum, a BatchNorm behind it, and a ReLU in its way."""
+
+    def __init__(self, combine: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 1)
+        self.three = nn.Conv2d(4, 4, 3, padding=1)
+        self.other = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = lively(nn.BatchNorm2d(4))
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.combine(self, x)))
+
+
+@pytest.mark.parametrize(
+    ("combine", "branches"),
+    [
+        (lambda m, x: m.one(x) - m.three(x), ("three", "one")),
+        (lambda m, x: m.three(x) - m.one(x), ("three", "one")),
+        (lambda m, x: m.three(x) + x, ("three", "identity")),
+        (lambda m, x: x - m.three(x), ("three", "identity")),
+        (lambda m, x: m.three(x) - x, ("three", "identity")),
+        (lambda m, x: m.three(x) + m.one(x) + x, ("three", "one", "identity")),
+        (lambda m, x: m.one(x) - (x - m.three(x)), ("three", "identity", "one")),
+        (lambda m, x: m.other(x) - (x - m.three(x)), None),
+        (lambda m, x: (m.three(x) + x) - (m.other(x) - x), None),
+    ],
+)
+def test_a_value_added_to_branches_stays_in_the_code_and_leaves_the_kernel(
+    combine: Callable[..., Tensor], branches: tuple[str, ...] | None
+) -> None:
+    module = _Branches(combine).double().eval()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    fused, report = bnfold.fuse(module, example=x)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), module(x), rtol=1e-12, atol=1e-12)
+    if branches is not None:
+        assert isinstance(fused.bn, nn.Identity)
+        assert [set(m.branches) for m in report.merged] == [set(branches)]

@@ -33,6 +33,7 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
     elif module is None:
         fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges)
     else:
-        folded = {site: ways[site] for site in planned.folded_sites if site in ways}
+        way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
+        folded = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
         fused, notes, added = write_module(ctx, module, graph, folded, planned.merges)
     return fused, planned.report(notes, bytes_added=added)

@@ -118,9 +118,17 @@ def may_merge(ctx: Lowering, ways: Mapping[Site, Removal]) -> May:
         if way.path is not None and not way.kept
     }
 
+    with_itself: set[Node | None] = set()  # hosts beside which their input is added: they can't become a branch themselves
+
     def may(add: Node, branch: Node | None, kept: int) -> bool:
-        if branch is None or len(add.native.operands) != 2:
-            return False  # the value itself stays in the sum
+        if len(add.native.operands) != 2 or branch in with_itself:
+            return False
+        if branch is None:  # the value itself stays in the sum, where the host is added to it
+            if fills(add, kept):
+                return False
+            with_itself.add(add.inputs[kept].producer)
+            gone[add.native.op] = add.native.operands[kept]
+            return True
         op: Op = add.native.operands[1 - kept]
         end: Op = branch.native.op if branch.op == "Conv" else branch.native.output or branch.native.op
         while op is not end:  # what stays between the branch and the sum must take the zeros for a tensor

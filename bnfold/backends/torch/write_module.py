@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node as Op
 
+from ...affine import Array
 from ...graph import Graph, Node, Site
 from ...merge import Merge
 from ...rounding import lost, rounded
@@ -23,7 +24,7 @@ from .walk import arguments, frame, writes_into_shared
 
 
 def write_module(
-    ctx: Lowering, module: nn.Module, graph: Graph, removed: Mapping[Site, Removal], merges: Iterable[Merge] = ()
+    ctx: Lowering, module: nn.Module, graph: Graph, removed: Mapping[Site, Removal], merges: Sequence[Merge] = ()
 ) -> tuple[nn.Module, dict[Node, str], int]:
     """A folded copy of the module, a note for each node whose weights lost precision, and the bytes that untied weights add.
 
@@ -36,7 +37,7 @@ def write_module(
         slot = native.slots.get(role)
         if slot is None or not isinstance(slot.place, Place):
             raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
-        exact = param.layout.stored(param.read())
+        exact = param.layout.stored(as_called(param.read(), role, [m for m in merges if m.host is node]))
         dtype = native.dtype if param.tensor is None else param.tensor.dtype
         array = rounded(exact, NUMPY[dtype])
         if count := lost(exact, array):
@@ -71,6 +72,19 @@ def write_module(
             _make_identity(ctx.constants, result, call)
     added = sum(tensor.nbytes for target, tensor in made.items() if target in tied)
     return result, notes, added
+
+
+def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:
+    """The coefficients with which a host gives the merged sum by way of the code, in which the additions stay.
+
+    Branches that are modules give zeros there. A value that is added itself is still added, so the host goes without it.
+    """
+    for m in reversed(merges):
+        signs = m.add.attrs.get("signs", (1, 1))
+        if m.branch is None and role == "weight":
+            exact = exact - signs[1 - m.kept_input] * m.delta
+        exact = signs[m.kept_input] * exact
+    return exact
 
 
 def _output(node: Node) -> Op:
