@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from .methods import Method
 
 Progress = Callable[[str, int, "int | None"], None]
 
@@ -134,6 +136,11 @@ def recalibrate(
     model: Any,
     batches: Iterable[Any],
     *,
+    method: str | Method = "exact",
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    freeze: bool = False,
+    until: float | None = None,
     example: Any = None,
     memory_budget: int = 1 << 30,
     batch_size: int | None = None,
@@ -142,50 +149,38 @@ def recalibrate(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, RecalibrateReport]:
-    """Measure every BatchNorm's mean and variance afresh, exactly, layer by layer in one pass (lockstep).
+    """Measure every BatchNorm's mean and variance afresh; by default exactly, layer by layer in one pass (lockstep).
 
-    batches: an iterable of arrays or tensors, tuples or dicts by input name; labels may ride along. example: how a PyTorch module is
-    called, where the first batch doesn't show it. memory_budget: bytes of activations to hold before they spill to disk. batch_size: how
-    many samples go through the network at once, which doesn't change the result. provider: of ONNX Runtime; device: "cpu" or "cuda", for
-    PyTorch.
+    batches: an iterable of arrays or tensors, tuples or dicts by input name; labels may ride along. method: one of `methods.METHODS` by
+    name, or with its settings, such as `methods.Prior(strength=32)`. layers, skip_layers: patterns of names, as the shell's; without any,
+    all. freeze: BatchNorms in training mode, which have no statistics of their own, get them too. until: take so many samples that every
+    channel's standard error of the mean is at most so many standard deviations. example: how a PyTorch module is called, where the first
+    batch doesn't show it. memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
+    the network at once, which changes nothing in the exact method. provider: of ONNX Runtime; device: "cpu" or "cuda", for PyTorch.
+
+    In a process of several that torchrun started (or with a torch.distributed process group), each gives the same data and measures its own
+    share of the micro-batches; all get the result.
+
     Raises NothingToDoError where the model holds no BatchNorm, DataError where the data don't fit.
     """
-    from .data import BATCH_SIZE, Data, as_batches
+    from . import calibration
+    from .methods import method as chosen
 
-    if family(model) == "torch":
-        from .backends.torch.lockstep import recalibrate as recalibrate_torch
-        from .backends.torch.trace import example_of
-        from .sides import peeked
-
-        first, batches = peeked(batches)
-        if first is batches:  # all samples at once
-            first = _few(first, batch_size or BATCH_SIZE)
-        return recalibrate_torch(
-            model,
-            lambda specs: as_batches(batches, specs, batch_size=batch_size, samples=samples),
-            example=example_of(model, first) if example is None and first is not None else example,
-            again=batches.again if isinstance(batches, Data) else not isinstance(batches, Iterator),
-            memory_budget=memory_budget,
-            device=device or provider,
-            progress=progress,
-        )
-    from .backends.onnx.lockstep import recalibrate as recalibrate_onnx
-    from .backends.onnx.run import inputs
-
-    original, back = _as_ir(model)
-    data = as_batches(batches, inputs(original), batch_size=batch_size, samples=samples)
-    fresh, report = recalibrate_onnx(original, data, memory_budget=memory_budget, provider=provider, progress=progress)
-    return back(fresh), report
+    subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
+    return calibration.recalibrate(
+        subject,
+        batches,
+        chosen(method),
+        until=until,
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+        samples=samples,
+        progress=progress,
+    )
 
 
-def _few(samples: Any, count: int) -> Any:
-    """The first samples of an array, or of each in a mapping or tuple of arrays that have equally many."""
-    arrays = list(samples.values()) if isinstance(samples, Mapping) else list(samples) if isinstance(samples, tuple) else [samples]
-    if len({tuple(array.shape[:1]) for array in arrays}) > 1 or not all(array.ndim for array in arrays):
-        return samples
-    if isinstance(samples, Mapping):
-        return {name: array[:count] for name, array in samples.items()}
-    return tuple(array[:count] for array in arrays) if isinstance(samples, tuple) else samples[:count]
+def _device(model: Any, provider: str, device: str | None) -> str:
+    return device or provider if family(model) == "torch" else provider
 
 
 def verify(

@@ -1,12 +1,13 @@
-"""Exact statistics in one pass: the data go through the network in step.
+"""Measure the statistics of all BatchNorms of a network, by any method, over any back-end.
 
-All micro-batches advance to a BatchNorm, the moments of its input are pooled, its statistics are final, and only then does anything
-behind it run. Every operator runs once per micro-batch, so the work is that of one forward pass; what is held meanwhile is the values
-alive at the frontier. The outcome is that of one batch of the whole data set, so it does not depend on the size of the micro-batches
-or on their order.
+In lockstep, the data go through the network in step: all micro-batches advance to a BatchNorm, the moments of its input are pooled, its
+statistics are final, and only then does anything behind it run. Every operator runs once per micro-batch, so the work is that of one
+forward pass; what is held meanwhile is the values alive at the frontier. The outcome of the exact method is that of one batch of the whole
+data set, so it doesn't depend on the size of the micro-batches, on their order, or on how many processes share them.
 
-A backend cuts its network into stages (`Plan`); everything else is here. The variance is M2/n, the data set's own, with which one batch
-of everything would be normalised; PyTorch's running_var is the estimate M2/(n-1), larger by a factor 1 + 1/(n-1).
+The methods that normalise each micro-batch by itself need no waiting: one micro-batch after the other goes through all stages.
+
+A backend cuts its network into stages (`Plan`), `methods` knows what statistics are made of the measurements; everything else is here.
 
 All this is about networks that treat their samples one by one. One that mixes them (a mean along the batch axis) is another function at
 each size of the micro-batches, and so are its statistics.
@@ -15,19 +16,25 @@ each size of the micro-batches, and so are its statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from .affine import Array
-from .errors import DataError, UsageError
+from .errors import BnfoldError, DataError, UnsupportedError, UsageError
+from .hints import Hints
+from .methods import Method, Statistics, Tally
+from .methods import method as chosen
 from .moments import Moments
+from .processes import Alone, Processes, together
 from .report import LayerStatistics, RecalibrateReport
 from .spill import Frontier
 
 Values = Mapping[str, Any]  # arrays, of numpy or of the framework that computes
+NOTHING: Mapping[int, Moments] = {}
 Progress = Callable[[str, int, "int | None"], None]
+DEAD = 1e-12  # of the channels' mean variance: at or below it, a channel says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +52,7 @@ class Reading:
 
     value: str
     layer: int  # its place in Plan.layers
+    call: int  # its place among all calls
     per_activation: bool = False
 
 
@@ -63,8 +71,11 @@ class Stage(Protocol):
     @property
     def keeps(self) -> Collection[str]: ...
 
-    def run(self, values: Values) -> Values:
-        """One micro-batch: from the values that it needs to those that it computes. Raises DataError where they don't fit the network."""
+    def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
+        """One micro-batch: from the values that it needs to those that it computes. Raises DataError where they don't fit the network.
+
+        own: by call, the moments with which it is normalised in this micro-batch, in a plan whose stages were asked for so.
+        """
         ...
 
     def moments(self, array: Any) -> Moments:
@@ -90,81 +101,205 @@ class Plan(Protocol):
         """The bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
         ...
 
-    def stages(self) -> Iterator[Stage]:
-        """The stages in order; the next is made after the statistics that this one measured were set."""
+    def stages(self, own: bool = False) -> Iterator[Stage]:
+        """The stages in order; the next is made after the statistics that this one measured were set.
+
+        own: each call that is measured is normalised with what `Stage.run` is told, and all stages are made before the first runs.
+        """
         ...
 
-    def set(self, layer: int, moments: Moments) -> str | None:
+    def set(self, layer: int, statistics: Statistics) -> str | None:
         """Take over the statistics of a layer, which is normalised with them from now on. Returns why not, where they can't be stored."""
         ...
+
+
+@dataclass(eq=False)
+class Measured:
+    """What the data said. tallies: one for each layer. samples, batches: how many there were, in all processes together."""
+
+    tallies: list[Tally]
+    samples: int = 0
+    batches: int = 0
+    held: int = 0
+    spilled: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def recalibrate(
     plan: Plan,
     batches: Iterable[Values],
     *,
-    method: str = "exact",
+    method: str | Method = "exact",
     memory_budget: int = 1 << 30,
     progress: Progress | None = None,
+    group: Processes | None = None,
 ) -> RecalibrateReport:
     """Measure the statistics of all layers of a plan and set them.
 
-    batches: micro-batches by input name, read once. memory_budget: bytes of activations to hold in memory; the rest goes to a temporary
-    file. Raises DataError for data that hold no batch, that don't fit, or that drive a BatchNorm's input to NaN or infinity.
+    batches: micro-batches by input name, read once; where several processes share the work, this one's. memory_budget: bytes of activations
+    to hold in memory; the rest goes to a temporary file. Raises DataError for data that hold no batch, that don't fit, or that drive a
+    BatchNorm's input to NaN or infinity; UnsupportedError for a moving average over several processes, which would depend on their order.
     """
-    if method != "exact":
-        raise UsageError(f"no method of recalibration is called {method!r}; there is 'exact'")
+    how, group = chosen(method), group or Alone()
     if memory_budget < 0:
         raise UsageError(f"the memory budget is {memory_budget} bytes; it can't be negative")
+    if group.size > 1 and not (how.lockstep or how.additive):
+        raise UnsupportedError(f"the method {how} depends on the order of the data, so several processes can't share it; use one")
+    measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group) if how.lockstep else (None, {})
+    if measured is None:
+        measured = measure(plan, batches, how, progress=progress, group=group)
+        kept = settle(plan, measured, how)
+    return report(plan, measured, how, kept)
+
+
+def measure(
+    plan: Plan, batches: Iterable[Values], method: Method, *, progress: Progress | None = None, group: Processes | None = None
+) -> Measured:
+    """Measure while each micro-batch is normalised by itself; nothing is set. The sum of what parts of the data give is that of all data.
+
+    With a plan of one stage, nothing that is measured stands behind a BatchNorm, so that holds for every method but the moving average.
+    """
+    group = group or Alone()
     layers = plan.layers
-    totals = [Moments.empty(layer.mean.size) for layer in layers]
+    tallies = [method.start(layer.mean, layer.variance) for layer in layers]
+    found, hints, failed = Measured(tallies), Hints(), None
+    try:
+        stages = list(plan.stages(own=True))
+        for index, data in enumerate(batches):
+            values: dict[str, Any] = dict(data)
+            own: dict[int, Moments] = {}
+            for number, stage in enumerate(stages):
+                made = stage.run({name: values[name] for name in stage.needs}, own)
+                for reading in stage.readings:
+                    array = made[reading.value] if reading.value in made else values[reading.value]
+                    moments = own[reading.call] = _read(stage, array, reading, layers[reading.layer], index)
+                    if moments.count < 2 and len(stages) > 1:
+                        raise DataError(
+                            f"micro-batch {index + 1} brings one value per channel to {layers[reading.layer].name}, and the method "
+                            f"{method} normalises each micro-batch by itself: take a larger batch size, or the exact method"
+                        )
+                    tallies[reading.layer] = method.add(tallies[reading.layer], moments)
+                    if number == 0:
+                        hints.see(reading.layer, moments)
+                values = {name: made.get(name, values.get(name)) for name in stage.keeps}
+            found.samples += _samples(data)
+            found.batches += 1
+            if progress is not None:
+                progress("recalibrate", found.batches, None)
+    except BnfoldError as error:
+        failed = error
+    every = together(group, (tallies, found.samples, found.batches), failed)
+    found.tallies = [_sum(parts) for parts in zip(*(part[0] for part in every), strict=True)] if group.size > 1 else tallies
+    found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
+    _some(found)
+    found.notes = [*hints.order(), *hints.scale(layers, found.tallies)]
+    return found
+
+
+def settle(plan: Plan, measured: Measured, method: Method) -> dict[int, str]:
+    """Set the statistics that the measurements make; the layers that keep theirs, and why."""
+    kept = {}
+    for index, (layer, tally) in enumerate(zip(plan.layers, measured.tallies, strict=True)):
+        why = _settle(plan, index, layer, tally, method, measured.samples)
+        if why is not None:
+            kept[index] = why
+    return kept
+
+
+def _settle(plan: Plan, index: int, layer: Layer, tally: Tally, method: Method, samples: int) -> str | None:
+    return _unusable(tally.moments) or plan.set(index, method.statistics(tally, (layer.mean, layer.variance), samples))
+
+
+def _in_lockstep(
+    plan: Plan, batches: Iterable[Values], method: Method, memory_budget: int, progress: Progress | None, group: Processes
+) -> tuple[Measured, dict[int, str]]:
+    layers = plan.layers
+    found = Measured([method.start(layer.mean, layer.variance) for layer in layers])
     kept: dict[int, str] = {}
-    count: int | None = None  # micro-batches, known after the first stage
-    samples = 0
+    hints = Hints()
+    count: int | None = None  # this process's micro-batches, known after the first stage
     with Frontier(memory_budget, plan.device_room) as frontier:
         for number, stage in enumerate(plan.stages()):
-            source = iter(batches) if number == 0 else None
-            index = 0
-            while source is not None or index != count:
-                data: Values = {}
-                if source is not None:
-                    found = next(source, None)
-                    if found is None:
-                        break
-                    data = found
-                    samples += next((len(array) for array in data.values() if array.ndim), 1)
-                given = {name: data[name] if source is not None else frontier.get(index, name) for name in stage.needs}
-                made = stage.run(given)
-                for reading in stage.readings:
-                    array = made[reading.value] if reading.value in made else given[reading.value]
-                    totals[reading.layer] += _read(stage, array, reading, layers[reading.layer], index)
-                for name in frontier.names(index):
-                    if name not in stage.keeps:
-                        frontier.drop(index, name)
-                for name in stage.keeps:
-                    if name in made:
-                        frontier.put(index, name, stage.held(made[name], frontier.room))
-                    elif name in data:
-                        frontier.put(index, name, np.array(data[name]))  # a copy: a loader may use its buffer again
-                index += 1
-                if progress is not None:
-                    progress("recalibrate", number * (count or 0) + index, None if count is None else count * plan.stage_count)
-            count = index
-            if not count:
-                raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
-            for layer in dict.fromkeys(reading.layer for reading in stage.readings):
-                why = _unusable(totals[layer]) or plan.set(layer, totals[layer])
+            mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
+            failed = None
+            try:
+                source = iter(batches) if number == 0 else None
+                index = 0
+                while source is not None or index != count:
+                    data: Values = {}
+                    if source is not None:
+                        given = next(source, None)
+                        if given is None:
+                            break
+                        data = given
+                        found.samples += _samples(data)
+                    needed = {name: data[name] if source is not None else frontier.get(index, name) for name in stage.needs}
+                    made = stage.run(needed)
+                    for reading in stage.readings:
+                        array = made[reading.value] if reading.value in made else needed[reading.value]
+                        moments = _read(stage, array, reading, layers[reading.layer], index)
+                        mine[reading.layer] = method.add(mine[reading.layer], moments)
+                    for name in frontier.names(index):
+                        if name not in stage.keeps:
+                            frontier.drop(index, name)
+                    for name in stage.keeps:
+                        if name in made:
+                            frontier.put(index, name, stage.held(made[name], frontier.room))
+                        elif name in data:
+                            frontier.put(index, name, np.array(data[name]))  # a copy: a loader may use its buffer again
+                    index += 1
+                    if progress is not None:
+                        progress("recalibrate", number * (count or 0) + index, None if count is None else count * plan.stage_count)
+                count = index
+            except BnfoldError as error:
+                failed = error
+            every = together(group, (mine, found.samples, count), failed)
+            if number == 0:
+                found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
+                _some(found)
+            for layer in mine:
+                found.tallies[layer] = _sum([found.tallies[layer], *(part[0][layer] for part in every)])
+                why = _settle(plan, layer, layers[layer], found.tallies[layer], method, found.samples)
                 kept.pop(layer, None)
                 if why is not None:
                     kept[layer] = why
+            if number == 0:
+                found.notes = hints.scale([layers[layer] for layer in mine], [found.tallies[layer] for layer in mine])
+    found.held, found.spilled = frontier.peak, frontier.spilled
+    return found, kept
+
+
+def report(plan: Plan, measured: Measured, method: Method, kept: Mapping[int, str]) -> RecalibrateReport:
+    """What became of each layer. kept: those that keep their statistics, and why."""
+    layers, tallies = plan.layers, measured.tallies
+    statistics = [
+        (layer.mean, layer.variance) if i in kept else method.statistics(tally, (layer.mean, layer.variance), measured.samples)
+        for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
+    ]
     return RecalibrateReport(
-        method=method,
-        samples=samples,
-        layers=tuple(_changes(layer, totals[i], i in kept) for i, layer in enumerate(layers)),
-        held_bytes=frontier.peak,
-        spilled_bytes=frontier.spilled,
-        notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(kept.items()))),
+        method=method.name,
+        variance=method.variance,
+        samples=measured.samples,
+        layers=tuple(_changes(layers[i], tally.moments, statistics[i]) for i, tally in enumerate(tallies)),
+        held_bytes=measured.held,
+        spilled_bytes=measured.spilled,
+        notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(kept.items())), *measured.notes),
+        before={layer.name: (layer.mean, layer.variance) for layer in layers},
     )
+
+
+def _sum(parts: Sequence[Tally]) -> Tally:
+    first, *rest = parts
+    return sum(rest, first)
+
+
+def _samples(data: Values) -> int:
+    return next((len(array) for array in data.values() if array.ndim), 1)
+
+
+def _some(measured: Measured) -> None:
+    if not measured.batches:
+        raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
 
 
 def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) -> Moments:
@@ -194,15 +329,26 @@ def _unusable(moments: Moments) -> str | None:
     return None
 
 
-def _changes(layer: Layer, new: Moments, kept: bool) -> LayerStatistics:
+def _changes(layer: Layer, seen: Moments, new: Statistics) -> LayerStatistics:
     """The worst channel's figures. A deviation of 0 makes the first two infinite where there is a change at all."""
+    mean, variance = new
     with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.nan_to_num(new.standard_error() / np.sqrt(new.variance()), nan=0.0, posinf=np.inf)
-        stderr = float(error.max(initial=0.0)) if new.count else float("inf")
-        if kept:
-            return LayerStatistics(layer.name, new.count, 0.0, 1.0, stderr)
-        change = np.abs(new.mean - layer.mean)
+        own = seen.variance()
+        of_mean = np.nan_to_num(seen.standard_error() / np.sqrt(own), nan=0.0, posinf=np.inf)
+        of_variance = np.nan_to_num(seen.variance_error() / own, nan=0.0, posinf=np.inf)
+        change = np.abs(mean - layer.mean)
         shift = np.where(change == 0, 0.0, change / np.sqrt(layer.variance))
-        ratio = np.where(new.variance() == layer.variance, 1.0, new.variance() / layer.variance)
-        furthest = int(np.argmax(np.nan_to_num(np.abs(np.log(ratio)), nan=np.inf, posinf=np.inf)))
-    return LayerStatistics(layer.name, new.count, float(shift.max()), float(ratio[furthest]), stderr)
+        ratio = np.where(variance == layer.variance, 1.0, variance / layer.variance)
+        distance = np.nan_to_num(np.abs(np.log(ratio)), nan=np.inf, posinf=np.inf)
+    nothing = not seen.count
+    return LayerStatistics(
+        name=layer.name,
+        count=seen.count,
+        mean_shift=float(shift.max(initial=0.0)),
+        var_ratio=float(ratio[np.argmax(distance)]) if ratio.size else 1.0,
+        stderr=float("inf") if nothing else float(of_mean.max(initial=0.0)),
+        var_stderr=float("inf") if nothing else float(of_variance.max(initial=0.0)),
+        channels=layer.mean.size,
+        worst_channel=int(np.argmax(np.maximum(np.nan_to_num(shift, nan=np.inf), distance))) if shift.size else 0,
+        dead=0 if nothing else int((own <= DEAD * np.maximum(own.mean(), np.finfo(float).tiny)).sum()),
+    )

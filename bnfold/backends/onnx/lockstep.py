@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...errors import NothingToDoError
-from ...feeds import check_feeds
-from ...moments import Moments
-from ...recalibrate import Layer, Progress, Reading
-from ...recalibrate import recalibrate as run_plan
-from ...report import RecalibrateReport
+from ...methods import Statistics
+from ...recalibrate import Layer, Reading
+from ...selection import Select, every
 from .constants import Constants
 from .feeds import inputs
 from .lockstep_plan import OnnxCall, cut
@@ -27,64 +23,48 @@ from .walk import all_graphs, all_nodes, attribute, is_standard, name_of, number
 from .write import inlined, rounded
 
 if TYPE_CHECKING:
-    from ...data import Batch
+    from ...data import InputSpec
 
 Parameters = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # mean and variance, as stored
 
 
-def recalibrate(
-    model: ir.Model,
-    batches: Iterable[Batch],
-    *,
-    memory_budget: int = 1 << 30,
-    provider: str = "cpu",
-    progress: Progress | None = None,
-) -> tuple[ir.Model, RecalibrateReport]:
-    """A copy of the model with the exact pooled statistics of the data in every BatchNorm, and what changed.
+def plan_of(model: ir.Model, *, select: Select = every, freeze: bool = False, provider: str = "cpu") -> OnnxPlan:
+    """A copy of the model, cut into stages. select: whether a BatchNorm of this name is measured. freeze: those in training mode too.
 
-    batches: micro-batches by input name, of any size each; they are read once. memory_budget: bytes of activations held in memory.
     Only means and variances change. A BatchNorm that can't be measured (training mode, in a control-flow body, with parameters that the
-    caller may override or that depend on the data) keeps its statistics, with a note in the report.
+    caller may override or that depend on the data) keeps its statistics, with a note in the report. Frozen ones normalise with theirs from
+    then on.
 
     A layer that is called several times has the pooled statistics of all its calls. Where one call depends on the outcome of another,
     each is normalised, on the way, with the pooled statistics of the calls measured up to it.
 
-    Raises NothingToDoError (no BatchNorm to measure), DataError (no data, or such that don't fit or that end in NaN), UnsupportedError (an
-    operator that ONNX Runtime lacks), DeviceError.
+    Raises NothingToDoError where there is no BatchNorm to measure.
     """
-    start = time.perf_counter()
-    fresh = inlined(model) if any(_is_batchnorm(n) for f in model.functions.values() for n in all_nodes(f.graph)) else model.clone()
+    functions = any(_is_batchnorm(n) for f in model.functions.values() for n in all_nodes(f.graph))
+    fresh = inlined(model) if functions else model.clone()
     _name_values(fresh)
-    plan = OnnxPlan(fresh, provider)
-    specs = inputs(fresh)
-
-    def checked() -> Iterator[Batch]:
-        for batch in batches:
-            check_feeds(batch, specs)
-            yield batch
-
-    report = run_plan(plan, checked(), memory_budget=memory_budget, progress=progress)
-    _write(fresh, plan)
-    return fresh, dataclasses.replace(report, seconds=time.perf_counter() - start)
+    return OnnxPlan(fresh, provider, select, freeze)
 
 
 class OnnxPlan:
-    """A model cut into stages (see `bnfold.recalibrate.Plan`). The model isn't touched."""
+    """A model cut into stages (see `bnfold.recalibrate.Plan`). It isn't touched before `write`."""
 
-    def __init__(self, model: ir.Model, provider: str = "cpu") -> None:
+    def __init__(self, model: ir.Model, provider: str = "cpu", select: Select = every, freeze: bool = False) -> None:
         self.model = model
         self.provider = provider
+        self._select, self._freeze = select, freeze
         self._shapes = Shapes(model)
         self.constants = Constants(model, self._shapes)
         self.notes: list[str] = []
         self.layers: list[Layer] = []
         self.calls: list[OnnxCall] = []
         self.statistics: dict[int, Parameters] = {}  # by layer, final after the last stage
+        self.frozen: set[int] = set()  # the layers that came in training mode
         self._find()
         if not self.calls:
             from ...api import ALREADY_FOLDED
 
-            why = "; ".join(self.notes) or ALREADY_FOLDED
+            why = "; ".join(self.notes) or (ALREADY_FOLDED if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
         self._cuts, dependent = cut(model.graph, self.calls, self._is_fixed)
         for layer in sorted(dependent):
@@ -93,21 +73,30 @@ class OnnxPlan:
                 f"calls, and each call was normalised with those of the calls up to it"
             )
 
+    @property
+    def specs(self) -> list[InputSpec]:
+        """What the model is fed."""
+        return inputs(self.model)
+
     device_room = 0  # ONNX Runtime hands its results over in the host's memory
 
     @property
     def stage_count(self) -> int:
         return len(self._cuts)
 
-    def stages(self) -> Iterator[OnnxStage]:
+    def stages(self, own: bool = False) -> Iterator[OnnxStage]:
         values = itertools.chain(self.model.graph.inputs, *(node.outputs for node in self.model.graph))
         types = {value.name or "": self._shapes.dtype(value) for value in values}
         kinds = {name: dtype.value for name, dtype in types.items() if dtype is not None}
         replaced: dict[ir.Node, dict[int, npt.NDArray[Any]]] = {}
+        place = {call.node: i for i, call in enumerate(self.calls)}
+        told = {node: (i, self._value(node, 3), self._value(node, 4)) for node, i in place.items()} if own else {}
         lacking = []
         for each in self._cuts:
-            readings = [Reading(call.source.name or "", call.layer, self._per_activation(call.node)) for call in each.calls]
-            stage = OnnxStage(self.model, each, readings, replaced, kinds, self.provider)
+            readings = [
+                Reading(call.source.name or "", call.layer, place[call.node], self._per_activation(call.node)) for call in each.calls
+            ]
+            stage = OnnxStage(self.model, each, readings, replaced, kinds, self.provider, told)
             yield stage
             lacking += [stage.lacks] * bool(stage.lacks)
             for call in each.calls:
@@ -120,10 +109,10 @@ class OnnxPlan:
                 f"lacks a kernel on {self.provider}: {lacking[0]}"
             )
 
-    def set(self, layer: int, moments: Moments) -> str | None:
+    def set(self, layer: int, statistics: Statistics) -> str | None:
         node = next(call.node for call in self.calls if call.layer == layer)
         stored = []
-        for index, exact, role in ((3, moments.mean, "mean"), (4, moments.variance(), "variance")):
+        for index, exact, role in zip((3, 4), statistics, ("mean", "variance"), strict=True):
             value = node.inputs[index]
             assert value is not None
             dtype = self.constants.dtype(value)
@@ -137,6 +126,14 @@ class OnnxPlan:
         self.statistics[layer] = (stored[0], stored[1])
         return None
 
+    def write(self) -> ir.Model:
+        """The copy, with the statistics that were set."""
+        for call in self.calls:
+            if call.layer in self.frozen and call.layer in self.statistics:
+                _freeze(call.node, _opset(self.model))
+        _write(self.model, self)
+        return self.model
+
     def _is_fixed(self, value: ir.Value) -> bool:
         """Whether the value doesn't depend on the data; what the caller may override has its stored value here."""
         return value.is_initializer() or self.constants.is_constant(value)
@@ -149,9 +146,9 @@ class OnnxPlan:
         found: dict[Any, int] = {}
         for node in self.model.graph:
             for _, body in subgraphs(node):
-                for inner in filter(_is_batchnorm, all_nodes(body)):
+                for inner in filter(self._wanted, all_nodes(body)):
                     self._leave(inner, f"it is inside the body of {node.op_type} {name_of(node)}, which runs as a whole")
-        for node in filter(_is_batchnorm, self.model.graph):
+        for node in filter(self._wanted, self.model.graph):
             why = self._why_not(node)
             if why is not None:
                 self._leave(node, why)
@@ -160,20 +157,26 @@ class OnnxPlan:
             if key not in found:
                 found[key] = len(self.layers)
                 mean, variance = (np.ravel(self._value(node, index)) for index in (3, 4))
-                self.layers.append(Layer(name_of(node), mean, variance))
+                self.layers.append(Layer(name_of(node), mean.astype(np.float64), variance.astype(np.float64)))
+                if _in_training(node, _opset(self.model)):
+                    self.frozen.add(found[key])
+                    self.notes.append(f"{name_of(node)} was in training mode, and has statistics of its own now")
             source = node.inputs[0]
             assert source is not None
             self.calls.append(OnnxCall(node, source, found[key]))
+
+    def _wanted(self, node: ir.Node) -> bool:
+        return _is_batchnorm(node) and self._select(name_of(node))
 
     def _leave(self, node: ir.Node, why: str) -> None:
         self.notes.append(f"{name_of(node)} keeps its statistics: {why}")
 
     def _why_not(self, node: ir.Node) -> str | None:
-        opset = self.model.opset_imports.get("", self.model.opset_imports.get("ai.onnx", 1))
-        if attribute(node, "training_mode", 0) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-            return "it is in training mode: it normalises each batch by itself"
-        if opset < 7 and not attribute(node, "is_test", 0):
-            return "it is in training mode (is_test is 0): it normalises each batch by itself"
+        if _in_training(node, _opset(self.model)):
+            if not self._freeze:
+                return "it is in training mode: it normalises each batch by itself (--freeze gives it statistics of its own)"
+            if any(v.uses() for v in node.outputs[1:]):
+                return "it is in training mode, and the statistics of each batch are used elsewhere in the model"
         for index, role in ((3, "mean"), (4, "variance")):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None or not self.constants.is_constant(value):
@@ -208,6 +211,35 @@ class OnnxPlan:
 
 def _is_batchnorm(node: ir.Node) -> bool:
     return node.op_type == "BatchNormalization" and is_standard(node)
+
+
+def _in_training(node: ir.Node, opset: int) -> bool:
+    """Whether it normalises each batch by itself: by training_mode (from opset 14 on), is_test (to 6), or further outputs (7 to 13)."""
+    if opset < 7:
+        return not attribute(node, "is_test", 0)
+    return bool(attribute(node, "training_mode", 0)) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+
+
+def _freeze(node: ir.Node, opset: int) -> None:
+    """Out of training mode. An output of the model that was the running mean or variance of training is the one that is kept now."""
+    for name in ("training_mode", "is_test"):
+        node.attributes.pop(name, None)
+    if opset < 7:
+        node.attributes["is_test"] = ir.AttrInt64("is_test", 1)
+    graph = node.graph
+    assert graph is not None
+    for output, source in zip(node.outputs[1:3], node.inputs[3:5], strict=False):
+        if output.is_graph_output():
+            made = ir.Node("", "Identity", [source], name=f"{name_of(node)}:{output.name}")
+            made.outputs[0].name, output.name = output.name, None
+            made.outputs[0].type, made.outputs[0].shape = output.type, output.shape
+            graph.outputs[:] = [made.outputs[0] if each is output else each for each in graph.outputs]
+            graph.insert_after(node, made)
+    node.resize_outputs(1)
+
+
+def _opset(model: ir.Model) -> int:
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
 
 
 def _root(value: ir.Value | None) -> ir.Value | None:

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...moments import Moments, measure
-from ...recalibrate import Reading, Values
+from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
 from .run import resolve
@@ -27,19 +27,28 @@ LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copi
 # Types that ONNX Runtime's Python interface takes by their bits only.
 BITS: dict[int, np.dtype[Any]] = {TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 Replaced = Mapping[ir.Node, Mapping[int, npt.NDArray[Any]]]
+Told = Mapping[ir.Node, tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]
 
 
 class OnnxStage:
     """A session over the nodes of a `Cut` (none where there are no nodes: a BatchNorm right at the model's input).
 
     kinds: the type of each value, as ONNX's number, as far as it is known; what the stage makes is added. replaced: for some
-    BatchNormalization nodes, arrays that stand in for the parameters at some inputs. lacks: empty where ONNX Runtime runs the stage; where
+    BatchNormalization nodes, arrays that stand in for the parameters at some inputs. told: for those that are normalised with what `run`
+    is told, the place of the call and its stored mean and variance. lacks: empty where ONNX Runtime runs the stage; where
     it has no kernel for an operator in its type (float64 and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the
     stage then runs in the float64 oracle, which is slow, and its results are rounded to their own types.
     """
 
     def __init__(
-        self, model: ir.Model, cut: OnnxCut, readings: list[Reading], replaced: Replaced, kinds: dict[str, int], provider: str
+        self,
+        model: ir.Model,
+        cut: OnnxCut,
+        readings: list[Reading],
+        replaced: Replaced,
+        kinds: dict[str, int],
+        provider: str,
+        told: Told,
     ) -> None:
         self.readings = readings
         self.needs = [_name(value) for value in cut.reads]
@@ -47,11 +56,14 @@ class OnnxStage:
         self.lacks = ""
         self._run: Callable[[dict[str, npt.NDArray[Any]]], Values] = lambda _: {}
         self._takes: list[str] = []
+        self._told: dict[tuple[str | None, int], tuple[int, npt.NDArray[Any], npt.NDArray[Any]]] = {}
         if not cut.nodes:
             return
-        proto, lent = _proto(model, cut, replaced, kinds)
+        proto, lent = _proto(model, cut, replaced, kinds, told)
         self._instead = partial(_evaluator, proto, lent, kinds)
-        self._takes = [info.name for info in proto.graph.input]
+        self._told = {(node.outputs[0].name, index): told[node] for node in cut.nodes if node in told for index in (3, 4)}
+        of_calls = {_told_name(name, index) for name, index in self._told}
+        self._takes = [info.name for info in proto.graph.input if info.name not in of_calls]
         self.lacks = "" if _opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
         if not self.lacks:
             try:
@@ -68,8 +80,11 @@ class OnnxStage:
     def held(self, array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
         return array
 
-    def run(self, values: Values) -> Values:
+    def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
         feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
+        for (name, index), (call, *stored) in self._told.items():
+            fresh = own[call].mean if index == 3 else own[call].variance()
+            feeds[_told_name(name, index)] = fresh.astype(stored[index - 3].dtype).reshape(stored[index - 3].shape)
         try:
             return self._run(feeds)
         except BnfoldError:
@@ -163,9 +178,11 @@ def _evaluator(proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], kinds:
     return run
 
 
-def _proto(model: ir.Model, cut: OnnxCut, replaced: Replaced, kinds: dict[str, int]) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+def _proto(
+    model: ir.Model, cut: OnnxCut, replaced: Replaced, kinds: dict[str, int], told: Told
+) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
     """The stage as a model, and the large weights that go to the session beside it."""
-    nodes, leaves = _with_constants(cut, replaced)
+    nodes, leaves = _with_constants(cut, {**replaced, **{node: {3: mean, 4: variance} for node, (_, mean, variance) in told.items()}})
     graph = onnx.GraphProto(name="stage")
     names: set[str] = set()
     for node in nodes:
@@ -176,8 +193,13 @@ def _proto(model: ir.Model, cut: OnnxCut, replaced: Replaced, kinds: dict[str, i
         for index, array in replaced.get(node, {}).items():
             made.input[index] = f"{node.outputs[0].name}:measured:{index}"
             graph.initializer.append(_tensor(made.input[index], array))
+        if node in told:
+            for index, array in zip((3, 4), told[node][1:], strict=True):
+                name = made.input[index] = _told_name(node.outputs[0].name, index)
+                kinds[name] = ir.DataType.from_numpy(array.dtype).value
+                graph.input.append(onnx.helper.make_tensor_value_info(name, kinds[name], array.shape))
         if node.op_type == "BatchNormalization":
-            _normalise_only(node, made)
+            _as_it_runs(node, made, _opset(model), given=node in told or node in replaced)
         graph.node.append(made)
     taken = set(cut.reads)
     for value in cut.reads:
@@ -250,13 +272,25 @@ def _tensor(name: str, array: npt.NDArray[Any]) -> TensorProto:
     return TensorProto(name=name, data_type=kind.value, dims=list(array.shape), raw_data=array.tobytes())
 
 
-def _normalise_only(node: ir.Node, made: onnx.NodeProto) -> None:
-    """Opset 7 and 8: spatial = 0 with one parameter per channel is a known malformation, which means spatial = 1."""
+def _as_it_runs(node: ir.Node, made: onnx.NodeProto, opset: int, given: bool) -> None:
+    """given: whether it has its statistics from outside, and so is out of training mode here.
+
+    Opset 7 and 8: spatial = 0 with one parameter per channel is a known malformation, which means spatial = 1.
+    """
     mean = node.inputs[3].shape if node.inputs[3] is not None else None
-    if mean is not None and mean.rank() == 1:
-        kept = [a for a in made.attribute if a.name != "spatial"]
-        del made.attribute[:]
-        made.attribute.extend(kept)
+    drop = {"spatial"} if mean is not None and mean.rank() == 1 else set()
+    if given:
+        drop |= {"training_mode", "is_test"}
+        del made.output[1:]
+    kept = [a for a in made.attribute if a.name not in drop]
+    del made.attribute[:]
+    made.attribute.extend(kept)
+    if given and opset < 7:
+        made.attribute.append(onnx.helper.make_attribute("is_test", 1))
+
+
+def _told_name(name: str | None, index: int) -> str:
+    return f"{name}:told:{index}"
 
 
 def _kind(text: str, name: str) -> int:

@@ -7,10 +7,8 @@ num_batches_tracked and momentum, which matter to further training alone, stay a
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,97 +17,69 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from ...errors import NothingToDoError
-from ...feeds import check_feeds
+from ...methods import Statistics
 from ...moments import Moments
-from ...recalibrate import Layer, Progress, Reading
-from ...recalibrate import recalibrate as run_plan
-from ...report import RecalibrateReport
+from ...recalibrate import Layer, Reading
 from ...rounding import rounded
+from ...selection import Select, every
 from ...stages import Call, Operation, cut
 from .constants import Constants, as_float64
 from .lockstep_stage import Held, TorchStage, parts
 from .lower import Lowering
 from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
-from .run import device_of, precise
+from .run import device_of
 from .trace import NUMPY, Traced, duplicate, to_tensor, trace
 from .walk import arguments, frame, is_float, is_tensor, operator_name
 from .write_program import copy_program
 from .writing import without_writing
 
-if TYPE_CHECKING:
-    from ...data import Batch, InputSpec
-
 TINY = ("sym_size",)
 SMALLER = ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin")
 
-Feed = Callable[["Sequence[InputSpec]"], "Iterable[Batch]"]
-Statistics = tuple[str, str]  # the qualified names of a layer's mean and variance
+Names = tuple[str, str]  # the qualified names of a layer's mean and variance
 
 
-def recalibrate(
+def plan_of(
     model: nn.Module | ExportedProgram,
-    feed: Feed,
+    example: Any,
     *,
-    example: Any = None,
-    again: bool = False,
-    memory_budget: int = 1 << 30,
+    select: Select = every,
+    freeze: bool = False,
     device: str = "cpu",
-    progress: Progress | None = None,
-) -> tuple[nn.Module | ExportedProgram, RecalibrateReport]:
-    """A copy of the model with the exact pooled statistics of the data in every BatchNorm, and what changed.
+    one_size: bool = False,
+) -> TorchPlan:
+    """The model, cut into stages. example: how a module is called. one_size: it is read for samples of one size, which is quicker.
 
-    feed: gives the micro-batches by input name, of any size each, for a model with these inputs. example: how a module is called.
-    again: whether `feed` may be asked twice. Then the network is first read for samples of one size, which is quicker, and where some
-    have another, all starts afresh. memory_budget: bytes of activations held in memory. device: where it runs, "cpu" or "cuda".
-    Only running means and variances change. A BatchNorm without statistics of its own (track_running_stats=False) goes on normalising
-    each micro-batch by itself, with a note in the report, as does what else can't be measured.
+    select: whether a BatchNorm of this name is measured. freeze: those too that have no statistics (track_running_stats=False), which
+    get some. device: where it runs, "cpu" or "cuda". Only running means and variances change.
 
-    Raises NothingToDoError (no BatchNorm to measure), DataError (no data, or such that don't fit or that end in NaN), UnsupportedError
-    (a size that the data decide), DeviceError.
+    Raises NothingToDoError (no BatchNorm to measure), UnsupportedError (a size that the data decide), DeviceError.
     """
-    start = time.perf_counter()
-    for one_size in (True, False) if again and isinstance(model, nn.Module) else (False,):
-        traced = trace(model, example, evaluation=True, one_size=one_size)
-        plan = TorchPlan(traced, device_of(device))
-        try:
-            with precise():
-                report = run_plan(plan, _checked(feed, traced.specs, one_size), memory_budget=memory_budget, progress=progress)
-            break
-        except _OtherSizeError:
-            continue
-    return plan.write(model), dataclasses.replace(report, seconds=time.perf_counter() - start)
-
-
-class _OtherSizeError(Exception):
-    """A micro-batch of another size than the network was read for."""
-
-
-def _checked(feed: Feed, specs: Sequence[InputSpec], one_size: bool) -> Iterator[Batch]:
-    """The micro-batches; with one_size, axes behind the first may differ from the example's, but not go through."""
-    open_axes = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs]
-    for batch in feed(open_axes if one_size else specs):
-        if one_size and any(batch[spec.name].shape[1:] != spec.shape[1:] for spec in specs):
-            raise _OtherSizeError
-        check_feeds(batch, specs)
-        yield batch
+    traced = trace(model, example, evaluation=True, one_size=one_size)
+    return TorchPlan(traced, device_of(device), select, freeze)
 
 
 class TorchPlan:
     """A model cut into stages (see `bnfold.recalibrate.Plan`). The model isn't touched."""
 
-    def __init__(self, traced: Traced, device: torch.device) -> None:
+    def __init__(self, traced: Traced, device: torch.device, select: Select = every, freeze: bool = False) -> None:
         self.device = device
+        self.specs = traced.specs
+        self._model = traced.model
+        self._select, self._freeze = select, freeze
         self.program = without_writing(traced.program)
         self.constants = Constants(self.program)
         self.held = Held(self.program, self.constants, device)
         self.notes: list[str] = []
         self.layers: list[Layer] = []
-        self._names: list[Statistics] = []
+        self._names: list[Names] = []
+        self._stands_in: dict[int, Moments] = {}  # by call: statistics for which the program has no place
+        self.frozen: set[int] = set()  # layers that came without statistics
         self._calls: list[Call[Op, Op]] = []
         self._find(traced)
         if not self._calls:
-            why = "; ".join(self.notes) or "the model holds no BatchNorm"
+            why = "; ".join(self.notes) or ("the model holds no BatchNorm" if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
         self._cuts, dependent = cut(self._operations(), self._calls)
         for layer in sorted(dependent):
@@ -143,22 +113,29 @@ class TorchPlan:
     def _find(self, traced: Traced) -> None:
         chains = frozen_chains(Lowering(Traced(traced.model, self.program)))
         first = {chain[0]: chain for chain in chains}
-        found: dict[Statistics, int] = {}
+        found: dict[Names, int] = {}
         for op in self.program.graph.nodes:
             if op in first:
                 owner = frame(op)
                 key = (f"{owner}.running_mean".lstrip("."), f"{owner}.running_var".lstrip("."))
                 source = next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
+                if not self._select(owner or op.name):
+                    continue
             elif operator_name(op) in BATCHNORMS and not self.constants.is_constant(op):
                 given = arguments(op)
+                if not self._select(frame(op) or op.name):
+                    continue
                 stored = [self.constants.stored(given.get(name)) for name in ("running_mean", "running_var")]
                 why = self._why_not(op, given, stored)
                 if why is not None:
                     self.notes.append(f"{frame(op) or op.name} keeps its statistics: {why}")
                     continue
-                assert stored[0] is not None
-                assert stored[1] is not None
-                key, source = (stored[0].target, stored[1].target), given["input"]
+                if stored[0] is None or stored[1] is None:
+                    owner = frame(op)
+                    key = (f"{owner}.running_mean", f"{owner}.running_var")
+                else:
+                    key = (stored[0].target, stored[1].target)
+                source = given["input"]
             else:
                 continue
             if self._is_fixed(source):
@@ -166,15 +143,31 @@ class TorchPlan:
                 continue
             if key not in found:
                 found[key] = len(self.layers)
-                mean, variance = (as_float64(self.held.stored(name)) for name in key)
-                self.layers.append(Layer(key[0].rpartition(".")[0] or op.name, mean, variance))
+                self.layers.append(self._layer(op, key, len(self.layers)))
                 self._names.append(key)
             self._calls.append(Call(op, source, found[key]))
 
-    @staticmethod
-    def _why_not(op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
+    def _layer(self, op: Op, key: Names, place: int) -> Layer:
+        name = key[0].rpartition(".")[0] or op.name
+        if not self._is_stored(key[0]):
+            self.frozen.add(place)
+            self.notes.append(f"{name} had no statistics: it normalised each batch by itself")
+            channels = int(op.meta["val"].shape[1])
+            return Layer(name, np.zeros(channels), np.ones(channels))
+        mean, variance = (as_float64(self.held.stored(each)) for each in key)
+        return Layer(name, mean, variance)
+
+    def _is_stored(self, name: str) -> bool:
+        return name in self.program.state_dict or name in self.program.constants
+
+    def _why_not(self, op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
         if given.get("running_mean") is None:
-            return "it has none (track_running_stats=False): it normalises each batch by itself"
+            if not self._freeze:
+                return "it has none (track_running_stats=False): it normalises each batch by itself (--freeze gives it some)"
+            module = None if isinstance(self._model, ExportedProgram) else dict(self._model.named_modules()).get(frame(op))
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                return "it has none, and there is no module here that could keep them"
+            return None
         if given.get("training", given.get("train", False)):
             return "it is in training mode: it normalises each batch by itself"
         if None in stored:
@@ -192,16 +185,21 @@ class TorchPlan:
     def stage_count(self) -> int:
         return len(self._cuts)
 
-    def stages(self) -> Iterator[TorchStage]:
+    def stages(self, own: bool = False) -> Iterator[TorchStage]:
+        place = {call.node: i for i, call in enumerate(self._calls)}
+        normalises = {i: (call.node, call.layer) for i, call in enumerate(self._calls)}
         for number, each in enumerate(self._cuts):
-            readings = [Reading(call.source.name, call.layer) for call in each.calls]
+            readings = [Reading(call.source.name, call.layer, place[call.node]) for call in each.calls]
+            calls = {i: found for i, found in normalises.items() if found[0] in each.nodes} if own or self.frozen else {}
             last = number == len(self._cuts) - 1
-            yield TorchStage(self.program, self.held, each, readings, first=number == 0, last=last)
+            stage = TorchStage(self.program, self.held, each, readings, calls, self._names, first=number == 0, last=last)
+            stage.stands_in = self._stands_in
+            yield stage
 
-    def set(self, layer: int, moments: Moments) -> str | None:
+    def set(self, layer: int, statistics: Statistics) -> str | None:
         made = {}
-        for name, exact, role in zip(self._names[layer], (moments.mean, moments.variance()), ("mean", "variance"), strict=True):
-            old = self.held.stored(name)
+        for name, exact, role in zip(self._names[layer], statistics, ("mean", "variance"), strict=True):
+            old = self.held.stored(name) if self._is_stored(name) else torch.empty(exact.shape, dtype=self._dtype(layer))
             with np.errstate(over="ignore"):
                 array = rounded(exact, NUMPY[old.dtype]).reshape(tuple(old.shape))
             if not np.isfinite(array.astype(np.float64)).all():
@@ -210,27 +208,53 @@ class TorchPlan:
                 return f"its new {role} of channel {channel} is {exact[channel]:.3g}, more than {array.dtype} can hold"
             made[name] = to_tensor(array)
         self._new |= made
+        if layer in self.frozen:
+            mean, variance = (as_float64(tensor) for tensor in made.values())
+            stored = Moments(1, mean, variance, 1, 0.0, np.zeros((5, mean.size)))  # of one element, M2 is the variance
+            self._stands_in |= {i: stored for i, call in enumerate(self._calls) if call.layer == layer}
+            return None
         for name, tensor in made.items():
             self.held.replace(name, tensor)
         return None
 
+    def _dtype(self, layer: int) -> torch.dtype:
+        """The type of a layer's parameters, or that of what it normalises; half precision normalises with float32 statistics."""
+        op = next(call.node for call in self._calls if call.layer == layer)
+        weight = arguments(op).get("weight")
+        found: torch.dtype = (op if weight is None else weight).meta["val"].dtype
+        return found
+
     def _forget(self, layer: int) -> None:
         for name in self._names[layer]:
             self._new.pop(name, None)
-            self.held.restore(name)
+            if self._is_stored(name):
+                self.held.restore(name)
 
-    def write(self, model: nn.Module | ExportedProgram) -> nn.Module | ExportedProgram:
+    def write(self) -> nn.Module | ExportedProgram:
         """A copy of the model with the statistics that were set."""
-        if isinstance(model, ExportedProgram):
-            program = copy_program(model)
+        if isinstance(self._model, ExportedProgram):
+            program = copy_program(self._model)
             for name, tensor in self._new.items():
                 holder = program.state_dict if name in program.state_dict else program.constants
                 holder[name] = tensor.to(holder[name].device)
             return program
-        module = duplicate(model)
+        module = duplicate(self._model)
         with torch.no_grad():
             for name, tensor in self._new.items():
-                owner, _, attribute = name.rpartition(".")
-                buffer = getattr(module.get_submodule(owner), attribute)
-                buffer.copy_(tensor.reshape(buffer.shape))
+                path, _, attribute = name.rpartition(".")
+                owner = module.get_submodule(path)
+                buffer = getattr(owner, attribute)
+                if buffer is None:
+                    _give(owner, attribute, tensor)
+                else:
+                    buffer.copy_(tensor.reshape(buffer.shape))
         return module
+
+
+def _give(norm: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
+    """Statistics to a BatchNorm that had none, which it normalises with from now on."""
+    device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+    norm.register_buffer(attribute, tensor.to(device))
+    if getattr(norm, "num_batches_tracked", None) is None:
+        norm.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+    norm.track_running_stats = True  # type: ignore[assignment]

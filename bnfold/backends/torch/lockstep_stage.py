@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch.fx import Node as Op
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...moments import Moments
-from ...recalibrate import Reading, Values
+from ...recalibrate import NOTHING, Reading, Values
 from ...stages import Cut
 from .constants import Constants
 from .moments import Meter
+from .ops import BATCHNORMS
 from .trace import to_numpy, to_tensor
-from .walk import is_tensor, operator_name, viewed
+from .walk import arguments, is_tensor, operator_name, viewed
 
 # Operators with a form that writes into its input, for an input that nobody else reads.
 IN_PLACE: dict[Any, Any] = {
@@ -104,6 +105,22 @@ def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
     return lambda value: run(*[given(each, value) for each in args], **{name: given(each, value) for name, each in kwargs.items()})
 
 
+def normalising(op: Op, held: Held, moments: Moments) -> Callable[[Value], Any]:
+    """What runs a BatchNorm with given statistics, out of training mode. Gives what the operator gives, as far as anyone reads it."""
+    given = arguments(op)
+    epsilon = float(given.get("eps", given.get("epsilon", 1e-5)))
+
+    def run(value: Value) -> Any:
+        x = value(given["input"])
+        scale, shift = (None if given.get(name) is None else value(given[name]) for name in ("weight", "bias"))
+        kind = scale.dtype if scale is not None else torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        mean, variance = (torch.from_numpy(each).to(x.device, kind) for each in (moments.mean, moments.variance()))
+        out = torch.batch_norm(x, scale, shift, mean, variance, False, 0.0, epsilon, False)
+        return out if is_tensor(op) else (out, mean, (variance + epsilon).rsqrt())
+
+    return run
+
+
 @contextmanager
 def enough_memory(device: torch.device) -> Iterator[None]:
     try:
@@ -115,11 +132,25 @@ def enough_memory(device: torch.device) -> Iterator[None]:
 class TorchStage:
     """The operators of a `Cut`. With the values that wait between stages wait the sizes of the micro-batch.
 
-    first, last: its place among the stages.
+    first, last: its place among the stages. calls: those that run here and may be normalised with what `run` or `stands_in` tells, and
+    their layers; names: of each layer's mean and variance, for those that are no operator (see `ops_affine.frozen_chains`).
     """
 
-    def __init__(self, program: ExportedProgram, held: Held, cut: Cut[Op, Op], readings: list[Reading], *, first: bool, last: bool) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        held: Held,
+        cut: Cut[Op, Op],
+        readings: list[Reading],
+        calls: dict[int, tuple[Op, int]],
+        names: Sequence[tuple[str, str]],
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
         self.readings = readings
+        self._calls, self._names = calls, names
+        self.stands_in: Mapping[int, Moments] = NOTHING
         self.needs = [op.name for op in cut.reads]
         self.keeps = dict.fromkeys(op.name for op in cut.keeps)
         self._held, self._cut, self._first = held, cut, first
@@ -147,11 +178,29 @@ class TorchStage:
             if target in inside and target not in makes and list(target.users) == [op] and _alike(op, target):
                 self._in_place.add(op)
 
-    def run(self, values: Values) -> Values:
+    def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
         with enough_memory(self._held.device):
-            return self._run(values)
+            return self._run(values, self._told({**self.stands_in, **own}))
 
-    def _run(self, values: Values) -> Values:
+    def _told(self, own: Mapping[int, Moments]) -> dict[Op, Callable[[Value], Any]]:
+        """What runs in the place of calls that are normalised with given moments; chains read theirs where their layer's are held."""
+        steps = {}
+        chains: dict[int, Moments] = {}
+        for i, (op, layer) in self._calls.items():
+            if i not in own:
+                continue
+            if operator_name(op) in BATCHNORMS:
+                steps[op] = normalising(op, self._held, own[i])
+            else:  # several calls of one in a micro-batch are pooled
+                chains[layer] = chains[layer] + own[i] if layer in chains else own[i]
+        for layer, moments in chains.items():
+            for name, exact in zip(self._names[layer], (moments.mean, moments.variance()), strict=True):
+                old = self._held.stored(name)
+                self._held.replace(name, torch.from_numpy(exact).to(old.dtype).reshape(old.shape))
+            self._steps = []
+        return steps
+
+    def _run(self, values: Values, told: Mapping[Op, Callable[[Value], Any]]) -> Values:
         env: dict[Op, Any] = {}
         device = self._held.device
         for op in self._cut.reads:
@@ -173,7 +222,7 @@ class TorchStage:
             self._steps = [(op, prepared(op, self._held, in_place.get(op)), self._drops.get(op, [])) for op in self._nodes]
         for op, step, drops in self._steps:
             try:
-                env[op] = step(value)
+                env[op] = told.get(op, step)(value)
             except (BnfoldError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # operators raise what they like
