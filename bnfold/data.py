@@ -407,17 +407,21 @@ def open_data(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     shard: tuple[int, int] = (0, 1),
     max_bad: int | str = MAX_BAD,
+    column: str | None = None,
 ) -> Data:
     """The command line's DATA.
 
-    spec: a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION (any
-    form of `as_batches`, made anew for each pass), or `random`. samples: at most so many, the first ones, but a random choice by `seed` in
-    a folder of images. images: how a folder of images is prepared. input_shapes: whole shapes by input name, where the model's are dynamic.
-    shard, max_bad: see `Data`.
+    spec: a .npy, .npz, .safetensors, .pt or .pth file; tar shards or Parquet files, by a pattern or as a folder; a folder of images, of
+    .npy files or of `datasets`' save_to_disk; FILE.py:FUNCTION or MODULE:FUNCTION (any form of `as_batches`, made anew for each pass); or
+    `random`. samples: at most so many, the first ones, but a random choice by `seed` in a folder of images or of save_to_disk. images: how
+    images are prepared. input_shapes: whole shapes by input name, where the model's are dynamic. shard, max_bad: see `Data`. column: the
+    one of a table that goes into the model, where several could.
     """
     from .sources import open_source
 
-    source = open_source(spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes)
+    source = open_source(
+        spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column
+    )
     return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
 
 

@@ -280,6 +280,11 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     return made, notes
 
 
+def has_images(folder: Path) -> bool:
+    """Whether there is an image below a folder."""
+    return any(p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
 def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
     """The images below a folder in sorted order; their labels, the places of their sub-folders in sorted order; notes."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)))
@@ -292,6 +297,17 @@ def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
         return paths, None, [f"{folder}: some images lie outside its sub-folders, so there are no labels"]
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _hidden(Path(p.name)))
     return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), []
+
+
+def shaped(spec: InputSpec, input_shapes: Mapping[str, Sequence[int]] | None) -> InputSpec:
+    """The input with the sizes that are asked for in place of open axes."""
+    shape = (input_shapes or {}).get(spec.name)
+    if not shape:
+        return spec
+    if len(shape) != len(spec.shape):
+        raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
+    axes = (n if isinstance(n, int) else m for n, m in zip(spec.shape[1:], shape[1:], strict=True))
+    return InputSpec(spec.name, spec.dtype, (spec.shape[0], *axes))
 
 
 def _hidden(path: Path) -> bool:
@@ -313,11 +329,7 @@ def folder_source(
             f"{folder}: images serve a model with one input, and this one has {len(inputs)}; give an .npz file or FILE.py:FUNCTION"
         )
     spec = inputs[0]
-    if shape := (input_shapes or {}).get(spec.name):
-        if len(shape) != len(spec.shape):
-            raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
-        axes = (n if isinstance(n, int) else m for n, m in zip(spec.shape[1:], shape[1:], strict=True))
-        spec = InputSpec(spec.name, spec.dtype, (spec.shape[0], *axes))
+    spec = shaped(spec, input_shapes)
     paths, labels, notes = find_images(folder)
     pipeline, assumed = resolve(spec, options)
     total = len(paths)
