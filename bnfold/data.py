@@ -6,6 +6,7 @@ An input whose first axis is fixed while another input's is dynamic, and one wit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .ahead import in_pool, read_ahead
+from .bad import MAX_BAD, Bad, BadSample, CorruptError
 from .errors import DataError, UsageError
 from .values import check_type, convert, shape_text
 
@@ -40,21 +43,36 @@ class InputSpec:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some samples as they were found. where: what an error calls them. single: they were one sample without a sample axis."""
+    """Some samples as they were found. where: what an error calls them. single: they were one sample without a sample axis.
+
+    make: what makes the arrays of one sample, in place of `arrays`, where that is work to be done only when they are needed.
+    """
 
     arrays: Batch
     labels: Array | None
     where: str
     single: bool = False
+    make: Callable[[], Batch] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some samples of a batch. place: that of the first of them in the data. count: how many they are."""
+
+    chunk: Chunk
+    place: int
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """Chunks, opened anew for every pass.
 
-    total, labels: the number of samples and their labels where these are known without a pass.
+    total, labels: the number of samples and their labels where these are known without a pass. count: what finds out the number without
+    a pass, where that is some work.
     keep: the chunks are batches of the user's own making, kept whole unless another size is asked for.
-    again: a second pass is possible. pictures: the chunks are made from image files.
+    again: a second pass is possible. pictures: the chunks are images, one each, decoded when they are needed (`Chunk.make`).
+    ahead: reading takes time, so it is done in the background.
     """
 
     open: Callable[[], Iterator[Chunk]]
@@ -65,22 +83,41 @@ class Source:
     keep: bool = False
     again: bool = True
     pictures: bool = False
+    ahead: bool = True
+    count: Callable[[], int] | None = None
 
 
 class Data:
     """Batches by input name, as often as they are asked for.
 
     description: where the data come from, in a line. notes: what the user should know about them.
-    samples, labels: how many samples a pass feeds, and their classes (integers, one for each). Arrays and images know both at once. Of
-    iterables, functions and folders of arrays `samples` is None until a pass is complete; asking for `labels` makes that pass where the
-    first batch has some, but of a generator, which can be read only once, they are None until it has been read. A pass may add a note.
+    samples, labels: how many samples a pass goes through, and their classes (integers, one for each). Arrays and images know both at once.
+    Of iterables, functions, folders of arrays and tables `samples` is None until a pass is complete; asking for `labels` makes that pass
+    where the first batch has some, but of a generator, which can be read only once, they are None until it has been read. A pass may add a
+    note.
+    bad: the images that couldn't be decoded, as far as they were read. They count among samples and labels, and their batches are smaller
+    for them; so labels go with samples by `labelled` alone. max_bad: how many are allowed, a number or a percentage of all.
+    shard: (i, n) leaves batches i, i + n, i + 2n, ... of those that are cut without it, and makes no other; samples, labels and limits are
+    those of the whole. Where there are fewer than n batches, some shards are empty.
+    What takes time to read is read in a background thread, two batches ahead; a generator of the user's is read only as it is asked for.
     Raises DataError, when opened or when iterated, for data that don't fit; UsageError for a batch size or a count below 1.
     """
 
-    def __init__(self, source: Source, inputs: Sequence[InputSpec], *, batch_size: int | None = None, samples: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        inputs: Sequence[InputSpec],
+        *,
+        batch_size: int | None = None,
+        samples: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        max_bad: int | str = MAX_BAD,
+    ) -> None:
         for option, value in (("batch size", batch_size), ("number of samples", samples)):
             if value is not None and value < 1:
                 raise UsageError(f"the {option} is {value}; it must be 1 or more")
+        if not 0 <= shard[0] < shard[1]:
+            raise UsageError(f"the shard is {shard[0]} of {shard[1]}; it must be one of 0 to n - 1, of n")
         if not inputs:
             raise DataError("the model has no inputs, so it can't be fed data")
         self._source, self._inputs, self._asked, self._limit = source, tuple(inputs), batch_size, samples
@@ -91,8 +128,12 @@ class Data:
         self._keep = source.keep and batch_size is None and self._fixed is None
         self._size = self._fixed or batch_size or BATCH_SIZE
         self.description = source.description
-        self.notes: list[str] = []
+        self.shard = shard
+        self._bad = Bad(max_bad)
+        self._notes: list[str] = []
         self._labels: Array | None = None
+        self._passed = False
+        self._counted: int | None = source.total
         self.samples: int | None = None
         for text in source.notes:
             self._note(text)
@@ -107,62 +148,140 @@ class Data:
         return self._source.again
 
     @property
+    def notes(self) -> list[str]:
+        return [*self._notes, *self._bad.notes]
+
+    @property
+    def bad(self) -> list[BadSample]:
+        return self._bad.samples
+
+    @property
     def labels(self) -> Array | None:
-        if self._labels is None and self.samples is None and self._source.again:
+        if self._labels is None and not self._passed and self._source.again:
             first = next(iter(self._source.open()), None)
             if first is not None and first.labels is not None:
-                for _ in self:
+                for _ in self._plan(make=False):
                     pass
         return self._labels
 
+    def sharded(self, index: int, count: int) -> Data:
+        """The same data as process `index` of `count` reads them."""
+        return self._like(self._inputs, self._asked, self._limit, (index, count))
+
+    def _like(self, inputs: Sequence[InputSpec], batch_size: int | None, samples: int | None, shard: tuple[int, int]) -> Data:
+        return Data(self._source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=self._bad.limit)
+
     def __iter__(self) -> Iterator[Batch]:
-        fed, labels, bare = 0, [], False
-        for batch, found, count in self._cut():
-            fed += count
-            bare = bare or found is None
-            if found is not None:
-                labels.append(found)
+        for batch, _ in self.labelled():
             yield batch
-        if bare and labels:
-            raise DataError(f"{self.description}: some batches have labels and some have none; give them to all or to none")
+
+    def labelled(self) -> Iterator[tuple[Batch, Array | None]]:
+        """Every batch with its labels, one for each of its samples, or None."""
+        batches = self._batches()
+        yield from read_ahead(batches) if self._source.ahead and self._source.again else batches
+
+    def _batches(self) -> Iterator[tuple[Batch, Array | None]]:
+        """The shard's batches."""
+        plan = ((number, parts) for number, parts in self._plan() if self._mine(number))
+        if not self._source.pictures:
+            for _, parts in plan:
+                yield self._batch([part.chunk for part in parts])
+            return
+        empty = True
+        pieces = ((number, part) for number, parts in plan for part in parts)
+        for _, group in itertools.groupby(in_pool(pieces, lambda piece: self._made(piece[1])), lambda made: made[0][0]):
+            chunks = []
+            for (_, part), found in group:
+                if isinstance(found, CorruptError):
+                    self._bad.add(part.place, found, self._total())
+                elif found is not None:
+                    chunks.append(found)
+            if chunks and self._fixed not in (None, len(chunks)):
+                self._note(f"a batch that holds a bad image is left out whole, as the model takes batches of {self._fixed} only")
+            elif chunks:
+                empty = False
+                yield self._batch(chunks)
+        if empty and len(self._bad) and self.shard == (0, 1):
+            raise DataError(f"{self.description}: no batch is left without the images that can't be decoded; replace them")
+
+    def _mine(self, number: int) -> bool:
+        return number % self.shard[1] == self.shard[0]
+
+    def _total(self) -> int:
+        """The number of samples that a pass goes through, by counting where it isn't known."""
+        if self._counted is None:
+            assert self._source.count is not None
+            self._counted = self._source.count()
+        return self._counted if self._limit is None else min(self._counted, self._limit)
+
+    def _made(self, part: Part) -> Chunk | CorruptError | None:
+        """An image, decoded; what is wrong with it; or None where that is known from another pass."""
+        if part.place in self._bad:
+            return None
+        assert part.chunk.make is not None
+        try:
+            arrays = part.chunk.make()
+        except CorruptError as error:
+            return error
+        chunk, _ = self._fit(replace(part.chunk, arrays=arrays, make=None))
+        return self._part(chunk, 0, 1)
+
+    def _plan(self, *, make: bool = True) -> Iterator[tuple[int, list[Part]]]:
+        """Every batch of the whole, by its number: the size asked for, but a chunk of another shape than the last one's starts a new batch.
+
+        The samples of the shard's own are cut out and converted (unless `make` is False); of other batches only the labels are to be used.
+        At the end of a pass it is known how many samples there are.
+        """
+        held: list[Part] = []
+        seen = number = fed = 0
+        labels: list[Array] = []
+        bare: bool | None = None
+
+        def cut() -> tuple[int, list[Part]]:
+            nonlocal held, number, fed
+            done, held, number = (number, held), [], number + 1
+            fed += sum(part.count for part in done[1])
+            labels.extend(part.chunk.labels for part in done[1] if part.chunk.labels is not None)
+            return done
+
+        for found in self._source.open():
+            chunk, count = self._fit(found)
+            if bare not in (None, chunk.labels is None):
+                raise DataError(f"{self.description}: some batches have labels and some have none; give them to all or to none")
+            bare = chunk.labels is None
+            whole = self._keep and not chunk.single
+            size = count if whole or not self._batched else self._size
+            apart = bool(held) and not self._together(held[-1].chunk, chunk)
+            if held and (whole or apart) and self._fixed is None:
+                yield cut()
+            elif apart:
+                raise DataError(f"{chunk.where}: a batch of {self._fixed} can't hold samples of different shapes or types; make them alike")
+            start = 0
+            while start < count and seen != self._limit:
+                stop = min(count, start + size - sum(part.count for part in held))
+                stop = stop if self._limit is None else min(stop, start + self._limit - seen)
+                if chunk.make is None and make and self._mine(number):
+                    piece = self._part(chunk, start, stop)
+                else:
+                    piece = replace(chunk, labels=None if chunk.labels is None else chunk.labels[start:stop])
+                held.append(Part(piece, seen, stop - start))
+                seen, start = seen + stop - start, stop
+                if sum(part.count for part in held) == size:
+                    yield cut()
+            if seen == self._limit:
+                break
+        if held and self._fixed is None:
+            yield cut()
+        if self._source.total is None:
+            self._settle(seen, seen)
         if self.samples is not None and fed != self.samples:
             raise DataError(
                 f"{self.description}: this pass gave {fed} samples, another {self.samples}; "
                 "every pass must give the same (return a new iterator each time)"
             )
-        if self.samples is None:
-            self.samples = fed
+        self.samples, self._passed = fed, True
         if labels:
             self._labels = _join(labels, f"the labels of {self.description}")
-
-    def _cut(self) -> Iterator[tuple[Batch, Array | None, int]]:
-        """Batches of the size asked for; a chunk of another shape than the last one's starts a new batch."""
-        held: list[Chunk] = []
-        seen = 0
-        for found in self._source.open():
-            chunk, count = self._fit(found)
-            whole = self._keep and not chunk.single
-            size = count if whole or not self._batched else self._size
-            if held and (whole or not self._together(held[-1], chunk)) and self._fixed is None:
-                yield self._batch(held)
-                held = []
-            elif held and not self._together(held[-1], chunk):
-                raise DataError(f"{chunk.where}: a batch of {self._fixed} can't hold samples of different shapes or types; make them alike")
-            start = 0
-            while start < count and seen != self._limit:
-                stop = min(count, start + size - sum(map(self._count, held)))
-                stop = stop if self._limit is None else min(stop, start + self._limit - seen)
-                held.append(self._part(chunk, start, stop))
-                seen, start = seen + stop - start, stop
-                if sum(map(self._count, held)) == size:
-                    yield self._batch(held)
-                    held = []
-            if seen == self._limit:
-                break
-        if held and self._fixed is None:
-            yield self._batch(held)
-        if self._source.total is None:
-            self._settle(seen, seen)
 
     def _settle(self, wanted: int, total: int) -> None:
         """What a pass feeds of `wanted` samples; the notes about the rest."""
@@ -186,7 +305,7 @@ class Data:
     def _fit(self, chunk: Chunk) -> tuple[Chunk, int]:
         """The chunk with a sample axis on everything, and its number of samples; DataError unless names, types, shapes and counts fit."""
         arrays, single, counts = {}, chunk.single, {}
-        for spec in self._inputs:
+        for spec in self._inputs if chunk.make is None else ():
             given = arrays[spec.name] = chunk.arrays[spec.name]
             check_type(given.dtype, spec, chunk.where)
             if spec.name in self._batched and given.ndim == len(spec.shape) - 1:
@@ -221,52 +340,60 @@ class Data:
         arrays = {}
         for spec in self._inputs:
             array = chunk.arrays[spec.name]
-            arrays[spec.name] = convert(array[start:stop] if spec.name in self._batched else array, spec, chunk.where, start)
+            made = convert(array[start:stop] if spec.name in self._batched else array, spec, chunk.where, start)
+            reused = self._source.keep and np.may_share_memory(made, array)  # a loader may use its buffer again
+            arrays[spec.name] = made.copy() if reused and self._source.ahead else made
         return replace(chunk, arrays=arrays, labels=None if chunk.labels is None else chunk.labels[start:stop])
-
-    def _count(self, chunk: Chunk) -> int:
-        return next((len(chunk.arrays[name]) for name in self._batched), 1)
 
     def _together(self, a: Chunk, b: Chunk) -> bool:
         """Whether one batch can hold both."""
-        for spec in self._inputs:
+        for spec in self._inputs if a.make is None and b.make is None else ():
             x, y = a.arrays[spec.name], b.arrays[spec.name]
             if x.shape[1:] != y.shape[1:] if spec.name in self._batched else not np.array_equal(x, y):
                 return False
-        return (a.labels is None) == (b.labels is None)
+        return True
 
-    def _batch(self, parts: list[Chunk]) -> tuple[Batch, Array | None, int]:
+    def _batch(self, parts: list[Chunk]) -> tuple[Batch, Array | None]:
         where = parts[0].where
         batch = {
             spec.name: _join([p.arrays[spec.name] for p in parts], where) if spec.name in self._batched else parts[0].arrays[spec.name]
             for spec in self._inputs
         }
         labels = [p.labels for p in parts if p.labels is not None]
-        return batch, _join(labels, where) if labels else None, sum(map(self._count, parts))
+        return batch, _join(labels, where) if labels else None
 
     def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
+        if text not in self._notes:
+            self._notes.append(text)
 
 
-def as_batches(obj: Any, inputs: Sequence[InputSpec], *, batch_size: int | None = None, samples: int | None = None) -> Data:
+def as_batches(
+    obj: Any,
+    inputs: Sequence[InputSpec],
+    *,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Data:
     """Data from what a library's user has at hand.
 
     obj: an array or tensor of samples; a mapping or tuple of such (a tuple in the inputs' order, its labels last); an iterable of
     batches, each of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them,
     called for each pass.
     An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
-    model takes one only. A generator can be iterated once.
+    model takes one only. A generator can be iterated once. shard: (i, n), see `Data`.
     """
     if isinstance(obj, Data):
-        return Data(obj._source, inputs, batch_size=batch_size or obj._asked, samples=samples or obj._limit)
+        made = obj._like(inputs, batch_size or obj._asked, samples or obj._limit, shard or obj.shard)
+        made._bad = obj._bad  # what is found is known to both
+        return made
     if isinstance(obj, (str, bytes)) or not (
         _holds_samples(obj, inputs) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
     ):
         raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
     name = f"the {type(obj).__name__} given"
     source = from_object(obj, inputs, name) if _holds_samples(obj, inputs) else from_stream(obj, inputs, name)
-    return Data(source, inputs, batch_size=batch_size, samples=samples)
+    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard or (0, 1))
 
 
 def open_data(
@@ -278,17 +405,24 @@ def open_data(
     seed: int = 0,
     images: ImageOptions | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    max_bad: int | str = MAX_BAD,
+    column: str | None = None,
 ) -> Data:
     """The command line's DATA.
 
-    spec: a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION (any
-    form of `as_batches`, made anew for each pass), or `random`. samples: at most so many, the first ones, but a random choice by `seed` in
-    a folder of images. images: how a folder of images is prepared. input_shapes: whole shapes by input name, where the model's are dynamic.
+    spec: a .npy, .npz, .safetensors, .pt or .pth file; tar shards or Parquet files, by a pattern or as a folder; a folder of images, of
+    .npy files or of `datasets`' save_to_disk; FILE.py:FUNCTION or MODULE:FUNCTION (any form of `as_batches`, made anew for each pass); or
+    `random`. samples: at most so many, the first ones, but a random choice by `seed` in a folder of images or of save_to_disk. images: how
+    images are prepared. input_shapes: whole shapes by input name, where the model's are dynamic. shard, max_bad: see `Data`. column: the
+    one of a table that goes into the model, where several could.
     """
     from .sources import open_source
 
-    source = open_source(spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes)
-    return Data(source, inputs, batch_size=batch_size, samples=samples)
+    source = open_source(
+        spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column
+    )
+    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
 
 
 def from_object(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
@@ -296,7 +430,7 @@ def from_object(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
     chunk, notes = _chunk(obj, inputs, where)
     data = Data(Source(lambda: iter(()), where), inputs)
     fitted, total = data._fit(chunk)  # what can't fit is refused at once
-    return Source(lambda: iter((fitted,)), where, (*notes, *data.notes), total, fitted.labels)
+    return Source(lambda: iter((fitted,)), where, (*notes, *data.notes), total, fitted.labels, ahead=False)
 
 
 def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
@@ -320,7 +454,7 @@ def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
         for number, item in enumerate(items, 1):
             yield _chunk(item, inputs, f"batch {number} of {where}")[0]
 
-    return Source(chunks, where, keep=True, again=not isinstance(obj, Iterator))
+    return Source(chunks, where, keep=True, again=not isinstance(obj, Iterator), ahead=not isinstance(obj, (list, tuple)))
 
 
 def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str) -> tuple[Chunk, list[str]]:

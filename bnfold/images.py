@@ -6,18 +6,19 @@ turn upright by EXIF, convert to the model's channels, resize, crop the centre, 
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import Array, Chunk, InputSpec, Source
+from .bad import CorruptError
+from .data import Array, Batch, Chunk, InputSpec, Source
 from .errors import DataError, UsageError
 from .values import is_float, shape_text
 
@@ -29,7 +30,6 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CROP_PCT = 0.875
 SIZE = 224
-WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -151,25 +151,27 @@ class Pipeline:
     channels_last: bool
     bgr: bool
 
-    def __call__(self, path: Path) -> Array:
-        """(C, H, W), or (H, W, C) with channels last. DataError for a file that can't be decoded."""
-        from PIL import Image, ImageOps
+    def __call__(self, content: Path | bytes, where: str | None = None) -> Array:
+        """(C, H, W), or (H, W, C) with channels last, of a file or its bytes. CorruptError where these can't be decoded."""
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
+        name = where or str(content)
         try:
-            with Image.open(path) as file:
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
                 if file.mode.startswith(("I", "F")):
                     raise DataError(
-                        f"{path}: the image has more than 8 bits per channel; save it with 8, or prepare it with FILE.py:FUNCTION"
+                        f"{name}: the image has more than 8 bits per channel; save it with 8, or prepare it with FILE.py:FUNCTION"
                     )
                 image = ImageOps.exif_transpose(file).convert(MODES[self.channels])
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: the image can't be decoded ({error}); remove it or replace it") from None
+            text = "it is no image of a kind that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
+            raise CorruptError(name, f"the image can't be decoded ({text})") from None
         image = self._resized(image)
         if self.crop:
             image = image.crop(_centre(image.size, self.size))
         if (image.height, image.width) != self.size:
             raise DataError(
-                f"{path}: the image is {image.height}x{image.width} and the model takes "
+                f"{name}: the image is {image.height}x{image.width} and the model takes "
                 f"{self.size[0]}x{self.size[1]}; let it be resized or cropped"
             )
         pixels = np.asarray(image).reshape(*self.size, self.channels)
@@ -278,6 +280,11 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     return made, notes
 
 
+def has_images(folder: Path) -> bool:
+    """Whether there is an image below a folder."""
+    return any(p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
 def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
     """The images below a folder in sorted order; their labels, the places of their sub-folders in sorted order; notes."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)))
@@ -290,6 +297,17 @@ def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
         return paths, None, [f"{folder}: some images lie outside its sub-folders, so there are no labels"]
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _hidden(Path(p.name)))
     return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), []
+
+
+def shaped(spec: InputSpec, input_shapes: Mapping[str, Sequence[int]] | None) -> InputSpec:
+    """The input with the sizes that are asked for in place of open axes."""
+    shape = (input_shapes or {}).get(spec.name)
+    if not shape:
+        return spec
+    if len(shape) != len(spec.shape):
+        raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
+    axes = (n if isinstance(n, int) else m for n, m in zip(spec.shape[1:], shape[1:], strict=True))
+    return InputSpec(spec.name, spec.dtype, (spec.shape[0], *axes))
 
 
 def _hidden(path: Path) -> bool:
@@ -311,11 +329,7 @@ def folder_source(
             f"{folder}: images serve a model with one input, and this one has {len(inputs)}; give an .npz file or FILE.py:FUNCTION"
         )
     spec = inputs[0]
-    if shape := (input_shapes or {}).get(spec.name):
-        if len(shape) != len(spec.shape):
-            raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
-        axes = (n if isinstance(n, int) else m for n, m in zip(spec.shape[1:], shape[1:], strict=True))
-        spec = InputSpec(spec.name, spec.dtype, (spec.shape[0], *axes))
+    spec = shaped(spec, input_shapes)
     paths, labels, notes = find_images(folder)
     pipeline, assumed = resolve(spec, options)
     total = len(paths)
@@ -323,27 +337,13 @@ def folder_source(
         chosen = np.random.default_rng(seed).permutation(total)[:samples]
         paths, labels = [paths[i] for i in chosen], None if labels is None else labels[chosen]
 
+    def make(path: Path) -> Batch:
+        return {spec.name: pipeline(path)[None]}
+
     def chunks() -> Iterator[Chunk]:
-        for place, (path, image) in enumerate(load_ahead(paths, pipeline)):
-            yield Chunk({spec.name: image[None]}, None if labels is None else labels[place : place + 1], str(path), single=True)
+        for place, path in enumerate(paths):
+            label = None if labels is None else labels[place : place + 1]
+            yield Chunk({}, label, str(path), single=True, make=partial(make, path))
 
     of = f"{len(paths)} of {total} images" if len(paths) < total else f"{total} image{'s' * (total != 1)}"
     return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, pictures=True)
-
-
-def load_ahead(paths: Sequence[Path], pipeline: Pipeline) -> Iterator[tuple[Path, Array]]:
-    """Images in the order of `paths`, at most 2 x WORKERS of them loaded before they are asked for."""
-    waiting: deque[tuple[Path, Future[Array]]] = deque()
-    with ThreadPoolExecutor(WORKERS, "bnfold-images") as pool:
-        try:
-            for path in paths:
-                waiting.append((path, pool.submit(pipeline, path)))
-                if len(waiting) >= 2 * WORKERS:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            while waiting:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        finally:
-            for _, result in waiting:
-                result.cancel()

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from . import api
 from .backends import family
 from .errors import DataError, NothingToDoError
@@ -76,23 +74,23 @@ def accuracy(model: Any, data: Any, *, example: Any = None, provider: str = "cpu
     The first output counts, [samples, classes] or [samples, classes, 1, ...]. The standard error is the binomial's, sqrt(p (1 - p) / n).
     Raises DataError where labels and output don't fit.
     """
-    labels = getattr(data, "labels", None)
-    if labels is None:
+    if not getattr(data, "again", False):
         return None
-    session = deployed(model, provider, example=example)
-    correct = seen = 0
-    for batch in data:
+    session, correct, seen = None, 0, 0
+    for batch, labels in data.labelled():
+        if labels is None:
+            return None
+        session = session or deployed(model, provider, example=example)
         scores = next(iter(session.run(batch).values()))
         if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
             raise DataError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
-        if seen + len(scores) > len(labels):
-            raise DataError(f"accuracy needs a label for each sample; there are {len(labels)} labels and more samples")
-        wanted = np.asarray(labels[seen : seen + len(scores)])
-        correct += int((scores.reshape(scores.shape[:2]).argmax(axis=1) == wanted).sum())
+        if len(scores) != len(labels):
+            raise DataError(f"accuracy needs a label for each sample; a batch has {len(labels)} labels, and the output {len(scores)} rows")
+        correct += int((scores.reshape(scores.shape[:2]).argmax(axis=1) == labels).sum())
         seen += len(scores)
         if progress is not None:
-            progress("score", seen, len(labels))
-    if not seen:
-        raise DataError("accuracy needs at least one labelled sample")
+            progress("score", seen, data.samples)
+    if not seen:  # an empty shard
+        return None
     share = correct / seen
     return Accuracy(share, math.sqrt(share * (1 - share) / seen), seen)

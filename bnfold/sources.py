@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import tables
 from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, from_object, from_stream
 from .errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from .images import ImageOptions
 
-FORMS = "a .npy, .npz, .safetensors, .pt or .pth file, a folder of images or .npy files, FILE.py:FUNCTION, MODULE:FUNCTION or random"
+FORMS = (
+    "a .npy, .npz, .safetensors, .pt, .pth, .tar or .parquet file, a folder of images, of such files or of save_to_disk, "
+    "FILE.py:FUNCTION, MODULE:FUNCTION or random"
+)
 
 
 def open_source(
@@ -32,11 +36,22 @@ def open_source(
     seed: int,
     images: ImageOptions | None,
     input_shapes: Mapping[str, Sequence[int]] | None,
+    column: str | None = None,
 ) -> Source:
     """The source that `spec` names (see `data.open_data`). DataError for what isn't there, can't be read or isn't one of the forms."""
     if seed < 0:
         raise UsageError(f"the seed is {seed}; it must be 0 or more")
-    source = _source(spec, inputs, batch_size, samples, seed, images, input_shapes)
+    files = tables.files_in_table(spec) if spec != "random" else None
+    if files is not None:
+        for file in files:
+            _beginning(file)
+        source = tables.table_source(
+            spec, files, inputs, samples=samples, seed=seed, options=images, input_shapes=input_shapes, column=column
+        )
+    elif column is not None:
+        raise UsageError(f"--column {column}: that is for tar shards, Parquet files and folders of save_to_disk; {spec} is none of them")
+    else:
+        source = _source(spec, inputs, batch_size, samples, seed, images, input_shapes)
     if images is None or source.pictures:
         return source
     return replace(source, notes=(*source.notes, f"{source.description}: these are no image files, so the image options aren't used"))
@@ -115,23 +130,32 @@ def _torch(path: Path) -> Any:
 
 READERS: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch}
 # How such files begin: numpy and PyTorch take anything else for a pickle, and would say that of a web page too.
-BEGINNINGS = {".npy": (b"\x93NUMPY",), ".npz": (b"PK",), ".pt": (b"PK", b"\x80"), ".pth": (b"PK", b"\x80")}
+BEGINNINGS = {".parquet": (b"PAR1",), ".npy": (b"\x93NUMPY",), ".npz": (b"PK",), ".pt": (b"PK", b"\x80"), ".pth": (b"PK", b"\x80")}
 
 
-def _read(path: Path) -> Any:
-    """The file's arrays. DataError for a file that isn't what its name says, or that would run code when read."""
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
+def _beginning(path: Path) -> None:
+    """DataError for a file that doesn't begin as its name says."""
     form = path.suffix.lower()
     try:
         with open(path, "rb") as file:
             head = file.read(64)
-        if head.startswith(b"version https://git-lfs"):
-            raise DataError(f"{path}: this is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
-        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            raise DataError(f"{path}: this is a web page, not a {form} file; download the file itself")
-        if not head.startswith(BEGINNINGS.get(form, b"")):
-            raise DataError(f"{path}: can't be read as {form} (it doesn't begin as such a file does)")
+    except OSError as error:
+        raise DataError(f"{path}: can't be read as {form} ({_reason(error)})") from None
+    if not head:
+        raise DataError(f"{path}: the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path}: this is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise DataError(f"{path}: this is a web page, not a {form} file; download the file itself")
+    if not head.startswith(BEGINNINGS.get(form, b"")):
+        raise DataError(f"{path}: can't be read as {form} (it doesn't begin as such a file does)")
+
+
+def _read(path: Path) -> Any:
+    """The file's arrays. DataError for a file that isn't what its name says, or that would run code when read."""
+    form = path.suffix.lower()
+    try:
+        _beginning(path)
         return READERS[form](path)
     except DataError:
         raise

@@ -28,8 +28,8 @@ Candidate = Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model 
 Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
 MaybeOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
 DATA_FORMS = (
-    "A .npy, .npz, .safetensors or .pt file, a folder of images or of .npy files, FILE.py:FUNCTION or MODULE:FUNCTION that returns "
-    "batches, or random."
+    "A .npy, .npz, .safetensors or .pt file; a folder of images or of .npy files; tar shards or .parquet files, as a folder or a pattern; "
+    "a folder of save_to_disk; FILE.py:FUNCTION or MODULE:FUNCTION that returns batches; or random."
 )
 Data = Annotated[str, typer.Option("--data", metavar="DATA", help=DATA_FORMS, show_default=False)]
 MaybeData = Annotated[str | None, typer.Option("--data", metavar="DATA", help=f"{DATA_FORMS} Default: random.", show_default=False)]
@@ -198,6 +198,12 @@ class Feeding:
 
     batch_size: Annotated[int | None, _option("--batch-size", panel=DATA, min=1, help="Samples that go through at once.")] = None
     samples: Annotated[int | None, _option("--samples", panel=DATA, min=1, help="Use at most so many samples.")] = None
+    column: Annotated[
+        str | None, _option("--column", panel=DATA, metavar="NAME", help="Of a table: what goes in, where several columns could.")
+    ] = None
+    max_bad: Annotated[
+        str | None, _option("--max-bad", panel=IMAGES, metavar="N|P%", help="Images that may be undecodable: so many, or 1% of all.")
+    ] = None
     preprocess: Annotated[
         Path | None,
         _option("--preprocess", panel=IMAGES, metavar="CONFIG.json", help="A configuration of timm, or a preprocessor's of Hugging Face."),
@@ -248,6 +254,7 @@ class Feeding:
 
     def open(self, spec: str, model: Any, job: Job, shaping: Shaping, *, samples: int | None = None) -> Any:
         """The user's data as batches; what is done to them is said on standard error."""
+        from ..bad import MAX_BAD
         from ..data import open_data
 
         data = open_data(
@@ -258,6 +265,8 @@ class Feeding:
             seed=shaping.seed,
             images=self.images(),
             input_shapes=shaping.shapes(model),
+            column=self.column,
+            max_bad=MAX_BAD if self.max_bad is None else self.max_bad,
         )
         job.feed(data)
         if job.reports and Path(spec).is_file():

@@ -1,0 +1,364 @@
+"""Tar shards, Parquet files and folders of save_to_disk: the same samples as the folder of images or the arrays that they were made of."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bnfold.data import InputSpec, open_data
+from bnfold.errors import DataError, UsageError
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+F32 = np.dtype(np.float32)
+PICTURES = [InputSpec("x", F32, ("n", 3, 16, 16))]
+ROWS = [InputSpec("x", F32, ("n", 3))]
+A = np.arange(60, dtype=np.float32).reshape(20, 3)
+LABELS = np.arange(20)
+
+
+def png(shade: int, size: tuple[int, int] = (16, 16)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (10 * shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def shades(data) -> list[int]:
+    return [round(float(v) * 25.5) for batch in data for v in batch["x"][:, 0, 8, 8]]
+
+
+def refused(text: str, call) -> None:
+    with pytest.raises(DataError, match=re.escape(text)) as caught:
+        for _ in call():
+            pass
+    assert "\n" not in str(caught.value)
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def tar(path: Path, first: int, last: int, **more: bytes) -> Path:
+    """Samples first to last - 1, of their own shade and class. more: files of each, by their suffix, in place of these or beside them."""
+    with tarfile.open(path, "w") as archive:
+        for i in range(first, last):
+            for suffix, content in {"png": png(i), "cls": str(i).encode(), **more}.items():
+                add(archive, f"{i:03}.{suffix}", content)
+    return path
+
+
+def images(first: int, last: int) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=20)})
+    rows = {"image": [{"bytes": png(i), "path": f"{i}.png"} for i in range(first, last)], "label": list(range(first, last))}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def write(path: Path, **columns) -> str:
+    parquet.write_table(pa.table({name: pa.array(list(values)) for name, values in columns.items()}), path)
+    return str(path)
+
+
+@pytest.fixture(params=["tar", "tars", "braces", "stars", "parquet", "parquets", "foreign", "saved", "splits"])
+def twelve(request, tmp_path) -> str:
+    """Twelve images of shades and classes 0 to 11, in every form."""
+    form, folder = request.param, tmp_path / "a [1] *{b}" / ".hidden"  # what a pattern could take for its own
+    folder.mkdir(parents=True)
+    if form == "tar":
+        return str(tar(folder / "all.tar", 0, 12))
+    if form in ("tars", "braces", "stars"):
+        where = folder if form == "tars" else tmp_path
+        for number in range(3):
+            tar(where / f"train-{number:03}.tar", 4 * number, 4 * number + 4)
+        return str(folder) if form == "tars" else str(tmp_path / ("train-{000..002}.tar" if form == "braces" else "train-*.tar"))
+    if form == "parquet":
+        images(0, 12).to_parquet(folder / "all.parquet")
+        return str(folder / "all.parquet")
+    if form == "parquets":
+        for number in range(2):
+            images(6 * number, 6 * number + 6).to_parquet(folder / f"train-{number:05}-of-00002.parquet")
+        return str(folder)
+    if form == "foreign":  # as others than `datasets` write them
+        return write(folder / "f.parquet", jpg=map(png, range(12)), target=LABELS[:12], caption=["a picture"] * 12)
+    if form == "splits":
+        datasets.DatasetDict(train=images(0, 12)).save_to_disk(folder / "all")
+    else:
+        images(0, 12).save_to_disk(folder / "all")
+    return str(folder / "all")
+
+
+def test_images(twelve):
+    data = open_data(twelve, PICTURES, batch_size=5)
+    for _ in range(2):
+        found = list(data.labelled())
+        assert [len(batch["x"]) for batch, _ in found] == [5, 5, 2]
+        assert np.concatenate([labels for _, labels in found]).tolist() == list(range(12))
+        assert shades(data) == list(range(12))
+    assert data.samples == 12
+    assert data.labels.tolist() == list(range(12))
+    assert open_data(twelve, PICTURES).labels.tolist() == list(range(12))
+    assert "crop" in data.description
+    fixed = open_data(twelve, [InputSpec("x", F32, (5, 3, 16, 16))])
+    assert [len(batch["x"]) for batch in fixed] == [5, 5]
+    assert "the last 2 samples of 12 can't fill a batch of 5" in " ".join(fixed.notes)
+
+
+def test_images_of_a_shard_and_some_images(twelve):
+    data = open_data(twelve, PICTURES, batch_size=5)
+    assert [shades(data.sharded(i, 2)) for i in range(2)] == [[0, 1, 2, 3, 4, 10, 11], [5, 6, 7, 8, 9]]
+    some = open_data(twelve, PICTURES, samples=5)
+    assert len(set(shades(some))) == some.samples == 5
+    for batch, labels in some.labelled():
+        assert shades([batch]) == labels.tolist()
+    if not (Path(twelve) / "state.json").exists() and not (Path(twelve) / "dataset_dict.json").exists():
+        assert shades(some) == [0, 1, 2, 3, 4]
+        assert "the first 5 samples are taken, in the order of the files" in " ".join(some.notes)
+    else:
+        assert shades(some) == shades(open_data(twelve, PICTURES, samples=5)) != shades(open_data(twelve, PICTURES, samples=5, seed=1))
+
+
+def test_options_of_images(tmp_path):
+    from bnfold.images import ImageOptions
+
+    path = str(tar(tmp_path / "a.tar", 0, 3, png=png(7, (40, 60))))
+    (tmp_path / "a.png").write_bytes(png(7, (40, 60)))
+    options = ImageOptions(resize=20, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(7, (40, 60)))
+    (expected,) = open_data(str(folder), PICTURES, images=options)
+    (batch,) = open_data(path, PICTURES, images=options)
+    assert (batch["x"] == expected["x"]).all()
+    open_axes = [InputSpec("x", F32, ("n", 3, "h", "w"))]
+    (shaped,) = open_data(path, open_axes, input_shapes={"x": (1, 3, 24, 24)})
+    assert shaped["x"].shape == (3, 3, 24, 24)
+    refused(
+        "a.tar: 000: the image is 60x40 and the model takes 16x16",
+        lambda: open_data(path, PICTURES, images=ImageOptions(resize=0, crop=False)),
+    )
+
+
+# Arrays
+
+
+def test_arrays(tmp_path):
+    made = write(tmp_path / "a.parquet", x=A, labels=LABELS)
+    fixed = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(A.ravel()), 3), "y": LABELS})
+    parquet.write_table(fixed, tmp_path / "b.parquet")
+    features = datasets.Features({"x": datasets.Array2D((3, 1), "float32"), "cls": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"x": A[:, :, None], "cls": LABELS}, features=features).save_to_disk(tmp_path / "c")
+    for path, inputs in ((made, ROWS), (tmp_path / "b.parquet", ROWS), (tmp_path / "c", [InputSpec("x", F32, ("n", 3, 1))])):
+        data = open_data(str(path), inputs)
+        assert [len(batch["x"]) for batch in data] == [8, 8, 4]
+        np.testing.assert_array_equal(np.concatenate([batch["x"] for batch in data]).reshape(20, 3), A)
+        assert data.labels.tolist() == list(range(20))
+    other = open_data(made, [InputSpec("input", F32, ("n", 3))])  # the only column of arrays, by another name
+    np.testing.assert_array_equal(np.concatenate([batch["input"] for batch in other]), A)
+
+
+def test_arrays_in_a_tar(tmp_path):
+    file = io.BytesIO()
+    np.save(file, A[:2])
+    path = str(tar(tmp_path / "a.tar", 0, 3, **{"x.npy": file.getvalue()}))
+    data = open_data(path, [InputSpec("x", F32, ("n", 2, 3))])
+    assert [batch["x"].tolist() for batch in data] == [[A[:2].tolist()] * 3]
+    assert data.labels.tolist() == [0, 1, 2]
+
+
+def test_more_than_one_input(tmp_path):
+    ids, mask = np.arange(24).reshape(6, 4), np.ones((6, 4), bool)
+    two = [InputSpec("ids", np.dtype(np.int64), ("n", None)), InputSpec("mask", np.dtype(bool), ("n", None))]
+    path = write(tmp_path / "a.parquet", mask=mask, ids=ids, note=["a"] * 6)
+    batches = list(open_data(path, two, batch_size=4))
+    np.testing.assert_array_equal(np.concatenate([b["ids"] for b in batches]), ids)
+    assert all(b["mask"].dtype == bool for b in batches)
+    ragged = write(tmp_path / "b.parquet", ids=[[1, 2], [3, 4], [5]], mask=[[True] * 2] * 2 + [[True]], label=[0, 1, 2])
+    data = open_data(ragged, two)
+    assert [b["ids"].tolist() for b in data] == [[[1, 2], [3, 4]], [[5]]]
+    assert data.labels.tolist() == [0, 1, 2]
+    refused("no column for input 'mask'; it has 'ids' (list of int64)", lambda: open_data(write(tmp_path / "c.parquet", ids=ids), two))
+    refused("--column ids: that is for a model with one input", lambda: open_data(path, two, column="ids"))
+
+
+def test_a_column_by_name(tmp_path):
+    path = write(tmp_path / "a.parquet", left=map(png, range(3)), right=map(png, range(3, 6)), label=[0, 1, 2])
+    refused("columns 'left', 'right' could all be input 'x'; name one: --column left", lambda: open_data(path, PICTURES))
+    assert shades(open_data(path, PICTURES, column="right")) == [3, 4, 5]
+    refused(
+        "no column 'up' that holds images or numbers; it has 'left' (image), 'right' (image)",
+        lambda: open_data(path, PICTURES, column="up"),
+    )
+    np.save(tmp_path / "a.npy", A)
+    with pytest.raises(UsageError, match="--column x: that is for tar shards"):
+        open_data(str(tmp_path / "a.npy"), ROWS, column="x")
+
+
+def test_labels(tmp_path):
+    path = write(tmp_path / "a.parquet", x=A, coarse_label=LABELS // 2, fine_label=LABELS)
+    data = open_data(path, ROWS)
+    assert data.labels.tolist() == list(range(20))
+    assert data.notes == ["the labels are those of column 'fine_label', not of 'coarse_label'"]
+    words = open_data(write(tmp_path / "b.parquet", x=A, label=["cat"] * 20), ROWS)
+    assert words.labels is None
+    assert words.notes == ["the labels aren't used: classes are integers, and column 'label' holds string"]
+    assert open_data(write(tmp_path / "c.parquet", x=A), ROWS).labels is None
+    some = write(tmp_path / "d.parquet", x=A, label=[None, *range(1, 20)])
+    refused("some rows have no label in column 'label'", lambda: open_data(some, ROWS))
+
+
+# What can go wrong
+
+
+def test_columns_that_dont_fit(tmp_path):
+    refused("no column for input 'x'; it has 'text' (string)", lambda: open_data(write(tmp_path / "a.parquet", text=["a"]), ROWS))
+    refused("input 'x' takes (n, 3), the data are (20, 2)", lambda: open_data(write(tmp_path / "b.parquet", x=A[:, :2]), ROWS))
+    refused("some rows hold nothing", lambda: open_data(write(tmp_path / "c.parquet", x=[[1.0, 2, 3], None]), ROWS))
+    refused("the lists in a row are of different lengths", lambda: open_data(write(tmp_path / "d.parquet", x=[[[1.0], [1.0, 2.0]]]), ROWS))
+    refused("which isn't images", lambda: open_data(write(tmp_path / "e.parquet", x=[png(0)]), ROWS))
+    two = [*PICTURES, InputSpec("z", F32, ("n", 3))]
+    refused("images serve a model with one input", lambda: open_data(write(tmp_path / "f.parquet", x=[png(0)], z=A[:1]), two))
+    refused("takes float32, the data are int64", lambda: open_data(write(tmp_path / "g.parquet", x=A.astype(int)), ROWS))
+    bad = A.copy()
+    bad[13, 1] = np.nan
+    refused("input 'x', sample 13, holds NaN", lambda: open_data(write(tmp_path / "h.parquet", x=bad), ROWS))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_files_that_are_something_else(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"")
+    refused(f"{name}: the file is empty", lambda: open_data(str(path), PICTURES))
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused("this is a Git LFS pointer", lambda: open_data(str(path), PICTURES))
+    path.write_bytes(b"<html>404</html>")
+    refused("this is a web page", lambda: open_data(str(path), PICTURES))
+    path.write_bytes(b"PAR1" + b"nothing of the kind" * 100)
+    refused(f"{name}: can't be read", lambda: open_data(str(path), PICTURES))
+
+
+def test_no_samples(tmp_path):
+    tarfile.open(tmp_path / "a.tar", "w").close()
+    refused("there are no samples; give at least one", lambda: open_data(str(tmp_path / "a.tar"), PICTURES))
+    parquet.write_table(pa.table({"x": pa.array([], pa.list_(pa.float32()))}), tmp_path / "a.parquet")
+    refused("there are no samples; give at least one", lambda: open_data(str(tmp_path / "a.parquet"), ROWS))
+    images(0, 0).save_to_disk(tmp_path / "saved")
+    refused("there are no samples; give at least one", lambda: open_data(str(tmp_path / "saved"), PICTURES))
+    tar(tmp_path / "b.tar", 0, 3)
+    assert shades(open_data(str(tmp_path / "[ab].tar"), PICTURES)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cut", [200, 1536, 2048, 2500, 4096, 5632])
+def test_a_tar_that_is_cut_off(tmp_path, cut):
+    whole = tar(tmp_path / "a.tar", 0, 6).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:cut])
+    refused("b.tar: ", lambda: open_data(str(tmp_path / "b.tar"), PICTURES))
+    refused("b.tar: ", lambda: open_data(str(tmp_path / "?.tar"), PICTURES))
+
+
+def test_a_tar_with_a_damaged_header(tmp_path):
+    whole = bytearray(tar(tmp_path / "a.tar", 0, 6).read_bytes())
+    whole[2 * 2048 + 100] ^= 0x55
+    (tmp_path / "a.tar").write_bytes(whole)
+    refused("a.tar: the archive is damaged behind 2 samples; fetch or make it again", lambda: open_data(str(tmp_path / "a.tar"), PICTURES))
+
+
+def test_a_tar_whose_samples_differ(tmp_path):
+    with tarfile.open(tar(tmp_path / "a.tar", 0, 3), "a") as archive:
+        add(archive, "zz.jpg", png(0))
+    refused("a.tar: can't be read (", lambda: open_data(str(tmp_path / "a.tar"), PICTURES))
+    refused(
+        "can't be read (ValueError: invalid literal for int()", lambda: open_data(str(tar(tmp_path / "b.tar", 0, 3, cls=b"ant")), PICTURES)
+    )
+
+
+def test_a_parquet_file_that_is_damaged(tmp_path):
+    rng = np.random.default_rng(0)
+    path = Path(write(tmp_path / "a.parquet", x=rng.standard_normal((5000, 3)).astype("f")))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("a.parquet: can't be read (Arrow", lambda: open_data(str(path), ROWS))
+    path.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
+    refused("a.parquet: can't be read (", lambda: open_data(str(path), ROWS))
+
+
+def test_parquet_files_whose_columns_differ(tmp_path):
+    write(tmp_path / "a.parquet", x=A)
+    write(tmp_path / "b.parquet", z=A)
+    refused("can't be read (", lambda: open_data(str(tmp_path), ROWS))
+
+
+def test_folders_of_several_kinds_and_splits(tmp_path):
+    tar(tmp_path / "train-0.tar", 0, 2)
+    tar(tmp_path / "test-0.tar", 2, 4)
+    refused("its files are of several splits (test, train); name those of one, say", lambda: open_data(str(tmp_path), PICTURES))
+    assert shades(open_data(str(tmp_path / "test*.tar"), PICTURES)) == [2, 3]
+    write(tmp_path / "a.parquet", x=A)
+    refused("it holds .parquet and .tar files; name those of one kind", lambda: open_data(str(tmp_path), PICTURES))
+    (tmp_path / "a.png").write_bytes(png(9))
+    refused("it holds .parquet and .tar files", lambda: open_data(str(tmp_path), PICTURES))
+    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "test-0.tar").unlink()
+    assert shades(open_data(str(tmp_path), PICTURES)) == [9]  # a folder of images, with an archive beside them
+    datasets.DatasetDict(train=images(0, 3), test=images(3, 5)).save_to_disk(tmp_path / "saved")
+    refused("it holds the splits test, train; name one, say", lambda: open_data(str(tmp_path / "saved"), PICTURES))
+    assert shades(open_data(str(tmp_path / "saved" / "test"), PICTURES)) == [3, 4]
+    next((tmp_path / "saved" / "test").glob("*.arrow")).unlink()
+    refused("test: can't be read (FileNotFoundError", lambda: open_data(str(tmp_path / "saved" / "test"), PICTURES))
+
+
+def test_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (8, 9, 10):
+        tar(Path(f"s-{number:02}.tar"), number, number + 1)
+    assert shades(open_data("s-{08..10}.tar", PICTURES)) == [8, 9, 10]
+    assert shades(open_data("s-{10,08}.tar", PICTURES)) == [10, 8]
+    assert shades(open_data("s-{0?,10}.tar", PICTURES)) == [8, 9, 10]
+    assert shades(open_data(".", PICTURES)) == [8, 9, 10]
+    refused("s-{08..11}.tar: there is no file s-11.tar", lambda: open_data("s-{08..11}.tar", PICTURES))
+    refused("t-*.tar: there is no such file", lambda: open_data("t-*.tar", PICTURES))
+    refused("t.parquet: there is no such file", lambda: open_data("t.parquet", PICTURES))
+
+
+def test_a_missing_library(tmp_path, monkeypatch):
+    tar(tmp_path / "a.tar", 0, 1)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(
+        "a.tar: reading it needs the datasets library, which isn't installed; install bnfold[datasets]",
+        lambda: open_data(str(tmp_path / "a.tar"), PICTURES),
+    )
+
+
+def test_no_network_is_asked_for_and_nothing_is_left(tmp_path):
+    """In a process of its own, where a call for any address ends it; the settings are the user's again afterwards."""
+    tar(tmp_path / "a.tar", 0, 3)
+    images(0, 3).to_parquet(tmp_path / "a.parquet")
+    images(0, 3).save_to_disk(tmp_path / "saved")
+    home = tmp_path / "home"
+    code = f"""
+import os, socket, numpy as np
+def stop(*a, **k): os._exit(9)
+socket.getaddrinfo = socket.socket.connect = socket.create_connection = stop
+from bnfold.data import InputSpec, open_data
+for name in ("a.tar", "a.parquet", "saved"):
+    data = open_data({str(tmp_path)!r} + "/" + name, [InputSpec("x", np.dtype("float32"), ("n", 3, 16, 16))])
+    assert sum(len(b["x"]) for b in data) == 3
+import datasets, huggingface_hub.constants as hub
+assert not datasets.config.HF_HUB_OFFLINE and not hub.HF_HUB_OFFLINE and "HF_HUB_OFFLINE" not in os.environ
+assert not datasets.are_progress_bars_disabled()
+"""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run([sys.executable, "-c", code], env={**variables, "HF_HOME": str(home)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [p for p in home.rglob("*") if p.is_file()]
