@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .baseline import Baseline
     from .job import Job
     from .markdown import Table
+
+Say = Callable[[str], None]
 
 DOUBTFUL = ("different", "inconclusive")
 
@@ -89,8 +91,8 @@ class Check:
 
     # --- files and annotations ---------------------------------------------------------------------------------------------------
 
-    def finished(self, report: Report) -> None:
-        """Give out what a report says, whatever its verdict."""
+    def finished(self, report: Report, say: Say) -> None:
+        """Give out what a report says, whatever its verdict. say: told if the job summary, which nobody asked for, can't be written."""
         from .markdown import page
 
         self._given = True
@@ -98,12 +100,12 @@ class Check:
         fused = folded(report)
         kept = 0 if fused is None or not self.strict else sum(layer.verdict == "kept" for layer in fused.layers)
         failed = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}" if kept else ""
-        self._write(found, page(self.command, self.files, report, self.compared, failed), report.seconds)
+        self._write(found, page(self.command, self.files, report, self.compared, failed), report.seconds, say)
         if wanted():
             self._annotate(report, failed)
 
-    def ended(self, error: Exception) -> None:
-        """The same for a run that an error ended before there was a report. What can't be written then is left."""
+    def ended(self, error: Exception, say: Say) -> None:
+        """The same for a run that an error ended before there was a report. What can't be written then is said too."""
         from .markdown import error_page
 
         if self._given:
@@ -111,9 +113,9 @@ class Check:
         text = str(error) if hasattr(error, "exit_status") else f"{type(error).__name__}: {str(error)[:300]}".rstrip(": ")
         row = Row("run", "run", "failed" if isinstance(error, CheckError) else "broken", reason=" ".join(text.split()))
         try:
-            self._write([row], error_page(self.command, self.files, row.reason), 0.0)
-        except InputError:
-            return
+            self._write([row], error_page(self.command, self.files, row.reason), 0.0, say)
+        except InputError as second:
+            say(str(second))
 
     def _judged(self, row: Row) -> Row:
         """A row as the exit status has it: a BatchNorm that mustn't stay, or a difference that the baseline has too."""
@@ -128,7 +130,7 @@ class Check:
     def _excused(self) -> bool:
         return self.command == "verify" and self.baseline is not None
 
-    def _write(self, found: list[Row], page: list[str | Table], seconds: float) -> None:
+    def _write(self, found: list[Row], page: list[str | Table], seconds: float, say: Say) -> None:
         from .markdown import append, render
 
         if self.junit is not None:
@@ -138,7 +140,10 @@ class Check:
         if self.markdown is not None:
             write_text(self.markdown, render(page))
         if self.summary is not None:
-            append(self.summary, page)
+            try:
+                append(self.summary, page)
+            except InputError as error:
+                say(str(error))
 
     def _annotate(self, report: Report, failed: str) -> None:
         """At most MOST annotations, of which one is left for an error that may come yet."""

@@ -60,7 +60,7 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
         if self._check is not None and isinstance(error, Exception):
-            self._check.ended(error)
+            self._check.ended(error, self.remark)
 
     def feed(self, data: Data) -> None:
         """Say what data go in, and what there is to know about them."""
@@ -133,7 +133,7 @@ class Job:
         self._say_notes()
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
         if self._check is not None:
-            self._check.finished(report)
+            self._check.finished(report, self.remark)
         if self.reports:
             text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
             if self.report_path is not None:
