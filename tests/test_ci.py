@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 import bnfold
+from bnfold import api
 from bnfold.cli import run
 from bnfold.cli.annotate import line
 from bnfold.cli.baseline import Baseline
@@ -100,7 +101,8 @@ def cases(text: str) -> dict[tuple[str, str], str]:
                 counts[{"failure": "failures", "error": "errors"}.get(kind, kind)] += 1
         assert {name: int(suite.attrib[name]) for name in counts} == counts
         totals = {name: totals[name] + counts[name] for name in counts}
-    assert {name: int(top.attrib[name]) for name in totals} == totals
+    assert top.attrib.keys() == {"name", "time", "tests", "failures", "errors"}
+    assert all(int(top.attrib[name]) == totals[name] for name in ("tests", "failures", "errors"))
     return {(classname.rpartition(".")[2], name): kind for (classname, name), kind in found.items()}
 
 
@@ -148,13 +150,17 @@ def test_an_error_that_ends_the_run_is_in_the_files_too(here: Path, monkeypatch:
     assert cases(Path("check.xml").read_text()) == {("run", "run"): "failure"}
 
 
-def test_a_verdict_that_fails_the_pipeline_is_in_the_files(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bnfold.api.verify
-    for word, status, kind in (("different", 1, "failure"), ("inconclusive", 6, "error")):
+def test_a_verdict_that_fails_the_pipeline_is_in_the_files(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = api.verify
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    for word, status, kind, level in (("different", 1, "failure", "error"), ("inconclusive", 6, "error", "warning")):
         monkeypatch.setattr("bnfold.api.verify", lambda *a, w=word, **k: dataclasses.replace(real(*a, **k), verdict=w, reason="so it is"))
         line = ["pipeline", "model.onnx", "--data", "x.npy", "-o", "no.onnx", "--junit", f"{word}.xml", "--markdown", f"{word}.md"]
         assert run(line) == status
         assert cases(Path(f"{word}.xml").read_text())["verdict", "verdict"] == kind
+        assert annotations(capsys.readouterr().err) == [(level, f"model.onnx: {word}", "so it is")]
         assert f"**{word}**: so it is" in Path(f"{word}.md").read_text()
     assert not Path("no.onnx").exists()
 
