@@ -112,6 +112,11 @@ def test_junit_holds_any_name(names: list[str], reason: str, model: str) -> None
     assert len(cases(junit("fuse", model, found))) == len(found)
 
 
+def test_no_two_test_cases_have_one_name() -> None:
+    found = [Row("BatchNorms", name, "folded") for name in ("a", "a (2)", "a", "\0", "\1", "a")]
+    assert len(cases(junit("fuse", "m", found))) == 6
+
+
 def test_a_test_case_for_each_row_of_the_verdict(here: Path) -> None:
     assert run(["fuse", "model.onnx", "-o", "out.onnx", "--junit", "fuse.xml"]) == 0
     rows = [("coefficients", "coefficients"), ("function", "function, in float64")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain, count
 from xml.etree import ElementTree as ET
 
 from .rows import Row, printable
@@ -31,11 +32,12 @@ def junit(command: str, model: str, rows: Iterable[Row], seconds: float = 0.0) -
         place = f"bnfold.{command}.{_part(model)}.{suite}"
         element = ET.SubElement(top, "testsuite", name=place)
         _count(element, cases)
-        seen: Counter[str] = Counter()
+        seen: set[str] = set()
         for row in cases:
-            seen[row.name] += 1
-            name = row.name if seen[row.name] == 1 else f"{row.name} ({seen[row.name]})"
-            case = ET.SubElement(element, "testcase", classname=place, name=printable(name), time="0")
+            name = printable(row.name)
+            name = next(n for n in chain([name], (f"{name} ({i})" for i in count(2))) if n not in seen)
+            seen.add(name)
+            case = ET.SubElement(element, "testcase", classname=place, name=name, time="0")
             text = printable("; ".join(part for part in (row.reason, row.found) if part)) or row.verdict
             if kind := ELEMENTS.get(row.verdict):
                 ET.SubElement(case, kind, {"message": text} | ({} if kind == "skipped" else {"type": row.verdict})).text = text
