@@ -60,6 +60,13 @@ def small_model(*, fold: str = "all", seed: int = 0, batch: int | str = "batch")
     return model
 
 
+@pytest.fixture(autouse=True)
+def _no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output is the same on GitHub as anywhere else."""
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Callable[..., onnx.ModelProto]) -> Path:
     """A folder with models (model, none, gone and another .onnx) and data, which is the working directory."""

@@ -7,6 +7,8 @@ import signal
 import sys
 import warnings
 
+from .annotate import annotate, wanted
+
 __all__ = ["main", "run"]
 
 INTERRUPTED = "interrupted; no file is left half-written"
@@ -77,6 +79,8 @@ def _explain(error: Exception) -> int:
 def _say(text: str, status: int) -> int:
     try:
         print(f"bnfold: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        if text.startswith("error: ") and wanted():
+            annotate("error", "bnfold", text.removeprefix("error: "))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status

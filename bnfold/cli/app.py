@@ -106,6 +106,7 @@ def fuse(
     loading: o.Loading,
     shaping: o.Shaping,
     reporting: o.Reporting,
+    checking: o.Checking,
     out: o.MaybeOut = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do it all, but write nothing.")] = False,
     strict: o.Strict = False,
@@ -122,7 +123,7 @@ def fuse(
         raise UsageError("-o OUT is missing: name the file to write, or give --dry-run")
     if out is not None and not dry_run:
         ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
-    with reporting.job() as job:
+    with reporting.job(checking.check("fuse", model, force=reporting.force, strict=strict)) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
@@ -148,7 +149,9 @@ def verify(
     shaping: o.Shaping,
     feeding: o.Feeding,
     reporting: o.Reporting,
+    checking: o.Checking,
     data: o.MaybeData = None,
+    baseline: o.Baseline = None,
 ) -> int:
     """Decide whether two models compute the same function.
 
@@ -156,7 +159,8 @@ def verify(
     """
     from .. import api
 
-    with reporting.job() as job:
+    check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
+    with reporting.job(check) as job:
         providers = running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = api.verify(
@@ -171,8 +175,12 @@ def verify(
             example=shaping.call(one, data),
             progress=job.progress,
         )
+        worse = check.compare(report)
         job.finish(report, show.verify)
-    return STATUS[report.verdict]
+        check.tell(job)
+        if worse:
+            job.fail(check.problem)
+    return check.status(STATUS[report.verdict])
 
 
 @command
@@ -185,12 +193,14 @@ def pipeline(
     shaping: o.Shaping,
     feeding: o.Feeding,
     reporting: o.Reporting,
+    checking: o.Checking,
     evaluate: Annotated[
         str | None,
         typer.Option("--eval", metavar="DATA", help="Labelled data to score before and after. Default: --data, where it has labels."),
     ] = None,
     strict: o.Strict = False,
     memory_budget: o.MemoryBudget = "1G",
+    baseline: o.Baseline = None,
 ) -> int:
     """Recalibrate, then fuse, then verify.
 
@@ -200,7 +210,8 @@ def pipeline(
 
     ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
-    with reporting.job() as job:
+    check = checking.check("pipeline", model, force=reporting.force, strict=strict, baseline=baseline)
+    with reporting.job(check) as job:
         providers = running.providers(model)
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data)
@@ -216,14 +227,17 @@ def pipeline(
             memory_budget=budget,
             progress=job.progress,
         )
-        if ready is not None:
+        worse = check.compare(report)
+        written = ready is not None and not worse
+        if written:
             loading.save(ready, out, force=reporting.force, example=example)
         job.finish(report, show.pipeline)
-        if ready is None:
-            job.fail(f"{report.notes[-1]}; nothing was written")
-        else:
+        check.tell(job)
+        if written:
             job.say(f"written: {out}")
-    return 0 if ready is not None else STATUS[report.verify.verdict] if report.verify is not None else 1
+        else:
+            job.fail(f"{check.problem or report.notes[-1]}; nothing was written")
+    return 0 if written else 1 if worse or report.verify is None else STATUS[report.verify.verdict]
 
 
 @command

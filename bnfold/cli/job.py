@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from rich.console import Console
 
 from ..report import InputFile, Report
+from .check import Check
 from .output import ready_to_write, sha256, write_text
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ class Job:
     """Results go to standard output; progress, remarks and errors to standard error.
 
     report: where the report is written too. as_json: whether it is all that goes to standard output. quiet: no progress, no remarks.
+    check: where a verdict goes besides.
     """
 
-    def __init__(self, *, as_json: bool = False, report: Path | None = None, force: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, *, as_json: bool = False, report: Path | None = None, force: bool = False, quiet: bool = False, check: Check | None = None
+    ) -> None:
         self.as_json = as_json
         self.report_path = report
         self.quiet = quiet
@@ -46,6 +50,7 @@ class Job:
         self._data: list[Data] = []
         self._notes: list[str] = []
         self._said: dict[str, float] = {}
+        self._check = check
         if report is not None:
             ready_to_write(report, suffixes=[".json"], force=force, inputs=())
 
@@ -54,6 +59,8 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
+        if self._check is not None and isinstance(error, Exception):
+            self._check.ended(error, self.remark)
 
     def feed(self, data: Data) -> None:
         """Say what data go in, and what there is to know about them."""
@@ -125,6 +132,8 @@ class Job:
         self._stop()
         self._say_notes()
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
+        if self._check is not None:
+            self._check.finished(report, self.remark)
         if self.reports:
             text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
             if self.report_path is not None:

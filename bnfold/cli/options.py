@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UsageError
 from . import parse
+from .check import Check
 from .job import Job
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 # Titles of the help's panels.
 MODELS, DATA, IMAGES, OUTPUT = "Models", "Data", "Images", "Output"
+
+
+def _option(*names: str, panel: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, show_default=False, **more)
+
 
 ModelFile = Annotated[
     Path, typer.Argument(metavar="MODEL", help="The model: .onnx, .pt2, or a checkpoint with --arch.", show_default=False)
@@ -35,13 +41,18 @@ Data = Annotated[str, typer.Option("--data", metavar="DATA", help=DATA_FORMS, sh
 MaybeData = Annotated[str | None, typer.Option("--data", metavar="DATA", help=f"{DATA_FORMS} Default: random.", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail, with status 1 and nothing written, if a BatchNorm stays.")]
 Clone = Annotated[bool, typer.Option("--clone", help="Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.")]
+Baseline = Annotated[
+    Path | None,
+    _option(
+        "--baseline",
+        panel=OUTPUT,
+        metavar="REPORT.json",
+        help="An earlier --report of the same command: fail where something got worse, by more than noise.",
+    ),
+]
 MemoryBudget = Annotated[
     str, typer.Option("--memory-budget", metavar="SIZE", help="Activations held in memory before they spill to disk.", rich_help_panel=DATA)
 ]
-
-
-def _option(*names: str, panel: str, **more: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, show_default=False, **more)
 
 
 @dataclass(frozen=True)
@@ -284,5 +295,16 @@ class Reporting:
     quiet: Annotated[bool, _option("-q", "--quiet", panel=OUTPUT, help="No progress and no remarks.")] = False
     debug: Annotated[bool, _option("--debug", panel=OUTPUT, help="Show the traceback of an error.")] = False
 
-    def job(self) -> Job:
-        return Job(as_json=self.as_json, report=self.report, force=self.force, quiet=self.quiet)
+    def job(self, check: Check | None = None) -> Job:
+        return Job(as_json=self.as_json, report=self.report, force=self.force, quiet=self.quiet, check=check)
+
+
+@dataclass(frozen=True)
+class Checking:
+    """Where a verdict goes besides."""
+
+    junit: Annotated[Path | None, _option("--junit", panel=OUTPUT, metavar="FILE.xml", help="Write the verdict as JUnit XML.")] = None
+    markdown: Annotated[Path | None, _option("--markdown", panel=OUTPUT, metavar="FILE.md", help="Write the verdict as Markdown.")] = None
+
+    def check(self, command: str, *files: Path, force: bool, strict: bool = False, baseline: Path | None = None) -> Check:
+        return Check(command, files, junit=self.junit, markdown=self.markdown, force=force, strict=strict, baseline=baseline)
