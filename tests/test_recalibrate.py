@@ -583,7 +583,7 @@ def test_activations_that_are_not_finite(bad: float) -> None:
     net.output(net.bn(net.relu(net.bn(net.input("N", 3), 3)), 3))
     x = normal(9, 3)
     x[7, 2] = bad
-    with pytest.raises(DataError, match="batch 3 of .*: input 'x', sample 1, holds NaN or infinity; clean the data"):
+    with pytest.raises(DataError, match=r"batch 3 of .*: input 'x', sample 1, holds NaN or infinity; clean the data"):
         recalibrate(ir.from_proto(net.model()), cut({"x": x}, 3))
 
 
