@@ -12,7 +12,7 @@ SIDES: dict[str, int] = {
     **dict.fromkeys(("levit_128s", "efficientformer_l1", "efficientformerv2_s0", "visformer_tiny"), 224),
 }
 SIDE = 64
-FADING = {"efficientnet_b0", "efficientnet_v2_s", "deeplabv3_mobilenet_v3_large", "convmixer_768_32"}
+FADING = {"efficientnet_b0", "efficientnet_v2_s", "deeplabv3_mobilenet_v3_large", "convmixer_768_32", "inception_v4"}
 
 TORCHVISION = """
 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small
