@@ -41,6 +41,7 @@ def folder_of(path: Path, total: int, bad) -> str:
 
 
 def table_of(path: Path, form: str, total: int, bad) -> str:
+    datasets = pytest.importorskip("datasets")
     if form == "tar":
         with tarfile.open(path, "w") as archive:
             for i in range(total):
@@ -49,7 +50,6 @@ def table_of(path: Path, form: str, total: int, bad) -> str:
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
         return str(path)
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     images = [{"bytes": png(i, bad=i in bad), "path": None} for i in range(total)]
     made = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(total)]}, features=features)

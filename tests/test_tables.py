@@ -306,10 +306,7 @@ def test_folders_of_several_kinds_and_splits(tmp_path):
     write(tmp_path / "a.parquet", x=A)
     refused("it holds .parquet and .tar files; name those of one kind", lambda: open_data(str(tmp_path), PICTURES))
     (tmp_path / "a.png").write_bytes(png(9))
-    refused("it holds .parquet and .tar files", lambda: open_data(str(tmp_path), PICTURES))
-    (tmp_path / "a.parquet").unlink()
-    (tmp_path / "test-0.tar").unlink()
-    assert shades(open_data(str(tmp_path), PICTURES)) == [9]  # a folder of images, with an archive beside them
+    assert shades(open_data(str(tmp_path), PICTURES)) == [9]  # a folder of images, with archives beside them
     datasets.DatasetDict(train=images(0, 3), test=images(3, 5)).save_to_disk(tmp_path / "saved")
     refused("it holds the splits test, train; name one, say", lambda: open_data(str(tmp_path / "saved"), PICTURES))
     assert shades(open_data(str(tmp_path / "saved" / "test"), PICTURES)) == [3, 4]
