@@ -92,7 +92,7 @@ class Data:
 
     description: where the data come from, in a line. notes: what the user should know about them.
     samples, labels: how many samples a pass goes through, and their classes (integers, one for each). Arrays and images know both at once.
-    Of iterables, functions, folders of arrays and tables `samples` is None until a pass is complete; asking for `labels` makes that pass
+    Of iterables, functions, folders of arrays and tars `samples` is None until a pass is complete; asking for `labels` makes that pass
     where the first batch has some, but of a generator, which can be read only once, they are None until it has been read. A pass may add a
     note.
     bad: the images that couldn't be decoded, as far as they were read. They count among samples and labels, and their batches are smaller

@@ -48,10 +48,10 @@ def open_source(
         source = tables.table_source(
             spec, files, inputs, samples=samples, seed=seed, options=images, input_shapes=input_shapes, column=column
         )
-    elif column is not None:
-        raise UsageError(f"--column {column}: that is for tar shards, Parquet files and folders of save_to_disk; {spec} is none of them")
     else:
         source = _source(spec, inputs, batch_size, samples, seed, images, input_shapes)
+        if column is not None:
+            source = replace(source, notes=(*source.notes, f"{source.description}: this is no table, so --column {column} isn't used"))
     if images is None or source.pictures:
         return source
     return replace(source, notes=(*source.notes, f"{source.description}: these are no image files, so the image options aren't used"))

@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ from .images import has_images, resolve, shaped
 if TYPE_CHECKING:
     from .images import ImageOptions, Pipeline
 
-FORMS = {".tar": "webdataset", ".parquet": "parquet"}
+FORMS = (".tar", ".parquet")
 CLASSES = ("label", "labels", "cls", "target", "targets", "class", "y", "fine_label", "coarse_label", "category")
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val"}
 TAR_EXTRAS = ("__key__", "__url__")
 ROWS = 64  # that are read at once
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+_LOCK = threading.RLock()
 
 
 def files_in_table(spec: str) -> list[Path] | None:
@@ -47,7 +49,8 @@ def files_in_table(spec: str) -> list[Path] | None:
         return files_of(spec)
     if is_saved(folder):
         return []
-    return None if any(folder.glob("*.npy")) or not (files := files_in(folder)) or has_images(folder) else files
+    others = any(folder.glob("*.npy")) or not any(p.suffix.lower() in FORMS for p in folder.iterdir()) or has_images(folder)
+    return None if others else files_in(folder) or None
 
 
 def files_of(spec: str) -> list[Path] | None:
@@ -168,14 +171,20 @@ def _library(spec: str) -> Any:
     try:
         importlib.import_module("pyarrow")
         return importlib.import_module("datasets")
-    except ImportError:
-        raise DataError(f"{spec}: reading it needs the datasets library, which isn't installed; install bnfold[datasets]") from None
+    except ImportError as error:
+        what = "isn't installed" if error.name in ("datasets", "pyarrow") else f"can't be imported ({error})"
+        raise DataError(f"{spec}: reading it needs the datasets library, which {what}; install bnfold[datasets]") from None
 
 
 @contextmanager
 def _alone(library: Any) -> Iterator[None]:
-    """The library without a network, progress bars and a log of its own, for as long as this lasts."""
+    """The library without a network, progress bars and a log of its own, for as long as this lasts, in one thread at a time."""
     hub, log = importlib.import_module("huggingface_hub.constants"), logging.getLogger("datasets")
+    with _LOCK:
+        yield from _switched(library, hub, log)
+
+
+def _switched(library: Any, hub: Any, log: logging.Logger) -> Iterator[None]:
     flags = [(owner, name) for owner in (library.config, hub) for name in OFFLINE if hasattr(owner, name)]
     before, level, bars = [getattr(owner, name) for owner, name in flags], log.level, library.are_progress_bars_disabled()
     variables = {name: os.environ.get(name) for name in OFFLINE}
@@ -205,7 +214,7 @@ def _reading(library: Any, spec: str) -> Iterator[None]:
     try:
         with _alone(library):
             yield
-    except (DataError, StopIteration, MemoryError):
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # of any kind: each of its readers has its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -217,10 +226,9 @@ def _rows(library: Any, spec: str, dataset: Any) -> Iterator[Any]:
     with _reading(library, spec):
         tables = iter(dataset.with_format("arrow").iter(batch_size=ROWS))
     while True:
-        try:
-            with _reading(library, spec):
-                table = next(tables)
-        except StopIteration:
+        with _reading(library, spec):
+            table = next(tables, None)
+        if table is None:
             return
         yield table
 
@@ -272,7 +280,7 @@ def _parquet(library: Any, spec: str, files: Sequence[Path]) -> Table:
         return f"{files[number]}, row {place - (ends[number - 1] if number else 0)}"
 
     def open_(wanted: list[str]) -> Iterator[Any]:
-        return _rows(library, spec, _streamed(library, spec, "parquet", files, columns=wanted))
+        return _rows(library, spec, _streamed(library, spec, "parquet", files, columns=wanted, batch_size=ROWS))
 
     return Table(open_, features, f"{_counted(ends[-1], 'row')} in {_counted(len(files), 'file')}", name, ends[-1])
 

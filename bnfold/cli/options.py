@@ -213,7 +213,7 @@ class Feeding:
         str | None, _option("--column", panel=DATA, metavar="NAME", help="Of a table: what goes in, where several columns could.")
     ] = None
     max_bad: Annotated[
-        str | None, _option("--max-bad", panel=IMAGES, metavar="N|P%", help="Images that may be undecodable: so many, or 1% of all.")
+        str | None, _option("--max-bad", panel=IMAGES, metavar="N|P%", help="How many images may be undecodable. Default: 1%.")
     ] = None
     preprocess: Annotated[
         Path | None,
