@@ -141,6 +141,7 @@ def recalibrate(
     skip_layers: Sequence[str] = (),
     freeze: bool = False,
     until: float | None = None,
+    labelled: Any = None,
     example: Any = None,
     memory_budget: int = 1 << 30,
     batch_size: int | None = None,
@@ -154,8 +155,9 @@ def recalibrate(
     batches: an iterable of arrays or tensors, tuples or dicts by input name; labels may ride along. method: one of `methods.METHODS` by
     name, or with its settings, such as `methods.Prior(strength=32)`. layers, skip_layers: patterns of names, as the shell's; without any,
     all. freeze: BatchNorms in training mode, which have no statistics of their own, get them too. until: take so many samples that every
-    channel's standard error of the mean is at most so many standard deviations. example: how a PyTorch module is called, where the first
-    batch doesn't show it. memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
+    channel's standard error of the mean is at most so many standard deviations. labelled: batches with labels, to score the model before
+    and after, and to say in a word whether it improved. example: how a PyTorch module is called, where the first batch doesn't show it.
+    memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
     the network at once, which changes nothing in the exact method. provider: of ONNX Runtime; device: "cpu" or "cuda", for PyTorch.
 
     In a process of several that torchrun started (or with a torch.distributed process group), each gives the same data and measures its own
@@ -172,6 +174,7 @@ def recalibrate(
         batches,
         chosen(method),
         until=until,
+        labelled=labelled,
         memory_budget=memory_budget,
         batch_size=batch_size,
         samples=samples,
@@ -179,8 +182,75 @@ def recalibrate(
     )
 
 
+def measure_part(
+    model: Any,
+    batches: Iterable[Any],
+    part: tuple[int, int],
+    path: str | Path,
+    *,
+    method: str | Method = "precise",
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    freeze: bool = False,
+    example: Any = None,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    provider: str = "cpu",
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> RecalibrateReport:
+    """Measure one of several parts of the data apart from the others, for `merge_parts`: where processes can't talk to each other.
+
+    part: which of how many, from 0 on; each process is given all the data, and measures its own share of the micro-batches. path: the
+    .npz file for what was measured. The other arguments are those of `recalibrate`, and the same for all parts. Raises UnsupportedError
+    where the parts would not add up to the whole: in lockstep, what stands behind a BatchNorm depends on all data; a moving average on
+    their order.
+    """
+    from . import calibration
+    from .methods import method as chosen
+
+    subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
+    return calibration.measure_part(
+        subject, batches, chosen(method), part, Path(path), batch_size=batch_size, samples=samples, progress=progress
+    )
+
+
+def merge_parts(
+    model: Any,
+    paths: Iterable[str | Path],
+    *,
+    example: Any = None,
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    freeze: bool = False,
+) -> tuple[Any, RecalibrateReport]:
+    """The model with the statistics of all parts together (see `measure_part`).
+
+    UsageError unless each part is there once, and measured on this model.
+    """
+    from . import calibration
+
+    return calibration.merge(calibration.Subject(model, example, layers, skip_layers, freeze), paths)
+
+
+def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any = None) -> tuple[Any, list[str]]:
+    """The model with its old statistics again, and the names of the layers that got them.
+
+    before: the file that the command line kept beside a recalibrated model, or a report's `before`. Raises DataError where it is another
+    model's.
+    """
+    from . import calibration, kept_statistics
+
+    old = kept_statistics.read(Path(before)) if isinstance(before, (str, Path)) else before
+    return calibration.restore(calibration.Subject(model, example), old)
+
+
 def _device(model: Any, provider: str, device: str | None) -> str:
-    return device or provider if family(model) == "torch" else provider
+    """Where it runs; of several processes on a machine with several GPUs, each on its own."""
+    from .processes import local_rank
+
+    chosen = device or provider if family(model) == "torch" else provider
+    return f"{chosen}:{local_rank()}" if chosen == "cuda" and family(model) == "torch" and local_rank() else chosen
 
 
 def verify(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import kept_statistics
 from .backends import family
 from .errors import DataError, NothingToDoError, UnsupportedError, UsageError
+from .evaluate import effect, score
 from .feeds import check_feeds
 from .methods import Method
 from .processes import Processes, processes
@@ -96,6 +97,7 @@ def recalibrate(
     method: Method,
     *,
     until: float | None = None,
+    labelled: Any = None,
     memory_budget: int = 1 << 30,
     batch_size: int | None = None,
     samples: int | None = None,
@@ -105,10 +107,12 @@ def recalibrate(
     start = time.perf_counter()
     group = processes()
     run = _Run(subject, batches, method, memory_budget, batch_size, group, progress)
-    if until is None:
-        fresh, found = run(samples)
-    else:
-        fresh, found = _until(run, until, samples)
+    scores = None if labelled is None or group.rank else score(subject.model, labelled, example=run.example, provider=subject.device)
+    fresh, found = run(samples) if until is None else _until(run, until, samples)
+    if scores is not None:
+        after = score(fresh, labelled, example=run.example, provider=subject.device)
+        assert after is not None
+        found = dataclasses.replace(found, accuracy_before=scores.summary(), accuracy_after=after.summary(), effect=effect(scores, after))
     return fresh, dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
@@ -125,7 +129,8 @@ class _Run:
         group: Processes,
         progress: Progress | None,
     ) -> None:
-        self._subject, self.batches, self._example = called(subject, batches, batch_size)
+        self._subject, self.batches, _ = called(subject, batches, batch_size)
+        self.example = self._subject.example
         self._method, self._budget, self._batch_size, self._group = method, memory_budget, batch_size, group
         self._progress = progress
 
@@ -136,12 +141,12 @@ class _Run:
 
         return self.batches.again if isinstance(self.batches, Data) else not isinstance(self.batches, Iterator)
 
-    def __call__(self, samples: int | None) -> tuple[Any, RecalibrateReport]:
+    def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Any, RecalibrateReport]:
         # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
         quick = self._subject.is_module and self.again and self._group.size == 1
         for one_size in (True, False) if quick else (False,):
             plan, back = self._subject.plan(one_size=one_size)
-            data = fitting(self.batches, plan.specs, one_size, self._batch_size, samples, self._group)
+            data = fitting(self.batches, plan.specs, one_size, self._batch_size, samples, self._group, spread)
             try:
                 with self._subject.computing():
                     found = run_plan(
@@ -174,13 +179,24 @@ def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subj
 
 
 def fitting(
-    batches: Any, specs: Sequence[InputSpec], one_size: bool, batch_size: int | None, samples: int | None, group: Processes
+    batches: Any,
+    specs: Sequence[InputSpec],
+    one_size: bool,
+    batch_size: int | None,
+    samples: int | None,
+    group: Processes,
+    spread: bool = False,
 ) -> Iterator[Batch]:
-    """This process's micro-batches; with one_size, axes behind the first may differ from the example's, but not go through."""
+    """This process's micro-batches; with one_size, axes behind the first may differ from the example's, but not go through.
+
+    spread: samples are taken from all over the data, not the first ones.
+    """
     from .data import as_batches
 
     taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
-    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=samples)
+    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples)
+    if spread and samples is not None:
+        data = data.spread(samples)
     if group.size > 1:
         data = data.sharded(group.rank, group.size)
     for batch in data:
@@ -201,7 +217,7 @@ def _until(run: _Run, limit: float, samples: int | None) -> tuple[Any, Recalibra
         raise UsageError("to find out how many samples are enough takes several passes, and these data can be read only once")
     count = PILOT if samples is None else min(PILOT, samples)
     while True:
-        fresh, found = run(count)
+        fresh, found = run(count, spread=True)
         worst = max((layer.stderr for layer in found.layers if layer.count), default=0.0)
         reached = worst <= limit
         if reached or found.samples < count or count == samples:

@@ -168,6 +168,30 @@ class Data:
         """The same data as process `index` of `count` reads them."""
         return self._like(self._inputs, self._asked, self._limit, (index, count))
 
+    def spread(self, count: int) -> Data:
+        """So many samples, evenly spaced, where it is known how many there are: the first ones of sorted data say nothing of the others."""
+        total = self._source.total
+        if total is None or total <= count:
+            return self._like(self._inputs, self._asked, count, self.shard)
+        places = np.arange(count) * total // count
+        labels = None if self._source.labels is None else self._source.labels[places]
+        fewer = replace(self._source, open=lambda: self._at(places), total=count, labels=labels)
+        return Data(fewer, self._inputs, batch_size=self._asked, shard=self.shard, max_bad=self._bad.limit)
+
+    def _at(self, places: Array) -> Iterator[Chunk]:
+        """The samples at these places, in rising order."""
+        start = 0
+        for chunk in self._source.open():
+            fitted, count = self._fit(chunk)
+            mine = places[(places >= start) & (places < start + count)] - start
+            start += count
+            if len(mine) in (0, count):
+                if len(mine):
+                    yield chunk
+                continue
+            arrays = {name: array[mine] if name in self._batched else array for name, array in fitted.arrays.items()}
+            yield replace(fitted, arrays=arrays, labels=None if fitted.labels is None else fitted.labels[mine])
+
     def _like(self, inputs: Sequence[InputSpec], batch_size: int | None, samples: int | None, shard: tuple[int, int]) -> Data:
         return Data(self._source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=self._bad.limit)
 

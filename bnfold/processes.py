@@ -88,6 +88,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if _several() else 0
 
 
+def local_rank() -> int:
+    """Which of this machine's processes this one is; 0 where it is alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _several() else 0
+
+
+def threads() -> int:
+    """This process's share of the processor's cores, or 0 for all of them."""
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _several() else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // mine) if mine > 1 else 0
+
+
 def _several() -> bool:
     world = os.environ.get("WORLD_SIZE", "1")
     return world.isdigit() and int(world) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ

@@ -34,6 +34,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command; its exit status. Whatever goes wrong is one line on standard error, a traceback only with --debug."""
+    from ..processes import close
     from .app import app
     from .groups import Interrupted
 
@@ -43,6 +44,7 @@ def run(arguments: list[str]) -> int:
             if not debug:
                 warnings.simplefilter("ignore")
             status = app(args=arguments, prog_name="bnfold", standalone_mode=False)
+        close()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, Interrupted):
         return _say(INTERRUPTED, 130)

@@ -10,7 +10,7 @@ import typer
 from .._version import __version__
 from ..errors import UsageError
 from . import options as o
-from . import parse, show
+from . import parse, show, statistics
 from .groups import grouped
 from .output import ready_to_write
 
@@ -20,6 +20,7 @@ SAMPLE = "samples/digits/digits.onnx"
 EXAMPLES = {
     "inspect": f"bnfold inspect {SAMPLE}",
     "recalibrate": f"bnfold recalibrate {SAMPLE} --data samples/digits/calibration.npz -o fresh.onnx",
+    "merge_stats": f"bnfold merge-stats {SAMPLE} part-0.npz part-1.npz -o fresh.onnx",
     "fuse": f"bnfold fuse {SAMPLE} -o fused.onnx",
     "verify": f"bnfold verify {SAMPLE} fused.onnx",
     "pipeline": f"bnfold pipeline {SAMPLE} --data samples/digits/calibration.npz --eval samples/digits/test.npz -o ready.onnx",
@@ -71,32 +72,90 @@ def inspect(model: o.ModelFile, loading: o.Loading, shaping: o.Shaping, reportin
 @command
 def recalibrate(
     model: o.ModelFile,
-    data: o.Data,
-    out: o.Out,
     loading: o.Loading,
     running: o.Running,
     shaping: o.Shaping,
     feeding: o.Feeding,
+    calibrating: o.Calibrating,
     reporting: o.Reporting,
+    data: o.DataOrNot = None,
+    out: o.MaybeOut = None,
+    evaluate: o.Evaluate = None,
     memory_budget: o.MemoryBudget = "1G",
+    html: o.Html = None,
+    restore: o.Restore = None,
+    shard: o.Shard = None,
+    stats: o.Stats = None,
 ) -> int:
     """Measure every BatchNorm's mean and variance afresh on your data.
 
-    Exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size.
+    By default exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size. The old
+    ones are kept in OUT.before.npz. Under torchrun, the processes share the data and write one result.
     """
     from .. import api
+    from ..kept_statistics import beside
+    from .page import write_page
 
-    ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
+    asked = statistics.asked(data, out, restore, shard, stats)
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
+    for path, kind in (asked.written | ({html: ".html"} if html is not None else {})).items():
+        ready_to_write(path, suffixes=loading.suffixes(model) if kind == "model" else [kind], force=reporting.force, inputs=[model])
     with reporting.job() as job:
         provider = running.one_provider(model)
         loaded = loading.load(model, job)
-        example = shaping.call(loaded, data)
-        batches = feeding.open(data, loaded, job, shaping, samples=feeding.samples)
-        fresh, report = api.recalibrate(loaded, batches, example=example, memory_budget=budget, provider=provider, progress=job.progress)
-        loading.save(fresh, out, force=reporting.force, example=example)
+        if isinstance(asked, statistics.Restore):
+            example = shaping.call(loaded)
+            old, names = api.restore(loaded, asked.before, example=example)
+            loading.save(old, asked.out, force=reporting.force, example=example)
+            job.say(f"{len(names)} BatchNorms have their old statistics again\nwritten: {asked.out}")
+            return 0
+        example = shaping.call(loaded, asked.data)
+        batches = feeding.open(asked.data, loaded, job, shaping, samples=feeding.samples)
+        given = {"example": example, "provider": provider, "batch_size": calibrating.batch_size(feeding), "progress": job.progress}
+        if isinstance(asked, statistics.Part):
+            report = api.measure_part(loaded, batches, asked.part, asked.stats, **calibrating.settings(of_part=True), **given)
+            job.finish(report, show.recalibrate)
+            job.say(f"written: {asked.stats}")
+            return 0
+        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping)
+        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=budget, **calibrating.settings(), **given)
+        if job.main:
+            statistics.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
+            if html is not None:
+                write_page(html, report, str(model))
         job.finish(report, show.recalibrate)
-        job.say(f"written: {out}")
+        job.say(f"written: {asked.out}, and the old statistics to {beside(asked.out)}")
+    return 0
+
+
+@command
+def merge_stats(
+    model: o.ModelFile,
+    parts: o.Parts,
+    out: o.Out,
+    loading: o.Loading,
+    shaping: o.Shaping,
+    reporting: o.Reporting,
+    layers: o.Layers = None,
+    skip_layers: o.SkipLayers = None,
+    freeze: o.Freeze = False,
+) -> int:
+    """Put together what parts of the data gave (recalibrate --shard), and write the model with these statistics.
+
+    All parts must be there, each once, measured on this model by one method.
+    """
+    from .. import api
+    from ..kept_statistics import beside
+
+    for path, suffixes in ((out, loading.suffixes(model)), (beside(out), [".npz"])):
+        ready_to_write(path, suffixes=suffixes, force=reporting.force, inputs=[model, *parts])
+    with reporting.job() as job:
+        loaded = loading.load(model, job)
+        example = shaping.call(loaded)
+        fresh, report = api.merge_parts(loaded, parts, example=example, layers=layers or (), skip_layers=skip_layers or (), freeze=freeze)
+        statistics.save(loading, fresh, report, out, force=reporting.force, example=example)
+        job.finish(report, show.recalibrate)
+        job.say(f"written: {out}, and the old statistics to {beside(out)}")
     return 0
 
 
@@ -192,12 +251,10 @@ def pipeline(
     running: o.Running,
     shaping: o.Shaping,
     feeding: o.Feeding,
+    calibrating: o.Calibrating,
     reporting: o.Reporting,
     checking: o.Checking,
-    evaluate: Annotated[
-        str | None,
-        typer.Option("--eval", metavar="DATA", help="Labelled data to score before and after. Default: --data, where it has labels."),
-    ] = None,
+    evaluate: o.Evaluate = None,
     strict: o.Strict = False,
     memory_budget: o.MemoryBudget = "1G",
     baseline: o.Baseline = None,
@@ -225,11 +282,13 @@ def pipeline(
             strict=strict,
             providers=providers,
             memory_budget=budget,
+            batch_size=calibrating.batch_size(feeding),
+            **calibrating.settings(),
             progress=job.progress,
         )
         worse = check.compare(report)
         written = ready is not None and not worse
-        if written:
+        if written and job.main:
             loading.save(ready, out, force=reporting.force, example=example)
         job.finish(report, show.pipeline)
         check.tell(job)

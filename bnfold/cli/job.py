@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 
+from ..processes import rank
 from ..report import InputFile, Report
 from .check import Check
 from .output import ready_to_write, sha256, write_text
@@ -40,8 +41,9 @@ class Job:
         self, *, as_json: bool = False, report: Path | None = None, force: bool = False, quiet: bool = False, check: Check | None = None
     ) -> None:
         self.as_json = as_json
-        self.report_path = report
-        self.quiet = quiet
+        self.main = rank() == 0  # of several processes, one speaks and writes
+        self.report_path = report if self.main else None
+        self.quiet = quiet or not self.main
         self._inputs: list[InputFile] = []
         self._start = time.perf_counter()
         self._err = _Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
@@ -51,8 +53,8 @@ class Job:
         self._notes: list[str] = []
         self._said: dict[str, float] = {}
         self._check = check
-        if report is not None:
-            ready_to_write(report, suffixes=[".json"], force=force, inputs=())
+        if self.report_path is not None:
+            ready_to_write(self.report_path, suffixes=[".json"], force=force, inputs=())
 
     def __enter__(self) -> Job:
         return self
@@ -131,6 +133,8 @@ class Job:
         """Give out the report: as a table or as JSON, and to a file where one was asked for."""
         self._stop()
         self._say_notes()
+        if not self.main:
+            return
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
         if self._check is not None:
             self._check.finished(report, self.remark)
@@ -152,7 +156,7 @@ class Job:
 
     def say(self, text: str) -> None:
         """A line of the results, unless standard output is the report's alone."""
-        if not self.as_json:
+        if not self.as_json and self.main:
             _write(sys.stdout, text + "\n")
 
     def _stop(self) -> None:

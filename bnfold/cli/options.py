@@ -17,9 +17,12 @@ from .job import Job
 if TYPE_CHECKING:
     from ..data import InputSpec
     from ..images import ImageOptions
+    from ..methods import Method
 
 # Titles of the help's panels.
-MODELS, DATA, IMAGES, OUTPUT = "Models", "Data", "Images", "Output"
+MODELS, DATA, STATISTICS, IMAGES, OUTPUT = "Models", "Data", "Statistics", "Images", "Output"
+OWN_BATCH = 32  # samples
+METHODS = "exact, precise, ioffe-szegedy, moving-average or prior"
 
 
 def _option(*names: str, panel: str, **more: Any) -> Any:
@@ -50,8 +53,37 @@ Baseline = Annotated[
         help="An earlier --report of the same command: fail where something got worse, by more than noise.",
     ),
 ]
+Evaluate = Annotated[
+    str | None,
+    typer.Option("--eval", metavar="DATA", help="Labelled data to score before and after. Default: --data, where it has labels."),
+]
+Html = Annotated[
+    Path | None, _option("--html", panel=OUTPUT, metavar="FILE.html", help="The report as a page: a table and a chart of the drift.")
+]
 MemoryBudget = Annotated[
     str, typer.Option("--memory-budget", metavar="SIZE", help="Activations held in memory before they spill to disk.", rich_help_panel=DATA)
+]
+
+
+DataOrNot = Annotated[str | None, typer.Option("--data", metavar="DATA", help=DATA_FORMS, show_default=False)]
+Restore = Annotated[
+    Path | None,
+    _option("--restore", panel=STATISTICS, metavar="OUT.before.npz", help="Put the old statistics back that a recalibration kept."),
+]
+Shard = Annotated[
+    str | None,
+    _option("--shard", panel=STATISTICS, metavar="I/N", help="Measure part I (from 0) of N only, for merge-stats; with --stats."),
+]
+Stats = Annotated[Path | None, _option("--stats", panel=STATISTICS, metavar="FILE.npz", help="Where a part's measurements go.")]
+Parts = Annotated[list[Path], typer.Argument(metavar="STATS...", help="What recalibrate --shard wrote.", show_default=False)]
+Layers = Annotated[
+    list[str] | None, _option("--layers", panel=STATISTICS, metavar="PATTERN", help="Only BatchNorms of such names; repeatable.")
+]
+SkipLayers = Annotated[
+    list[str] | None, _option("--skip-layers", panel=STATISTICS, metavar="PATTERN", help="None of such names; repeatable.")
+]
+Freeze = Annotated[
+    bool, _option("--freeze", panel=STATISTICS, help="Give BatchNorms in training mode statistics of their own, so that they can fold.")
 ]
 
 
@@ -100,6 +132,63 @@ def _external(model: Any) -> list[Path]:
         return []
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """How statistics are measured, and whose."""
+
+    method: Annotated[str, _option("--method", panel=STATISTICS, metavar="NAME", help=f"{METHODS}. Default: exact.")] = "exact"
+    variance: Annotated[
+        str | None,
+        _option(
+            "--variance", panel=STATISTICS, metavar="biased|unbiased", help="M2/n or M2/(n-1). Default: as the method's source has it."
+        ),
+    ] = None
+    momentum: Annotated[
+        str | None,
+        _option(
+            "--momentum", panel=STATISTICS, metavar="M|none", help="moving-average: weight of the newest batch; none for the plain mean."
+        ),
+    ] = None
+    prior: Annotated[
+        float | None, _option("--prior", panel=STATISTICS, min=0, metavar="N", help="prior: the old statistics count as N samples (16).")
+    ] = None
+    mean_shift: Annotated[
+        bool, _option("--mean-shift", panel=STATISTICS, help="prior: the variance of the mixture, means being apart.")
+    ] = False
+    layers: Layers = None
+    skip_layers: SkipLayers = None
+    freeze: Freeze = False
+    until: Annotated[
+        float | None,
+        _option("--until", panel=STATISTICS, metavar="E", help="As many samples as bring each mean's standard error to E deviations."),
+    ] = None
+
+    def chosen(self) -> Method:
+        """The method with its settings."""
+        from ..methods import MovingAverage, method
+
+        unbiased = None if self.variance is None else self.variance == "unbiased"
+        if self.variance not in (None, "biased", "unbiased"):
+            raise UsageError(f"--variance {self.variance}: it is biased or unbiased")
+        made = method(self.method, unbiased=unbiased, strength=self.prior, mean_shift=self.mean_shift or None)
+        if self.momentum is None:
+            return made
+        if not isinstance(made, MovingAverage):
+            raise UsageError(f"--momentum is for the method moving-average, not for {made}")
+        return dataclasses.replace(made, momentum=None if self.momentum == "none" else parse.numbers(self.momentum, "--momentum")[0])
+
+    def batch_size(self, feeding: Feeding) -> int | None:
+        """Where each micro-batch is normalised by itself, its size is a part of the method: 32 unless another is asked for."""
+        return feeding.batch_size or (None if self.chosen().lockstep else OWN_BATCH)
+
+    def settings(self, *, of_part: bool = False) -> dict[str, Any]:
+        """The arguments of `api.recalibrate`, or of `api.measure_part`."""
+        given = {"method": self.chosen(), "layers": self.layers or (), "skip_layers": self.skip_layers or (), "freeze": self.freeze}
+        if of_part and self.until is not None:
+            raise UsageError("--until looks at all data, and --shard measures a part of them; leave one out")
+        return given if of_part else given | {"until": self.until}
 
 
 @dataclass(frozen=True)

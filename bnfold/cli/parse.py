@@ -60,6 +60,14 @@ def resize(text: str, option: str) -> int | tuple[int, int]:
     return (int(match[1]), int(match[2])) if match[2] else int(match[1])
 
 
+def part(text: str, option: str) -> tuple[int, int]:
+    """(which, of how many) from "0/4"."""
+    match = re.fullmatch(r"(\d+)/([1-9]\d*)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"{option} {text}: write it like 0/4, the first of four parts, up to 3/4")
+    return int(match[1]), int(match[2])
+
+
 def json_object(text: str, option: str) -> dict[str, Any]:
     """A JSON object."""
     try:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..report import Accuracy, BenchReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, VerifyReport
+from ..report import Accuracy, BenchReport, Effect, FuseReport, InspectReport, PipelineReport, RecalibrateReport, VerifyReport
 
-COLOURS = {"folded": "green", "kept": "yellow", "equivalent": "bold green", "different": "bold red", "inconclusive": "bold yellow"}
+COLOURS = {
+    "improved": "bold green",
+    "harmed": "bold red",
+    "folded": "green",
+    "kept": "yellow",
+    "equivalent": "bold green",
+    "different": "bold red",
+    "inconclusive": "bold yellow",
+}
+BAR = 12  # characters of the longest bar
 GAP = 2  # columns between two cells
 PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph
 
@@ -43,22 +53,55 @@ def fuse(console: Console, report: FuseReport) -> None:
 
 
 def recalibrate(console: Console, report: RecalibrateReport) -> None:
-    """How far each BatchNorm's statistics moved, each figure its worst channel's."""
+    """How far each BatchNorm's statistics moved, each figure its worst channel's; and what that did to labelled samples."""
+    top = max((layer.mean_shift for layer in report.layers if math.isfinite(layer.mean_shift)), default=0.0)
     rows = [
         (
             layer.name or "(no name)",
             f"{layer.count:,}",
-            *((f"{layer.mean_shift:.3g}", f"{layer.var_ratio:.3g}", f"{layer.stderr:.2g}") if layer.count else ("kept", "kept", "")),
+            *((f"{layer.mean_shift:.3g}", f"{layer.var_ratio:.3g}") if layer.count else ("kept", "kept")),
+            str(layer.worst_channel) if layer.count else "",
+            str(layer.dead) if layer.dead else "",
+            *((f"{layer.stderr:.2g}", f"{layer.var_stderr:.2g}") if layer.count else ("", "")),
+            bar(layer.mean_shift, top),
         )
         for layer in report.layers
     ]
-    _rows(console, ("BatchNorm", "values", "mean moved by", "variance times", "standard error"), rows, prose=False)
+    titles = ("BatchNorm", "values", "mean moved by", "variance times", "channel", "dead", "error of mean", "of variance", "drift")
+    _rows(console, titles, rows, prose=False)
     console.print("each layer's worst channel; means in old standard deviations, their standard errors in new ones")
     spilled = f", {_bytes(report.spilled_bytes)} spilled to disk" if report.spilled_bytes else ""
     held = f"; at most {_bytes(report.held_bytes)} held{spilled}" if report.held_bytes else ""
-    console.print(f"{report.samples:,} samples, method {report.method}{held}")
+    console.print(f"{report.samples:,} samples, method {report.method}, {report.variance} variance{held}")
     for note in report.notes:
         console.print(note)
+    if report.accuracy_before is not None and report.accuracy_after is not None and report.effect is not None:
+        _scores(console, report.accuracy_before, report.accuracy_after, report.effect)
+
+
+def bar(value: float, top: float) -> str:
+    """A bar in eighths of a character, BAR long for `top`; full for infinity."""
+    eighths: int = BAR * 8 if not math.isfinite(value) else round(BAR * 8 * value / top) if top else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _scores(console: Console, before: Accuracy, after: Accuracy, effect: Effect) -> None:
+    rows = [
+        (name, f"{a.accuracy:.1%}", f"± {a.stderr:.1%}", f"{a.loss:.4g}", f"± {a.loss_stderr:.2g}")
+        for name, a in (("before", before), ("after", after))
+    ]
+    rows.append(
+        (
+            "difference",
+            f"{effect.accuracy:+.1%}",
+            f"± {effect.accuracy_stderr:.1%}",
+            f"{effect.loss:+.4g}",
+            f"± {effect.loss_stderr:.2g}",
+        )
+    )
+    console.print()
+    _rows(console, (f"{before.samples:,} labelled samples", "accuracy", "", "loss", ""), rows, prose=False)
+    console.print(Text("effect: ").append(effect.verdict, style=COLOURS.get(effect.verdict, "bold")))
 
 
 def verify(console: Console, report: VerifyReport) -> None:
@@ -96,6 +139,7 @@ def pipeline(console: Console, report: PipelineReport) -> None:
         console.print()
     if report.accuracy_before is not None:
         after = f", {_accuracy(report.accuracy_after)} after" if report.accuracy_after is not None else ""
+        after += f": {report.effect.verdict}" if report.effect is not None else ""
         console.print(f"accuracy on {report.accuracy_before.samples:,} samples: {_accuracy(report.accuracy_before)} before{after}")
     for note in report.notes:
         console.print(note)

@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...moments import Moments, measure
+from ...processes import local_rank, threads
 from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
@@ -120,13 +121,14 @@ class _Session:
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.use_deterministic_compute = True
+        options.intra_op_num_threads = threads()
         options.enable_cpu_mem_arena = False  # an arena gives nothing back while one of its values is held
         # Threads that spin between two runs take the cores from whoever measures the results.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]  # the session reads the weights where they are
         if lent:
             options.add_external_initializers(list(lent), self._lent)
-        chosen = (name, {"use_tf32": "0"}) if name == "CUDAExecutionProvider" else name
+        chosen = (name, {"use_tf32": "0", "device_id": str(local_rank())}) if name == "CUDAExecutionProvider" else name
         try:
             self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=[chosen], enable_fallback=0)
         except Exception as error:

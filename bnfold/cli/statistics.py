@@ -1,0 +1,85 @@
+"""What the command recalibrate was asked to do, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..kept_statistics import beside, write
+from . import parse
+
+if TYPE_CHECKING:
+    from ..report import RecalibrateReport
+    from .options import Loading
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Measure on all the data, and write the model."""
+
+    data: str
+    out: Path
+
+    @property
+    def written(self) -> dict[Path, str]:
+        return {self.out: "model", beside(self.out): ".npz"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Measure one of several parts, and write what was measured."""
+
+    data: str
+    part: tuple[int, int]
+    stats: Path
+
+    @property
+    def written(self) -> dict[Path, str]:
+        return {self.stats: ".npz"}
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Put old statistics back."""
+
+    before: Path
+    out: Path
+
+    @property
+    def written(self) -> dict[Path, str]:
+        return {self.out: "model"}
+
+
+def asked(data: str | None, out: Path | None, restore: Path | None, shard: str | None, stats: Path | None) -> Whole | Part | Restore:
+    """What to do. UsageError where what is needed for it is missing or too much."""
+    if restore is not None:
+        wrong = {"--data": data, "--shard": shard, "--stats": stats}
+        if too_much := [name for name, value in wrong.items() if value is not None]:
+            raise UsageError(f"--restore puts old statistics back and measures none; leave out {too_much[0]}")
+    elif data is None:
+        raise UsageError("--data DATA is missing: say what to measure on")
+    elif shard is not None and stats is not None:
+        if out is not None:
+            raise UsageError("-o OUT: a part of the data makes no model; bnfold merge-stats makes it from all parts")
+        return Part(data, parse.part(shard, "--shard"), stats)
+    elif shard is not None or stats is not None:
+        raise UsageError("--shard I/N and --stats FILE.npz go together: a part's measurements are written to that file")
+    if out is None:
+        raise UsageError("-o OUT is missing: name the file to write")
+    if restore is not None:
+        return Restore(restore, out)
+    assert data is not None
+    return Whole(data, out)
+
+
+def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, *, force: bool, example: Any) -> None:
+    """The model, and beside it the statistics that it had; first those, so that nothing is lost where the second fails."""
+    side = beside(path)
+    write(side, report.before)
+    try:
+        loading.save(model, path, force=force, example=example)
+    except BaseException:
+        side.unlink(missing_ok=True)
+        raise
