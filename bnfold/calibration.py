@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import kept_statistics
 from .backends import family
 from .errors import DataError, NothingToDoError, UnsupportedError, UsageError
-from .evaluate import effect, score
+from .evaluate import Scores, effect, score, score_if_fits
 from .feeds import check_feeds
 from .methods import Method
 from .processes import Processes, processes
@@ -107,13 +107,16 @@ def recalibrate(
     start = time.perf_counter()
     group = processes()
     run = _Run(subject, batches, method, memory_budget, batch_size, group, progress)
-    scores = None if labelled is None or group.rank else score(subject.model, labelled, example=run.example, provider=subject.device)
+    scores: Scores | None = None
+    notes: tuple[str, ...] = ()
+    if labelled is not None and not group.rank:
+        scores, notes = score_if_fits(subject.model, labelled, batches, example=run.example, provider=subject.device)
     fresh, found = run(samples) if until is None else _until(run, until, samples)
     if scores is not None:
         after = score(fresh, labelled, example=run.example, provider=subject.device)
         assert after is not None
         found = dataclasses.replace(found, accuracy_before=scores.summary(), accuracy_after=after.summary(), effect=effect(scores, after))
-    return fresh, dataclasses.replace(found, seconds=time.perf_counter() - start)
+    return fresh, dataclasses.replace(found, notes=(*found.notes, *notes), seconds=time.perf_counter() - start)
 
 
 class _Run:

@@ -47,9 +47,10 @@ def deployed(model: Any, provider: str, *, example: Any = None, optimise: bool =
         from .backends.torch.trace import trace
 
         return TorchSession(trace(model, example), device=provider)
+    from .api import _as_ir
     from .backends.onnx.run import Session
 
-    return Session(model, provider=provider, optimise=optimise)
+    return Session(_as_ir(model)[0], provider=provider, optimise=optimise)
 
 
 def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:
@@ -80,6 +81,16 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
         return None
     outputs, wanted = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Scores(outputs.argmax(axis=1) == wanted, cross_entropy(outputs, wanted))
+
+
+def score_if_fits(model: Any, labelled: Any, batches: Any, **options: Any) -> tuple[Scores | None, tuple[str, ...]]:
+    """The scores, and notes. Labels that only happened to come with the data needn't be classes of this network: that is said, no error."""
+    try:
+        return score(model, labelled, **options), ()
+    except DataError as error:
+        if labelled is not batches:
+            raise
+        return None, (f"the labels aren't used: {error}",)
 
 
 def cross_entropy(outputs: Array, labels: Array) -> Array:

@@ -25,14 +25,8 @@ from .moments import Moments
 if TYPE_CHECKING:
     from .recalibrate import Layer, Measured
 
-SUFFIX = ".before.npz"  # behind the name of a recalibrated model
 OLD, PART = "bnfold.statistics/1", "bnfold.part/1"
 MOMENTS = ("count", "mean", "m2", "samples", "weight", "spread")
-
-
-def beside(path: Path) -> Path:
-    """Where the old statistics of what is written to `path` are kept."""
-    return path.with_name(path.name + SUFFIX)
 
 
 def write(path: Path, before: Mapping[str, tuple[Array, Array]]) -> None:

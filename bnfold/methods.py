@@ -9,7 +9,7 @@ Variances are biased (M2/m) or unbiased (M2/(m-1)); each method has the conventi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -189,7 +189,7 @@ def method(choice: str | Method, **settings: Any) -> Method:
     if choice not in METHODS:
         raise UsageError(f"no method of recalibration is called {choice!r}; there are {', '.join(METHODS)}")
     given = {name: value for name, value in settings.items() if value is not None}
-    known = METHODS[choice].__dataclass_fields__
+    known = [setting.name for setting in fields(METHODS[choice])]
     if wrong := [name for name in given if name not in known]:
         raise UsageError(f"the method {choice} has no {wrong[0]}; it has {', '.join(known)}")
     return METHODS[choice](**given)

@@ -8,7 +8,7 @@ from typing import Any
 from . import api
 from .backends import family
 from .errors import NothingToDoError
-from .evaluate import effect, score
+from .evaluate import effect, score, score_if_fits
 from .report import PipelineReport
 
 
@@ -32,7 +32,7 @@ def pipeline(
     providers = tuple(providers)
     if not api.inspect(model, example=example).layers:
         raise NothingToDoError(api.ALREADY_FOLDED if family(model) == "onnx" else api.NO_BATCHNORM)
-    before = score(model, labelled, example=example, provider=providers[0], progress=progress)
+    before, notes = score_if_fits(model, labelled, batches, example=example, provider=providers[0], progress=progress)
     scored = None if before is None else before.summary()
     fresh, recalibrated = api.recalibrate(model, batches, example=example, provider=providers[0], progress=progress, **calibration)
     if progress is not None:
@@ -41,7 +41,7 @@ def pipeline(
     kept = sum(layer.verdict == "kept" for layer in folded.layers)
     if strict and kept:
         note = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}"
-        return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(note,))
+        return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, note))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
     verdict = api.verify(fresh, fused, batches, example=example, providers=providers, progress=checking)
     proven = verdict.verdict == "equivalent"
@@ -53,5 +53,10 @@ def pipeline(
         accuracy_before=scored,
         accuracy_after=None if after is None else after.summary(),
         effect=None if before is None or after is None else effect(before, after),
-        notes=() if proven else (f"the verdict is {verdict.verdict}: {verdict.reason}",),
+        notes=notes
+        if proven
+        else (
+            *notes,
+            f"the verdict is {verdict.verdict}: {verdict.reason}",
+        ),
     )

@@ -162,26 +162,23 @@ def measure(
     group = group or Alone()
     layers = plan.layers
     tallies = [method.start(layer.mean, layer.variance) for layer in layers]
-    found, hints, failed = Measured(tallies), Hints(), None
+    found, hints, failed, skipped = Measured(tallies), Hints(), None, 0
     try:
         stages = list(plan.stages(own=True))
         for index, data in enumerate(batches):
-            values: dict[str, Any] = dict(data)
-            own: dict[int, Moments] = {}
-            for number, stage in enumerate(stages):
-                made = stage.run({name: values[name] for name in stage.needs}, own)
-                for reading in stage.readings:
-                    array = made[reading.value] if reading.value in made else values[reading.value]
-                    moments = own[reading.call] = _read(stage, array, reading, layers[reading.layer], index)
-                    if moments.count < 2 and len(stages) > 1:
-                        raise DataError(
-                            f"micro-batch {index + 1} brings one value per channel to {layers[reading.layer].name}, and the method "
-                            f"{method} normalises each micro-batch by itself: take a larger batch size, or the exact method"
-                        )
-                    tallies[reading.layer] = method.add(tallies[reading.layer], moments)
-                    if number == 0:
-                        hints.see(reading.layer, moments)
-                values = {name: made.get(name, values.get(name)) for name in stage.keeps}
+            seen = _through(stages, data, layers, index)
+            if seen is None:
+                if not found.batches:
+                    raise DataError(
+                        f"the micro-batches bring one value per channel to a BatchNorm, and the method {method} normalises each by itself: "
+                        f"take a larger batch size, or the exact method"
+                    )
+                skipped += _samples(data)
+                continue
+            for reading, moments, first in seen:
+                tallies[reading.layer] = method.add(tallies[reading.layer], moments)
+                if first:
+                    hints.see(reading.layer, moments)
             found.samples += _samples(data)
             found.batches += 1
             if progress is not None:
@@ -193,7 +190,29 @@ def measure(
     found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
     _some(found)
     found.notes = [*hints.order(), *hints.scale(layers, found.tallies)]
+    if skipped:
+        found.notes.append(f"{skipped} sample{'s' * (skipped > 1)} left out, in micro-batches too small to be normalised by themselves")
     return found
+
+
+def _through(stages: Sequence[Stage], data: Values, layers: Sequence[Layer], index: int) -> list[tuple[Reading, Moments, bool]] | None:
+    """One micro-batch through all stages, normalised by itself: what each call saw, and whether it stands first.
+
+    None where a BatchNorm sees one value per channel, which has no variance.
+    """
+    values: dict[str, Any] = dict(data)
+    own: dict[int, Moments] = {}
+    seen = []
+    for number, stage in enumerate(stages):
+        made = stage.run({name: values[name] for name in stage.needs}, own)
+        for reading in stage.readings:
+            array = made[reading.value] if reading.value in made else values[reading.value]
+            moments = own[reading.call] = _read(stage, array, reading, layers[reading.layer], index)
+            if moments.count < 2:
+                return None
+            seen.append((reading, moments, number == 0))
+        values = {name: made.get(name, values.get(name)) for name in stage.keeps}
+    return seen
 
 
 def settle(plan: Plan, measured: Measured, method: Method) -> dict[int, str]:

@@ -68,6 +68,9 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     for example in EXAMPLES.values():  # in their order: verify and bench read what fuse writes
         program, *arguments = shlex.split(example)
         assert program == "bnfold"
+        for path in (each for each in arguments if each.startswith("part-")):
+            part = ["recalibrate", arguments[1], "--data", "samples/digits/calibration.npz", "--method", "precise", "--stats", path]
+            assert run([*part, "--shard", f"{path[5]}/2"]) == 0
         assert run(arguments) == 0, (example, capsys.readouterr().err)
     assert {"fresh.onnx", "fused.onnx", "ready.onnx"} <= names(tmp_path)
 

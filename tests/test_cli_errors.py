@@ -55,7 +55,7 @@ NONSENSE = {
     "fold model.onnx": "No such command 'fold'",
     "inspect": "Missing argument 'MODEL'",
     "inspect model.onnx --fast": "No such option: --fast",
-    "recalibrate model.onnx -o out.onnx": "Missing option '--data'",
+    "recalibrate model.onnx -o out.onnx": "--data DATA is missing",
     "recalibrate model.onnx --data x.npy -o out.onnx --batch-size 0": "--batch-size",
     "recalibrate model.onnx --data x.npy -o out.onnx --memory-budget lots": "--memory-budget lots: not a size; write it like 512M or 2G",
     "recalibrate model.onnx --data x.npy -o out.onnx --device cuda": "--device cuda: that is for PyTorch models; for ONNX give --provider",

@@ -20,7 +20,7 @@ SAMPLE = "samples/digits/digits.onnx"
 EXAMPLES = {
     "inspect": f"bnfold inspect {SAMPLE}",
     "recalibrate": f"bnfold recalibrate {SAMPLE} --data samples/digits/calibration.npz -o fresh.onnx",
-    "merge_stats": f"bnfold merge-stats {SAMPLE} part-0.npz part-1.npz -o fresh.onnx",
+    "merge_stats": f"bnfold merge-stats {SAMPLE} part-0.npz part-1.npz -o merged.onnx",
     "fuse": f"bnfold fuse {SAMPLE} -o fused.onnx",
     "verify": f"bnfold verify {SAMPLE} fused.onnx",
     "pipeline": f"bnfold pipeline {SAMPLE} --data samples/digits/calibration.npz --eval samples/digits/test.npz -o ready.onnx",
@@ -93,10 +93,10 @@ def recalibrate(
     ones are kept in OUT.before.npz. Under torchrun, the processes share the data and write one result.
     """
     from .. import api
-    from ..kept_statistics import beside
     from .page import write_page
 
     asked = statistics.asked(data, out, restore, shard, stats)
+    settings = calibrating.settings(of_part=isinstance(asked, statistics.Part))
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     for path, kind in (asked.written | ({html: ".html"} if html is not None else {})).items():
         ready_to_write(path, suffixes=loading.suffixes(model) if kind == "model" else [kind], force=reporting.force, inputs=[model])
@@ -113,18 +113,18 @@ def recalibrate(
         batches = feeding.open(asked.data, loaded, job, shaping, samples=feeding.samples)
         given = {"example": example, "provider": provider, "batch_size": calibrating.batch_size(feeding), "progress": job.progress}
         if isinstance(asked, statistics.Part):
-            report = api.measure_part(loaded, batches, asked.part, asked.stats, **calibrating.settings(of_part=True), **given)
+            report = api.measure_part(loaded, batches, asked.part, asked.stats, **settings, **given)
             job.finish(report, show.recalibrate)
             job.say(f"written: {asked.stats}")
             return 0
         labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping)
-        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=budget, **calibrating.settings(), **given)
+        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=budget, **settings, **given)
         if job.main:
             statistics.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
             if html is not None:
                 write_page(html, report, str(model))
         job.finish(report, show.recalibrate)
-        job.say(f"written: {asked.out}, and the old statistics to {beside(asked.out)}")
+        job.say(f"written: {asked.out}, and the old statistics to {statistics.beside(asked.out)}")
     return 0
 
 
@@ -145,9 +145,8 @@ def merge_stats(
     All parts must be there, each once, measured on this model by one method.
     """
     from .. import api
-    from ..kept_statistics import beside
 
-    for path, suffixes in ((out, loading.suffixes(model)), (beside(out), [".npz"])):
+    for path, suffixes in ((out, loading.suffixes(model)), (statistics.beside(out), [".npz"])):
         ready_to_write(path, suffixes=suffixes, force=reporting.force, inputs=[model, *parts])
     with reporting.job() as job:
         loaded = loading.load(model, job)
@@ -155,7 +154,7 @@ def merge_stats(
         fresh, report = api.merge_parts(loaded, parts, example=example, layers=layers or (), skip_layers=skip_layers or (), freeze=freeze)
         statistics.save(loading, fresh, report, out, force=reporting.force, example=example)
         job.finish(report, show.recalibrate)
-        job.say(f"written: {out}, and the old statistics to {beside(out)}")
+        job.say(f"written: {out}, and the old statistics to {statistics.beside(out)}")
     return 0
 
 
@@ -266,6 +265,7 @@ def pipeline(
     from ..pipeline import pipeline as run
 
     ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
+    settings = calibrating.settings()
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     check = checking.check("pipeline", model, force=reporting.force, strict=strict, baseline=baseline)
     with reporting.job(check) as job:
@@ -283,7 +283,7 @@ def pipeline(
             providers=providers,
             memory_budget=budget,
             batch_size=calibrating.batch_size(feeding),
-            **calibrating.settings(),
+            **settings,
             progress=job.progress,
         )
         worse = check.compare(report)

@@ -52,6 +52,7 @@ class Job:
         self._data: list[Data] = []
         self._notes: list[str] = []
         self._said: dict[str, float] = {}
+        self._began: dict[str, tuple[int, float]] = {}
         self._check = check
         if self.report_path is not None:
             ready_to_write(self.report_path, suffixes=[".json"], force=force, inputs=())
@@ -90,35 +91,45 @@ class Job:
         """On a terminal a bar for the stage; elsewhere a line when a stage begins, and then every ten seconds."""
         if self.quiet:
             return
+        rate = self._rate(stage, done)
         if not self._err.is_terminal:
             now = time.monotonic()
             if stage not in self._said:
                 self.remark(stage)
             elif now - self._said[stage] >= EVERY:
-                self.remark(f"{stage}: {done:,}" + ("" if total is None else f" of {total:,}"))
+                self.remark(f"{stage}: {done:,}" + ("" if total is None else f" of {total:,}") + (f", {rate}" if rate else ""))
             else:
                 return
             self._said[stage] = now
             return
         if self._bar is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(20),
                 TextColumn("{task.fields[count]}"),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self._err, transient=True)
             self._bar.start()
-        count = "" if total is None else f"{done:,} of {total:,}"
+        count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
         if stage != self._stage:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
             self._stage = stage
-            self._bar.add_task(stage, total=total, completed=done, count=count)
+            self._bar.add_task(stage, total=total, completed=done, count=count, rate=rate)
         else:
-            self._bar.update(self._bar.task_ids[0], total=total, completed=done, count=count)
+            self._bar.update(self._bar.task_ids[0], total=total, completed=done, count=count, rate=rate)
+
+    def _rate(self, stage: str, done: int) -> str:
+        """Steps per second of a stage so far; empty while nothing can be said."""
+        now = time.monotonic()
+        first, begun = self._began.setdefault(stage, (done, now))
+        return f"{(done - first) / (now - begun):.3g}/s" if done > first and now > begun else ""
 
     def remark(self, text: str) -> None:
         """A line on standard error."""

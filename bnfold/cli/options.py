@@ -169,14 +169,19 @@ class Calibrating:
         """The method with its settings."""
         from ..methods import MovingAverage, method
 
-        unbiased = None if self.variance is None else self.variance == "unbiased"
         if self.variance not in (None, "biased", "unbiased"):
             raise UsageError(f"--variance {self.variance}: it is biased or unbiased")
+        for option, given, owner in (
+            ("--momentum", self.momentum is not None, "moving-average"),
+            ("--prior", self.prior is not None, "prior"),
+            ("--mean-shift", self.mean_shift, "prior"),
+        ):
+            if given and self.method != owner:
+                raise UsageError(f"{option} is for the method {owner}, not for {self.method}")
+        unbiased = None if self.variance is None else self.variance == "unbiased"
         made = method(self.method, unbiased=unbiased, strength=self.prior, mean_shift=self.mean_shift or None)
-        if self.momentum is None:
+        if not isinstance(made, MovingAverage) or self.momentum is None:
             return made
-        if not isinstance(made, MovingAverage):
-            raise UsageError(f"--momentum is for the method moving-average, not for {made}")
         return dataclasses.replace(made, momentum=None if self.momentum == "none" else parse.numbers(self.momentum, "--momentum")[0])
 
     def batch_size(self, feeding: Feeding) -> int | None:

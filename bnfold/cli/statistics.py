@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..kept_statistics import beside, write
 from . import parse
 
 if TYPE_CHECKING:
     from ..report import RecalibrateReport
     from .options import Loading
+
+
+def beside(path: Path) -> Path:
+    """Where the old statistics of what is written to `path` are kept."""
+    return path.with_name(path.name + ".before.npz")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def asked(data: str | None, out: Path | None, restore: Path | None, shard: str |
 
 def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, *, force: bool, example: Any) -> None:
     """The model, and beside it the statistics that it had; first those, so that nothing is lost where the second fails."""
+    from ..kept_statistics import write
+
     side = beside(path)
     write(side, report.before)
     try:

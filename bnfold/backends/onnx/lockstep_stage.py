@@ -22,6 +22,7 @@ from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
 from .run import resolve
+from .walk import attribute
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
 LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
@@ -287,6 +288,8 @@ def _as_it_runs(node: ir.Node, made: onnx.NodeProto, opset: int, given: bool) ->
     kept = [a for a in made.attribute if a.name not in drop]
     del made.attribute[:]
     made.attribute.extend(kept)
+    if not given and attribute(node, "training_mode", 0):  # ONNX Runtime wants all outputs of it
+        made.output.extend(f"{made.output[0]}:unused:{i}" for i in range(len(made.output), 3))
     if given and opset < 7:
         made.attribute.append(onnx.helper.make_attribute("is_test", 1))
 

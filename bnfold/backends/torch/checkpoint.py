@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ...errors import ModelError
 from .surgery import Surgery, rebuild
@@ -107,7 +108,7 @@ def put(state: dict[str, Tensor], module: nn.Module, surgery: Surgery | None, wh
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in state and name not in counters]
     extra = [name for name in state if name not in wanted and not name.endswith("num_batches_tracked") and name != "n_averaged"]
-    odd = [name for name in state if name in wanted and state[name].shape != wanted[name].shape]
+    odd = [name for name in state if name in wanted and not is_lazy(wanted[name]) and state[name].shape != wanted[name].shape]
     if missing or extra or odd:
         parts = []
         if missing:

@@ -1,0 +1,528 @@
+"""What stands around the measuring: several processes, parts of the data, how many samples are enough, which layers, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from cases.builder import Net as OnnxNet
+from modules import Net, norm
+from onnx import numpy_helper
+from torch import nn
+
+import bnfold
+from bnfold import api, kept_statistics
+from bnfold.errors import DataError, UnsupportedError, UsageError
+from bnfold.evaluate import Scores, cross_entropy, effect
+from bnfold.hints import f_ratio
+from bnfold.methods import Exact, MovingAverage
+from bnfold.moments import measure
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = np.random.default_rng(0).normal(1, 2, (37, 3, 8, 7)).astype(np.float32)
+
+
+def onnx_network() -> onnx.ModelProto:
+    net = OnnxNet("calibrated")
+    x = net.relu(net.bn(net.conv(net.input("N", 3, 8, 7), 3, 6, pads=1), 6))
+    x = net.op("Add", net.relu(net.bn(net.conv(x, 6, 6, pads=1), 6)), x)
+    net.output(net.bn(net.gemm(net.op("Flatten", net.op("GlobalAveragePool", x)), 6, 4), 4))
+    return net.model()
+
+
+def statistics(model: Any) -> dict[str, np.ndarray]:
+    if isinstance(model, nn.Module):
+        return {name: buffer.double().numpy() for name, buffer in model.named_buffers() if "running" in name}
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    arrays = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in proto.graph.initializer}
+    return {name: arrays[name] for node in proto.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:]}
+
+
+def agree(one: dict[str, np.ndarray], other: dict[str, np.ndarray], rtol: float = 1e-6) -> None:
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(array, other[name], rtol=rtol, atol=rtol * np.abs(array).max(), err_msg=name)
+
+
+def bnfold_cli(*arguments: object, launcher: tuple[str, ...] = (), folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *launcher, *(("-m",) if launcher else ()), "bnfold", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.LazyLinear(4)
+    )
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    onnx.save(onnx_network(), tmp_path / "net.onnx")
+    np.save(tmp_path / "data.npy", DATA)
+    (tmp_path / "net.py").write_text(FACTORY)
+    torch.manual_seed(1)
+    namespace: dict[str, Any] = {}
+    exec(FACTORY, namespace)
+    module = namespace["make"]()
+    module(torch.from_numpy(DATA[:4]))
+    torch.save(module.state_dict(), tmp_path / "net.pth")
+    return tmp_path
+
+
+# --- several processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("method", ["exact", "precise"])
+def test_processes_of_torchrun_give_the_single_one_s_result(folder: Path, processes: int, method: str) -> None:
+    given = ["recalibrate", "net.onnx", "--data", "data.npy", "--method", method, "--batch-size", "5"]
+    assert bnfold_cli(*given, "-o", "one.onnx", folder=folder).returncode == 0
+    several = bnfold_cli(
+        *given, "-o", "several.onnx", "--json", launcher=("torch.distributed.run", "--nproc-per-node", str(processes)), folder=folder
+    )
+    assert several.returncode == 0, several.stderr
+    assert json.loads(several.stdout)["samples"] == 37  # one of them speaks
+    agree(statistics(onnx.load(folder / "several.onnx")), statistics(onnx.load(folder / "one.onnx")))
+
+
+def test_processes_share_a_pytorch_model_too(folder: Path) -> None:
+    given = ["recalibrate", "net.pth", "--arch", "net.py:make", "--data", "data.npy", "--batch-size", "5"]
+    assert bnfold_cli(*given, "-o", "one.pth", folder=folder).returncode == 0
+    several = bnfold_cli(*given, "-o", "several.pth", launcher=("torch.distributed.run", "--nproc-per-node", "2"), folder=folder)
+    assert several.returncode == 0, several.stderr
+    one, other = (torch.load(folder / name, weights_only=True) for name in ("one.pth", "several.pth"))
+    one, other = (found.get("state_dict", found) for found in (one, other))
+    agree(*({k: v.double().numpy() for k, v in found.items() if "running" in k} for found in (one, other)))
+
+
+def test_more_processes_than_batches(folder: Path) -> None:
+    found = bnfold_cli(
+        *("recalibrate", "net.onnx", "--data", "data.npy", "--batch-size", "37", "-o", "out.onnx"),
+        launcher=("torch.distributed.run", "--nproc-per-node", "3"),
+        folder=folder,
+    )
+    assert found.returncode == 0, found.stderr
+    agree(statistics(onnx.load(folder / "out.onnx")), statistics(bnfold.recalibrate(onnx_network(), DATA)[0]))
+
+
+def test_a_moving_average_is_for_one_process(folder: Path) -> None:
+    found = bnfold_cli(
+        *("recalibrate", "net.onnx", "--data", "data.npy", "--method", "moving-average", "-o", "out.onnx"),
+        launcher=("torch.distributed.run", "--nproc-per-node", "2"),
+        folder=folder,
+    )
+    assert found.returncode != 0
+    assert "depends on the order of the data, so several processes can't share it" in found.stderr
+    assert not (folder / "out.onnx").exists()
+
+
+# --- parts of the data -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["precise", "ioffe-szegedy"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_parts_add_up_to_the_whole(tmp_path: Path, method: str, count: int) -> None:
+    model = onnx_network()
+    whole, report = bnfold.recalibrate(model, DATA, method=method, batch_size=5)
+    paths = [tmp_path / f"{i}.npz" for i in range(count)]
+    for i, path in enumerate(paths):
+        api.measure_part(model, DATA, (i, count), path, method=method, batch_size=5)
+    merged, found = api.merge_parts(model, paths[::-1])
+    agree(statistics(merged), statistics(whole), 1e-7)
+    assert (found.samples, found.method, found.variance) == (37, report.method, report.variance)
+
+
+def test_parts_of_a_pytorch_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4)).eval()
+    whole, _ = bnfold.recalibrate(module, DATA, method="precise", batch_size=5)
+    for i in range(2):
+        api.measure_part(module, DATA, (i, 2), tmp_path / f"{i}.npz", method="precise", batch_size=5)
+    merged, _ = api.merge_parts(module, [tmp_path / "0.npz", tmp_path / "1.npz"], example=torch.from_numpy(DATA[:2]))
+    agree(statistics(merged), statistics(whole), 1e-7)
+
+
+def test_a_single_layer_s_parts_add_up_with_the_exact_method(tmp_path: Path) -> None:
+    """Nothing that is measured stands behind a BatchNorm."""
+    net = OnnxNet("one")
+    net.output(net.bn(net.conv(net.input("N", 3, 8, 7), 3, 6), 6))
+    for i in range(2):
+        api.measure_part(net.model(), DATA, (i, 2), tmp_path / f"{i}.npz", method="exact", batch_size=5)
+    merged, _ = api.merge_parts(net.model(), [tmp_path / "0.npz", tmp_path / "1.npz"])
+    agree(statistics(merged), statistics(bnfold.recalibrate(net.model(), DATA)[0]), 1e-7)
+
+
+def test_parts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
+    for method, why in (("exact", "depends on the statistics of those before it"), ("moving-average", "depends on the order")):
+        with pytest.raises(UnsupportedError, match=why):
+            api.measure_part(onnx_network(), DATA, (0, 2), tmp_path / "0.npz", method=method)
+    assert not (tmp_path / "0.npz").exists()
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    model, paths = onnx_network(), [tmp_path / f"{i}.npz" for i in range(3)]
+    for i, path in enumerate(paths):
+        api.measure_part(model, DATA, (i, 3), path, method="precise")
+    with pytest.raises(UsageError, match="of 3 parts, 1 is missing"):
+        api.merge_parts(model, [paths[0], paths[2]])
+    with pytest.raises(UsageError, match="part 0 was given already"):
+        api.merge_parts(model, [*paths, paths[0]])
+    with pytest.raises(UsageError, match="measured on another model"):
+        api.merge_parts(bnfold.recalibrate(model, DATA)[0], paths)
+    api.measure_part(model, DATA, (1, 3), tmp_path / "other.npz", method="ioffe-szegedy")
+    with pytest.raises(UsageError, match="measured with other method"):
+        api.merge_parts(model, [paths[0], tmp_path / "other.npz", paths[2]])
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(DataError, match="this isn't what a part of the data gave"):
+        api.merge_parts(model, [tmp_path / "text.npz"])
+    with pytest.raises(DataError, match="there is no such file"):
+        api.merge_parts(model, [tmp_path / "none.npz"])
+    with pytest.raises(UsageError, match="there is no part 3 of 3"):
+        api.measure_part(model, DATA, (3, 3), tmp_path / "x.npz")
+
+
+# --- how many samples are enough ---------------------------------------------------------------------------------------------
+
+
+def test_until_takes_as_many_samples_as_it_needs() -> None:
+    data = np.random.default_rng(1).normal(1, 2, (3000, 3, 8, 7)).astype(np.float32)
+    _, report = bnfold.recalibrate(onnx_network(), data, until=0.05)
+    assert report.reached
+    assert report.until == 0.05
+    assert max(layer.stderr for layer in report.layers) <= 0.05
+    assert 64 < report.samples < 1500
+    assert report.notes[0].startswith(f"{report.samples} samples were enough: the worst channel's mean is known to 0.0")
+
+
+def test_until_says_when_the_data_are_not_enough() -> None:
+    _, report = bnfold.recalibrate(onnx_network(), DATA, until=0.01)
+    assert report.reached is False
+    assert report.samples == 37
+    assert report.notes[0].startswith("37 samples, all that there are, were not enough: the worst channel's mean is known to 0.")
+
+
+def test_until_looks_all_over_sorted_data() -> None:
+    """The first samples are all of one kind; evenly spaced ones aren't."""
+    kinds = np.repeat(np.linspace(-5, 5, 10), 400).astype(np.float32)
+    data = kinds[:, None, None, None] + np.random.default_rng(2).normal(size=(4000, 3, 4, 4)).astype(np.float32)
+    net = OnnxNet("sorted")
+    net.output(net.bn(net.input("N", 3, 4, 4), 3))
+    fresh, report = bnfold.recalibrate(net.model(), data, until=0.09)
+    assert report.samples < 1000
+    for name, array in statistics(fresh).items():
+        exact = data.mean((0, 2, 3)) if "mean" in name else data.var((0, 2, 3))
+        assert np.abs(array - exact).max() < 0.3 * data.std(), name
+
+
+def test_until_needs_data_that_can_be_read_again() -> None:
+    with pytest.raises(UsageError, match="these data can be read only once"):
+        bnfold.recalibrate(onnx_network(), (DATA[i : i + 4] for i in range(0, 36, 4)), until=0.1)
+    with pytest.raises(UsageError, match="give a number between 0 and 1"):
+        bnfold.recalibrate(onnx_network(), DATA, until=0.0)
+
+
+# --- hints -------------------------------------------------------------------------------------------------------------------
+
+
+def test_unshuffled_data_are_told_where_the_method_minds() -> None:
+    rng = np.random.default_rng(3)
+    ordered = np.repeat(np.arange(8.0), 8)[:, None, None, None] + rng.normal(size=(64, 3, 8, 7))
+    for data, told in ((ordered, True), (rng.permutation(ordered), False)):
+        for method, minds in (("precise", True), ("exact", False)):
+            _, report = bnfold.recalibrate(onnx_network(), data.astype(np.float32), method=method, batch_size=8)
+            assert any("look unshuffled" in note for note in report.notes) == (told and minds)
+
+
+def test_shuffled_batches_differ_as_chance_has_it() -> None:
+    rng = np.random.default_rng(4)
+    ratios = [f_ratio([measure(rng.gamma(2, 1, (8, 16, 9)) * rng.random((8, 16, 1))) for _ in range(8)]) for _ in range(50)]
+    assert np.median([r for r in ratios if r is not None]) == pytest.approx(1, abs=0.2)
+    assert max(r for r in ratios if r is not None) < 3
+
+
+def test_data_of_another_scale_are_told() -> None:
+    model = bnfold.recalibrate(onnx_network(), DATA)[0]
+    assert not any("normalised" in note for note in bnfold.recalibrate(model, DATA * 1.5 + 0.3)[1].notes)
+    _, report = bnfold.recalibrate(model, DATA * 255)
+    assert any("the data don't look normalised as this network's were: at" in note and "255 times" in note for note in report.notes)
+
+
+# --- which layers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "measured"),
+    [
+        ({"layers": ["*_0"]}, [0]),
+        ({"skip_layers": ["*_0"]}, [1, 2]),
+        ({"layers": ["*_[12]"], "skip_layers": ["*_2"]}, [1]),
+    ],
+)
+def test_layers_by_name(given: dict[str, Any], measured: list[int]) -> None:
+    model = onnx_network()
+    fresh, report = bnfold.recalibrate(model, DATA, **given)
+    names = [f"BatchNormalization_node_{i}" for i in measured]
+    assert [layer.name for layer in report.layers] == names
+    old, new = statistics(model), statistics(fresh)
+    assert sum(not np.array_equal(old[name], new[name]) for name in old) == 2 * len(measured)
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(UsageError, match="no BatchNorm is called 'conv\\*'; there are 'BatchNormalization_node_0'"):
+        bnfold.recalibrate(onnx_network(), DATA, layers=["conv*"])
+    module = nn.Sequential(norm(3)).eval()
+    with pytest.raises(UsageError, match="no BatchNorm is called '1'; there are '0'"):
+        bnfold.recalibrate(module, DATA, skip_layers=["1"])
+
+
+# --- training mode -----------------------------------------------------------------------------------------------------------
+
+
+def training_net(opset: int, outputs: int = 1, **attributes: Any) -> onnx.ModelProto:
+    net = OnnxNet("training", opset=opset)
+    x = net.conv(net.input("N", 3, 8, 7), 3, 6)
+    made = net.ops("BatchNormalization", x, *net.bn_params(6), outputs=outputs, **attributes)
+    net.output(net.bn(net.conv(net.relu(made[0]), 6, 4), 4))
+    for running in made[1:]:
+        net.output(running)
+    return net.model()
+
+
+@pytest.mark.parametrize(
+    ("opset", "outputs", "attributes"),
+    [(17, 3, {"training_mode": 1}), (14, 3, {"training_mode": 1}), (6, 1, {"is_test": 0})],
+)
+def test_freezing_measures_and_then_all_folds(opset: int, outputs: int, attributes: dict[str, int]) -> None:
+    model = training_net(opset, outputs, **attributes)
+    names = [output.name for output in model.graph.output]
+    _, report = bnfold.recalibrate(model, DATA)
+    assert "it is in training mode" in report.notes[0]
+    frozen, report = bnfold.recalibrate(model, DATA, freeze=True)
+    assert [layer.count for layer in report.layers] == [37 * 6 * 5, 37 * 4 * 3]
+    assert [output.name for output in frozen.graph.output] == names
+    onnx.checker.check_model(frozen)
+    plain = training_net(17)
+    agree_by_order(statistics(frozen), statistics(bnfold.recalibrate(plain, DATA)[0]))
+    _, folded = bnfold.fuse(frozen)
+    assert folded.batchnorms.after == 0
+
+
+def agree_by_order(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    for mine, its in zip(one.values(), other.values(), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-6)
+
+
+def test_freezing_a_module_without_statistics() -> None:
+    torch.manual_seed(0)
+    own = nn.BatchNorm2d(6, track_running_stats=False)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3), own, nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4)).eval()
+    frozen, _ = bnfold.recalibrate(module, DATA, freeze=True)
+    assert module[1].running_mean is None
+    x = module[0](torch.from_numpy(DATA)).detach()
+    np.testing.assert_allclose(frozen[1].running_mean.numpy(), x.mean((0, 2, 3)).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(frozen[1].running_var.numpy(), x.var((0, 2, 3), correction=0).numpy(), rtol=1e-5)
+    with torch.no_grad():  # one batch of all the data is normalised as before
+        want, got = (m[:3](torch.from_numpy(DATA)) for m in (module, frozen))
+    torch.testing.assert_close(got, want)
+    _, folded = bnfold.fuse(frozen, example=torch.from_numpy(DATA[:2]))
+    assert folded.batchnorms.after == 0
+
+
+# --- the way back ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_old_statistics_come_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4)).to(kind).eval()
+    fresh, report = bnfold.recalibrate(module, torch.from_numpy(DATA).to(kind))
+    assert not torch.equal(fresh[1].running_mean, module[1].running_mean)
+    kept_statistics.write(tmp_path / "old.npz", report.before)
+    back, names = api.restore(fresh, tmp_path / "old.npz", example=torch.from_numpy(DATA[:2]).to(kind))
+    assert names == ["1", "4"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_restoring_an_onnx_model_and_what_is_not_its_own(tmp_path: Path) -> None:
+    model = onnx_network()
+    fresh, report = bnfold.recalibrate(model, DATA)
+    agree(statistics(api.restore(fresh, report.before)[0]), statistics(model), 0)
+    net = OnnxNet("other")
+    net.output(net.bn(net.input("N", 5), 5))
+    with pytest.raises(DataError, match="they are another model's"):
+        api.restore(net.model(), report.before)
+
+
+def test_the_command_line_keeps_the_old_statistics_and_puts_them_back(folder: Path) -> None:
+    assert bnfold_cli("recalibrate", "net.onnx", "--data", "data.npy", "-o", "new.onnx", folder=folder).returncode == 0
+    assert (folder / "new.onnx.before.npz").is_file()
+    found = bnfold_cli("recalibrate", "new.onnx", "--restore", "new.onnx.before.npz", "-o", "old.onnx", folder=folder)
+    assert found.returncode == 0, found.stderr
+    assert "3 BatchNorms have their old statistics again" in found.stdout
+    agree(statistics(onnx.load(folder / "old.onnx")), statistics(onnx.load(folder / "net.onnx")), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-o", "a.onnx"], "--data DATA is missing"),
+        (["--data", "data.npy"], "-o OUT is missing"),
+        (["--data", "data.npy", "--shard", "0/2"], "--shard I/N and --stats FILE.npz go together"),
+        (["--data", "data.npy", "--shard", "2/2", "--stats", "s.npz"], "write it like 0/4"),
+        (["--data", "data.npy", "--shard", "0/2", "--stats", "s.npz", "-o", "a.onnx"], "a part of the data makes no model"),
+        (["--data", "data.npy", "--restore", "x.npz", "-o", "a.onnx"], "leave out --data"),
+        (["--data", "data.npy", "-o", "a.onnx", "--momentum", "0.1"], "--momentum is for the method moving-average, not for exact"),
+        (["--data", "data.npy", "-o", "a.onnx", "--variance", "odd"], "it is biased or unbiased"),
+        (["--data", "data.npy", "-o", "a.onnx", "--method", "prior", "--prior", "-1"], "--prior"),
+        (["--data", "data.npy", "-o", "a.onnx", "--prior", "4"], "--prior is for the method prior, not for exact"),
+    ],
+)
+def test_requests_that_make_no_sense(folder: Path, arguments: list[str], text: str) -> None:
+    found = bnfold_cli("recalibrate", "net.onnx", *arguments, folder=folder)
+    assert found.returncode == 2
+    assert text in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["data.npy", "net.onnx", "net.pth", "net.py"]
+
+
+# --- scores ------------------------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_of_logits_and_of_probabilities() -> None:
+    logits, labels = torch.randn(9, 5, dtype=torch.float64) * 30, torch.arange(9) % 5
+    want = torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
+    np.testing.assert_allclose(cross_entropy(logits.numpy(), labels.numpy()), want, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(cross_entropy(logits.softmax(1).numpy(), labels.numpy()), want, rtol=1e-9, atol=1e-12)
+    assert np.isinf(cross_entropy(logits.numpy()[:1], np.array([-1]))).all()
+
+
+def test_the_word_is_by_accuracy_then_by_loss() -> None:
+    rng = np.random.default_rng(5)
+    loss = rng.gamma(1, 1, 400)
+    right = rng.random(400) < 0.7
+
+    def word(more: np.ndarray, other: np.ndarray) -> str:
+        return effect(Scores(right, loss), Scores(more, other)).verdict
+
+    better = right | (rng.random(400) < 0.3)
+    assert word(better, loss + 1) == "improved"
+    assert word(right & (rng.random(400) < 0.9), loss - 1) == "harmed"
+    assert word(right, loss * 0.9) == "improved"
+    assert word(right, loss * 1.1) == "harmed"
+    assert word(right, loss) == "no effect"
+
+
+def test_paired_errors_are_those_of_differences() -> None:
+    rng = np.random.default_rng(6)
+    before, after = (Scores(rng.random(300) < p, rng.gamma(1, 1, 300)) for p in (0.6, 0.8))
+    found = effect(before, after)
+    difference = after.right.astype(float) - before.right
+    assert found.accuracy == pytest.approx(difference.mean())
+    assert found.accuracy_stderr == pytest.approx(difference.std(ddof=1) / 300**0.5)
+    assert found.loss_stderr == pytest.approx((after.loss - before.loss).std(ddof=1) / 300**0.5)
+
+
+def test_no_effect_where_nothing_changes() -> None:
+    model = bnfold.recalibrate(onnx_network(), DATA)[0]
+    labelled = _labelled(model)
+    _, report = bnfold.recalibrate(model, DATA, labelled=labelled)
+    assert report.effect is not None
+    assert report.effect.verdict == "no effect"
+    assert report.accuracy_before == report.accuracy_after
+
+
+def _labelled(model: Any) -> Any:
+    from bnfold.backends.onnx.load import from_proto
+    from bnfold.backends.onnx.run import inputs
+    from bnfold.data import as_batches
+
+    return as_batches((DATA, np.arange(37) % 4), inputs(from_proto(model)))
+
+
+# --- the report --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_tells_dead_channels_and_standard_errors() -> None:
+    data = DATA.copy()
+    data[:, 1] = 4.0
+    net = OnnxNet("dead")
+    net.output(net.bn(net.input("N", 3, 8, 7), 3))
+    _, report = bnfold.recalibrate(net.model(), data, batch_size=4)
+    (layer,) = report.layers
+    assert (layer.dead, layer.channels, layer.count) == (1, 3, 37 * 56)
+    rows = data[:, [0, 2]].astype(np.float64).reshape(37, 2, -1)
+    means, total = rows.mean((0, 2)), 37 * 56
+    error = np.sqrt(((rows.sum(2) - 56 * means) ** 2).sum(0) * 37 / 36) / total
+    assert layer.stderr == pytest.approx((error / rows.std((0, 2))).max(), rel=1e-6)
+    variances = rows.var((0, 2))
+    squares = ((rows - means[:, None]) ** 2).sum(2) - 56 * variances
+    assert layer.var_stderr == pytest.approx((np.sqrt((squares**2).sum(0) * 37 / 36) / total / variances).max(), rel=1e-6)
+
+
+def test_the_page_is_whole_and_escapes_names(folder: Path) -> None:
+    model = onnx.load(folder / "net.onnx")
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            node.name = f"<script>{node.name}&"
+    onnx.save(model, folder / "odd.onnx")
+    found = bnfold_cli("recalibrate", "odd.onnx", "--data", "data.npy", "-o", "new.onnx", "--html", "page.html", folder=folder)
+    assert found.returncode == 0, found.stderr
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    assert text.count("<tr>") == 4
+    assert "<script>" not in text
+    assert "&lt;script&gt;BatchNormalization_node_0&amp;" in text
+    assert "http" not in text
+
+
+def test_old_statistics_are_no_part_of_the_json() -> None:
+    _, report = bnfold.recalibrate(onnx_network(), DATA)
+    assert "before" not in report.to_dict()
+    json.dumps(report.to_dict())
+    assert set(report.before) == {layer.name for layer in report.layers}
+
+
+def test_a_copy_of_the_model_is_what_changes() -> None:
+    module = nn.Sequential(norm(3)).eval()
+    before = copy.deepcopy(module.state_dict())
+    for method in (Exact(), MovingAverage()):
+        bnfold.recalibrate(module, DATA, method=method)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_several_inputs_and_integers_by_every_method() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(50, 4)
+
+    def forward(s: Any, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return s.bn(s.mix(torch.relu(s.first(s.table(ids).transpose(1, 2))).transpose(1, 2) + x[:, None]).transpose(1, 2))
+
+    module = Net(forward, table=table, first=norm(4, 1), mix=nn.Linear(4, 5), bn=norm(5, 1)).eval()
+    rng = np.random.default_rng(7)
+    data = (rng.integers(0, 50, (21, 6)), rng.normal(size=(21, 4)).astype(np.float32))
+    found = [statistics(bnfold.recalibrate(module, data, batch_size=size)[0]) for size in (1, 4, 21)]
+    agree(found[0], found[1])
+    agree(found[0], found[2])
+    for method in ("precise", "ioffe-szegedy", "moving-average", "prior"):
+        _, report = bnfold.recalibrate(module, data, batch_size=7, method=method)
+        assert [layer.count for layer in report.layers] == [126, 126]
+
+
+def test_the_keys_are_those_of_the_contract() -> None:
+    assert set(bnfold.recalibrate(onnx_network(), DATA)[1].to_dict()["layers"][0]) >= {"name", "count", "mean_shift", "var_ratio", "stderr"}
