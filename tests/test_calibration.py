@@ -526,3 +526,32 @@ def test_several_inputs_and_integers_by_every_method() -> None:
 
 def test_the_keys_are_those_of_the_contract() -> None:
     assert set(bnfold.recalibrate(onnx_network(), DATA)[1].to_dict()["layers"][0]) >= {"name", "count", "mean_shift", "var_ratio", "stderr"}
+
+
+def test_sequences_of_integers_of_several_lengths_beside_another_input() -> None:
+    """Against the moments of all positions of all samples, in float64."""
+    net = OnnxNet("tokens")
+    ids, scale = net.input("N", "T", dtype="int64", name="ids"), net.input("N", 1, name="scale")
+    table = net.constant(np.random.default_rng(8).normal(size=(40, 5)).astype(np.float32))
+    x = net.op("Transpose", net.op("Gather", table, ids), perm=[0, 2, 1])
+    x = net.bn(net.op("Mul", x, net.op("Unsqueeze", scale, net.constant(np.array([2])))), 5)
+    net.output(net.bn(net.relu(x), 5))
+    rng = np.random.default_rng(9)
+    model = net.model()
+    lengths = [3, 7, 7, 1, 4]
+    batches = [{"ids": rng.integers(0, 40, (n % 3 + 1, n)), "scale": rng.normal(size=(n % 3 + 1, 1)).astype(np.float32)} for n in lengths]
+    fresh, report = bnfold.recalibrate(model, batches)
+    apart, _ = bnfold.recalibrate(model, [{k: v[i : i + 1] for k, v in b.items()} for b in batches[::-1] for i in range(len(b["ids"]))])
+    agree(statistics(apart), statistics(fresh))
+    parameters = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in model.graph.initializer}
+    first, second = [node for node in fresh.graph.node if node.op_type == "BatchNormalization"]
+    seen = np.concatenate([(parameters[table][b["ids"]] * b["scale"][:, :, None].astype(np.float64)).reshape(-1, 5) for b in batches])
+    found = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in fresh.graph.initializer}
+    np.testing.assert_allclose(found[first.input[3]], seen.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[first.input[4]], seen.var(0), rtol=1e-6)
+    gamma, beta = (found[name] for name in first.input[1:3])
+    epsilon = next((a.f for a in first.attribute if a.name == "epsilon"), 1e-5)
+    after = np.maximum((seen - seen.mean(0)) / np.sqrt(seen.var(0) + epsilon) * gamma + beta, 0)
+    np.testing.assert_allclose(found[second.input[3]], after.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[second.input[4]], after.var(0), rtol=1e-5, atol=1e-6)
+    assert [layer.count for layer in report.layers] == [len(seen)] * 2
