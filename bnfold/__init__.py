@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import fuse, inspect, load, recalibrate, save, verify
+    from .api import fuse, inspect, load, measure_part, merge_parts, recalibrate, restore, save, verify
     from .errors import (
         BnfoldError,
         CheckError,
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
         UsageError,
     )
 
-_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "fuse", "verify"), ".api") | dict.fromkeys(
+_HOME = dict.fromkeys(
+    ("load", "save", "inspect", "recalibrate", "measure_part", "merge_parts", "restore", "fuse", "verify"), ".api"
+) | dict.fromkeys(
     (
         "BnfoldError",
         "CheckError",
@@ -53,6 +55,9 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "save",
     "inspect",
     "recalibrate",
+    "measure_part",
+    "merge_parts",
+    "restore",
     "fuse",
     "verify",
     "BnfoldError",

@@ -98,3 +98,28 @@ def test_training_again_makes_the_same_data_and_the_same_network(folder: Path, t
     assert {t.name: tuple(t.dims) for t in made_model.graph.initializer} == {
         t.name: tuple(t.dims) for t in committed_model.graph.initializer
     }
+
+
+def test_the_shift_sample_shows_what_recalibration_brings_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In short: fewer steps of training, one shift, two numbers of images."""
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    path = Path(__file__).resolve().parent.parent / "samples" / "shift" / "shift.py"
+    spec = importlib.util.spec_from_file_location("shift", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, value in {"SIZES": (16, 128), "SHOWN": (16, 128), "EPOCHS": 4}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "SHIFTS", {"contrast": script.SHIFTS["contrast"]})
+    found = script.experiment(1)
+    scores = found["contrast"]["methods"]
+    assert set(scores) == set(script.METHODS)
+    assert scores["exact"][128] > found["contrast"]["as it is"] + 0.2
+    rows = script.table(found).splitlines()
+    assert len(rows) == 2 + len(script.METHODS)
+    assert rows[2].endswith(f"| {scores['exact'][16]:.1%} | {scores['exact'][128]:.1%} |")
+    pytest.importorskip("matplotlib")
+    script.draw(found, tmp_path / "shift.svg")
+    assert "<svg" in (tmp_path / "shift.svg").read_text(encoding="utf-8")
