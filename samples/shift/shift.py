@@ -144,16 +144,16 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), sharey=True, layout="constrained")
-    for axis, (shift, result) in zip(axes, found.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), sharey=True, squeeze=False, layout="constrained")
+    for axis, (shift, result) in zip(axes[0], found.items(), strict=True):
         axis.axhline(result["as it is"], color="black", linestyle=":", label="as it is")
         for method, scores in result["methods"].items():
             axis.plot(list(scores), list(scores.values()), marker=".", label=method)
         axis.set(title=shift, xscale="log", xlabel="images measured on")
         axis.set_xticks(SIZES[::2], labels=[str(size) for size in SIZES[::2]])
         axis.minorticks_off()
-    axes[0].set_ylabel("accuracy")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    axes[0][0].set_ylabel("accuracy")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.savefig(path)
 
 
