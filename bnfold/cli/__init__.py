@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from .annotate import annotate, wanted
+from .visible import visible
 
 __all__ = ["main", "run"]
 
@@ -78,7 +79,7 @@ def _explain(error: Exception) -> int:
 
 def _say(text: str, status: int) -> int:
     try:
-        print(f"bnfold: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
         if text.startswith("error: ") and wanted():
             annotate("error", "bnfold", text.removeprefix("error: "))
     except BrokenPipeError:

@@ -1,20 +1,36 @@
-"""Reports as tables."""
+"""Reports as tables. What comes out of a file is shown escaped: no name begins a line of its own, or a command to a terminal or runner."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..report import Accuracy, BenchReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, VerifyReport
+from ..report import Accuracy, BenchReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
+from .visible import visible_in
+
+R = TypeVar("R", bound=Report)
 
 COLOURS = {"folded": "green", "kept": "yellow", "equivalent": "bold green", "different": "bold red", "inconclusive": "bold yellow"}
 GAP = 2  # columns between two cells
 PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph
 
 
+def _escaped(show: Callable[[Console, R], None]) -> Callable[[Console, R], None]:
+    """The same for a report whose texts hold nothing that acts."""
+
+    @functools.wraps(show)
+    def safe(console: Console, report: R) -> None:
+        show(console, visible_in(report))
+
+    return safe
+
+
+@_escaped
 def fuse(console: Console, report: FuseReport) -> None:
     """What became of every BatchNorm, or would."""
     rows = [
@@ -42,6 +58,7 @@ def fuse(console: Console, report: FuseReport) -> None:
         _verdict(console, "check of the folded model", report.verify)
 
 
+@_escaped
 def recalibrate(console: Console, report: RecalibrateReport) -> None:
     """How far each BatchNorm's statistics moved, each figure its worst channel's."""
     rows = [
@@ -61,6 +78,7 @@ def recalibrate(console: Console, report: RecalibrateReport) -> None:
         console.print(note)
 
 
+@_escaped
 def verify(console: Console, report: VerifyReport) -> None:
     """The verdict, and what each level says."""
     levels = report.levels
@@ -81,6 +99,7 @@ def verify(console: Console, report: VerifyReport) -> None:
     _verdict(console, "verdict", report)
 
 
+@_escaped
 def pipeline(console: Console, report: PipelineReport) -> None:
     """Every step that ran, and the accuracy where there are labels."""
     if report.recalibrate is not None:
@@ -101,6 +120,7 @@ def pipeline(console: Console, report: PipelineReport) -> None:
         console.print(note)
 
 
+@_escaped
 def bench(console: Console, report: BenchReport) -> None:
     """Two models side by side."""
     rows = [("reference", f"{report.reference * 1e3:.3f} ms"), ("candidate", f"{report.candidate * 1e3:.3f} ms")]
