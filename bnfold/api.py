@@ -5,6 +5,7 @@ A verb never changes the model that it is given, and gives back the same kind.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -147,6 +148,7 @@ def recalibrate(
     samples: int | None = None,
     provider: str = "cpu",
     device: str | None = None,
+    allow_cpu_fallback: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Any, RecalibrateReport]:
     """Measure every BatchNorm's mean and variance afresh; by default exactly, layer by layer in one pass (lockstep).
@@ -157,6 +159,7 @@ def recalibrate(
     channel's standard error of the mean is at most so many standard deviations. example: how a PyTorch module is called, where the first
     batch doesn't show it. memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
     the network at once, which changes nothing in the exact method. provider: of ONNX Runtime; device: "cpu" or "cuda", for PyTorch.
+    allow_cpu_fallback: as for `verify`.
 
     In a process of several that torchrun started (or with a torch.distributed process group), each gives the same data and measures its own
     share of the micro-batches; all get the result.
@@ -167,16 +170,17 @@ def recalibrate(
     from .methods import method as chosen
 
     subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
-    return calibration.recalibrate(
-        subject,
-        batches,
-        chosen(method),
-        until=until,
-        memory_budget=memory_budget,
-        batch_size=batch_size,
-        samples=samples,
-        progress=progress,
-    )
+    with cpu_fallback(allow_cpu_fallback):
+        return calibration.recalibrate(
+            subject,
+            batches,
+            chosen(method),
+            until=until,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+            samples=samples,
+            progress=progress,
+        )
 
 
 def _device(model: Any, provider: str, device: str | None) -> str:
@@ -194,23 +198,38 @@ def verify(
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
+    allow_cpu_fallback: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`)."""
+    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
+
+    providers: of ONNX Runtime, each by its name, with options as "tensorrt:trt_fp16_enable=1"; or PyTorch's devices. allow_cpu_fallback:
+    types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
+    """
     from .verify import verify as verify_models
 
-    return verify_models(
-        _native(reference),
-        _native(candidate),
-        batches,
-        providers=tuple(providers),
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        input_shapes=None if input_shapes is None else dict(input_shapes),
-        example=example,
-        progress=progress,
-    )
+    with cpu_fallback(allow_cpu_fallback):
+        return verify_models(
+            _native(reference),
+            _native(candidate),
+            batches,
+            providers=tuple(providers),
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            input_shapes=None if input_shapes is None else dict(input_shapes),
+            example=example,
+            progress=progress,
+        )
+
+
+def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+    """What of a model may run on the CPU, whatever the provider, while this lasts."""
+    if not (names := tuple(names)):
+        return contextlib.nullcontext()
+    from .backends.onnx import providers
+
+    return providers.cpu_fallback(names)
 
 
 def _native(model: Any) -> Any:

@@ -194,13 +194,40 @@ class Function:
 
 @dataclass(frozen=True)
 class Deployment:
-    """Level 3, one row per provider and optimisation level. ratio: the candidate's error over the reference's own."""
+    """Level 3, one row per provider, precision and optimisation level. ratio: the candidate's error over the reference's own.
+
+    precision: "full", with float32 in full, or "as deployed", with what the provider does by itself (TF32); where there are both, the
+    first decides. share: of the candidate's nodes, those that ran on the provider, `nodes` of `of`; None where nobody can say. counted:
+    by the runtime's own record ("session"), the profile of a run ("profile") or the operators that a run called ("operators").
+    """
 
     provider: str
     optimisation: str  # "off" or "on"
     ratio: float
     verdict: Literal["equivalent", "different", "inconclusive", "skipped"] = "equivalent"
     reason: str = ""
+    precision: str = "full"
+    share: float | None = None
+    nodes: int = 0
+    of: int = 0
+    counted: str = ""
+
+    @property
+    def name(self) -> str:
+        return deployment_name(self.provider, self.optimisation, self.precision)
+
+    @property
+    def placed(self) -> str:
+        """Which nodes ran there, in words; empty where it goes without saying."""
+        if self.share is None or self.provider == "cpu":
+            return ""
+        what = {"session": "nodes", "profile": "nodes (by a profile)", "operators": "operators"}[self.counted]
+        return f"{self.nodes:,} of {self.of:,} {what} on {self.provider.partition(':')[0]}"
+
+
+def deployment_name(provider: str, optimisation: str, precision: str = "full") -> str:
+    """What a row is called."""
+    return f"{provider}{'' if precision == 'full' else f' {precision}'}, optimisation {optimisation}"
 
 
 @dataclass(frozen=True)

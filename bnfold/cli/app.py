@@ -88,7 +88,7 @@ def recalibrate(
 
     ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
-    with reporting.job() as job:
+    with reporting.job() as job, running.fallback():
         provider = running.one_provider(model)
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data)
@@ -160,7 +160,7 @@ def verify(
     from .. import api
 
     check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
-    with reporting.job(check) as job:
+    with reporting.job(check) as job, running.fallback():
         providers = running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = api.verify(
@@ -211,7 +211,7 @@ def pipeline(
     ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     check = checking.check("pipeline", model, force=reporting.force, strict=strict, baseline=baseline)
-    with reporting.job(check) as job:
+    with reporting.job(check) as job, running.fallback():
         providers = running.providers(model)
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data)
@@ -259,7 +259,7 @@ def bench(
     """
     from ..bench import bench as run
 
-    with reporting.job() as job:
+    with reporting.job() as job, running.fallback():
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,8 +113,17 @@ class Running:
         _option(
             "--provider",
             panel=MODELS,
-            metavar="NAME",
-            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt, openvino, ...",
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
+        ),
+    ] = None
+    allow_cpu_fallback: Annotated[
+        list[str] | None,
+        _option(
+            "--allow-cpu-fallback",
+            panel=MODELS,
+            metavar="OPERATOR|NODE",
+            help="What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
         ),
     ] = None
 
@@ -127,7 +137,7 @@ class Running:
         if self.provider and True not in kinds:
             raise UsageError(f"--provider {self.provider[0]}: that is for ONNX models; for PyTorch give --device")
         if True in kinds:
-            from ..backends.onnx.run import resolve
+            from ..backends.onnx.providers import resolve
 
             for name in self.provider or ("cpu",):
                 resolve(name)
@@ -136,6 +146,12 @@ class Running:
 
             device_of(self.device)
         return tuple(dict.fromkeys([*(self.provider or ()), *([self.device] if self.device else [])])) or ("cpu",)
+
+    def fallback(self) -> AbstractContextManager[None]:
+        """What of a model may run on the CPU, while this lasts."""
+        from ..api import cpu_fallback
+
+        return cpu_fallback(self.allow_cpu_fallback or ())
 
     def one_provider(self, *paths: Path) -> str:
         """The same, where there can be only one."""

@@ -88,8 +88,9 @@ def verify(console: Console, report: VerifyReport) -> None:
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     rows.append(("function, in float64", f.verdict, found, f.reason))
     for row in levels.deployment:
-        found = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
-        rows.append((f"{row.provider}, optimisation {row.optimisation}", row.verdict, found, row.reason))
+        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
+        found = "; ".join(text for text in (erred, row.placed) if text)
+        rows.append((row.name, row.verdict, found, row.reason))
     _rows(console, ("level", "verdict", "candidate", "remarks"), rows)
     if report.outputs:
         figures = [(o.name, f"{o.max_abs:.3g}", f"{o.max_rel:.3g}", f"{o.error_ratio:.3g}") for o in report.outputs]
