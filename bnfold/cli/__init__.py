@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> int:
     from .groups import Interrupted
 
     debug = "--debug" in arguments
+    heard.clear()
     try:
         with warnings.catch_warnings():
             if not debug:

@@ -28,6 +28,8 @@ from ...subject import Placement
 
 CPU = "CPUExecutionProvider"
 SHOWN = 3  # nodes that a message names
+# How the types or names of nodes begin that ONNX Runtime itself puts between others.
+INSERTED = ("Memcpy", "ReorderInput", "ReorderOutput", "InsertedPrecisionFreeCast", "InsertedCast")
 # Where in ONNX Runtime's sources something was said: file, line, and the function's whole signature.
 SOURCE = re.compile(r"\S+\.(?:cc|cpp|h):\d+ (?:[^()\[\]]*\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^\]]*\])?:? )?")
 
@@ -145,6 +147,8 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with overhearing() as hearing:
+        if any(short(name) in ("cuda", "tensorrt") for name, _ in chain) and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # the libraries of the wheels nvidia-*, which the loader doesn't find by itself
         try:
             # Without fallback: else ONNX Runtime prints to standard output and tries again on the CPU.
             session, failed = ort.InferenceSession(source, options, providers=chain, enable_fallback=0), None
@@ -243,10 +247,11 @@ def honoured(placement: Placement | None, provider: str, graph: Callable[[], onn
     if placement is None:
         return
     allowed = _allowed.get()
-    left = [(op, name) for op, name in placement.on_cpu if op not in allowed and name not in allowed]
+    left = [(op, name) for op, name in placement.on_cpu if not {op, op.removeprefix("Fused"), name} & allowed]
+    left = [(op, name) for op, name in left if not op.startswith(INSERTED) and not name.startswith(INSERTED)]
     if left:
         idle = _without_floats(graph())
-        left = [(op, name) for op, name in left if name not in idle and not op.startswith("Memcpy")]
+        left = [(op, name) for op, name in left if name not in idle]
     if not left:
         return
     by_type = Counter(op for op, _ in left)
