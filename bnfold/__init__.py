@@ -20,6 +20,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import fuse, inspect, load, recalibrate, save, verify
+    from .certificate import certificate
     from .errors import (
         BnfoldError,
         CheckError,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
         UsageError,
     )
 
-_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "fuse", "verify"), ".api") | dict.fromkeys(
+_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "fuse", "verify"), ".api") | {"certificate": ".certificate"}
+_HOME |= dict.fromkeys(
     (
         "BnfoldError",
         "CheckError",
@@ -55,6 +57,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "recalibrate",
     "fuse",
     "verify",
+    "certificate",
     "BnfoldError",
     "CheckError",
     "DataError",

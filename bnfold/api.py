@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import family
-from .errors import CheckError, NothingToDoError, UnsupportedError, UsageError
+from .certificate import certificate, folded, loaded
+from .errors import CheckError, ModelError, NothingToDoError, UnsupportedError, UsageError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
@@ -53,14 +54,15 @@ def load(
 
         if arch is not None and say is not None:
             say(f"{path}: an ONNX file holds its network, so --arch isn't used")
-        return load_onnx(path)
+        return loaded(load_onnx(path), Path(path))
     try:
         from .backends.torch.load import load as load_torch
     except ImportError as error:
         if error.name != "torch":
             raise
         raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install 'bnfold[torch]'") from None
-    return load_torch(path, kind, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, say=say or (lambda text: None))
+    say = say or (lambda text: None)
+    return loaded(load_torch(path, kind, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, say=say), Path(path))
 
 
 def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
@@ -80,13 +82,21 @@ def save(model: Any, path: str | Path, *, force: bool = False, example: Any = No
 
 
 def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:
-    """What `fuse` would do with each BatchNorm, and why one would stay. Nothing is changed. example: as for `fuse`."""
+    """What `fuse` would do with each BatchNorm, and why one would stay, and the certificate of a folded model. Nothing is changed.
+
+    example: as for `fuse`.
+    """
     start = time.perf_counter()
     report = _fused(model, example, clone)[2]
+    notes: tuple[str, ...] = ()
+    try:
+        found = certificate(model)
+    except ModelError as error:
+        found, notes = None, (str(error),)
     if not report.layers and not report.batchnorms.before:
-        report = dataclasses.replace(report, notes=(ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM,))
+        notes += (ALREADY_FOLDED if family(model) == "onnx" and found is None else NO_BATCHNORM,)
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
-    return InspectReport(**{**fields, "seconds": time.perf_counter() - start})
+    return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
 
 def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Any, FuseReport]:
@@ -112,9 +122,11 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
         notes = (f"the check was inconclusive: {checked.reason}",) if checked.verdict == "inconclusive" else ()
         report = dataclasses.replace(report, verify=checked, notes=report.notes + notes)
+    unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
+    if not unchanged:
+        folded(model, fused, report)
     if family(model) == "onnx":
         back = _as_ir(model)[1]
-        unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
         fused = copy.deepcopy(model) if unchanged and back is not _itself else back(fused)
     return fused, dataclasses.replace(report, seconds=time.perf_counter() - start)
 

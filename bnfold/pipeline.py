@@ -8,6 +8,7 @@ from typing import Any
 
 from . import api
 from .backends import family
+from .certificate import verified
 from .errors import DataError, NothingToDoError
 from .report import Accuracy, PipelineReport
 
@@ -46,6 +47,7 @@ def pipeline(
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
     verdict = api.verify(fresh, fused, batches, example=example, providers=providers, progress=checking)
     proven = verdict.verdict == "equivalent"
+    verified(fused, verdict)
     return (fused if proven else None), PipelineReport(
         recalibrate=recalibrated,
         fuse=folded,

@@ -44,7 +44,7 @@ def _plain(x: Any) -> Any:
     if dataclasses.is_dataclass(x):
         nested = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x) if "hidden" not in f.metadata}
         return {"schema": x.schema} | nested if isinstance(x, Report) else nested
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return [_plain(v) for v in x]
@@ -94,9 +94,10 @@ class FuseReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectReport(FuseReport):
-    """As for `fuse`, and `verdict` is what `fuse` would do."""
+    """As for `fuse`, and `verdict` is what `fuse` would do. certificate: of a folded model, see `certificate`."""
 
     schema = "bnfold.inspect/1"
+    certificate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,15 @@ class OutputError:
     error_ratio: float
 
 
+@dataclass(frozen=True)
+class Certified:
+    """Of `verify --against`: the verdict that the certificate states, and whether it holds."""
+
+    stated: str | None
+    holds: bool
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport(Report):
     schema = "bnfold.verify/1"
@@ -256,6 +266,7 @@ class VerifyReport(Report):
     outputs: tuple[OutputError, ...] = ()
     first_difference: str | None = None
     reason: str = ""  # one sentence: why this verdict
+    certificate: Certified | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,26 +143,35 @@ def fuse(
 @command
 def verify(
     reference: o.Reference,
-    candidate: o.Candidate,
     loading: o.Loading,
     running: o.Running,
     shaping: o.Shaping,
     feeding: o.Feeding,
     reporting: o.Reporting,
     checking: o.Checking,
+    candidate: o.MaybeCandidate = None,
+    against: o.Against = None,
     data: o.MaybeData = None,
     baseline: o.Baseline = None,
 ) -> int:
     """Decide whether two models compute the same function.
 
-    Without a tolerance, on three levels: the coefficients, the function in float64, and the models as deployed.
+    Without a tolerance, on three levels: the coefficients, the function in float64, and the models as deployed. With --against, whether a
+    folded model was made from the original that its certificate states, and whether its verdict still holds.
     """
     from .. import api
+    from ..certificate import claim
 
+    if (candidate is None) == (against is None):
+        raise UsageError("verify takes two models, REFERENCE CANDIDATE, or a folded one with --against ORIGINAL")
+    if against is not None:
+        reference, candidate = against, reference
+    assert candidate is not None
     check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
     with reporting.job(check) as job, running.fallback():
         providers = running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
+        claimed = None if against is None else claim(other, candidate, one, reference)
         report = api.verify(
             one,
             other,
@@ -175,6 +184,7 @@ def verify(
             example=shaping.call(one, data),
             progress=job.progress,
         )
+        report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
         job.finish(report, show.verify)
         check.tell(job)

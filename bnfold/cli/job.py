@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 
+from ..certificate import sha256
 from ..report import InputFile, Report
 from .check import Check
-from .output import ready_to_write, sha256, write_text
+from .output import ready_to_write, write_text
 from .visible import visible
 
 if TYPE_CHECKING:

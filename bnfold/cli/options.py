@@ -33,6 +33,16 @@ ModelFile = Annotated[
 Reference = Annotated[Path, typer.Argument(metavar="REFERENCE", help="The model that is right.", show_default=False)]
 Candidate = Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
+MaybeCandidate = Annotated[Path | None, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.", show_default=False)]
+Against = Annotated[
+    Path | None,
+    _option(
+        "--against",
+        panel=MODELS,
+        metavar="ORIGINAL",
+        help="In place of CANDIDATE: hold a folded model, given alone, against this by its certificate.",
+    ),
+]
 MaybeOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
 DATA_FORMS = (
     "A .npy, .npz, .safetensors or .pt file; a folder of images or of .npy files; tar shards or .parquet files, as a folder or a pattern; "
@@ -74,7 +84,9 @@ class Loading:
         args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
         model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, say=job.remark)
         if job.reports:
-            job.came_in(path, *_external(model))
+            from ..certificate import files_of
+
+            job.came_in(*files_of(model, path))
         return model
 
     def suffixes(self, path: Path) -> tuple[str, ...]:
@@ -91,16 +103,6 @@ class Loading:
         from .. import api
 
         api.save(model, path, force=force, example=example, as_state=self.arch is not None)
-
-
-def _external(model: Any) -> list[Path]:
-    """The files beside an ONNX model's own that hold its weights."""
-    from ..backends import family
-
-    if family(model) != "onnx":
-        return []
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})
 
 
 @dataclass(frozen=True)

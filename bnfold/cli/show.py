@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +54,8 @@ def fuse(console: Console, report: FuseReport) -> None:
         console.print(f"{report.bytes_added:,} bytes added by copies of shared weights")
     for note in report.notes:
         console.print(note)
+    if isinstance(report, InspectReport) and report.certificate is not None:
+        _certificate(console, report.certificate)
     if report.verify is not None:
         _verdict(console, "check of the folded model", report.verify)
 
@@ -98,6 +100,8 @@ def verify(console: Console, report: VerifyReport) -> None:
     if report.first_difference:
         console.print(f"first difference: {report.first_difference}")
     _verdict(console, "verdict", report)
+    if report.certificate is not None:
+        console.print(report.certificate.reason)
 
 
 @_escaped
@@ -131,6 +135,34 @@ def bench(console: Console, report: BenchReport) -> None:
     console.print(
         f"candidate / reference: {report.ratio:.3f} (half of the rounds between {report.ratio_low:.3f} and {report.ratio_high:.3f})"
     )
+
+
+def _certificate(console: Console, found: Mapping[str, Any]) -> None:
+    """What a model states of itself, which may be anything."""
+
+    def given(where: Any, key: str, kind: type[Any]) -> Any:
+        value = where.get(key) if isinstance(where, Mapping) else None
+        return value if isinstance(value, kind) else kind()
+
+    made = " and recalibrated" if found.get("recalibrated") is True else ""
+    console.print(Text("certificate, as it states", style="bold"))
+    console.print(f"  made by: bnfold {given(found, 'bnfold', str)}, {given(found, 'made_by', str)}")
+    for entry in given(found, "inputs", list):
+        console.print(f"  from: {given(entry, 'name', str)}, SHA-256 {given(entry, 'sha256', str) or 'not known'}{made}")
+    counts = given(found, "batchnorms", dict)
+    if counts:
+        folded, kept = (len(given(found, key, list)) for key in ("folded", "kept"))
+        merged = len(given(found, "merged", list))
+        console.print(
+            f"  BatchNorms: {folded:,} folded, {kept:,} kept" + (f"; {merged:,} operators merged from branches" if merged else "")
+        )
+    verdict = found.get("verdict")
+    reason = given(verdict, "reason", str)
+    console.print(f"  verdict: {given(verdict, 'verdict', str) or 'none'}" + (f" - {reason}" if reason else ""))
+    for entry in given(found, "earlier", list):
+        names = ", ".join(given(each, "name", str) for each in given(entry, "inputs", list)) or "a model in memory"
+        said = given(entry, "verdict", str) or "no verdict"
+        console.print(f"  before that: {given(entry, 'made_by', str)} of {names}, {said}, bnfold {given(entry, 'bnfold', str)}")
 
 
 def _title(step: str) -> Text:
