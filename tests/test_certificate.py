@@ -285,7 +285,7 @@ def test_a_damaged_certificate(text: str, fused: Path, capsys: pytest.CaptureFix
     model = onnx.load(fused)
     model.metadata_props[0].value = text
     onnx.save(model, fused)
-    with pytest.raises(ModelError, match="fused.onnx: the certificate in it is damaged"):
+    with pytest.raises(ModelError, match=r"fused\.onnx: the certificate in it is damaged"):
         bnfold.certificate(fused)
     assert run(["verify", "fused.onnx", "--against", "model.onnx", "-q"]) == 3
     assert capsys.readouterr().err.count("\n") == 1
