@@ -46,15 +46,16 @@ class Hearing:
 
     text: str = ""
 
-    def lines(self, least: str = "E") -> list[str]:
-        """Its messages, without the log's marks; of ONNX Runtime's log those of the severity and above ("W" or "E")."""
-        found = []
+    def errors(self) -> list[str]:
+        """The errors in ONNX Runtime's log, without its marks; where there are none, all that isn't of the log."""
+        logged, loose = [], []
         for line in self.text.splitlines():
             line = COLOUR.sub("", line).strip()
-            mark = LOG.match(line)
-            if line and (mark is None or "VIWEF".index(mark[1]) >= "VIWEF".index(least)):
-                found.append(line[mark.end() if mark else 0 :])
-        return found
+            if (mark := LOG.match(line)) is None:
+                loose += [line] if line else []
+            elif mark[1] in "EF":
+                logged.append(line[mark.end() :])
+        return logged or loose
 
 
 class _Ear:

@@ -45,7 +45,7 @@ def true_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def interface(model: onnx.ModelProto) -> dict[str, object]:
-    """All that a caller may lean on, bnfold's own certificate aside. Below IR 4 every initializer is listed as an input: those don't count."""
+    """All that a caller may lean on but bnfold's certificate. Below IR 4 every initializer is listed as an input; those don't count."""
     inputs = true_inputs(model) if model.ir_version < 4 else model.graph.input
     return {
         "inputs": [i.SerializeToString(deterministic=True) for i in inputs],

@@ -21,7 +21,7 @@ from ...overheard import overhearing
 from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
-from .providers import assigned, honoured, name_nodes, one_line, resolve, start
+from .providers import assigned, honoured, name_nodes, one_line, resolve, runtime, start
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
 LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
@@ -111,7 +111,7 @@ class _Session:
     """ONNX Runtime over one stage, without graph optimisation."""
 
     def __init__(self, proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], provider: str, kinds: dict[str, int]) -> None:
-        import onnxruntime as ort  # type: ignore[import-untyped]
+        ort = runtime()
 
         self._ort = ort
         self._kinds = kinds
@@ -128,9 +128,10 @@ class _Session:
         try:
             self._session = start(proto.SerializeToString(), options, provider)
         except UnsupportedError as error:
-            if "Could not find an implementation" in str(error):
-                raise _NoKernelError(str(error).partition(": ")[2]) from None
-            raise
+            text = str(error).partition(": ")[2]
+            if "Could not find an implementation" in text:
+                raise _NoKernelError(text) from None
+            raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {text}") from None
         honoured(assigned(self._session, provider), provider, lambda: proto)
         outputs = self._session.get_outputs()
         self._results = [output.name for output in outputs]

@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -66,6 +67,14 @@ def cpu_fallback(names: Iterable[str]) -> Iterator[None]:
         _allowed.reset(token)
 
 
+def runtime() -> Any:
+    """ONNX Runtime. It looks for devices when it is imported, and prints what it misses."""
+    if "onnxruntime" not in sys.modules:
+        with overhearing():
+            import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+    return sys.modules["onnxruntime"]
+
+
 # --- names and options ----------------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +96,7 @@ def parse(provider: str) -> tuple[str, dict[str, str]]:
 
 def resolve(provider: str) -> str:
     """ONNX Runtime's name of a provider that is built in. UsageError: nobody knows it. DeviceError: this build hasn't got it."""
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    ort = runtime()
 
     name, _ = parse(provider)
     known = {short(each): each for each in (*ort.get_all_providers(), *_FORMER, *ort.get_available_providers())}
@@ -124,7 +133,7 @@ def precisions(provider: str) -> tuple[str, ...]:
 
 def _chain(provider: str, precision: str) -> list[tuple[str, dict[str, str]]]:
     """What ONNX Runtime is given: the provider with its options, and what runs beneath it."""
-    import onnxruntime as ort
+    ort = runtime()
 
     full = resolve(provider)
     chain = [(full, parse(provider)[1]), *((name, {}) for name in map(_full_name, _BENEATH.get(short(full), ())))]
@@ -140,7 +149,7 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
 
     options: of the session; what it logs is heard. Whether single nodes fell to the CPU is for `placed` to say.
     """
-    import onnxruntime as ort
+    ort = runtime()
 
     full, chain = resolve(provider), _chain(provider, precision)
     ort.set_default_logger_severity(2)  # warnings: the reason why a provider was dropped is in them
@@ -158,33 +167,33 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
         text = one_line(failed)
         if full != CPU and type(failed).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NotImplemented", "InvalidArgument"):
             raise DeviceError(
-                f"execution provider {short(full)} could not start: {text}{_said(hearing.lines(), text)}; {_advice(full, provider)}"
+                f"execution provider {short(full)} could not start: {text}{_said(hearing.errors(), text)}; {_advice(full, built_in=True)}"
             ) from None
         raise UnsupportedError(f"ONNX Runtime can't run this model: {text}") from None
     running = session.get_providers()
     if full not in running:
         raise DeviceError(
             f"execution provider {short(full)} is built in but ONNX Runtime dropped it and would run on "
-            f"{listed(map(short, running))} instead: its libraries don't load here, or it finds no such device"
-            f"{_said(hearing.lines(), '')}; {_advice(full, provider)}"
+            f"{listed(map(short, running))} instead: its libraries don't load here, or there is no such device"
+            f"{_said(hearing.errors(), '')}; {_advice(full, built_in=True)}"
         )
     session.disable_fallback()
     return session
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The message in one line, without ONNX Runtime's prefix of its status code."""
     text = " ".join(str(error).split())
+    text = SOURCE.sub("", text) or text
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]
-    text = SOURCE.sub("", text) or text
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _said(lines: list[str], already: str, limit: int = 300) -> str:
+def _said(lines: list[str], already: str, limit: int = 400) -> str:
     """What the runtime printed, for the end of a reason."""
-    fresh = " ".join(dict.fromkeys(line for line in lines if line not in already))
-    fresh = SOURCE.sub("", fresh).strip()
+    told = (one_line(line, 1 << 16) for line in lines)
+    fresh = "; ".join(dict.fromkeys(line for line in told if line and line not in already))
     if not fresh:
         return ""
     return f" (it says: {fresh if len(fresh) <= limit else fresh[: limit - 1] + '…'})"
@@ -293,19 +302,18 @@ def short(name: str) -> str:
 
 
 def _full_name(short_name: str) -> str:
-    import onnxruntime as ort
+    ort = runtime()
 
     return next((name for name in ort.get_all_providers() if short(name) == short_name), short_name)
 
 
-def _advice(name: str, provider: str = "") -> str:
-    if options := parse(provider)[1]:
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        return f"see to its options ({given}), and to its libraries, as https://onnxruntime.ai/docs/execution-providers says"
+def _advice(name: str, *, built_in: bool = False) -> str:
+    guide = "https://onnxruntime.ai/docs/execution-providers"
+    if built_in:
+        return f"see to its libraries, its driver and the options given, as {guide} says"
     asked = short(name)
     if asked == "coreml":
         return "it comes with the onnxruntime wheel for macOS"
     if asked not in _WHEELS:
-        return "it needs an ONNX Runtime that is built with it (https://onnxruntime.ai/docs/execution-providers)"
-    guide = "https://onnxruntime.ai/docs/execution-providers"
+        return f"it needs an ONNX Runtime that is built with it ({guide})"
     return f"pip uninstall onnxruntime, then pip install {_WHEELS[asked]}, and its libraries as {guide} says"

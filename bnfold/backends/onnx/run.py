@@ -18,7 +18,7 @@ from ...overheard import overhearing
 from ...subject import Placement
 from ...values import shape_text
 from .feeds import inputs
-from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, short, start
+from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
 
 if TYPE_CHECKING:
     from ...data import Batch
@@ -58,7 +58,7 @@ class Session:
         threads: int = 0,
         precision: str = "full",
     ) -> None:
-        import onnxruntime as ort  # type: ignore[import-untyped]
+        ort = runtime()
 
         self._asked = provider
         self.provider = resolve(provider)
