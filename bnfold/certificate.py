@@ -29,6 +29,7 @@ SCHEMA = "bnfold.certificate/1"
 KEY = "bnfold.certificate"
 ATTRIBUTE = "_bnfold_certificate"  # of a PyTorch model: the same text
 MOST_EARLIER = 8
+LONGEST = 1 << 24  # characters; a longer one is none
 METADATA = 14  # the number of metadata_props in ModelProto
 
 
@@ -215,7 +216,7 @@ def _parsed(text: str | None, where: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        found = json.loads(text)
+        found = json.loads(text) if len(text) <= LONGEST else None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not str(found.get("schema", "")).startswith("bnfold.certificate/"):
@@ -250,8 +251,10 @@ def text_in_archive(path: Path) -> str | None:
     """The same of an exported program."""
     try:
         with zipfile.ZipFile(path) as archive:
-            name = next((name for name in archive.namelist() if name.partition("/")[2] == f"extra/{KEY}"), None)
-            return None if name is None else archive.read(name).decode("utf-8", "replace")
+            entry = next((entry for entry in archive.infolist() if entry.filename.partition("/")[2] == f"extra/{KEY}"), None)
+            if entry is None or entry.file_size > LONGEST:
+                return None if entry is None else ""
+            return archive.read(entry).decode("utf-8", "replace")
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise ModelError(f"{path}: a damaged exported program ({error}); export it again") from None
 

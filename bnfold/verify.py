@@ -262,7 +262,7 @@ class _Check:
                 text = f"the reference runs, the candidate doesn't: {error}"
                 rows.append(Deployment(provider, option, np.inf, "different", text, precision))
                 continue
-            row = dataclasses.replace(self._row(truth, provider, option, tallies, own), precision=precision, **_placed(candidate))
+            row = dataclasses.replace(self._row(truth, provider, option, tallies, own), precision=precision, **_placed(candidate, provider))
             if row.verdict == "different" and option in self.reference.optimisations[1:]:
                 row = self._excused(truth, row)
             rows.append(row)
@@ -399,11 +399,11 @@ class _Check:
         return None
 
 
-def _placed(runner: Runner) -> dict[str, Any]:
-    """Of a row, what its runner says of where it ran."""
+def _placed(runner: Runner, provider: str) -> dict[str, Any]:
+    """Of a row, what its runner says of where it ran; asked for the CPU, there is nowhere else."""
     placement = getattr(runner, "placement", None)
     if placement is None or not placement.of:
-        return {}
+        return {"share": 1.0} if provider == "cpu" else {}
     return {"share": placement.nodes / placement.of, "nodes": placement.nodes, "of": placement.of, "counted": placement.source}
 
 

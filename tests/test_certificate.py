@@ -241,6 +241,11 @@ def test_against_its_original_the_verdict_holds(fused: Path, capsys: pytest.Capt
     }
 
 
+def test_the_page_for_ci_says_it_too(fused: Path) -> None:
+    assert run(["verify", "fused.onnx", "--against", "model.onnx", "-q", "--markdown", "page.md", "--junit", "page.xml"]) == 0
+    assert "\nthe certificate's verdict (equivalent) still holds\n" in Path("page.md").read_text()
+
+
 def test_against_another_file_it_is_a_failure_in_one_line(fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "fused.onnx", "--against", "another.onnx", "-q"]) == 1
     out, err = capsys.readouterr()
