@@ -20,6 +20,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import fuse, inspect, load, measure_part, merge_parts, recalibrate, restore, save, verify
+    from .certificate import certificate
     from .errors import (
         BnfoldError,
         CheckError,
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
         UsageError,
     )
 
-_HOME = dict.fromkeys(
-    ("load", "save", "inspect", "recalibrate", "measure_part", "merge_parts", "restore", "fuse", "verify"), ".api"
-) | dict.fromkeys(
+_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "measure_part", "merge_parts", "restore", "fuse", "verify"), ".api") | {
+    "certificate": ".certificate"
+}
+_HOME |= dict.fromkeys(
     (
         "BnfoldError",
         "CheckError",
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "restore",
     "fuse",
     "verify",
+    "certificate",
     "BnfoldError",
     "CheckError",
     "DataError",

@@ -5,6 +5,7 @@ A verb never changes the model that it is given, and gives back the same kind.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import family
-from .errors import CheckError, NothingToDoError, UnsupportedError, UsageError
+from .certificate import certificate, folded, loaded
+from .errors import CheckError, ModelError, NothingToDoError, UnsupportedError, UsageError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
@@ -52,14 +54,15 @@ def load(
 
         if arch is not None and say is not None:
             say(f"{path}: an ONNX file holds its network, so --arch isn't used")
-        return load_onnx(path)
+        return loaded(load_onnx(path), Path(path))
     try:
         from .backends.torch.load import load as load_torch
     except ImportError as error:
         if error.name != "torch":
             raise
         raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install 'bnfold[torch]'") from None
-    return load_torch(path, kind, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, say=say or (lambda text: None))
+    say = say or (lambda text: None)
+    return loaded(load_torch(path, kind, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, say=say), Path(path))
 
 
 def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
@@ -79,13 +82,21 @@ def save(model: Any, path: str | Path, *, force: bool = False, example: Any = No
 
 
 def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:
-    """What `fuse` would do with each BatchNorm, and why one would stay. Nothing is changed. example: as for `fuse`."""
+    """What `fuse` would do with each BatchNorm, and why one would stay, and the certificate of a folded model. Nothing is changed.
+
+    example: as for `fuse`.
+    """
     start = time.perf_counter()
     report = _fused(model, example, clone)[2]
+    notes: tuple[str, ...] = ()
+    try:
+        found = certificate(model)
+    except ModelError as error:
+        found, notes = None, (str(error),)
     if not report.layers and not report.batchnorms.before:
-        report = dataclasses.replace(report, notes=(ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM,))
+        notes += (ALREADY_FOLDED if family(model) == "onnx" and found is None else NO_BATCHNORM,)
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
-    return InspectReport(**{**fields, "seconds": time.perf_counter() - start})
+    return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
 
 def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Any, FuseReport]:
@@ -111,9 +122,11 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
         notes = (f"the check was inconclusive: {checked.reason}",) if checked.verdict == "inconclusive" else ()
         report = dataclasses.replace(report, verify=checked, notes=report.notes + notes)
+    unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
+    if not unchanged:
+        folded(model, fused, report)
     if family(model) == "onnx":
         back = _as_ir(model)[1]
-        unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
         fused = copy.deepcopy(model) if unchanged and back is not _itself else back(fused)
     return fused, dataclasses.replace(report, seconds=time.perf_counter() - start)
 
@@ -148,6 +161,7 @@ def recalibrate(
     samples: int | None = None,
     provider: str = "cpu",
     device: str | None = None,
+    allow_cpu_fallback: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Any, RecalibrateReport]:
     """Measure every BatchNorm's mean and variance afresh; by default exactly, layer by layer in one pass (lockstep).
@@ -159,6 +173,7 @@ def recalibrate(
     and after, and to say in a word whether it improved. example: how a PyTorch module is called, where the first batch doesn't show it.
     memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
     the network at once, which changes nothing in the exact method. provider: of ONNX Runtime; device: "cpu" or "cuda", for PyTorch.
+    allow_cpu_fallback: as for `verify`.
 
     In a process of several that torchrun started (or with a torch.distributed process group), each gives the same data and measures its own
     share of the micro-batches; all get the result.
@@ -169,17 +184,18 @@ def recalibrate(
     from .methods import method as chosen
 
     subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
-    return calibration.recalibrate(
-        subject,
-        batches,
-        chosen(method),
-        until=until,
-        labelled=labelled,
-        memory_budget=memory_budget,
-        batch_size=batch_size,
-        samples=samples,
-        progress=progress,
-    )
+    with cpu_fallback(allow_cpu_fallback):
+        return calibration.recalibrate(
+            subject,
+            batches,
+            chosen(method),
+            until=until,
+            labelled=labelled,
+            memory_budget=memory_budget,
+            batch_size=batch_size,
+            samples=samples,
+            progress=progress,
+        )
 
 
 def measure_part(
@@ -250,7 +266,7 @@ def _device(model: Any, provider: str, device: str | None) -> str:
     from .processes import local_rank
 
     chosen = device or provider if family(model) == "torch" else provider
-    return f"{chosen}:{local_rank()}" if chosen == "cuda" and family(model) == "torch" and local_rank() else chosen
+    return f"{chosen}:{local_rank()}" if chosen == "cuda" and local_rank() else chosen
 
 
 def verify(
@@ -264,23 +280,38 @@ def verify(
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
+    allow_cpu_fallback: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`)."""
+    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
+
+    providers: of ONNX Runtime, each by its name, with options as "tensorrt:trt_fp16_enable=1"; or PyTorch's devices. allow_cpu_fallback:
+    types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
+    """
     from .verify import verify as verify_models
 
-    return verify_models(
-        _native(reference),
-        _native(candidate),
-        batches,
-        providers=tuple(providers),
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        input_shapes=None if input_shapes is None else dict(input_shapes),
-        example=example,
-        progress=progress,
-    )
+    with cpu_fallback(allow_cpu_fallback):
+        return verify_models(
+            _native(reference),
+            _native(candidate),
+            batches,
+            providers=tuple(providers),
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            input_shapes=None if input_shapes is None else dict(input_shapes),
+            example=example,
+            progress=progress,
+        )
+
+
+def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+    """What of a model may run on the CPU, whatever the provider, while this lasts."""
+    if not (names := tuple(names)):
+        return contextlib.nullcontext()
+    from .backends.onnx import providers
+
+    return providers.cpu_fallback(names)
 
 
 def _native(model: Any) -> Any:

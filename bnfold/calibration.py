@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import kept_statistics
 from .backends import family
+from .certificate import recalibrated
 from .errors import DataError, NothingToDoError, UnsupportedError, UsageError
 from .evaluate import Scores, effect, score, score_if_fits
 from .feeds import check_feeds
@@ -80,7 +81,7 @@ class Subject:
             select.check()
             raise
         select.check()
-        return plan, back
+        return plan, lambda fresh: back(recalibrated(self.model, fresh))
 
     def computing(self) -> AbstractContextManager[Any]:
         """How the device computes meanwhile: with float32 in full."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import api
 from .backends import family
+from .certificate import verified
 from .errors import NothingToDoError
 from .evaluate import effect, score, score_if_fits
 from .report import PipelineReport
@@ -45,6 +46,7 @@ def pipeline(
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
     verdict = api.verify(fresh, fused, batches, example=example, providers=providers, progress=checking)
     proven = verdict.verdict == "equivalent"
+    verified(fused, verdict)
     after = score(fused, labelled, example=example, provider=providers[0], progress=progress) if proven and before is not None else None
     return (fused if proven else None), PipelineReport(
         recalibrate=recalibrated,

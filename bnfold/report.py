@@ -44,7 +44,7 @@ def _plain(x: Any) -> Any:
     if dataclasses.is_dataclass(x):
         nested = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x) if "hidden" not in f.metadata}
         return {"schema": x.schema} | nested if isinstance(x, Report) else nested
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return [_plain(v) for v in x]
@@ -94,9 +94,10 @@ class FuseReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectReport(FuseReport):
-    """As for `fuse`, and `verdict` is what `fuse` would do."""
+    """As for `fuse`, and `verdict` is what `fuse` would do. certificate: of a folded model, see `certificate`."""
 
     schema = "bnfold.inspect/1"
+    certificate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,40 @@ class Function:
 
 @dataclass(frozen=True)
 class Deployment:
-    """Level 3, one row per provider and optimisation level. ratio: the candidate's error over the reference's own."""
+    """Level 3, one row per provider, precision and optimisation level. ratio: the candidate's error over the reference's own.
+
+    precision: "full", with float32 in full, or "as deployed", with what the provider does by itself (TF32); where there are both, the
+    first decides. share: of the candidate's nodes, those that ran on the provider, `nodes` of `of`; None where nobody can say. counted:
+    by the runtime's own record ("session"), the profile of a run ("profile") or the operators that a run called ("operators").
+    """
 
     provider: str
     optimisation: str  # "off" or "on"
     ratio: float
     verdict: Literal["equivalent", "different", "inconclusive", "skipped"] = "equivalent"
     reason: str = ""
+    precision: str = "full"
+    share: float | None = None
+    nodes: int = 0
+    of: int = 0
+    counted: str = ""
+
+    @property
+    def name(self) -> str:
+        return deployment_name(self.provider, self.optimisation, self.precision)
+
+    @property
+    def placed(self) -> str:
+        """Which nodes ran there, in words; empty where it goes without saying."""
+        if self.share is None or self.provider == "cpu":
+            return ""
+        what = {"session": "nodes", "profile": "nodes (by a profile)", "operators": "operators"}[self.counted]
+        return f"{self.nodes:,} of {self.of:,} {what} on {self.provider.partition(':')[0]}"
+
+
+def deployment_name(provider: str, optimisation: str, precision: str = "full") -> str:
+    """What a row is called."""
+    return f"{provider}{'' if precision == 'full' else f' {precision}'}, optimisation {optimisation}"
 
 
 @dataclass(frozen=True)
@@ -221,6 +249,15 @@ class OutputError:
     error_ratio: float
 
 
+@dataclass(frozen=True)
+class Certified:
+    """Of `verify --against`: the verdict that the certificate states, and whether it holds."""
+
+    stated: str | None
+    holds: bool
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport(Report):
     schema = "bnfold.verify/1"
@@ -229,6 +266,7 @@ class VerifyReport(Report):
     outputs: tuple[OutputError, ...] = ()
     first_difference: str | None = None
     reason: str = ""  # one sentence: why this verdict
+    certificate: Certified | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .backends import family
 from .errors import UnsupportedError
-from .subject import Plan, Port, Runner, Subject
+from .subject import Placement, Plan, Port, Runner, Subject
 
 if TYPE_CHECKING:
     from .data import Batch, InputSpec
@@ -157,8 +157,12 @@ class Renamed:
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
         return _Renaming(self._subject.oracle(jitter=jitter, outputs=outputs), self._own_inputs, self._outputs)
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Runner:
-        return _Renaming(self._subject.deployed(provider, optimisation, jitter=jitter), self._own_inputs, self._outputs)
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
+        runner = self._subject.deployed(provider, optimisation, jitter=jitter, precision=precision)
+        return _Renaming(runner, self._own_inputs, self._outputs)
+
+    def precisions(self, provider: str) -> tuple[str, ...]:
+        return self._subject.precisions(provider)
 
     def require(self, provider: str) -> None:
         self._subject.require(provider)
@@ -178,6 +182,10 @@ def _named(ports: list[Port], names: Mapping[str, str]) -> list[Port]:
 class _Renaming:
     def __init__(self, runner: Runner, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
         self._runner, self._inputs, self._outputs = runner, inputs, outputs
+
+    @property
+    def placement(self) -> Placement | None:
+        return getattr(self._runner, "placement", None)
 
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
         found = self._runner.run({self._inputs.get(name, name): np.asarray(array) for name, array in feeds.items()})

@@ -37,8 +37,22 @@ class Plan:
     outcomes: tuple[Outcome, ...]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's nodes run: so many, of so many, on the provider asked for.
+
+    source: who says so: "session" (the runtime's own record), "profile" (of one run), "operators" (seen as one run called them).
+    on_cpu: operator and name of those that fell to the CPU.
+    """
+
+    nodes: int
+    of: int
+    source: str
+    on_cpu: tuple[tuple[str, str], ...] = ()
+
+
 class Runner(Protocol):
-    """Something that computes outputs by name from inputs by name."""
+    """Something that computes outputs by name from inputs by name. It may have a `placement`, complete after a run."""
 
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]: ...
 
@@ -75,8 +89,11 @@ class Subject(Protocol):
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
         """The model in float64; with a seed, every weight moved by up to half a unit in the last place. UnsupportedError: can't be had."""
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Runner:
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
         """The model in its stored types on a provider or device; jitter as above. UnsupportedError, DeviceError."""
+
+    def precisions(self, provider: str) -> tuple[str, ...]:
+        """In which it is tried there: "full", or "as deployed" (TF32, say), or both, of which the first decides."""
 
     def require(self, provider: str) -> None:
         """Raise DeviceError or UsageError where there is no such provider or device."""

@@ -10,6 +10,7 @@ a runtime's optimiser makes of a right model shows only there.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -94,8 +95,6 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
 
 
 def _timed(report: VerifyReport, start: float) -> VerifyReport:
-    import dataclasses
-
     return dataclasses.replace(report, seconds=time.perf_counter() - start)
 
 
@@ -231,27 +230,39 @@ class _Check:
     # --- level 3 ----------------------------------------------------------------------------------------------------------------
 
     def deployment(self, truth: Truth | None, lacking: str, provider: str) -> list[Deployment]:
+        """The rows of a provider. Where there are two precisions, the first decides, and the other is for the user to know."""
+        first, *more = max((side.precisions(provider) for side in (self.candidate, self.reference)), key=len)
+        rows = self._deployment(truth, lacking, provider, first)
+        decided = dict(self.ratios), self.unsteady
+        for precision in more:
+            rows += [_told_only(row) for row in self._deployment(truth, lacking, provider, precision)]
+            self.ratios, self.unsteady = decided
+        return rows
+
+    def _deployment(self, truth: Truth | None, lacking: str, provider: str, precision: str) -> list[Deployment]:
         rows = []
         options = self.candidate.optimisations
         try:
-            reference = self.reference.deployed(provider, self.reference.optimisations[0])
+            reference = self.reference.deployed(provider, self.reference.optimisations[0], precision=precision)
             if truth is None:
                 raise UnsupportedError(lacking)
             self.progress(f"{provider}: reference", 0, None)
             own = truth.compare(reference.run)
         except (UnsupportedError, DataError) as error:
-            return [Deployment(provider, option, 0.0, "skipped", str(error)) for option in options]
+            return [Deployment(provider, option, 0.0, "skipped", str(error), precision) for option in options]
         if reason := self._unsteady(truth, reference):
             self.unsteady = reason
-            return [Deployment(provider, option, 0.0, "inconclusive", reason) for option in options]
+            return [Deployment(provider, option, 0.0, "inconclusive", reason, precision) for option in options]
         for option in options:
             self.progress(f"{provider}: candidate, optimisation {option}", 0, None)
             try:
-                tallies = truth.compare(self.candidate.deployed(provider, option).run)
+                candidate = self.candidate.deployed(provider, option, precision=precision)
+                tallies = truth.compare(candidate.run)
             except (UnsupportedError, DataError) as error:
-                rows.append(Deployment(provider, option, np.inf, "different", f"the reference runs, the candidate doesn't: {error}"))
+                text = f"the reference runs, the candidate doesn't: {error}"
+                rows.append(Deployment(provider, option, np.inf, "different", text, precision))
                 continue
-            row = self._row(truth, provider, option, tallies, own)
+            row = dataclasses.replace(self._row(truth, provider, option, tallies, own), precision=precision, **_placed(candidate, provider))
             if row.verdict == "different" and option in self.reference.optimisations[1:]:
                 row = self._excused(truth, row)
             rows.append(row)
@@ -260,8 +271,10 @@ class _Check:
     def _excused(self, truth: Truth, row: Deployment) -> Deployment:
         """Where the runtime's optimisation does as much harm to the reference, the candidate isn't to blame, and the row says nothing."""
         try:
-            same = truth.compare(self.reference.deployed(row.provider, row.optimisation).run)
-            tallies = truth.compare(self.candidate.deployed(row.provider, row.optimisation).run)
+            same, tallies = (
+                truth.compare(side.deployed(row.provider, row.optimisation, precision=row.precision).run)
+                for side in (self.reference, self.candidate)
+            )
         except (UnsupportedError, DataError):
             return row
         for name, tally in tallies.items():
@@ -270,7 +283,7 @@ class _Check:
         reason = (
             f"the runtime's optimisation changes the reference itself by as much ({row.ratio:.3g} times its error without): switch it off"
         )
-        return Deployment(row.provider, row.optimisation, row.ratio, "skipped", reason)
+        return dataclasses.replace(row, verdict="skipped", reason=reason)
 
     def _row(self, truth: Truth, provider: str, option: str, tallies: Mapping[str, Tally], own: Mapping[str, Tally]) -> Deployment:
         worst, reason = 0.0, ""
@@ -305,7 +318,7 @@ class _Check:
         if self.unsteady:
             return "inconclusive", self.unsteady
         named = [(coefficients.verdict, coefficients.reason), (function.verdict, function.reason)]
-        named += [(r.verdict, f"{r.provider}, optimisation {r.optimisation}: {r.reason}") for r in rows]
+        named += [(r.verdict, f"{r.name}: {r.reason}") for r in rows]
         for wanted in ("different", "inconclusive"):
             for verdict, reason in named:
                 if verdict == wanted:
@@ -384,6 +397,21 @@ class _Check:
                         continue
                 return layers[name]
         return None
+
+
+def _placed(runner: Runner, provider: str) -> dict[str, Any]:
+    """Of a row, what its runner says of where it ran; asked for the CPU, there is nowhere else."""
+    placement = getattr(runner, "placement", None)
+    if placement is None or not placement.of:
+        return {"share": 1.0} if provider == "cpu" else {}
+    return {"share": placement.nodes / placement.of, "nodes": placement.nodes, "of": placement.of, "counted": placement.source}
+
+
+def _told_only(row: Deployment) -> Deployment:
+    """A row that doesn't decide: what is wrong with it is said, and no more."""
+    if row.verdict not in ("different", "inconclusive"):
+        return row
+    return dataclasses.replace(row, verdict="skipped", reason=f"{row.reason}; float32 in full decides, see the other rows")
 
 
 CHUNK = 64  # inner values looked at in one run, so that they needn't all be held

@@ -45,7 +45,7 @@ def true_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def interface(model: onnx.ModelProto) -> dict[str, object]:
-    """All that a caller may lean on. Below IR 4 every initializer is listed as an input, so those don't count."""
+    """All that a caller may lean on but bnfold's certificate. Below IR 4 every initializer is listed as an input; those don't count."""
     inputs = true_inputs(model) if model.ir_version < 4 else model.graph.input
     return {
         "inputs": [i.SerializeToString(deterministic=True) for i in inputs],
@@ -53,7 +53,7 @@ def interface(model: onnx.ModelProto) -> dict[str, object]:
         "opsets": {o.domain: o.version for o in model.opset_import},
         "ir": model.ir_version,
         "producer": (model.producer_name, model.producer_version, model.domain, model.model_version, model.doc_string),
-        "metadata": {p.key: p.value for p in model.metadata_props},
+        "metadata": {p.key: p.value for p in model.metadata_props if not p.key.startswith("bnfold.")},
         "graph": model.graph.name,
     }
 

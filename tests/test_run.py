@@ -203,7 +203,9 @@ def test_a_provider_that_fails_to_start(monkeypatch, capfd):
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", fail)
-    with pytest.raises(DeviceError, match=r"execution provider cuda could not start: CUDA failure 35: driver too old; pip uninstall"):
+    with pytest.raises(
+        DeviceError, match=r"execution provider cuda could not start: CUDA failure 35: driver too old; see to its libraries"
+    ):
         Session(linear(), provider="cuda")
     assert capfd.readouterr() == ("", "")
 

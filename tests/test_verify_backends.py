@@ -43,7 +43,10 @@ class Doubled:
         half = 0.0 if jitter is None else np.random.default_rng(jitter).uniform(-(2.0**-25), 2.0**-25)
         return Computes(lambda x: float(self.scale) * x.astype(np.float64) + float(self.shift) * (1 + half))
 
-    def deployed(self, provider, optimisation, *, jitter=None):
+    def precisions(self, provider):
+        return ("full",)
+
+    def deployed(self, provider, optimisation, *, jitter=None, precision="full"):
         return Computes(lambda x: self.scale * x + self.shift)
 
     def require(self, provider):

@@ -7,7 +7,9 @@ import signal
 import sys
 import warnings
 
+from ..overheard import COLOUR, heard, own_stderr
 from .annotate import annotate, wanted
+from .visible import visible
 
 __all__ = ["main", "run"]
 
@@ -20,6 +22,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
             stream.reconfigure(errors="backslashreplace")
+    own_stderr()
     try:
         status = run(sys.argv[1:])
     except KeyboardInterrupt:  # before the command began, or once more while it cleaned up
@@ -39,6 +42,7 @@ def run(arguments: list[str]) -> int:
     from .groups import Interrupted
 
     debug = "--debug" in arguments
+    heard.clear()
     try:
         with warnings.catch_warnings():
             if not debug:
@@ -54,6 +58,16 @@ def run(arguments: list[str]) -> int:
 
             traceback.print_exc()
         return _explain(error)
+    finally:
+        if debug:
+            _tell_heard()
+
+
+def _tell_heard() -> None:
+    """What the runtime printed, whose lines are shown as they came but for what acts on a terminal."""
+    for line in (line for text in heard for line in text.splitlines() if line.strip()):
+        print(f"runtime: {visible(COLOUR.sub('', line))}", file=sys.stderr)
+    heard.clear()
 
 
 def _explain(error: Exception) -> int:
@@ -80,7 +94,7 @@ def _explain(error: Exception) -> int:
 
 def _say(text: str, status: int) -> int:
     try:
-        print(f"bnfold: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
         if text.startswith("error: ") and wanted():
             annotate("error", "bnfold", text.removeprefix("error: "))
     except BrokenPipeError:

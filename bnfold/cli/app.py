@@ -100,7 +100,7 @@ def recalibrate(
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     for path, kind in (asked.written | ({html: ".html"} if html is not None else {})).items():
         ready_to_write(path, suffixes=loading.suffixes(model) if kind == "model" else [kind], force=reporting.force, inputs=[model])
-    with reporting.job() as job:
+    with reporting.job() as job, running.fallback():
         provider = running.one_provider(model)
         loaded = loading.load(model, job)
         if isinstance(asked, statistics.Restore):
@@ -201,26 +201,35 @@ def fuse(
 @command
 def verify(
     reference: o.Reference,
-    candidate: o.Candidate,
     loading: o.Loading,
     running: o.Running,
     shaping: o.Shaping,
     feeding: o.Feeding,
     reporting: o.Reporting,
     checking: o.Checking,
+    candidate: o.MaybeCandidate = None,
+    against: o.Against = None,
     data: o.MaybeData = None,
     baseline: o.Baseline = None,
 ) -> int:
     """Decide whether two models compute the same function.
 
-    Without a tolerance, on three levels: the coefficients, the function in float64, and the models as deployed.
+    Without a tolerance, on three levels: the coefficients, the function in float64, and the models as deployed. With --against, whether a
+    folded model was made from the original that its certificate states, and whether its verdict still holds.
     """
     from .. import api
+    from ..certificate import claim
 
+    if (candidate is None) == (against is None):
+        raise UsageError("verify takes two models, REFERENCE CANDIDATE, or a folded one with --against ORIGINAL")
+    if against is not None:
+        reference, candidate = against, reference
+    assert candidate is not None
     check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
-    with reporting.job(check) as job:
+    with reporting.job(check) as job, running.fallback():
         providers = running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
+        claimed = None if against is None else claim(other, candidate, one, reference)
         report = api.verify(
             one,
             other,
@@ -233,6 +242,7 @@ def verify(
             example=shaping.call(one, data),
             progress=job.progress,
         )
+        report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
         job.finish(report, show.verify)
         check.tell(job)
@@ -268,7 +278,7 @@ def pipeline(
     settings = calibrating.settings()
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     check = checking.check("pipeline", model, force=reporting.force, strict=strict, baseline=baseline)
-    with reporting.job(check) as job:
+    with reporting.job(check) as job, running.fallback():
         providers = running.providers(model)
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data)
@@ -318,7 +328,7 @@ def bench(
     """
     from ..bench import bench as run
 
-    with reporting.job() as job:
+    with reporting.job() as job, running.fallback():
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = run(

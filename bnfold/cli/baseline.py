@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..report import Accuracy, PipelineReport, Report, VerifyReport
+from ..report import Accuracy, PipelineReport, Report, VerifyReport, deployment_name
 from .rows import Row, levels, verified
 
 TIMES, HARMLESS = 1.5, 1.0
@@ -56,7 +56,7 @@ class Baseline:
         self.levels["coefficients"] = _text(verdict["levels"]["coefficients"]["verdict"])
         self.levels["function, in float64"] = _text(verdict["levels"]["function"]["verdict"])
         for row in verdict["levels"]["deployment"]:
-            name = f"{_text(row['provider'])}, optimisation {_text(row['optimisation'])}"
+            name = deployment_name(_text(row["provider"]), _text(row["optimisation"]), _text(row.get("precision", "full")))
             self.rows[name] = (_text(row["verdict"]), _ratio(row["ratio"]))
         measured = not self.rows or any(ratio for _, ratio in self.rows.values())
         self.outputs = {_text(o["name"]): _ratio(o["error_ratio"]) for o in verdict["outputs"]} if measured else {}
@@ -74,7 +74,7 @@ class Baseline:
         for row in levels(report):
             if row.suite != "deployment" and {row.verdict, self.levels[row.name]} <= RANK.keys():
                 yield _ranked(row.name, row.verdict, self.levels[row.name])
-        rows = {f"{row.provider}, optimisation {row.optimisation}": row for row in report.levels.deployment}
+        rows = {row.name: row for row in report.levels.deployment}
         measured = not rows or any(row.ratio for row in rows.values())
         outputs = {output.name: output.error_ratio for output in report.outputs} if measured else {}
         for what, ours, theirs in (("output", outputs, self.outputs), ("provider", rows, self.rows)):

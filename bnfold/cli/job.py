@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 
+from ..certificate import sha256
 from ..processes import rank
 from ..report import InputFile, Report
 from .check import Check
-from .output import ready_to_write, sha256, write_text
+from .output import ready_to_write, write_text
+from .visible import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -134,11 +136,11 @@ class Job:
     def remark(self, text: str) -> None:
         """A line on standard error."""
         if not self.quiet:
-            self._err.print(f"bnfold: {text}", soft_wrap=True)
+            self._err.print(f"bnfold: {visible(text)}", soft_wrap=True)
 
     def fail(self, text: str) -> None:
         """An error on standard error, whose report is given out all the same."""
-        self._err.print(f"bnfold: error: {text}", soft_wrap=True)
+        self._err.print(f"bnfold: error: {visible(text)}", soft_wrap=True)
 
     def finish(self, report: R, show: Callable[[Console, R], None]) -> None:
         """Give out the report: as a table or as JSON, and to a file where one was asked for."""
@@ -154,7 +156,7 @@ class Job:
             if self.report_path is not None:
                 write_text(self.report_path, text)
             if self.as_json:
-                _write(sys.stdout, text)
+                _write(sys.stdout, text.replace("##[", "#\\u0023["))  # which is the same JSON, and no command of a CI job's
                 return
         out = _Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
         if out.is_terminal:
@@ -168,7 +170,7 @@ class Job:
     def say(self, text: str) -> None:
         """A line of the results, unless standard output is the report's alone."""
         if not self.as_json and self.main:
-            _write(sys.stdout, text + "\n")
+            _write(sys.stdout, visible(text) + "\n")
 
     def _stop(self) -> None:
         if self._bar is not None:

@@ -32,6 +32,8 @@ def page(command: str, files: Sequence[str], report: Report, compared: Iterable[
     verdict, fused = verified(report), folded(report)
     if verdict is not None:
         parts.append(f"**{verdict.verdict}**" + (f": {escape(verdict.reason)}" if verdict.reason else ""))
+        if verdict.certificate is not None:
+            parts.append(escape(verdict.certificate.reason))
     if failed:
         parts.append(f"**failed**: {escape(failed)}")
     if fused is not None:

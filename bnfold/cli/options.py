@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,6 +36,16 @@ ModelFile = Annotated[
 Reference = Annotated[Path, typer.Argument(metavar="REFERENCE", help="The model that is right.", show_default=False)]
 Candidate = Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
+MaybeCandidate = Annotated[Path | None, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.", show_default=False)]
+Against = Annotated[
+    Path | None,
+    _option(
+        "--against",
+        panel=MODELS,
+        metavar="ORIGINAL",
+        help="In place of CANDIDATE: hold a folded model, given alone, against this by its certificate.",
+    ),
+]
 MaybeOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.", show_default=False)]
 DATA_FORMS = (
     "A .npy, .npz, .safetensors or .pt file; a folder of images or of .npy files; tar shards or .parquet files, as a folder or a pattern; "
@@ -105,7 +116,9 @@ class Loading:
         args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
         model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, say=job.remark)
         if job.reports:
-            job.came_in(path, *_external(model))
+            from ..certificate import files_of
+
+            job.came_in(*files_of(model, path))
         return model
 
     def suffixes(self, path: Path) -> tuple[str, ...]:
@@ -122,16 +135,6 @@ class Loading:
         from .. import api
 
         api.save(model, path, force=force, example=example, as_state=self.arch is not None)
-
-
-def _external(model: Any) -> list[Path]:
-    """The files beside an ONNX model's own that hold its weights."""
-    from ..backends import family
-
-    if family(model) != "onnx":
-        return []
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,17 @@ class Running:
         _option(
             "--provider",
             panel=MODELS,
-            metavar="NAME",
-            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt, openvino, ...",
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
+        ),
+    ] = None
+    allow_cpu_fallback: Annotated[
+        list[str] | None,
+        _option(
+            "--allow-cpu-fallback",
+            panel=MODELS,
+            metavar="OPERATOR|NODE",
+            help="What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
         ),
     ] = None
 
@@ -221,7 +233,7 @@ class Running:
         if self.provider and True not in kinds:
             raise UsageError(f"--provider {self.provider[0]}: that is for ONNX models; for PyTorch give --device")
         if True in kinds:
-            from ..backends.onnx.run import resolve
+            from ..backends.onnx.providers import resolve
 
             for name in self.provider or ("cpu",):
                 resolve(name)
@@ -230,6 +242,12 @@ class Running:
 
             device_of(self.device)
         return tuple(dict.fromkeys([*(self.provider or ()), *([self.device] if self.device else [])])) or ("cpu",)
+
+    def fallback(self) -> AbstractContextManager[None]:
+        """What of a model may run on the CPU, while this lasts."""
+        from ..api import cpu_fallback
+
+        return cpu_fallback(self.allow_cpu_fallback or ())
 
     def one_provider(self, *paths: Path) -> str:
         """The same, where there can be only one."""

@@ -56,5 +56,6 @@ def levels(report: VerifyReport) -> Iterator[Row]:
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     yield Row("function", "function, in float64", f.verdict, found, f.reason)
     for row in report.levels.deployment:
-        found = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
-        yield Row("deployment", f"{row.provider}, optimisation {row.optimisation}", row.verdict, found, row.reason)
+        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
+        found = "; ".join(text for text in (erred, row.placed) if text)
+        yield Row("deployment", row.name, row.verdict, found, row.reason)

@@ -1,15 +1,20 @@
-"""Reports as tables."""
+"""Reports as tables. What comes out of a file is shown escaped: no name begins a line of its own, or a command to a terminal or runner."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..report import Accuracy, BenchReport, Effect, FuseReport, InspectReport, PipelineReport, RecalibrateReport, VerifyReport
+from ..report import Accuracy, BenchReport, Effect, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
+from .visible import visible_in
+
+R = TypeVar("R", bound=Report)
 
 COLOURS = {
     "improved": "bold green",
@@ -25,6 +30,17 @@ GAP = 2  # columns between two cells
 PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph
 
 
+def _escaped(show: Callable[[Console, R], None]) -> Callable[[Console, R], None]:
+    """The same for a report whose texts hold nothing that acts."""
+
+    @functools.wraps(show)
+    def safe(console: Console, report: R) -> None:
+        show(console, visible_in(report))
+
+    return safe
+
+
+@_escaped
 def fuse(console: Console, report: FuseReport) -> None:
     """What became of every BatchNorm, or would."""
     rows = [
@@ -48,10 +64,13 @@ def fuse(console: Console, report: FuseReport) -> None:
         console.print(f"{report.bytes_added:,} bytes added by copies of shared weights")
     for note in report.notes:
         console.print(note)
+    if isinstance(report, InspectReport) and report.certificate is not None:
+        _certificate(console, report.certificate)
     if report.verify is not None:
         _verdict(console, "check of the folded model", report.verify)
 
 
+@_escaped
 def recalibrate(console: Console, report: RecalibrateReport) -> None:
     """How far each BatchNorm's statistics moved, each figure its worst channel's; and what that did to labelled samples."""
     top = max((layer.mean_shift for layer in report.layers if math.isfinite(layer.mean_shift)), default=0.0)
@@ -104,6 +123,7 @@ def _scores(console: Console, before: Accuracy, after: Accuracy, effect: Effect)
     console.print(Text("effect: ").append(effect.verdict, style=COLOURS.get(effect.verdict, "bold")))
 
 
+@_escaped
 def verify(console: Console, report: VerifyReport) -> None:
     """The verdict, and what each level says."""
     levels = report.levels
@@ -113,8 +133,9 @@ def verify(console: Console, report: VerifyReport) -> None:
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     rows.append(("function, in float64", f.verdict, found, f.reason))
     for row in levels.deployment:
-        found = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
-        rows.append((f"{row.provider}, optimisation {row.optimisation}", row.verdict, found, row.reason))
+        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
+        found = "; ".join(text for text in (erred, row.placed) if text)
+        rows.append((row.name, row.verdict, found, row.reason))
     _rows(console, ("level", "verdict", "candidate", "remarks"), rows)
     if report.outputs:
         figures = [(o.name, f"{o.max_abs:.3g}", f"{o.max_rel:.3g}", f"{o.error_ratio:.3g}") for o in report.outputs]
@@ -122,8 +143,11 @@ def verify(console: Console, report: VerifyReport) -> None:
     if report.first_difference:
         console.print(f"first difference: {report.first_difference}")
     _verdict(console, "verdict", report)
+    if report.certificate is not None:
+        console.print(report.certificate.reason)
 
 
+@_escaped
 def pipeline(console: Console, report: PipelineReport) -> None:
     """Every step that ran, and the accuracy where there are labels."""
     if report.recalibrate is not None:
@@ -145,6 +169,7 @@ def pipeline(console: Console, report: PipelineReport) -> None:
         console.print(note)
 
 
+@_escaped
 def bench(console: Console, report: BenchReport) -> None:
     """Two models side by side."""
     rows = [("reference", f"{report.reference * 1e3:.3f} ms"), ("candidate", f"{report.candidate * 1e3:.3f} ms")]
@@ -154,6 +179,34 @@ def bench(console: Console, report: BenchReport) -> None:
     console.print(
         f"candidate / reference: {report.ratio:.3f} (half of the rounds between {report.ratio_low:.3f} and {report.ratio_high:.3f})"
     )
+
+
+def _certificate(console: Console, found: Mapping[str, Any]) -> None:
+    """What a model states of itself, which may be anything."""
+
+    def given(where: Any, key: str, kind: type[Any]) -> Any:
+        value = where.get(key) if isinstance(where, Mapping) else None
+        return value if isinstance(value, kind) else kind()
+
+    made = " and recalibrated" if found.get("recalibrated") is True else ""
+    console.print(Text("certificate, as it states", style="bold"))
+    console.print(f"  made by: bnfold {given(found, 'bnfold', str)}, {given(found, 'made_by', str)}")
+    for entry in given(found, "inputs", list):
+        console.print(f"  from: {given(entry, 'name', str)}, SHA-256 {given(entry, 'sha256', str) or 'not known'}{made}")
+    counts = given(found, "batchnorms", dict)
+    if counts:
+        folded, kept = (len(given(found, key, list)) for key in ("folded", "kept"))
+        merged = len(given(found, "merged", list))
+        console.print(
+            f"  BatchNorms: {folded:,} folded, {kept:,} kept" + (f"; {merged:,} operators merged from branches" if merged else "")
+        )
+    verdict = found.get("verdict")
+    reason = given(verdict, "reason", str)
+    console.print(f"  verdict: {given(verdict, 'verdict', str) or 'none'}" + (f" - {reason}" if reason else ""))
+    for entry in given(found, "earlier", list):
+        names = ", ".join(given(each, "name", str) for each in given(entry, "inputs", list)) or "a model in memory"
+        said = given(entry, "verdict", str) or "no verdict"
+        console.print(f"  before that: {given(entry, 'made_by', str)} of {names}, {said}, bnfold {given(entry, 'bnfold', str)}")
 
 
 def _title(step: str) -> Text:

@@ -17,11 +17,12 @@ from onnx import TensorProto
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from ...moments import Moments, measure
-from ...processes import local_rank, threads
+from ...overheard import overhearing
+from ...processes import threads
 from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
-from .run import resolve
+from .providers import assigned, honoured, name_nodes, one_line, resolve, runtime, start
 from .walk import attribute
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
@@ -92,7 +93,7 @@ class OnnxStage:
         except BnfoldError:
             raise
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
-            text = _one_line(error)
+            text = one_line(error)
             if (
                 "does not support" in text or "not implemented" in text.lower()
             ):  # some kernels say so only when they run (recurrent ones in float64)
@@ -112,48 +113,40 @@ class _Session:
     """ONNX Runtime over one stage, without graph optimisation."""
 
     def __init__(self, proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], provider: str, kinds: dict[str, int]) -> None:
-        import onnxruntime as ort  # type: ignore[import-untyped]
+        ort = runtime()
 
-        ort.set_default_logger_severity(4)
         self._ort = ort
         self._kinds = kinds
-        name = resolve(provider)
         options = ort.SessionOptions()
-        options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.use_deterministic_compute = True
         options.intra_op_num_threads = threads()
         options.enable_cpu_mem_arena = False  # an arena gives nothing back while one of its values is held
         # Threads that spin between two runs take the cores from whoever measures the results.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        name_nodes(proto.graph)
         self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]  # the session reads the weights where they are
         if lent:
             options.add_external_initializers(list(lent), self._lent)
-        chosen = (name, {"use_tf32": "0", "device_id": str(local_rank())}) if name == "CUDAExecutionProvider" else name
         try:
-            self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=[chosen], enable_fallback=0)
-        except Exception as error:
-            text = _one_line(error)
+            self._session = start(proto.SerializeToString(), options, provider)
+        except UnsupportedError as error:
+            text = str(error).partition(": ")[2]
             if "Could not find an implementation" in text:
                 raise _NoKernelError(text) from None
-            if name != "CPUExecutionProvider" and type(error).__name__ not in ("InvalidGraph", "InvalidArgument", "NotImplemented"):
-                raise DeviceError(f"execution provider {provider} could not start: {text}; use --provider cpu") from None
             raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {text}") from None
-        if name not in self._session.get_providers():
-            raise DeviceError(
-                f"execution provider {provider} is built in but ONNX Runtime dropped it: its libraries don't load here; use --provider cpu"
-            )
-        self._session.disable_fallback()
+        honoured(assigned(self._session, provider), provider, lambda: proto)
         outputs = self._session.get_outputs()
         self._results = [output.name for output in outputs]
         kinds.update({output.name: _kind(output.type, output.name) for output in outputs})
         self._by_bits = any(kinds[info.name] in BITS for info in (*proto.graph.input, *outputs))
 
     def __call__(self, feeds: dict[str, npt.NDArray[Any]]) -> Values:
-        if not self._by_bits:
-            return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
-        lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
-        return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
+        with overhearing():
+            if not self._by_bits:
+                return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
+            lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
+            return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
 
     def _lend(self, array: npt.NDArray[Any], kind: int) -> Any:
         if kind in BITS:
@@ -327,10 +320,3 @@ def _opset(model: ir.Model) -> int:
 def _name(value: ir.Value) -> str:
     assert value.name
     return value.name
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return text if len(text) <= limit else text[: limit - 1] + "…"

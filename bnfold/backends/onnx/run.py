@@ -1,12 +1,7 @@
-"""A model on ONNX Runtime: what it takes, and a session on a named execution provider.
-
-The provider that was asked for is the one that runs, or there is a `DeviceError`: ONNX Runtime itself drops a provider that it
-can't load and carries on on the CPU. TF32, whose rounding hides real defects, is off.
-"""
+"""A model on ONNX Runtime: what it takes, and a session on a named execution provider (see `providers`)."""
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +12,13 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from ...errors import DataError, DeviceError, UnsupportedError, UsageError
-from ...feeds import check_feeds, listed, random_feeds
+from ...errors import DataError, DeviceError, UsageError
+from ...feeds import check_feeds, random_feeds
+from ...overheard import overhearing
+from ...subject import Placement
 from ...values import shape_text
 from .feeds import inputs
+from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
 
 if TYPE_CHECKING:
     from ...data import Batch
@@ -38,90 +36,71 @@ WIDENED: set[int] = {
     TensorProto.FLOAT8E5M2FNUZ,
 }
 
-_ALIASES = {"directml": "dml", "trt": "tensorrt", "gpu": "cuda", "amd": "migraphx", "onednn": "dnnl", "trtrtx": "nvtensorrtrtx"}
-_WHEELS = {
-    "cuda": "onnxruntime-gpu",
-    "tensorrt": "onnxruntime-gpu (and TensorRT)",
-    "nvtensorrtrtx": "onnxruntime-trt-rtx",
-    "openvino": "onnxruntime-openvino",
-    "dml": "onnxruntime-directml",
-    "rocm": "onnxruntime-rocm",
-    "migraphx": "onnxruntime-migraphx",
-    "qnn": "onnxruntime-qnn",
-    "cann": "onnxruntime-cann",
-    "webgpu": "onnxruntime-webgpu",
-}
-# The provider itself must be asked for TF32; for TensorRT's own kernels the driver's switch is NVIDIA_TF32_OVERRIDE=0.
-_OPTIONS = {"cuda": {"use_tf32": "0"}}
-_BENEATH = {"tensorrt": ("cuda",), "nvtensorrtrtx": ("cuda",)}  # what runs the operators that the provider doesn't have
-# ROCm left the list of names in ONNX Runtime 1.24, and is still in use with older ones.
-_FORMER = ("ROCMExecutionProvider",)
-
 
 class Session:
     """A model loaded into ONNX Runtime on one execution provider. The model itself isn't touched.
 
-    provider: "cpu", "cuda", "tensorrt", "openvino", "coreml", "dml" and so on, or ONNX Runtime's own name. What the provider has no
-    kernel for runs on the CPU, as ONNX Runtime does it. optimise: all of ONNX Runtime's graph optimisations, or none.
-    outputs: inner values to return besides the model's outputs. threads: per operator; 0 leaves it to ONNX Runtime.
+    provider: "cpu", "cuda", "tensorrt", "openvino", "coreml", "dml" and so on, or ONNX Runtime's own name, with options as
+    "openvino:device_type=CPU". optimise: all of ONNX Runtime's graph optimisations, or none. precision: "full", or "as deployed", with the
+    coarser arithmetic that is the provider's default, such as TF32. outputs: inner values to return besides the model's outputs. threads:
+    per operator; 0 leaves it to ONNX Runtime. placement: which nodes run there; for ONNX Runtime before 1.24 known after the first run.
     Raises UsageError (no such provider), DeviceError (not built in, not loadable or not honoured) or UnsupportedError (ONNX Runtime
     refuses the model).
     """
 
     def __init__(
-        self, model: ir.Model, *, provider: str = "cpu", optimise: bool = False, outputs: Iterable[str] = (), threads: int = 0
+        self,
+        model: ir.Model,
+        *,
+        provider: str = "cpu",
+        optimise: bool = False,
+        outputs: Iterable[str] = (),
+        threads: int = 0,
+        precision: str = "full",
     ) -> None:
-        import onnxruntime as ort  # type: ignore[import-untyped]
+        ort = runtime()
 
-        ort.set_default_logger_severity(4)
+        self._asked = provider
         self.provider = resolve(provider)
         self._model = model
         self._optional = set(model.graph.initializers)
         self._widened: dict[str, np.dtype[Any]] = {}
 
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # fatal only: everything else comes back as an exception, or is checked below
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
         options.use_deterministic_compute = True
         options.intra_op_num_threads = threads
-        chain = [
-            p for p in (self.provider, *map(_full_name, _BENEATH.get(_short(self.provider), ()))) if p in ort.get_available_providers()
-        ]
-        providers = [(p, dict(_OPTIONS.get(_short(p), {}))) for p in chain]
 
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # ONNX Runtime may map the weights: they live as long as the session
         source = self._source(model, tuple(outputs))
-        try:
-            # Without fallback: else ONNX Runtime prints to standard output and tries again on the CPU.
-            self._session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
-        except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
-            if self.provider != "CPUExecutionProvider" and not _is_about_the_model(error):
-                raise DeviceError(
-                    f"execution provider {_short(self.provider)} could not start: {_one_line(error)}; {_advice(self.provider)}"
-                ) from None
-            raise UnsupportedError(f"ONNX Runtime can't run this model: {_one_line(error)}") from None
-        running = self._session.get_providers()
-        if self.provider not in running:
-            raise DeviceError(
-                f"execution provider {_short(self.provider)} is built in but ONNX Runtime dropped it and would run on "
-                f"{listed(map(_short, running))} instead: its libraries don't load here; {_advice(self.provider)}"
-            )
-        self._session.disable_fallback()
+        self._profiling = self.provider != CPU and not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+        if self._profiling:
+            self._profile = tempfile.TemporaryDirectory(prefix="bnfold-", ignore_cleanup_errors=True)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._profile.name, "run"))
+        self._session = start(source, options, provider, precision=precision)
+        self.placement: Placement | None = assigned(self._session, provider)
+        honoured(self.placement, provider, lambda: _skeleton(model))
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, inputs(self._model, feeds), self._optional)
         given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
-        try:
-            results = self._session.run(self._outputs, given)
-        except Exception as error:
-            shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
-            text = _one_line(error)
-            if "llocate memory" in text or "out of memory" in text.lower():
-                raise DeviceError(f"not enough memory on {_short(self.provider)} for {shapes}: {text}; use a smaller batch") from None
-            raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+        with overhearing():
+            try:
+                results = self._session.run(self._outputs, given)
+            except Exception as error:
+                shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
+                text = one_line(error)
+                if "llocate memory" in text or "out of memory" in text.lower():
+                    raise DeviceError(f"not enough memory on {short(self.provider)} for {shapes}: {text}; use a smaller batch") from None
+                raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+        if self._profiling:
+            self._profiling = False
+            self.placement = profiled(self._session.end_profiling(), self._asked)
+            honoured(self.placement, self._asked, lambda: _skeleton(self._model))
         named = zip(self._outputs, results, strict=True)
         return {k: v.astype(self._widened[k]) if k in self._widened else v for k, v in named}
 
@@ -129,6 +108,7 @@ class Session:
         """What ONNX Runtime loads: bytes, or past the limit of protocol buffers a file with external data."""
         large = stored_bytes(model) > PROTO_LIMIT
         proto = self_contained(model, initializers=not large)
+        name_nodes(proto.graph)
         _expose(proto, model, extra)
         self._widened = _widen_interface(proto)
         if not large:
@@ -152,25 +132,6 @@ class Session:
         return str(path)
 
 
-def resolve(provider: str) -> str:
-    """ONNX Runtime's name of a provider that is built in. UsageError: nobody knows it. DeviceError: this build hasn't got it."""
-    import onnxruntime as ort
-
-    known = {_short(name): name for name in (*ort.get_all_providers(), *_FORMER, *ort.get_available_providers())}
-    short = _short(provider)
-    short = _ALIASES.get(short, short)
-    if short not in known:
-        close = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
-        hint = f"did you mean {listed(close, 'or')}?" if close else f"ONNX Runtime knows {listed(known)}"
-        raise UsageError(f"no execution provider is called {provider!r}; {hint}")
-    name: str = known[short]
-    available = ort.get_available_providers()
-    if name not in available:
-        have = listed(_short(p) for p in available)
-        raise DeviceError(f"execution provider {short} is not in this ONNX Runtime {ort.__version__}, which has {have}; {_advice(name)}")
-    return name
-
-
 def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
     """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
     proto = ir.to_proto(model)
@@ -190,6 +151,16 @@ def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelP
             onnx.external_data_helper.load_external_data_for_tensor(tensor, base)
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]
+    return proto
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model with the types of its initializers in place of these."""
+    proto = self_contained(model, initializers=False)
+    there = {info.name for info in proto.graph.input}
+    for name, value in model.graph.initializers.items():
+        if name not in there and (tensor := value.const_value) is not None:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.dtype.value, tensor.shape.numpy()))
     return proto
 
 
@@ -278,35 +249,3 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
                 for info in body.output:
                     if info.name == old:
                         info.name = new
-
-
-def _short(name: str) -> str:
-    return name.lower().removesuffix("executionprovider")
-
-
-def _full_name(short: str) -> str:
-    import onnxruntime as ort
-
-    return next((name for name in ort.get_all_providers() if _short(name) == short), short)
-
-
-def _advice(name: str) -> str:
-    short = _short(name)
-    if short == "coreml":
-        return "it comes with the onnxruntime wheel for macOS"
-    if short not in _WHEELS:
-        return "it needs an ONNX Runtime that is built with it (https://onnxruntime.ai/docs/execution-providers)"
-    guide = "https://onnxruntime.ai/docs/execution-providers"
-    return f"pip uninstall onnxruntime, then pip install {_WHEELS[short]}, and its libraries as {guide} says"
-
-
-def _is_about_the_model(error: Exception) -> bool:
-    return type(error).__name__ in ("InvalidGraph", "InvalidProtobuf", "NotImplemented", "InvalidArgument")
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    """The message in one line, without ONNX Runtime's prefix of its status code."""
-    text = " ".join(str(error).split())
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -16,7 +16,8 @@ from .constants import FLOATS
 from .feeds import inputs
 from .lower import lower
 from .oracle import Oracle
-from .run import Session, resolve
+from .providers import precisions, resolve
+from .run import Session
 from .walk import all_graphs, held_tensor, name_of
 from .write import inlined
 
@@ -76,9 +77,12 @@ class OnnxSubject:
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.model, jitter=jitter, outputs=outputs)
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Session:
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Session:
         model = self.model if jitter is None else self._moved(jitter)
-        return Session(model, provider=provider, optimise=optimisation == "on")
+        return Session(model, provider=provider, optimise=optimisation == "on", precision=precision)
+
+    def precisions(self, provider: str) -> tuple[str, ...]:
+        return precisions(provider)
 
     def _moved(self, seed: int) -> ir.Model:
         """The model with one in twelve of its weights moved to the next stored number, up or down (see MOVED)."""

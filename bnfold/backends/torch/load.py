@@ -6,12 +6,13 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ...certificate import KEY, attach, text_in_archive
 from ...errors import ModelError, UnsupportedError, UsageError
 from .arch import Arch, build
 from .archive import check_archive
@@ -42,7 +43,7 @@ def load(
             f"or with torch.export"
         )
     if kind == "pt2":
-        return _program(path, trust_pickle)
+        return _certified(_program(path, trust_pickle), text_in_archive(path))
     if kind == "safetensors":
         return _safetensors(path, arch, arch_args, say)
     found = _unpickled(path, trust_pickle)
@@ -60,7 +61,27 @@ def load(
         state_of(found, str(path), say)
         raise UsageError(f"{path}: {NEEDS_ARCH}")
     state, surgery = state_of(found, str(path), say)
-    return put(state, build(arch, arch_args), surgery, str(path), say).eval()
+    return _certified(put(state, build(arch, arch_args), surgery, str(path), say).eval(), _text_beside(found))
+
+
+def text_in_pickle(path: Path) -> str | None:
+    """The text of the certificate in a checkpoint. Raises ModelError as `load` does."""
+    found = _unpickled(path, False)
+    return _text_beside(found) if isinstance(found, Mapping) else None
+
+
+def _text_beside(found: Mapping[str, Any]) -> str | None:
+    text = found.get(KEY)
+    return text if isinstance(text, str) else None
+
+
+T = TypeVar("T", nn.Module, ExportedProgram)
+
+
+def _certified(model: T, text: str | None) -> T:
+    """The model with the certificate of its file, and with no other: a factory may give a network that has one."""
+    attach(model, text)
+    return model
 
 
 def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | None, say: Say) -> nn.Module:
@@ -72,10 +93,11 @@ def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | N
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            surgery = surgery_of(file.metadata())
+            metadata = file.metadata() or {}
+            surgery = surgery_of(metadata)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: a damaged safetensors file ({error}); download or save it again") from None
-    return put(state, module, surgery, str(path), say).eval()
+    return _certified(put(state, module, surgery, str(path), say).eval(), metadata.get(KEY))
 
 
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:

@@ -1,12 +1,12 @@
 """A PyTorch model that runs: in its stored types on a device, as its user runs it, and in float64, operator by operator.
 
-TF32, whose rounding hides real defects, is off while a model runs here.
+TF32, whose rounding hides real defects, is off while a model runs here, unless it shall run as it is deployed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import DataError, DeviceError, UnsupportedError, UsageError
 from ...feeds import check_feeds
+from ...subject import Placement
 from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
 from .walk import FLOATS, is_tensor
 
@@ -56,15 +58,39 @@ def precise() -> Iterator[None]:
             flag.allow_tf32 = old
 
 
+def precisions(device: str) -> tuple[str, ...]:
+    """In which a model is tried on a device: "full", and "as deployed" where PyTorch's settings let TF32 in."""
+    coarse = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return ("full", "as deployed") if device.startswith("cuda") and coarse else ("full",)
+
+
+class Where(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are called, and those whose results lie on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.there, self.all = device, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        if tensors := [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]:
+            self.all += 1
+            self.there += all(tensor.device.type == self.device.type for tensor in tensors)
+        return returned
+
+
 class Session:
     """A model in its stored types on a device.
 
-    jitter: a seed; one in twelve of its weights is then moved to the next stored number, up or down.
+    jitter: a seed; one in twelve of its weights is then moved to the next stored number, up or down. precision: "full", or "as deployed",
+    with PyTorch's own settings for TF32. placement: on another device than the CPU, after the first run, the operators that it called.
     Raises DeviceError where the device isn't there.
     """
 
-    def __init__(self, traced: Traced, *, device: str = "cpu", jitter: int | None = None) -> None:
+    def __init__(self, traced: Traced, *, device: str = "cpu", jitter: int | None = None, precision: str = "full") -> None:
         self.device = device_of(device)
+        self.placement: Placement | None = None
+        self._exact = precision == "full"
         self._traced = traced
         if isinstance(traced.model, ExportedProgram):
             program = traced.model
@@ -89,15 +115,19 @@ class Session:
         check_feeds(feeds, self._traced.specs)
         call = self._traced.call({name: to_tensor(np.array(array)).to(self.device) for name, array in feeds.items()})
         args, kwargs = pytree.tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
-        with precise():
+        where = Where(self.device) if self.placement is None and self.device.type != "cpu" else None
+        with precise() if self._exact else torch.no_grad():
             try:
-                returned = self._module(*args, **kwargs)
+                with where or nullcontext():
+                    returned = self._module(*args, **kwargs)
             except torch.OutOfMemoryError as error:
                 raise DeviceError(f"not enough memory on {self.device}: {_one_line(error)}; use a smaller batch size") from None
             except Exception as error:  # the model's code raises what it likes
                 shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
                 text = f"PyTorch can't run the model on {shapes}: {_one_line(error)}"
                 raise (UnsupportedError if "not implemented" in str(error) else DataError)(text) from None
+        if where is not None:
+            self.placement = Placement(where.there, where.all, "operators")
         return {name: to_numpy(tensor) for name, tensor in flat_outputs(returned).items()}
 
 

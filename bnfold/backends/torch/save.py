@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ...certificate import KEY, attach, text_of
 from ...errors import CheckError, InputError, UnsupportedError, UsageError
 from .checkpoint import RECORD
 from .surgery import ATTRIBUTE, Surgery
@@ -43,7 +44,7 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
         raise UsageError(f"{path}: an exported program is written as .pt2 or .onnx; for a state dict give the module")
     if suffix == ".pt2":
         program = model if isinstance(model, ExportedProgram) else trace(model, example).program
-        _replacing(target, lambda part: _write_program(program, part))
+        _replacing(target, lambda part: _write_program(program, _stated(model), part))
     elif suffix == ".onnx":
         _replacing(target, lambda part: _write_onnx(model, example, part))
     elif suffix == ".pt" and not as_state:
@@ -53,9 +54,10 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
         surgery = getattr(model, ATTRIBUTE, None)
         state = _own({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
         if suffix == ".safetensors":
-            _replacing(target, lambda part: _write_safetensors(state, surgery, part))
+            _replacing(target, lambda part: _write_safetensors(state, surgery, text_of(model), part))
         else:
-            whole = state if surgery is None else {"state_dict": state, RECORD: surgery.to_dict()}
+            beside = ({} if surgery is None else {RECORD: surgery.to_dict()}) | _stated(model)
+            whole = {"state_dict": state, **beside} if beside else state
             _replacing(target, lambda part: torch.save(whole, part))
 
 
@@ -78,15 +80,22 @@ def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def _write_program(program: ExportedProgram, part: Path) -> None:
+def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
+    """The certificate by its key, where there is one."""
+    text = text_of(model)
+    return {} if text is None else {KEY: text}
+
+
+def _write_program(program: ExportedProgram, stated: dict[str, str], part: Path) -> None:
     with quiet():
-        torch.export.save(program, part)
+        torch.export.save(program, part, extra_files=stated or None)
 
 
-def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, part: Path) -> None:
+def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: str | None, part: Path) -> None:
     from safetensors.torch import save_file
 
     metadata = {"format": "pt"} | ({} if surgery is None else {RECORD: json.dumps(surgery.to_dict())})
+    metadata |= {} if text is None else {KEY: text}
     save_file(state, part, metadata=metadata)
 
 
@@ -111,6 +120,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     proto = made.model_proto
     assert isinstance(proto, onnx.ModelProto)
     converted = from_proto(proto)
+    attach(converted, text_of(model))
     checked = check_fold(traced, converted)
     if checked.verdict == "different":
         raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")

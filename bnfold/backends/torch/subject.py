@@ -15,7 +15,7 @@ from ...feeds import random_feeds
 from ...plan import normal_form
 from ...subject import Plan, Port, roundoff
 from .lower import Lowering
-from .run import Oracle, Session, device_of, inner
+from .run import Oracle, Session, device_of, inner, precisions
 from .sizes import Sizes
 from .trace import NUMPY, Call, Traced, to_numpy, trace
 from .walk import FLOATS, frame
@@ -90,13 +90,24 @@ class TorchSubject:
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.traced, jitter=jitter, outputs=outputs)
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None) -> Session:
-        known = provider.partition(":")[0] in ("cpu", "cuda")
-        return Session(self.traced, device=provider if known or not self._beside_onnx else "cpu", jitter=jitter)
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Session:
+        return Session(self.traced, device=self._device(provider), jitter=jitter, precision=precision)
+
+    def precisions(self, provider: str) -> tuple[str, ...]:
+        return precisions(self._device(provider))
+
+    def _device(self, provider: str) -> str:
+        """Where it runs for a provider, of whose options only the number of the device counts here."""
+        kind, _, rest = provider.partition(":")
+        if not self._beside_onnx:
+            return provider
+        if kind.lower() not in ("cpu", "cuda"):
+            return "cpu"
+        number = rest if rest.isdigit() else next((text[10:] for text in rest.split(",") if text.startswith("device_id=")), "")
+        return f"cuda:{number}" if number and kind.lower() == "cuda" else kind.lower()
 
     def require(self, provider: str) -> None:
-        if not self._beside_onnx or provider.partition(":")[0] in ("cpu", "cuda"):
-            device_of(provider)
+        device_of(self._device(provider))
 
     def layers(self) -> dict[str, str]:
         return {op.name: frame(op) or op.name for op in inner(self.traced)}

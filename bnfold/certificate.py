@@ -1,0 +1,343 @@
+"""The certificate that a folded model carries: what it was made from, what was folded, and the verdict of the check with its figures.
+
+It is JSON of the schema `bnfold.certificate/1`, under the key `bnfold.certificate`: in an ONNX file's metadata_props, in a safetensors
+file's metadata, beside the weights in a .pth, among the extra files of a .pt2. It changes nothing that computes. Its claim is
+about the files whose hashes it states: a model with statistics measured afresh loses it, and what came before is kept under `earlier`.
+Anyone can write anything into a file, so the claim is worth what `bnfold verify FUSED --against ORIGINAL` finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ._version import __version__
+from .backends import family
+from .errors import CheckError, InputError, ModelError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .report import FuseReport, VerifyReport
+
+SCHEMA = "bnfold.certificate/1"
+KEY = "bnfold.certificate"
+ATTRIBUTE = "_bnfold_certificate"  # of a PyTorch model: the same text
+MOST_EARLIER = 8
+LONGEST = 1 << 24  # characters; a longer one is none
+METADATA = 14  # the number of metadata_props in ModelProto
+
+
+# --- what a model came from -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it was when it was loaded."""
+
+    path: Path
+    size: int
+    changed: int
+
+    def stated(self) -> dict[str, str]:
+        """Its name and hash; no hash where it isn't that file any more."""
+        same = _stat(self.path) == (self.size, self.changed)
+        return {"name": self.path.name, "sha256": sha256(self.path) if same else ""}
+
+
+@dataclass(frozen=True)
+class _Origin:
+    files: tuple[_File, ...]
+    recalibrated: bool = False
+
+
+_origins: WeakKeyDictionary[Any, _Origin] = WeakKeyDictionary()
+
+
+def loaded(model: Any, path: Path) -> Any:
+    """Note which files a model was read from."""
+    found = [(file, _stat(file)) for file in files_of(model, path)]
+    _origins[model] = _Origin(tuple(_File(file.absolute(), *stat) for file, stat in found if stat is not None))
+    return model
+
+
+def files_of(model: Any, path: Path) -> list[Path]:
+    """The model's file, and those beside it that hold an ONNX model's weights."""
+    if family(model) != "onnx" or not hasattr(model.graph, "initializers"):
+        return [path]
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return [path, *sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _origin(model: Any) -> _Origin:
+    try:
+        return _origins.get(model, _Origin(()))
+    except TypeError:  # a proto can't be told from its equals
+        return _Origin(())
+
+
+# --- in a model -----------------------------------------------------------------------------------------------------------------------
+
+
+def folded(model: Any, fused: Any, report: FuseReport) -> None:
+    """Write the certificate of a fold into its result. model: what was folded, `fused`: a new one, of onnx_ir or PyTorch."""
+    origin = _origin(model)
+    layers = {verdict: [layer.name for layer in report.layers if layer.verdict == verdict] for verdict in ("folded", "kept")}
+    found = {
+        "schema": SCHEMA,
+        "bnfold": __version__,
+        "made_by": "fuse",
+        "inputs": [file.stated() for file in origin.files],
+        "recalibrated": origin.recalibrated,
+        "batchnorms": {"before": report.batchnorms.before, "after": report.batchnorms.after},
+        **layers,
+        "merged": [merged.into for merged in report.merged],
+        "verdict": _verdict(report.verify),
+        "earlier": _earlier(model),
+    }
+    _put(fused, found)
+    _origins[fused] = origin
+
+
+def verified(fused: Any, report: VerifyReport) -> None:
+    """Put a fuller verdict into the certificate of a model that was just made."""
+    if (found := certificate(fused)) is not None:
+        _put(fused, {**found, "made_by": "pipeline", "verdict": _verdict(report)})
+
+
+def recalibrated(model: Any, fresh: Any) -> Any:
+    """The copy with new statistics: it claims no more to be what its file was, and states what did."""
+    origin = _Origin(_origin(model).files, True)
+    if earlier := _earlier(model):
+        inputs = [file.stated() for file in origin.files]
+        made = {"schema": SCHEMA, "bnfold": __version__, "made_by": "recalibrate", "inputs": inputs, "recalibrated": True, "verdict": None}
+        _put(fresh, {**made, "earlier": earlier})
+    _origins[fresh] = origin
+    return fresh
+
+
+def _verdict(report: VerifyReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    plain = report.to_dict()
+    return {key: plain[key] for key in ("verdict", "reason", "levels", "outputs")}
+
+
+def _earlier(model: Any) -> list[dict[str, Any]]:
+    """The model's own certificate and those before it, the latest first, without the names of layers."""
+    try:
+        own = certificate(model)
+    except ModelError:
+        own = None
+    if own is None:
+        return []
+    before = own.get("earlier")
+    brief = {key: value for key, value in own.items() if key not in ("earlier", "folded", "kept", "merged", "verdict")}
+    verdict = own.get("verdict")
+    brief["verdict"] = verdict.get("verdict") if isinstance(verdict, Mapping) else None
+    return [brief, *(before if isinstance(before, list) else [])][:MOST_EARLIER]
+
+
+def _put(model: Any, found: dict[str, Any]) -> None:
+    text = json.dumps(found, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    attach(model, text)
+
+
+def attach(model: Any, text: str | None) -> None:
+    """Write a certificate's text into a model that is ours; None takes it out."""
+    if family(model) == "torch":
+        if text is not None:
+            setattr(model, ATTRIBUTE, text)
+        elif hasattr(model, ATTRIBUTE):
+            delattr(model, ATTRIBUTE)
+        return
+    props = model.metadata_props
+    if not hasattr(props, "pop") or not hasattr(props, "items"):  # a proto's
+        kept = [entry for entry in props if entry.key != KEY]
+        del props[:]
+        props.extend(kept)
+        if text is not None:
+            props.add(key=KEY, value=text)
+    elif text is None:
+        props.pop(KEY, None)
+    else:
+        props[KEY] = text
+
+
+def text_of(model: Any) -> str | None:
+    """The certificate's text in a model."""
+    if family(model) == "torch":
+        found = getattr(model, ATTRIBUTE, None)
+        return found if isinstance(found, str) else None
+    props = model.metadata_props
+    if hasattr(props, "items"):
+        text: str | None = props.get(KEY)
+        return text
+    return next((str(entry.value) for entry in props if entry.key == KEY), None)
+
+
+# --- reading it -----------------------------------------------------------------------------------------------------------------------
+
+
+def certificate(model_or_path: Any) -> dict[str, Any] | None:
+    """The certificate of a model, or of a model's file, as a dict; None where there is none.
+
+    Of a file no more is read than that. Raises ModelError where the file can't be read, or its certificate isn't one.
+    """
+    if isinstance(model_or_path, (str, Path)):
+        path = Path(model_or_path)
+        return _parsed(_text_in(path), f"{path}: ")
+    return _parsed(text_of(model_or_path), "")
+
+
+def _parsed(text: str | None, where: str) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text) if len(text) <= LONGEST else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not str(found.get("schema", "")).startswith("bnfold.certificate/"):
+        raise ModelError(f"{where}the certificate in it is damaged: it is no JSON of the schema {SCHEMA}; fold the model again")
+    return found
+
+
+def _text_in(path: Path) -> str | None:
+    from .backends.kinds import kind_of
+
+    kind = kind_of(path)
+    if kind == "onnx":
+        return _text_in_onnx(path)
+    if kind == "safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="np") as file:
+                return (file.metadata() or {}).get(KEY)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: a damaged safetensors file ({error}); download or save it again") from None
+    if kind == "pt2":
+        return text_in_archive(path)
+    if kind != "pickle":
+        return None
+    from .backends.torch.load import text_in_pickle
+
+    return text_in_pickle(path)
+
+
+def text_in_archive(path: Path) -> str | None:
+    """The same of an exported program."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next((entry for entry in archive.infolist() if entry.filename.partition("/")[2] == f"extra/{KEY}"), None)
+            if entry is None or entry.file_size > LONGEST:
+                return None if entry is None else ""
+            return archive.read(entry).decode("utf-8", "replace")
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        raise ModelError(f"{path}: a damaged exported program ({error}); export it again") from None
+
+
+def _text_in_onnx(path: Path) -> str | None:
+    import onnx
+
+    from .backends.onnx import wire
+
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for field in wire.fields(data):  # type: ignore[arg-type]  # it is indexed as bytes are
+                if field.number == METADATA and field.kind == wire.BYTES:
+                    entry = onnx.StringStringEntryProto.FromString(data[field.start : field.end])
+                    if entry.key == KEY:
+                        return str(entry.value)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read ({error.strerror or error})") from None
+    except Exception:  # an empty file, and whatever the parsers of protocol buffers raise
+        raise ModelError(f"{path}: not an ONNX model, or a damaged one; export or download it again") from None
+    return None
+
+
+# --- holding it against the original ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a certificate claims of an original whose hash it states. stated: its verdict, None where it was made without a check."""
+
+    stated: str | None
+
+    def held(self, report: VerifyReport) -> VerifyReport:
+        """The report of the verification that was run again, with whether the claim holds."""
+        import dataclasses
+
+        from .report import Certified
+
+        now = report.verdict
+        holds = now == "equivalent" and self.stated in (now, None)
+        said = f"the certificate's verdict ({self.stated})" if self.stated else "the certificate holds no verdict; the one made now is"
+        text = f"{said} {'still holds' if holds else f'does not hold: it is now {now}'}" if self.stated else f"{said} {now}"
+        return dataclasses.replace(report, certificate=Certified(self.stated, holds, text))
+
+
+def claim(fused: Any, path: Path, original: Any, original_path: Path) -> Claim:
+    """What the certificate of a folded model claims of an original.
+
+    Raises ModelError where there is none, CheckError where it states other files than the original's, UnsupportedError where it claims no
+    equivalence with them.
+    """
+    try:
+        found = certificate(fused)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    if found is None:
+        raise ModelError(f"{path}: no certificate in it; bnfold fuse and bnfold pipeline write one, and other tools may drop it")
+    stated = _stated(found)
+    for file in files_of(original, original_path):
+        actual = _hash(file)
+        if actual not in stated.values():
+            listed = ", ".join(f"{hash_ or 'no hash'} ({name})" for name, hash_ in stated.items()) or "no file"
+            raise CheckError(f"{file}: not what {path} was made from: its SHA-256 is {actual}, and the certificate states {listed}")
+    if found.get("recalibrated"):
+        raise UnsupportedError(
+            f"{path}: its certificate states {original_path}, but claims no equivalence with it, for the statistics were measured afresh "
+            f"in between; keep the file that bnfold recalibrate writes, and hold the folded one against that"
+        )
+    verdict = found.get("verdict")
+    said = verdict.get("verdict") if isinstance(verdict, Mapping) else None
+    return Claim(said if isinstance(said, str) else None)
+
+
+def _stated(found: Mapping[str, Any]) -> dict[str, str]:
+    inputs = found.get("inputs")
+    entries: Iterable[Any] = inputs if isinstance(inputs, list) else ()
+    return {str(entry.get("name")): str(entry.get("sha256", "")) for entry in entries if isinstance(entry, Mapping)}
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
