@@ -440,3 +440,17 @@ def test_a_value_added_to_branches_stays_in_the_code_and_leaves_the_kernel(
     if branches is not None:
         assert isinstance(fused.bn, nn.Identity)
         assert [set(m.branches) for m in report.merged] == [set(branches)]
+
+
+def test_reading_a_network_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither torch.export's graph, where the data decide what is computed, nor what the model's own code prints."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        print("here I am")
+        y = s.b(s.c(x))
+        return y[y > 0] if y.sum() > 0 else y
+
+    module = Net(forward, c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
+    with pytest.raises(bnfold.UnsupportedError, match=r"torch\.export can't read Net"):
+        bnfold.fuse(module, example=IMAGE)
+    assert capfd.readouterr() == ("", "")

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -330,13 +330,14 @@ def _dynamic(twin: nn.Module, call: Call, axes: int | None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's own remarks on what it does inside."""
+    """Without torch's own remarks on what it does inside, and without what a model's code prints while it is only read."""
+    import io
     import logging
 
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # where the data decide what is computed, torch.export prints the whole graph
-    try:
-        with warnings.catch_warnings():
+    logging.disable(logging.CRITICAL)
+    try:  # where the data decide what is computed, torch.export prints the whole graph on standard error
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
