@@ -57,6 +57,7 @@ class Normal:
     def __init__(self, network: Network, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
         """inputs, outputs: the names by which others know them, by the network's own."""
         self.network = network
+        self._fed = {name: own for own, name in inputs.items()}
         graph, named = network.lowered()
         steps = [_Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
         given = {v for step in steps for v in step.inputs if v.producer is None}
@@ -79,10 +80,9 @@ class Normal:
                 if v not in mapped:
                     self.stands[_end(v, left)] = v.name
 
-    @property
-    def own_outputs(self) -> dict[str, str]:
-        """The network's own values that are outputs, as far as one stands for each."""
-        return {name: self.stands[v] for name, v in self.outputs.items() if v in self.stands}
+    def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
+        """As `Network.stream`, of feeds by the names that others know."""
+        return self.network.stream({self._fed.get(name, name): array for name, array in feeds.items()}, wanted, jitter=jitter, exact=exact)
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,24 @@ class OutputError:
     error_ratio: float
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The first layer at which two models part, and the worst place in it.
+
+    what: "output", or the coefficient ("weight", "bias", ...) where no output shows it; position: the element of it, in the first batch that
+    was fed; expected, found: the numbers there. cause: what explains it, in words; batchnorm: the one whose fold is in question.
+    """
+
+    layer: str
+    channel: int | None
+    position: tuple[int, ...]
+    expected: float | None
+    found: float | None
+    cause: str
+    what: str = "output"
+    batchnorm: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport(Report):
     schema = "bnfold.verify/1"
@@ -228,6 +246,7 @@ class VerifyReport(Report):
     levels: Levels
     outputs: tuple[OutputError, ...] = ()
     first_difference: str | None = None
+    difference: Difference | None = None
     reason: str = ""  # one sentence: why this verdict
 
 
