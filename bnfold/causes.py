@@ -83,7 +83,9 @@ def _tried(
     if want is not None and have is not None and want.weight.shape == have.weight.shape:
         unit = _unit(p, q)
         if len(sites) == 1:
-            yield from _folds(sites[0], want, have, unit, up=sites[0] is p or sites[0].index > p.index, kept=sites[0] is p, stored=_source(p))
+            yield from _folds(
+                sites[0], want, have, unit, up=sites[0] is p or sites[0].index > p.index, kept=sites[0] is p, stored=_source(p)
+            )
         yield from _orders(want, have, unit, int(p.attrs.get("groups", 1)), sites)
         if len(sites) == 1 and sites[0].index >= p.index:
             yield from _statistics(sites[0], want, have, unit)
@@ -259,9 +261,11 @@ def _folds(site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: b
                 got = refold(scale, shift)
             except ValueError:
                 return False
-            summands = np.abs(original[1]) + np.abs(norm.beta).max(initial=0.0) if not up else np.abs(shift) + np.abs(norm.beta) + np.abs(
-                norm.mean * scale
-            ) + np.abs(got[1] - shift)
+            summands = (
+                np.abs(original[1]) + np.abs(norm.beta).max(initial=0.0)
+                if not up
+                else np.abs(shift) + np.abs(norm.beta) + np.abs(norm.mean * scale) + np.abs(got[1] - shift)
+            )
         return _explains(got, have, unit, summands)
 
     if explained(*right):
@@ -388,7 +392,9 @@ def _counts(norm: Norm, gain: tuple[Array, Array]) -> Iterator[tuple[int, float]
     for f, invert in ((factor, False), (1 / factor if factor > 0 else 0.0, True)):
         if 1 + 1e-8 < f <= 2.0:
             count = f / (f - 1)
-            for n in dict.fromkeys((round(count), round(count) - 1, round(count) + 1, int(float(f"{count:.2g}")), int(float(f"{count:.3g}")))):
+            for n in dict.fromkeys(
+                (round(count), round(count) - 1, round(count) + 1, int(float(f"{count:.2g}")), int(float(f"{count:.3g}")))
+            ):
                 if n > 1:
                     yield n, (n - 1) / n if invert else n / (n - 1)
 

@@ -106,7 +106,13 @@ def sides_of(reference: Subject, candidate: Subject) -> Sides | None:
 
 
 def localise(
-    reference: Subject, candidate: Subject, feeds: Batch | None, found: Correspondence | None, *, values: bool = True, coefficients: bool = True
+    reference: Subject,
+    candidate: Subject,
+    feeds: Batch | None,
+    found: Correspondence | None,
+    *,
+    values: bool = True,
+    coefficients: bool = True,
 ) -> Located | None:
     """The first difference and its likely cause; None where nothing inside shows one.
 
@@ -248,4 +254,3 @@ def channel_axis(node: Node, rank: int) -> int:
     if rank < 2 or (node.op == "Contraction" and node.attrs.get("y", "")[-1:] in node.attrs.get("w", "")):
         return rank - 1
     return 1
-

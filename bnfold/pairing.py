@@ -97,7 +97,9 @@ class _Pairing:
 
 
 def _alike(p: Node, q: Node) -> bool:
-    return p.op == q.op and (p.op != "Barrier" or p.label == q.label) and len(p.inputs) == len(q.inputs) and p.params.keys() == q.params.keys()
+    return (
+        p.op == q.op and (p.op != "Barrier" or p.label == q.label) and len(p.inputs) == len(q.inputs) and p.params.keys() == q.params.keys()
+    )
 
 
 def _normalises(node: Node) -> bool:

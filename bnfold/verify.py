@@ -33,6 +33,7 @@ from .levels import (
     deployed_ratio,
     function_ratio,
 )
+from .localise import Located, localise
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
 from .sides import sides
 from .subject import Runner, Subject
@@ -142,13 +143,21 @@ class _Check:
             text = "the outputs agree to rounding while most coefficients differ: the same function in another form"
             coefficients = Coefficients("skipped", coefficients.checked, coefficients.worst, text)
         verdict, reason = self.verdict(coefficients, function, rows, truth)
-        first = self.first_difference(found, coefficients, truth, function) if verdict == "different" else None
+        located = self.located(found, coefficients, truth, function, rows) if verdict == "different" else None
+        first = located.difference.layer if located is not None else None
+        if verdict == "different" and first is None:
+            first = self.first_difference(found, coefficients, truth, function)
         outputs = tuple(
             OutputError(name, m.tally.peak, m.tally.peak / (m.scale.largest or 1.0), self.ratios.get(name, m.ratio if not rows else 0.0))
             for name, m in self.measured.items()
         )
         return VerifyReport(
-            verdict=verdict, levels=Levels(coefficients, function, tuple(rows)), outputs=outputs, first_difference=first, reason=reason
+            verdict=verdict,
+            levels=Levels(coefficients, function, tuple(rows)),
+            outputs=outputs,
+            first_difference=first,
+            reason=reason,
+            difference=None if located is None else located.difference,
         )
 
     # --- level 1 ----------------------------------------------------------------------------------------------------------------
@@ -342,6 +351,20 @@ class _Check:
             if tally.problem or tally.peak > 1e-9 * (truth.scale(name, 0.0).largest or 1.0):
                 return f"the reference differs from itself between two runs, in output {name}"
         return ""
+
+    def located(
+        self, found: Correspondence | None, coefficients: Coefficients, truth: Truth | None, function: Function, rows: list[Deployment]
+    ) -> Located | None:
+        """Where the two part, and why (see `localise`)."""
+        self.progress("first difference", 0, None)
+        feeds = truth.feeds[0] if truth is not None and truth.feeds else None
+        differ = function.verdict == "different", coefficients.verdict == "different"
+        try:
+            if any(differ):
+                return localise(self.reference, self.candidate, feeds, found, values=differ[0], coefficients=differ[1])
+        except BnfoldError:
+            pass
+        return None
 
     def first_difference(
         self, found: Correspondence | None, coefficients: Coefficients, truth: Truth | None, function: Function
