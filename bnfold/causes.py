@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .absorbing import coefficients
 from .affine import Array
@@ -275,10 +276,11 @@ def _folds(site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: b
         for epsilon in _epsilons(norm, gain):
             if epsilon != norm.epsilon and explained(*_map(replace(norm, epsilon=epsilon))):
                 yield f"another epsilon: the candidate was folded with {epsilon:.6g}, BatchNorm {site.name} has {norm.epsilon:.6g}"
-        for n, factor in _counts(norm, gain):
+        for n, doubt, factor in _counts(norm, gain, unit):
             if explained(*_map(replace(norm, var=norm.var * factor))):
                 which = "unbiased" if factor > 1 else "biased"
-                yield f"the {which} variance: the candidate's variances are {factor:.6g} times the reference's, n = {n}"
+                doubtful = f" (give or take {doubt})" if doubt > 1 or n >= MOST else ""
+                yield f"the {which} variance: the candidate's variances are {factor:.6g} times the reference's, n = {n}{doubtful}"
     with np.errstate(all="ignore"):
         s, t = right
         root = np.sqrt(norm.var + norm.epsilon)
@@ -306,7 +308,7 @@ def _folds(site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: b
         for text, bias in (("is dropped", t), ("isn't scaled", stored.bias + t)):
             if _explains((original[0], bias), have, unit, np.abs(bias) + np.abs(norm.mean * s)):
                 yield f"the operator's own bias {text} in the fold of BatchNorm {site.name}"
-    if up and (order := _vector_order(refold, right, want, have)) is not None and explained(s[order], t[order]):
+    if up and (order := _vector_order(right, want, have)) is not None and explained(s[order], t[order]):
         yield f"channel order: BatchNorm {site.name} is folded with its channels in another order, {_order(order)}"
 
 
@@ -321,6 +323,7 @@ def _with_gain(norm: Norm, gain: Array) -> tuple[Array, Array]:
 
 
 Refold = Callable[[Array, Array], tuple[Array, Array]]
+Order = npt.NDArray[Any]
 
 
 def _up(norm: Norm, want: Held, kept: bool, stored: Held | None) -> Refold | None:
@@ -383,26 +386,25 @@ def _epsilons(norm: Norm, gain: tuple[Array, Array]) -> Iterator[float]:
     yield from dict.fromkeys([*(e for e in tried if e >= 0 and abs(e - fitted) <= 0.05 * abs(fitted)), max(fitted, 0.0)])
 
 
-def _counts(norm: Norm, gain: tuple[Array, Array]) -> Iterator[tuple[int, float]]:
-    """The number of elements whose n/(n - 1) fits best, or the inverse of that."""
+def _counts(norm: Norm, gain: tuple[Array, Array], unit: float) -> Iterator[tuple[int, int, float]]:
+    """The number of elements whose n/(n - 1) fits, or the inverse of that, give or take what rounding hides; first what twos divide."""
     found, usable = gain
     with np.errstate(all="ignore"):
         weights = usable * np.square(norm.var / found)
         factor = float((weights * np.where(norm.var > 0, (found - norm.epsilon) / norm.var, 1.0)).sum() / weights.sum())
     for f, invert in ((factor, False), (1 / factor if factor > 0 else 0.0, True)):
-        if 1 + 1e-8 < f <= 2.0:
+        if 1 + 1e-7 < f <= 2.0:
             count = f / (f - 1)
-            for n in dict.fromkeys(
-                (round(count), round(count) - 1, round(count) + 1, int(float(f"{count:.2g}")), int(float(f"{count:.3g}")))
-            ):
-                if n > 1:
-                    yield n, (n - 1) / n if invert else n / (n - 1)
+            doubt = int(count * (count - 1) * unit) + 1  # one more or less changes the variance by 1/n**2
+            near = sorted(range(max(2, round(count) - doubt), round(count) + doubt + 1)[:MOST], key=lambda n: (-(n & -n), abs(n - count)))
+            for n in near[:4]:
+                yield n, doubt, (n - 1) / n if invert else n / (n - 1)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------------------
 
 
-def _vector_order(refold: Refold, right: tuple[Array, Array], want: Held, have: Held) -> Array | None:
+def _vector_order(right: tuple[Array, Array], want: Held, have: Held) -> Order | None:
     """The order of a BatchNorm's channels that gives the candidate's scales."""
     s, _ = right
     others = tuple(i for i in range(want.weight.ndim) if i != want.axis)
@@ -436,9 +438,9 @@ def _orders(want: Held, have: Held, unit: float, groups: int, sites: list[Node])
         if (fan_in := want.weight.shape[inner]) <= MOST:
             columns = (np.moveaxis(side.weight, inner, 0).reshape(fan_in, -1) for side in (want, have))
             order = _permutation(*columns)
-            if order is not None and not (order == np.arange(fan_in)).all():
-                if _explains((np.take(want.weight, order, inner), want.bias), have, unit, still):
-                    yield f"channel order: input channels of the weight are swapped, {_order(order)}"
+            other = order is not None and not (order == np.arange(fan_in)).all()
+            if order is not None and other and _explains((np.take(want.weight, order, inner), want.bias), have, unit, still):
+                yield f"channel order: input channels of the weight are swapped, {_order(order)}"
     yield from _turned(want, have, unit, still, sites)
 
 
@@ -463,7 +465,7 @@ def _turned(want: Held, have: Held, unit: float, still: Array, sites: list[Node]
                     yield text
 
 
-def _permutation(want: Array, have: Array) -> Array | None:
+def _permutation(want: Array, have: Array) -> Order | None:
     """For each row of `have` the row of `want` that it equals, as nearly as the numbers tell; None where that is no permutation."""
     count = len(want)
     if want.shape != have.shape or not 1 < count <= MOST or not (np.isfinite(want).all() and np.isfinite(have).all()):
@@ -480,7 +482,7 @@ def _permutation(want: Array, have: Array) -> Array | None:
     return order if len(set(order.tolist())) == count else None
 
 
-def _group_order(order: Array, groups: int) -> str:
+def _group_order(order: Order, groups: int) -> str:
     size, rest = divmod(len(order), groups)
     if rest or size == 0:
         return ""
@@ -493,7 +495,7 @@ def _group_order(order: Array, groups: int) -> str:
     return ""
 
 
-def _order(order: Array) -> str:
+def _order(order: Order) -> str:
     moved = np.flatnonzero(order != np.arange(len(order)))
     if len(moved) == 2:
         return f"{moved[0]} and {moved[1]}"
@@ -566,7 +568,7 @@ def _rest(p: Node, q: Node) -> str:
     if not (off.any() or shifted.any()):
         return "; its coefficients are right"
     parts = []
-    for what, which in (("weight", off), ("bias", shifted)):
+    for what, which in (("weight", np.atleast_1d(off)), ("bias", shifted)):
         channels = np.flatnonzero(which)
         if len(channels):
             shown = ", ".join(map(str, channels[:4])) + (" and others" if len(channels) > 4 else "")

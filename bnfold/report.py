@@ -225,8 +225,8 @@ class OutputError:
 class Difference:
     """The first layer at which two models part, and the worst place in it.
 
-    what: "output", or the coefficient ("weight", "bias", ...) where no output shows it; position: the element of it, in the first batch that
-    was fed; expected, found: the numbers there. cause: what explains it, in words; batchnorm: the one whose fold is in question.
+    what: "output", or the coefficient ("weight", "bias", ...) where no output shows it; position: its element, in the first batch that was
+    fed; expected, found: the numbers there. cause: what explains it, in words; batchnorm: the one whose fold is in question.
     """
 
     layer: str

@@ -66,8 +66,9 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
         params, slots = {}, {}
     dead = 0 if constants[0] is None else int((constants[0] == 0).sum())
     ones, zeros = np.ones(channels), np.zeros(channels)
-    vectors = (default if c is None else np.ravel(c) for c, default in zip(constants, (ones, zeros, zeros, ones), strict=True))
-    attrs = {"gain": gain, "mean": mean, "shift": shift, "dead": dead, "norm": Norm(*vectors, float(given["eps"]))}
+    vectors = [default if c is None else np.ravel(c) for c, default in zip(constants, (ones, zeros, zeros, ones), strict=True)]
+    norm = Norm(vectors[0], vectors[1], vectors[2], vectors[3], float(given["eps"]))
+    attrs = {"gain": gain, "mean": mean, "shift": shift, "dead": dead, "norm": norm}
     made = ctx.emit("Affine", op, [x], attrs, params, slots, output=None if out is op else out)
     ctx.done.update(items.values())
     ctx.site(key, made, channels, is_batchnorm=True, name=name)

@@ -1,0 +1,131 @@
+"""Where two models part and why: each cause seeded in a small network and in a ResNet-18, in both frameworks where it makes sense."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from networks import EPSILON, folded, model, weights
+
+from bnfold.verify import verify
+
+# --- ONNX, small ------------------------------------------------------------------------------------------------------------------
+
+
+def pair(change=None, *, network="residual", epsilon=EPSILON, before=None, arithmetic=np.float64):
+    """The network, and another tool's fold of it: made from changed weights (`before`), or changed afterwards (`change`)."""
+    w = weights(network)
+    source = dict(w)
+    if before is not None:
+        before(source)
+    wrong = folded(network, {name: a.astype(np.float32) for name, a in source.items()}, arithmetic, epsilon)
+    if change is not None:
+        change(wrong)
+    return model(network, w), model(network, wrong)
+
+
+def times(role, factor):
+    def change(w):
+        for name in w:
+            if name.endswith(role):
+                w[name] = w[name] * factor
+
+    return change
+
+
+def swap(name, order, axis=0):
+    def change(w):
+        w[name] = np.take(w[name], order, axis)
+
+    return change
+
+
+def both(*changes):
+    def change(w):
+        for each in changes:
+            each(w)
+
+    return change
+
+
+def stale(w):
+    rng = np.random.default_rng(3)
+    for name in w:
+        if name.endswith(".mean"):
+            w[name] = w[name] + rng.normal(0, 0.05, w[name].shape)
+        if name.endswith(".var"):
+            w[name] = w[name] * rng.uniform(0.8, 1.2, w[name].shape)
+
+
+SWAPPED = [1, 0, *range(2, 8)]
+CAUSES = {
+    "epsilon": ({"epsilon": 1e-3}, "node_stem", "another epsilon: the candidate was folded with 0.001, BatchNorm node_stem_bn has 1e-05"),
+    "epsilon that no output shows": ({"epsilon": 1.1e-5}, "node_stem", "another epsilon: the candidate was folded with 1.1e-05"),
+    "unbiased": ({"before": times(".var", 4096 / 4095)}, "node_stem", "the unbiased variance: .* n = 4096"),
+    "biased": ({"before": times(".var", 99 / 100)}, "node_stem", "the biased variance: .* n = 100"),
+    "channels": ({"change": both(swap("stem.weight", SWAPPED), swap("stem.bias", SWAPPED))}, "node_stem", "channel order: .*, 0 and 1"),
+    "channels of the weight": ({"change": swap("stem.weight", SWAPPED)}, "node_stem", "channels of the weight alone are swapped, 0 and 1"),
+    "channels of the bias": (
+        {"change": swap("stem.bias", [3, 1, 2, 0, 4, 5, 6, 7])},
+        "node_stem",
+        "the bias alone .* 0 and 3",
+    ),
+    "input channels": ({"change": swap("stem.weight", [0, 2, 1], 1)}, "node_stem", "input channels of the weight are swapped, 1 and 2"),
+    "mean": ({"before": times(".mean", 0)}, "node_stem", r"the running mean isn't subtracted \(BatchNorm node_stem_bn\)"),
+    "gamma": ({"before": lambda w: w.update({"stem_bn.gamma": np.ones(8)})}, "node_stem", "gamma is missing"),
+    "beta": ({"before": times("stem_bn.beta", 0)}, "node_stem", "beta is missing"),
+    "sign": ({"before": lambda w: w.update({"stem_bn.gamma": np.abs(w["stem_bn.gamma"])})}, "node_stem", "gamma has lost its sign"),
+    "stale": ({"before": stale}, "node_stem", "statistics of another checkpoint: other running means and variances"),
+    "groups": (
+        {"change": lambda w: w.update({"grouped.weight": w["grouped.weight"].reshape(4, 2, -1).swapaxes(0, 1).reshape(8, 2, 2, 2)})},
+        "node_grouped",
+        "group order",
+    ),
+    "transposed": (
+        {"change": lambda w: w.update({"grouped.weight": w["grouped.weight"].swapaxes(2, 3).copy()})},
+        "node_grouped",
+        "transposed weight: the kernel's height and width",
+    ),
+    "transposed channels": (
+        {"change": lambda w: w.update({"second.weight": w["second.weight"].T.copy()}), "network": "square"},
+        "node_second",
+        "transposed weight: input and output channels",
+    ),
+    "NaN": (
+        {"change": lambda w: w["stem.weight"].__setitem__((2, 0, 0, 0), np.nan)},
+        "node_stem",
+        r"weight holds nan at \(2, 0",
+    ),
+    "infinity": (
+        {"change": lambda w: w["grouped.bias"].__setitem__(3, np.inf)},
+        "node_grouped",
+        r"bias holds inf at \(3\)",
+    ),
+    "one channel": (
+        {"change": lambda w: w["grouped.weight"].__setitem__(2, w["grouped.weight"][2] * np.float32(1.001))},
+        "node_grouped",
+        r"nothing that was tried explains it; its weight is off in channel 2 \(1 of 8\)",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def square(monkeypatch):
+    """A tabular network whose second matrix is square."""
+    import networks
+
+    monkeypatch.setitem(networks.SHAPES, "square", {"first": (6, 12), "second": (12, 12), "y": (12, 3)})
+    monkeypatch.setitem(networks.STEPS, "square", networks.TABULAR)
+    monkeypatch.setitem(networks.INPUTS, "square", ("N", 6))
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_causes(name):
+    import re
+
+    how, layer, cause = CAUSES[name]
+    report = verify(*pair(**how), oracle_only=True)
+    assert (report.verdict, report.first_difference) == ("different", layer)
+    found = report.difference
+    assert found is not None
+    assert found.layer == layer
+    assert re.search(cause, found.cause), found
