@@ -17,13 +17,13 @@ from .correspondence import DOUBLE, LIMIT
 from .errors import BnfoldError
 from .graph import Node, Norm
 from .pairing import NORMALISES, Pair
-from .subject import Subject
 
 if TYPE_CHECKING:
     from .data import Batch
     from .localise import Compared, Sides
 
 SLACK = 2 * LIMIT  # units of roundoff within which a hypothesis explains what is stored
+BETTER = 0.6  # of the misfit of the right coefficients, in root mean square: what a hypothesis must come down to
 MOST = 4096  # channels among which another order is looked for
 UNEXPLAINED = "nothing that was tried explains it"
 
@@ -53,29 +53,28 @@ class Held:
         return self.weight * _along(ratio, self.axis, self.weight.ndim)
 
 
-def cause_of(sides: Sides, pair: Pair | None, compared: Compared | None, candidate: Subject, feeds: Batch | None) -> Cause:
+def cause_of(sides: Sides, pair: Pair | None, compared: Compared | None, feeds: Batch | None) -> Cause:
     """What explains the difference at a pair of operators, and the coefficient that is furthest off."""
     if pair is None or pair.other is None:
         return Cause(_in_front(pair) or UNEXPLAINED)
     p, q = pair.node, pair.other
     sites = [node for node in sides.reference.sites.get(p, []) if "norm" in node.attrs] or ([p] if "norm" in p.attrs else [])
-    name = sites[0].name if sites else next((n.name for n in (_normaliser(p),) if n is not None), "")
+    front = _normaliser(p)
+    name = sides.reference.name_of(sites[0]) if sites else sides.reference.name_of(front) if front is not None else ""
     worst = _worst(p, q)
     told = replace(worst, batchnorm=name) if worst is not None else Cause("", batchnorm=name)
-    for text in _tried(sides, pair, compared, candidate, feeds, sites):
+    for text in _tried(sides, pair, compared, feeds, sites, name):
         return replace(told, text=text)
     return replace(told, text=UNEXPLAINED + _rest(p, q))
 
 
-def _tried(
-    sides: Sides, pair: Pair, compared: Compared | None, candidate: Subject, feeds: Batch | None, sites: list[Node]
-) -> Iterator[str]:
+def _tried(sides: Sides, pair: Pair, compared: Compared | None, feeds: Batch | None, sites: list[Node], name: str) -> Iterator[str]:
     p, q = pair.node, pair.other
     assert q is not None
     yield from _refused(sides, pair, feeds)
     yield from _not_finite(p, q)
     if compared is not None and compared.border:
-        yield from _at_the_border(p)
+        yield from _at_the_border(p, name)
     if p.op != q.op or (p.op == "Barrier" and p.label != q.label):
         product = {p.op, q.op} == {"Contraction", "Affine"}
         if not product and not (_moved(p) and _moved(q)):
@@ -85,11 +84,11 @@ def _tried(
         unit = _unit(p, q)
         if len(sites) == 1:
             yield from _folds(
-                sites[0], want, have, unit, up=sites[0] is p or sites[0].index > p.index, kept=sites[0] is p, stored=_source(p)
+                name, sites[0], want, have, unit, up=sites[0] is p or sites[0].index > p.index, kept=sites[0] is p, stored=_source(p)
             )
         yield from _orders(want, have, unit, int(p.attrs.get("groups", 1)), sites)
         if len(sites) == 1 and sites[0].index >= p.index:
-            yield from _statistics(sites[0], want, have, unit)
+            yield from _statistics(name, sites[0], want, have, unit)
     yield from _settings(p, q)
     if compared is not None and feeds is not None and _depends_on_the_batch(sides, pair, feeds):
         yield "training mode: the candidate's output for one sample depends on the others in its batch"
@@ -108,9 +107,10 @@ def _refused(sides: Sides, pair: Pair, feeds: Batch | None) -> Iterator[str]:
             if "training" in why or "each batch by itself" in why:
                 told = "its output for one sample depends on the others in its batch"
                 proven = feeds is not None and _depends_on_the_batch(sides, pair, feeds)
-                yield f"training mode: BatchNorm {node.name} of the candidate normalises each batch by itself" + f"; {told}" * proven
+                name = sides.candidate.name_of(node)
+                yield f"training mode: BatchNorm {name} of the candidate normalises each batch by itself" + f"; {told}" * proven
             elif why:
-                yield f"BatchNorm {node.name} of the candidate can't be used: {why}"
+                yield f"BatchNorm {sides.candidate.name_of(node)} of the candidate can't be used: {why}"
 
 
 def _not_finite(p: Node, q: Node) -> Iterator[str]:
@@ -124,10 +124,9 @@ def _not_finite(p: Node, q: Node) -> Iterator[str]:
                     yield f"the candidate's {role} holds {array[tuple(at)]} at {_place(at)}"
 
 
-def _at_the_border(p: Node) -> Iterator[str]:
-    norm = _normaliser(p)
+def _at_the_border(p: Node, name: str) -> Iterator[str]:
     if p.op == "Conv":
-        of = f"BatchNorm {norm.name}" if norm is not None else "the BatchNorm"
+        of = f"BatchNorm {name}" if _normaliser(p) is not None else "a BatchNorm"
         yield (
             f"padding: the map is off at its border alone, as where the shift of {of} in front is folded into a convolution "
             "that pads with zeros"
@@ -235,19 +234,33 @@ def _unit(*nodes: Node) -> float:
     return max((_precision(limit)[0] for limit in limits), default=2.0**-24)
 
 
-def _explains(got: tuple[Array, Array], have: Held, unit: float, summands: Array) -> bool:
-    """Whether these are the candidate's coefficients to rounding. summands: what the bias's summands amount to."""
-    limit = SLACK * max(unit, DOUBLE)
+def _misfit(got: tuple[Array, Array], have: Held, unit: float, summands: Array) -> tuple[float, float]:
+    """How far these are from the candidate's coefficients in units of roundoff, at most and in root mean square.
+
+    summands: what the bias's summands amount to.
+    """
     weight, bias = got
     if weight.shape != have.weight.shape or bias.shape != have.bias.shape:
-        return False
+        return np.inf, np.inf
+    unit, tiny = max(unit, DOUBLE), np.finfo(np.float32).tiny * unit
     with np.errstate(all="ignore"):
-        close = np.abs(weight - have.weight) <= limit * np.maximum(np.abs(weight), np.abs(have.weight)) + np.finfo(np.float32).tiny * unit
-        near = np.abs(bias - have.bias) <= limit * (np.abs(bias) + summands) + np.finfo(np.float32).tiny * unit
-    return bool(close.all() and near.all())
+        off = [
+            np.maximum(np.abs(found - made) - tiny, 0) / (unit * np.maximum(size, tiny))
+            for made, found, size in (
+                (weight, have.weight, np.maximum(np.abs(weight), np.abs(have.weight))),
+                (bias, have.bias, np.abs(bias) + summands),
+            )
+        ]
+    most = max(float(np.where(np.isnan(each), np.inf, each).max(initial=0.0)) for each in off)
+    return most, max(float(np.sqrt(np.square(each).mean())) if each.size else 0.0 for each in off)
 
 
-def _folds(site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: bool, stored: Held | None) -> Iterator[str]:
+def _explains(got: tuple[Array, Array], have: Held, unit: float, summands: Array) -> bool:
+    """Whether these are the candidate's coefficients to rounding."""
+    return _misfit(got, have, unit, summands)[0] <= SLACK
+
+
+def _folds(name: str, site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: bool, stored: Held | None) -> Iterator[str]:
     """Mistakes of one BatchNorm's fold."""
     norm: Norm = site.attrs["norm"]
     refold = _up(norm, want, kept, stored) if up else _down(norm, want)
@@ -256,26 +269,27 @@ def _folds(site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: b
     right = _map(norm)
     original = refold(*right)
 
-    def explained(scale: Array, shift: Array) -> bool:
+    def misfit(scale: Array, shift: Array) -> tuple[float, float]:
         with np.errstate(all="ignore"):
-            try:
-                got = refold(scale, shift)
-            except ValueError:
-                return False
-            summands = (
-                np.abs(original[1]) + np.abs(norm.beta).max(initial=0.0)
-                if not up
-                else np.abs(shift) + np.abs(norm.beta) + np.abs(norm.mean * scale) + np.abs(got[1] - shift)
-            )
-        return _explains(got, have, unit, summands)
+            got = refold(scale, shift)
+            if up:
+                summands = np.abs(shift) + np.abs(norm.beta) + np.abs(norm.mean * scale) + np.abs(got[1] - shift)
+            else:
+                summands = np.abs(original[1]) + np.abs(norm.beta).max(initial=0.0)
+        return _misfit(got, have, unit, summands)
 
-    if explained(*right):
-        return
+    as_it_is = misfit(*right)[1]
+
+    def explained(scale: Array, shift: Array) -> bool:
+        """To rounding, and much better than the right coefficients do."""
+        most, usual = misfit(scale, shift)
+        return most <= SLACK and usual < BETTER * as_it_is
+
     gain = _gains(norm, want, have, up)
     if gain is not None:
         for epsilon in _epsilons(norm, gain):
             if epsilon != norm.epsilon and explained(*_map(replace(norm, epsilon=epsilon))):
-                yield f"another epsilon: the candidate was folded with {epsilon:.6g}, BatchNorm {site.name} has {norm.epsilon:.6g}"
+                yield f"another epsilon: the candidate was folded with {epsilon:.6g}, BatchNorm {name} has {norm.epsilon:.6g}"
         for n, doubt, factor in _counts(norm, gain, unit):
             if explained(*_map(replace(norm, var=norm.var * factor))):
                 which = "unbiased" if factor > 1 else "biased"
@@ -303,13 +317,13 @@ def _folds(site: Node, want: Held, have: Held, unit: float, *, up: bool, kept: b
         ]
     for text, (scale, shift) in others:
         if np.isfinite(scale).all() and np.isfinite(shift).all() and explained(scale, shift):
-            yield f"{text} (BatchNorm {site.name})"
+            yield f"{text} (BatchNorm {name})"
     if up and not kept and stored is not None and stored.bias.any():
         for text, bias in (("is dropped", t), ("isn't scaled", stored.bias + t)):
             if _explains((original[0], bias), have, unit, np.abs(bias) + np.abs(norm.mean * s)):
-                yield f"the operator's own bias {text} in the fold of BatchNorm {site.name}"
+                yield f"the operator's own bias {text} in the fold of BatchNorm {name}"
     if up and (order := _vector_order(right, want, have)) is not None and explained(s[order], t[order]):
-        yield f"channel order: BatchNorm {site.name} is folded with its channels in another order, {_order(order)}"
+        yield f"channel order: BatchNorm {name} is folded with its channels in another order, {_order(order)}"
 
 
 def _map(norm: Norm) -> tuple[Array, Array]:
@@ -421,15 +435,18 @@ def _orders(want: Held, have: Held, unit: float, groups: int, sites: list[Node])
     """The candidate's coefficients are the right ones in another order."""
     still = np.abs(want.bias) + max((float(np.abs(n.attrs["norm"].mean).max(initial=0.0)) for n in sites), default=0.0)
     size = want.weight.shape[want.axis]
-    rows = (np.moveaxis(side.weight, side.axis, 0).reshape(size, -1) for side in (want, have))
-    order = _permutation(*rows)
-    if order is not None and not (order == np.arange(size)).all():
-        weight = np.take(want.weight, order, want.axis)
+    scale = _scale_behind(want, sites)
+    for along, when in ((np.ones(size), ""), *([(scale, " before the fold")] if scale is not None else [])):
+        bare = [Held(side.scaled(1 / along), side.bias, side.axis) for side in (want, have)]
+        order = _permutation(*(np.moveaxis(side.weight, side.axis, 0).reshape(size, -1) for side in bare))
+        if order is None or (order == np.arange(size)).all():
+            continue
+        weight = Held(np.take(bare[0].weight, order, want.axis), want.bias, want.axis).scaled(along)
         for bias, what in ((want.bias[order], ""), (want.bias, " of the weight alone")):
             if _explains((weight, bias), have, unit, still):
                 if groups > 1 and (named := _group_order(order, groups)):
-                    yield f"group order: {named}{what}"
-                yield f"channel order: output channels{what} are swapped, {_order(order)}"
+                    yield f"group order: {named}{what}{when}"
+                yield f"channel order: output channels{what} are swapped{when}, {_order(order)}"
     order = _permutation(want.bias.reshape(-1, 1), have.bias.reshape(-1, 1))
     if order is not None and not (order == np.arange(order.size)).all() and _explains((want.weight, want.bias[order]), have, unit, still):
         yield f"channel order: output channels of the bias alone are swapped, {_order(order)}"
@@ -444,12 +461,19 @@ def _orders(want: Held, have: Held, unit: float, groups: int, sites: list[Node])
     yield from _turned(want, have, unit, still, sites)
 
 
+def _scale_behind(want: Held, sites: list[Node]) -> Array | None:
+    """The scale that a BatchNorm gave to the output channels, if it is one alone."""
+    if len(sites) != 1 or sites[0].attrs["norm"].gamma.size != want.weight.shape[want.axis]:
+        return None
+    scale = _map(sites[0].attrs["norm"])[0]
+    return scale if np.isfinite(scale).all() and (scale != 0).all() else None
+
+
 def _turned(want: Held, have: Held, unit: float, still: Array, sites: list[Node]) -> Iterator[str]:
     """A weight with two of its axes exchanged, before or after the BatchNorm was folded in."""
     shape, axis = want.weight.shape, want.axis
-    scale = np.ones(shape[axis])
-    if len(sites) == 1 and sites[0].attrs["norm"].gamma.size == scale.size and sites[0] is not None:
-        scale = _map(sites[0].attrs["norm"])[0]
+    behind = _scale_behind(want, sites)
+    scale = np.ones(shape[axis]) if behind is None else behind
     turns: list[tuple[str, Callable[[Array], Array]]] = []
     if len(shape) >= 2 and shape[0] == shape[1]:
         turns.append(("transposed weight: input and output channels are exchanged", lambda w: w.swapaxes(0, 1)))
@@ -506,7 +530,7 @@ def _order(order: Order) -> str:
 # --- statistics of another checkpoint -----------------------------------------------------------------------------------------------
 
 
-def _statistics(site: Node, want: Held, have: Held, unit: float) -> Iterator[str]:
+def _statistics(name: str, site: Node, want: Held, have: Held, unit: float) -> Iterator[str]:
     """Whether another mean and variance, whatever they are, explain all channels, and many of them are others."""
     norm: Norm = site.attrs["norm"]
     if norm.gamma.size != want.weight.shape[want.axis]:
@@ -532,7 +556,7 @@ def _statistics(site: Node, want: Held, have: Held, unit: float) -> Iterator[str
         shift = np.abs(have.bias - (own * ratio + norm.beta - norm.mean * s * ratio)) / np.abs(s * ratio) / np.sqrt(norm.var + norm.epsilon)
     worst = float(shift[np.isfinite(shift)].max(initial=0.0))
     yield (
-        f"statistics of another checkpoint: other running {which} in BatchNorm {site.name} explain all channels, as where one model was "
+        f"statistics of another checkpoint: other running {which} in BatchNorm {name} explain all channels, as where one model was "
         f"recalibrated (variances times {1 / np.square(ratio).max():.4g} to {1 / np.square(ratio).min():.4g}, means moved by up to "
         f"{worst:.3g} standard deviations)"
     )

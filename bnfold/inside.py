@@ -59,6 +59,7 @@ class Normal:
         self.network = network
         self._fed = {name: own for own, name in inputs.items()}
         graph, named = network.lowered()
+        self._sites = list(graph.sites)
         steps = [_Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
         given = {v for step in steps for v in step.inputs if v.producer is None}
         own_names = {v: v.name for v in given}
@@ -79,6 +80,10 @@ class Normal:
             for v in step.outputs:
                 if v not in mapped:
                     self.stands[_end(v, left)] = v.name
+
+    def name_of(self, node: Node) -> str:
+        """The name of a BatchNorm's layer, or of the node."""
+        return next((site.name for site in self._sites if node in site.nodes), node.name)
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
         """As `Network.stream`, of feeds by the names that others know."""

@@ -17,6 +17,7 @@ from .errors import UnsupportedError
 from .graph import Node
 from .inside import Normal, Stream, network_of
 from .levels import FUNCTION_LIMIT, Truth, deviation, function_ratio, plain
+from .merge import Window
 from .pairing import Pair, pairs
 from .report import Difference
 from .subject import Subject
@@ -139,7 +140,7 @@ def localise(
         pair, node = first.pair, first.pair.node
     else:
         return None
-    cause = cause_of(sides, pair, first, candidate, feeds)
+    cause = cause_of(sides, pair, first, feeds)
     if first is not None:
         shown = Difference(node.name, first.channel, first.position, first.expected, first.found, cause.text, "output", cause.batchnorm)
     else:
@@ -236,9 +237,21 @@ def compare(pair: Pair, want: Values, got: Values, moved: Values, unit: float) -
     axis = channel_axis(pair.node, want.ndim)
     border = False
     if want.ndim > 2 and not problem and min(want.shape[2:]) > 2:
-        inner = (slice(None), slice(None), *(slice(n // 2 - (n % 2 == 0), n // 2 + 1) for n in want.shape[2:]))
-        border = value_ratio(want[inner], got[inner], moved[inner], unit) <= FUNCTION_LIMIT
+        inner = _inside(pair.node, want.shape)
+        border = inner is not None and value_ratio(want[inner], got[inner], moved[inner], unit) <= FUNCTION_LIMIT
     return Compared(pair, ratio, at, at[axis], float(want[at]), float(got[at]), border, problem)
+
+
+def _inside(node: Node, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+    """The places of a convolution's output that see no padding; None where there is no padding, or nothing else."""
+    window = node.attrs.get("window")
+    if not isinstance(window, Window) or not any((*window.before, *window.after)):
+        return None
+    ends = [
+        (-(-before // stride), n - -(-after // stride))
+        for n, stride, before, after in zip(shape[2:], window.stride, window.before, window.after, strict=True)
+    ]
+    return None if any(one >= other for one, other in ends) else (slice(None), slice(None), *(slice(one, other) for one, other in ends))
 
 
 def value_ratio(want: Values, got: Values, moved: Values, unit: float) -> float:
