@@ -87,7 +87,11 @@ class Normal:
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
         """As `Network.stream`, of feeds by the names that others know."""
-        return self.network.stream({self._fed.get(name, name): array for name, array in feeds.items()}, wanted, jitter=jitter, exact=exact)
+        return self.network.stream(self.own(feeds), wanted, jitter=jitter, exact=exact)
+
+    def own(self, feeds: Batch) -> Batch:
+        """Feeds by the network's own names."""
+        return {self._fed.get(name, name): array for name, array in feeds.items()}
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Located:
     pair: Pair | None = None
     compared: Compared | None = None
     agreeing: tuple[Pair, ...] = ()
+    runtime: Any = None  # what of the runtime is at fault (`backends.onnx.optimisers.Culprit`)
 
 
 def sides_of(reference: Subject, candidate: Subject) -> Sides | None:
@@ -267,3 +268,24 @@ def channel_axis(node: Node, rank: int) -> int:
     if rank < 2 or (node.op == "Contraction" and node.attrs.get("y", "")[-1:] in node.attrs.get("w", "")):
         return rank - 1
     return 1
+
+
+# --- the runtime ------------------------------------------------------------------------------------------------------------------
+
+
+def localise_runtime(reference: Subject, candidate: Subject, feeds: Batch, provider: str) -> Located | None:
+    """Where a runtime's own optimisation makes another function of a candidate that is right, and which optimisation it is."""
+    sides = sides_of(reference, candidate)
+    if sides is None or not hasattr(sides.candidate.network, "culprit"):
+        return None
+    found = sides.candidate.network.culprit(sides.candidate.own(feeds), provider, sides.unit)
+    if found is None:
+        return None
+    pair = next((p for p in sides.pairs if p.same and sides.candidate.stands.get(p.candidate) == found.output), None)
+    name = pair.node.name if pair is not None else found.nodes[-1].name or found.output
+    off = np.abs(np.nan_to_num(found.found.astype(np.float64) - found.expected.astype(np.float64), nan=np.inf))
+    at = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
+    channel = at[channel_axis(pair.node, off.ndim)] if pair is not None and at else at[-1] if at else None
+    shown = Difference(name, channel, at, float(found.expected[at]), float(found.found[at]), found.text)
+    node = pair.node if pair is not None else sides.reference.graph.nodes[-1]
+    return Located(sides, shown, node, pair, runtime=found)

@@ -33,7 +33,7 @@ from .levels import (
     deployed_ratio,
     function_ratio,
 )
-from .localise import Located, localise
+from .localise import Located, localise, localise_runtime
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
 from .sides import sides
 from .subject import Runner, Subject
@@ -362,6 +362,9 @@ class _Check:
         try:
             if any(differ):
                 return localise(self.reference, self.candidate, feeds, found, values=differ[0], coefficients=differ[1])
+            wrong = {row.optimisation: row.provider for row in rows if row.verdict == "different"}
+            if set(wrong) == {"on"} and feeds is not None:
+                return localise_runtime(self.reference, self.candidate, feeds, wrong["on"])
         except BnfoldError:
             pass
         return None

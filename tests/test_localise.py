@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from networks import EPSILON, folded, model, weights
+from networks import EPSILON, folded, model, small, weights
+from onnx import helper
 
 from bnfold.verify import verify
 
@@ -129,3 +130,45 @@ def test_causes(name):
     assert found is not None
     assert found.layer == layer
     assert re.search(cause, found.cause), found
+
+
+# --- the runtime ------------------------------------------------------------------------------------------------------------------
+
+
+def behind_a_transpose(*, written_out, deep=False):
+    """MatMul -> Transpose -> BatchNormalization, or the BatchNorm as Mul and Add, between other operators."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(5, 5)), "v": np.ones(5), "u": rng.normal(size=(5, 5))}
+    arrays |= {"s": rng.uniform(0.5, 1.5, 5), "t": rng.normal(size=5), "m": rng.normal(size=5)}
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], name="before"),
+        helper.make_node("MatMul", ["r", "w"], ["a"], name="product"),
+        helper.make_node("Transpose", ["a"], ["b"], name="turn", perm=[1, 0]),
+    ]
+    if written_out:
+        gain = arrays["s"].astype(np.float32) / np.sqrt(np.float32(1) + np.float32(1e-5))
+        arrays["gain"], arrays["shift"] = gain, arrays["t"].astype(np.float32) - gain * arrays["m"].astype(np.float32)
+        nodes += [helper.make_node("Mul", ["b", "gain"], ["g"], name="scale"), helper.make_node("Add", ["g", "shift"], ["c"], name="shift")]
+    else:
+        nodes.append(helper.make_node("BatchNormalization", ["b", "s", "t", "m", "v"], ["c"], name="bn"))
+    nodes.append(helper.make_node("Sigmoid", ["c"], ["d"], name="after"))
+    for k in range(6 if deep else 0):
+        nodes.append(helper.make_node("MatMul", [nodes[-1].output[0], "u"], [f"p{k}"], name=f"p{k}"))
+        nodes.append(helper.make_node("Sigmoid", [f"p{k}"], [f"q{k}"], name=f"q{k}"))
+    nodes[-1].output[0] = "y"
+    return small(nodes, {k: a for k, a in arrays.items() if any(k in n.input for n in nodes)}, {"x": (5, 5)}, {"y": (5, 5)})
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_an_optimisation_of_the_runtime_is_named(deep):
+    """ONNX Runtime fuses MatMul and BatchNormalization across the Transpose, along the wrong axis."""
+    report = verify(behind_a_transpose(written_out=True, deep=deep), behind_a_transpose(written_out=False, deep=deep))
+    off, on = report.levels.deployment
+    assert off.verdict == "equivalent"
+    if on.verdict == "equivalent":
+        pytest.skip("this ONNX Runtime has no such fault")
+    assert report.verdict == "different"
+    assert report.difference is not None
+    assert "MatMul_BatchNormalization_Fusion" in report.difference.cause
+    assert "MatMul product -> Transpose turn -> BatchNormalization bn" in report.difference.cause
+    assert report.first_difference == report.difference.layer == "shift"

@@ -21,6 +21,7 @@ from .write import inlined
 
 if TYPE_CHECKING:
     from ...data import Batch
+    from .optimisers import Culprit
     from .subject import OnnxSubject
 
 CHUNK = 8  # values that one run in the stored types gives out, for ONNX Runtime gives all of them at the end
@@ -67,6 +68,12 @@ class OnnxNetwork:
     def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Part:
         proto = extract(self_contained(self.model), inputs, [output, *also])
         return Part(".onnx", proto.SerializeToString())
+
+    def culprit(self, feeds: Batch, provider: str, unit: float) -> Culprit | None:
+        """Which optimisation of ONNX Runtime harms the model (see `optimisers`)."""
+        from .optimisers import culprit
+
+        return culprit(self.model, feeds, provider, unit)
 
 
 def extract(model: onnx.ModelProto, inputs: Mapping[str, npt.NDArray[Any]], outputs: list[str]) -> onnx.ModelProto:
