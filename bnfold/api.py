@@ -195,8 +195,13 @@ def verify(
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
     progress: Progress | None = None,
+    bundle: Path | None = None,
+    force: bool = False,
 ) -> VerifyReport:
-    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`)."""
+    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
+
+    bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
+    """
     from .verify import verify as verify_models
 
     return verify_models(
@@ -210,6 +215,8 @@ def verify(
         input_shapes=None if input_shapes is None else dict(input_shapes),
         example=example,
         progress=progress,
+        bundle=None if bundle is None else Path(bundle),
+        force=force,
     )
 
 

@@ -81,7 +81,7 @@ def _tried(sides: Sides, pair: Pair, compared: Compared | None, feeds: Batch | N
             yield f"the candidate has {q.label} {q.name} where the reference has {p.label} {p.name}"
     want, have = held(p), held(q)
     if want is not None and have is not None and want.weight.shape == have.weight.shape:
-        unit = _unit(p, q)
+        unit = unit_of(p, q)
         if len(sites) == 1:
             yield from _folds(
                 name, sites[0], want, have, unit, up=sites[0] is p or sites[0].index > p.index, kept=sites[0] is p, stored=_source(p)
@@ -227,7 +227,8 @@ def _moved(node: Node) -> bool:
     return node.op in ("Conv", "Contraction", "Affine") and bool(node.params)
 
 
-def _unit(*nodes: Node) -> float:
+def unit_of(*nodes: Node) -> float:
+    """Unit roundoff of the coarsest type in which their coefficients are stored."""
     from .correspondence import _precision
 
     limits = [param.tensor.limit for node in nodes for param in node.params.values() if param.tensor is not None]
@@ -586,7 +587,7 @@ def _rest(p: Node, q: Node) -> str:
     want, have = held(p), held(q)
     if want is None or have is None or want.weight.shape != have.weight.shape:
         return ""
-    unit, others = _unit(p, q), tuple(i for i in range(want.weight.ndim) if i != want.axis)
+    unit, others = unit_of(p, q), tuple(i for i in range(want.weight.ndim) if i != want.axis)
     off = (np.abs(want.weight - have.weight) > SLACK * unit * np.abs(want.weight)).any(axis=others)
     shifted = np.abs(want.bias - have.bias) > SLACK * unit * np.maximum(np.abs(want.bias), np.abs(want.bias).mean())
     if not (off.any() or shifted.any()):

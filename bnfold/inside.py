@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +45,9 @@ class Network(Protocol):
     def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Part:
         """What computes one value from others, with its weights. inputs: these, in their stored types; also: other values to give out."""
 
+    def edge(self, output: str, stops: Collection[str]) -> list[str]:
+        """Which of some values, or of the model's inputs, another is computed from."""
+
     def types(self, names: Iterable[str]) -> dict[str, Any]:
         """The numpy types in which values are stored, as far as they are known."""
 
@@ -57,14 +60,15 @@ class Normal:
     def __init__(self, network: Network, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
         """inputs, outputs: the names by which others know them, by the network's own."""
         self.network = network
-        self._fed = {name: own for own, name in inputs.items()}
+        self.fed = {name: own for own, name in inputs.items()}  # its inputs by the names that others know, where these are others
         graph, named = network.lowered()
         self._sites = list(graph.sites)
         steps = [_Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
-        given = {v for step in steps for v in step.inputs if v.producer is None}
+        given = list(dict.fromkeys(v for step in steps for v in step.inputs if v.producer is None))
         own_names = {v: v.name for v in given}
         for v in given:
             v.name = inputs.get(v.name, v.name)
+        self.inputs = [v.name for v in given]
         plan = normal_form(graph, named)
         self.graph, self.outcomes = plan.graph, plan.outcomes
         self.outputs = {outputs.get(name, name): v for name, v in plan.outputs.items()}
@@ -91,7 +95,7 @@ class Normal:
 
     def own(self, feeds: Batch) -> Batch:
         """Feeds by the network's own names."""
-        return {self._fed.get(name, name): array for name, array in feeds.items()}
+        return {self.fed.get(name, name): array for name, array in feeds.items()}
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,9 @@ class VerifyReport(Report):
     outputs: tuple[OutputError, ...] = ()
     first_difference: str | None = None
     difference: Difference | None = None
+    bundle: str = ""  # the folder that shows the first difference by itself, where one was written
     reason: str = ""  # one sentence: why this verdict
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

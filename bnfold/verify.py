@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bundle import ready, with_bundle
 from .correspondence import Correspondence, correspond
 from .errors import BnfoldError, DataError, UnsupportedError
 from .exercise import another, given, interface_difference, moved, random
@@ -61,15 +63,20 @@ def verify(
     example: Any = None,
     progress: Progress | None = None,
     oracle_only: bool = False,
+    bundle: Path | None = None,
+    force: bool = False,
 ) -> VerifyReport:
     """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
 
     batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     example: how a PyTorch module is called, where neither the other side nor the data show it.
-    oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    oracle_only: leave the third level out. bundle: a folder for what shows the first difference by itself (see `bundle`); force: also
+    where it exists and isn't empty. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
+    if bundle is not None:
+        ready(bundle, force=force)
     first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     check = _Check(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
     feeds: Iterable[Batch]
@@ -78,6 +85,8 @@ def verify(
     else:
         feeds = given(check.reference, batches, samples, batch_size)
     report = check.run(feeds, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
+    if bundle is not None:
+        report = with_bundle(report, check.at, check.fed, bundle, force=force)
     return _timed(report, start)
 
 
@@ -124,6 +133,8 @@ class _Check:
         self.made_up, self.thorough = made_up, thorough
         self.measured: dict[str, _Measured] = {}
         self.ratios: dict[str, float] = {}
+        self.at: Located | None = None  # where the two part
+        self.fed: Batch | None = None  # and on what
         self.unsteady = ""  # why the reference is no function of its inputs
 
     def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int) -> VerifyReport:
@@ -144,6 +155,7 @@ class _Check:
             coefficients = Coefficients("skipped", coefficients.checked, coefficients.worst, text)
         verdict, reason = self.verdict(coefficients, function, rows, truth)
         located = self.located(found, coefficients, truth, function, rows) if verdict == "different" else None
+        self.at = located
         first = located.difference.layer if located is not None else None
         if verdict == "different" and first is None:
             first = self.first_difference(found, coefficients, truth, function)
@@ -357,7 +369,7 @@ class _Check:
     ) -> Located | None:
         """Where the two part, and why (see `localise`)."""
         self.progress("first difference", 0, None)
-        feeds = truth.feeds[0] if truth is not None and truth.feeds else None
+        self.fed = feeds = truth.feeds[0] if truth is not None and truth.feeds else None
         differ = function.verdict == "different", coefficients.verdict == "different"
         try:
             if any(differ):

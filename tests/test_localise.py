@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from networks import EPSILON, folded, model, small, weights
 from onnx import helper
 
+from bnfold.errors import InputError, UsageError
 from bnfold.verify import verify
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
@@ -121,8 +127,6 @@ def square(monkeypatch):
 
 @pytest.mark.parametrize("name", CAUSES)
 def test_causes(name):
-    import re
-
     how, layer, cause = CAUSES[name]
     report = verify(*pair(**how), oracle_only=True)
     assert (report.verdict, report.first_difference) == ("different", layer)
@@ -172,3 +176,92 @@ def test_an_optimisation_of_the_runtime_is_named(deep):
     assert "MatMul_BatchNormalization_Fusion" in report.difference.cause
     assert "MatMul product -> Transpose turn -> BatchNormalization bn" in report.difference.cause
     assert report.first_difference == report.difference.layer == "shift"
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------------------
+
+SHADOW = "raise ImportError('bnfold is not needed here')"
+
+
+def reproduce(folder, status=1):
+    """Run the bundle's script where bnfold can't be imported."""
+    shadow = folder.parent / "shadow"
+    shadow.mkdir(exist_ok=True)
+    (shadow / "bnfold.py").write_text(SHADOW)
+    done = subprocess.run(
+        [sys.executable, str(folder / "reproduce.py")],
+        env={**os.environ, "PYTHONPATH": str(shadow)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder.parent,
+    )
+    assert done.returncode == status, (done.stdout, done.stderr)
+    return done.stdout
+
+
+BUNDLED = ["epsilon", "epsilon that no output shows", "channels", "mean", "groups", "NaN", "transposed channels", "one channel"]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundle_shows_the_difference_without_bnfold(name, tmp_path):
+    how, layer, _ = CAUSES[name]
+    folder = tmp_path / "bundle"
+    report = verify(*pair(**how), oracle_only=True, bundle=folder)
+    assert report.bundle == str(folder), report.notes
+    assert {p.name for p in folder.iterdir()} >= {"reference.onnx", "candidate.onnx", "inputs.npz", "reproduce.py", "README.txt"}
+    assert layer in (folder / "README.txt").read_text()
+    assert "\ndifferent\n" in reproduce(folder)
+    import onnx
+
+    part = onnx.load(folder / "candidate.onnx")
+    assert len(part.graph.node) <= 3
+    onnx.save(part, folder / "reference.onnx")
+    if name != "epsilon that no output shows":
+        settings = (folder / "reproduce.py").read_text()
+        theirs = re.search(r"CANDIDATE = (\{.*?\})\nLIMIT", settings, re.DOTALL)
+        settings = re.sub(r"REFERENCE = \{.*?\}\nCANDIDATE", lambda _: f"REFERENCE = {theirs[1]}\nCANDIDATE", settings, flags=re.DOTALL)
+        (folder / "reproduce.py").write_text(settings)
+        assert "no difference" in reproduce(folder, 0)
+
+
+def test_a_bundle_of_a_fault_of_the_runtime(tmp_path):
+    models = behind_a_transpose(written_out=True), behind_a_transpose(written_out=False)
+    report = verify(*models, bundle=tmp_path / "bundle")
+    if report.verdict == "equivalent":
+        pytest.skip("this ONNX Runtime has no such fault")
+    assert report.bundle
+    assert "different" in reproduce(tmp_path / "bundle")
+
+
+def test_a_bundle_goes_into_no_folder_that_holds_something(tmp_path):
+    models = pair(**CAUSES["mean"][0])
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    assert verify(*models, oracle_only=True, bundle=folder).bundle
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="the folder isn't empty"):
+        verify(*models, oracle_only=True, bundle=folder)
+    assert (folder / "mine.txt").exists()
+    assert verify(*models, oracle_only=True, bundle=folder, force=True).bundle
+    assert not (folder / "mine.txt").exists()
+    with pytest.raises(UsageError, match="a file; name a folder"):
+        verify(*models, bundle=folder / "README.txt")
+    with pytest.raises(InputError, match="is not a folder"):
+        verify(*models, bundle=tmp_path / "nowhere" / "bundle")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_a_bundle_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bnfold.bundle.os.replace", fail)
+    with pytest.raises(InputError, match="No space left"):
+        verify(*pair(**CAUSES["mean"][0]), oracle_only=True, bundle=tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_bundle_of_what_is_equivalent(tmp_path):
+    report = verify(*pair(), oracle_only=True, bundle=tmp_path / "bundle")
+    assert (report.verdict, report.bundle, list(tmp_path.iterdir())) == ("equivalent", "", [])

@@ -152,6 +152,7 @@ def verify(
     checking: o.Checking,
     data: o.MaybeData = None,
     baseline: o.Baseline = None,
+    bundle: o.Bundle = None,
 ) -> int:
     """Decide whether two models compute the same function.
 
@@ -174,9 +175,13 @@ def verify(
             input_shapes=shaping.shapes(one),
             example=shaping.call(one, data),
             progress=job.progress,
+            bundle=bundle,
+            force=reporting.force,
         )
         worse = check.compare(report)
         job.finish(report, show.verify)
+        if report.bundle:
+            job.say(f"written: {report.bundle}")
         check.tell(job)
         if worse:
             job.fail(check.problem)

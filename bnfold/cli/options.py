@@ -50,6 +50,10 @@ Baseline = Annotated[
         help="An earlier --report of the same command: fail where something got worse, by more than noise.",
     ),
 ]
+Bundle = Annotated[
+    Path | None,
+    _option("--bundle", panel=OUTPUT, metavar="DIR", help="Where the models differ, write the part that shows it, with a script."),
+]
 MemoryBudget = Annotated[
     str, typer.Option("--memory-budget", metavar="SIZE", help="Activations held in memory before they spill to disk.", rich_help_panel=DATA)
 ]

@@ -78,6 +78,14 @@ def verify(console: Console, report: VerifyReport) -> None:
         _rows(console, ("output", "largest difference", "relative", "error ratio"), figures, prose=False)
     if report.first_difference:
         console.print(f"first difference: {report.first_difference}")
+    if report.difference is not None:
+        d = report.difference
+        place = f"channel {d.channel}, at {_place(d.position)}: " if d.channel is not None else ""
+        numbers = f"{d.found:.6g} where {d.expected:.6g} is expected" if d.expected is not None and d.found is not None else ""
+        console.print(f"  {d.what}, {place}{numbers}", highlight=False)
+        console.print(Text(f"  likely cause: {d.cause}"))
+    for note in report.notes:
+        console.print(note)
     _verdict(console, "verdict", report)
 
 
@@ -110,6 +118,10 @@ def bench(console: Console, report: BenchReport) -> None:
     console.print(
         f"candidate / reference: {report.ratio:.3f} (half of the rounds between {report.ratio_low:.3f} and {report.ratio_high:.3f})"
     )
+
+
+def _place(position: Sequence[int]) -> str:
+    return "(" + ", ".join(map(str, position)) + ")"
 
 
 def _title(step: str) -> Text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,26 @@ class OnnxNetwork:
             for name in chunk:
                 if name:
                     yield name, found.pop(name)
+
+    def edge(self, output: str, stops: Collection[str]) -> list[str]:
+        graph = self._skeleton.graph
+        made = {name: node for node in graph.node for name in node.output if name}
+        stored = set(self.model.graph.initializers)
+        found: dict[str, None] = {}
+        seen, stack = {output}, [output]
+        while stack:
+            for name in sorted(_reads(made[stack.pop()])):
+                if name and name not in seen and name not in stored:
+                    seen.add(name)
+                    if name in stops or name not in made:
+                        found[name] = None
+                    else:
+                        stack.append(name)
+        return list(found)
+
+    @cached_property
+    def _skeleton(self) -> onnx.ModelProto:
+        return self_contained(self.model, initializers=False)
 
     def types(self, names: Iterable[str]) -> dict[str, Any]:
         wanted = set(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,21 @@ class TorchNetwork:
                 yield op.name, to_numpy(values[op].clone() if written else values[op])
             for dead in last.get(op, ()):
                 values.pop(dead, None)
+
+    def edge(self, output: str, stops: Collection[str]) -> list[str]:
+        by_name = {op.name: op for op in self.program.graph.nodes}
+        inputs = {op.name for op in self._traced.input_nodes}
+        found: dict[str, None] = {}
+        seen, stack = {output}, [by_name[output]]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source.name not in seen:
+                    seen.add(source.name)
+                    if source.name in stops or source.name in inputs:
+                        found[source.name] = None
+                    else:
+                        stack.append(source)
+        return list(found)
 
     def types(self, names: Iterable[str]) -> dict[str, Any]:
         wanted = set(names)
