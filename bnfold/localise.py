@@ -150,10 +150,14 @@ def localise(
 
 
 def _first(sides: Sides, seen: list[Compared]) -> Compared | None:
-    """The first value that differs and whose difference goes on: another fold may leave a scale to the next layer."""
+    """The first value that differs and whose difference goes on: another fold may leave a scale to the next layer.
+
+    A value of the candidate that agrees with one of the reference is no counterpart of another.
+    """
     known = {c.pair.reference: c for c in seen}
+    settled = {c.pair.candidate for c in seen if not c.differs}
     for each in seen:
-        if not each.differs:
+        if not each.differs or each.pair.candidate in settled:
             continue
         value = each.pair.reference
         users = [known[v] for node, _ in value.users for v in node.outputs if v in known]

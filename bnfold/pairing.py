@@ -67,12 +67,12 @@ class _Pairing:
             self.found[a, b] = Pair(a, b, p, q, same)
             if q is None:
                 if _normalises(p):  # folded into what comes behind
-                    self.stack.append((p.inputs[0], b, False))
+                    self.stack.append((p.inputs[0], b, True))
                 continue
             if _alike(p, q):
                 self.stack.extend((x, y, True) for x, y in zip(p.inputs, self._ordered(p, q), strict=True))
-            elif _normalises(p) and not _normalises(q):
-                self.stack.append((p.inputs[0], b, False))
+            elif _normalises(p) and not _normalises(q):  # folded one way or the other: one of the two pairs will agree
+                self.stack.append((p.inputs[0], b, True))
             elif _normalises(q) and not _normalises(p):
                 self.stack.append((a, q.inputs[0], False))
             elif (product := _product(p, q)) is not None:
