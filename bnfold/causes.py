@@ -15,7 +15,8 @@ from .absorbing import coefficients
 from .affine import Array
 from .correspondence import DOUBLE, LIMIT
 from .errors import BnfoldError
-from .graph import Node, Norm
+from .graph import Node, Norm, Value
+from .inside import Normal
 from .pairing import NORMALISES, Pair
 
 if TYPE_CHECKING:
@@ -161,8 +162,12 @@ def _shown(value: object) -> str:
 
 
 def _depends_on_the_batch(sides: Sides, pair: Pair, feeds: Batch) -> bool:
-    """Whether the candidate's value for the first sample changes with the rest of the batch."""
-    name = sides.candidate.stands.get(pair.candidate)
+    """Whether the candidate's value for the first sample changes with the rest of the batch, and the reference's doesn't."""
+    return _mixes(sides, sides.candidate, pair.candidate, feeds) and not _mixes(sides, sides.reference, pair.reference, feeds)
+
+
+def _mixes(sides: Sides, side: Normal, value: Value, feeds: Batch) -> bool:
+    name = side.stands.get(value)
     batch = {key: array for key, array in feeds.items() if array.ndim}
     if name is None or len(batch) < len(feeds) or not batch:
         return False
@@ -170,13 +175,15 @@ def _depends_on_the_batch(sides: Sides, pair: Pair, feeds: Batch) -> bool:
         batch = {key: np.concatenate([a, (a * a.dtype.type(0.5)).astype(a.dtype)]) for key, a in batch.items()}
     try:
         whole, alone = (
-            next(array for _, array in sides.candidate.stream(fed, [name], exact=sides.exact))
+            next(array for _, array in side.stream(fed, [name], exact=sides.exact))
             for fed in (batch, {key: np.concatenate([a[:1], a[:1]]) for key, a in batch.items()})
         )
     except (BnfoldError, StopIteration):
         return False
+    if whole.ndim != alone.ndim or whole.shape[1:] != alone.shape[1:] or not whole[:1].size or not whole.ndim:
+        return False
     size = float(np.abs(whole[:1]).max(initial=0.0))
-    return bool(whole.ndim and whole[:1].size and np.abs(whole[:1] - alone[:1]).max() > 1e3 * sides.unit * size)
+    return bool(np.abs(whole[:1] - alone[:1]).max() > 1e3 * sides.unit * size)
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------------------

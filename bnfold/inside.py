@@ -78,12 +78,12 @@ class Normal:
                 for node in outcome.into:
                     self.sites.setdefault(node, []).extend(outcome.site.nodes)
         left = set(graph.nodes)
-        mapped = _mapped(steps, plan.outcomes, left)
+        mapped = _mapped(steps, plan.outcomes)
         self.stands: dict[Value, str] = {v: own_names[v] for v in given}
         for step in steps:
             for v in step.outputs:
-                if v not in mapped:
-                    self.stands[_end(v, left)] = v.name
+                if v not in mapped and (end := _end(v, left)) is not None:
+                    self.stands[end] = v.name
 
     def name_of(self, node: Node) -> str:
         """The name of a BatchNorm's layer, or of the node."""
@@ -107,7 +107,7 @@ class _Step:
     outputs: tuple[Value, ...]
 
 
-def _mapped(steps: list[_Step], outcomes: Iterable[Outcome], left: set[Node]) -> set[Value]:
+def _mapped(steps: list[_Step], outcomes: Iterable[Outcome]) -> set[Value]:
     """The values that planned maps change: between the operator that takes a map up and the one that it comes from, either way."""
     found: set[Value] = set()
     place = {step.node: i for i, step in enumerate(steps)}
@@ -121,9 +121,6 @@ def _mapped(steps: list[_Step], outcomes: Iterable[Outcome], left: set[Node]) ->
             up = _between(steps, place, into, {node})
             down = _between(steps, place, {node}, into)
             found |= up | down or set(node.outputs)  # a branch that became part of another operator stands nowhere
-    for step in steps:
-        if step.node not in left and step.node.op not in ("Affine", "Identity", "Add"):
-            found |= set(step.outputs)
     return found
 
 
@@ -143,8 +140,11 @@ def _between(steps: list[_Step], place: Mapping[Node, int], first: set[Node], la
     return ahead & behind
 
 
-def _end(value: Value, left: set[Node]) -> Value:
+def _end(value: Value, left: set[Node]) -> Value | None:
+    """The value that stands in the place of one whose operator is gone; none for what is inside of operators that became one."""
     while value.producer is not None and value.producer not in left and value.producer.inputs:
+        if value.producer.op not in ("Affine", "Identity", "Add"):
+            return None
         value = value.producer.inputs[0]
     return value
 

@@ -48,10 +48,10 @@ class _Pairing:
         self._walk()
         taken = {a for a, _ in self.found}
         mine, theirs = (Counter(self.keys[v] for v in _made(side)) for side in self.sides)
-        place = {self.keys[v]: v for v in _made(other)}
+        place, useful = {self.keys[v]: v for v in _made(other)}, _useful(one)
         for v in reversed(_made(one)):
             key = self.keys[v]
-            if v not in taken and mine[key] == theirs[key] == 1:
+            if v in useful and v not in taken and mine[key] == theirs[key] == 1:
                 self.stack.append((v, place[key], True))
                 self._walk()
                 taken = {a for a, _ in self.found}
@@ -123,6 +123,18 @@ def _through(value: Value) -> Value:
 
 def _made(side: Normal) -> list[Value]:
     return [v for node in side.graph.nodes for v in node.outputs]
+
+
+def _useful(side: Normal) -> set[Value]:
+    """What the outputs depend on."""
+    found, stack = set(side.outputs.values()), list(side.outputs.values())
+    while stack:
+        node = stack.pop().producer
+        for v in node.inputs if node is not None else ():
+            if v not in found:
+                found.add(v)
+                stack.append(v)
+    return found
 
 
 def _keys(side: Normal) -> dict[Value, int]:
