@@ -118,10 +118,19 @@ def _mapped(steps: list[_Step], outcomes: Iterable[Outcome]) -> set[Value]:
         for node in outcome.site.nodes:
             if node not in place:
                 continue
-            up = _between(steps, place, into, {node})
+            up = _between(
+                steps, place, {n for n in into if n.op != "Move"} or into, {node}
+            )  # a Pad takes up its part and hands on the rest
             down = _between(steps, place, {node}, into)
             found |= up | down or set(node.outputs)  # a branch that became part of another operator stands nowhere
     return found
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether a map ends in an operator: a Pad takes up its part, or an Add the shift alone, and hands on the rest."""
+    if node.op in ("Affine", "Normalisation"):
+        return {"gamma", "beta"} <= node.params.keys()
+    return node.op in ("Conv", "Table", "Constant", "Recurrent") or (node.op == "Contraction" and "bias" in node.params)
 
 
 def _between(steps: list[_Step], place: Mapping[Node, int], first: set[Node], last: set[Node]) -> set[Value]:

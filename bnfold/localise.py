@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UnsupportedError
-from .graph import Node
+from .graph import Node, Value
 from .inside import Normal, Stream, network_of
 from .levels import FUNCTION_LIMIT, Truth, deviation, function_ratio, plain
 from .merge import Window
@@ -150,20 +150,18 @@ def localise(
 
 
 def _first(sides: Sides, seen: list[Compared]) -> Compared | None:
-    """The first value that differs and whose difference goes on: another fold may leave a scale to the next layer.
+    """The first value whose difference reaches an output: another fold may leave a scale to a later layer, or change what nobody reads.
 
     A value of the candidate that agrees with one of the reference is no counterpart of another.
     """
     known = {c.pair.reference: c for c in seen}
     settled = {c.pair.candidate for c in seen if not c.differs}
-    for each in seen:
-        if not each.differs or each.pair.candidate in settled:
-            continue
-        value = each.pair.reference
-        users = [known[v] for node, _ in value.users for v in node.outputs if v in known]
-        if value.is_output or not users or any(u.differs for u in users):
-            return each
-    return None
+    reaches: dict[Value, bool] = {}
+    for node in reversed(sides.reference.graph.nodes):
+        for value in node.outputs:
+            agrees = value in known and not known[value].differs
+            reaches[value] = not agrees and (value.is_output or any(reaches.get(v, False) for user, _ in value.users for v in user.outputs))
+    return next((c for c in seen if c.differs and c.pair.candidate not in settled and reaches.get(c.pair.reference, True)), None)
 
 
 # --- values, one by one ---------------------------------------------------------------------------------------------------------
