@@ -219,6 +219,15 @@ def _out_axis(node: Node) -> int:
     return next((i for i in reversed(range(len(w))) if w[i] in y), 0)
 
 
+def is_right(pair: Pair) -> bool:
+    """Whether an operator's coefficients and settings are the reference's: then its value differs for another's sake."""
+    p, q = pair.node, pair.other
+    want, have = held(p), None if q is None else held(q)
+    if q is None or p.op != q.op or want is None or have is None or any(True for _ in _settings(p, q)):
+        return False
+    return _explains((want.weight, want.bias), have, unit_of(p, q), np.abs(want.bias).max(initial=0.0) * np.ones_like(want.bias))
+
+
 def _source(node: Node) -> Held | None:
     """The same before anything was folded in."""
     weight = node.params.get("weight")
@@ -250,7 +259,7 @@ def _misfit(got: tuple[Array, Array], have: Held, unit: float, summands: Array) 
     weight, bias = got
     if weight.shape != have.weight.shape or bias.shape != have.bias.shape:
         return np.inf, np.inf
-    unit, tiny = max(unit, DOUBLE), np.finfo(np.float32).tiny * unit
+    unit, tiny = max(unit, DOUBLE), float(np.finfo(np.float32).tiny) * unit
     with np.errstate(all="ignore"):
         off = [
             np.maximum(np.abs(found - made) - tiny, 0) / (unit * np.maximum(size, tiny))

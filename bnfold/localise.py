@@ -120,7 +120,7 @@ def localise(
 
     feeds: a batch by the reference's names. found: what level 1 found. values, coefficients: which of the two are known to differ.
     """
-    from .causes import cause_of
+    from .causes import cause_of, is_right
 
     sides = sides_of(reference, candidate)
     if sides is None:
@@ -133,7 +133,8 @@ def localise(
         agreeing = tuple(c.pair for c in seen if not c.differs)
     mismatch = found.mismatches[0] if coefficients and found is not None and found.mismatches else None
     place = {node.name: node.index for node in reversed(sides.reference.graph.nodes)}
-    if mismatch is not None and (first is None or place.get(mismatch.node.name, 0) < first.pair.node.index):
+    at = -1 if mismatch is None else place.get(mismatch.node.name, 0)
+    if mismatch is not None and (first is None or at < first.pair.node.index or (at > first.pair.node.index and is_right(first.pair))):
         pair = next((p for p in sides.pairs if p.node.name == mismatch.node.name and p.other is not None), None)
         node = mismatch.node if pair is None else pair.node
         first = next((c for c in seen if pair is not None and c.pair.node is pair.node and c.differs), None) if values and feeds else None

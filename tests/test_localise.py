@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
+from compare import feeds
 from networks import EPSILON, folded, model, small, weights
 from onnx import helper
+from random_graphs import build
 
+import bnfold
+from bnfold.backends.onnx.load import from_proto
+from bnfold.backends.onnx.subject import OnnxSubject
 from bnfold.errors import InputError, UsageError
+from bnfold.localise import _first as first_of
+from bnfold.localise import compare_streams, sides_of
 from bnfold.verify import verify
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
@@ -212,8 +221,6 @@ def test_a_bundle_shows_the_difference_without_bnfold(name, tmp_path):
     assert {p.name for p in folder.iterdir()} >= {"reference.onnx", "candidate.onnx", "inputs.npz", "reproduce.py", "README.txt"}
     assert layer in (folder / "README.txt").read_text()
     assert "\ndifferent\n" in reproduce(folder)
-    import onnx
-
     part = onnx.load(folder / "candidate.onnx")
     assert len(part.graph.node) <= 3
     onnx.save(part, folder / "reference.onnx")
@@ -265,3 +272,76 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_no_bundle_of_what_is_equivalent(tmp_path):
     report = verify(*pair(), oracle_only=True, bundle=tmp_path / "bundle")
     assert (report.verdict, report.bundle, list(tmp_path.iterdir())) == ("equivalent", "", [])
+
+
+# --- on the command line ------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_writes_a_bundle(tmp_path, monkeypatch, capsys):
+    from bnfold.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, made in zip(("one", "other"), pair(**CAUSES["mean"][0]), strict=True):
+        bnfold.save(made, f"{name}.onnx")
+    monkeypatch.setattr("sys.argv", ["bnfold", "verify", "one.onnx", "other.onnx", "--bundle", "bundle", "--report", "report.json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "likely cause: the running mean isn't subtracted (BatchNorm node_stem_bn)" in shown.out
+    assert "output, channel " in shown.out
+    assert "written: bundle" in shown.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["bundle"] == "bundle"
+    assert report["difference"].keys() >= {"layer", "channel", "position", "expected", "found", "cause"}
+    assert report["difference"]["layer"] == report["first_difference"] == "node_stem"
+    assert "different" in reproduce(tmp_path / "bundle")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+
+
+# --- random networks ------------------------------------------------------------------------------------------------------------------
+
+
+def test_right_folds_of_random_networks_part_nowhere():
+    compared = 0
+    for seed in range(60):
+        network = build(seed)
+        fused, _ = bnfold.fuse(network, check=False)
+        sides = sides_of(*(OnnxSubject(from_proto(m)) for m in (network, fused)))
+        seen = compare_streams(sides, feeds(network))
+        assert first_of(sides, seen) is None, seed
+        compared += len(seen)
+    assert compared > 500
+
+
+def test_a_changed_weight_of_a_random_network_is_found():
+    """The layer is the one that reads the weight, or what stands behind an Identity that does."""
+    found = right = 0
+    for seed in range(60, 110):
+        network = build(seed)
+        wrong, _ = bnfold.fuse(network, check=False)
+        rng = np.random.default_rng(seed)
+        used = {name for node in wrong.graph.node for name in node.input}
+        floats = [t for t in wrong.graph.initializer if t.data_type in (1, 11) and t.name in used and np.prod(t.dims) > 1]
+        if not floats:
+            continue
+        tensor = floats[rng.integers(len(floats))]
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array.flat[rng.integers(array.size)] += 0.5
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        report = verify(from_proto(network), from_proto(wrong), [feeds(network)], oracle_only=True)
+        if report.verdict != "different":
+            continue
+        assert report.difference is not None, seed
+        names = {tensor.name}
+        for node in wrong.graph.node:
+            if node.op_type in ("Identity", "Constant") and names & set(node.input):
+                names |= set(node.output)
+        readers = {node.name.removesuffix(".bias") for node in wrong.graph.node if names & set(node.input)}
+        found += 1
+        right += report.difference.layer in readers
+    assert found > 30
+    assert right >= 0.95 * found
