@@ -54,7 +54,7 @@ def outputs(folder: Path) -> bool:
     at = tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape))
     print(f"outputs: {one[at]:.9g} and {other[at]:.9g} at {at}, off by {error[at]:.3g}")
     if MODE != "coefficients":
-        print(f"rounding explains {LIMIT:.3g} at most")
+        print(f"more than {LIMIT:.3g} is no rounding")
     return bool(error[at] > LIMIT)
 
 
@@ -67,7 +67,7 @@ def coefficients(folder: Path) -> bool:
         at = tuple(int(i) for i in np.unravel_index(int(units.argmax()), units.shape))
         print(f"{role}: {want[at]:.9g} and {have[at]:.9g} at {at}, off by {units[at]:.3g} units of roundoff")
         worst = max(worst, float(units[at]))
-    print(f"rounding explains {LIMIT:.3g} units at most")
+    print(f"more than {LIMIT:.3g} units are no rounding")
     return worst > LIMIT
 
 

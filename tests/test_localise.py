@@ -19,9 +19,9 @@ from random_graphs import build
 import bnfold
 from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import InputError, UnsupportedError, UsageError
 from bnfold.localise import _first as first_of
-from bnfold.localise import compare_streams, sides_of
+from bnfold.localise import compare_streams, localise, sides_of
 from bnfold.verify import verify
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
@@ -143,6 +143,19 @@ def test_causes(name):
     assert found is not None
     assert found.layer == layer
     assert re.search(cause, found.cause), found
+
+
+def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch):
+    def lacking(*_, **__):
+        raise UnsupportedError("the float64 oracle lacks the operator")
+
+    monkeypatch.setattr("bnfold.backends.onnx.inside.Oracle", lacking)
+    subjects = [OnnxSubject(m) for m in pair(**CAUSES["mean"][0])]
+    found = localise(*subjects, subjects[0].random(batch=2, seed=0, input_shapes=None), None, coefficients=False)
+    assert found is not None
+    assert not found.sides.exact
+    assert found.difference.layer == "node_stem"
+    assert "the running mean isn't subtracted" in found.difference.cause
 
 
 # --- the runtime ------------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,21 @@ def test_either_side_may_be_onnx(name: str, side: int, tmp_path: Path) -> None:
     assert "different" in reproduce(tmp_path / "bundle")
 
 
+def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
+        raise bnfold.UnsupportedError("it has no form in float64")
+
+    monkeypatch.setattr("bnfold.backends.torch.inside._Exact", lacking)
+    net = network()
+    first = TorchSubject(trace(net, X))
+    second = TorchSubject(like(spoilt(net, *CASES["mean"][:2]), first.traced))
+    (name,) = (spec.name for spec in first.inputs())
+    found = localise(first, second, {name: X.numpy()}, None, coefficients=False)
+    assert found is not None
+    assert not found.sides.exact
+    assert found.difference.layer == "3"
+
+
 @pytest.mark.parametrize("name", ["epsilon", "epsilon, not folded", "unbiased", "training", "padding", "NaN"])
 def test_a_bundle_runs_without_bnfold(name: str, tmp_path: Path) -> None:
     change, fold, _, _ = CASES[name]

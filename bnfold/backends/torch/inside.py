@@ -158,7 +158,10 @@ class _Stored:
             values[op] = _attribute(self._program.graph_module, str(op.target)).detach().clone()
         elif op.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((op.args, op.kwargs), lambda source: values[source])
-            values[op] = op.target(*args, **kwargs)  # type: ignore[operator]
+            try:
+                values[op] = op.target(*args, **kwargs)  # type: ignore[operator]
+            except Exception as error:  # operators raise what they like
+                raise UnsupportedError(f"{op.target} doesn't run in the stored type: {str(error)[:200]}") from None
 
 
 def held_tensors(program: ExportedProgram) -> dict[str, Any]:
