@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .errors import UnsupportedError
 from .graph import Node, Value
 from .inside import Normal, Stream, network_of
-from .levels import FUNCTION_LIMIT, Truth, deviation, function_ratio, plain
+from .levels import ARITHMETIC, FUNCTION_LIMIT, Truth, deviation, function_ratio, plain
 from .merge import Window
 from .pairing import Pair, pairs
 from .report import Difference
@@ -191,7 +191,7 @@ def _compared(sides: Sides, feeds: Batch) -> Iterator[Compared]:
     ]
     with np.errstate(all="ignore"):
         for pair, (want, got, moved) in in_step(streams, wanted, sides.held):
-            yield compare(pair, want, got, moved, sides.unit)
+            yield compare(pair, want, got, moved, sides.unit, exact=sides.exact)
 
 
 def _by_pair(stream: Stream, names: Mapping[str, Sequence[Pair]]) -> Iterator[tuple[Pair, Values]]:
@@ -221,8 +221,8 @@ def in_step(
                 ready.pop(pair, None)
 
 
-def compare(pair: Pair, want: Values, got: Values, moved: Values, unit: float) -> Compared:
-    """How far a value is off, against what moved weights make of it."""
+def compare(pair: Pair, want: Values, got: Values, moved: Values, unit: float, *, exact: bool = True) -> Compared:
+    """How far a value is off, against what moved weights make of it; without float64 also against the rounding of a few operations."""
     try:
         (want,), (got,), (moved,) = (plain({"": v}).values() for v in (want, got, moved))
     except UnsupportedError:
@@ -233,6 +233,8 @@ def compare(pair: Pair, want: Values, got: Values, moved: Values, unit: float) -
     if error is None:
         return Compared(pair, np.inf, problem=problem)
     ratio = np.inf if problem else value_ratio(want, got, moved, unit)
+    if not exact and not problem and want.dtype.kind == "f" and error.size:
+        ratio = min(ratio, float(error.max() / (ARITHMETIC * unit * (np.abs(want[np.isfinite(want)]).max(initial=0.0) or 1.0))))
     if ratio <= FUNCTION_LIMIT or not error.ndim or not error.size:
         return Compared(pair, ratio, problem=problem)
     if want.dtype.kind == "f":
