@@ -282,11 +282,14 @@ def verify(
     example: Any = None,
     allow_cpu_fallback: Iterable[str] = (),
     progress: Progress | None = None,
+    bundle: Path | None = None,
+    force: bool = False,
 ) -> VerifyReport:
     """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
 
     providers: of ONNX Runtime, each by its name, with options as "tensorrt:trt_fp16_enable=1"; or PyTorch's devices. allow_cpu_fallback:
     types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
+    bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
     """
     from .verify import verify as verify_models
 
@@ -302,6 +305,8 @@ def verify(
             input_shapes=None if input_shapes is None else dict(input_shapes),
             example=example,
             progress=progress,
+            bundle=None if bundle is None else Path(bundle),
+            force=force,
         )
 
 

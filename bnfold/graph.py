@@ -109,6 +109,17 @@ class Param:
         return by if self.update is None else by.after(self.update)
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A BatchNorm as its file states it: vectors of its channels in float64."""
+
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    epsilon: float
+
+
 @dataclass(eq=False)
 class Node:
     """An operator. inputs: the values that flow in; params: its constants by role; attrs: what its rule asks for."""

@@ -258,6 +258,24 @@ class Certified:
     reason: str
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The first layer at which two models part, and the worst place in it.
+
+    what: "output", or the coefficient ("weight", "bias", ...) where no output shows it; position: its element, in the first batch that was
+    fed; expected, found: the numbers there. cause: what explains it, in words; batchnorm: the one whose fold is in question.
+    """
+
+    layer: str
+    channel: int | None
+    position: tuple[int, ...]
+    expected: float | None
+    found: float | None
+    cause: str
+    what: str = "output"
+    batchnorm: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport(Report):
     schema = "bnfold.verify/1"
@@ -265,8 +283,11 @@ class VerifyReport(Report):
     levels: Levels
     outputs: tuple[OutputError, ...] = ()
     first_difference: str | None = None
+    difference: Difference | None = None
+    bundle: str = ""  # the folder that shows the first difference by itself, where one was written
     reason: str = ""  # one sentence: why this verdict
     certificate: Certified | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

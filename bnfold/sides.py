@@ -115,39 +115,39 @@ class Renamed:
     """A subject whose inputs and outputs go by another's names (see `subject.Subject`). inputs, outputs: its own, by the other's."""
 
     def __init__(self, subject: Subject, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-        self._subject = subject
-        self._own_inputs, self._own_outputs = dict(inputs), dict(outputs)
+        self.subject = subject
+        self.own_inputs, self.own_outputs = dict(inputs), dict(outputs)
         self._inputs = {own: name for name, own in inputs.items()}
         self._outputs = {own: name for name, own in outputs.items()}
 
     @property
     def roundoff(self) -> float:
-        return self._subject.roundoff
+        return self.subject.roundoff
 
     @property
     def optimisations(self) -> tuple[str, ...]:
-        return self._subject.optimisations
+        return self.subject.optimisations
 
     def inputs(self) -> list[InputSpec]:
         import dataclasses
 
-        return [dataclasses.replace(spec, name=self._inputs.get(spec.name, spec.name)) for spec in self._subject.inputs()]
+        return [dataclasses.replace(spec, name=self._inputs.get(spec.name, spec.name)) for spec in self.subject.inputs()]
 
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
-        fed, defaults, outputs = self._subject.ports()
+        fed, defaults, outputs = self.subject.ports()
         return _named(fed, self._inputs), defaults, _named(outputs, self._outputs)
 
     def example(self) -> Batch | None:
-        made = self._subject.example()
+        made = self.subject.example()
         return None if made is None else {self._inputs.get(name, name): array for name, array in made.items()}
 
     def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
-        shapes = None if input_shapes is None else {self._own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
-        made = self._subject.random(batch=batch, seed=seed, input_shapes=shapes)
+        shapes = None if input_shapes is None else {self.own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
+        made = self.subject.random(batch=batch, seed=seed, input_shapes=shapes)
         return {self._inputs.get(name, name): array for name, array in made.items()}
 
     def plan(self, *, clone: bool = False) -> Plan:
-        plan = self._subject.plan(clone=clone)
+        plan = self.subject.plan(clone=clone)
         for node in plan.graph.nodes:
             for value in node.inputs:
                 if value.producer is None:
@@ -155,24 +155,24 @@ class Renamed:
         return Plan(plan.graph, {self._outputs.get(name, name): value for name, value in plan.outputs.items()}, plan.outcomes)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
-        return _Renaming(self._subject.oracle(jitter=jitter, outputs=outputs), self._own_inputs, self._outputs)
+        return _Renaming(self.subject.oracle(jitter=jitter, outputs=outputs), self.own_inputs, self._outputs)
 
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
-        runner = self._subject.deployed(provider, optimisation, jitter=jitter, precision=precision)
-        return _Renaming(runner, self._own_inputs, self._outputs)
+        runner = self.subject.deployed(provider, optimisation, jitter=jitter, precision=precision)
+        return _Renaming(runner, self.own_inputs, self._outputs)
 
     def precisions(self, provider: str) -> tuple[str, ...]:
-        return self._subject.precisions(provider)
+        return self.subject.precisions(provider)
 
     def require(self, provider: str) -> None:
-        self._subject.require(provider)
+        self.subject.require(provider)
 
     def layers(self) -> dict[str, str]:
-        return self._subject.layers()
+        return self.subject.layers()
 
     def folded(self) -> Subject | None:
-        folded = self._subject.folded()
-        return None if folded is None else Renamed(folded, self._own_inputs, self._own_outputs)
+        folded = self.subject.folded()
+        return None if folded is None else Renamed(folded, self.own_inputs, self.own_outputs)
 
 
 def _named(ports: list[Port], names: Mapping[str, str]) -> list[Port]:

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bundle import ready, with_bundle
 from .correspondence import Correspondence, correspond
 from .errors import BnfoldError, DataError, UnsupportedError
 from .exercise import another, given, interface_difference, moved, random
@@ -34,6 +36,7 @@ from .levels import (
     deployed_ratio,
     function_ratio,
 )
+from .localise import Located, localise, localise_runtime
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
 from .sides import sides
 from .subject import Runner, Subject
@@ -61,15 +64,20 @@ def verify(
     example: Any = None,
     progress: Progress | None = None,
     oracle_only: bool = False,
+    bundle: Path | None = None,
+    force: bool = False,
 ) -> VerifyReport:
     """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
 
     batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     example: how a PyTorch module is called, where neither the other side nor the data show it.
-    oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    oracle_only: leave the third level out. bundle: a folder for what shows the first difference by itself (see `bundle`); force: also
+    where it exists and isn't empty. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
+    if bundle is not None:
+        ready(bundle, force=force)
     first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     check = _Check(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
     feeds: Iterable[Batch]
@@ -78,6 +86,8 @@ def verify(
     else:
         feeds = given(check.reference, batches, samples, batch_size)
     report = check.run(feeds, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
+    if bundle is not None:
+        report = with_bundle(report, check.at, check.fed, bundle, force=force)
     return _timed(report, start)
 
 
@@ -122,6 +132,8 @@ class _Check:
         self.made_up, self.thorough = made_up, thorough
         self.measured: dict[str, _Measured] = {}
         self.ratios: dict[str, float] = {}
+        self.at: Located | None = None  # where the two part
+        self.fed: Batch | None = None  # and on what
         self.unsteady = ""  # why the reference is no function of its inputs
 
     def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int) -> VerifyReport:
@@ -141,13 +153,22 @@ class _Check:
             text = "the outputs agree to rounding while most coefficients differ: the same function in another form"
             coefficients = Coefficients("skipped", coefficients.checked, coefficients.worst, text)
         verdict, reason = self.verdict(coefficients, function, rows, truth)
-        first = self.first_difference(found, coefficients, truth, function) if verdict == "different" else None
+        located = self.located(found, coefficients, truth, function, rows) if verdict == "different" else None
+        self.at = located
+        first = located.difference.layer if located is not None else None
+        if verdict == "different" and first is None:
+            first = self.first_difference(found, coefficients, truth, function)
         outputs = tuple(
             OutputError(name, m.tally.peak, m.tally.peak / (m.scale.largest or 1.0), self.ratios.get(name, m.ratio if not rows else 0.0))
             for name, m in self.measured.items()
         )
         return VerifyReport(
-            verdict=verdict, levels=Levels(coefficients, function, tuple(rows)), outputs=outputs, first_difference=first, reason=reason
+            verdict=verdict,
+            levels=Levels(coefficients, function, tuple(rows)),
+            outputs=outputs,
+            first_difference=first,
+            reason=reason,
+            difference=None if located is None else located.difference,
         )
 
     # --- level 1 ----------------------------------------------------------------------------------------------------------------
@@ -355,6 +376,23 @@ class _Check:
             if tally.problem or tally.peak > 1e-9 * (truth.scale(name, 0.0).largest or 1.0):
                 return f"the reference differs from itself between two runs, in output {name}"
         return ""
+
+    def located(
+        self, found: Correspondence | None, coefficients: Coefficients, truth: Truth | None, function: Function, rows: list[Deployment]
+    ) -> Located | None:
+        """Where the two part, and why (see `localise`)."""
+        self.progress("first difference", 0, None)
+        self.fed = feeds = truth.feeds[0] if truth is not None and truth.feeds else None
+        differ = function.verdict == "different", coefficients.verdict == "different"
+        try:
+            if any(differ):
+                return localise(self.reference, self.candidate, feeds, found, values=differ[0], coefficients=differ[1])
+            wrong = {row.optimisation: row.provider for row in rows if row.verdict == "different"}
+            if set(wrong) == {"on"} and feeds is not None:
+                return localise_runtime(self.reference, self.candidate, feeds, wrong["on"])
+        except BnfoldError:
+            pass
+        return None
 
     def first_difference(
         self, found: Correspondence | None, coefficients: Coefficients, truth: Truth | None, function: Function

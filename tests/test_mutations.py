@@ -166,8 +166,8 @@ def test_number_that_is_none(where, value):
     ("name", "attribute", "first"),
     [
         ("node_sum_relu", None, "node_sum_relu"),
-        ("node_stem", ("pads", [0, 0, 2, 2]), "node_stem_bn"),  # the first value that both have
-        ("node_grouped", ("strides", [2, 1]), "node_grouped_bn"),
+        ("node_stem", ("pads", [0, 0, 2, 2]), "node_stem"),
+        ("node_grouped", ("strides", [2, 1]), "node_grouped"),
     ],
 )
 def test_operator_changed(name, attribute, first):

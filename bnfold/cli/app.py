@@ -211,6 +211,7 @@ def verify(
     against: o.Against = None,
     data: o.MaybeData = None,
     baseline: o.Baseline = None,
+    bundle: o.Bundle = None,
 ) -> int:
     """Decide whether two models compute the same function.
 
@@ -241,10 +242,14 @@ def verify(
             input_shapes=shaping.shapes(one),
             example=shaping.call(one, data),
             progress=job.progress,
+            bundle=bundle,
+            force=reporting.force,
         )
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
         job.finish(report, show.verify)
+        if report.bundle:
+            job.say(f"written: {report.bundle}")
         check.tell(job)
         if worse:
             job.fail(check.problem)

@@ -71,6 +71,10 @@ Evaluate = Annotated[
 Html = Annotated[
     Path | None, _option("--html", panel=OUTPUT, metavar="FILE.html", help="The report as a page: a table and a chart of the drift.")
 ]
+Bundle = Annotated[
+    Path | None,
+    _option("--bundle", panel=OUTPUT, metavar="DIR", help="Where the models differ, write the part that shows it, with a script."),
+]
 MemoryBudget = Annotated[
     str, typer.Option("--memory-budget", metavar="SIZE", help="Activations held in memory before they spill to disk.", rich_help_panel=DATA)
 ]

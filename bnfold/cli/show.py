@@ -142,6 +142,14 @@ def verify(console: Console, report: VerifyReport) -> None:
         _rows(console, ("output", "largest difference", "relative", "error ratio"), figures, prose=False)
     if report.first_difference:
         console.print(f"first difference: {report.first_difference}")
+    if report.difference is not None:
+        d = report.difference
+        place = f"channel {d.channel}, at {_place(d.position)}: " if d.channel is not None else ""
+        numbers = f"{d.found:.6g} where {d.expected:.6g} is expected" if d.expected is not None and d.found is not None else ""
+        console.print(f"  {d.what}, {place}{numbers}", highlight=False)
+        console.print(Text(f"  likely cause: {d.cause}"))
+    for note in report.notes:
+        console.print(note)
     _verdict(console, "verdict", report)
     if report.certificate is not None:
         console.print(report.certificate.reason)
@@ -207,6 +215,10 @@ def _certificate(console: Console, found: Mapping[str, Any]) -> None:
         names = ", ".join(given(each, "name", str) for each in given(entry, "inputs", list)) or "a model in memory"
         said = given(entry, "verdict", str) or "no verdict"
         console.print(f"  before that: {given(entry, 'made_by', str)} of {names}, {said}, bnfold {given(entry, 'bnfold', str)}")
+
+
+def _place(position: Sequence[int]) -> str:
+    return "(" + ", ".join(map(str, position)) + ")"
 
 
 def _title(step: str) -> Text:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...affine import Array
-from ...graph import Layout, Param
+from ...graph import Layout, Norm, Param
 from .lower import Lowering
 from .ops_crossing import several, used
 from .walk import arg, attribute, number, whole
@@ -56,6 +56,8 @@ def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
         ctx.site(node, ctx.nodes[-1], channels, is_batchnorm=True, refusal="its parameters are quantised")
         return None
     attrs = {"gain": gain, "mean": mean.reshape(shape), "dead": int((gamma == 0).sum())}
+    vectors = [np.asarray(c, np.float64).ravel() for c in constants]
+    attrs["norm"] = Norm(vectors[0], vectors[1], vectors[2], vectors[3], number(node, "epsilon", 1e-5))
     made = ctx.emit("Affine", node, [x], attrs, params, {"gamma": 1, "beta": 2})
     odd = ctx.opset < 9 and not attribute(node, "spatial", 1) and gamma.ndim == 1 and rank > 2
     note = "its file says spatial=0, but its parameters are one per channel: read as spatial=1" if odd else ""

@@ -7,7 +7,7 @@ CPU provider has no convolution in float64. Values are dropped after their last 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -65,6 +65,11 @@ class Oracle:
             results = self._evaluator.run(self._outputs, {name: widen(array) for name, array in feeds.items()})
         return dict(zip(self._outputs, results, strict=True))
 
+    def stream(self, feeds: Batch, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """These values as they are computed, each given out once and then no longer held than the model needs it."""
+        check_feeds(feeds, inputs(self._model, feeds), self._optional, any_float=True)
+        yield from self._evaluator.stream(names, {name: widen(array) for name, array in feeds.items()})
+
 
 class _Evaluator(ReferenceEvaluator):
     """The reference evaluator with our operators, in functions and subgraphs too, holding values no longer than needed."""
@@ -75,7 +80,7 @@ class _Evaluator(ReferenceEvaluator):
             body.CopyFrom(proto)
             to_float64(body)
             proto = body
-        self._dead: dict[tuple[str, ...], list[list[str]]] = {}
+        self._dead: list[list[str]] | None = None
         super().__init__(proto, *args, **kwargs)
 
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
@@ -113,8 +118,17 @@ class _Evaluator(ReferenceEvaluator):
     ) -> Any:
         """Evaluate node by node. Signature and meaning as in the base class, without checks of shape annotations."""
         wanted = list(self.output_names if output_names is None else output_names)
+        found = dict(self.stream(wanted, feed_inputs, attributes))
+        return [found[name] for name in wanted]
+
+    def stream(
+        self, names: Iterable[str], feed_inputs: dict[str, Any], attributes: dict[str, Any] | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """The values of these names, each as soon as it is there."""
+        wanted = set(names)
         results: dict[str, Any] = {"": None, **self.rt_inits_, **feed_inputs}
-        for node, dead in zip(self.rt_nodes_, self._last_uses(tuple(wanted)), strict=True):
+        yield from ((name, value) for name, value in results.items() if name in wanted)
+        for node, dead in zip(self.rt_nodes_, self._last_uses(), strict=True):
             extra: dict[str, Any] = {"context": results} if node.need_context() else {}
             if node.has_linked_attribute and attributes:
                 extra["linked_attributes"] = attributes
@@ -131,20 +145,20 @@ class _Evaluator(ReferenceEvaluator):
             widened = (widen(value) if isinstance(value, np.ndarray) else value for value in outputs)
             results.update(zip(node.output, widened, strict=False))
             results[""] = None
+            yield from ((name, results[name]) for name in node.output if name in wanted)
             for name in dead:
                 results.pop(name, None)
-        return [results[name] for name in wanted]
 
-    def _last_uses(self, wanted: tuple[str, ...]) -> list[list[str]]:
+    def _last_uses(self) -> list[list[str]]:
         """For each node, the values that nobody needs after it. What came in from outside stays with its owner."""
-        if wanted not in self._dead:
-            seen, dead = {"", *wanted}, []
+        if self._dead is None:
+            seen, dead = {""}, []
             for node in reversed(self.rt_nodes_):
                 names = {*_reads(node.onnx_node), *node.output} - seen
                 dead.append(sorted(names))
                 seen |= names
-            self._dead[wanted] = dead[::-1]
-        return self._dead[wanted]
+            self._dead = dead[::-1]
+        return self._dead
 
 
 class _Operator(OpRun):

@@ -23,6 +23,7 @@ from .write import inlined
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
+    from .inside import OnnxNetwork
 
 # Rounding spreads an error evenly over one unit in the last place: variance 1/12. A stored number can only move by whole units, so
 # one in twelve moves by one: the same variance.
@@ -110,6 +111,12 @@ class OnnxSubject:
 
     def layers(self) -> dict[str, str]:
         return {v.name: name_of(node) for node in self.model.graph for v in node.outputs if v.name}
+
+    def network(self) -> OnnxNetwork:
+        """See `bnfold.inside`."""
+        from .inside import OnnxNetwork
+
+        return OnnxNetwork(self)
 
     def folded(self) -> OnnxSubject | None:
         from .fuse import fuse

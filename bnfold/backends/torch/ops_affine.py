@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx import Node as Op
 
 from ...affine import Affine, Array
-from ...graph import Layout, Param
+from ...graph import Layout, Norm, Param
 from .lower import Lowering, Slot, vector
 from .walk import arguments, frame, frames, is_float, operator_name
 
@@ -65,7 +65,10 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
             shift = params[role].read()
         params, slots = {}, {}
     dead = 0 if constants[0] is None else int((constants[0] == 0).sum())
-    attrs = {"gain": gain, "mean": mean, "shift": shift, "dead": dead}
+    ones, zeros = np.ones(channels), np.zeros(channels)
+    vectors = [default if c is None else np.ravel(c) for c, default in zip(constants, (ones, zeros, zeros, ones), strict=True)]
+    norm = Norm(vectors[0], vectors[1], vectors[2], vectors[3], float(given["eps"]))
+    attrs = {"gain": gain, "mean": mean, "shift": shift, "dead": dead, "norm": norm}
     made = ctx.emit("Affine", op, [x], attrs, params, slots, output=None if out is op else out)
     ctx.done.update(items.values())
     ctx.site(key, made, channels, is_batchnorm=True, name=name)

@@ -22,6 +22,7 @@ from .walk import FLOATS, frame
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
+    from .inside import TorchNetwork
 
 # The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
 NAMES = {
@@ -111,6 +112,12 @@ class TorchSubject:
 
     def layers(self) -> dict[str, str]:
         return {op.name: frame(op) or op.name for op in inner(self.traced)}
+
+    def network(self) -> TorchNetwork:
+        """See `bnfold.inside`."""
+        from .inside import TorchNetwork
+
+        return TorchNetwork(self)
 
     def folded(self) -> TorchSubject | None:
         from .fuse import fuse
