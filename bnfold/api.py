@@ -195,8 +195,12 @@ def verify(
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
     progress: Progress | None = None,
+    coefficients_only: bool = False,
 ) -> VerifyReport:
-    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`)."""
+    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
+
+    coefficients_only: the first alone, which runs neither model.
+    """
     from .verify import verify as verify_models
 
     return verify_models(
@@ -210,6 +214,7 @@ def verify(
         input_shapes=None if input_shapes is None else dict(input_shapes),
         example=example,
         progress=progress,
+        coefficients_only=coefficients_only,
     )
 
 

@@ -10,8 +10,9 @@ a runtime's optimiser makes of a right model shows only there.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ import numpy as np
 
 from .correspondence import Correspondence, correspond
 from .errors import BnfoldError, DataError, UnsupportedError
-from .exercise import another, given, interface_difference, moved, random
+from .exercise import another, given, interface_difference, moved, random, resized
+from .graph import Graph, Value
 from .levels import (
     DEPLOYED_LIMIT,
     FEW,
@@ -32,6 +34,8 @@ from .levels import (
     Truth,
     deployed_ratio,
     function_ratio,
+    plain,
+    varies,
 )
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
 from .sides import sides
@@ -60,20 +64,25 @@ def verify(
     example: Any = None,
     progress: Progress | None = None,
     oracle_only: bool = False,
+    coefficients_only: bool = False,
 ) -> VerifyReport:
     """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
 
     batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     example: how a PyTorch module is called, where neither the other side nor the data show it.
-    oracle_only: leave the third level out. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing.
+    Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
     first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     check = _Check(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
+    if coefficients_only:
+        return _timed(check.coefficients_only(), start)
     feeds: Iterable[Batch]
     if batches is None:
-        feeds = random(check.reference, check.candidate, samples, batch_size, seed, input_shapes)
+        feeds = made = random(check.reference, check.candidate, samples, batch_size, seed, input_shapes)
+        check.others = resized(first, second, made[0], seed) if input_shapes is None else []
     else:
         feeds = given(check.reference, batches, samples, batch_size)
     report = check.run(feeds, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
@@ -94,8 +103,6 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
 
 
 def _timed(report: VerifyReport, start: float) -> VerifyReport:
-    import dataclasses
-
     return dataclasses.replace(report, seconds=time.perf_counter() - start)
 
 
@@ -124,12 +131,34 @@ class _Check:
         self.measured: dict[str, _Measured] = {}
         self.ratios: dict[str, float] = {}
         self.unsteady = ""  # why the reference is no function of its inputs
+        self.others: list[Batch] = []  # data of other sizes
+
+    def interface(self) -> VerifyReport | None:
+        """The report where the two can't even be called alike."""
+        if not (reason := interface_difference(self.reference, self.candidate)):
+            return None
+        skipped = "the interfaces differ"
+        levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
+        return VerifyReport(verdict="different", levels=levels, reason=reason)
+
+    def coefficients_only(self) -> VerifyReport:
+        """Level 1 alone. What operators do besides their coefficients is not looked at."""
+        if (report := self.interface()) is not None:
+            return report
+        self.progress("coefficients", 0, 1)
+        coefficients, found = self.coefficients()
+        levels = Levels(coefficients, Function("skipped", reason="only the coefficients were asked for"), ())
+        if coefficients.verdict == "different":
+            first = None if found is None else found.mismatches[0].node.name
+            return VerifyReport(verdict="different", levels=levels, first_difference=first, reason=coefficients.reason)
+        if coefficients.verdict == "skipped":
+            return VerifyReport(verdict="inconclusive", levels=levels, reason=coefficients.reason)
+        reason = f"{self._summary(coefficients, [])}; nothing else was compared"
+        return VerifyReport(verdict="equivalent", levels=levels, reason=reason)
 
     def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int) -> VerifyReport:
-        if reason := interface_difference(self.reference, self.candidate):
-            skipped = "the interfaces differ"
-            levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
-            return VerifyReport(verdict="different", levels=levels, reason=reason)
+        if (report := self.interface()) is not None:
+            return report
         for provider in providers:
             for side in (self.reference, self.candidate):
                 side.require(provider)
@@ -140,8 +169,11 @@ class _Check:
         rows = [row for p in providers for row in self.deployment(truth, lacking, p)]
         if found is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and found.may_be_another_form:
             text = "the outputs agree to rounding while most coefficients differ: the same function in another form"
-            coefficients = Coefficients("skipped", coefficients.checked, coefficients.worst, text)
+            coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=text)
         verdict, reason = self.verdict(coefficients, function, rows, truth)
+        uncertain = verdict == "equivalent" and self.thorough and coefficients.verdict != "equivalent"
+        if uncertain and truth is not None and (dead := self.dead(truth)):
+            verdict, reason = "inconclusive", f"not all was exercised: on these data {dead} gives the same whatever it is fed"
         first = self.first_difference(found, coefficients, truth, function) if verdict == "different" else None
         outputs = tuple(
             OutputError(name, m.tally.peak, m.tally.peak / (m.scale.largest or 1.0), self.ratios.get(name, m.ratio if not rows else 0.0))
@@ -185,11 +217,11 @@ class _Check:
 
     def _truth(self, make: Callable[..., Runner], feeds: list[Batch], seed: int) -> Truth:
         self.progress("reference", 0, None)
-        truth = Truth(make().run, feeds)
+        truth = Truth(make().run, feeds, others=self.others)
         sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in truth.expected]
         if 0 < sum(sizes) < ENOUGH:
             times = min(-(-(ENOUGH - sum(sizes)) // sum(sizes)), 2 * ENOUGH // len(sizes))
-            truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)])
+            truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)], others=self.others)
         self.progress("yardstick", 0, None)
         truth.measure(lambda k: make(jitter=seed + k + 1).run, least=FEW if self.thorough or sum(sizes) < PLENTY else 1)
         return truth
@@ -222,10 +254,17 @@ class _Check:
             where = f" ({worst.tally.where})" if worst.tally.where and worst.tally.part >= worst.ratio else ""
             text = f"output {name}{where} is off by {worst.ratio:.3g} times what rounded weights explain"
             return Function("different", error, yardstick, text)
-        counts = [int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size for outputs in truth.expected for a in outputs.values()]
-        if not sum(counts):
-            empty = not sum(a.size for outputs in truth.expected for a in outputs.values())
-            return Function("inconclusive", reason="all outputs are empty" if empty else "all outputs of both models are NaN or infinite")
+        sizes: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        for outputs in truth.expected:
+            for name, a in outputs.items():
+                sizes[name] = sizes.get(name, 0) + a.size
+                counts[name] = counts.get(name, 0) + (int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size)
+        if not any(sizes.values()):
+            return Function("inconclusive", reason="all outputs are empty")
+        if numberless := [name for name in sizes if sizes[name] and not counts[name]]:
+            which = "all outputs" if len(numberless) == len(sizes) else f"all numbers of output {numberless[0]}"
+            return Function("inconclusive", reason=f"{which} of both models are NaN or infinite")
         return Function("equivalent", error, yardstick, how)
 
     # --- level 3 ----------------------------------------------------------------------------------------------------------------
@@ -316,6 +355,11 @@ class _Check:
             return "inconclusive", "nothing was exercised: the model has no inputs"
         if self.thorough and truth.constant(lambda batch: another(self.reference, batch)):
             return "inconclusive", "nothing was exercised: the reference answers the same whatever it is fed"
+        if self.thorough and truth.constant(lambda batch: another(self.reference, batch), self.unit):
+            return (
+                "inconclusive",
+                "nothing was exercised: the reference's answers differ by less than its stored type tells (saturated?)",
+            )
         if "equivalent" not in (function.verdict, *(row.verdict for row in rows)):
             return "inconclusive", f"neither model's outputs could be compared: {function.reason}"
         return "equivalent", self._summary(coefficients, rows)
@@ -324,6 +368,8 @@ class _Check:
         parts = []
         if coefficients.verdict == "equivalent":
             parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
+        elif coefficients.batchnorms:
+            parts.append(f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms could be certified by their coefficients")
         if self.measured:
             parts.append(f"outputs differ by {max(m.ratio for m in self.measured.values()):.2g} times what rounded weights explain")
         if ratios := [row.ratio for row in rows if row.verdict == "equivalent"]:
@@ -341,6 +387,28 @@ class _Check:
         for name, tally in tallies.items():
             if tally.problem or tally.peak > 1e-9 * (truth.scale(name, 0.0).largest or 1.0):
                 return f"the reference differs from itself between two runs, in output {name}"
+        return ""
+
+    def dead(self, truth: Truth) -> str:
+        """The first layer of the reference whose output is the same on different data though data reach it; "" where there is none.
+
+        What stands before it could be anything, and no output would show it.
+        """
+        try:
+            graph = self.reference.plan().graph
+            layers = self.reference.layers()
+            alive = {id(v) for v in _fed(graph)}
+            names = [v.name for node in graph.nodes for v in node.outputs if id(v) in alive and v.name in layers and node.op != "Barrier"]
+            one = truth.feeds[0]
+            other = another(self.reference, one)
+            for start in range(0, len(names), CHUNK):
+                run = _only(self.reference, names[start : start + CHUNK])
+                first, second = plain(run(one)), plain(run(other))
+                for name, array in first.items():
+                    if array.dtype.kind == "f" and array.size and not varies([array, second[name]]):
+                        return layers[name]
+        except BnfoldError:
+            return ""
         return ""
 
     def first_difference(
@@ -384,6 +452,15 @@ class _Check:
                         continue
                 return layers[name]
         return None
+
+
+def _fed(graph: Graph) -> Iterator[Value]:
+    """The values that data reach. Where an operator isn't known, what it gives may be a size, so nothing is said of what follows."""
+    reached = {v for node in graph.nodes for v in node.inputs if v.producer is None}
+    for node in graph.nodes:
+        if node.op != "Barrier" and any(v in reached for v in node.inputs):
+            reached.update(node.outputs)
+            yield from node.outputs
 
 
 CHUNK = 64  # inner values looked at in one run, so that they needn't all be held

@@ -152,6 +152,9 @@ def verify(
     checking: o.Checking,
     data: o.MaybeData = None,
     baseline: o.Baseline = None,
+    coefficients_only: Annotated[
+        bool, typer.Option("--coefficients-only", help="Compare coefficients alone, which takes no data and runs neither model.")
+    ] = False,
 ) -> int:
     """Decide whether two models compute the same function.
 
@@ -159,9 +162,11 @@ def verify(
     """
     from .. import api
 
+    if coefficients_only and data is not None:
+        raise UsageError("--data and --coefficients-only exclude each other: coefficients are compared without data")
     check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
     with reporting.job(check) as job:
-        providers = running.providers(reference, candidate)
+        providers = ("cpu",) if coefficients_only else running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         report = api.verify(
             one,
@@ -174,6 +179,7 @@ def verify(
             input_shapes=shaping.shapes(one),
             example=shaping.call(one, data),
             progress=job.progress,
+            coefficients_only=coefficients_only,
         )
         worse = check.compare(report)
         job.finish(report, show.verify)

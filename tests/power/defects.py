@@ -121,7 +121,9 @@ class OnnxNet:
         return next((a.i for a in self.nodes[name].attribute if a.name == "group"), 1)
 
     def padded(self) -> list[str]:
-        pads = {n.name: list(next((a.ints for a in n.attribute if a.name == "pads"), ())) for n in self.nodes.values() if n.op_type == "Conv"}
+        pads = {
+            n.name: list(next((a.ints for a in n.attribute if a.name == "pads"), ())) for n in self.nodes.values() if n.op_type == "Conv"
+        }
         return [name for name, found in pads.items() if any(found)]
 
     def norm_before(self, name: str, arrays: dict[str, Array]) -> None:
@@ -131,9 +133,7 @@ class OnnxNet:
         self.model.graph.initializer.extend(
             numpy_helper.from_array(arrays[role].astype(kind), n) for role, n in zip(STATISTICS, names, strict=True)
         )
-        made = helper.make_node(
-            "BatchNormalization", [node.input[0], *names], [f"{name}.before"], name=f"{name}.before", epsilon=1e-5
-        )
+        made = helper.make_node("BatchNormalization", [node.input[0], *names], [f"{name}.before"], name=f"{name}.before", epsilon=1e-5)
         node.input[0] = f"{name}.before"
         place = next(i for i, n in enumerate(self.model.graph.node) if n.name == name)
         self.model.graph.node.insert(place, made)
@@ -359,11 +359,8 @@ def _groups(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random
     site, wrong = _one(rng, grouped), folded.copy()
     weight, g = wrong.weight(site.into), wrong.groups(site.into)
     per = len(weight) // g
-    if per > 1 and g > 1:
-        weight = weight.reshape(g, per, *weight.shape[1:]).swapaxes(0, 1).reshape(weight.shape)
-    else:
-        weight = weight[::-1]
-    wrong.set(site.into, weight.copy())
+    mixed = weight.reshape(g, per, *weight.shape[1:]).swapaxes(0, 1).reshape(weight.shape)
+    wrong.set(site.into, mixed if per > 1 else weight[::-1].copy())
     return Seeded(net, wrong, np.inf)
 
 

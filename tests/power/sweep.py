@@ -137,7 +137,10 @@ def _torch(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator
             report,
             lambda net: TorchNet(own(net.model, example)),
             lambda one, other: verify(
-                reference if one.model is module else one.model, other.model, example=example if one.model is not module else None, **_sizes()
+                reference if one.model is module else one.model,
+                other.model,
+                example=None if one.model is module else example,
+                **_sizes(),
             ),
             lambda net: _torch_outputs(net.model, data, dtype),
         )
@@ -165,7 +168,8 @@ def _defects(
     outputs: Callable[[Any], Outputs],
 ) -> Iterator[dict[str, Any]]:
     merged = {branch for m in report.merged for branch in m.branches}
-    sites = [Site(l.name, l.into[0]) for l in report.layers if l.verdict == "folded" and len(l.into) == 1 and not {*l.into} & merged]
+    folds = [layer for layer in report.layers if layer.verdict == "folded" and len(layer.into) == 1]
+    sites = [Site(layer.name, layer.into[0]) for layer in folds if layer.into[0] not in merged]
     usable = []
     for site in sites:
         try:
