@@ -191,7 +191,7 @@ class Truth:
         same = [outputs for outputs in self.expected[1:] if all(outputs[n].shape == self.expected[0][n].shape for n in self.names)]
         others = same or [plain(self._run(probe(self.feeds[0])))]
         return not any(
-            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)], 2 * unit)
+            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)], unit)
             for name in self.names
         )
 

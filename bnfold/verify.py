@@ -355,7 +355,8 @@ class _Check:
             return "inconclusive", "nothing was exercised: the model has no inputs"
         if self.thorough and truth.constant(lambda batch: another(self.reference, batch)):
             return "inconclusive", "nothing was exercised: the reference answers the same whatever it is fed"
-        if self.thorough and truth.constant(lambda batch: another(self.reference, batch), self.unit):
+        certain = coefficients.verdict == "equivalent"
+        if self.thorough and not certain and truth.constant(lambda batch: another(self.reference, batch), self.unit):
             return (
                 "inconclusive",
                 "nothing was exercised: the reference's answers differ by less than its stored type tells (saturated?)",
@@ -371,7 +372,10 @@ class _Check:
         elif coefficients.batchnorms:
             parts.append(f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms could be certified by their coefficients")
         if self.measured:
-            parts.append(f"outputs differ by {max(m.ratio for m in self.measured.values()):.2g} times what rounded weights explain")
+            worst = max(self.measured.values(), key=lambda m: m.ratio)
+            explained = max(worst.noise.peak, worst.scale.floor) / (worst.scale.largest or 1.0)
+            share = f" ({explained:.0e} of the largest number)"
+            parts.append(f"outputs differ by {worst.ratio:.2g} times what rounded weights explain{share}")
         if ratios := [row.ratio for row in rows if row.verdict == "equivalent"]:
             parts.append(f"deployed, the candidate errs at most {max(ratios):.2g} times as much as the reference")
         parts += dict.fromkeys(row.reason for row in rows if row.verdict == "skipped" and row.ratio)

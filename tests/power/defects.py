@@ -305,8 +305,9 @@ def _bias(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.G
 
 
 def _summands(norm: dict[str, Array]) -> Array:
-    """What a shift is made of, which may cancel: |beta| + 2 |s*mean|."""
-    return np.abs(norm["beta"]) + 2 * np.abs(norm["gamma"] * norm["mean"]) / np.sqrt(norm["var"] + 1e-5)
+    """What a shift t is made of, which may cancel, as level 1 counts it: 2 |t| + 2 |s*mean|."""
+    product = norm["gamma"] * norm["mean"] / np.sqrt(norm["var"] + 1e-5)
+    return 2 * np.abs(norm["beta"] - product) + 2 * np.abs(product)
 
 
 @defect("two channels swapped")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -21,19 +20,15 @@ from bnfold.backends.onnx.subject import OnnxSubject
 from bnfold.backends.torch.subject import TorchSubject
 from bnfold.backends.torch.trace import quiet, trace
 
-NAMES = """
-tabular crepe pointnet unet resnet18 mobilenet_v2 shufflenet_v2_x0_5 ghostnet_100 repvgg_a0 regnet_y_400mf efficientnet_b0 mobileone_s0
-densenet121 googlenet
-""".split()  # noqa: SIM905
-HEAVY = {"mobileone_s0", "densenet121", "googlenet", "efficientnet_b0", "ghostnet_100"}  # torch.export takes long: not swept as modules
-HALF = {np.float16, torch.float16, torch.bfloat16}
 OPSET = 18
 
 
 def network(name: str, seed: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
-    from architectures.list import make  # beside this package; `python -m tests.power` puts it on the path
+    from architectures.list import OWN, make, measured  # beside this package; `python -m tests.power` puts it on the path
 
     module, shape = make(name, seed)
+    if name not in OWN:  # with random statistics, the signal fades in the deep ones
+        module = measured(module, shape)
     return module.to(dtype), shape
 
 
@@ -152,6 +147,12 @@ class RememberedOnnx(OnnxSubject):
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(from_proto(model))
         self.memory = _Memory()
+        self.plans: dict[bool, Any] = {}
+
+    def plan(self, *, clone: bool = False) -> Any:
+        if clone not in self.plans:
+            self.plans[clone] = super().plan(clone=clone)
+        return self.plans[clone]
 
     def oracle(self, **kwargs: Any) -> Any:
         return self.memory.of(("oracle", *map(str, kwargs.items())), lambda: super(RememberedOnnx, self).oracle(**kwargs))
@@ -164,6 +165,12 @@ class RememberedTorch(TorchSubject):
     def __init__(self, module: nn.Module, example: torch.Tensor) -> None:
         super().__init__(trace(module, example))
         self.memory = _Memory()
+        self.plans: dict[bool, Any] = {}
+
+    def plan(self, *, clone: bool = False) -> Any:
+        if clone not in self.plans:
+            self.plans[clone] = super().plan(clone=clone)
+        return self.plans[clone]
 
     def oracle(self, **kwargs: Any) -> Any:
         return self.memory.of(("oracle", *map(str, kwargs.items())), lambda: super(RememberedTorch, self).oracle(**kwargs))
