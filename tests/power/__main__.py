@@ -60,7 +60,8 @@ def main() -> int:
 
 def one(name: str, seeds: int, limit: int) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.power.sweep", name, "--seeds", str(seeds)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = os.environ | one_thread | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:

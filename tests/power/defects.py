@@ -234,7 +234,7 @@ class TorchNet:
 
 @dataclass(frozen=True)
 class Site:
-    """A BatchNorm and the layer that it folds into."""
+    """A BatchNorm and the layer that it folds into, "" where it stays."""
 
     norm: str
     into: str
@@ -264,7 +264,7 @@ def defect(title: str) -> Callable[[Defect], Defect]:
 
 def _upwards(net: Net, folded: Net, sites: list[Site]) -> list[Site]:
     """Those whose layer has as many outputs as the BatchNorm has channels."""
-    return [s for s in sites if len(net.norm(s.norm)["gamma"]) == len(folded.weight(s.into)) and folded.bias(s.into) is not None]
+    return [s for s in sites if s.into and len(net.norm(s.norm)["gamma"]) == len(folded.weight(s.into)) and folded.bias(s.into) is not None]
 
 
 def _one(rng: np.random.Generator, items: list[Any]) -> Any:
@@ -279,7 +279,9 @@ def _off(old: Array, new: Array, roundoff: float) -> float:
 
 @defect("one channel's weight off by 1e-3")
 def _weight(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    site, wrong = _one(rng, _upwards(net, folded, sites)), folded.copy()
+    if not (places := _upwards(net, folded, sites)):
+        return None
+    site, wrong = _one(rng, places), folded.copy()
     weight = wrong.weight(site.into).copy()
     weight[rng.integers(len(weight))] *= 1.001
     wrong.set(site.into, weight)
@@ -288,7 +290,9 @@ def _weight(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random
 
 @defect("a bias off by 1e-3 of its channel's deviation")
 def _bias(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    site, wrong = _one(rng, _upwards(net, folded, sites)), folded.copy()
+    if not (places := _upwards(net, folded, sites)):
+        return None
+    site, wrong = _one(rng, places), folded.copy()
     bias, norm = wrong.bias(site.into), net.norm(site.norm)
     assert bias is not None
     c = int(rng.integers(len(bias)))
@@ -312,7 +316,9 @@ def _summands(norm: dict[str, Array]) -> Array:
 
 @defect("two channels swapped")
 def _swap(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    site, wrong = _one(rng, _upwards(net, folded, sites)), folded.copy()
+    if not (places := _upwards(net, folded, sites)):
+        return None
+    site, wrong = _one(rng, places), folded.copy()
     weight = wrong.weight(site.into).copy()
     a, b = rng.choice(len(weight), 2, replace=False)
     weight[[a, b]] = weight[[b, a]]
@@ -399,7 +405,9 @@ def _padding(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.rando
 
 @defect("NaN in a weight")
 def _nan(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    site, wrong = _one(rng, sites), folded.copy()
+    if not (places := [site for site in sites if site.into]):
+        return None
+    site, wrong = _one(rng, places), folded.copy()
     weight = wrong.weight(site.into).copy()
     weight.flat[rng.integers(weight.size)] = np.nan
     wrong.set(site.into, weight)
