@@ -57,6 +57,7 @@ class Correspondence:
     """What level 1 found. unpaired: why the structures don't correspond, "" if they do; mismatches are in the reference's order.
 
     certified: of so many BatchNorms of the reference every coefficient was found to be right. remark: what the mismatches look like.
+    unfolded: whether the candidate still has as many BatchNorms.
     """
 
     checked: int
@@ -66,6 +67,7 @@ class Correspondence:
     certified: int = 0
     batchnorms: int = 0
     remark: str = ""
+    unfolded: bool = False
 
     def report(self) -> Coefficients:
         counts = self.certified, self.batchnorms
@@ -129,7 +131,8 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
     sites = [o for o in reference.outcomes if o.site.is_batchnorm]
     certified = sum(bool(nodes) and right.issuperset(nodes) for nodes in (o.into if o.folded else o.site.nodes for o in sites))
     remark = _remark(reference, candidate, mismatches)
-    return Correspondence(checked, worst, tuple(mismatches), unpaired, certified, len(sites), remark)
+    left = sum(o.site.is_batchnorm for o in candidate.outcomes)
+    return Correspondence(checked, worst, tuple(mismatches), unpaired, certified, len(sites), remark, 0 < len(sites) == left)
 
 
 def _stands_out(units: Array, axis: int) -> bool:
@@ -154,7 +157,6 @@ def _scaled(want: Array, have: Array, units: Array, axis: int, limit: float) -> 
 
 def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str:
     """Whether all that differs is statistics, as a recalibration leaves them: no defect of a fold."""
-    weights = [m for m in mismatches if any(role in m.node.params for role in ("weight", "gamma"))]
     mine, theirs = ([o for o in plan.outcomes if o.site.is_batchnorm] for plan in (reference, candidate))
     if mismatches and len(mine) == len(theirs):
         moved: set[Node] = set()
@@ -171,10 +173,11 @@ def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str
             return f"the statistics differ in {found_in}, and nothing else does: a recalibration, not a defect of a fold"
         return ""
     into = {node for o in mine if o.folded for node in o.into}
-    scaled = {m.node for m in weights if m.scaled}
-    if len(scaled) > 1 and 2 * len(scaled) >= len(into) and scaled == {m.node for m in weights if "weight of" in m.text}:
+    scaled = {m.node for m in mismatches if m.scaled}
+    off = {m.node for m in mismatches}
+    if len(scaled) > 1 and 2 * len(scaled) >= max(len(into), len(off)) and into.issuperset(off):
         return (
-            f"the statistics seem to differ in {len(scaled)} layers, where each channel is off by a factor of its own: "
+            f"the statistics seem to differ in {len(off)} layers, where each channel is off by a factor of its own: "
             "compare a fold with the recalibrated model that it was made of"
         )
     return ""

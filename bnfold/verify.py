@@ -132,6 +132,7 @@ class _Check:
         self.ratios: dict[str, float] = {}
         self.unsteady = ""  # why the reference is no function of its inputs
         self.others: list[Batch] = []  # data of other sizes
+        self.unfolded = False
 
     def interface(self) -> VerifyReport | None:
         """The report where the two can't even be called alike."""
@@ -195,6 +196,7 @@ class _Check:
             if not found.unpaired:
                 break
         assert found is not None
+        self.unfolded = found.unfolded
         return found.report(), found
 
     # --- level 2 ----------------------------------------------------------------------------------------------------------------
@@ -367,6 +369,8 @@ class _Check:
 
     def _summary(self, coefficients: Coefficients, rows: list[Deployment]) -> str:
         parts = []
+        if self.unfolded:
+            parts.append(f"nothing is folded: the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}")
         if coefficients.verdict == "equivalent":
             parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
         elif coefficients.batchnorms:

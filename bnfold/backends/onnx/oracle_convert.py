@@ -64,7 +64,7 @@ def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
     if data_type not in _FORMATS:
         return array
     bits, smallest = _FORMATS[data_type]
-    array = np.array(array, np.float64, order="C", copy=None)
+    shape, array = array.shape, np.asarray(array, np.float64, order="C").reshape(-1)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     moved = np.subtract(rng.random(array.shape, np.float32), np.float32(0.5), dtype=np.float64)
     # The exponent's bits alone are the power of two below the number; times 2**(1 - bits), it is a unit in the last place.
@@ -74,7 +74,8 @@ def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
     moved[array == 0] = 0
     with np.errstate(invalid="ignore"):
         moved += array
-    return moved if (still := np.isfinite(array)).all() else np.where(still, moved, array)
+    finite = np.isfinite(array)
+    return (moved if finite.all() else np.where(finite, moved, array)).reshape(shape)
 
 
 def controls(graph: onnx.GraphProto) -> frozenset[str]:
