@@ -23,9 +23,20 @@ from bnfold.backends.torch.trace import quiet, trace
 OPSET = 18
 
 
-def network(name: str, seed: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
-    from architectures.list import OWN, make, measured  # beside this package; `python -m tests.power` puts it on the path
+def grouped() -> nn.Module:
+    """Xie et al. 2017 in the smallest: a block with a grouped convolution, for the ordinary tests."""
+    narrow = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    wide = [nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    last = [nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
+    return nn.Sequential(*narrow, *wide, *last)
 
+
+def network(name: str, seed: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
+    from architectures.list import OWN, lively, make, measured  # beside this package; `python -m tests.power` puts it on the path
+
+    if name == "grouped":
+        torch.manual_seed(seed)
+        return lively(grouped(), seed).eval().to(dtype), (3, 12, 12)
     module, shape = make(name, seed)
     if name not in OWN:  # with random statistics, the signal fades in the deep ones
         module = measured(module, shape)
