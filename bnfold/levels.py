@@ -139,6 +139,7 @@ class Truth:
                         noise.squares.append(np.square(error))
                     else:
                         noise.squares[i] += (np.square(error) - noise.squares[i]) / (seed + 1)
+            del run  # before the next one is made
 
     @property
     def names(self) -> list[str]:

@@ -234,10 +234,11 @@ class TorchNet:
 
 @dataclass(frozen=True)
 class Site:
-    """A BatchNorm and the layer that it folds into, "" where it stays."""
+    """A BatchNorm and the layer that it folds into, "" where it stays. merged: whether other branches go into that layer too."""
 
     norm: str
     into: str
+    merged: bool = False
 
 
 @dataclass
@@ -262,8 +263,9 @@ def defect(title: str) -> Callable[[Defect], Defect]:
     return enter
 
 
-def _upwards(net: Net, folded: Net, sites: list[Site]) -> list[Site]:
-    """Those whose layer has as many outputs as the BatchNorm has channels."""
+def _upwards(net: Net, folded: Net, sites: list[Site], *, merged: bool = True) -> list[Site]:
+    """Those whose layer has as many outputs as the BatchNorm has channels. merged: those too of which only a part is the BatchNorm's."""
+    sites = [s for s in sites if merged or not s.merged]
     return [s for s in sites if s.into and len(net.norm(s.norm)["gamma"]) == len(folded.weight(s.into)) and folded.bias(s.into) is not None]
 
 
@@ -290,7 +292,7 @@ def _weight(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random
 
 @defect("a bias off by 1e-3 of its channel's deviation")
 def _bias(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    if not (places := _upwards(net, folded, sites)):
+    if not (places := _upwards(net, folded, sites, merged=False)):
         return None
     site, wrong = _one(rng, places), folded.copy()
     bias, norm = wrong.bias(site.into), net.norm(site.norm)
@@ -328,7 +330,9 @@ def _swap(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.G
 
 @defect("epsilon 1.1e-5 for 1e-5")
 def _epsilon(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    site, wrong = _one(rng, sites), net.copy()
+    if not (places := [site for site in sites if not site.merged]):
+        return None
+    site, wrong = _one(rng, places), net.copy()
     wrong.scale_epsilon(site.norm, 1.1)
     least = net.norm(site.norm)["var"].min()
     return Seeded(net, fold(wrong), 0.5 * 1e-6 / least / net.roundoff)
@@ -373,7 +377,7 @@ def _groups(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random
 
 @defect("axis confused at equal sizes")
 def _axis(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    square = [s for s in _upwards(net, folded, sites) if net.weight(s.into).shape[0] == net.weight(s.into).shape[1] > 1]
+    square = [s for s in _upwards(net, folded, sites, merged=False) if net.weight(s.into).shape[0] == net.weight(s.into).shape[1] > 1]
     if not square:
         return None
     site, wrong = _one(rng, square), net.copy()

@@ -170,7 +170,7 @@ def _defects(
 ) -> Iterator[dict[str, Any]]:
     merged = {branch for m in report.merged for branch in m.branches}
     folds = [layer for layer in report.layers if layer.verdict == "folded" and len(layer.into) == 1]
-    sites = [Site(layer.name, layer.into[0]) for layer in folds if layer.into[0] not in merged]
+    sites = [Site(layer.name, layer.into[0], layer.into[0] in merged) for layer in folds]
     usable = []
     for site in sites:
         try:
