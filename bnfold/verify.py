@@ -68,7 +68,7 @@ def verify(
 ) -> VerifyReport:
     """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
 
-    batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
+    batches: what to feed; random data where it is None. samples: how many; 2, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     example: how a PyTorch module is called, where neither the other side nor the data show it.
     oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing.
