@@ -284,12 +284,14 @@ def verify(
     progress: Progress | None = None,
     bundle: Path | None = None,
     force: bool = False,
+    coefficients_only: bool = False,
 ) -> VerifyReport:
     """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
 
     providers: of ONNX Runtime, each by its name, with options as "tensorrt:trt_fp16_enable=1"; or PyTorch's devices. allow_cpu_fallback:
     types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
     bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
+    coefficients_only: the first level alone, which runs neither model.
     """
     from .verify import verify as verify_models
 
@@ -307,6 +309,7 @@ def verify(
             progress=progress,
             bundle=None if bundle is None else Path(bundle),
             force=force,
+            coefficients_only=coefficients_only,
         )
 
 

@@ -26,44 +26,68 @@ LIMIT = 4.0  # units of roundoff
 DOUBLE_LIMIT = 2 * LIMIT  # in float64 what they are compared with is rounded as well
 DOUBLE = 2.0**-53
 
-# Where one in two coefficients is off by this much and the outputs still agree to rounding, scales were moved between layers.
-ANOTHER_FORM = 1e-2
+# Where one in two coefficients of several layers is off by this much, relatively and in units of roundoff, and the outputs still agree to
+# rounding, scales were moved between layers.
+ANOTHER_FORM, ANOTHER_FORM_UNITS = 1e-2, 100.0
+
+# In half precision: where nearly all channels of a weight are rounded once, it was worked out in a wider type, and so one that isn't
+# stands out. (Of arithmetic in the stored type itself, a third of the channels with 9 numbers pass for that by chance, fewer with more.)
+HALF = 2.0**-20
+ONCE = 1.01  # units of roundoff, with what float32 arithmetic adds to them
+STANDS_OUT = 1 / 16  # the share of channels
+LEAST_CHANNELS, LEAST_NUMBERS = 16, 8  # of channels, and of numbers in each, that say anything about the others
 
 STATISTICS = ("gain", "mean")  # what of a BatchNorm isn't a parameter
 COMMUTATIVE = {"Add", "Mul", "Mean", "Maximum"}
 
 
 class Mismatch(NamedTuple):
-    """One array that differs. units: its largest error; widespread: whether at least half of it is off by 1 % or more."""
+    """One array that differs. units: its largest error; widespread: whether at least half of it is off by 1 % and 100 units or more;
+    scaled: whether it is a weight of which most channels differ, each by a factor of its own."""
 
     node: Node
     text: str
     units: float
     widespread: bool
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
 class Correspondence:
-    """What level 1 found. unpaired: why the structures don't correspond, "" if they do; mismatches are in the reference's order."""
+    """What level 1 found. unpaired: why the structures don't correspond, "" if they do; mismatches are in the reference's order.
+
+    certified: of so many BatchNorms of the reference every coefficient was found to be right. remark: what the mismatches look like.
+    unfolded: whether the candidate still has as many BatchNorms.
+    """
 
     checked: int
     worst: float
     mismatches: tuple[Mismatch, ...]
     unpaired: str = ""
+    certified: int = 0
+    batchnorms: int = 0
+    remark: str = ""
+    unfolded: bool = False
 
     def report(self) -> Coefficients:
+        counts = self.certified, self.batchnorms
         if self.unpaired:
-            return Coefficients("skipped", self.checked, self.worst, self.unpaired)
+            more = f"; {self.certified} of {self.batchnorms} BatchNorms could be certified" if self.batchnorms else ""
+            return Coefficients("skipped", self.checked, self.worst, self.unpaired + more, *counts)
         if self.mismatches:
-            return Coefficients("different", self.checked, self.worst, self.mismatches[0].text)
+            text = "; ".join(filter(None, (self.remark, self.mismatches[0].text)))
+            return Coefficients("different", self.checked, self.worst, text, *counts)
         if not self.checked:
-            return Coefficients("skipped", reason="no coefficients that a fold could change")
-        return Coefficients("equivalent", self.checked, self.worst)
+            return Coefficients("skipped", 0, 0.0, "no coefficients that a fold could change", *counts)
+        return Coefficients("equivalent", self.checked, self.worst, "", *counts)
 
     @property
     def may_be_another_form(self) -> bool:
-        """Whether the differences are so large that outputs which agree all the same prove another parametrisation of one function."""
-        return len(self.mismatches) > 1 and all(m.widespread for m in self.mismatches)
+        """Whether the differences are so large that outputs which agree all the same prove another parametrisation of one function.
+
+        That takes two layers, of which one undoes what the other does.
+        """
+        return len({m.node for m in self.mismatches}) > 1 and all(m.widespread for m in self.mismatches)
 
 
 def correspond(reference: Plan, candidate: Plan) -> Correspondence:
@@ -72,6 +96,7 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
     hidden = _hidden(reference.outcomes)
     checked, worst = 0, 0.0
     mismatches = []
+    right: set[Node] = set()
     for pair in sorted(pairs, key=lambda pair: pair.reference.index):
         compared = _arrays(pair, hidden)
         if compared is None:
@@ -79,6 +104,7 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
         a, role = pair.reference, pair.role
         want, have, magnitude, unit, tiny = compared
         checked += 1
+        right.add(a)
         try:
             want, have, magnitude = np.broadcast_arrays(want, have, magnitude)
         except ValueError:
@@ -91,12 +117,80 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
         units = np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
         most = float(units.max(initial=0.0))
         worst = max(worst, most)
-        if most > (LIMIT if unit > DOUBLE else DOUBLE_LIMIT):
-            place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[_channel(a, role, units.ndim)]
+        limit = LIMIT if unit > DOUBLE else DOUBLE_LIMIT
+        axis = _channel(a, role, units.ndim)
+        alone = unit > HALF and role == "weight" and most > ONCE and _stands_out(units, axis)
+        if most > limit or alone:
+            place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[axis]
             text = f"the {role} of {a.label} {a.name} is off by {most:.3g} units of roundoff (channel {place})"
-            wide = bool(np.mean(~(error <= ANOTHER_FORM * np.abs(want))) >= 0.5)
-            mismatches.append(Mismatch(a, text, most, wide))
-    return Correspondence(checked, worst, tuple(mismatches), unpaired)
+            text += "" if most > limit else f", where the other channels are within {ONCE:.2g}"
+            large = (error <= ANOTHER_FORM * np.abs(want)) | (units <= ANOTHER_FORM_UNITS)
+            scaled = role == "weight" and _scaled(want, have, units, axis, limit)
+            mismatches.append(Mismatch(a, text, most, bool(np.mean(~large) >= 0.5), scaled))
+    right -= {m.node for m in mismatches}
+    sites = [o for o in reference.outcomes if o.site.is_batchnorm]
+    certified = sum(bool(nodes) and right.issuperset(nodes) for nodes in (o.into if o.folded else o.site.nodes for o in sites))
+    remark = _remark(reference, candidate, mismatches)
+    left = sum(o.site.is_batchnorm for o in candidate.outcomes)
+    return Correspondence(checked, worst, tuple(mismatches), unpaired, certified, len(sites), remark, 0 < len(sites) == left)
+
+
+def _stands_out(units: Array, axis: int) -> bool:
+    """Whether a few channels are off by more than one rounding, and the others aren't."""
+    by_channel = np.moveaxis(units, axis, 0).reshape(units.shape[axis], -1) if units.ndim else units.reshape(1, 1)
+    channels, numbers = by_channel.shape
+    off = int((by_channel.max(1, initial=0.0) > ONCE).sum())
+    return channels >= LEAST_CHANNELS and numbers >= LEAST_NUMBERS and 0 < off <= STANDS_OUT * channels
+
+
+def _scaled(want: Array, have: Array, units: Array, axis: int, limit: float) -> bool:
+    """Whether most channels are off, each by a factor: what other statistics would make of a weight."""
+    a, b, off = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) if x.ndim else x.reshape(1, 1) for x in (want, have, units))
+    if np.mean(off.max(1, initial=0.0) > limit) < 0.5:
+        return False
+    with np.errstate(all="ignore"):
+        factor = (a * b).sum(1, keepdims=True) / np.square(a).sum(1, keepdims=True)
+        # What is left of the error once the factor is taken out, in the units in which it was measured.
+        left = np.abs(b - factor * a) / np.abs(b - a) * off
+    return bool(np.nan_to_num(left, nan=0.0, posinf=0.0).max(initial=0.0) <= 2 * limit)
+
+
+def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str:
+    """Whether all that differs is statistics, as a recalibration leaves them: no defect of a fold."""
+    mine, theirs = ([o for o in plan.outcomes if o.site.is_batchnorm] for plan in (reference, candidate))
+    if mismatches and len(mine) == len(theirs):
+        moved: set[Node] = set()
+        layers = 0
+        for a, b in zip(mine, theirs, strict=True):
+            found = [_statistics_differ(p, q) for p, q in zip(a.site.nodes, b.site.nodes, strict=False)]
+            if None in found or len(a.site.nodes) != len(b.site.nodes):
+                return ""
+            if any(found):
+                layers += 1
+                moved |= {*a.into, *a.site.nodes}
+        if layers and moved.issuperset(m.node for m in mismatches):
+            found_in = f"{layers} of {len(mine)} BatchNorms"
+            return f"the statistics differ in {found_in}, and nothing else does: a recalibration, not a defect of a fold"
+        return ""
+    into = {node for o in mine if o.folded for node in o.into}
+    scaled = {m.node for m in mismatches if m.scaled}
+    off = {m.node for m in mismatches}
+    if len(scaled) > 1 and 2 * len(scaled) >= max(len(into), len(off)) and into.issuperset(off):
+        return (
+            f"the statistics seem to differ in {len(off)} layers, where each channel is off by a factor of its own: "
+            "compare a fold with the recalibrated model that it was made of"
+        )
+    return ""
+
+
+def _statistics_differ(a: Node, b: Node) -> bool | None:
+    """Whether two BatchNorms have other statistics; None where they differ in more than that."""
+    for role in ("gamma", "beta"):
+        if (role in a.params) != (role in b.params):
+            return None
+        if role in a.params and not np.array_equal(_stored(a.params[role]), _stored(b.params[role]), equal_nan=True):
+            return None
+    return any(not np.array_equal(np.asarray(a.attrs.get(role, 0.0)), np.asarray(b.attrs.get(role, 0.0))) for role in STATISTICS)
 
 
 # --- pairing ------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 32  # compared where nobody says how many
 LARGE = 1 << 17  # numbers in one sample; of samples as large as a photograph a few are enough, since they give many outputs
-FEW_SAMPLES = 4
+FEW_SAMPLES = 2
 BATCH = 8
 OTHER_SEED = 2**31 - 1  # of data that differ from what anybody asks for
 
@@ -99,6 +99,30 @@ def _fixed_shapes(
     if not fixed or given:
         return given
     return {name: array.shape for name, array in candidate.random(batch=1, seed=seed, input_shapes=None).items()}
+
+
+def resized(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> list[Batch]:
+    """One sample each of two other sizes, half as large again and an odd one, where both models leave axes open besides the first."""
+    specs = reference.inputs()
+    theirs = {spec.name: spec.shape for spec in candidate.inputs()}
+    open_axes = [
+        (spec.name, axis)
+        for spec in specs
+        for axis, d in enumerate(spec.shape)
+        if axis and not isinstance(d, int) and not isinstance(theirs.get(spec.name, spec.shape)[axis], int)
+    ]
+    if not open_axes or any(spec.name not in batch for spec in specs):
+        return []
+    found = []
+    for times, odd in ((1.5, 0), (0.75, 1)):
+        shapes = {name: list(array.shape) for name, array in batch.items()}
+        for name, axis in open_axes:
+            shapes[name][axis] = max(1, int(times * shapes[name][axis])) | odd
+        for spec in specs:
+            if spec.shape and not isinstance(spec.shape[0], int):
+                shapes[spec.name][0] = 1
+        found.append(reference.random(batch=1, seed=seed, input_shapes={name: tuple(shape) for name, shape in shapes.items()}))
+    return found
 
 
 def another(subject: Subject, batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .affine import Array
-from .errors import UnsupportedError
+from .errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
     from .data import Batch
@@ -96,7 +96,8 @@ class Scale:
 class Truth:
     """The reference's outputs on all samples, and the yardstick."""
 
-    def __init__(self, run: Run, feeds: Iterable[Batch], *, most_bytes: int = 1 << 29) -> None:
+    def __init__(self, run: Run, feeds: Iterable[Batch], *, others: Iterable[Batch] = (), most_bytes: int = 1 << 29) -> None:
+        """others: data of other sizes, left out where the reference doesn't take them. most_bytes: of outputs and their noise, held."""
         self._run = run
         self.feeds: list[Batch] = []
         self.expected: list[dict[str, npt.NDArray[Any]]] = []
@@ -109,6 +110,14 @@ class Truth:
             held += 2 * sum(v.nbytes for v in outputs.values())
             if held > most_bytes:
                 break
+        for batch in others if held <= most_bytes else ():
+            try:
+                outputs = plain(run(batch))
+            except (DataError, UnsupportedError):
+                continue
+            if self.expected and outputs.keys() == self.expected[0].keys():
+                self.feeds.append(batch)
+                self.expected.append(outputs)
 
     def measure(self, moved: Callable[[int], Run], *, least: int = FEW, most: int = MANY) -> None:
         """Run with moved weights: `least` seeds, and up to `most` where what they do scatters."""
@@ -130,6 +139,7 @@ class Truth:
                         noise.squares.append(np.square(error))
                     else:
                         noise.squares[i] += (np.square(error) - noise.squares[i]) / (seed + 1)
+            del run  # before the next one is made
 
     @property
     def names(self) -> list[str]:
@@ -174,12 +184,15 @@ class Truth:
                         tally.part, tally.where = ratio, where
         return tallies
 
-    def constant(self, probe: Callable[[Batch], Batch]) -> bool:
-        """Whether every output is the same whatever goes in. probe: other data like the ones given, used where there is but one batch."""
+    def constant(self, probe: Callable[[Batch], Batch], unit: float = 0.0) -> bool:
+        """Whether every output is the same whatever goes in, or varies by less than a unit in the last place of the stored type.
+
+        probe: other data like the ones given, used where there is but one batch.
+        """
         same = [outputs for outputs in self.expected[1:] if all(outputs[n].shape == self.expected[0][n].shape for n in self.names)]
         others = same or [plain(self._run(probe(self.feeds[0])))]
         return not any(
-            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)])
+            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)], unit)
             for name in self.names
         )
 
@@ -258,8 +271,8 @@ def _over(error: float, yardstick: float) -> float:
     return 0.0 if error == 0 else error / yardstick if yardstick else np.inf
 
 
-def varies(arrays: Sequence[npt.NDArray[Any]]) -> bool:
-    """Whether arrays of one shape differ by more than float64 itself leaves uncertain."""
+def varies(arrays: Sequence[npt.NDArray[Any]], least: float = 0.0) -> bool:
+    """Whether arrays of one shape differ by more than float64 itself leaves uncertain, or by `least` of their largest number."""
     first = arrays[0]
     for other in arrays[1:]:
         if first.dtype.kind not in "fc":
@@ -267,7 +280,7 @@ def varies(arrays: Sequence[npt.NDArray[Any]]) -> bool:
         else:
             finite = np.isfinite(first) & np.isfinite(other)
             one, two = np.where(finite, first, 0.0), np.where(finite, other, 0.0)
-            changed = bool((np.abs(two - one) > 1e-9 * np.abs(one).max(initial=0.0)).any())
+            changed = bool((np.abs(two - one) > max(1e-9, least) * np.abs(one).max(initial=0.0)).any())
         if changed:
             return True
     return False

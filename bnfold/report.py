@@ -175,12 +175,17 @@ class RecalibrateReport(Report):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Level 1. worst: the largest error of a stored coefficient, in unit roundoffs of its type; checked: how many arrays."""
+    """Level 1. worst: the largest error of a stored coefficient, in unit roundoffs of its type; checked: how many arrays.
+
+    certified: of so many of the reference's batchnorms all coefficients were found, and found right.
+    """
 
     verdict: Literal["equivalent", "different", "skipped"]
     checked: int = 0
     worst: float = 0.0
     reason: str = ""
+    certified: int = 0
+    batchnorms: int = 0
 
 
 @dataclass(frozen=True)

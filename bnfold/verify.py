@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ import numpy as np
 from .bundle import ready, with_bundle
 from .correspondence import Correspondence, correspond
 from .errors import BnfoldError, DataError, UnsupportedError
-from .exercise import another, given, interface_difference, moved, random
+from .exercise import another, given, interface_difference, moved, random, resized
+from .graph import Graph, Value
 from .levels import (
     DEPLOYED_LIMIT,
     FEW,
@@ -35,6 +36,8 @@ from .levels import (
     Truth,
     deployed_ratio,
     function_ratio,
+    plain,
+    varies,
 )
 from .localise import Located, localise, localise_runtime
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict, VerifyReport
@@ -66,23 +69,27 @@ def verify(
     oracle_only: bool = False,
     bundle: Path | None = None,
     force: bool = False,
+    coefficients_only: bool = False,
 ) -> VerifyReport:
     """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
 
-    batches: what to feed; random data where it is None. samples: how many; 4, or 32 of small ones, where it is None, and whole batches
+    batches: what to feed; random data where it is None. samples: how many; 2, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     example: how a PyTorch module is called, where neither the other side nor the data show it.
-    oracle_only: leave the third level out. bundle: a folder for what shows the first difference by itself (see `bundle`); force: also
-    where it exists and isn't empty. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
+    the first difference by itself (see `bundle`); force: also where it exists and isn't empty. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
     if bundle is not None:
         ready(bundle, force=force)
     first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     check = _Check(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
+    if coefficients_only:
+        return _timed(check.coefficients_only(), start)
     feeds: Iterable[Batch]
     if batches is None:
-        feeds = random(check.reference, check.candidate, samples, batch_size, seed, input_shapes)
+        feeds = made = random(check.reference, check.candidate, samples, batch_size, seed, input_shapes)
+        check.others = resized(first, second, made[0], seed) if input_shapes is None else []
     else:
         feeds = given(check.reference, batches, samples, batch_size)
     report = check.run(feeds, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
@@ -135,12 +142,35 @@ class _Check:
         self.at: Located | None = None  # where the two part
         self.fed: Batch | None = None  # and on what
         self.unsteady = ""  # why the reference is no function of its inputs
+        self.others: list[Batch] = []  # data of other sizes
+        self.unfolded = False
+
+    def interface(self) -> VerifyReport | None:
+        """The report where the two can't even be called alike."""
+        if not (reason := interface_difference(self.reference, self.candidate)):
+            return None
+        skipped = "the interfaces differ"
+        levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
+        return VerifyReport(verdict="different", levels=levels, reason=reason)
+
+    def coefficients_only(self) -> VerifyReport:
+        """Level 1 alone. What operators do besides their coefficients is not looked at."""
+        if (report := self.interface()) is not None:
+            return report
+        self.progress("coefficients", 0, 1)
+        coefficients, found = self.coefficients()
+        levels = Levels(coefficients, Function("skipped", reason="only the coefficients were asked for"), ())
+        if coefficients.verdict == "different":
+            first = None if found is None else found.mismatches[0].node.name
+            return VerifyReport(verdict="different", levels=levels, first_difference=first, reason=coefficients.reason)
+        if coefficients.verdict == "skipped":
+            return VerifyReport(verdict="inconclusive", levels=levels, reason=coefficients.reason)
+        reason = f"{self._summary(coefficients, [])}; nothing else was compared"
+        return VerifyReport(verdict="equivalent", levels=levels, reason=reason)
 
     def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int) -> VerifyReport:
-        if reason := interface_difference(self.reference, self.candidate):
-            skipped = "the interfaces differ"
-            levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
-            return VerifyReport(verdict="different", levels=levels, reason=reason)
+        if (report := self.interface()) is not None:
+            return report
         for provider in providers:
             for side in (self.reference, self.candidate):
                 side.require(provider)
@@ -151,8 +181,11 @@ class _Check:
         rows = [row for p in providers for row in self.deployment(truth, lacking, p)]
         if found is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and found.may_be_another_form:
             text = "the outputs agree to rounding while most coefficients differ: the same function in another form"
-            coefficients = Coefficients("skipped", coefficients.checked, coefficients.worst, text)
+            coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=text)
         verdict, reason = self.verdict(coefficients, function, rows, truth)
+        uncertain = verdict == "equivalent" and self.thorough and coefficients.verdict != "equivalent"
+        if uncertain and truth is not None and (dead := self.dead(truth)):
+            verdict, reason = "inconclusive", f"not all was exercised: on these data {dead} gives the same whatever it is fed"
         located = self.located(found, coefficients, truth, function, rows) if verdict == "different" else None
         self.at = located
         first = located.difference.layer if located is not None else None
@@ -183,6 +216,7 @@ class _Check:
             if not found.unpaired:
                 break
         assert found is not None
+        self.unfolded = found.unfolded
         return found.report(), found
 
     # --- level 2 ----------------------------------------------------------------------------------------------------------------
@@ -205,11 +239,11 @@ class _Check:
 
     def _truth(self, make: Callable[..., Runner], feeds: list[Batch], seed: int) -> Truth:
         self.progress("reference", 0, None)
-        truth = Truth(make().run, feeds)
+        truth = Truth(make().run, feeds, others=self.others)
         sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in truth.expected]
         if 0 < sum(sizes) < ENOUGH:
             times = min(-(-(ENOUGH - sum(sizes)) // sum(sizes)), 2 * ENOUGH // len(sizes))
-            truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)])
+            truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)], others=self.others)
         self.progress("yardstick", 0, None)
         truth.measure(lambda k: make(jitter=seed + k + 1).run, least=FEW if self.thorough or sum(sizes) < PLENTY else 1)
         return truth
@@ -242,10 +276,17 @@ class _Check:
             where = f" ({worst.tally.where})" if worst.tally.where and worst.tally.part >= worst.ratio else ""
             text = f"output {name}{where} is off by {worst.ratio:.3g} times what rounded weights explain"
             return Function("different", error, yardstick, text)
-        counts = [int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size for outputs in truth.expected for a in outputs.values()]
-        if not sum(counts):
-            empty = not sum(a.size for outputs in truth.expected for a in outputs.values())
-            return Function("inconclusive", reason="all outputs are empty" if empty else "all outputs of both models are NaN or infinite")
+        sizes: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        for outputs in truth.expected:
+            for name, a in outputs.items():
+                sizes[name] = sizes.get(name, 0) + a.size
+                counts[name] = counts.get(name, 0) + (int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size)
+        if not any(sizes.values()):
+            return Function("inconclusive", reason="all outputs are empty")
+        if numberless := [name for name in sizes if sizes[name] and not counts[name]]:
+            which = "all outputs" if len(numberless) == len(sizes) else f"all numbers of output {numberless[0]}"
+            return Function("inconclusive", reason=f"{which} of both models are NaN or infinite")
         return Function("equivalent", error, yardstick, how)
 
     # --- level 3 ----------------------------------------------------------------------------------------------------------------
@@ -350,16 +391,29 @@ class _Check:
             return "inconclusive", "nothing was exercised: the model has no inputs"
         if self.thorough and truth.constant(lambda batch: another(self.reference, batch)):
             return "inconclusive", "nothing was exercised: the reference answers the same whatever it is fed"
+        certain = coefficients.verdict == "equivalent"
+        if self.thorough and not certain and truth.constant(lambda batch: another(self.reference, batch), self.unit):
+            return (
+                "inconclusive",
+                "nothing was exercised: the reference's answers differ by less than its stored type tells (saturated?)",
+            )
         if "equivalent" not in (function.verdict, *(row.verdict for row in rows)):
             return "inconclusive", f"neither model's outputs could be compared: {function.reason}"
         return "equivalent", self._summary(coefficients, rows)
 
     def _summary(self, coefficients: Coefficients, rows: list[Deployment]) -> str:
         parts = []
+        if self.unfolded:
+            parts.append(f"nothing is folded: the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}")
         if coefficients.verdict == "equivalent":
             parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
+        elif coefficients.batchnorms:
+            parts.append(f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms could be certified by their coefficients")
         if self.measured:
-            parts.append(f"outputs differ by {max(m.ratio for m in self.measured.values()):.2g} times what rounded weights explain")
+            worst = max(self.measured.values(), key=lambda m: m.ratio)
+            explained = max(worst.noise.peak, worst.scale.floor) / (worst.scale.largest or 1.0)
+            share = f" ({explained:.0e} of the largest number)"
+            parts.append(f"outputs differ by {worst.ratio:.2g} times what rounded weights explain{share}")
         if ratios := [row.ratio for row in rows if row.verdict == "equivalent"]:
             parts.append(f"deployed, the candidate errs at most {max(ratios):.2g} times as much as the reference")
         parts += dict.fromkeys(row.reason for row in rows if row.verdict == "skipped" and row.ratio)
@@ -393,6 +447,28 @@ class _Check:
         except BnfoldError:
             pass
         return None
+
+    def dead(self, truth: Truth) -> str:
+        """The first layer of the reference whose output is the same on different data though data reach it; "" where there is none.
+
+        What stands before it could be anything, and no output would show it.
+        """
+        try:
+            graph = self.reference.plan().graph
+            layers = self.reference.layers()
+            alive = {id(v) for v in _fed(graph)}
+            names = [v.name for node in graph.nodes for v in node.outputs if id(v) in alive and v.name in layers and node.op != "Barrier"]
+            one = truth.feeds[0]
+            other = another(self.reference, one)
+            for start in range(0, len(names), CHUNK):
+                run = _only(self.reference, names[start : start + CHUNK])
+                first, second = plain(run(one)), plain(run(other))
+                for name, array in first.items():
+                    if array.dtype.kind == "f" and array.size and not varies([array, second[name]]):
+                        return layers[name]
+        except BnfoldError:
+            return ""
+        return ""
 
     def first_difference(
         self, found: Correspondence | None, coefficients: Coefficients, truth: Truth | None, function: Function
@@ -450,6 +526,15 @@ def _told_only(row: Deployment) -> Deployment:
     if row.verdict not in ("different", "inconclusive"):
         return row
     return dataclasses.replace(row, verdict="skipped", reason=f"{row.reason}; float32 in full decides, see the other rows")
+
+
+def _fed(graph: Graph) -> Iterator[Value]:
+    """The values that data reach. Where an operator isn't known, what it gives may be a size, so nothing is said of what follows."""
+    reached = {v for node in graph.nodes for v in node.inputs if v.producer is None}
+    for node in graph.nodes:
+        if node.op != "Barrier" and any(v in reached for v in node.inputs):
+            reached.update(node.outputs)
+            yield from node.outputs
 
 
 CHUNK = 64  # inner values looked at in one run, so that they needn't all be held

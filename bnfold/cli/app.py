@@ -212,6 +212,9 @@ def verify(
     data: o.MaybeData = None,
     baseline: o.Baseline = None,
     bundle: o.Bundle = None,
+    coefficients_only: Annotated[
+        bool, typer.Option("--coefficients-only", help="Compare coefficients alone, which takes no data and runs neither model.")
+    ] = False,
 ) -> int:
     """Decide whether two models compute the same function.
 
@@ -226,9 +229,11 @@ def verify(
     if against is not None:
         reference, candidate = against, reference
     assert candidate is not None
+    if coefficients_only and data is not None:
+        raise UsageError("--data and --coefficients-only exclude each other: coefficients are compared without data")
     check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
     with reporting.job(check) as job, running.fallback():
-        providers = running.providers(reference, candidate)
+        providers = ("cpu",) if coefficients_only else running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         claimed = None if against is None else claim(other, candidate, one, reference)
         report = api.verify(
@@ -244,6 +249,7 @@ def verify(
             progress=job.progress,
             bundle=bundle,
             force=reporting.force,
+            coefficients_only=coefficients_only,
         )
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)

@@ -33,11 +33,11 @@ OWN: dict[str, tuple[int, ...]] = {"unet": (3, 32, 32), "tabular": (13,), "crepe
 NAMES = [*TORCHVISION, *VIDEO, *SEGMENTATION, "resnet50_frozen", *TIMM, *OWN]
 
 
-def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """The network in evaluation mode with lively statistics, and the shape of one sample."""
+def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network in evaluation mode with lively statistics, and the shape of one sample. seed: of all weights and statistics."""
     from vision import package  # beside this package; `python -m tests.architectures` puts it on the path
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     side = SIDES.get(name, SIDE)
     shape: tuple[int, ...] = (3, side, side)
     if name in OWN:
@@ -56,7 +56,7 @@ def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     else:
         more: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         module = package("torchvision").models.get_model(name, **more)
-    module = lively(module).eval()
+    module = lively(module, seed).eval()
     return (measured(module, shape) if name in FADING else module), shape
 
 
@@ -71,9 +71,9 @@ def measured(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     return module.eval()
 
 
-def lively(module: nn.Module) -> nn.Module:
+def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     """Statistics and coefficients as trained networks have them: none is 0 or 1, most gammas are positive, a few are not."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     for each in module.modules():
         if not isinstance(getattr(each, "running_var", None), Tensor):
             continue

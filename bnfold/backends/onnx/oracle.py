@@ -54,21 +54,20 @@ class Oracle:
             array = widen(tensor.numpy())
             weights[name] = maybe_jittered(array, tensor.dtype.value, name, jitter, skip)
         self._evaluator = _Evaluator(proto)
-        self._evaluator.rt_inits_.update(weights)
-        self._optional = set(weights)
+        self._weights = weights  # here, since the evaluator refers to itself, so that what it holds goes late
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones; floating-point ones in float64. Feeds of any
         floating-point type go in as they are, widened. Raises DataError for feeds that don't fit."""
-        check_feeds(feeds, inputs(self._model, feeds), self._optional, any_float=True)
+        check_feeds(feeds, inputs(self._model, feeds), set(self._weights), any_float=True)
         with np.errstate(all="ignore"):
-            results = self._evaluator.run(self._outputs, {name: widen(array) for name, array in feeds.items()})
+            results = self._evaluator.run(self._outputs, self._weights | {name: widen(array) for name, array in feeds.items()})
         return dict(zip(self._outputs, results, strict=True))
 
     def stream(self, feeds: Batch, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """These values as they are computed, each given out once and then no longer held than the model needs it."""
-        check_feeds(feeds, inputs(self._model, feeds), self._optional, any_float=True)
-        yield from self._evaluator.stream(names, {name: widen(array) for name, array in feeds.items()})
+        check_feeds(feeds, inputs(self._model, feeds), set(self._weights), any_float=True)
+        yield from self._evaluator.stream(names, self._weights | {name: widen(array) for name, array in feeds.items()})
 
 
 class _Evaluator(ReferenceEvaluator):

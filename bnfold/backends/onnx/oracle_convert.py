@@ -37,6 +37,8 @@ _FORMATS: dict[int, tuple[int, int]] = {
     TensorProto.DOUBLE: (53, -1022),
 }
 
+_EXPONENT = np.uint64(0x7FF0_0000_0000_0000)
+
 
 def widen(array: Array) -> Array:
     """In float64 if the array is of a floating-point type that is widened, else as it is."""
@@ -62,11 +64,18 @@ def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
     if data_type not in _FORMATS:
         return array
     bits, smallest = _FORMATS[data_type]
-    _, exponent = np.frexp(array)
-    unit = np.ldexp(1.0, np.maximum(exponent - 1, smallest) - (bits - 1))
+    shape, array = array.shape, np.asarray(array, np.float64, order="C").reshape(-1)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    moved = array + unit * rng.uniform(-0.5, 0.5, array.shape)
-    return np.where(np.isfinite(array) & (array != 0), moved, array)
+    moved = np.subtract(rng.random(array.shape, np.float32), np.float32(0.5), dtype=np.float64)
+    # The exponent's bits alone are the power of two below the number; times 2**(1 - bits), it is a unit in the last place.
+    power = np.bitwise_and(array.view(np.uint64), _EXPONENT).view(np.float64)
+    moved *= np.maximum(power, np.ldexp(1.0, smallest), out=power)
+    moved *= np.ldexp(1.0, 1 - bits)
+    moved[array == 0] = 0
+    with np.errstate(invalid="ignore"):
+        moved += array
+    finite = np.isfinite(array)
+    return (moved if finite.all() else np.where(finite, moved, array)).reshape(shape)
 
 
 def controls(graph: onnx.GraphProto) -> frozenset[str]:

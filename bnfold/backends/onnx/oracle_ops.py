@@ -61,7 +61,13 @@ def _channels(x: Array, *params: Array) -> list[Array]:
 
 def _normalised(x: Array, scale: Array, bias: Array, mean: Array, var: Array, epsilon: float) -> Array:
     scale, bias, mean, var = _channels(x, scale, bias, mean, var)
-    return np.asarray((x - mean) * (scale / np.sqrt(var + epsilon)) + bias)
+    y = np.asarray(x - mean)
+    scale = scale / np.sqrt(var + epsilon)
+    if np.broadcast_shapes(y.shape, scale.shape, bias.shape) != y.shape or y.dtype != np.float64:
+        return np.asarray(y * scale + bias)
+    y *= scale
+    y += bias
+    return y
 
 
 def _batch_statistics(x: Array, of: Array) -> tuple[Array, Array]:

@@ -145,6 +145,10 @@ def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelP
                 entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
             entry.name = name
             proto.graph.initializer.append(entry)
+    else:
+        lean = onnx.ModelProto()
+        lean.CopyFrom(proto)  # what is deleted from a proto stays in its memory
+        proto = lean
     base = next((str(t.base_dir) for t in _tensors(model) if isinstance(t, ir.ExternalTensor)), "")
     for tensor in _tensor_protos(proto.graph):
         if tensor.data_location == TensorProto.EXTERNAL:

@@ -1,0 +1,87 @@
+"""A small part of the sweep over right folds and seeded defects; `python -m tests.power` runs all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from power.__main__ import error, errors, main, table  # noqa: E402
+from power.defects import DEFECTS  # noqa: E402
+from power.list import AS_MODULES, IN_HALF, NAMES  # noqa: E402
+from power.rivals import RIVALS  # noqa: E402
+from power.sweep import sweep  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    """Two small networks; every defect."""
+    grouped = sweep("grouped", routes=("onnx",), dtypes=("float32", "float16"))
+    return [grouped, sweep("tabular", routes=("torch",), dtypes=("float32",))]
+
+
+def test_no_right_fold_is_called_wrong_and_no_defect_is_missed(found: list[dict[str, Any]]) -> None:
+    assert [text for result in found for text in errors(result)] == []
+    runs = [run for result in found for run in result["runs"]]
+    assert {run["what"] for run in runs if run["kind"] == "defect"} == DEFECTS.keys()
+    assert {run["what"] for run in runs if run["kind"] == "right"} >= {"bnfold", "torch.fx", "ONNX Runtime, basic"}
+
+
+def test_what_half_precision_hides_is_below_a_bound_that_the_report_states(found: list[dict[str, Any]]) -> None:
+    below = [run for result in found for run in result["runs"] if run.get("below")]
+    assert "epsilon 1.1e-5 for 1e-5" in {run["what"] for run in below}
+    for run in below:
+        assert run["dtype"] == "float16"
+        assert run["size"] <= 5
+        assert "units of roundoff" in run["reason"]
+
+
+def test_an_epsilon_shows_only_in_the_coefficients(found: list[dict[str, Any]]) -> None:
+    runs = [run for result in found for run in result["runs"] if run["what"].startswith("epsilon") and run["dtype"] == "float32"]
+    assert runs
+    for run in runs:
+        assert run["levels"] == ["coefficients"]
+        assert not run["rivals"]["allclose 1e-3"]
+
+
+def test_the_rivals_ask_what_they_ask() -> None:
+    want = {"y": np.array([1.0, 1000.0], np.float32), "z": np.zeros(2, np.float32)}
+    alarms = {name: rival(want, dict(want)) for name, rival in RIVALS.items()}
+    assert not any(alarms.values())
+    near = {"y": np.array([1.0, 1000.02], np.float32), "z": np.full(2, 5e-6, np.float32)}
+    assert {name: rival(want, near) for name, rival in RIVALS.items()} == {
+        "assert_close": True,
+        "allclose 1e-3": False,
+        "allclose": True,
+        "Polygraphy": True,
+    }
+    lost = {"y": want["y"]}
+    assert [rival(want, lost) for rival in RIVALS.values()] == [True, False, False, False]
+    nan = {"y": np.array([1.0, np.nan], np.float32), "z": want["z"]}
+    assert [rival(want, nan) for rival in RIVALS.values()] == [True, True, True, False]
+
+
+def test_the_lists() -> None:
+    assert len(NAMES) == len(set(NAMES)) >= 10
+    assert set(NAMES) >= IN_HALF | AS_MODULES
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"route": "onnx", "dtype": "float32", "seed": 0, "reason": "x", "rivals": dict.fromkeys(RIVALS, False)}
+    right = common | {"kind": "right", "what": "bnfold", "verdict": "equivalent", "levels": []}
+    defect = common | {"kind": "defect", "what": "a", "verdict": "different", "levels": ["coefficients"], "below": False}
+    missed = defect | {"verdict": "equivalent", "levels": []}
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps({"name": "tabular", "seconds": 1.0, "runs": [right, defect, missed, missed | {"below": True}]}) + "\n")
+    monkeypatch.setattr("sys.argv", ["power", "tabular", "--results", str(results)])
+    assert main() == 1
+    out = capsys.readouterr().out
+    assert "| a, float32 | 3 | 1 (and 1 below rounding) | 1: 1 | 3 | 3 | 3 | 3 |" in out
+    assert "tabular: onnx: float32: 0: defect: a: equivalent: x" in out
+    assert not error(right)
+    assert table([{"name": "unet", "failed": "it took more than 5 s"}]).count("\n") == 5
