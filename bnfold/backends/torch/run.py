@@ -230,11 +230,12 @@ def _exact(tensor: Tensor, seed: int | None) -> Tensor:
     exact = _double(tensor)
     if seed is None or not tensor.is_floating_point() or tensor.numel() < 2:
         return exact
-    places = -np.log2(torch.finfo(tensor.dtype).eps)
-    _, exponent = torch.frexp(exact)
-    unit = torch.ldexp(torch.ones_like(exact), exponent - 1 - int(places))
-    noise = torch.rand(exact.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 0.5
-    return torch.where((exact == 0) | ~exact.isfinite(), exact, exact + noise * unit)
+    # The exponent's bits alone are the power of two below the number; times epsilon, it is a unit in the last place.
+    power = (exact.contiguous().view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
+    moved = torch.rand(exact.shape, generator=torch.Generator().manual_seed(seed)).double().sub_(0.5)
+    moved.mul_(power).mul_(torch.finfo(tensor.dtype).eps).add_(exact)
+    finite = exact.isfinite()
+    return moved if finite.all() else torch.where(finite, moved, exact)
 
 
 def _move_weights(module: nn.Module, seed: int) -> None:
