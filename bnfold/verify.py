@@ -77,7 +77,8 @@ def verify(
     of them: this is about rounding, of which each sample shows as much as the next.
     example: how a PyTorch module is called, where neither the other side nor the data show it.
     oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
-    the first difference by itself (see `bundle`); force: also where it exists and isn't empty. Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    the first difference by itself (see `bundle`); force: also where it exists and isn't empty.
+    Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
     if bundle is not None:

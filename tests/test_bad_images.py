@@ -20,7 +20,7 @@ from bnfold.bad import Bad
 from bnfold.cli import run
 from bnfold.data import InputSpec, as_batches, open_data
 from bnfold.errors import DataError, UsageError
-from bnfold.pipeline import accuracy
+from bnfold.evaluate import score
 
 PICTURES = [InputSpec("x", np.dtype(np.float32), ("n", 3, 8, 8))]
 
@@ -199,12 +199,12 @@ def test_accuracy_takes_labels_with_their_samples(tmp_path):
     pytest.importorskip("datasets")
     data = open_data(str(tmp_path / "d.tar"), PICTURES, max_bad=2)
     model = ir.from_proto(shade_model())
-    found = accuracy(model, data)
+    found = score(model, data).summary()
     assert (found.accuracy, found.samples) == (1.0, 38)
-    shards = [accuracy(model, data.sharded(i, 9)) for i in range(9)]
-    assert sum(s.samples for s in shards if s is not None) == 38
-    assert accuracy(model, as_batches(np.ones((4, 3, 8, 8), np.float32), PICTURES)) is None
-    assert accuracy(model, as_batches((b for b in data), PICTURES)) is None
+    shards = [score(model, data.sharded(i, 9)) for i in range(9)]
+    assert sum(len(s.right) for s in shards if s is not None) == 38
+    assert score(model, as_batches(np.ones((4, 3, 8, 8), np.float32), PICTURES)) is None
+    assert score(model, as_batches((b for b in data), PICTURES)) is None
     nodes = [helper.make_node("Slice", ["x", "zero", "two"], ["y"])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["k", 2])]
     inits = [numpy_helper.from_array(np.array([value]), name) for name, value in (("zero", 0), ("two", 2))]
@@ -212,7 +212,7 @@ def test_accuracy_takes_labels_with_their_samples(tmp_path):
     half = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
     four = as_batches((np.ones((4, 2), np.float32), np.zeros(4, int)), [InputSpec("x", np.dtype(np.float32), ("n", 2))])
     with pytest.raises(DataError, match="a batch has 4 labels, and the output 2 rows"):
-        accuracy(half, four)
+        score(half, four)
 
 
 def test_what_a_step_finds_is_known_to_the_data_given(tmp_path):

@@ -607,7 +607,7 @@ def test_no_data() -> None:
 def test_data_that_do_not_fit() -> None:
     proto, _ = build(on_the_input)
     with pytest.raises(DataError, match="no array for input 'x'"):
-        recalibrate(ir.from_proto(proto), [{"y": normal(2, 3, 6, 6), "z": normal(2, 3, 6, 6)}])
+        recalibrate(ir.from_proto(proto), [{"a": normal(2, 3, 6, 6), "b": normal(2, 3, 6, 6)}])
 
 
 def test_an_operator_that_nobody_has() -> None:
