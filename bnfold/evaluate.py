@@ -21,6 +21,10 @@ SURE = 2.0  # standard errors from which on a difference counts
 SUM = 1e-3  # how far probabilities in half precision miss a sum of 1
 
 
+class UnfitError(DataError):
+    """Labels that aren't classes of the network's output."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """How each sample fared, in the data's order. right: bool [samples]; loss: float64 [samples], cross-entropy of its label in nats."""
@@ -70,9 +74,9 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
         session = session or deployed(model, provider, example=example)
         scores = next(iter(session.run(batch).values()))
         if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
-            raise DataError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
+            raise UnfitError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
         if len(scores) != len(labels):
-            raise DataError(f"accuracy needs a label for each sample; a batch has {len(labels)} labels, and the output {len(scores)} rows")
+            raise UnfitError(f"accuracy needs a label for each sample; a batch has {len(labels)} labels, and the output {len(scores)} rows")
         found.append((scores.reshape(scores.shape[:2]).astype(np.float64), labels))
         seen += len(scores)
         if progress is not None:
@@ -87,7 +91,7 @@ def score_if_fits(model: Any, labelled: Any, batches: Any, **options: Any) -> tu
     """The scores, and notes. Labels that only happened to come with the data needn't be classes of this network: that is said, no error."""
     try:
         return score(model, labelled, **options), ()
-    except DataError as error:
+    except UnfitError as error:
         if labelled is not batches:
             raise
         return None, (f"the labels aren't used: {error}",)
