@@ -9,30 +9,45 @@ Variances are biased (M2/m) or unbiased (M2/(m-1)); each method has the conventi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .affine import Array
 from .errors import UsageError
-from .moments import Moments
+from .moments import Moments, pool
 
+TOGETHER = 64  # micro-batches whose moments are pooled at once
 Statistics = tuple[Array, Array]  # mean and variance, float64 [C]
 
 
-@dataclass(frozen=True, eq=False)
 class Tally:
     """What has been measured of one layer so far.
 
-    moments: of all elements. batches: float64 [2, C], sum_b m_b var_b, biased and unbiased. running: mean and variance of a moving average,
-    which depends on the order. steps: how many micro-batches it has seen.
+    batches: float64 [2, C], sum_b m_b var_b, biased and unbiased. running: mean and variance of a moving average, which depends on the
+    order. steps: how many micro-batches it has seen.
     """
 
-    moments: Moments
-    batches: Array
-    running: Statistics
-    steps: int = 0
+    def __init__(self, moments: Moments, batches: Array, running: Statistics, steps: int = 0) -> None:
+        self._parts = [moments]
+        self.batches, self.running, self.steps = batches, running, steps
+
+    @property
+    def moments(self) -> Moments:
+        """Of all elements. What is not pooled yet is now."""
+        if len(self._parts) > 1:
+            self._parts = [pool(self._parts)]
+        return self._parts[0]
+
+    def add(self, batch: Moments) -> None:
+        """One more micro-batch; many are pooled at once, which takes a small part of the time."""
+        self._parts.append(batch)
+        if len(self._parts) > TOGETHER:
+            self._parts = [pool(self._parts)]
+        self.batches[0] += batch.m2
+        self.batches[1] += batch.m2 * (batch.count / max(batch.count - 1, 1))
+        self.steps += 1
 
     def __add__(self, other: Tally) -> Tally:
         """Both together, but for the moving average, which has no sum."""
@@ -66,10 +81,9 @@ class Method:
         """Before the first micro-batch. mean, variance: float64 [C], the layer's old statistics."""
         return Tally(Moments.empty(mean.size), np.zeros((2, mean.size)), (mean, variance))
 
-    def add(self, tally: Tally, batch: Moments) -> Tally:
-        """After one more micro-batch at one call of the layer."""
-        both = np.stack([batch.m2, batch.m2 * (batch.count / max(batch.count - 1, 1))])
-        return replace(tally, moments=tally.moments + batch, batches=tally.batches + both, steps=tally.steps + 1)
+    def add(self, tally: Tally, batch: Moments) -> None:
+        """One more micro-batch at one call of the layer goes into the tally."""
+        tally.add(batch)
 
     def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
         """The new mean and variance. old: the statistics that came; samples: of the data, as many as there were."""
@@ -139,13 +153,11 @@ class MovingAverage(Method):
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise UsageError(f"the momentum is {self.momentum}; it must be above 0 and at most 1")
 
-    def add(self, tally: Tally, batch: Moments) -> Tally:
-        made = super().add(tally, batch)
-        weight = 1 / made.steps if self.momentum is None else self.momentum
+    def add(self, tally: Tally, batch: Moments) -> None:
+        super().add(tally, batch)
+        weight = 1 / tally.steps if self.momentum is None else self.momentum
         mean, variance = tally.running
-        return replace(
-            made, running=(mean + weight * (batch.mean - mean), variance + weight * (batch.variance(self.is_unbiased) - variance))
-        )
+        tally.running = (mean + weight * (batch.mean - mean), variance + weight * (batch.variance(self.is_unbiased) - variance))
 
     def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
         return tally.running

@@ -176,7 +176,7 @@ def measure(
                 skipped += _samples(data)
                 continue
             for reading, moments, first in seen:
-                tallies[reading.layer] = method.add(tallies[reading.layer], moments)
+                method.add(tallies[reading.layer], moments)
                 if first:
                     hints.see(reading.layer, moments)
             found.samples += _samples(data)
@@ -257,7 +257,7 @@ def _in_lockstep(
                     for reading in stage.readings:
                         array = made[reading.value] if reading.value in made else needed[reading.value]
                         moments = _read(stage, array, reading, layers[reading.layer], index)
-                        mine[reading.layer] = method.add(mine[reading.layer], moments)
+                        method.add(mine[reading.layer], moments)
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)

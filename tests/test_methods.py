@@ -277,8 +277,11 @@ def test_parts_of_the_data_add_up(sizes: list[int], seed: int) -> None:
         old = (np.zeros(3), np.ones(3))
         whole = kind.start(*old)
         for batch in batches:
-            whole = kind.add(whole, batch)
-        apart = [kind.add(kind.start(*old), batch) for batch in batches][::-1]
+            kind.add(whole, batch)
+        apart = [kind.start(*old) for _ in batches]
+        for tally, batch in zip(apart, batches, strict=True):
+            kind.add(tally, batch)
+        apart.reverse()
         total = sum(apart[1:], apart[0])
         for one, other in zip(kind.statistics(whole, old, 0), kind.statistics(total, old, 0), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)

@@ -14,6 +14,7 @@ from ...affine import Array
 from ...moments import Moments
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements that are worked through at once: on a CPU, what its caches hold
+FAR = 10.0  # deviations from zero up to which the rounding of a mean in float32 moves neither it nor the variance by 1e-6
 SHORT = 1 << 12  # elements up to which a sum of squares without a cascade is right to 2e-7, and quicker
 
 
@@ -27,11 +28,12 @@ class Meter:
     def measure(self, x: Tensor) -> Moments:
         """Moments of each channel of x, [samples, channels, ...], of any floating-point type.
 
-        For each sample and channel: the mean c in the type of the data (float32 for half precision), then sum(x - c) and sum((x - c)^2),
-        by which the mean is c + sum(x - c)/n and M2 is sum((x - c)^2) - sum(x - c)^2/n (the corrected two-pass algorithm; Chan, Golub &
-        LeVeque 1983, "Algorithms for computing the sample variance", equation 1.7). The sums are PyTorch's; those of many elements are
-        in cascade, whose error grows with the logarithm of n: measured, M2 is right to 2e-7 in float32 at mean 1e4 and deviation 1.
-        Everything from there on is float64. What overflows float32 on the way is measured again, all in float64.
+        For each sample and channel: the mean c in the type of the data (float32 for half precision), then sum((x - c)^2), and where the
+        mean is more than FAR deviations from zero, so that its rounding tells, sum(x - c) too, by which the mean is c + sum(x - c)/n and
+        M2 is sum((x - c)^2) - sum(x - c)^2/n (the corrected two-pass algorithm; Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
+        variance", equation 1.7). The sums are PyTorch's; those of many elements are in cascade, whose error grows with the logarithm of
+        n: measured, M2 is right to 2e-7 in float32 at mean 1e4 and deviation 1. Everything from there on is float64. What overflows
+        float32 on the way is measured again, all in float64.
         """
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         moments = self._measure(x.reshape(*x.shape[:2], -1), kind)
@@ -46,21 +48,23 @@ class Meter:
         several = min(samples, max(1, self._block // (channels * size)))
         band = channels if several > 1 else min(channels, max(1, self._block // size))
         buffer = self._room(several * band * size, kind)
-        sums = np.zeros((3, samples, channels))
+        centre, first, second = np.zeros((3, samples, channels))
         for i in range(0, samples, several):
             for c in range(0, channels, band):
                 part = rows[i : i + several, c : c + band].to(kind)
                 at = (slice(i, i + several), slice(c, c + band))
                 mean = part.mean(2, keepdim=True)
-                sums[0][at] = _array(mean.squeeze(2))
+                here = centre[at] = _array(mean.squeeze(2))
                 if size == 1:
                     continue
                 off = torch.sub(part, mean, out=buffer[: part.numel()].view(part.shape))
-                sums[1][at] = _array(off.sum(2))
-                sums[2][at] = _array(vector_norm(off, dim=2) if size <= SHORT else off.square_().sum(2))
-        if size <= SHORT:
-            np.square(sums[2], out=sums[2])
-        return _pooled(sums[0], sums[1], sums[2], size)
+                norm = _array(vector_norm(off, dim=2)) if size <= SHORT else None
+                if norm is not None and (np.abs(here) * (size**0.5 / FAR) <= norm).all():
+                    second[at] = np.square(norm, dtype=np.float64)
+                    continue
+                first[at] = _array(off.sum(2))
+                second[at] = _array(off.square_().sum(2)) if norm is None else np.square(norm, dtype=np.float64)
+        return _pooled(centre, first, second, size)
 
     def _room(self, elements: int, kind: torch.dtype) -> Tensor:
         if self._buffer.dtype != kind or len(self._buffer) < elements:
