@@ -30,10 +30,10 @@ class Meter:
 
         For each sample and channel: the mean c in the type of the data (float32 for half precision), then sum((x - c)^2), and where the
         mean is more than FAR deviations from zero, so that its rounding tells, sum(x - c) too, by which the mean is c + sum(x - c)/n and
-        M2 is sum((x - c)^2) - sum(x - c)^2/n (the corrected two-pass algorithm; Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
-        variance", equation 1.7). The sums are PyTorch's; those of many elements are in cascade, whose error grows with the logarithm of
-        n: measured, M2 is right to 2e-7 in float32 at mean 1e4 and deviation 1. Everything from there on is float64. What overflows
-        float32 on the way is measured again, all in float64.
+        M2 is sum((x - c)^2) - sum(x - c)^2/n (the corrected two-pass algorithm; Chan, Golub & LeVeque 1983, "Algorithms for computing the
+        sample variance", equation 1.7). The sums are PyTorch's; those of many elements are in cascade, whose error grows with the
+        logarithm of n: measured, M2 is right to 2e-7 in float32 at mean 1e4 and deviation 1. Everything from there on is float64. What
+        overflows float32 on the way is measured again, all in float64.
         """
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         moments = self._measure(x.reshape(*x.shape[:2], -1), kind)
