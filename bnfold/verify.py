@@ -112,6 +112,12 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
     return _timed(check.run(feeds, (), 0), start)
 
 
+def _same(one: Subject, other: Subject) -> bool:
+    """Whether both sides are one and the same model, whatever its names: who compares that has compared nothing."""
+    first, second = (getattr(getattr(each, "subject", each), "identity", None) for each in (one, other))
+    return first is not None and second is not None and bool(first() == second())
+
+
 def _timed(report: VerifyReport, start: float) -> VerifyReport:
     return dataclasses.replace(report, seconds=time.perf_counter() - start)
 
@@ -144,7 +150,7 @@ class _Check:
         self.fed: Batch | None = None  # and on what
         self.unsteady = ""  # why the reference is no function of its inputs
         self.others: list[Batch] = []  # data of other sizes
-        self.unfolded = False
+        self.unfolded = self.same = False  # nothing is folded; nothing is changed at all
 
     def interface(self) -> VerifyReport | None:
         """The report where the two can't even be called alike."""
@@ -167,7 +173,7 @@ class _Check:
         if coefficients.verdict == "skipped":
             return VerifyReport(verdict="inconclusive", levels=levels, reason=coefficients.reason)
         reason = f"{self._summary(coefficients, [])}; nothing else was compared"
-        return VerifyReport(verdict="equivalent", levels=levels, reason=reason)
+        return VerifyReport(verdict="inconclusive" if self.same else "equivalent", levels=levels, reason=reason)
 
     def run(self, feeds: Iterable[Batch], providers: tuple[str, ...], seed: int) -> VerifyReport:
         if (report := self.interface()) is not None:
@@ -218,6 +224,7 @@ class _Check:
                 break
         assert found is not None
         self.unfolded = found.unfolded
+        self.same = self.unfolded and found.worst == 0 and _same(self.reference, self.candidate)
         return found.report(), found
 
     # --- level 2 ----------------------------------------------------------------------------------------------------------------
@@ -400,12 +407,16 @@ class _Check:
             )
         if "equivalent" not in (function.verdict, *(row.verdict for row in rows)):
             return "inconclusive", f"neither model's outputs could be compared: {function.reason}"
+        if self.thorough and self.same:
+            return "inconclusive", self._summary(coefficients, rows)
         return "equivalent", self._summary(coefficients, rows)
 
     def _summary(self, coefficients: Coefficients, rows: list[Deployment]) -> str:
         parts = []
         if self.unfolded:
-            parts.append(f"nothing is folded: the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}")
+            counted = f"the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}"
+            same = ", and is the same model: there is no fold to judge" if self.same else ""
+            parts.append(f"nothing is folded: {counted}{same}")
         if coefficients.verdict == "equivalent":
             parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
         elif coefficients.batchnorms:

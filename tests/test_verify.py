@@ -327,7 +327,8 @@ def test_optimisation_that_harms_the_reference_too_is_no_fault_of_the_candidate(
     reference = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
     report = verify(reference, reference)
     off, on = report.levels.deployment
-    assert (report.verdict, off.verdict) == ("equivalent", "equivalent")
+    assert (report.verdict, off.verdict) == ("inconclusive", "equivalent")  # it is one model, so no fold is judged
+    assert report.reason.startswith("nothing is folded")
     if on.ratio > 2:  # as of ONNX Runtime 1.31
         assert on.verdict == "skipped"
         assert "changes the reference itself by as much" in on.reason

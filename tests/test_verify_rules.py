@@ -129,8 +129,10 @@ def test_a_fold_of_a_recalibrated_model_is_too():
 def test_nothing_folded_is_said():
     w = weights("residual")
     report = verify(model("residual", w), model("residual", w))
-    assert report.verdict == "equivalent"
-    assert report.reason.startswith("nothing is folded: the candidate has as many BatchNorms as the reference, 3")
+    assert report.verdict == "inconclusive"
+    text = "nothing is folded: the candidate has as many BatchNorms as the reference, 3, and is the same model: there is no fold to judge"
+    assert report.reason.startswith(text)
+    assert verify(model("residual", w), model("residual", folded("residual", w))).verdict == "equivalent"
 
 
 def as_max(name: str) -> Any:
@@ -189,8 +191,9 @@ def test_a_fold_that_nothing_behind_it_shows_is_inconclusive(wrong):
 
 
 def test_its_coefficients_are_enough_where_they_can_be_compared():
-    same = dead_branch(seed=0, folded=False)
-    assert verify(same, dead_branch(seed=0, folded=False)).verdict == "equivalent"
+    report = verify(dead_branch(seed=0, folded=False), dead_branch(seed=0, folded=False))
+    assert report.levels.coefficients.verdict == "equivalent"
+    assert report.reason.startswith("nothing is folded")
 
 
 def test_saturated_outputs_are_inconclusive():
@@ -245,7 +248,7 @@ def pooled(*, ceil_mode: int, size: Any = ("h", "w")) -> ir.Model:
 def test_a_defect_that_hides_at_even_sizes():
     report = verify(pooled(ceil_mode=0), pooled(ceil_mode=1))
     assert report.verdict == "different"
-    assert verify(pooled(ceil_mode=0), pooled(ceil_mode=0)).verdict == "equivalent"
+    assert verify(pooled(ceil_mode=0), pooled(ceil_mode=0)).levels.function.verdict == "equivalent"
     even = np.random.default_rng(1).normal(size=(8, 3, 64, 64)).astype(np.float32)
     assert verify(pooled(ceil_mode=0), pooled(ceil_mode=1), even).verdict == "equivalent"  # on these data they are
 
@@ -258,7 +261,7 @@ def test_sizes_that_the_reference_does_not_take_are_left_out():
         made.graph.initializer.append(numpy_helper.from_array(np.array([-1, 3, 64, 64]), "shape"))
         return ir.from_proto(made)
 
-    assert verify(fixed(folded=False), fixed(folded=True)).verdict == "equivalent"
+    assert verify(fixed(folded=False), fixed(folded=True)).levels.function.verdict == "equivalent"
 
 
 # --- the coefficients alone -----------------------------------------------------------------------------------------------------

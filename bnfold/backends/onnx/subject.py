@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from .lower import lower
 from .oracle import Oracle
 from .providers import precisions, resolve
 from .run import Session
-from .walk import all_graphs, held_tensor, name_of
+from .walk import all_graphs, all_nodes, held_tensor, name_of
 from .write import inlined
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ class OnnxSubject:
             values = (*graph.initializers.values(), *(v for node in graph for v in node.outputs))
             found.update({v: tensor for v in values if (tensor := held_tensor(v)) is not None})
         return found
+
+    def identity(self) -> str:
+        """The same for two models of the same operators, with the same attributes, and the same numbers, whatever their names."""
+        digest = hashlib.sha256()
+        for node in all_nodes(self.model.graph):
+            digest.update(f"{node.domain}:{node.op_type}:{len(node.inputs)}:{len(node.outputs)}".encode())
+            for name in sorted(node.attributes):
+                made = ir.to_proto(node.attributes[name])
+                digest.update(made.SerializeToString(deterministic=True) if not made.HasField("g") else name.encode())
+        for tensor in self._weights().values():
+            digest.update(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes())
+        return digest.hexdigest()
 
     def inputs(self) -> list[InputSpec]:
         return inputs(self.model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
 from ...errors import BnfoldError
@@ -55,6 +57,19 @@ class TorchSubject:
         kinds = {t.dtype for t in held if isinstance(t, Tensor) and t.dtype in FLOATS}
         kinds |= {op.meta["val"].dtype for op in self.traced.input_nodes if op.meta["val"].dtype in FLOATS}
         return max((roundoff(NUMPY[kind]) for kind in kinds), default=2.0**-24)
+
+    def identity(self) -> str:
+        """The same for two models of the same operators, with the same arguments, and the same numbers, whatever their names."""
+        digest, program = hashlib.sha256(), self.traced.program
+        for op in program.graph.nodes:
+            if op.op == "call_function":
+                rest = [each for each in (*op.args, *op.kwargs.items()) if not isinstance(each, Op)]
+                digest.update(f"{op.target}{rest}".encode())
+        for tensor in (*program.state_dict.values(), *program.constants.values()):
+            if isinstance(tensor, Tensor):
+                found = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + found.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def inputs(self) -> list[InputSpec]:
         return self.traced.specs
