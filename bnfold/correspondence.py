@@ -57,7 +57,7 @@ class Correspondence:
     """What level 1 found. unpaired: why the structures don't correspond, "" if they do; mismatches are in the reference's order.
 
     certified: of so many BatchNorms of the reference every coefficient was found to be right. remark: what the mismatches look like.
-    unfolded: whether the candidate still has as many BatchNorms.
+    unfolded: whether the candidate still has as many BatchNorms. uncertified: the names of the others.
     """
 
     checked: int
@@ -68,9 +68,10 @@ class Correspondence:
     batchnorms: int = 0
     remark: str = ""
     unfolded: bool = False
+    uncertified: tuple[str, ...] = ()
 
     def report(self) -> Coefficients:
-        counts = self.certified, self.batchnorms
+        counts = self.certified, self.batchnorms, self.uncertified
         if self.unpaired:
             more = f"; {self.certified} of {self.batchnorms} BatchNorms could be certified" if self.batchnorms else ""
             return Coefficients("skipped", self.checked, self.worst, self.unpaired + more, *counts)
@@ -129,10 +130,12 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
             mismatches.append(Mismatch(a, text, most, bool(np.mean(~large) >= 0.5), scaled))
     right -= {m.node for m in mismatches}
     sites = [o for o in reference.outcomes if o.site.is_batchnorm]
-    certified = sum(bool(nodes) and right.issuperset(nodes) for nodes in (o.into if o.folded else o.site.nodes for o in sites))
+    found = [(o.site.name, o.into if o.folded else o.site.nodes) for o in sites]
+    uncertified = tuple(name for name, nodes in found if not nodes or not right.issuperset(nodes))
     remark = _remark(reference, candidate, mismatches)
     left = sum(o.site.is_batchnorm for o in candidate.outcomes)
-    return Correspondence(checked, worst, tuple(mismatches), unpaired, certified, len(sites), remark, 0 < len(sites) == left)
+    certified = len(sites) - len(uncertified)
+    return Correspondence(checked, worst, tuple(mismatches), unpaired, certified, len(sites), remark, 0 < len(sites) == left, uncertified)
 
 
 def _stands_out(units: Array, axis: int) -> bool:

@@ -177,7 +177,7 @@ class RecalibrateReport(Report):
 class Coefficients:
     """Level 1. worst: the largest error of a stored coefficient, in unit roundoffs of its type; checked: how many arrays.
 
-    certified: of so many of the reference's batchnorms all coefficients were found, and found right.
+    certified: of so many of the reference's batchnorms all coefficients were found, and found right. uncertified: the names of the others.
     """
 
     verdict: Literal["equivalent", "different", "skipped"]
@@ -186,6 +186,7 @@ class Coefficients:
     reason: str = ""
     certified: int = 0
     batchnorms: int = 0
+    uncertified: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -420,7 +420,10 @@ class _Check:
         if coefficients.verdict == "equivalent":
             parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
         elif coefficients.batchnorms:
-            parts.append(f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms could be certified by their coefficients")
+            left = coefficients.uncertified
+            names = f", not {', '.join(left[:FEW_NAMES])}{' ...' * (len(left) > FEW_NAMES)}" if left else ""
+            counted = f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms"
+            parts.append(f"{counted} could be certified by their coefficients{names}")
         if self.measured:
             worst = max(self.measured.values(), key=lambda m: m.ratio)
             explained = max(worst.noise.peak, worst.scale.floor) / (worst.scale.largest or 1.0)
@@ -549,6 +552,7 @@ def _fed(graph: Graph) -> Iterator[Value]:
             yield from node.outputs
 
 
+FEW_NAMES = 3  # of BatchNorms, in a sentence
 CHUNK = 64  # inner values looked at in one run, so that they needn't all be held
 
 

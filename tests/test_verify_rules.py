@@ -155,6 +155,8 @@ def test_how_many_batchnorms_could_be_certified():
     assert report.verdict == "equivalent"
     assert (report.levels.coefficients.verdict, report.levels.coefficients.certified) == ("skipped", 1)
     assert "1 of 3 BatchNorms could be certified" in report.reason
+    assert len(report.levels.coefficients.uncertified) == 2
+    assert all(name in report.reason for name in report.levels.coefficients.uncertified)
 
 
 # --- what the data don't exercise -----------------------------------------------------------------------------------------------
