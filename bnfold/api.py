@@ -169,7 +169,7 @@ def recalibrate(
     batches: an iterable of arrays or tensors, tuples or dicts by input name; labels may ride along. method: one of `methods.METHODS` by
     name, or with its settings, such as `methods.Prior(strength=32)`. layers, skip_layers: patterns of names, as the shell's; without any,
     all. freeze: BatchNorms in training mode, which have no statistics of their own, get them too. until: take so many samples that every
-    channel's standard error of the mean is at most so many standard deviations. labelled: batches with labels, to score the model before
+    channel's standard error of the mean is at most so many standard deviations. labelled: samples with labels, to score the model before
     and after, and to say in a word whether it improved. example: how a PyTorch module is called, where the first batch doesn't show it.
     memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
     the network at once, which changes nothing in the exact method. provider: of ONNX Runtime; device: "cpu" or "cuda", for PyTorch.

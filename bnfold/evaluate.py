@@ -58,14 +58,21 @@ def deployed(model: Any, provider: str, *, example: Any = None, optimise: bool =
 
 
 def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:
-    """Score every labelled sample; None where there are no labels.
+    """Score every labelled sample; None where there are no labels, or where the data can be read only once.
 
     The first output counts, [samples, classes] or [samples, classes, 1, ...]; where each row holds probabilities (none below 0, their sum
     1) the loss is -log of the label's, else the output is taken for logits. Raises DataError where labels and output don't fit.
     """
-    if not getattr(data, "again", False):
+    from .data import Data, as_batches
+
+    if data is None:
         return None
     session = None
+    if not isinstance(data, Data):
+        session = deployed(model, provider, example=example)
+        data = as_batches(data, session.specs)
+    if not data.again:
+        return None
     found: list[tuple[Array, Array]] = []
     seen = 0
     for batch, labels in data.labelled():
@@ -88,9 +95,16 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
 
 
 def score_if_fits(model: Any, labelled: Any, batches: Any, **options: Any) -> tuple[Scores | None, tuple[str, ...]]:
-    """The scores, and notes. Labels that only happened to come with the data needn't be classes of this network: that is said, no error."""
+    """The scores, and notes.
+
+    Labels that only happened to come with the data needn't be classes of this network, or be there at all: that is said, and no error. Data
+    that were given to be scored must have labels that fit (DataError).
+    """
     try:
-        return score(model, labelled, **options), ()
+        found = score(model, labelled, **options)
+        if found is None and labelled is not None and labelled is not batches:
+            raise DataError("the data to score on have no labels, or can be read only once: give integers, one for each sample")
+        return found, ()
     except UnfitError as error:
         if labelled is not batches:
             raise

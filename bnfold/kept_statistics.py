@@ -126,6 +126,8 @@ def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
 def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     what = "the old statistics of a recalibrated model" if schema == OLD else "what a part of the data gave (--stats)"
     try:
+        with zipfile.ZipFile(path):  # numpy takes what is no archive for a pickle, and says that
+            pass
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         head = json.loads(str(arrays.pop("head")))

@@ -375,7 +375,7 @@ def test_the_command_line_keeps_the_old_statistics_and_puts_them_back(folder: Pa
     assert (folder / "new.onnx.before.npz").is_file()
     found = bnfold_cli("recalibrate", "new.onnx", "--restore", "new.onnx.before.npz", "-o", "old.onnx", folder=folder)
     assert found.returncode == 0, found.stderr
-    assert "3 BatchNorms have their old statistics again" in found.stdout
+    assert found.stdout.splitlines() == ["3 BatchNorms have their old statistics again", "written: old.onnx"]
     agree(statistics(onnx.load(folder / "old.onnx")), statistics(onnx.load(folder / "net.onnx")), 0)
 
 
@@ -555,3 +555,24 @@ def test_sequences_of_integers_of_several_lengths_beside_another_input() -> None
     np.testing.assert_allclose(found[second.input[3]], after.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[second.input[4]], after.var(0), rtol=1e-5, atol=1e-6)
     assert [layer.count for layer in report.layers] == [len(seen)] * 2
+
+
+def test_data_that_are_given_to_be_scored_must_have_labels_that_fit(folder: Path) -> None:
+    model = onnx_network()
+    with pytest.raises(DataError, match="the data to score on have no labels"):
+        bnfold.recalibrate(model, DATA, labelled=DATA.copy())
+    _, report = bnfold.recalibrate(model, DATA, labelled=(DATA, np.arange(37) % 4))  # any form that data can have
+    assert report.accuracy_before is not None
+    assert report.accuracy_before.samples == 37
+    np.savez(folder / "labelled.npz", x=DATA, labels=np.arange(37) % 4)
+    given = ("recalibrate", "net.onnx", "--data", "data.npy", "-o", "out.onnx", "--eval")
+    bare = bnfold_cli(*given, "data.npy", folder=folder)
+    assert (bare.returncode, (folder / "out.onnx").exists()) == (3, False)
+    assert "have no labels" in bare.stderr
+    assert bnfold_cli(*given, "labelled.npz", folder=folder).returncode == 0
+
+
+def test_another_kind_of_file_is_told_in_plain_words(folder: Path) -> None:
+    found = bnfold_cli("recalibrate", "net.onnx", "--restore", "net.py", "-o", "out.onnx", folder=folder)
+    assert found.returncode == 3
+    assert "net.py: this isn't the old statistics of a recalibrated model (File is not a zip file)" in found.stderr

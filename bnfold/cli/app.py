@@ -107,7 +107,8 @@ def recalibrate(
             example = shaping.call(loaded)
             old, names = api.restore(loaded, asked.before, example=example)
             loading.save(old, asked.out, force=reporting.force, example=example)
-            job.say(f"{len(names)} BatchNorms have their old statistics again\nwritten: {asked.out}")
+            job.say(f"{len(names)} BatchNorm{'s have their' if len(names) != 1 else ' has its'} old statistics again")
+            job.say(f"written: {asked.out}")
             return 0
         example = shaping.call(loaded, asked.data)
         batches = feeding.open(asked.data, loaded, job, shaping, samples=feeding.samples)

@@ -21,7 +21,7 @@ from .feeds import inputs
 from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
 
 if TYPE_CHECKING:
-    from ...data import Batch
+    from ...data import Batch, InputSpec
 
 __all__ = ["Session", "check_feeds", "inputs", "random_feeds", "resolve", "self_contained", "stored_bytes"]
 
@@ -83,6 +83,11 @@ class Session:
         self.placement: Placement | None = assigned(self._session, provider)
         honoured(self.placement, provider, lambda: _skeleton(model))
         self._outputs = [o.name for o in self._session.get_outputs()]
+
+    @property
+    def specs(self) -> list[InputSpec]:
+        """What the model is fed."""
+        return inputs(self._model)
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""

@@ -218,7 +218,7 @@ class TorchPlan:
         return None
 
     def _dtype(self, layer: int) -> torch.dtype:
-        """The type of a layer's parameters, or that of what it normalises; half precision normalises with float32 statistics."""
+        """The type of a layer's parameters, or, where it has none, that of what it normalises."""
         op = next(call.node for call in self._calls if call.layer == layer)
         weight = arguments(op).get("weight")
         found: torch.dtype = (op if weight is None else weight).meta["val"].dtype

@@ -25,7 +25,7 @@ from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
 from .walk import FLOATS, is_tensor
 
 if TYPE_CHECKING:
-    from ...data import Batch
+    from ...data import Batch, InputSpec
 
 MOVED = 1 / 12  # the share of stored numbers that move by a unit in the last place, with the variance of rounding itself
 
@@ -109,6 +109,11 @@ class Session:
         if jitter is not None:
             _move_weights(module, jitter)
         self._module = module
+
+    @property
+    def specs(self) -> list[InputSpec]:
+        """What the model is fed."""
+        return self._traced.specs
 
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
         """The outputs by name. Raises DataError for feeds that don't fit."""
