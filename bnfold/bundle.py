@@ -246,8 +246,8 @@ def _off(right: npt.NDArray[Any], wrong: npt.NDArray[Any]) -> float:
 
 
 def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+    file, named = io.BytesIO(), dict[str, Any](arrays)
+    np.savez(file, **named)
     return file.getvalue()
 
 

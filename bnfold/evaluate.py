@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .backends import family
 from .errors import DataError
-from .report import Accuracy, Effect
+from .report import Accuracy, Effect, Word
 
 if TYPE_CHECKING:
     from .data import Array
@@ -142,13 +142,14 @@ def effect(before: Scores, after: Scores) -> Effect:
     loss = np.where(np.isfinite(loss), loss, 0.0)
     accuracy, accuracy_error = _mean(right)
     moved, loss_error = _mean(loss)
+    verdict: Word
     if abs(accuracy) > SURE * accuracy_error:
         verdict = "improved" if accuracy > 0 else "harmed"
     elif abs(moved) > SURE * loss_error:
         verdict = "improved" if moved < 0 else "harmed"
     else:
         verdict = "no effect"
-    return Effect(verdict, accuracy, accuracy_error, moved, loss_error)  # type: ignore[arg-type]
+    return Effect(verdict, accuracy, accuracy_error, moved, loss_error)
 
 
 def _mean(values: Array) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from ._version import __version__
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
+Word = Literal["improved", "harmed", "no effect"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Effect:
     verdict: by the accuracy where it moved by more than two standard errors, else by the loss likewise.
     """
 
-    verdict: Literal["improved", "harmed", "no effect"]
+    verdict: Word
     accuracy: float
     accuracy_stderr: float
     loss: float

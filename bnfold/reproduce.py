@@ -23,7 +23,7 @@ def run(path: Path, side: dict[str, Any], arrays: dict[str, Any], optimise: bool
     """The output of one part, in float64. Without optimisation a runtime computes what the file says."""
     feeds = {name: arrays[key].astype(kind) for name, (key, kind) in side["inputs"].items()}
     if path.suffix == ".onnx":
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4

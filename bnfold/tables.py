@@ -343,7 +343,7 @@ def _samples_in(path: str) -> int:
                 key = (folder, base.partition(".")[0])
                 if member.isreg() and not base.startswith((".", "__")) and "." in base:
                     samples, last = samples + (key != last), key
-                archive.members = []  # type: ignore[attr-defined]
+                archive.members = []  # type: ignore[attr-defined]  # the list that it keeps of all, which nobody reads here
             end = archive.offset
         with open(path, "rb") as file:
             file.seek(end)

@@ -90,7 +90,7 @@ def build(seed: int) -> onnx.ModelProto:
     for _ in range(400):
         if len(g.shapes) - inputs >= wanted and g.norms:
             break
-        steps[rng.choice(len(steps), p=weights / weights.sum())](g)  # type: ignore[operator]
+        steps[rng.choice(len(steps), p=weights / weights.sum())](g)
     made = list(g.shapes)[inputs:]
     ends = [v for v in made if v not in g.used and rng.random() < 0.9] or made[-1:]
     ends += [v for v in made if v not in ends and rng.random() < 0.04]

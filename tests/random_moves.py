@@ -54,7 +54,7 @@ def flatten(g: Growing) -> str | bool:
     if x is None:
         return False
     shape = g.shapes[x]
-    axis = int(g.pick(1, 1, 0, 2))  # type: ignore[call-overload]
+    axis = int(g.pick(1, 1, 0, 2))
     return g.add("Flatten", [x], (math.prod(shape[:axis]), math.prod(shape[axis:])), axis=axis)
 
 
@@ -140,7 +140,7 @@ def cut(g: Growing) -> str | bool:
     axes = [i for i, n in enumerate(shape) if n > 1]
     axis = axes[g.rng.integers(len(axes))]
     n = shape[axis]
-    step = int(g.pick(1, 1, 2, -1)) if g.net.opset >= 10 else 1  # type: ignore[call-overload]
+    step = int(g.pick(1, 1, 2, -1)) if g.net.opset >= 10 else 1
     start, end = sorted(int(i) for i in g.rng.choice(n + 1, 2, replace=False))
     if step < 0:
         start, end = (n - 1, -(2**31)) if g.chance(0.5) else (end - 1, start - 1 if start else -(2**31))
@@ -154,7 +154,7 @@ def gather(g: Growing) -> str | bool:
         return False
     shape = g.shapes[x]
     axis = 1 if shape[1] > 0 and g.chance(0.6) else g.axis(shape)
-    indices = g.rng.integers(0, shape[axis], tuple(g.whole(1, 3) for _ in range(int(g.pick(0, 1, 1, 2)))))  # type: ignore[call-overload]
+    indices = g.rng.integers(0, shape[axis], tuple(g.whole(1, 3) for _ in range(int(g.pick(0, 1, 1, 2)))))
     after = (*shape[:axis], *indices.shape, *shape[axis + 1 :])
     if g.chance(0.3) and indices.ndim == 1:
         indices, after = g.rng.permutation(shape[axis]), shape
@@ -172,7 +172,7 @@ def pad(g: Growing) -> str | bool:
     if mode == "constant" and g.chance(0.15):
         high = [-1 if i in space and n > 2 else 0 for i, n in enumerate(shape)]
     after = tuple(n + a + b if n > 0 else n for n, a, b in zip(shape, low, high, strict=True))
-    value = float(g.pick(0.0, 0.0, 0.7)) if mode == "constant" else 0.0  # type: ignore[arg-type]
+    value = float(g.pick(0.0, 0.0, 0.7)) if mode == "constant" else 0.0
     return _fits(after) and g.made(g.net.pad(x, *low, *high, mode=mode, value=value), [x], after)
 
 

@@ -61,7 +61,7 @@ class Growing:
         return value
 
     def axis(self, shape: Shape, static: bool = True) -> int:
-        return int(self.pick(*[i for i, n in enumerate(shape) if n > 0 or not static]))  # type: ignore[call-overload]
+        return int(self.pick(*[i for i, n in enumerate(shape) if n > 0 or not static]))
 
     def named(self, axis: int, rank: int) -> int:
         """An axis as an operator may name it: counted from the back, sometimes."""
@@ -124,15 +124,15 @@ def convolution(g: Growing, x: str | None = None, *, cout: int | None = None, ke
         return False
     n, cin, *space = g.shapes[x]
     dims = len(space)
-    groups = 1 if plain else int(g.pick(*[d for d in range(1, cin + 1) if cin % d == 0], 1))  # type: ignore[call-overload]
+    groups = 1 if plain else int(g.pick(*[d for d in range(1, cin + 1) if cin % d == 0], 1))
     cout = cout or groups * g.whole(1, max(1, 8 // groups))
     if cout % groups:
         groups = 1
-    kernel = [int(g.pick(1, 1, 2, 3)) for _ in space]  # type: ignore[call-overload]
+    kernel = [int(g.pick(1, 1, 2, 3)) for _ in space]
     dilation = [g.whole(1, 2) if g.chance(0.2) else 1 for _ in space]
     stride = [g.whole(1, 2) if g.chance(0.3) else 1 for _ in space]
     if keep:
-        kernel, stride = [int(g.pick(1, 3)) for _ in space], [1] * dims  # type: ignore[call-overload]
+        kernel, stride = [int(g.pick(1, 3)) for _ in space], [1] * dims
     attrs: dict[str, object] = {"group": groups, "kernel_shape": kernel, "strides": stride, "dilations": dilation}
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if g.chance(0.15):
@@ -157,7 +157,7 @@ def conv_transpose(g: Growing) -> str | bool:
     if x is None:
         return False
     n, cin, *space = g.shapes[x]
-    groups = int(g.pick(*[d for d in range(1, cin + 1) if cin % d == 0], 1))  # type: ignore[call-overload]
+    groups = int(g.pick(*[d for d in range(1, cin + 1) if cin % d == 0], 1))
     cout = groups * g.whole(1, max(1, 6 // groups))
     kernel = [g.whole(1, 3) for _ in space]
     stride = [g.whole(1, 2) for _ in space]
@@ -206,7 +206,7 @@ def matmul(g: Growing) -> str | bool:
         return False
     *lead, m, k = g.shapes[x]
     out = g.whole(1, 8)
-    extra = [int(g.pick(1, n)) if n > 0 else 1 for n in lead[len(lead) - g.whole(0, len(lead)) :]] if lead and g.chance(0.3) else []  # type: ignore[call-overload]
+    extra = [int(g.pick(1, n)) if n > 0 else 1 for n in lead[len(lead) - g.whole(0, len(lead)) :]] if lead and g.chance(0.3) else []
     if g.chance(0.25) and m > 0:
         shape = (*lead, out, k)
         if not _fits(shape):
@@ -364,7 +364,7 @@ def elementwise(g: Growing, x: str | None = None) -> str | bool:
     op = str(g.pick("Relu", "Relu", "Relu", "LeakyRelu", "PRelu", "Clip", "Clip0", "Abs", "Neg", "Sigmoid", "Tanh", "Identity", "Dropout"))
     shape = g.shapes[x]
     if op == "LeakyRelu":
-        return g.add(op, [x], shape, alpha=float(g.pick(0.1, -0.3, 1.5)))  # type: ignore[arg-type]
+        return g.add(op, [x], shape, alpha=float(g.pick(0.1, -0.3, 1.5)))
     if op == "PRelu":
         slope = (shape[1], *(1,) * (len(shape) - 2)) if len(shape) >= 2 and shape[1] > 0 and g.chance(0.6) else (1,)
         return g.made(g.net.op(op, x, g.weight(g.tensor(*slope), "slope")), [x], shape)

@@ -135,7 +135,7 @@ def weight(model: ModelProto) -> TensorProto:
 
 def new(**fields: object) -> Change:
     """Adds a weight."""
-    return lambda m: m.graph.initializer.add(**fields)  # type: ignore[arg-type]
+    return lambda m: m.graph.initializer.add(**fields)
 
 
 def map_type() -> onnx.ValueInfoProto:
@@ -146,7 +146,7 @@ def map_type() -> onnx.ValueInfoProto:
 
 
 def add_attribute(**fields: object) -> Change:
-    return lambda m: m.graph.node[0].attribute.append(AttributeProto(name="a", **fields))  # type: ignore[arg-type]
+    return lambda m: m.graph.node[0].attribute.append(AttributeProto(name="a", **fields))
 
 
 def subgraph(model: ModelProto) -> onnx.GraphProto:
@@ -278,7 +278,7 @@ def test_external_data_without_offset_and_length(tmp_path: Path) -> None:
 
 
 def stored(path: Path) -> dict[str, bytes]:
-    return {name: v.const_value.tobytes() for name, v in load(path).graph.initializers.items()}  # type: ignore[union-attr]
+    return {name: v.const_value.tobytes() for name, v in load(path).graph.initializers.items()}
 
 
 def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_model_may_be_saved_over_itself(tmp_path: Path) -> None:
     original = load(path)
     fused, _ = bnfold.fuse(original, check=False)
     save(fused, path, force=True)
-    assert original.graph.initializers["weight"].const_value.tobytes() == weight(small_model()).raw_data  # type: ignore[union-attr]
+    assert original.graph.initializers["weight"].const_value.tobytes() == weight(small_model()).raw_data
     assert stored(path)["big"] == np.arange(5000, dtype=np.float32).tobytes()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
 

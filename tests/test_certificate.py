@@ -126,14 +126,14 @@ def test_a_live_model_has_no_files_to_state(small: Callable[..., onnx.ModelProto
     assert found is not None
     assert found["inputs"] == []
     unchecked, _ = bnfold.fuse(small(), check=False)
-    assert bnfold.certificate(unchecked)["verdict"] is None  # type: ignore[index]
+    assert bnfold.certificate(unchecked)["verdict"] is None
 
 
 def test_a_file_that_changed_since_it_was_loaded_has_no_hash(here: Path, small: Callable[..., onnx.ModelProto]) -> None:
     model = bnfold.load("model.onnx")
     onnx.save(small(seed=9, batch=4), "model.onnx")
     fused, _ = bnfold.fuse(model)
-    assert bnfold.certificate(fused)["inputs"] == [{"name": "model.onnx", "sha256": ""}]  # type: ignore[index]
+    assert bnfold.certificate(fused)["inputs"] == [{"name": "model.onnx", "sha256": ""}]
 
 
 # --- chains ----------------------------------------------------------------------------------------------------------------------------
@@ -387,11 +387,11 @@ def test_a_recalibrated_module_drops_its_claim(checkpoint: list[str]) -> None:
     found = bnfold.certificate(fresh)
     assert found is not None
     assert (found["verdict"], found["made_by"], found["earlier"][0]["made_by"]) == (None, "recalibrate", "fuse")
-    assert bnfold.certificate(fused)["made_by"] == "fuse"  # type: ignore[index]
+    assert bnfold.certificate(fused)["made_by"] == "fuse"
     program = torch.export.export(fused, (torch.zeros(2, 3, 9, 9),))
     assert bnfold.certificate(program) is None
     again, _ = bnfold.fuse(program)
-    assert bnfold.certificate(again)["inputs"] == []  # type: ignore[index]
+    assert bnfold.certificate(again)["inputs"] == []
 
 
 def test_a_checkpoint_without_one(checkpoint: list[str]) -> None:

@@ -191,23 +191,23 @@ def test_every_report_has_the_keys_of_the_contract(here: Path, capsys: pytest.Ca
         found = json.loads(capsys.readouterr().out)
         assert found["schema"] == f"bnfold.{arguments[0]}/1"
         assert {"bnfold", "inputs", "seconds"} <= found.keys()
-        return found  # type: ignore[no-any-return]
+        return found
 
     found = report("recalibrate", "model.onnx", "--data", "x.npy", "-o", "fresh.onnx")
     assert {"method", "samples", "layers"} <= found.keys()
     assert found["samples"] == 24
-    assert {"name", "count", "mean_shift", "var_ratio", "stderr"} <= found["layers"][0].keys()  # type: ignore[index]
-    assert [i["path"] for i in found["inputs"]] == ["model.onnx", "x.npy"]  # type: ignore[attr-defined]
+    assert {"name", "count", "mean_shift", "var_ratio", "stderr"} <= found["layers"][0].keys()
+    assert [i["path"] for i in found["inputs"]] == ["model.onnx", "x.npy"]
     found = report("verify", "model.onnx", "another.onnx", status=1)
     assert found["verdict"] == "different"
     assert found.keys() >= {"levels", "outputs", "first_difference"}
-    assert found["levels"].keys() == {"coefficients", "function", "deployment"}  # type: ignore[attr-defined]
-    assert {"provider", "optimisation", "ratio"} <= found["levels"]["deployment"][0].keys()  # type: ignore[index]
-    assert {"name", "max_abs", "max_rel", "error_ratio"} <= found["outputs"][0].keys()  # type: ignore[index]
+    assert found["levels"].keys() == {"coefficients", "function", "deployment"}
+    assert {"provider", "optimisation", "ratio"} <= found["levels"]["deployment"][0].keys()
+    assert {"name", "max_abs", "max_rel", "error_ratio"} <= found["outputs"][0].keys()
     found = report("pipeline", "model.onnx", "--data", "x.npy", "-o", "ready.onnx")
     assert all(found[step] for step in ("recalibrate", "fuse", "verify"))
     found = report("bench", "model.onnx", "ready.onnx", "--rounds", "5")
-    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]  # type: ignore[operator]
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
 
 
 # --- what the commands do -----------------------------------------------------------------------------------------------------------

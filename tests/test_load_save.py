@@ -30,7 +30,7 @@ def megabytes(count: int) -> ir.Model:
         return ir.Tensor(np.full((1 << 18,), i, np.float32))
 
     for i in range(count):
-        weight = ir.LazyTensor(lambda i=i: make(i), ir.DataType.FLOAT, ir.Shape([1 << 18]), name=f"w{i}")  # type: ignore[misc]
+        weight = ir.LazyTensor(lambda i=i: make(i), ir.DataType.FLOAT, ir.Shape([1 << 18]), name=f"w{i}")
         model.graph.register_initializer(ir.Value(name=f"w{i}", const_value=weight))
     model.graph.meta["made"] = made
     return model
@@ -49,7 +49,7 @@ def test_each_weight_is_asked_for_once_and_held_alone(tmp_path: Path, outside: b
     assert (tmp_path / "m.onnx.data").exists() == outside
     back = load(tmp_path / "m.onnx").graph.initializers
     for i in (0, 39):
-        np.testing.assert_array_equal(back[f"w{i}"].const_value.numpy(), np.full(1 << 18, i, np.float32))  # type: ignore[union-attr]
+        np.testing.assert_array_equal(back[f"w{i}"].const_value.numpy(), np.full(1 << 18, i, np.float32))
 
 
 def test_loading_holds_the_file_once(tmp_path: Path) -> None:

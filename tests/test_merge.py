@@ -32,8 +32,8 @@ def merged(draw: Draw, *, clone: bool = False) -> tuple[dict[str, int], FuseRepo
 def repvgg(net: Net, x: str, channels: int, **attrs: object) -> str:
     """3 x 3 + 1 x 1 + identity, each with its BatchNorm (Ding et al. 2021, figure 2b)."""
     stride = attrs.get("strides", [1, 1])
-    three = net.bn(net.conv(x, channels, channels, 3, bias=False, pads=1, **attrs), channels)  # type: ignore[arg-type]
-    one = net.bn(net.conv(x, channels, channels, 1, bias=False, **attrs), channels)  # type: ignore[arg-type]
+    three = net.bn(net.conv(x, channels, channels, 3, bias=False, pads=1, **attrs), channels)
+    one = net.bn(net.conv(x, channels, channels, 1, bias=False, **attrs), channels)
     y = net.op("Add", three, one)
     return y if stride != [1, 1] else net.op("Add", y, net.bn(x, channels))
 
@@ -215,7 +215,7 @@ def branches(change: Callable[[Net, str], tuple[str, ...]]) -> Draw:
 
 
 def three(net: Net, x: str, **attrs: object) -> str:
-    return net.bn(net.conv(x, 4, 4, 3, **{"pads": 1, **attrs}), 4)  # type: ignore[arg-type]
+    return net.bn(net.conv(x, 4, 4, 3, **{"pads": 1, **attrs}), 4)
 
 
 def corner(net: Net, x: str, *pads: int) -> str:

@@ -60,8 +60,8 @@ def test_kept_axes_are_only_a_short_cut(name: str, shape: tuple[int, ...], f: Ca
     short, full = (move(lambda xs, _: f(xs[0]), [(shape,)], (out,), k) for k in (kept, {}))
     for _ in range(100):
         a, b = random_map(rng, out), random_map(rng, shape)
-        ups = [outcome(lambda node=node, a=a: move_up(node, a)[0]) for node in (short, full)]  # type: ignore[misc]
-        downs = [outcome(lambda node=node, b=b: move_down(node, [b])) for node in (short, full)]  # type: ignore[misc]
+        ups = [outcome(lambda node=node, a=a: move_up(node, a)[0]) for node in (short, full)]
+        downs = [outcome(lambda node=node, b=b: move_down(node, [b])) for node in (short, full)]
         for one, other in (ups, downs):
             assert (one is None) == (other is None)
             if one is not None and other is not None:

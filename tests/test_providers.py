@@ -250,7 +250,7 @@ def test_nodes_without_a_name_get_one_of_their_own() -> None:
 
 
 def test_before_there_was_a_record_a_profile_tells_where_nodes_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Older(ort.InferenceSession):  # type: ignore[misc]
+    class Older(ort.InferenceSession):
         @property
         def get_provider_graph_assignment_info(self) -> Any:
             raise AttributeError
@@ -401,7 +401,7 @@ def test_a_torch_model_beside_onnx_takes_of_a_providers_options_only_the_device(
     pytest.importorskip("torch")
     from bnfold.backends.torch.subject import TorchSubject
 
-    beside, alone = TorchSubject(None, beside_onnx=True), TorchSubject(None)  # type: ignore[arg-type]
+    beside, alone = TorchSubject(None, beside_onnx=True), TorchSubject(None)
     given = ("cpu", "openvino:device_type=CPU", "cuda:1", "CUDA:use_tf32=0,device_id=2", "cuda:use_tf32=0")
     assert [beside._device(p) for p in given] == ["cpu", "cpu", "cuda:1", "cuda:2", "cuda"]
     assert alone._device("cuda:1") == "cuda:1"

@@ -190,7 +190,7 @@ def test_every_element_type(tmp_path: Path, kind: int, place: str) -> None:
     assert onnx.load(tmp_path / "again.onnx") == model
     loaded.graph.meta[saving.EXTERNAL] = True
     save(loaded, tmp_path / "outside.onnx")
-    np.testing.assert_array_equal(load(tmp_path / "outside.onnx").graph.initializers["w"].const_value.numpy(), numbers)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(load(tmp_path / "outside.onnx").graph.initializers["w"].const_value.numpy(), numbers)
     if place == "raw":
         np.testing.assert_array_equal(numpy_helper.to_array(onnx.load(tmp_path / "outside.onnx").graph.initializer[-1]), numbers)
 

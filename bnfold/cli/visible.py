@@ -34,4 +34,5 @@ def visible_in(x: T) -> T:
         found = {visible_in(key): visible_in(value) for key, value in x.items()}
     elif isinstance(x, list):
         found = list(map(visible_in, x))
-    return found  # type: ignore[no-any-return]
+    same_kind: T = found
+    return same_kind

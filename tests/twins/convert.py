@@ -118,12 +118,12 @@ class Twin(nn.Module):
                 name += "_"
             self.add_module(name, make())
             self._layers[key] = name
-        return self._modules[self._layers[key]]  # type: ignore[return-value]
+        return self._modules[self._layers[key]]
 
     def value(self, env: dict[str, Any], name: str) -> Tensor:
         """An activation, or a constant as a parameter or buffer."""
         if name in env:
-            return env[name]  # type: ignore[no-any-return]
+            return env[name]
         array = self.constants[name]
         return self.parameter(name) if array.dtype.kind == "f" else torch.from_numpy(np.array(array))
 

@@ -78,7 +78,7 @@ def conv(op: Op) -> Step:
         layer.weight = op.parameter(1)
         if op.has(2):
             layer.bias = op.parameter(2)
-        return layer  # type: ignore[no-any-return]
+        return layer
 
     layer = op.twin.layer(op, ("conv", *op.inputs[1:3], str(settings)), make)
     return apply(op, lambda x: layer(x if before is None else F.pad(x, before)), 1)
@@ -382,7 +382,7 @@ def normalisation(op: Op) -> Step:
         layer.weight = op.parameter(1)
         if op.has(2):
             layer.bias = op.parameter(2)
-        return layer  # type: ignore[no-any-return]
+        return layer
 
     if kind == "LayerNormalization" and int(op.get("axis", -1)) % op.rank() != op.rank() - scale.ndim:
         raise NotInTorchError("it normalises other axes")

@@ -34,7 +34,8 @@ def conv(ctx: Lowering, node: ir.Node) -> str | None:
         uneven = "its outputs see different taps"
     else:
         out, uniform, uneven = shape[0], not pads(node, shape[2:]), "it pads with zeros"
-    if given(node, 2) is not None and ctx.tensor(arg(node, 2)).shape != (out,):  # type: ignore[union-attr]
+    stored = None if given(node, 2) is None else ctx.tensor(arg(node, 2))
+    if stored is not None and stored.shape != (out,):
         return "its bias isn't a vector of its output channels, which the standard demands"
     bias = ctx.param(node, 2, (out,)) or Param(None, (out,))
     attrs = {"groups": groups, "uniform": uniform, "uneven": uneven}

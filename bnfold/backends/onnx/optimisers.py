@@ -212,7 +212,7 @@ class _Search:
         return any(_off(right[name], wrong[name]) > self.limit for name in right)
 
     def _run(self, part: onnx.ModelProto, feeds: Arrays, optimise: bool, disabled: Iterable[str] = ()) -> dict[str, npt.NDArray[Any]]:
-        import onnxruntime as ort  # type: ignore[import-untyped]
+        import onnxruntime as ort
 
         options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
         options.log_severity_level = 4

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import json
 import os
 import re
@@ -71,7 +72,7 @@ def runtime() -> Any:
     """ONNX Runtime. It looks for devices when it is imported, and prints what it misses."""
     if "onnxruntime" not in sys.modules:
         with overhearing():
-            import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+            importlib.import_module("onnxruntime")
     return sys.modules["onnxruntime"]
 
 

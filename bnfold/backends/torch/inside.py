@@ -22,7 +22,7 @@ from ...inside import Part, Stream
 from .lower import Lowering, entangled, functional
 from .run import Oracle, Session, precise
 from .trace import NUMPY, Traced, quiet, to_numpy, to_tensor
-from .walk import dtype_of, mutates
+from .walk import dtype_of, function, mutates
 
 if TYPE_CHECKING:
     from ...data import Batch
@@ -159,7 +159,7 @@ class _Stored:
         elif op.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((op.args, op.kwargs), lambda source: values[source])
             try:
-                values[op] = op.target(*args, **kwargs)  # type: ignore[operator]
+                values[op] = function(op)(*args, **kwargs)
             except Exception as error:  # operators raise what they like
                 raise UnsupportedError(f"{op.target} doesn't run in the stored type: {str(error)[:200]}") from None
 

@@ -245,16 +245,17 @@ class TorchPlan:
                 owner = module.get_submodule(path)
                 buffer = getattr(owner, attribute)
                 if buffer is None:
+                    assert isinstance(owner, nn.modules.batchnorm._BatchNorm)
                     _give(owner, attribute, tensor)
                 else:
                     buffer.copy_(tensor.reshape(buffer.shape))
         return module
 
 
-def _give(norm: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
+def _give(norm: nn.modules.batchnorm._BatchNorm, attribute: str, tensor: torch.Tensor) -> None:
     """Statistics to a BatchNorm that had none, which it normalises with from now on."""
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
     norm.register_buffer(attribute, tensor.to(device))
     if getattr(norm, "num_batches_tracked", None) is None:
         norm.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-    norm.track_running_stats = True  # type: ignore[assignment]
+    norm.track_running_stats = True

@@ -22,7 +22,7 @@ from ...errors import DataError, DeviceError, UnsupportedError, UsageError
 from ...feeds import check_feeds
 from ...subject import Placement
 from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
-from .walk import FLOATS, is_tensor
+from .walk import FLOATS, function, is_tensor
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
@@ -64,11 +64,11 @@ def precisions(device: str) -> tuple[str, ...]:
     return ("full", "as deployed") if device.startswith("cuda") and coarse else ("full",)
 
 
-class Where(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Where(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives its base class no types
     """Counts the operators that are called, and those whose results lie on a device."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # the same
         self.device, self.there, self.all = device, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -196,7 +196,7 @@ class Oracle:
 
         args, kwargs = pytree.tree_map(exact, (tuple(op.args), dict(op.kwargs)))
         try:
-            returned = op.target(*args, **kwargs)  # type: ignore[operator]
+            returned = function(op)(*args, **kwargs)
         except Exception as error:  # operators raise what they like
             if "not implemented" in str(error):
                 raise UnsupportedError(f"{op.target} has no form in float64: {_one_line(error)}") from None

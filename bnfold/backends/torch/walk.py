@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,3 +134,9 @@ def frame(node: Node) -> str:
     """The innermost module."""
     found = frames(node)
     return found[-1] if found else ""
+
+
+def function(op: Node) -> Callable[..., Any]:
+    """What a call_function node calls."""
+    assert callable(op.target)
+    return op.target
