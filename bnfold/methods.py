@@ -16,38 +16,42 @@ import numpy as np
 
 from .affine import Array
 from .errors import UsageError
-from .moments import Moments, pool
+from .moments import Moments, Samples, pool
 
-TOGETHER = 64  # micro-batches whose moments are pooled at once
+TOGETHER = 64  # micro-batches that are pooled at once, if their samples have
+ELEMENTS = 1 << 17  # means at the most: 1 MiB
 Statistics = tuple[Array, Array]  # mean and variance, float64 [C]
 
 
 class Tally:
     """What has been measured of one layer so far.
 
-    batches: float64 [2, C], sum_b m_b var_b, biased and unbiased. running: mean and variance of a moving average, which depends on the
-    order. steps: how many micro-batches it has seen.
+    batches: float64 [2, C], sum_b m_b var_b, biased and unbiased, for the method that needs them. running: mean and variance of a moving
+    average, which depends on the order. steps: how many micro-batches it has seen.
     """
 
     def __init__(self, moments: Moments, batches: Array, running: Statistics, steps: int = 0) -> None:
-        self._parts = [moments]
+        self._parts: list[Moments | Samples] = [moments]
+        self._waiting = 0
         self.batches, self.running, self.steps = batches, running, steps
 
     @property
     def moments(self) -> Moments:
-        """Of all elements. What is not pooled yet is now."""
-        if len(self._parts) > 1:
-            self._parts = [pool(self._parts)]
-        return self._parts[0]
+        """Of all elements."""
+        return self._pooled()
 
-    def add(self, batch: Moments) -> None:
+    def add(self, batch: Moments | Samples) -> None:
         """One more micro-batch; many are pooled at once, which takes a small part of the time."""
         self._parts.append(batch)
-        if len(self._parts) > TOGETHER:
-            self._parts = [pool(self._parts)]
-        self.batches[0] += batch.m2
-        self.batches[1] += batch.m2 * (batch.count / max(batch.count - 1, 1))
+        self._waiting += batch.mean.size
         self.steps += 1
+        if len(self._parts) > TOGETHER or self._waiting > ELEMENTS:
+            self._pooled()
+
+    def _pooled(self) -> Moments:
+        whole = pool(self._parts)
+        self._parts, self._waiting = [whole], 0
+        return whole
 
     def __add__(self, other: Tally) -> Tally:
         """Both together, but for the moving average, which has no sum."""
@@ -81,7 +85,7 @@ class Method:
         """Before the first micro-batch. mean, variance: float64 [C], the layer's old statistics."""
         return Tally(Moments.empty(mean.size), np.zeros((2, mean.size)), (mean, variance))
 
-    def add(self, tally: Tally, batch: Moments) -> None:
+    def add(self, tally: Tally, batch: Moments | Samples) -> None:
         """One more micro-batch at one call of the layer goes into the tally."""
         tally.add(batch)
 
@@ -130,6 +134,12 @@ class IoffeSzegedy(Method):
     additive: ClassVar[bool] = True
     convention: ClassVar[bool] = True
 
+    def add(self, tally: Tally, batch: Moments | Samples) -> None:
+        moments = pool([batch])
+        super().add(tally, moments)
+        tally.batches[0] += moments.m2
+        tally.batches[1] += moments.m2 * (moments.count / max(moments.count - 1, 1))
+
     def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
         return tally.moments.mean, tally.batches[int(self.is_unbiased)] / max(tally.moments.count, 1)
 
@@ -153,11 +163,12 @@ class MovingAverage(Method):
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise UsageError(f"the momentum is {self.momentum}; it must be above 0 and at most 1")
 
-    def add(self, tally: Tally, batch: Moments) -> None:
-        super().add(tally, batch)
+    def add(self, tally: Tally, batch: Moments | Samples) -> None:
+        moments = pool([batch])
+        super().add(tally, moments)
         weight = 1 / tally.steps if self.momentum is None else self.momentum
         mean, variance = tally.running
-        tally.running = (mean + weight * (batch.mean - mean), variance + weight * (batch.variance(self.is_unbiased) - variance))
+        tally.running = (mean + weight * (moments.mean - mean), variance + weight * (moments.variance(self.is_unbiased) - variance))
 
     def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
         return tally.running

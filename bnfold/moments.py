@@ -27,6 +27,23 @@ PARALLEL = 1 << 19  # elements below which starting a second thread costs more t
 
 
 @dataclass(frozen=True, eq=False)
+class Samples:
+    """Each sample by itself, where all have as many elements: what `Moments` are made of, many micro-batches at once (see `pool`).
+
+    size: elements per channel of each sample. mean, m2: float64 [samples, C].
+    """
+
+    size: int
+    mean: Array
+    m2: Array
+
+    @property
+    def count(self) -> int:
+        """Elements per channel."""
+        return self.size * len(self.mean)
+
+
+@dataclass(frozen=True, eq=False)
 class Moments:
     """What is known of each channel of the data so far.
 
@@ -48,10 +65,11 @@ class Moments:
         return cls(0, np.zeros(channels), np.zeros(channels), 0, 0.0, np.zeros((5, channels)))
 
     @classmethod
-    def of_samples(cls, size: int, means: Array, m2: Array) -> Moments:
-        """Of samples with `size` elements per channel each. means, m2: float64 [samples, C], each sample's own."""
+    def of_samples(cls, parts: Sequence[Samples]) -> Moments:
+        """Of samples that all have as many elements."""
+        size, means, m2 = parts[0].size, *(np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
         samples = len(means)
-        mean = means.mean(0)
+        mean = means.mean(0) if samples else np.zeros(means.shape[1])
         off = means - mean
         about = m2 + size * off * off
         return cls(samples * size, mean, about.sum(0), samples, float(samples * size * size), _spread(size, off, about))
@@ -96,10 +114,17 @@ class Moments:
         return _pooled((self, other))
 
 
-def pool(parts: Iterable[Moments]) -> Moments:
+def pool(parts: Iterable[Moments | Samples]) -> Moments:
     """The moments of all parts together; there must be at least one."""
-    every = list(parts)
-    return _pooled([part for part in every if part.count] or every[:1])
+    every, alike = [], dict[int, list[Samples]]()
+    for part in parts:
+        if isinstance(part, Samples):
+            alike.setdefault(part.size, []).append(part)
+        else:
+            every.append(part)
+    every += map(Moments.of_samples, alike.values())
+    some = [part for part in every if part.count] or every[:1]
+    return some[0] if len(some) == 1 else _pooled(some)
 
 
 def _spread(size: float, off: Array, about: Array) -> Array:
@@ -138,7 +163,12 @@ def _pooled(parts: Sequence[Moments]) -> Moments:
 
 
 def measure(x: npt.NDArray[Any], axis: int = 1) -> Moments:
-    """Moments of each index along `axis`, over all other axes. The samples lie along axis 0.
+    """Moments of each index along `axis`, over all other axes (see `measure_samples`)."""
+    return pool([measure_samples(x, axis)])
+
+
+def measure_samples(x: npt.NDArray[Any], axis: int = 1) -> Moments | Samples:
+    """What the moments of each index along `axis`, over all other axes, are made of. The samples lie along axis 0.
 
     x: any floating-point type (ml_dtypes' too) and any rank from 2. Memory beside x: a block per thread and two float64 numbers per
     sample and channel where x is C-contiguous and `axis` is 1, and a copy of x otherwise. Time: about 1.2 ns per float32 element and core.
@@ -167,10 +197,10 @@ def measure(x: npt.NDArray[Any], axis: int = 1) -> Moments:
 
     _each(work, [(a, c, p) for a in range(0, samples, several) for p in range(pieces) for c in range(0, channels, band)], rows.size)
     if pieces == 1:
-        return Moments.of_samples(size, means[:, 0], m2[:, 0])
+        return Samples(size, means[:, 0], m2[:, 0])
     counts = np.diff([*range(0, size, piece), size]).astype(float)[:, None]
     whole = (counts * means).sum(1) / size
-    return Moments.of_samples(size, whole, m2.sum(1) + (counts * np.square(means - whole[:, None])).sum(1))
+    return Samples(size, whole, m2.sum(1) + (counts * np.square(means - whole[:, None])).sum(1))
 
 
 def _flat(x: npt.NDArray[Any]) -> Moments:
@@ -197,7 +227,7 @@ def _each(work: Callable[[J], R], jobs: Sequence[J], elements: int) -> list[R]:
     threads = _threads() if elements >= PARALLEL else 1
     if threads == 1:
         return [work(job) for job in jobs]
-    shares = _pool().map(lambda share: [work(job) for job in share], [jobs[i::threads] for i in range(threads)])
+    shares = _workers().map(lambda share: [work(job) for job in share], [jobs[i::threads] for i in range(threads)])
     found: list[Any] = [None] * len(jobs)
     for i, share in enumerate(shares):
         found[i::threads] = share
@@ -211,5 +241,5 @@ def _threads() -> int:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), thread_name_prefix="bnfold-moments")

@@ -26,7 +26,7 @@ from .errors import BnfoldError, DataError, UnsupportedError, UsageError
 from .hints import Hints
 from .methods import Method, Statistics, Tally
 from .methods import method as chosen
-from .moments import Moments
+from .moments import Moments, Samples, pool
 from .processes import Alone, Processes, together
 from .report import LayerStatistics, RecalibrateReport
 from .spill import Frontier
@@ -78,8 +78,8 @@ class Stage(Protocol):
         """
         ...
 
-    def moments(self, array: Any) -> Moments:
-        """Of a value of its own, [samples, channels, ...]: arrays may lie on a device."""
+    def measure(self, array: Any) -> Moments | Samples:
+        """A value of its own, [samples, channels, ...]: arrays may lie on a device."""
         ...
 
     def held(self, array: Any, room: int) -> Any:
@@ -207,7 +207,7 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[Layer], ind
         made = stage.run({name: values[name] for name in stage.needs}, own)
         for reading in stage.readings:
             array = made[reading.value] if reading.value in made else values[reading.value]
-            moments = own[reading.call] = _read(stage, array, reading, layers[reading.layer], index)
+            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index)])
             if moments.count < 2:
                 return None
             seen.append((reading, moments, number == 0))
@@ -256,8 +256,7 @@ def _in_lockstep(
                     made = stage.run(needed)
                     for reading in stage.readings:
                         array = made[reading.value] if reading.value in made else needed[reading.value]
-                        moments = _read(stage, array, reading, layers[reading.layer], index)
-                        method.add(mine[reading.layer], moments)
+                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index))
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)
@@ -321,8 +320,8 @@ def _some(measured: Measured) -> None:
         raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
 
 
-def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) -> Moments:
-    """Moments of one micro-batch at one call of a layer."""
+def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) -> Moments | Samples:
+    """One micro-batch at one call of a layer."""
     if array.ndim == 1:
         array = array[:, None]  # samples of one channel
     if reading.per_activation:
@@ -330,14 +329,15 @@ def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) 
     if array.shape[1] != layer.mean.size:
         raise DataError(f"micro-batch {batch + 1} brings {array.shape[1]} channels to {layer.name}, which has {layer.mean.size}")
     with np.errstate(invalid="ignore", over="ignore"):
-        moments = stage.moments(array)
-    if not (np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all()):
-        channel = int(np.flatnonzero(~(np.isfinite(moments.mean) & np.isfinite(moments.m2)))[0])
+        seen = stage.measure(array)
+    if not (np.isfinite(seen.mean).all() and np.isfinite(seen.m2).all()):
+        wrong = ~(np.isfinite(seen.mean) & np.isfinite(seen.m2)).reshape(-1, layer.mean.size).all(0)
+        channel = int(np.flatnonzero(wrong)[0])
         raise DataError(
             f"micro-batch {batch + 1} brings NaN, infinity or an overflow to channel {channel} of {layer.name}: look at these samples "
             f"and at how they are scaled, or leave them out"
         )
-    return moments
+    return seen
 
 
 def _unusable(moments: Moments) -> str | None:

@@ -17,7 +17,7 @@ from vision import package
 
 import bnfold
 from bnfold.backends.torch.moments import Meter
-from bnfold.moments import measure
+from bnfold.moments import measure, pool
 from bnfold.report import RecalibrateReport
 from bnfold.spill import Frontier
 
@@ -310,7 +310,7 @@ def test_moments_of_a_tensor() -> None:
         torch.randn(2, 3, 65, 127).transpose(0, 1),
         torch.randn(1, 2, 800, 800) - 100,
     ):
-        got, want = Meter(x.device).measure(x), measure(x.float().numpy() if x.dtype == torch.float16 else x.numpy())
+        got, want = pool([Meter(x.device).measure(x)]), measure(x.float().numpy() if x.dtype == torch.float16 else x.numpy())
         assert (got.count, got.samples) == (want.count, want.samples)
         for name in ("mean", "m2"):
             scale = np.abs(getattr(want, name)).max()

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
-from ...moments import Moments
+from ...moments import Moments, Samples
 from ...recalibrate import NOTHING, Reading, Values
 from ...stages import Cut
 from .constants import Constants
@@ -231,7 +231,7 @@ class TorchStage:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
 
-    def moments(self, array: Any) -> Moments:
+    def measure(self, array: Any) -> Samples:
         with enough_memory(self._held.device):
             return self._held.meter.measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)).to(self._held.device))
 

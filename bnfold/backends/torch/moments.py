@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ...affine import Array
-from ...moments import Moments
+from ...moments import Samples
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements that are worked through at once: on a CPU, what its caches hold
 FAR = 10.0  # deviations from zero up to which the rounding of a mean in float32 moves neither it nor the variance by 1e-6
@@ -25,8 +24,8 @@ class Meter:
         self._block = BLOCK[device.type]
         self._buffer = torch.empty(0, device=device)
 
-    def measure(self, x: Tensor) -> Moments:
-        """Moments of each channel of x, [samples, channels, ...], of any floating-point type.
+    def measure(self, x: Tensor) -> Samples:
+        """Mean and squared deviations of each sample and channel of x, [samples, channels, ...], of any floating-point type.
 
         For each sample and channel: the mean c in the type of the data (float32 for half precision), then sum((x - c)^2), and where the
         mean is more than FAR deviations from zero, so that its rounding tells, sum(x - c) too, by which the mean is c + sum(x - c)/n and
@@ -36,15 +35,15 @@ class Meter:
         overflows float32 on the way is measured again, all in float64.
         """
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        moments = self._measure(x.reshape(*x.shape[:2], -1), kind)
-        if kind == torch.float32 and not (moments.m2 < float("inf")).all():
+        samples = self._measure(x.reshape(*x.shape[:2], -1), kind)
+        if kind == torch.float32 and not (samples.m2 < float("inf")).all():
             return self._measure(x.reshape(*x.shape[:2], -1), torch.float64)
-        return moments
+        return samples
 
-    def _measure(self, rows: Tensor, kind: torch.dtype) -> Moments:
+    def _measure(self, rows: Tensor, kind: torch.dtype) -> Samples:
         samples, channels, size = rows.shape
         if not rows.numel():
-            return Moments.empty(channels)
+            return Samples(size, *np.zeros((2, 0, channels)))
         several = min(samples, max(1, self._block // (channels * size)))
         band = channels if several > 1 else min(channels, max(1, self._block // size))
         buffer = self._room(several * band * size, kind)
@@ -64,7 +63,8 @@ class Meter:
                     continue
                 first[at] = _array(off.sum(2))
                 second[at] = _array(off.square_().sum(2)) if norm is None else np.square(norm, dtype=np.float64)
-        return _pooled(centre, first, second, size)
+        rest = first / size
+        return Samples(size, centre + rest, np.maximum(second - first * rest, 0))
 
     def _room(self, elements: int, kind: torch.dtype) -> Tensor:
         if self._buffer.dtype != kind or len(self._buffer) < elements:
@@ -75,9 +75,3 @@ class Meter:
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
     found: npt.NDArray[Any] = tensor.cpu().numpy()
     return found
-
-
-def _pooled(centre: Array, first: Array, second: Array, size: int) -> Moments:
-    """Of one micro-batch, from c, sum(x - c) and sum((x - c)^2) of each sample, [samples, channels]."""
-    off = first / size
-    return Moments.of_samples(size, centre + off, np.maximum(second - first * off, 0))
