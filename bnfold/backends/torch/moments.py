@@ -47,24 +47,25 @@ class Meter:
         several = min(samples, max(1, self._block // (channels * size)))
         band = channels if several > 1 else min(channels, max(1, self._block // size))
         buffer = self._room(several * band * size, kind)
-        centre, first, second = np.zeros((3, samples, channels))
+        means, m2 = np.zeros((2, samples, channels))
         for i in range(0, samples, several):
             for c in range(0, channels, band):
                 part = rows[i : i + several, c : c + band].to(kind)
                 at = (slice(i, i + several), slice(c, c + band))
                 mean = part.mean(2, keepdim=True)
-                here = centre[at] = _array(mean.squeeze(2))
+                means[at] = here = _array(mean)[..., 0]
                 if size == 1:
                     continue
                 off = torch.sub(part, mean, out=buffer[: part.numel()].view(part.shape))
                 norm = _array(vector_norm(off, dim=2)) if size <= SHORT else None
                 if norm is not None and (np.abs(here) * (size**0.5 / FAR) <= norm).all():
-                    second[at] = np.square(norm, dtype=np.float64)
+                    np.square(norm, out=m2[at], dtype=np.float64)
                     continue
-                first[at] = _array(off.sum(2))
-                second[at] = _array(off.square_().sum(2)) if norm is None else np.square(norm, dtype=np.float64)
-        rest = first / size
-        return Samples(size, centre + rest, np.maximum(second - first * rest, 0))
+                left = _array(off.sum(2)).astype(np.float64)
+                squares = _array(off.square_().sum(2)) if norm is None else np.square(norm, dtype=np.float64)
+                means[at] += left / size
+                m2[at] = np.maximum(squares - left * left / size, 0)
+        return Samples(size, means, m2)
 
     def _room(self, elements: int, kind: torch.dtype) -> Tensor:
         if self._buffer.dtype != kind or len(self._buffer) < elements:
