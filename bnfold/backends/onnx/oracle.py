@@ -1,8 +1,8 @@
 """The float64 oracle: what a model computes before rounding.
 
 The reference evaluator of the onnx package runs the model widened to float64 (`oracle_convert`), with operators of our own where
-it is wrong, slow or lacks one (`oracle_ops`, `oracle_windows`, `oracle_rnn`, `oracle_resize`). ONNX Runtime can't be the oracle: its
-CPU provider has no convolution in float64. Values are dropped after their last use.
+it is wrong, slow or lacks one (`oracle_ops`). ONNX Runtime can't be the oracle: its CPU provider has no convolution in float64.
+Values are dropped after their last use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from onnx.reference.op_run import OpFunction, OpRun, RuntimeContextError
 
 from ...errors import BnfoldError, UnsupportedError, UsageError
 from ...feeds import check_feeds, listed
-from . import oracle_ops, oracle_resize, oracle_rnn, oracle_windows  # noqa: F401 - they enter their operators into the table
+from . import (  # noqa: F401 - they enter their operators into the table
+    oracle_activations,
+    oracle_arithmetic,
+    oracle_moves,
+    oracle_norms,
+    oracle_ops,
+    oracle_resize,
+    oracle_rnn,
+    oracle_windows,
+)
 from .feeds import inputs
 from .oracle_convert import bodies, controls, maybe_jittered, to_float64, widen
 from .run import self_contained

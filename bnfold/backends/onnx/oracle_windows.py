@@ -278,3 +278,18 @@ def max_pool(
         y = seen.copy() if y is None else np.maximum(y, seen, out=y)
     assert y is not None
     return (y, where)[:outputs]
+
+
+@operator("GlobalMaxPool")
+def global_max_pool(x: Array) -> tuple[Array, ...]:
+    return (x.max(tuple(range(2, x.ndim)), keepdims=True),)
+
+
+@operator("GlobalAveragePool")
+def global_average_pool(x: Array) -> tuple[Array, ...]:
+    return (x.mean(tuple(range(2, x.ndim)), keepdims=True),)
+
+
+@operator("GlobalLpPool")
+def global_lp_pool(x: Array, *, p: int = 2) -> tuple[Array, ...]:
+    return ((np.abs(x) ** p).sum(tuple(range(2, x.ndim)), keepdims=True) ** (1.0 / p),)

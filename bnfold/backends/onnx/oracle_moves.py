@@ -1,0 +1,36 @@
+"""Operators of the float64 oracle that lay elements elsewhere: Pad and Scatter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .oracle_ops import Array, operator
+
+
+@operator("Pad", since=2, until=10)
+def pad_2(x: Array, *, pads: Any, mode: str = "constant", value: float = 0.0) -> tuple[Array, ...]:
+    """Opsets 2 to 10: the settings are attributes."""
+    return pad_11(x, np.asarray(pads), np.asarray(value), mode=mode)
+
+
+@operator("Pad", since=11)
+def pad_11(x: Array, pads: Array, value: Array | None = None, axes: Array | None = None, *, mode: str = "constant") -> tuple[Array, ...]:
+    """A negative number of pads crops; the crop comes first, as ONNX Runtime does it."""
+    widths = [(0, 0)] * x.ndim
+    half = len(pads) // 2
+    for axis, low, high in zip(range(x.ndim) if axes is None else axes, pads[:half], pads[half:], strict=True):
+        widths[int(axis)] = (int(low), int(high))
+    x = x[tuple(slice(max(-low, 0), min(high, 0) or None) for low, high in widths)]
+    grown = [(max(low, 0), max(high, 0)) for low, high in widths]
+    if mode == "constant":
+        return (np.pad(x, grown, constant_values=0 if value is None else np.asarray(value).item()),)
+    return (np.pad(x, grown, mode=mode),)  # type: ignore[call-overload]
+
+
+@operator("Scatter", since=9)
+def scatter(data: Array, indices: Array, updates: Array, *, axis: int = 0) -> tuple[Array, ...]:
+    y = data.copy()
+    np.put_along_axis(y, indices % data.shape[axis], updates, axis)
+    return (y,)
