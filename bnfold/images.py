@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bad import CorruptError
-from .data import Array, Batch, Chunk, InputSpec, Source
+from .data import Array, Batch, Chunk, InputSpec, Source, counted
 from .errors import DataError, UsageError
 from .values import is_float, shape_text
 
@@ -345,5 +345,5 @@ def folder_source(
             label = None if labels is None else labels[place : place + 1]
             yield Chunk({}, label, str(path), single=True, make=partial(make, path))
 
-    of = f"{len(paths)} of {total} images" if len(paths) < total else f"{total} image{'s' * (total != 1)}"
+    of = f"{len(paths)} of {total} images" if len(paths) < total else counted(total, "image")
     return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, pictures=True)

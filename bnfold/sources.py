@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import tables
-from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, from_object, from_stream
+from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, counted, from_object, from_stream
 from .errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _folder(
             single = array.ndim == len(spec.shape) - 1
             yield Chunk({spec.name: array[None] if single else array}, None, str(file), single)
 
-    return Source(chunks, f"{path}: {len(files)} .npy file{'s' * (len(files) != 1)}")
+    return Source(chunks, f"{path}: {counted(len(files), '.npy file')}")
 
 
 def _function(target: str, name: str, spec: str) -> Callable[[], Any]:

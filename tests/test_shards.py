@@ -108,11 +108,11 @@ def test_of_others_nothing_is_made(tmp_path, monkeypatch):
 
 
 def test_arrays_of_others_are_not_converted(monkeypatch):
-    import bnfold.data
+    from bnfold.data import inputs
 
     seen = []
-    real = bnfold.data.convert
-    monkeypatch.setattr(bnfold.data, "convert", lambda array, *rest: seen.append(len(array)) or real(array, *rest))
+    real = inputs.convert
+    monkeypatch.setattr(inputs, "convert", lambda array, *rest: seen.append(len(array)) or real(array, *rest))
     spoilt = A.astype(np.float64)
     spoilt[3] = np.nan  # another's affair
     data = as_batches(spoilt, X, batch_size=6, shard=(1, 2))

@@ -1,0 +1,25 @@
+"""What the user's data can be, as batches: files, folders, functions, arrays and loaders.
+
+Every form (`forms`) becomes a `Source` of chunks (`source`); `Data` fits the chunks to the model's inputs (`inputs`) and cuts them into
+batches (`batches`).
+"""
+
+from .batches import BATCH_SIZE, Data
+from .forms import as_batches, from_object, from_stream, open_data
+from .source import LABELS, Array, Batch, Chunk, InputSpec, Source, counted
+
+__all__ = [
+    "BATCH_SIZE",
+    "LABELS",
+    "Array",
+    "Batch",
+    "Chunk",
+    "Data",
+    "InputSpec",
+    "Source",
+    "as_batches",
+    "counted",
+    "from_object",
+    "from_stream",
+    "open_data",
+]

@@ -1,0 +1,287 @@
+"""The user's data as batches: the samples of a source, cut to the size that is asked for, as often as they are wanted.
+
+The sample axis is axis 0. An input whose first axis is fixed while another input's is dynamic, and one without axes, holds no samples: it
+goes along with every batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..ahead import in_pool, read_ahead
+from ..bad import MAX_BAD, Bad, BadSample, CorruptError
+from ..errors import DataError, UsageError
+from .inputs import Inputs, joined
+from .source import Array, Batch, Chunk, InputSpec, Source, counted
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some samples of a batch. place: that of the first of them in the data. count: how many they are."""
+
+    chunk: Chunk
+    place: int
+    count: int
+
+
+class Data:
+    """Batches by input name, as often as they are asked for.
+
+    description: where the data come from, in a line. notes: what the user should know about them.
+    samples, labels: how many samples a pass goes through, and their classes (integers, one for each). Arrays and images know both at once.
+    Of iterables, functions, folders of arrays and tars `samples` is None until a pass is complete; asking for `labels` makes that pass
+    where the first batch has some, but of a generator, which can be read only once, they are None until it has been read. A pass may add a
+    note.
+    bad: the images that couldn't be decoded, as far as they were read. They count among samples and labels, and their batches are smaller
+    for them; so labels go with samples by `labelled` alone. max_bad: how many are allowed, a number or a percentage of all.
+    shard: (i, n) leaves batches i, i + n, i + 2n, ... of those that are cut without it, and makes no other; samples, labels and limits are
+    those of the whole. Where there are fewer than n batches, some shards are empty.
+    What takes time to read is read in a background thread, two batches ahead; a generator of the user's is read only as it is asked for.
+    Raises DataError, when opened or when iterated, for data that don't fit; UsageError for a batch size or a count below 1.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        inputs: Sequence[InputSpec],
+        *,
+        batch_size: int | None = None,
+        samples: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        max_bad: int | str = MAX_BAD,
+    ) -> None:
+        for option, value in (("batch size", batch_size), ("number of samples", samples)):
+            if value is not None and value < 1:
+                raise UsageError(f"the {option} is {value}; it must be 1 or more")
+        if not 0 <= shard[0] < shard[1]:
+            raise UsageError(f"the shard is {shard[0]} of {shard[1]}; it must be one of 0 to n - 1, of n")
+        self._source, self._asked, self._limit = source, batch_size, samples
+        self._inputs = Inputs(inputs, self._note, batches=source.keep, copy=source.keep and source.ahead)
+        self._fixed = self._inputs.size
+        self._keep = source.keep and batch_size is None and self._fixed is None
+        self._size = self._fixed or batch_size or BATCH_SIZE
+        self.description = source.description
+        self.shard = shard
+        self._bad = Bad(max_bad)
+        self._notes: list[str] = []
+        self._labels: Array | None = None
+        self._passed = False
+        self._counted: int | None = source.total
+        self.samples: int | None = None
+        for text in source.notes:
+            self._note(text)
+        if self._fixed is not None and batch_size not in (None, self._fixed):
+            self._note(f"the model takes batches of {self._fixed} only, so a batch size of {batch_size} isn't used")
+        if source.total is not None:
+            self._settle(min(source.total, samples or source.total), source.total)
+
+    @property
+    def again(self) -> bool:
+        """Whether a second pass is possible: a generator can be read only once."""
+        return self._source.again
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self._notes, *self._bad.notes]
+
+    @property
+    def bad(self) -> list[BadSample]:
+        return self._bad.samples
+
+    @property
+    def labels(self) -> Array | None:
+        if self._labels is None and not self._passed and self._source.again:
+            first = next(iter(self._source.open()), None)
+            if first is not None and first.labels is not None:
+                for _ in self._plan(make=False):
+                    pass
+        return self._labels
+
+    def fed(
+        self,
+        inputs: Sequence[InputSpec],
+        *,
+        batch_size: int | None = None,
+        samples: int | None = None,
+        shard: tuple[int, int] | None = None,
+    ) -> Data:
+        """The same data for other inputs; what isn't given stays as it is. The bad images that are found are known to both."""
+        made = Data(
+            self._source,
+            inputs,
+            batch_size=batch_size or self._asked,
+            samples=samples or self._limit,
+            shard=shard or self.shard,
+            max_bad=self._bad.limit,
+        )
+        made._bad = self._bad
+        return made
+
+    def sharded(self, index: int, count: int) -> Data:
+        """The same data as process `index` of `count` reads them."""
+        return self._cut_from(self._source, self._limit, (index, count))
+
+    def spread(self, count: int) -> Data:
+        """So many samples, evenly spaced, where it is known how many there are: the first ones of sorted data say nothing of the others."""
+        total = self._source.total
+        if total is None or total <= count:
+            return self._cut_from(self._source, count, self.shard)
+        places = np.arange(count) * total // count
+        labels = None if self._source.labels is None else self._source.labels[places]
+        fewer = replace(self._source, open=lambda: self._at(places), total=count, labels=labels)
+        return self._cut_from(fewer, None, self.shard)
+
+    def _cut_from(self, source: Source, samples: int | None, shard: tuple[int, int]) -> Data:
+        return Data(source, self._inputs.specs, batch_size=self._asked, samples=samples, shard=shard, max_bad=self._bad.limit)
+
+    def _at(self, places: Array) -> Iterator[Chunk]:
+        """The samples at these places, in rising order."""
+        start = 0
+        for chunk in self._source.open():
+            fitted, count = self._inputs.fitted(chunk)
+            mine = places[(places >= start) & (places < start + count)] - start
+            start += count
+            if len(mine) in (0, count):
+                if len(mine):
+                    yield chunk
+                continue
+            arrays = {name: array[mine] if name in self._inputs.batched else array for name, array in fitted.arrays.items()}
+            yield replace(fitted, arrays=arrays, labels=None if fitted.labels is None else fitted.labels[mine])
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, _ in self.labelled():
+            yield batch
+
+    def labelled(self) -> Iterator[tuple[Batch, Array | None]]:
+        """Every batch with its labels, one for each of its samples, or None."""
+        batches = self._batches()
+        yield from read_ahead(batches) if self._source.ahead and self._source.again else batches
+
+    def _batches(self) -> Iterator[tuple[Batch, Array | None]]:
+        """The shard's batches."""
+        plan = ((number, parts) for number, parts in self._plan() if self._mine(number))
+        if not self._source.pictures:
+            for _, parts in plan:
+                yield self._inputs.batch([part.chunk for part in parts])
+            return
+        empty = True
+        pieces = ((number, part) for number, parts in plan for part in parts)
+        for _, group in itertools.groupby(in_pool(pieces, lambda piece: self._made(piece[1])), lambda made: made[0][0]):
+            chunks = []
+            for (_, part), found in group:
+                if isinstance(found, CorruptError):
+                    self._bad.add(part.place, found, self._total())
+                elif found is not None:
+                    chunks.append(found)
+            if chunks and self._fixed not in (None, len(chunks)):
+                self._note(f"a batch that holds a bad image is left out whole, as the model takes batches of {self._fixed} only")
+            elif chunks:
+                empty = False
+                yield self._inputs.batch(chunks)
+        if empty and len(self._bad) and self.shard == (0, 1):
+            raise DataError(f"{self.description}: no batch is left without the images that can't be decoded; replace them")
+
+    def _mine(self, number: int) -> bool:
+        return number % self.shard[1] == self.shard[0]
+
+    def _total(self) -> int:
+        """The number of samples that a pass goes through, by counting where it isn't known."""
+        if self._counted is None:
+            assert self._source.count is not None
+            self._counted = self._source.count()
+        return self._counted if self._limit is None else min(self._counted, self._limit)
+
+    def _made(self, part: Part) -> Chunk | CorruptError | None:
+        """An image, decoded; what is wrong with it; or None where that is known from another pass."""
+        if part.place in self._bad:
+            return None
+        assert part.chunk.make is not None
+        try:
+            arrays = part.chunk.make()
+        except CorruptError as error:
+            return error
+        chunk, _ = self._inputs.fitted(replace(part.chunk, arrays=arrays, make=None))
+        return self._inputs.cut(chunk, 0, 1)
+
+    def _plan(self, *, make: bool = True) -> Iterator[tuple[int, list[Part]]]:
+        """Every batch of the whole, by its number: the size asked for, but a chunk of another shape than the last one's starts a new batch.
+
+        The samples of the shard's own are cut out and converted (unless `make` is False); of other batches only the labels are to be used.
+        At the end of a pass it is known how many samples there are.
+        """
+        held: list[Part] = []
+        seen = number = fed = 0
+        labels: list[Array] = []
+        bare: bool | None = None
+
+        def cut() -> tuple[int, list[Part]]:
+            nonlocal held, number, fed
+            done, held, number = (number, held), [], number + 1
+            fed += sum(part.count for part in done[1])
+            labels.extend(part.chunk.labels for part in done[1] if part.chunk.labels is not None)
+            return done
+
+        for found in self._source.open():
+            chunk, count = self._inputs.fitted(found)
+            if bare not in (None, chunk.labels is None):
+                raise DataError(f"{self.description}: some batches have labels and some have none; give them to all or to none")
+            bare = chunk.labels is None
+            whole = self._keep and not chunk.single
+            size = count if whole or not self._inputs.batched else self._size
+            apart = bool(held) and not self._inputs.alike(held[-1].chunk, chunk)
+            if held and (whole or apart) and self._fixed is None:
+                yield cut()
+            elif apart:
+                raise DataError(f"{chunk.where}: a batch of {self._fixed} can't hold samples of different shapes or types; make them alike")
+            start = 0
+            while start < count and seen != self._limit:
+                stop = min(count, start + size - sum(part.count for part in held))
+                stop = stop if self._limit is None else min(stop, start + self._limit - seen)
+                if chunk.make is None and make and self._mine(number):
+                    piece = self._inputs.cut(chunk, start, stop)
+                else:
+                    piece = replace(chunk, labels=None if chunk.labels is None else chunk.labels[start:stop])
+                held.append(Part(piece, seen, stop - start))
+                seen, start = seen + stop - start, stop
+                if sum(part.count for part in held) == size:
+                    yield cut()
+            if seen == self._limit:
+                break
+        if held and self._fixed is None:
+            yield cut()
+        if self._source.total is None:
+            self._settle(seen, seen)
+        if self.samples is not None and fed != self.samples:
+            raise DataError(
+                f"{self.description}: this pass gave {fed} samples, another {self.samples}; "
+                "every pass must give the same (return a new iterator each time)"
+            )
+        self.samples, self._passed = fed, True
+        if labels:
+            self._labels = joined(labels, f"the labels of {self.description}")
+
+    def _settle(self, wanted: int, total: int) -> None:
+        """What a pass feeds of `wanted` samples; the notes about the rest."""
+        if not total:
+            raise DataError(f"{self.description}: there are no samples; give at least one")
+        if self._limit is not None and total < self._limit:
+            self._note(f"{self._limit} samples are asked for, and the data hold {total}")
+        rest = wanted % self._fixed if self._fixed and self._inputs.batched else 0
+        only = f"can't fill a batch of {self._fixed}, the only size that the model takes"
+        if rest == wanted:
+            raise DataError(f"{self.description}: {counted(wanted, 'sample')} {only}")
+        if rest:
+            self._note(f"the last {counted(rest, 'sample')} of {wanted} {only}: left out")
+        if self._source.total is not None:
+            self.samples = wanted - rest
+            self._labels = None if self._source.labels is None else self._source.labels[: self.samples]
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.append(text)

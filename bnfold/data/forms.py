@@ -1,0 +1,156 @@
+"""The forms in which users bring data: arrays, iterables and functions in Python, files and folders on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..bad import MAX_BAD
+from ..errors import DataError
+from .batches import Data
+from .inputs import Inputs
+from .source import LABELS, Array, Chunk, InputSpec, Source
+
+if TYPE_CHECKING:
+    from ..images import ImageOptions
+
+
+def as_batches(
+    obj: Any,
+    inputs: Sequence[InputSpec],
+    *,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Data:
+    """Data from what a library's user has at hand.
+
+    obj: an array or tensor of samples; a mapping or tuple of such (a tuple in the inputs' order, its labels last); an iterable of
+    batches, each of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them,
+    called for each pass.
+    An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
+    model takes one only. A generator can be iterated once. shard: (i, n), see `Data`.
+    """
+    if isinstance(obj, Data):
+        return obj.fed(inputs, batch_size=batch_size, samples=samples, shard=shard)
+    if isinstance(obj, (str, bytes)) or not (
+        _holds_samples(obj, inputs) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
+    ):
+        raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
+    name = f"the {type(obj).__name__} given"
+    source = from_object(obj, inputs, name) if _holds_samples(obj, inputs) else from_stream(obj, inputs, name)
+    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard or (0, 1))
+
+
+def open_data(
+    spec: str,
+    inputs: Sequence[InputSpec],
+    *,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    images: ImageOptions | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    max_bad: int | str = MAX_BAD,
+    column: str | None = None,
+) -> Data:
+    """The command line's DATA.
+
+    spec: a .npy, .npz, .safetensors, .pt or .pth file; tar shards or Parquet files, by a pattern or as a folder; a folder of images, of
+    .npy files or of `datasets`' save_to_disk; FILE.py:FUNCTION or MODULE:FUNCTION (any form of `as_batches`, made anew for each pass); or
+    `random`. samples: at most so many, the first ones, but a random choice by `seed` in a folder of images or of save_to_disk. images: how
+    images are prepared. input_shapes: whole shapes by input name, where the model's are dynamic. shard, max_bad: see `Data`. column: the
+    one of a table that goes into the model, where several could.
+    """
+    from ..sources import open_source
+
+    source = open_source(
+        spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column
+    )
+    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
+
+
+def from_object(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
+    """All samples at once: an array, or a mapping or sequence of arrays."""
+    chunk, notes = _chunk(obj, inputs, where)
+    fitted, total = Inputs(inputs, notes.append).fitted(chunk)  # what can't fit is refused at once
+    return Source(lambda: iter((fitted,)), where, tuple(notes), total, fitted.labels, ahead=False)
+
+
+def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
+    """An iterable of batches, or a function that returns one (or all samples at once)."""
+    used = False
+
+    def chunks() -> Iterator[Chunk]:
+        nonlocal used
+        made = obj() if callable(obj) and not hasattr(obj, "__iter__") else obj
+        if _holds_samples(made, inputs):
+            yield _chunk(made, inputs, where)[0]
+            return
+        try:
+            items = iter(made)
+        except TypeError:
+            raise DataError(f"{where} gave {type(made).__name__}; it must give an iterable of arrays, tuples or dicts") from None
+        if items is obj:
+            if used:
+                raise DataError(f"{where} can be read only once, and this is a second pass; give a list, or a function that makes it anew")
+            used = True
+        for number, item in enumerate(items, 1):
+            yield _chunk(item, inputs, f"batch {number} of {where}")[0]
+
+    return Source(chunks, where, keep=True, again=not isinstance(obj, Iterator), ahead=not isinstance(obj, (list, tuple)))
+
+
+def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str) -> tuple[Chunk, list[str]]:
+    """One item of data by input name, and notes on what isn't used of it. DataError for names that don't fit."""
+    names = [spec.name for spec in inputs]
+    if isinstance(obj, Mapping):
+        named = {str(key): as_array(value, f"{where}, array {key!r}") for key, value in obj.items()}
+        label = next((key for key in LABELS if key in named and key not in names and len(named) > 1), None)
+        labels = None if label is None else named.pop(label)
+        if len(names) == len(named) == 1 and names[0] not in named:
+            (key,) = named
+            return Chunk({names[0]: named[key]}, labels, f"{where}, array {key!r}"), []
+        if missing := [name for name in names if name not in named]:
+            raise DataError(
+                f"{where}: no array for input {_listed(missing)}; it holds {_listed(named) or 'nothing'}; name the arrays as the inputs"
+            )
+        extra = [key for key in named if key not in names]
+        notes = [f"{where}: {_listed(extra)} isn't used: no input has that name"] if extra else []
+        return Chunk({name: named[name] for name in names}, labels, where), notes
+    items = list(obj) if isinstance(obj, (tuple, list)) else [obj]
+    if len(items) not in (len(names), len(names) + 1) or (len(items) > 1 and items is obj):
+        raise DataError(
+            f"{where} has {len(items)} arrays, and the model has {len(names)} inputs ({_listed(names)}); "
+            f"give one for each, in this order, then at most the labels"
+        )
+    arrays = [as_array(item, f"{where}, array {number}" if len(items) > 1 else where) for number, item in enumerate(items)]
+    return Chunk(dict(zip(names, arrays, strict=False)), arrays[len(names)] if len(arrays) > len(names) else None, where), []
+
+
+def as_array(obj: Any, where: str) -> Array:
+    """An array of an array, a number, a list of numbers or a tensor (told by its methods, so that PyTorch isn't needed)."""
+    if hasattr(obj, "detach"):
+        obj = obj.detach().cpu()
+        obj = (obj.float() if str(obj.dtype) == "torch.bfloat16" else obj).numpy()  # exact; numpy has no bfloat16
+    try:
+        array = np.asarray(obj)
+    except ValueError as error:
+        raise DataError(f"{where}: no array can be made of it ({error})") from None
+    if array.dtype == object and not all(isinstance(item, (str, bytes)) for item in array.flat):
+        raise DataError(f"{where}: it holds {type(obj).__name__}, not numbers; give an array")
+    return array
+
+
+def _holds_samples(obj: Any, inputs: Sequence[InputSpec]) -> bool:
+    """Whether the object is samples, rather than an iterable of batches."""
+    if isinstance(obj, tuple):
+        return len(obj) in (len(inputs), len(inputs) + 1) and all(hasattr(o, "__array__") or hasattr(o, "detach") for o in obj)
+    return isinstance(obj, Mapping) or hasattr(obj, "__array__") or hasattr(obj, "detach")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,101 @@
+"""How samples go into a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import DataError
+from ..values import check_type, convert, shape_text
+from .source import Array, Batch, Chunk, InputSpec
+
+
+class Inputs:
+    """A model's inputs, and what they take.
+
+    size: the only batch size that the model takes, or None. batched: the inputs that hold samples; the others are the same for all.
+    note: is told what the user should know. batches: the chunks are batches of the user's own making. copy: their arrays don't go in as
+    they are, since a loader may use its buffer again.
+    Raises DataError for a model without inputs.
+    """
+
+    def __init__(self, specs: Sequence[InputSpec], note: Callable[[str], None], *, batches: bool = False, copy: bool = False) -> None:
+        if not specs:
+            raise DataError("the model has no inputs, so it can't be fed data")
+        self.specs = tuple(specs)
+        self._note, self._batches, self._copy = note, batches, copy
+        first = [spec.shape[0] for spec in specs if spec.shape]
+        dynamic = any(not isinstance(n, int) for n in first)
+        self.size = first[0] if first and not dynamic and isinstance(first[0], int) else None
+        self.batched = {s.name for s in specs if s.shape and (not isinstance(s.shape[0], int) if dynamic else s.shape[0] == self.size)}
+
+    def fitted(self, chunk: Chunk) -> tuple[Chunk, int]:
+        """The chunk with a sample axis on everything, and its number of samples; DataError unless names, types, shapes and counts fit."""
+        arrays, single, counts = {}, chunk.single, {}
+        for spec in self.specs if chunk.make is None else ():
+            given = arrays[spec.name] = chunk.arrays[spec.name]
+            check_type(given.dtype, spec, chunk.where)
+            if spec.name in self.batched and given.ndim == len(spec.shape) - 1:
+                arrays[spec.name], single = given[None], True
+            axes = tuple(None if axis == 0 and spec.name in self.batched else n for axis, n in enumerate(spec.shape))
+            shape = arrays[spec.name].shape
+            if len(shape) != len(axes) or any(isinstance(a, int) and a != n for a, n in zip(axes, shape, strict=True)):
+                raise DataError(
+                    f"{chunk.where}: input {spec.name!r} takes {shape_text(spec.shape)}, the data are {shape_text(given.shape)}; "
+                    f"reshape or transpose them"
+                )
+            if spec.name in self.batched:
+                counts[spec.name] = shape[0]
+        if single and not chunk.single and not self._batches:
+            self._note(f"{chunk.where}: one sample without a batch axis; the axis was added")
+        count = next(iter(counts.values()), 1)
+        labels = chunk.labels
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.size != (len(labels) if labels.ndim else 1)):
+            found = f"{labels.dtype} {shape_text(labels.shape)}"
+            self._note(f"the labels aren't used: classes are integers, one for each sample, and these are {found}")
+            labels = None
+        if labels is not None:
+            labels = labels.reshape(-1)
+            counts["labels"] = len(labels)
+        if any(n != count for n in counts.values()) and self.batched:
+            told = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
+            raise DataError(f"{chunk.where}: the numbers of samples differ: {told}; give as many of each")
+        return replace(chunk, arrays=arrays, labels=labels, single=single), count
+
+    def cut(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        """Samples start to stop, in the types that the model takes; DataError for values that it can't take."""
+        arrays = {}
+        for spec in self.specs:
+            array = chunk.arrays[spec.name]
+            made = convert(array[start:stop] if spec.name in self.batched else array, spec, chunk.where, start)
+            arrays[spec.name] = made.copy() if self._copy and np.may_share_memory(made, array) else made
+        return replace(chunk, arrays=arrays, labels=None if chunk.labels is None else chunk.labels[start:stop])
+
+    def alike(self, a: Chunk, b: Chunk) -> bool:
+        """Whether one batch can hold both."""
+        for spec in self.specs if a.make is None and b.make is None else ():
+            x, y = a.arrays[spec.name], b.arrays[spec.name]
+            if x.shape[1:] != y.shape[1:] if spec.name in self.batched else not np.array_equal(x, y):
+                return False
+        return True
+
+    def batch(self, parts: list[Chunk]) -> tuple[Batch, Array | None]:
+        where = parts[0].where
+        batch = {
+            spec.name: joined([p.arrays[spec.name] for p in parts], where) if spec.name in self.batched else parts[0].arrays[spec.name]
+            for spec in self.specs
+        }
+        labels = [p.labels for p in parts if p.labels is not None]
+        return batch, joined(labels, where) if labels else None
+
+
+def joined(parts: list[Array], where: str) -> Array:
+    """One array of all parts. DataError where their shapes differ."""
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return np.concatenate(parts)
+    except ValueError as error:
+        raise DataError(f"{where}: samples of different shapes ({error}); make them alike") from None

@@ -1,0 +1,71 @@
+"""What data are before they are batches: a source of chunks, each of some samples as they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..values import shape_text
+
+Array = npt.NDArray[Any]
+Batch = dict[str, Array]
+
+LABELS = ("labels", "label", "y", "targets", "target")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A model's input; a dynamic axis is its symbol, or None when it has none."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {shape_text(self.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some samples as they were found. where: what an error calls them. single: they were one sample without a sample axis.
+
+    make: what makes the arrays of one sample, in place of `arrays`, where that is work to be done only when they are needed.
+    """
+
+    arrays: Batch
+    labels: Array | None
+    where: str
+    single: bool = False
+    make: Callable[[], Batch] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Chunks, opened anew for every pass.
+
+    total, labels: the number of samples and their labels where these are known without a pass. count: what finds out the number without
+    a pass, where that is some work.
+    keep: the chunks are batches of the user's own making, kept whole unless another size is asked for.
+    again: a second pass is possible. pictures: the chunks are images, one each, decoded when they are needed (`Chunk.make`).
+    ahead: reading takes time, so it is done in the background.
+    """
+
+    open: Callable[[], Iterator[Chunk]]
+    description: str
+    notes: tuple[str, ...] = ()
+    total: int | None = None
+    labels: Array | None = None
+    keep: bool = False
+    again: bool = True
+    pictures: bool = False
+    ahead: bool = True
+    count: Callable[[], int] | None = None
+
+
+def counted(n: int, what: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{n} {what}{'s' * (n != 1)}"
