@@ -42,35 +42,28 @@ def open_source(
     if seed < 0:
         raise UsageError(f"the seed is {seed}; it must be 0 or more")
     files = tables.files_in_table(spec) if spec != "random" else None
-    if files is not None:
+    if spec == "random":
+        source = _random(inputs, batch_size, samples, seed, input_shapes)
+    elif files is not None:
         for file in files:
             _beginning(file)
         source = tables.table_source(
             spec, files, inputs, samples=samples, seed=seed, options=images, input_shapes=input_shapes, column=column
         )
+    elif Path(spec).is_dir():
+        source = _folder(Path(spec), inputs, samples, seed, images, input_shapes)
     else:
-        source = _source(spec, inputs, batch_size, samples, seed, images, input_shapes)
-        if column is not None:
-            source = replace(source, notes=(*source.notes, f"{source.description}: this is no table, so --column {column} isn't used"))
-    if images is None or source.pictures:
-        return source
-    return replace(source, notes=(*source.notes, f"{source.description}: these are no image files, so the image options aren't used"))
+        source = _file_or_function(spec, inputs)
+    unused = []
+    if column is not None and files is None:
+        unused.append(f"{source.description}: this is no table, so --column {column} isn't used")
+    if images is not None and not source.pictures:
+        unused.append(f"{source.description}: these are no image files, so the image options aren't used")
+    return replace(source, notes=(*source.notes, *unused))
 
 
-def _source(
-    spec: str,
-    inputs: Sequence[InputSpec],
-    batch_size: int | None,
-    samples: int | None,
-    seed: int,
-    images: ImageOptions | None,
-    input_shapes: Mapping[str, Sequence[int]] | None,
-) -> Source:
-    if spec == "random":
-        return _random(inputs, batch_size, samples, seed, input_shapes)
+def _file_or_function(spec: str, inputs: Sequence[InputSpec]) -> Source:
     path = Path(spec)
-    if path.is_dir():
-        return _folder(path, inputs, samples, seed, images, input_shapes)
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
