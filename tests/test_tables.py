@@ -4,71 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from tabular import F32, LABELS, PICTURES, ROWS, A, datasets, images, pa, parquet, png, refused, shades, tar, write
 
 from bnfold.data import InputSpec, open_data
-from bnfold.errors import DataError
-
-datasets = pytest.importorskip("datasets")
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-
-F32 = np.dtype(np.float32)
-PICTURES = [InputSpec("x", F32, ("n", 3, 16, 16))]
-ROWS = [InputSpec("x", F32, ("n", 3))]
-A = np.arange(60, dtype=np.float32).reshape(20, 3)
-LABELS = np.arange(20)
-
-
-def png(shade: int, size: tuple[int, int] = (16, 16)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (10 * shade, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def shades(data) -> list[int]:
-    return [round(float(v) * 25.5) for batch in data for v in batch["x"][:, 0, 8, 8]]
-
-
-def refused(text: str, call) -> None:
-    with pytest.raises(DataError, match=re.escape(text)) as caught:
-        for _ in call():
-            pass
-    assert "\n" not in str(caught.value)
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def tar(path: Path, first: int, last: int, **more: bytes) -> Path:
-    """Samples first to last - 1, of their own shade and class. more: files of each, by their suffix, in place of these or beside them."""
-    with tarfile.open(path, "w") as archive:
-        for i in range(first, last):
-            for suffix, content in {"png": png(i), "cls": str(i).encode(), **more}.items():
-                add(archive, f"{i:03}.{suffix}", content)
-    return path
-
-
-def images(first: int, last: int) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=20)})
-    rows = {"image": [{"bytes": png(i), "path": f"{i}.png"} for i in range(first, last)], "label": list(range(first, last))}
-    return datasets.Dataset.from_dict(rows, features=features)
-
-
-def write(path: Path, **columns) -> str:
-    parquet.write_table(pa.table({name: pa.array(list(values)) for name, values in columns.items()}), path)
-    return str(path)
 
 
 @pytest.fixture(params=["tar", "tars", "braces", "stars", "parquet", "parquets", "foreign", "saved", "splits"])
@@ -217,103 +161,6 @@ def test_labels(tmp_path):
     refused("some rows have no label in column 'label'", lambda: open_data(some, ROWS))
 
 
-# What can go wrong
-
-
-def test_columns_that_dont_fit(tmp_path):
-    refused("no column for input 'x'; it has 'text' (string)", lambda: open_data(write(tmp_path / "a.parquet", text=["a"]), ROWS))
-    refused("input 'x' takes (n, 3), the data are (20, 2)", lambda: open_data(write(tmp_path / "b.parquet", x=A[:, :2]), ROWS))
-    refused("some rows hold nothing", lambda: open_data(write(tmp_path / "c.parquet", x=[[1.0, 2, 3], None]), ROWS))
-    refused("the lists in a row are of different lengths", lambda: open_data(write(tmp_path / "d.parquet", x=[[[1.0], [1.0, 2.0]]]), ROWS))
-    refused("which isn't images", lambda: open_data(write(tmp_path / "e.parquet", x=[png(0)]), ROWS))
-    two = [*PICTURES, InputSpec("z", F32, ("n", 3))]
-    refused("images serve a model with one input", lambda: open_data(write(tmp_path / "f.parquet", x=[png(0)], z=A[:1]), two))
-    refused("takes float32, the data are int64", lambda: open_data(write(tmp_path / "g.parquet", x=A.astype(int)), ROWS))
-    bad = A.copy()
-    bad[13, 1] = np.nan
-    refused("input 'x', sample 13, holds NaN", lambda: open_data(write(tmp_path / "h.parquet", x=bad), ROWS))
-
-
-@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
-def test_files_that_are_something_else(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(b"")
-    refused(f"{name}: the file is empty", lambda: open_data(str(path), PICTURES))
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    refused("this is a Git LFS pointer", lambda: open_data(str(path), PICTURES))
-    path.write_bytes(b"<html>404</html>")
-    refused("this is a web page", lambda: open_data(str(path), PICTURES))
-    path.write_bytes(b"PAR1" + b"nothing of the kind" * 100)
-    refused(f"{name}: can't be read", lambda: open_data(str(path), PICTURES))
-
-
-def test_no_samples(tmp_path):
-    tarfile.open(tmp_path / "a.tar", "w").close()
-    refused("there are no samples; give at least one", lambda: open_data(str(tmp_path / "a.tar"), PICTURES))
-    parquet.write_table(pa.table({"x": pa.array([], pa.list_(pa.float32()))}), tmp_path / "a.parquet")
-    refused("there are no samples; give at least one", lambda: open_data(str(tmp_path / "a.parquet"), ROWS))
-    images(0, 0).save_to_disk(tmp_path / "saved")
-    refused("there are no samples; give at least one", lambda: open_data(str(tmp_path / "saved"), PICTURES))
-    tar(tmp_path / "b.tar", 0, 3)
-    assert shades(open_data(str(tmp_path / "[ab].tar"), PICTURES)) == [0, 1, 2]
-
-
-@pytest.mark.parametrize("cut", [200, 1536, 2048, 2500, 4096, 5632])
-def test_a_tar_that_is_cut_off(tmp_path, cut):
-    whole = tar(tmp_path / "a.tar", 0, 6).read_bytes()
-    (tmp_path / "b.tar").write_bytes(whole[:cut])
-    refused("b.tar: ", lambda: open_data(str(tmp_path / "b.tar"), PICTURES))
-    refused("b.tar: ", lambda: open_data(str(tmp_path / "?.tar"), PICTURES))
-
-
-def test_a_tar_with_a_damaged_header(tmp_path):
-    whole = bytearray(tar(tmp_path / "a.tar", 0, 6).read_bytes())
-    whole[2 * 2048 + 100] ^= 0x55
-    (tmp_path / "a.tar").write_bytes(whole)
-    refused("a.tar: the archive is damaged behind 2 samples; fetch or make it again", lambda: open_data(str(tmp_path / "a.tar"), PICTURES))
-
-
-def test_a_tar_whose_samples_differ(tmp_path):
-    with tarfile.open(tar(tmp_path / "a.tar", 0, 3), "a") as archive:
-        add(archive, "zz.jpg", png(0))
-    refused("a.tar: can't be read (", lambda: open_data(str(tmp_path / "a.tar"), PICTURES))
-    refused(
-        "can't be read (ValueError: invalid literal for int()", lambda: open_data(str(tar(tmp_path / "b.tar", 0, 3, cls=b"ant")), PICTURES)
-    )
-
-
-def test_a_parquet_file_that_is_damaged(tmp_path):
-    rng = np.random.default_rng(0)
-    path = Path(write(tmp_path / "a.parquet", x=rng.standard_normal((5000, 3)).astype("f")))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    refused("a.parquet: can't be read (Arrow", lambda: open_data(str(path), ROWS))
-    path.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
-    refused("a.parquet: can't be read (", lambda: open_data(str(path), ROWS))
-
-
-def test_parquet_files_whose_columns_differ(tmp_path):
-    write(tmp_path / "a.parquet", x=A)
-    write(tmp_path / "b.parquet", z=A)
-    refused("can't be read (", lambda: open_data(str(tmp_path), ROWS))
-
-
-def test_folders_of_several_kinds_and_splits(tmp_path):
-    tar(tmp_path / "train-0.tar", 0, 2)
-    tar(tmp_path / "test-0.tar", 2, 4)
-    refused("its files are of several splits (test, train); name those of one, say", lambda: open_data(str(tmp_path), PICTURES))
-    assert shades(open_data(str(tmp_path / "test*.tar"), PICTURES)) == [2, 3]
-    write(tmp_path / "a.parquet", x=A)
-    refused("it holds .parquet and .tar files; name those of one kind", lambda: open_data(str(tmp_path), PICTURES))
-    (tmp_path / "a.png").write_bytes(png(9))
-    assert shades(open_data(str(tmp_path), PICTURES)) == [9]  # a folder of images, with archives beside them
-    datasets.DatasetDict(train=images(0, 3), test=images(3, 5)).save_to_disk(tmp_path / "saved")
-    refused("it holds the splits test, train; name one, say", lambda: open_data(str(tmp_path / "saved"), PICTURES))
-    assert shades(open_data(str(tmp_path / "saved" / "test"), PICTURES)) == [3, 4]
-    next((tmp_path / "saved" / "test").glob("*.arrow")).unlink()
-    refused("test: can't be read (FileNotFoundError", lambda: open_data(str(tmp_path / "saved" / "test"), PICTURES))
-
-
 def test_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in (8, 9, 10):
@@ -325,15 +172,6 @@ def test_patterns(tmp_path, monkeypatch):
     refused("s-{08..11}.tar: there is no file s-11.tar", lambda: open_data("s-{08..11}.tar", PICTURES))
     refused("t-*.tar: there is no such file", lambda: open_data("t-*.tar", PICTURES))
     refused("t.parquet: there is no such file", lambda: open_data("t.parquet", PICTURES))
-
-
-def test_a_missing_library(tmp_path, monkeypatch):
-    tar(tmp_path / "a.tar", 0, 1)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    refused(
-        "a.tar: reading it needs the datasets library, which isn't installed; install bnfold[datasets]",
-        lambda: open_data(str(tmp_path / "a.tar"), PICTURES),
-    )
 
 
 def test_no_network_is_asked_for_and_nothing_is_left(tmp_path):
