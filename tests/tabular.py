@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 from pathlib import Path
@@ -55,6 +56,15 @@ def tar(path: Path, first: int, last: int, **more: bytes) -> Path:
             for suffix, content in {"png": png(i), "cls": str(i).encode(), **more}.items():
                 add(archive, f"{i:03}.{suffix}", content)
     return path
+
+
+def described(path: Path, *documents: object) -> str:
+    """A tar of images of rising shades, each with a .json file and no .cls file."""
+    with tarfile.open(path, "w") as archive:
+        for i, document in enumerate(documents):
+            add(archive, f"{i:03}.png", png(i % 25))
+            add(archive, f"{i:03}.json", json.dumps(document).encode())
+    return str(path)
 
 
 def images(first: int, last: int) -> datasets.Dataset:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tabular import F32, PICTURES, ROWS, A, add, datasets, images, pa, parquet, png, refused, shades, tar, write
+from tabular import F32, PICTURES, ROWS, A, add, datasets, described, images, pa, parquet, png, refused, shades, tar, write
 
 from bnfold.data import InputSpec, open_data
 
@@ -73,6 +73,26 @@ def test_a_tar_whose_samples_differ(tmp_path):
     refused(
         "can't be read (ValueError: invalid literal for int()", lambda: open_data(str(tar(tmp_path / "b.tar", 0, 3, cls=b"ant")), PICTURES)
     )
+
+
+@pytest.mark.parametrize(
+    ("document", "what"),
+    [
+        ({"label": "ant"}, "'label' in its .json file is 'ant'"),
+        ({"label": 2.5}, "'label' in its .json file is 2.5"),
+        ({"label": True}, "'label' in its .json file is True"),
+        ({"label": 2**64}, "'label' in its .json file is 18446744073709551616"),
+        ({"label": [3] * 99}, "'label' in its .json file is [3, 3, "),
+        ({"label": None}, "there is no 'label' in its .json file"),
+        ({}, "there is no 'label' in its .json file"),
+        ([3], "there is no 'label' in its .json file"),
+    ],
+)
+def test_a_class_in_the_json_of_a_tar_that_is_no_integer(tmp_path, document, what):
+    path = described(tmp_path / "a.tar", *({"label": i} for i in range(66)), document)
+    refused(f"a.tar: 066: {what}", lambda: open_data(path, PICTURES))
+    refused("classes are integers: give every sample one, or leave that key out of all", lambda: open_data(path, PICTURES))
+    assert open_data(path, PICTURES, samples=60).labels.tolist() == list(range(60))  # it isn't read
 
 
 def test_a_parquet_file_that_is_damaged(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tabular import F32, LABELS, PICTURES, ROWS, A, datasets, images, pa, parquet, png, refused, shades, tar, write
+from tabular import F32, LABELS, PICTURES, ROWS, A, datasets, described, images, pa, parquet, png, refused, shades, tar, write
 
 from bnfold.data import InputSpec, open_data
 
@@ -159,6 +159,38 @@ def test_labels(tmp_path):
     assert open_data(write(tmp_path / "c.parquet", x=A), ROWS).labels is None
     some = write(tmp_path / "d.parquet", x=A, label=[None, *range(1, 20)])
     refused("some rows have no label in column 'label'", lambda: open_data(some, ROWS))
+
+
+@pytest.mark.parametrize("key", ["label", "cls", "class", "class_id"])
+def test_labels_in_the_json_of_a_tar(tmp_path, key):
+    """Whatever else these files hold, and however often that changes."""
+    for number, size in enumerate((70, 3, 30)):
+        documents = [{key: 100 * number + i, "width": i, **({"note": "late"} if i > 20 else {}), "text": None} for i in range(size)]
+        described(tmp_path / f"{number}.tar", *documents)
+    expected = [*range(70), *range(100, 103), *range(200, 230)]
+    data = open_data(str(tmp_path / "{0..2}.tar"), PICTURES, batch_size=16)
+    for _ in range(2):
+        found = list(data.labelled())
+        assert np.concatenate([labels for _, labels in found]).tolist() == expected
+        for batch, labels in found:
+            assert shades([batch]) == [label % 100 % 25 for label in labels]
+    assert data.labels.tolist() == open_data(str(tmp_path), PICTURES).labels.tolist() == expected
+    assert [labels.tolist() for _, labels in data.sharded(1, 5).labelled()] == [expected[16:32], expected[96:]]
+    assert not [note for note in data.notes if "labels" in note]
+
+
+def test_which_labels_of_a_tar(tmp_path):
+    both = open_data(str(tar(tmp_path / "a.tar", 0, 3, json=b'{"class_id": 7, "label": 8}')), PICTURES)
+    assert both.labels.tolist() == [0, 1, 2]
+    assert "the labels are those of column 'cls', not of 'json.label', 'json.class_id'" in both.notes
+    number = open_data(described(tmp_path / "b.tar", *({"class": "ant", "class_id": i} for i in range(3))), PICTURES)
+    assert number.labels.tolist() == [0, 1, 2]
+    for kind, value in {"string": "ant", "float64": 1.5, "bool": True, "list of int64": [1], "null": None}.items():
+        words = open_data(described(tmp_path / "c.tar", *[{"label": value}] * 3), PICTURES)
+        assert words.labels is None
+        assert f"the labels aren't used: classes are integers, and column 'json.label' holds {kind}" in words.notes
+    for document in ({"caption": "an ant"}, {}, [3], 3):
+        assert open_data(described(tmp_path / "d.tar", *[document] * 3), PICTURES).labels is None
 
 
 def test_patterns(tmp_path, monkeypatch):

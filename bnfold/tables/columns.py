@@ -8,8 +8,9 @@ from typing import Any
 
 from ..data import LABELS, InputSpec
 from ..errors import DataError
+from .tars import KEYS
 
-CLASSES = ("label", "labels", "cls", "target", "targets", "class", "y", "fine_label", "coarse_label", "category")
+CLASSES = ("label", "labels", "cls", "target", "targets", "class", "y", "fine_label", "coarse_label", "category", *KEYS)
 
 
 def of_inputs(features: Mapping[str, Any], inputs: Sequence[InputSpec], spec: str, column: str | None) -> dict[str, str]:
