@@ -1,216 +1,17 @@
-"""Every form of data becomes the same batches; what doesn't fit is refused with what to do about it."""
+"""Arrays, iterables and functions become the same batches; what doesn't fit is refused with what to do about it."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays import F32, LABELS, TWO, X4, A, X, fed, refused, sizes
 
 from bnfold.data import InputSpec, as_batches, open_data
-from bnfold.errors import DataError, UsageError
-
-F32 = np.dtype(np.float32)
-X = [InputSpec("x", F32, ("batch", 3))]
-X4 = [InputSpec("x", F32, (4, 3))]
-TWO = [InputSpec("ids", np.dtype(np.int64), ("n", None)), InputSpec("mask", np.dtype(bool), ("n", None))]
-A = np.arange(60, dtype=np.float32).reshape(20, 3)
-LABELS = np.arange(20)
-
-
-def fed(data) -> np.ndarray:
-    return np.concatenate([batch["x"] for batch in data])
-
-
-def sizes(data) -> list[int]:
-    return [len(batch["x"]) for batch in data]
-
-
-def refused(text, call):
-    with pytest.raises(DataError, match=re.escape(text)):
-        for _ in call():
-            pass
-
-
-# Files
-
-
-def saved(tmp_path, form):
-    path = tmp_path / f"data{form}"
-    if form == ".npy":
-        np.save(path, A)
-    elif form == ".npz":
-        np.savez(path, x=A, labels=LABELS)
-    elif form == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file({"x": A, "labels": LABELS}, path)
-    else:
-        torch = pytest.importorskip("torch")
-        torch.save({"x": torch.from_numpy(A), "labels": torch.from_numpy(LABELS)}, path)
-    return str(path)
-
-
-@pytest.mark.parametrize("form", [".npy", ".npz", ".safetensors", ".pt"])
-def test_files(tmp_path, form):
-    data = open_data(saved(tmp_path, form), X)
-    assert data.samples == 20
-    assert sizes(data) == sizes(data) == [8, 8, 4]
-    np.testing.assert_array_equal(fed(data), A)
-    if form != ".npy":
-        np.testing.assert_array_equal(data.labels, LABELS)
-    few = open_data(saved(tmp_path, form), X, batch_size=5, samples=7)
-    assert (few.samples, sizes(few)) == (7, [5, 2])
-    assert few.labels is None if form == ".npy" else few.labels.tolist() == list(range(7))
-
-
-def test_batches_of_a_npy_file_stay_on_disk(tmp_path):
-    batch = next(iter(open_data(saved(tmp_path, ".npy"), X)))["x"]
-    base = batch
-    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
-        base = base.base
-    assert isinstance(base, np.memmap)
-
-
-@pytest.mark.parametrize("key", ["labels", "label", "y", "target", "targets"])
-def test_names_of_labels(tmp_path, key):
-    np.savez(tmp_path / "d.npz", **{"pictures": A, key: LABELS})
-    data = open_data(str(tmp_path / "d.npz"), X)
-    np.testing.assert_array_equal(data.labels, LABELS)
-    np.testing.assert_array_equal(fed(data), A)
-
-
-def test_an_input_called_y_is_no_label(tmp_path):
-    np.savez(tmp_path / "d.npz", y=A)
-    data = open_data(str(tmp_path / "d.npz"), [InputSpec("y", F32, ("n", 3))])
-    assert data.labels is None
-    assert data.samples == 20
-
-
-def test_unused_arrays_are_noted(tmp_path):
-    np.savez(tmp_path / "d.npz", x=A, weights=LABELS)
-    assert "'weights' isn't used: no input has that name" in open_data(str(tmp_path / "d.npz"), X).notes[0]
-
-
-def test_folder_of_samples_and_batches(tmp_path):
-    np.save(tmp_path / "a.npy", A[0])
-    np.save(tmp_path / "b.npy", A[1:12])
-    np.save(tmp_path / "c.npy", A[12])
-    data = open_data(str(tmp_path), X)
-    assert sizes(data) == [8, 5]
-    np.testing.assert_array_equal(fed(data), A[:13])
-    assert data.samples == 13
-    assert data.notes == []
-
-
-def test_unreadable_files(tmp_path):
-    (tmp_path / "a.npy").write_bytes(b"")
-    refused("a.npy: the file is empty", lambda: open_data(str(tmp_path / "a.npy"), X))
-    for name in ("b.npy", "b.npz", "b.safetensors"):
-        (tmp_path / name).write_bytes(b"nothing of the kind")
-        refused(f"{name}: can't be read as .{name[2:]}", lambda name=name: open_data(str(tmp_path / name), X))
-    np.save(tmp_path / "o.npy", np.array([{}, None], object))
-    refused("it holds Python objects, which could run code when read", lambda: open_data(str(tmp_path / "o.npy"), X))
-    (tmp_path / "c.csv").write_text("1")
-    refused("c.csv: bnfold reads no .csv files; give a .npy", lambda: open_data(str(tmp_path / "c.csv"), X))
-    refused("nowhere.npy: there is no such file or folder", lambda: open_data("nowhere.npy", X))
-
-
-def test_a_pickle_that_runs_code_is_not_run(tmp_path):
-    torch = pytest.importorskip("torch")
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save(Evil(), tmp_path / "e.pt")
-    refused("it holds Python objects, which could run code when read", lambda: open_data(str(tmp_path / "e.pt"), X))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_torch_file_without_torch(tmp_path, monkeypatch):
-    (tmp_path / "a.pt").write_bytes(b"PK")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    refused("reading it needs PyTorch, which isn't installed", lambda: open_data(str(tmp_path / "a.pt"), X))
-
-
-# Functions
-
-
-def test_function_of_a_file(tmp_path):
-    (tmp_path / "beside.py").write_text("import numpy as np\nA = np.arange(60, dtype='float32').reshape(20, 3)\n")
-    (tmp_path / "load.py").write_text(
-        "from beside import A\n"
-        "def arrays():\n    for i in range(0, 20, 5): yield A[i:i + 5]\n"
-        "def pairs():\n    return [(A[:9], range(9)), (A[9:], range(9, 20))]\n"
-        "def dicts():\n    yield {'x': A, 'labels': list(range(20))}\n"
-        "def fails():\n    yield A\n    raise RuntimeError('no disk')\n"
-        "def number():\n    return 3\n"
-    )
-    for name, cut in (("arrays", [5, 5, 5, 5]), ("pairs", [9, 11]), ("dicts", [20])):
-        data = open_data(f"{tmp_path}/load.py:{name}", X)
-        assert sizes(data) == sizes(data) == cut
-        np.testing.assert_array_equal(fed(data), A)
-        assert data.samples == 20
-        assert data.labels is None if name == "arrays" else data.labels.tolist() == list(range(20))
-    assert sizes(open_data(f"{tmp_path}/load.py:arrays", X, batch_size=6)) == [6, 6, 6, 2]
-    refused("load.py:fails raised RuntimeError: no disk", lambda: open_data(f"{tmp_path}/load.py:fails", X))
-    refused("load.py:number gave int; it must give an iterable", lambda: open_data(f"{tmp_path}/load.py:number", X))
-    refused("has no function 'nope'; it has arrays, pairs", lambda: open_data(f"{tmp_path}/load.py:nope", X))
-    refused("there is no file gone.py", lambda: open_data("gone.py:load", X))
-    refused("no_such_module can't be imported (ModuleNotFoundError", lambda: open_data("no_such_module:load", X))
-
-
-@pytest.mark.parametrize("values", [np.ones(20), np.ones((20, 5), int), np.ones((20, 3, 2))])
-def test_labels_that_are_no_classes_are_not_used(values):
-    data = as_batches({"x": A, "y": values}, X)
-    assert data.labels is None
-    assert data.notes[0].startswith("the labels aren't used: classes are integers, one for each sample, and these are ")
-    assert len(fed(data)) == 20
-
-
-def test_labels_in_a_column():
-    assert as_batches({"x": A, "y": LABELS[:, None]}, X).labels.tolist() == list(range(20))
-
-
-def test_function_of_a_module(tmp_path, monkeypatch):
-    (tmp_path / "my_own_data.py").write_text("import numpy as np\ndef load(): return np.ones((3, 3), 'float32')\n")
-    monkeypatch.chdir(tmp_path)
-    assert sizes(open_data("my_own_data:load", X)) == [3]
-
-
-def test_every_pass_must_give_the_same():
-    once = iter([A])
-    data = as_batches(lambda: once, X)
-    assert sizes(data) == [20]
-    refused("there are no samples", lambda: data)
-    cuts = iter((A, A[:5]))
-    data = as_batches(lambda: next(cuts), X)
-    assert sizes(data) == [20]
-    refused("this pass gave 5 samples, another 20; every pass must give the same", lambda: data)
-
-
-# Random data
-
-
-def test_random():
-    inputs = [InputSpec("x", F32, ("n", 3, None)), InputSpec("t", np.dtype(np.int64), ("n",)), InputSpec("m", np.dtype(bool), ("n", 2))]
-    data = open_data("random", inputs, samples=11, batch_size=4)
-    first, again = list(data), list(data)
-    assert [len(b["x"]) for b in first] == [4, 4, 3]
-    assert all((a[k] == b[k]).all() for a, b in zip(first, again, strict=True) for k in a)
-    assert not np.array_equal(first[0]["x"], first[1]["x"])
-    assert "input 'x' has dynamic axes; 4x3x16 is taken (--input-shape x=... gives another)" in data.notes
-    other = open_data("random", inputs, samples=11, batch_size=4, seed=1)
-    assert not np.array_equal(next(iter(other))["x"], first[0]["x"])
-    given = open_data("random", inputs, input_shapes={"x": (2, 3, 5)})
-    assert next(iter(given))["x"].shape == (2, 3, 5)
-    assert next(iter(given))["t"].shape == (2,)
-    assert given.notes == []
-
+from bnfold.errors import UsageError
 
 # Objects
 
@@ -272,6 +73,29 @@ def test_what_holds_no_samples_goes_along():
     batches = list(as_batches({"x": A, "scale": np.float32(2), "table": table}, inputs))
     assert [len(b["x"]) for b in batches] == [8, 8, 4]
     assert all(b["scale"].shape == () and b["scale"] == 2 and b["table"].tolist() == [1, 2] for b in batches)
+
+
+@pytest.mark.parametrize("values", [np.ones(20), np.ones((20, 5), int), np.ones((20, 3, 2))])
+def test_labels_that_are_no_classes_are_not_used(values):
+    data = as_batches({"x": A, "y": values}, X)
+    assert data.labels is None
+    assert data.notes[0].startswith("the labels aren't used: classes are integers, one for each sample, and these are ")
+    assert len(fed(data)) == 20
+
+
+def test_labels_in_a_column():
+    assert as_batches({"x": A, "y": LABELS[:, None]}, X).labels.tolist() == list(range(20))
+
+
+def test_every_pass_must_give_the_same():
+    once = iter([A])
+    data = as_batches(lambda: once, X)
+    assert sizes(data) == [20]
+    refused("there are no samples", lambda: data)
+    cuts = iter((A, A[:5]))
+    data = as_batches(lambda: next(cuts), X)
+    assert sizes(data) == [20]
+    refused("this pass gave 5 samples, another 20; every pass must give the same", lambda: data)
 
 
 # Batches
