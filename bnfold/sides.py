@@ -128,6 +128,9 @@ class Renamed:
     def optimisations(self) -> tuple[str, ...]:
         return self.subject.optimisations
 
+    def identity(self) -> str | None:
+        return self.subject.identity()
+
     def inputs(self) -> list[InputSpec]:
         import dataclasses
 

@@ -71,6 +71,9 @@ class Subject(Protocol):
     @property
     def optimisations(self) -> tuple[str, ...]: ...
 
+    def identity(self) -> str | None:
+        """The same for two models of the same operators and numbers, whatever their names; None where that can't be told."""
+
     def inputs(self) -> list[InputSpec]:
         """What a caller must feed."""
 

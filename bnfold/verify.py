@@ -114,8 +114,8 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
 
 def _same(one: Subject, other: Subject) -> bool:
     """Whether both sides are one and the same model, whatever its names: who compares that has compared nothing."""
-    first, second = (getattr(getattr(each, "subject", each), "identity", None) for each in (one, other))
-    return first is not None and second is not None and bool(first() == second())
+    identity = one.identity()
+    return identity is not None and identity == other.identity()
 
 
 def _timed(report: VerifyReport, start: float) -> VerifyReport:

@@ -20,6 +20,9 @@ class Doubled:
     def __init__(self, shift, scale=2.0):
         self.shift, self.scale = np.float32(shift), np.float32(scale)
 
+    def identity(self):
+        return None
+
     def inputs(self):
         from bnfold.data import InputSpec
 
