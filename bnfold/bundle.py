@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from . import reproduce
 from ._version import __version__
-from .causes import SLACK, held, unit_of
+from .causes.held import SLACK, both_held, unit_of
 from .errors import InputError, UnsupportedError, UsageError
 from .inside import Normal
 from .localise import Located
@@ -186,9 +186,9 @@ class _Values:
         pair = self.located.pair
         assert pair is not None
         assert pair.other is not None
-        want, have = held(pair.node), held(pair.other)
-        if want is None or have is None or want.weight.shape != have.weight.shape:
+        if (both := both_held(pair.node, pair.other)) is None:
             raise UnsupportedError("no bundle: neither an output nor a coefficient shows the difference")
+        want, have = both
         summands = np.abs(want.bias)
         for site in self.located.sides.reference.sites.get(pair.node, []):
             if "norm" in site.attrs:

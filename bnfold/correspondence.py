@@ -216,7 +216,7 @@ def _paired(reference: Plan, candidate: Plan) -> tuple[list[_Pair], str]:
     seen: set[tuple[Value, Value]] = set()
     trouble: list[tuple[int, str]] = []
     while stack:
-        a, b = (_through(v) for v in stack.pop())
+        a, b = (through(v) for v in stack.pop())
         if (a, b) in seen:
             continue
         seen.add((a, b))
@@ -264,7 +264,7 @@ def _has(node: Node, role: str) -> bool:
     return param is not None and (param.tensor is not None or param.update is not None)
 
 
-def _through(value: Value) -> Value:
+def through(value: Value) -> Value:
     """The value behind operators that do nothing, which other tools take out."""
     while value.producer is not None and value.producer.op == "Identity" and len(value.producer.inputs) == 1:
         value = value.producer.inputs[0]
@@ -318,7 +318,7 @@ def _arrays(pair: _Pair, hidden: dict[Node, list[Array]]) -> _Compared | None:
     if role in STATISTICS:
         want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
         limit = next((t.limit for t in _tensors((b, a)) if t is not None), a.attrs.get("limit", np.finfo(np.float32).max))
-        return want, have, np.abs(want), *_precision(float(limit))
+        return want, have, np.abs(want), *precision(float(limit))
     param, other = a.params[role], b.params[its_role]
     if not _has(a, role) and not _has(b, its_role):
         return None
@@ -327,7 +327,7 @@ def _arrays(pair: _Pair, hidden: dict[Node, list[Array]]) -> _Compared | None:
     if role != "weight":
         for more in hidden.get(a, ()):
             magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
-    return param.read(), other.read(), magnitude, *_precision(limit)
+    return param.read(), other.read(), magnitude, *precision(limit)
 
 
 def _tensors(nodes: Iterable[Node]) -> Iterator[Tensor | None]:
@@ -377,7 +377,7 @@ def _row_sums(node: Node, weight: Param) -> Array:
     return np.asarray(array.sum(axis=summed).max(initial=0.0))
 
 
-def _precision(limit: float) -> tuple[float, float]:
+def precision(limit: float) -> tuple[float, float]:
     """Unit roundoff and half the smallest positive number of the IEEE type whose largest number is (2 - 2**(1 - p)) * 2**emax."""
     fraction, exponent = np.frexp(limit)
     unit = 1.0 - float(fraction)  # 2**-p

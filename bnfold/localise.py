@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .causes import cause_of, is_right
 from .errors import UnsupportedError
 from .graph import Node, Value
 from .inside import Normal, Stream, network_of
@@ -120,8 +121,6 @@ def localise(
 
     feeds: a batch by the reference's names. found: what level 1 found. values, coefficients: which of the two are known to differ.
     """
-    from .causes import cause_of, is_right
-
     sides = sides_of(reference, candidate)
     if sides is None:
         return None
@@ -129,7 +128,7 @@ def localise(
     agreeing: tuple[Pair, ...] = ()
     if values and feeds:
         seen = compare_streams(sides, feeds)
-        first = _first(sides, seen)
+        first = first_difference(sides, seen)
         agreeing = tuple(c.pair for c in seen if not c.differs)
     mismatch = found.mismatches[0] if coefficients and found is not None and found.mismatches else None
     place = {node.name: node.index for node in reversed(sides.reference.graph.nodes)}
@@ -146,11 +145,12 @@ def localise(
     if first is not None:
         shown = Difference(node.name, first.channel, first.position, first.expected, first.found, cause.text, "output", cause.batchnorm)
     else:
-        shown = Difference(node.name, cause.channel, cause.position, cause.expected, cause.found, cause.text, cause.what, cause.batchnorm)
+        off = cause.furthest
+        shown = Difference(node.name, off.channel, off.position, off.expected, off.found, cause.text, off.what, cause.batchnorm)
     return Located(sides, shown, node, pair, first, agreeing)
 
 
-def _first(sides: Sides, seen: list[Compared]) -> Compared | None:
+def first_difference(sides: Sides, seen: list[Compared]) -> Compared | None:
     """The first value whose difference reaches an output: another fold may leave a scale to a later layer, or change what nobody reads.
 
     A value of the candidate that agrees with one of the reference is no counterpart of another.

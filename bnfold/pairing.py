@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from .correspondence import COMMUTATIVE
+from .correspondence import COMMUTATIVE, through
 from .graph import Node, Value
 from .inside import Normal
 
@@ -60,7 +60,7 @@ class _Pairing:
     def _walk(self) -> None:
         while self.stack:
             a, b, same = self.stack.pop()
-            a, b = _through(a), _through(b)
+            a, b = through(a), through(b)
             p, q = a.producer, b.producer
             if ((a, b) in self.found and (self.found[a, b].same or not same)) or p is None:
                 continue
@@ -113,12 +113,6 @@ def _product(p: Node, q: Node) -> tuple[Value, Value] | None:
         if whole.op == "Contraction" and add.op == "Affine" and before is not None and before.op == "Contraction":
             return (p.output, add.inputs[0]) if whole is p else (add.inputs[0], q.output)
     return None
-
-
-def _through(value: Value) -> Value:
-    while value.producer is not None and value.producer.op == "Identity" and len(value.producer.inputs) == 1:
-        value = value.producer.inputs[0]
-    return value
 
 
 def _made(side: Normal) -> list[Value]:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import bnfold
 from bnfold.backends.onnx.fuse import fuse
 from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.correspondence import _precision, correspond
+from bnfold.correspondence import correspond, precision
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.levels import Noise, Scale, Tally, Truth, deployed_ratio, deviation, function_ratio, varies, worst_part
 from bnfold.subject import roundoff
@@ -32,7 +32,7 @@ def right(network="residual", seed=0):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
 def test_precision_of_a_type_follows_from_its_largest_number(dtype):
     info = ml_dtypes.finfo(dtype)
-    unit, tiny = _precision(float(info.max))
+    unit, tiny = precision(float(info.max))
     assert unit == float(info.eps) / 2 == roundoff(np.dtype(dtype))
     assert tiny == float(info.smallest_subnormal) / 2
 
