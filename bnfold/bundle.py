@@ -45,15 +45,15 @@ def ready(folder: Path, *, force: bool) -> None:
         raise InputError(f"{folder}: {folder.absolute().parent} is not a folder; make it first")
 
 
-def write(located: Located, feeds: Batch | None, folder: Path, *, force: bool = False) -> None:
+def write(located: Located, folder: Path, *, force: bool = False) -> None:
     """Write the bundle whole or not at all. Raises UnsupportedError where the parts can't be cut out or don't show the difference."""
     ready(folder, force=force)
     if located.runtime is not None:
         files = _runtime(located)
-    elif located.pair is None or located.pair.other is None or feeds is None:
+    elif located.pair is None or located.pair.other is None or located.feeds is None:
         raise UnsupportedError("no bundle: the difference has no counterpart in both models")
     else:
-        files = _Values(located, feeds).files()
+        files = _Values(located, located.feeds).files()
     part = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     old = part.with_suffix(".before")
     try:
@@ -75,14 +75,14 @@ def write(located: Located, feeds: Batch | None, folder: Path, *, force: bool = 
             shutil.rmtree(left, ignore_errors=True)
 
 
-def with_bundle(report: VerifyReport, located: Located | None, feeds: Batch | None, folder: Path, *, force: bool) -> VerifyReport:
+def with_bundle(report: VerifyReport, located: Located | None, folder: Path, *, force: bool) -> VerifyReport:
     """The report with the bundle written, or with the reason why there is none."""
     if report.verdict != "different":
         return report
     try:
         if located is None:
             raise UnsupportedError("no bundle: the difference can't be laid to a layer")
-        write(located, feeds, folder, force=force)
+        write(located, folder, force=force)
     except UnsupportedError as error:
         return replace(report, notes=(*report.notes, str(error)))
     return replace(report, bundle=str(folder))

@@ -83,11 +83,12 @@ class Sides:
 
 @dataclass(frozen=True)
 class Located:
-    """Where two models part. pair, compared: None where only coefficients show it."""
+    """Where two models part. feeds: what was fed; pair, compared: None where only coefficients show it."""
 
     sides: Sides
     difference: Difference
     node: Node
+    feeds: Batch | None = None
     pair: Pair | None = None
     compared: Compared | None = None
     agreeing: tuple[Pair, ...] = ()
@@ -128,7 +129,7 @@ def localise(
     agreeing: tuple[Pair, ...] = ()
     if values and feeds:
         seen = compare_streams(sides, feeds)
-        first = first_difference(sides, seen)
+        first = first_to_reach_an_output(sides, seen)
         agreeing = tuple(c.pair for c in seen if not c.differs)
     mismatch = found.mismatches[0] if coefficients and found is not None and found.mismatches else None
     place = {node.name: node.index for node in reversed(sides.reference.graph.nodes)}
@@ -147,10 +148,10 @@ def localise(
     else:
         off = cause.furthest
         shown = Difference(node.name, off.channel, off.position, off.expected, off.found, cause.text, off.what, cause.batchnorm)
-    return Located(sides, shown, node, pair, first, agreeing)
+    return Located(sides, shown, node, feeds, pair, first, agreeing)
 
 
-def first_difference(sides: Sides, seen: list[Compared]) -> Compared | None:
+def first_to_reach_an_output(sides: Sides, seen: list[Compared]) -> Compared | None:
     """The first value whose difference reaches an output: another fold may leave a scale to a later layer, or change what nobody reads.
 
     A value of the candidate that agrees with one of the reference is no counterpart of another.
@@ -293,4 +294,4 @@ def localise_runtime(reference: Subject, candidate: Subject, feeds: Batch, provi
     channel = at[channel_axis(pair.node, off.ndim)] if pair is not None and at else at[-1] if at else None
     shown = Difference(name, channel, at, float(found.expected[at]), float(found.found[at]), found.text)
     node = pair.node if pair is not None else sides.reference.graph.nodes[-1]
-    return Located(sides, shown, node, pair, runtime=found)
+    return Located(sides, shown, node, feeds, pair, runtime=found)

@@ -20,7 +20,7 @@ import bnfold
 from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.subject import OnnxSubject
 from bnfold.errors import InputError, UnsupportedError, UsageError
-from bnfold.localise import compare_streams, first_difference, localise, sides_of
+from bnfold.localise import compare_streams, first_to_reach_an_output, localise, sides_of
 from bnfold.verify import verify
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_right_folds_of_random_networks_part_nowhere():
         fused, _ = bnfold.fuse(network, check=False)
         sides = sides_of(*(OnnxSubject(from_proto(m)) for m in (network, fused)))
         seen = compare_streams(sides, feeds(network))
-        assert first_difference(sides, seen) is None, seed
+        assert first_to_reach_an_output(sides, seen) is None, seed
         compared += len(seen)
     assert compared > 500
 

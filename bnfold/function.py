@@ -1,0 +1,124 @@
+"""Level 2 of `verify`: both models in float64 on the same inputs, against what rounded weights explain (see `levels`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .comparison import Comparison
+from .errors import DataError, UnsupportedError
+from .exercise import moved
+from .levels import FEW, FUNCTION_LIMIT, Noise, Scale, Tally, Truth, function_ratio
+from .report import Function
+from .subject import Runner
+
+if TYPE_CHECKING:
+    from .data import Batch
+
+PLENTY = 256  # numbers of an output, from which one run with moved weights tells the noise well enough for a quick check
+ENOUGH = 64  # numbers of an output; with fewer, the same samples are fed again, slightly moved
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One output: the candidate's errors, the yardstick, and the ratio of the two."""
+
+    tally: Tally
+    noise: Noise
+    scale: Scale
+    ratio: float
+
+    @property
+    def error(self) -> float:
+        """The largest, relatively to the largest number."""
+        return self.tally.peak / (self.scale.largest or 1.0)
+
+    @property
+    def yardstick(self) -> float:
+        """What rounded weights explain, likewise."""
+        return max(self.noise.peak, self.scale.floor) / (self.scale.largest or 1.0)
+
+
+def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], provider: str, seed: int) -> tuple[Truth | None, str]:
+    """The reference in float64 with its yardstick, or in its stored type on a provider and why; None where it runs in neither.
+
+    others: data of other sizes.
+    """
+    feeds, others, reference = list(feeds), list(others), both.reference
+    lacking: list[str] = []
+    for make in (reference.oracle, partial(reference.deployed, provider, reference.optimisations[0])):
+        try:
+            return _truth(both, make, feeds, others, seed), "; ".join(lacking)
+        except UnsupportedError as error:
+            lacking.append(str(error))
+        except DataError as error:
+            if not both.made_up:
+                raise
+            lacking.append(f"{error} (random data: say which shapes fit, or give data)")
+    return None, "; ".join(lacking)
+
+
+def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], seed: int) -> Truth:
+    both.progress("reference", 0, None)
+    truth = Truth(make().run, feeds, others=others)
+    sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in truth.expected]
+    if 0 < sum(sizes) < ENOUGH:
+        times = min(-(-(ENOUGH - sum(sizes)) // sum(sizes)), 2 * ENOUGH // len(sizes))
+        truth = Truth(make().run, [*feeds, *moved(feeds, times, seed)], others=others)
+    both.progress("yardstick", 0, None)
+    truth.measure(lambda k: make(jitter=seed + k + 1).run, least=FEW if both.thorough or sum(sizes) < PLENTY else 1)
+    return truth
+
+
+def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tuple[Function, dict[str, Measured]]:
+    """The candidate against the truth, and its outputs by name. lacking: why the truth isn't in float64, "" where it is."""
+    if truth is None:
+        return Function("inconclusive", reason=lacking), {}
+    both.progress("candidate", 0, None)
+    candidate = both.candidate
+    try:
+        run = candidate.deployed("cpu", candidate.optimisations[0]) if lacking else candidate.oracle()
+        tallies = truth.compare(run.run)
+    except UnsupportedError as error:
+        return Function("skipped", reason=str(error)), {}
+    except DataError as error:
+        return Function("different", np.inf, reason=f"the candidate doesn't run on what the reference takes: {error}"), {}
+    measured = {}
+    for name, tally in tallies.items():
+        noise, scale = truth.noise[name], truth.scale(name, both.unit)
+        measured[name] = Measured(tally, noise, scale, function_ratio(tally, noise, scale))
+    return _judged(measured, truth, f"by the noise of the stored type, since {lacking}" if lacking else ""), measured
+
+
+def _judged(measured: dict[str, Measured], truth: Truth, how: str) -> Function:
+    if not measured:
+        return Function("inconclusive", reason="the model has no outputs")
+    name, worst = max(measured.items(), key=lambda item: item[1].ratio)
+    if problems := [m.tally.problem for m in measured.values() if m.tally.problem]:
+        return Function("different", np.inf, worst.yardstick, problems[0])
+    if worst.ratio > FUNCTION_LIMIT:
+        where = f" ({worst.tally.where})" if worst.tally.where and worst.tally.part >= worst.ratio else ""
+        text = f"output {name}{where} is off by {worst.ratio:.3g} times what rounded weights explain"
+        return Function("different", worst.error, worst.yardstick, text)
+    if reason := _numberless(truth):
+        return Function("inconclusive", reason=reason)
+    return Function("equivalent", worst.error, worst.yardstick, how)
+
+
+def _numberless(truth: Truth) -> str:
+    """Why outputs that agree say nothing."""
+    sizes, counts = dict.fromkeys(truth.names, 0), dict.fromkeys(truth.names, 0)
+    for outputs in truth.expected:
+        for name, a in outputs.items():
+            sizes[name] += a.size
+            counts[name] += int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size
+    if not any(sizes.values()):
+        return "all outputs are empty"
+    if numberless := [name for name in sizes if sizes[name] and not counts[name]]:
+        which = "all outputs" if len(numberless) == len(sizes) else f"all numbers of output {numberless[0]}"
+        return f"{which} of both models are NaN or infinite"
+    return ""
