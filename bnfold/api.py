@@ -13,23 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backends import family
+from .backends import as_given, as_ir, family
 from .certificate import certificate, folded, loaded
-from .errors import CheckError, ModelError, NothingToDoError, UnsupportedError, UsageError
+from .errors import ALREADY_FOLDED as ALREADY_FOLDED
+from .errors import NO_BATCHNORM, CheckError, ModelError, NothingToDoError, UnsupportedError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from .methods import Method
 
 Progress = Callable[[str, int, "int | None"], None]
-
-ALREADY_FOLDED = (
-    "the model holds no BatchNorm: there is nothing to do. torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
-    "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
-)
-NO_BATCHNORM = "the model holds no BatchNorm: there is nothing to do"
 
 
 def load(
@@ -78,7 +71,7 @@ def save(model: Any, path: str | Path, *, force: bool = False, example: Any = No
         return
     from .backends.onnx.load import save as save_onnx
 
-    save_onnx(_as_ir(model)[0], path, force=force)
+    save_onnx(as_ir(model), path, force=force)
 
 
 def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:
@@ -94,7 +87,7 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectR
     except ModelError as error:
         found, notes = None, (str(error),)
     if not report.layers and not report.batchnorms.before:
-        notes += (ALREADY_FOLDED if family(model) == "onnx" and found is None else NO_BATCHNORM,)
+        notes += (NO_BATCHNORM if found is not None else no_batchnorm(model),)
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
@@ -113,7 +106,7 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
     start = time.perf_counter()
     original, fused, report = _fused(model, example, clone)
     if report.batchnorms.before == 0 and not report.layers:
-        raise NothingToDoError(ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM)
+        raise NothingToDoError(no_batchnorm(model))
     if check and any(layer.verdict == "folded" for layer in report.layers):
         from .verify import check_fold
 
@@ -126,8 +119,7 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
     if not unchanged:
         folded(model, fused, report)
     if family(model) == "onnx":
-        back = _as_ir(model)[1]
-        fused = copy.deepcopy(model) if unchanged and back is not _itself else back(fused)
+        fused = copy.deepcopy(model) if unchanged and not isinstance(model, type(fused)) else as_given(fused, model)
     return fused, dataclasses.replace(report, seconds=time.perf_counter() - start)
 
 
@@ -141,8 +133,13 @@ def _fused(model: Any, example: Any, clone: bool) -> tuple[Any, Any, FuseReport]
         return traced, *fuse_torch(traced, clone=clone)
     from .backends.onnx.fuse import fuse as fuse_onnx
 
-    original = _as_ir(model)[0]
+    original = as_ir(model)
     return original, *fuse_onnx(original, clone=clone)
+
+
+def no_batchnorm(model: Any) -> str:
+    """What to say of a model that holds none; an ONNX model may have lost them where it was exported."""
+    return ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM
 
 
 def recalibrate(
@@ -324,27 +321,4 @@ def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None
 
 def _native(model: Any) -> Any:
     """The model as its back-end has it."""
-    return _as_ir(model)[0] if family(model) == "onnx" else model
-
-
-def _itself(model: Any) -> Any:
-    return model
-
-
-def _as_ir(model: Any) -> tuple[ir.Model, Callable[[Any], Any]]:
-    """The model as onnx_ir's, and the way back to the kind that came in."""
-    import onnx
-    import onnx_ir as ir
-
-    if isinstance(model, ir.Model):
-        return model, _itself
-    if isinstance(model, onnx.ModelProto):
-        from .backends.onnx.load import from_proto
-
-        return from_proto(model), ir.to_proto
-    if isinstance(model, (str, Path)):
-        raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
-    raise UnsupportedError(
-        f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold knows: "
-        "give an onnx_ir.Model or an onnx.ModelProto"
-    )
+    return as_ir(model) if family(model) == "onnx" else model

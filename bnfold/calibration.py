@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import kept_statistics
-from .backends import family
+from .backends import as_given, as_ir, family
 from .certificate import recalibrated
 from .errors import DataError, NothingToDoError, UnsupportedError, UsageError
 from .evaluate import Scores, effect, score, score_if_fits
 from .feeds import check_feeds
 from .methods import Method
 from .processes import Processes, processes
-from .recalibrate import Layer, Plan, Progress, measure, report, settle
+from .recalibrate import Plan, Progress, measure, report, settle
 from .recalibrate import recalibrate as run_plan
 from .report import RecalibrateReport
 from .selection import Selection, every
@@ -59,29 +59,31 @@ class Subject:
     def is_module(self) -> bool:
         return family(self.model) == "torch" and hasattr(self.model, "forward")
 
-    def plan(self, *, one_size: bool = False) -> tuple[ModelPlan, Callable[[Any], Any]]:
-        """The plan, and the way from its copy of the model back to the kind that came in."""
+    def plan(self, *, one_size: bool = False) -> ModelPlan:
+        """The model, cut into stages. one_size: a module is read for samples of one size."""
         select = Selection(self.layers, self.skipped)
         chosen = every if select.is_all else select
         plan: ModelPlan
-        back: Callable[[Any], Any]
         try:
             if family(self.model) == "torch":
                 from .backends.torch.lockstep import plan_of as torch_plan
 
                 given: dict[str, Any] = {"select": chosen, "freeze": self.freeze, "device": self.device}
-                plan, back = torch_plan(self.model, self.example, one_size=one_size, **given), _itself
+                plan = torch_plan(self.model, self.example, one_size=one_size, **given)
             else:
-                from .api import _as_ir
                 from .backends.onnx.lockstep import plan_of as onnx_plan
 
-                original, back = _as_ir(self.model)
-                plan = onnx_plan(original, select=chosen, freeze=self.freeze, provider=self.device)
+                plan = onnx_plan(as_ir(self.model), select=chosen, freeze=self.freeze, provider=self.device)
         except NothingToDoError:
             select.check()
             raise
         select.check()
-        return plan, lambda fresh: back(recalibrated(self.model, fresh))
+        return plan
+
+    def written(self, plan: ModelPlan) -> Any:
+        """A copy of the model with the statistics that were set in its plan, of the kind that came in."""
+        fresh = recalibrated(self.model, plan.write())
+        return fresh if family(self.model) == "torch" else as_given(fresh, self.model)
 
     def computing(self) -> AbstractContextManager[Any]:
         """How the device computes meanwhile: with float32 in full."""
@@ -149,7 +151,7 @@ class _Run:
         # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
         quick = self._subject.is_module and self.again and self._group.size == 1
         for one_size in (True, False) if quick else (False,):
-            plan, back = self._subject.plan(one_size=one_size)
+            plan = self._subject.plan(one_size=one_size)
             data = fitting(self.batches, plan.specs, one_size, self._batch_size, samples, self._group, spread)
             try:
                 with self._subject.computing():
@@ -159,7 +161,7 @@ class _Run:
                 break
             except _OtherSizeError:
                 continue
-        return back(plan.write()), found
+        return self._subject.written(plan), found
 
 
 class _OtherSizeError(Exception):
@@ -262,7 +264,7 @@ def measure_part(
     if not 0 <= index < count:
         raise UsageError(f"there is no part {index} of {count}; the parts are 0 to {count - 1}")
     subject, batches, _ = called(subject, batches, batch_size)
-    plan, _ = subject.plan()
+    plan = subject.plan()
     if not method.additive and (plan.stage_count > 1 or method.name == "moving-average"):
         raise UnsupportedError(
             f"parts of the data that are measured apart don't add up with the method {method}: "
@@ -296,11 +298,11 @@ class _Part:
 def merge(subject: Subject, paths: Iterable[str | Path]) -> tuple[Any, RecalibrateReport]:
     """A copy of the model with the statistics of all parts together (see `measure_part`)."""
     start = time.perf_counter()
-    plan, back = subject.plan()
+    plan = subject.plan()
     measured, method = kept_statistics.read_parts([Path(path) for path in paths], plan.layers)
     kept = settle(plan, measured, method)
     found = report(plan, measured, method, kept)
-    return back(plan.write()), dataclasses.replace(found, seconds=time.perf_counter() - start)
+    return subject.written(plan), dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
 def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]]:
@@ -308,7 +310,7 @@ def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]
 
     before: float64 means and variances by layer, as `kept_statistics.read` gives them. Raises DataError where they are another model's.
     """
-    plan, back = subject.plan()
+    plan = subject.plan()
     done = []
     for index, layer in enumerate(plan.layers):
         if layer.name not in before:
@@ -324,7 +326,7 @@ def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]
         done.append(layer.name)
     if missing := [name for name in before if name not in done]:
         raise DataError(f"the model has no BatchNorm {missing[0]!r}, whose statistics were kept: they are another model's")
-    return back(plan.write()), done
+    return subject.written(plan), done
 
 
 def _few(samples: Any, count: int) -> Any:
@@ -335,10 +337,3 @@ def _few(samples: Any, count: int) -> Any:
     if isinstance(samples, Mapping):
         return {name: array[:count] for name, array in samples.items()}
     return tuple(array[:count] for array in arrays) if isinstance(samples, tuple) else samples[:count]
-
-
-def _itself(model: Any) -> Any:
-    return model
-
-
-__all__ = ["Layer", "Subject", "measure_part", "merge", "recalibrate", "restore"]

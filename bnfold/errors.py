@@ -16,6 +16,12 @@ are not errors: they are reasons in a report (see `affine.Blocked`).
 
 from __future__ import annotations
 
+NO_BATCHNORM = "the model holds no BatchNorm: there is nothing to do"
+ALREADY_FOLDED = (
+    f"{NO_BATCHNORM}. torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
+    "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
+)
+
 
 class BnfoldError(Exception):
     """Base of all errors raised on purpose; `exit_status` is what the command line exits with."""

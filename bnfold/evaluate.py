@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .backends import family
+from .backends import as_ir, family
 from .errors import DataError
 from .report import Accuracy, Effect, Word
 
@@ -51,10 +51,9 @@ def deployed(model: Any, provider: str, *, example: Any = None, optimise: bool =
         from .backends.torch.trace import trace
 
         return TorchSession(trace(model, example), device=provider)
-    from .api import _as_ir
     from .backends.onnx.run import Session
 
-    return Session(_as_ir(model)[0], provider=provider, optimise=optimise)
+    return Session(as_ir(model), provider=provider, optimise=optimise)
 
 
 def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:

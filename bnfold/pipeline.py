@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import api
-from .backends import family
 from .certificate import verified
 from .errors import NothingToDoError
 from .evaluate import effect, score, score_if_fits
@@ -32,7 +31,7 @@ def pipeline(
     """
     providers = tuple(providers)
     if not api.inspect(model, example=example).layers:
-        raise NothingToDoError(api.ALREADY_FOLDED if family(model) == "onnx" else api.NO_BATCHNORM)
+        raise NothingToDoError(api.no_batchnorm(model))
     before, notes = score_if_fits(model, labelled, batches, example=example, provider=providers[0], progress=progress)
     scored = None if before is None else before.summary()
     fresh, recalibrated = api.recalibrate(model, batches, example=example, provider=providers[0], progress=progress, **calibration)

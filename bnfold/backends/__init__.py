@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def family(model: Any) -> str:
@@ -26,3 +29,21 @@ def family(model: Any) -> str:
         f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold knows: "
         "give a torch.nn.Module, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto"
     )
+
+
+def as_ir(model: Any) -> ir.Model:
+    """An ONNX model as onnx_ir's."""
+    import onnx_ir as ir
+
+    if isinstance(model, ir.Model):
+        return model
+    from .onnx.load import from_proto
+
+    return from_proto(model)
+
+
+def as_given(made: ir.Model, model: Any) -> Any:
+    """What was made of an ONNX model, as the kind that it came in: onnx_ir's, or a proto."""
+    import onnx_ir as ir
+
+    return made if isinstance(model, ir.Model) else ir.to_proto(made)
