@@ -10,7 +10,7 @@ import typer
 from .._version import __version__
 from ..errors import UsageError
 from . import options as o
-from . import parse, show, statistics
+from . import parse, recalibration, show
 from .groups import grouped
 from .output import ready_to_write
 
@@ -95,15 +95,15 @@ def recalibrate(
     from .. import api
     from .page import write_page
 
-    asked = statistics.asked(data, out, restore, shard, stats)
-    settings = calibrating.settings(of_part=isinstance(asked, statistics.Part))
+    asked = recalibration.asked(data, out, restore, shard, stats)
+    settings = calibrating.settings(of_part=isinstance(asked, recalibration.Part))
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
-    for path, kind in (asked.written | ({html: ".html"} if html is not None else {})).items():
+    for path, kind in (recalibration.written(asked) | ({html: ".html"} if html is not None else {})).items():
         ready_to_write(path, suffixes=loading.suffixes(model) if kind == "model" else [kind], force=reporting.force, inputs=[model])
     with reporting.job() as job, running.fallback():
         provider = running.one_provider(model)
         loaded = loading.load(model, job)
-        if isinstance(asked, statistics.Restore):
+        if isinstance(asked, recalibration.Restore):
             example = shaping.call(loaded)
             old, names = api.restore(loaded, asked.before, example=example)
             loading.save(old, asked.out, force=reporting.force, example=example)
@@ -113,7 +113,7 @@ def recalibrate(
         example = shaping.call(loaded, asked.data)
         batches = feeding.open(asked.data, loaded, job, shaping, samples=feeding.samples)
         given = {"example": example, "provider": provider, "batch_size": calibrating.batch_size(feeding), "progress": job.progress}
-        if isinstance(asked, statistics.Part):
+        if isinstance(asked, recalibration.Part):
             report = api.measure_part(loaded, batches, asked.part, asked.stats, **settings, **given)
             job.finish(report, show.recalibrate)
             job.say(f"written: {asked.stats}")
@@ -121,11 +121,11 @@ def recalibrate(
         labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping)
         fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=budget, **settings, **given)
         if job.main:
-            statistics.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
+            recalibration.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
             if html is not None:
                 write_page(html, report, str(model))
         job.finish(report, show.recalibrate)
-        job.say(f"written: {asked.out}, and the old statistics to {statistics.beside(asked.out)}")
+        job.say(f"written: {asked.out}, and the old statistics to {recalibration.beside(asked.out)}")
     return 0
 
 
@@ -147,15 +147,15 @@ def merge_stats(
     """
     from .. import api
 
-    for path, suffixes in ((out, loading.suffixes(model)), (statistics.beside(out), [".npz"])):
+    for path, suffixes in ((out, loading.suffixes(model)), (recalibration.beside(out), [".npz"])):
         ready_to_write(path, suffixes=suffixes, force=reporting.force, inputs=[model, *parts])
     with reporting.job() as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
         fresh, report = api.merge_parts(loaded, parts, example=example, layers=layers or (), skip_layers=skip_layers or (), freeze=freeze)
-        statistics.save(loading, fresh, report, out, force=reporting.force, example=example)
+        recalibration.save(loading, fresh, report, out, force=reporting.force, example=example)
         job.finish(report, show.recalibrate)
-        job.say(f"written: {out}, and the old statistics to {statistics.beside(out)}")
+        job.say(f"written: {out}, and the old statistics to {recalibration.beside(out)}")
     return 0
 
 

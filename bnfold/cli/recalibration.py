@@ -14,21 +14,12 @@ if TYPE_CHECKING:
     from .options import Loading
 
 
-def beside(path: Path) -> Path:
-    """Where the old statistics of what is written to `path` are kept."""
-    return path.with_name(path.name + ".before.npz")
-
-
 @dataclass(frozen=True)
 class Whole:
     """Measure on all the data, and write the model."""
 
     data: str
     out: Path
-
-    @property
-    def written(self) -> dict[Path, str]:
-        return {self.out: "model", beside(self.out): ".npz"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +30,6 @@ class Part:
     part: tuple[int, int]
     stats: Path
 
-    @property
-    def written(self) -> dict[Path, str]:
-        return {self.stats: ".npz"}
-
 
 @dataclass(frozen=True)
 class Restore:
@@ -51,12 +38,11 @@ class Restore:
     before: Path
     out: Path
 
-    @property
-    def written(self) -> dict[Path, str]:
-        return {self.out: "model"}
+
+Task = Whole | Part | Restore
 
 
-def asked(data: str | None, out: Path | None, restore: Path | None, shard: str | None, stats: Path | None) -> Whole | Part | Restore:
+def asked(data: str | None, out: Path | None, restore: Path | None, shard: str | None, stats: Path | None) -> Task:
     """What to do. UsageError where what is needed for it is missing or too much."""
     if restore is not None:
         wrong = {"--data": data, "--shard": shard, "--stats": stats}
@@ -76,6 +62,18 @@ def asked(data: str | None, out: Path | None, restore: Path | None, shard: str |
         return Restore(restore, out)
     assert data is not None
     return Whole(data, out)
+
+
+def written(task: Task) -> dict[Path, str]:
+    """The files that it writes, and of which kind: "model", or a suffix."""
+    if isinstance(task, Part):
+        return {task.stats: ".npz"}
+    return {task.out: "model"} | ({beside(task.out): ".npz"} if isinstance(task, Whole) else {})
+
+
+def beside(path: Path) -> Path:
+    """Where the old statistics of what is written to `path` are kept."""
+    return path.with_name(path.name + ".before.npz")
 
 
 def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, *, force: bool, example: Any) -> None:
