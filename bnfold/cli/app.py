@@ -12,6 +12,10 @@ from ..errors import UsageError
 from . import options as o
 from . import parse, recalibration, show
 from .groups import grouped
+from .options_data import Feeding, Shaping
+from .options_models import Loading, Running
+from .options_output import Checking, Reporting
+from .options_statistics import Calibrating, Choosing
 from .output import ready_to_write
 
 STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
@@ -56,7 +60,7 @@ def _main(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 
 
 @command
-def inspect(model: o.ModelFile, loading: o.Loading, shaping: o.Shaping, reporting: o.Reporting, clone: o.Clone = False) -> int:
+def inspect(model: o.ModelFile, loading: Loading, shaping: Shaping, reporting: Reporting, clone: o.Clone = False) -> int:
     """List every BatchNorm, and where it would fold to, or why it can't.
 
     Nothing is changed.
@@ -72,12 +76,13 @@ def inspect(model: o.ModelFile, loading: o.Loading, shaping: o.Shaping, reportin
 @command
 def recalibrate(
     model: o.ModelFile,
-    loading: o.Loading,
-    running: o.Running,
-    shaping: o.Shaping,
-    feeding: o.Feeding,
-    calibrating: o.Calibrating,
-    reporting: o.Reporting,
+    loading: Loading,
+    running: Running,
+    shaping: Shaping,
+    feeding: Feeding,
+    calibrating: Calibrating,
+    choosing: Choosing,
+    reporting: Reporting,
     data: o.DataOrNot = None,
     out: o.MaybeOut = None,
     evaluate: o.Evaluate = None,
@@ -96,7 +101,7 @@ def recalibrate(
     from .page import write_page
 
     asked = recalibration.asked(data, out, restore, shard, stats)
-    settings = calibrating.settings(of_part=isinstance(asked, recalibration.Part))
+    settings = calibrating.settings(of_part=isinstance(asked, recalibration.Part)) | choosing.settings()
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     for path, kind in (recalibration.written(asked) | ({html: ".html"} if html is not None else {})).items():
         ready_to_write(path, suffixes=loading.suffixes(model) if kind == "model" else [kind], force=reporting.force, inputs=[model])
@@ -134,12 +139,10 @@ def merge_stats(
     model: o.ModelFile,
     parts: o.Parts,
     out: o.Out,
-    loading: o.Loading,
-    shaping: o.Shaping,
-    reporting: o.Reporting,
-    layers: o.Layers = None,
-    skip_layers: o.SkipLayers = None,
-    freeze: o.Freeze = False,
+    loading: Loading,
+    shaping: Shaping,
+    reporting: Reporting,
+    choosing: Choosing,
 ) -> int:
     """Put together what parts of the data gave (recalibrate --shard), and write the model with these statistics.
 
@@ -152,7 +155,7 @@ def merge_stats(
     with reporting.job() as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
-        fresh, report = api.merge_parts(loaded, parts, example=example, layers=layers or (), skip_layers=skip_layers or (), freeze=freeze)
+        fresh, report = api.merge_parts(loaded, parts, example=example, **choosing.settings())
         recalibration.save(loading, fresh, report, out, force=reporting.force, example=example)
         job.finish(report, show.recalibrate)
         job.say(f"written: {out}, and the old statistics to {recalibration.beside(out)}")
@@ -162,10 +165,10 @@ def merge_stats(
 @command
 def fuse(
     model: o.ModelFile,
-    loading: o.Loading,
-    shaping: o.Shaping,
-    reporting: o.Reporting,
-    checking: o.Checking,
+    loading: Loading,
+    shaping: Shaping,
+    reporting: Reporting,
+    checking: Checking,
     out: o.MaybeOut = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do it all, but write nothing.")] = False,
     strict: o.Strict = False,
@@ -202,12 +205,12 @@ def fuse(
 @command
 def verify(
     reference: o.Reference,
-    loading: o.Loading,
-    running: o.Running,
-    shaping: o.Shaping,
-    feeding: o.Feeding,
-    reporting: o.Reporting,
-    checking: o.Checking,
+    loading: Loading,
+    running: Running,
+    shaping: Shaping,
+    feeding: Feeding,
+    reporting: Reporting,
+    checking: Checking,
     candidate: o.MaybeCandidate = None,
     against: o.Against = None,
     data: o.MaybeData = None,
@@ -268,13 +271,14 @@ def pipeline(
     model: o.ModelFile,
     data: o.Data,
     out: o.Out,
-    loading: o.Loading,
-    running: o.Running,
-    shaping: o.Shaping,
-    feeding: o.Feeding,
-    calibrating: o.Calibrating,
-    reporting: o.Reporting,
-    checking: o.Checking,
+    loading: Loading,
+    running: Running,
+    shaping: Shaping,
+    feeding: Feeding,
+    calibrating: Calibrating,
+    choosing: Choosing,
+    reporting: Reporting,
+    checking: Checking,
     evaluate: o.Evaluate = None,
     strict: o.Strict = False,
     memory_budget: o.MemoryBudget = "1G",
@@ -287,7 +291,7 @@ def pipeline(
     from ..pipeline import pipeline as run
 
     ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
-    settings = calibrating.settings()
+    settings = calibrating.settings() | choosing.settings()
     budget = parse.size_in_bytes(memory_budget, "--memory-budget")
     check = checking.check("pipeline", model, force=reporting.force, strict=strict, baseline=baseline)
     with reporting.job(check) as job, running.fallback():
@@ -325,11 +329,11 @@ def pipeline(
 def bench(
     reference: o.Reference,
     candidate: o.Candidate,
-    running: o.Running,
-    loading: o.Loading,
-    shaping: o.Shaping,
-    feeding: o.Feeding,
-    reporting: o.Reporting,
+    running: Running,
+    loading: Loading,
+    shaping: Shaping,
+    feeding: Feeding,
+    reporting: Reporting,
     data: o.MaybeData = None,
     rounds: Annotated[int, typer.Option("--rounds", min=5, help="How often each is timed.")] = 21,
     unoptimised: Annotated[bool, typer.Option("--unoptimised", help="With ONNX Runtime's own optimisations off, which fold too.")] = False,

@@ -11,7 +11,7 @@ from . import parse
 
 if TYPE_CHECKING:
     from ..report import RecalibrateReport
-    from .options import Loading
+    from .options_models import Loading
 
 
 @dataclass(frozen=True)
