@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import kept_statistics
-from .backends import as_given, as_ir, family
+from .backends import as_given, as_ir, family, is_module
 from .certificate import recalibrated
 from .errors import DataError, NothingToDoError, UnsupportedError, UsageError
 from .evaluate import Scores, effect, score, score_if_fits
@@ -56,8 +56,13 @@ class Subject:
     device: str = "cpu"
 
     @property
-    def is_module(self) -> bool:
-        return family(self.model) == "torch" and hasattr(self.model, "forward")
+    def is_unread(self) -> bool:
+        """Whether the data flow is still to be read, which a module's is by calling it."""
+        if not is_module(self.model):
+            return False
+        from .backends.torch.trace import Traced
+
+        return not isinstance(self.example, Traced)
 
     def plan(self, *, one_size: bool = False) -> ModelPlan:
         """The model, cut into stages. one_size: a module is read for samples of one size."""
@@ -149,7 +154,7 @@ class _Run:
 
     def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Any, RecalibrateReport]:
         # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
-        quick = self._subject.is_module and self.again and self._group.size == 1
+        quick = self._subject.is_unread and self.again and self._group.size == 1
         for one_size in (True, False) if quick else (False,):
             plan = self._subject.plan(one_size=one_size)
             data = fitting(self.batches, plan.specs, one_size, self._batch_size, samples, self._group, spread)

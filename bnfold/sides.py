@@ -50,7 +50,7 @@ def _family(model: Any) -> str:
     """As `backends.family`; what is a subject already counts as one of ONNX's kind."""
     if isinstance(model, Subject):
         return "onnx"
-    return getattr(model, "family", None) or family(model)
+    return family(model)
 
 
 def _onnx(model: Any) -> Subject:
@@ -66,13 +66,13 @@ def _onnx(model: Any) -> Subject:
 def _torch(
     model: Any, other: Subject | None, example: Any, shapes: Mapping[str, tuple[int, ...]] | None, mixed: bool, call: Any
 ) -> Subject:
-    from .backends.torch.subject import TorchSubject, like
+    from .backends.torch.subject import TorchSubject
     from .backends.torch.trace import Traced, example_of, random_example, to_tensor, trace
 
     if isinstance(model, Traced):
         return TorchSubject(model, beside_onnx=mixed)
     if isinstance(other, TorchSubject):
-        return TorchSubject(like(model, other.traced), beside_onnx=mixed)
+        return TorchSubject(trace(model, other.traced), beside_onnx=mixed)
     if call is not None:
         example = call
     elif example is not None:

@@ -22,7 +22,7 @@ from vision import package
 import bnfold
 from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.backends.torch.subject import TorchSubject, like
+from bnfold.backends.torch.subject import TorchSubject
 from bnfold.backends.torch.trace import trace
 from bnfold.correspondence import correspond
 from bnfold.inside import Normal
@@ -120,7 +120,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch: pytest.Monkey
     monkeypatch.setattr("bnfold.backends.torch.inside._Exact", lacking)
     net = network()
     first = TorchSubject(trace(net, X))
-    second = TorchSubject(like(spoilt(net, *CASES["mean"][:2]), first.traced))
+    second = TorchSubject(trace(spoilt(net, *CASES["mean"][:2]), first.traced))
     (name,) = (spec.name for spec in first.inputs())
     found = localise(first, second, {name: X.numpy()}, None, coefficients=False)
     assert found is not None
@@ -217,7 +217,7 @@ OFTEN = ("epsilon", "stale", "order", "training")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in RESNET])
 def test_causes_in_a_resnet(name: str, resnet: Any, traced: Any) -> None:
     change, fold, layer, cause = RESNET[name]
-    found = located(TorchSubject(traced), TorchSubject(like(spoilt(resnet, change, fold), traced)))
+    found = located(TorchSubject(traced), TorchSubject(trace(spoilt(resnet, change, fold), traced)))
     assert found.difference.layer == layer
     assert re.search(cause, found.difference.cause), found.difference
     assert found.sides.held.most <= 6
@@ -253,7 +253,7 @@ def test_memory_is_bounded(resnet: Any, traced: Any, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Normal, "stream", counted)
     change, fold, layer, _ = RESNET["mean"]
-    found = located(TorchSubject(traced), TorchSubject(like(spoilt(resnet, change, fold), traced)))
+    found = located(TorchSubject(traced), TorchSubject(trace(spoilt(resnet, change, fold), traced)))
     assert found.difference.layer == layer
     assert seen > 120
     assert most <= 9

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from test_torch_files import FACTORY
 
 import bnfold
 from bnfold.backends.torch.arch import build
+from bnfold.backends.torch.trace import duplicate, trace
 from bnfold.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +80,44 @@ def test_either_side_may_be_of_the_other_framework(here: Path, capsys: pytest.Ca
     assert run(["verify", "f.onnx", "c.pth", *ARCH, "--provider", "cpu"]) == 0
     assert run(["bench", "m.pt2", "f.onnx", "--rounds", "5", "-q"]) == 0
     assert "candidate / reference" in capsys.readouterr().out
+
+
+# How often torch.export, which takes its time, reads a module: the model, the recalibrated one and the folded one once each, the last of
+# them twice in a pipeline: for its check, and for the verdict.
+EXPORTS = {
+    "inspect c.pth --input-shape 1,1,8,8": 1,
+    "fuse c.pth --input-shape 1,1,8,8 -o f.pth": 2,
+    "recalibrate c.pth --data x.npy -o r.pth": 1,
+    "recalibrate c.pth --data d.npz --eval d.npz --input-shape 1,1,8,8 -o r.pth": 2,
+    "verify c.pth c.pth --input-shape 1,1,8,8": 2,
+    "verify c.pth c.pth --data x.npy --input-shape 1,1,8,8": 2,
+    "pipeline c.pth --data d.npz --eval d.npz --input-shape 1,1,8,8 -o p.pth": 4,
+}
+
+
+@pytest.mark.parametrize("line", EXPORTS)
+def test_a_module_is_read_no_more_often_than_it_changes(line: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, count = torch.export.export, [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr("torch.export.export", counted)
+    assert run([*line.split(), *ARCH]) in (0, 6)
+    assert count[0] == EXPORTS[line]
+
+
+def test_what_was_read_serves_its_own_module_alone_and_as_it_was_read(here: Path) -> None:
+    net, x = build("net.py:make", None), torch.randn(2, 1, 8, 8)
+    whole, small = trace(net, x), trace(net, x, one_size=True)
+    assert trace(net, whole) is trace(net, whole, evaluation=True) is trace(net, whole, one_size=True) is whole
+    assert trace(net, small) is not small
+    other = trace(duplicate(net), whole)
+    assert other.model is not net
+    assert torch.equal(other.example.args[0], x)
+    net.train()
+    assert trace(net, whole, evaluation=True) is not whole
 
 
 NONSENSE = {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def family(model: Any) -> str:
-    """ "onnx" for an onnx_ir.Model or an onnx.ModelProto, "torch" for a torch.nn.Module or an ExportedProgram.
+    """ "onnx" for an onnx_ir.Model or an onnx.ModelProto, "torch" for a torch.nn.Module, an ExportedProgram or the `Traced` of either.
 
     Raises UsageError for a path, UnsupportedError for anything else. Who holds a model has imported its framework, so none is here.
     """
@@ -23,12 +23,19 @@ def family(model: Any) -> str:
         return "onnx"
     if (torch := sys.modules.get("torch")) is not None and isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         return "torch"
+    if (trace := sys.modules.get(f"{__name__}.torch.trace")) is not None and isinstance(model, trace.Traced):
+        return "torch"
     if isinstance(model, (str, Path)):
         raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
     raise UnsupportedError(
         f"a {type(model).__module__}.{type(model).__qualname__} is not a kind of model that bnfold knows: "
         "give a torch.nn.Module, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto"
     )
+
+
+def is_module(model: Any) -> bool:
+    """Whether it is a torch.nn.Module, which shows its data flow only when it is called."""
+    return (torch := sys.modules.get("torch")) is not None and isinstance(model, torch.nn.Module)
 
 
 def as_ir(model: Any) -> ir.Model:

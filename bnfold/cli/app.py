@@ -115,15 +115,15 @@ def recalibrate(
             job.say(f"{len(names)} BatchNorm{'s have their' if len(names) != 1 else ' has its'} old statistics again")
             job.say(f"written: {asked.out}")
             return 0
-        example = shaping.call(loaded, asked.data)
-        batches = feeding.open(asked.data, loaded, job, shaping, samples=feeding.samples)
+        example = shaping.read(loaded, asked.data)
+        batches = feeding.open(asked.data, loaded, job, shaping, example, samples=feeding.samples)
         given = {"example": example, "provider": provider, "batch_size": calibrating.batch_size(feeding), "progress": job.progress}
         if isinstance(asked, recalibration.Part):
             report = api.measure_part(loaded, batches, asked.part, asked.stats, **settings, **given)
             job.finish(report, show.recalibrate)
             job.say(f"written: {asked.stats}")
             return 0
-        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping)
+        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping, example)
         fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=budget, **settings, **given)
         if job.main:
             recalibration.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
@@ -243,13 +243,10 @@ def verify(
         report = api.verify(
             one,
             other,
-            None if data is None else feeding.open(data, one, job, shaping, samples=feeding.samples),
+            **feeding.compared(data, one, job, shaping),
             providers=providers,
             samples=feeding.samples,
             batch_size=feeding.batch_size,
-            seed=shaping.seed,
-            input_shapes=shaping.shapes(one),
-            example=shaping.call(one, data),
             progress=job.progress,
             bundle=bundle,
             force=reporting.force,
@@ -297,9 +294,9 @@ def pipeline(
     with reporting.job(check) as job, running.fallback():
         providers = running.providers(model)
         loaded = loading.load(model, job)
-        example = shaping.call(loaded, data)
-        batches = feeding.open(data, loaded, job, shaping, samples=feeding.samples)
-        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping)
+        example = shaping.read(loaded, data)
+        batches = feeding.open(data, loaded, job, shaping, example, samples=feeding.samples)
+        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping, example)
         ready, report = run(
             loaded,
             batches,
@@ -350,13 +347,10 @@ def bench(
         report = run(
             one,
             other,
-            None if data is None else feeding.open(data, one, job, shaping, samples=feeding.samples),
+            **feeding.compared(data, one, job, shaping),
             provider=provider,
             rounds=rounds,
             batch_size=feeding.batch_size or 1,
-            seed=shaping.seed,
-            input_shapes=shaping.shapes(one),
-            example=shaping.call(one, data),
             optimise=not unoptimised,
             progress=job.progress,
         )

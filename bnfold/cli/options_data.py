@@ -26,8 +26,8 @@ class Shaping:
     ] = None
     seed: Annotated[int, option("--seed", panel=DATA, help="For everything random.")] = 0
 
-    def specs(self, model: Any, spec: str | None = None) -> list[InputSpec]:
-        """What the model is fed. spec: the data, which may show how a module is called."""
+    def specs(self, model: Any, example: Any = None) -> list[InputSpec]:
+        """What the model is fed. example: how a module is called, as `read` gives it."""
         from ..backends import family
 
         if family(model) == "onnx":
@@ -36,19 +36,30 @@ class Shaping:
             return inputs(model)
         from ..backends.torch.trace import trace
 
-        return trace(model, self.call(model, spec)).specs
+        return trace(model, example).specs
 
-    def shapes(self, model: Any) -> dict[str, tuple[int, ...]] | None:
+    def shapes(self, model: Any, example: Any = None) -> dict[str, tuple[int, ...]] | None:
         """The shapes asked for, by input name."""
         if not self.input_shape:
             return None
-        return parse.shapes(self.input_shape, [spec.name for spec in self.specs(model)], "--input-shape")
+        return parse.shapes(self.input_shape, [spec.name for spec in self.specs(model, example)], "--input-shape")
+
+    def read(self, model: Any, spec: str | None) -> Any:
+        """As `call`, for several steps: the module is read at once, and by none of them again. With nothing to call it with, it isn't."""
+        from ..backends import is_module
+
+        call = self.call(model, spec)
+        if not is_module(model) or (call is None and spec is None):
+            return call
+        from ..backends.torch.trace import trace
+
+        return trace(model, call)
 
     def call(self, model: Any, spec: str | None = None) -> Any:
         """How a PyTorch module is called: with the shapes asked for, as the data show, or as the model itself says (None)."""
-        from ..backends import family
+        from ..backends import is_module
 
-        if family(model) != "torch" or not hasattr(model, "forward"):
+        if not is_module(model):
             return None
         from ..backends.torch.trace import example_of, forward_names, random_example
 
@@ -135,19 +146,19 @@ class Feeding:
         base = ImageOptions() if self.preprocess is None else ImageOptions.from_config(self.preprocess)
         return dataclasses.replace(base, **given)
 
-    def open(self, spec: str, model: Any, job: Job, shaping: Shaping, *, samples: int | None = None) -> Any:
-        """The user's data as batches; what is done to them is said on standard error."""
+    def open(self, spec: str, model: Any, job: Job, shaping: Shaping, example: Any, *, samples: int | None = None) -> Any:
+        """The user's data as batches; what is done to them is said on standard error. example: as `shaping.read` gives it."""
         from ..bad import MAX_BAD
         from ..data import open_data
 
         data = open_data(
             spec,
-            shaping.specs(model, spec),
+            shaping.specs(model, example),
             batch_size=self.batch_size,
             samples=samples,
             seed=shaping.seed,
             images=self.images(),
-            input_shapes=shaping.shapes(model),
+            input_shapes=shaping.shapes(model, example),
             column=self.column,
             max_bad=MAX_BAD if self.max_bad is None else self.max_bad,
         )
@@ -155,3 +166,13 @@ class Feeding:
         if job.reports and Path(spec).is_file():
             job.came_in(Path(spec))
         return data
+
+    def compared(self, spec: str | None, reference: Any, job: Job, shaping: Shaping) -> dict[str, Any]:
+        """What two models are fed, as arguments of `api.verify` and of `bench`."""
+        example = shaping.read(reference, spec)
+        return {
+            "batches": None if spec is None else self.open(spec, reference, job, shaping, example, samples=self.samples),
+            "seed": shaping.seed,
+            "input_shapes": shaping.shapes(reference, example),
+            "example": example,
+        }

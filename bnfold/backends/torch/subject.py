@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ...subject import Plan, Port, roundoff
 from .lower import Lowering
 from .run import Oracle, Session, device_of, inner, precisions
 from .sizes import Sizes
-from .trace import NUMPY, Call, Traced, to_numpy, trace
+from .trace import NUMPY, Traced, to_numpy, trace
 from .walk import FLOATS, frame
 
 if TYPE_CHECKING:
@@ -141,15 +141,9 @@ class TorchSubject:
             model, report = fuse(self.traced)
             if not any(layer.verdict == "folded" for layer in report.layers):
                 return None
-            return TorchSubject(like(model, self.traced), beside_onnx=self._beside_onnx)
+            return TorchSubject(trace(model, self.traced), beside_onnx=self._beside_onnx)
         except BnfoldError:
             return None
-
-
-def like(model: Any, traced: Traced) -> Traced:
-    """Another model's data flow, called as this one is."""
-    example = traced.program.example_inputs
-    return trace(model, None if example is None else Call(tuple(example[0]), dict(example[1])))
 
 
 def _port(name: str, op: torch.fx.Node) -> Port:

@@ -59,12 +59,14 @@ class Traced:
     """A model and its data flow. program: the graph in ATen operators; of a module it holds the module's own tensors, not copies.
 
     specs: the tensors that a caller feeds, flat and in order, with a symbol or None for an axis that may change. names: those of the
-    outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place.
+    outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place. evaluation, one_size: how a
+    module was read (see `trace`).
     """
 
     model: Model
     program: ExportedProgram
-    family = "torch"
+    evaluation: bool = False
+    one_size: bool = False
 
     @cached_property
     def specs(self) -> list[InputSpec]:
@@ -99,6 +101,12 @@ class Traced:
     def names(self) -> list[str]:
         return list(self.output_nodes)
 
+    @property
+    def example(self) -> Call | None:
+        """How the model was called; None for an exported program that doesn't say."""
+        given = self.program.example_inputs
+        return None if given is None else Call(tuple(given[0]), dict(given[1]))
+
     def call(self, tensors: Mapping[str, Tensor]) -> Call:
         """The arguments for flat tensors by name; what isn't a tensor is as it was in the example."""
         spec = self.program.call_spec.in_spec
@@ -119,20 +127,27 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
     """The data flow of a module, called as in the example, or of an exported program, which has it already.
 
     example: a tensor or array; a tuple of arguments; a dict of them by name; or a `Call`. A model that says itself what it takes (timm's
-    pretrained_cfg, Lightning's example_input_array) needs none. evaluation: whether the module is traced in evaluation mode, whatever
-    mode it is in. one_size: whether nothing but the batch may have another size than in the example, which takes a third of the time in a
-    deep network. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
+    pretrained_cfg, Lightning's example_input_array) needs none. Or another model's data flow, whose example it is called with: this very
+    module's, read the same way, is given back as it is, so it must not have been changed since. evaluation: whether the module is traced
+    in evaluation mode, whatever mode it is in. one_size: whether nothing but the batch need have another size than in the example, which
+    takes a third of the time in a deep network. Raises UnsupportedError where torch.export can't read it, UsageError where an example is
+    needed.
     """
     if isinstance(model, ExportedProgram):
         return Traced(model, model)
     if not isinstance(model, nn.Module):
         raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
+    evaluation = evaluation and any(module.training for module in model.modules())
+    if isinstance(example, Traced):
+        if example.model is model and example.evaluation == evaluation and (one_size or not example.one_size):
+            return example
+        example = example.example
     twin = shared_twin(model)
     if evaluation:
         twin.eval()
     call = as_call(model, example if example is not None else known_example(model))
     _require_shapes(model)
-    return Traced(model, _exported(twin, model, call, one_size))
+    return Traced(model, _exported(twin, model, call, one_size), evaluation, one_size)
 
 
 def shared_twin(module: nn.Module) -> nn.Module:
