@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .backends import family
+from .backends import family, is_module
 from .errors import UnsupportedError
 from .subject import Placement, Plan, Port, Runner, Subject
 
@@ -80,7 +80,7 @@ def _torch(
     elif other is not None:
         fed = other.random(batch=2, seed=0, input_shapes=shapes)
         example = tuple(to_tensor(array) for array in fed.values())
-    elif shapes:
+    elif shapes and is_module(model):
         example = random_example(model, shapes)
     return TorchSubject(trace(model, example), beside_onnx=mixed)
 
