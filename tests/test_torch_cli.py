@@ -18,7 +18,7 @@ from test_torch_files import FACTORY
 
 import bnfold
 from bnfold.backends.torch.arch import build
-from bnfold.backends.torch.trace import duplicate, trace
+from bnfold.backends.torch.trace import duplicate, random_example, trace
 from bnfold.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,7 @@ def test_recalibrated_weights_keep_their_kind(here: Path) -> None:
 
 def test_either_side_may_be_of_the_other_framework(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fuse", "m.pt2", "-o", "f.onnx", "-q"]) == 0
+    assert run(["verify", "m.pt2", "c.pth", *ARCH, "--input-shape", "2,1,8,8"]) == 6  # nothing is folded
     assert run(["verify", "f.onnx", "c.pth", *ARCH, "--provider", "cpu"]) == 0
     assert run(["bench", "m.pt2", "f.onnx", "--rounds", "5", "-q"]) == 0
     assert "candidate / reference" in capsys.readouterr().out
@@ -120,10 +121,51 @@ def test_what_was_read_serves_its_own_module_alone_and_as_it_was_read(here: Path
     assert trace(net, whole, evaluation=True) is not whole
 
 
+TABULAR = """
+import torch
+from torch import nn
+
+
+class Tabular(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.bn, self.head = nn.Embedding(2, 3), nn.BatchNorm1d(3 * 4 + 5), nn.Linear(3 * 4 + 5, 2)
+
+    def forward(self, ids, mask, x):
+        rows = torch.where(mask[..., None], self.table(ids), 0.0)
+        return self.head(self.bn(torch.cat([rows.flatten(1), x], 1)))
+
+
+def make():
+    return Tabular()
+"""
+
+
+def test_inputs_that_are_integers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("tabular.py").write_text(TABULAR)
+    torch.save(lively(build("tabular.py:make", None)).state_dict(), "t.pth")
+    known = ["--arch", "tabular.py:make"]
+    for name in ("ids=1,4:int64", "mask=1,4:bool", "x=1,5"):
+        known += ["--input-shape", name]
+    assert run(["fuse", "t.pth", *known, "-o", "f.pth"]) == 0
+    assert "1 BatchNorm, of which 0 stay" in capsys.readouterr().out
+    assert run(["verify", "t.pth", "f.pth", *known]) == 0
+    assert run(["fuse", "t.pth", *known, "-o", "f.pt2"]) == 0
+    assert run(["verify", "t.pth", "f.pt2", *known]) == 0
+    assert run(["verify", "f.pt2", "f.pth", *known]) == 0
+    made = random_example(build("tabular.py:make", None), {"ids": [50], "x": [2]}, {"ids": "int32"})
+    assert (made.kwargs["ids"].dtype, set(made.kwargs["ids"].tolist()), made.kwargs["x"].dtype) == (torch.int32, {0, 1}, torch.float32)
+    assert run(["inspect", "t.pth", "--arch", "tabular.py:make", "--input-shape", "ids=1,4", "--input-shape", "x=1,5"]) == 4
+    assert "torch.export can't read Tabular" in capsys.readouterr().err
+
+
 NONSENSE = {
     "inspect c.pth": (2, "weights without a network; say what builds it, with --arch"),
     "inspect c.pth --arch net.py:make": (2, "--input-shape 1,3,224,224 or --data on the command line"),
     "inspect c.pth --arch net.py:make --input-shape 1,x": (2, "--input-shape 1,x: not a shape"),
+    "inspect c.pth --arch net.py:make --input-shape x=1,1,8,8:int46": (2, "'int46' is no type for an input; give one of float32, int64, "),
+    "inspect c.pth --arch net.py:make --input-shape 1,1,8,8:": (2, "--input-shape 1,1,8,8:: '' is no type for an input"),
+    "verify m.pt2 m.pt2 --input-shape x=2,1,8,8:int64": (2, "--input-shape x=...:int64: the model takes float32 there"),
     "inspect whole.pt": (3, "give --trust-pickle if you trust where it comes from"),
     "fuse m.pt2 -o f.safetensors": (2, "f.safetensors: the name must end in .pt2 or .onnx, such as f.pt2"),
     "fuse m.pt2 -o m.pt2": (2, "m.pt2: this is an input"),

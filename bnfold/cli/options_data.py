@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ..errors import UsageError
 from . import parse
 from .job import Job
 from .options import DATA, IMAGES, option
@@ -22,7 +23,12 @@ class Shaping:
 
     input_shape: Annotated[
         list[str] | None,
-        option("--input-shape", panel=DATA, metavar="[NAME=]1,3,224,224", help="Shape of an input with open axes; repeatable."),
+        option(
+            "--input-shape",
+            panel=DATA,
+            metavar="[NAME=]1,3,224,224[:TYPE]",
+            help="Shape of an input with open axes; of a module's, its type too, such as int64, where it isn't floating point; repeatable.",
+        ),
     ] = None
     seed: Annotated[int, option("--seed", panel=DATA, help="For everything random.")] = 0
 
@@ -42,7 +48,14 @@ class Shaping:
         """The shapes asked for, by input name."""
         if not self.input_shape:
             return None
-        return parse.shapes(self.input_shape, [spec.name for spec in self.specs(model, example)], "--input-shape")
+        from ..backends import is_module
+
+        taken = {spec.name: spec.dtype.name for spec in self.specs(model, example)}
+        asked = parse.shapes(self.input_shape, list(taken), "--input-shape")
+        for name, shape in asked.items():
+            if shape.dtype not in (None, taken[name]) and not is_module(model):
+                raise UsageError(f"--input-shape {name}=...:{shape.dtype}: the model takes {taken[name]} there")
+        return {name: shape.sizes for name, shape in asked.items()}
 
     def read(self, model: Any, spec: str | None) -> Any:
         """As `call`, for several steps: the module is read at once, and by none of them again. With nothing to call it with, it isn't."""
@@ -64,7 +77,9 @@ class Shaping:
         from ..backends.torch.trace import example_of, forward_names, random_example
 
         if self.input_shape:
-            return random_example(model, parse.shapes(self.input_shape, forward_names(model), "--input-shape"))
+            asked = parse.shapes(self.input_shape, forward_names(model), "--input-shape")
+            types = {name: shape.dtype for name, shape in asked.items() if shape.dtype is not None}
+            return random_example(model, {name: shape.sizes for name, shape in asked.items()}, types)
         if spec in (None, "random") or getattr(model, "pretrained_cfg", None) or getattr(model, "example_input_array", None) is not None:
             return None
         from ..sources import first_of

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
+
+TYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def size_in_bytes(text: str, option: str) -> int:
@@ -18,11 +21,20 @@ def size_in_bytes(text: str, option: str) -> int:
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
 
 
-def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by input name, from "NAME=1,3,224,224", or "1,3,224,224" where there is one input. names: the model's inputs."""
+@dataclass(frozen=True)
+class Shape:
+    """An input's sizes, and one of TYPES where it was named; float32 stands for the floating-point type that the model has."""
+
+    sizes: tuple[int, ...]
+    dtype: str | None = None
+
+
+def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str, Shape]:
+    """Shapes by input name, from "NAME=1,3,224,224" or "NAME=1,16:int64"; without NAME where there is one input. names: the model's."""
     found = {}
     for text in given:
-        name, equals, sizes = text.rpartition("=")
+        name, equals, shape = text.rpartition("=")
+        sizes, colon, dtype = shape.partition(":")
         if not equals and len(names) != 1:
             raise UsageError(f"{option} {text}: the model has {len(names)} inputs ({', '.join(names)}); write NAME={text}")
         name = name if equals else names[0]
@@ -30,7 +42,9 @@ def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str,
             raise UsageError(f"{option} {text}: the model has no input '{name}'; its inputs are {', '.join(names)}")
         if not re.fullmatch(r"\d+([,x]\d+)*", sizes):
             raise UsageError(f"{option} {text}: not a shape; write it like 1,3,224,224")
-        found[name] = tuple(int(n) for n in re.split("[,x]", sizes))
+        if colon and dtype not in TYPES:
+            raise UsageError(f"{option} {text}: {dtype!r} is no type for an input; give one of {', '.join(TYPES)}")
+        found[name] = Shape(tuple(int(n) for n in re.split("[,x]", sizes)), dtype or None)
     return found
 
 

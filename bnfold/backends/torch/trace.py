@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -238,10 +239,17 @@ def forward_names(model: nn.Module) -> list[str]:
     return needed or [p.name for p in parameters[:1]]
 
 
-def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Call:
-    """Random data by the names of the forward's parameters; in their order where the names aren't its own."""
+def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]], types: Mapping[str, str] = MappingProxyType({})) -> Call:
+    """Random data by the names of the forward's parameters; in their order where the names aren't its own.
+
+    types: of those that aren't floating point, which are 0 and 1, as any embedding takes.
+    """
     generator = torch.Generator().manual_seed(0)
-    made = {name: torch.randn(tuple(shape), generator=generator) for name, shape in shapes.items()}
+
+    def draw(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator) if kind.is_floating_point else torch.randint(2, shape, generator=generator).to(kind)
+
+    made = {name: draw(tuple(shape), getattr(torch, types.get(name, "float32"))) for name, shape in shapes.items()}
     known = inspect.signature(model.forward).parameters
     return as_call(model, made if all(name in known for name in made) else tuple(made.values()))
 
