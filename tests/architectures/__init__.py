@@ -1,1 +1,6 @@
 """Real architectures through every route: how many BatchNorms stay, why, and how exact the rest is."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the modules beside this package, where it isn't pytest that put them there

@@ -35,7 +35,7 @@ NAMES = [*TORCHVISION, *VIDEO, *SEGMENTATION, "resnet50_frozen", *TIMM, *OWN]
 
 def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
     """The network in evaluation mode with lively statistics, and the shape of one sample. seed: of all weights and statistics."""
-    from vision import package  # beside this package; `python -m tests.architectures` puts it on the path
+    from vision import package
 
     torch.manual_seed(seed)
     side = SIDES.get(name, SIDE)

@@ -9,67 +9,35 @@ smaller than the stored type's rounding and the report's bound says so.
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-MARKS = ("<!-- power -->", "<!-- /power -->")
+from sweeps import Result, in_a_process, options, publish, sweep
+
+from .list import NAMES
+
 HALF = ("float16", "bfloat16")
 RIVALS = ("assert_close", "allclose 1e-3", "allclose", "Polygraphy")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 Run = dict[str, Any]
 
 
 def main() -> int:
-    from .list import NAMES
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "bnfold-power.jsonl")
+    parser = options("power", __doc__, limit=1800)
     parser.add_argument("--seeds", type=int, default=2, help="of weights, statistics and data")
-    parser.add_argument("--limit", type=int, default=1800, help="seconds for one architecture")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
-    names = args.names or NAMES
-    done = {each["name"]: each for each in map(json.loads, args.results.read_text().splitlines())} if args.results.exists() else {}
-    for name in names:
-        if name not in done or "failed" in done[name]:
-            done[name] = one(name, args.seeds, args.limit)
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(done[name]) + "\n")
-        print(line(done[name]), flush=True)
-    results = [done[name] for name in names]
-    print("\n" + table(results))
-    if args.write_readme:
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        start, end = (text.index(mark) for mark in MARKS)
-        readme.write_text(text[: start + len(MARKS[0])] + "\n" + table(results) + "\n" + text[end:], encoding="utf-8")
+
+    def measure(name: str) -> Result:
+        return in_a_process(name, "tests.power.sweep", "--seeds", str(args.seeds), limit=args.limit, environment=ONE_THREAD)
+
+    results = sweep(args.names or NAMES, args.results, measure, line)
+    publish("power", table(results), in_readme=args.write_readme)
     wrong = [text for result in results for text in errors(result)]
     for text in wrong:
         print(text)
     return 1 if wrong else 0
-
-
-def one(name: str, seeds: int, limit: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.power.sweep", name, "--seeds", str(seeds)]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = os.environ | one_thread | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "failed": f"it took more than {limit} s"}
-    if found.returncode:
-        return {"name": name, "failed": (found.stderr.strip().splitlines() or ["?"])[-1][:300]}
-    result: dict[str, Any] = json.loads(found.stdout.strip().splitlines()[-1])
-    return result
 
 
 def error(run: Run) -> bool:
@@ -79,16 +47,14 @@ def error(run: Run) -> bool:
     return bool(run["kind"] == "defect" and run["verdict"] != "different" and not run["below"])
 
 
-def errors(result: dict[str, Any]) -> list[str]:
+def errors(result: Result) -> list[str]:
     if "failed" in result:
         return [f"{result['name']}: not measured: {result['failed']}"]
     keys = ("route", "dtype", "seed", "kind", "what", "verdict", "reason")
     return [": ".join([result["name"], *(str(run[key]) for key in keys)]) for run in result["runs"] if error(run)]
 
 
-def line(result: dict[str, Any]) -> str:
-    if "failed" in result:
-        return f"{result['name']}: FAILED: {result['failed']}"
+def line(result: Result) -> str:
     kinds = collections.Counter(run["kind"] for run in result["runs"])
     wrong = sum(map(error, result["runs"]))
     return f"{result['name']}: {kinds['right']} right folds, {kinds['defect']} defects, {wrong} errors [{result['seconds']} s]"
@@ -97,7 +63,7 @@ def line(result: dict[str, Any]) -> str:
 # --- the table ------------------------------------------------------------------------------------------------------------------
 
 
-def table(results: Iterable[dict[str, Any]]) -> str:
+def table(results: Iterable[Result]) -> str:
     """False alarms, then missed defects: of verify, and of the others on the same pairs."""
     measured = [result for result in results if "failed" not in result]
     runs = [run for result in measured for run in result["runs"]]
