@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import power.sweep
 import pytest
+import torch
+from power.__main__ import error, errors, main, table
+from power.defects import DEFECTS
+from power.list import AS_MODULES, IN_HALF, NAMES
+from power.models import ONNX_FOLDS, RememberedOnnx, RememberedTorch, exported, grouped
+from power.rivals import RIVALS
+from power.sweep import sweep
+from torch import nn
 
-torch = pytest.importorskip("torch")
-
-from power.__main__ import error, errors, main, table  # noqa: E402
-from power.defects import DEFECTS  # noqa: E402
-from power.list import AS_MODULES, IN_HALF, NAMES  # noqa: E402
-from power.rivals import RIVALS  # noqa: E402
-from power.sweep import sweep  # noqa: E402
+import bnfold
+from bnfold.backends.onnx.load import from_proto
+from bnfold.report import VerifyReport
+from bnfold.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,59 @@ def test_an_epsilon_shows_only_in_the_coefficients(found: list[dict[str, Any]]) 
     for run in runs:
         assert run["levels"] == ["coefficients"]
         assert not run["rivals"]["allclose 1e-3"]
+
+
+def words(report: VerifyReport) -> str:
+    """All that it says but how long it took."""
+    return json.dumps(report.to_dict() | {"seconds": 0})
+
+
+@pytest.mark.parametrize(("name", "route"), [("grouped", "onnx"), ("tabular", "torch")])
+def test_the_sweep_measures_what_verify_says_of_the_models_themselves(name: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each report of the sweep, where runs are remembered, against `bnfold.verify` of the two models."""
+    judged = []
+
+    def both(reference: Any, candidate: Any, example: Any = None, **given: Any) -> VerifyReport:
+        report = verify(reference, candidate, example=example, **given)
+        if isinstance(reference, RememberedOnnx):
+            reference = reference.model
+        elif isinstance(reference, RememberedTorch):
+            args, _ = reference.traced.program.example_inputs
+            reference, candidate, example = reference.traced.model, candidate.traced.model, args[0]
+        assert words(report) == words(bnfold.verify(reference, candidate, example=example, **given))
+        judged.append(report.verdict)
+        return report
+
+    monkeypatch.setattr(power.sweep, "verify", both)
+    some = {title: DEFECTS[title] for title in ("epsilon 1.1e-5 for 1e-5", "mean not subtracted", "an output renamed")}
+    monkeypatch.setattr(power.sweep, "DEFECTS", some)
+    sweep(name, routes=(route,), dtypes=("float32",))
+    assert judged.count("equivalent") >= 2
+    assert judged.count("different") == len(some)
+
+
+class Branches(nn.Module):
+    """Two, added. The last BatchNorm of one shifts everything far below what the ReLU behind it passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.shut, self.head = grouped()[:6], grouped()[:6], grouped()[6:]
+        nn.init.constant_(self.shut[4].bias, -100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.alive(x) + self.shut(x))
+
+
+def test_a_layer_that_says_nothing_is_found_in_a_remembered_model_too() -> None:
+    """Before it could stand anything, so where the coefficients can't be compared, not even a right fold is called equivalent."""
+    proto = exported(Branches().eval(), (3, 12, 12), torch.float32)
+    made = ONNX_FOLDS["ONNX Runtime, extended"](proto)
+    report = verify(RememberedOnnx(from_proto(proto)), from_proto(made), samples=4)
+    assert (report.verdict, report.reason) == (
+        "inconclusive",
+        "not all was exercised: on these data /shut/shut.5/Relu gives the same whatever it is fed",
+    )
+    assert words(report) == words(bnfold.verify(proto, made, samples=4))
 
 
 def test_the_rivals_ask_what_they_ask() -> None:

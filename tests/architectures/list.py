@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vision import package
 
 SIDES: dict[str, int] = {
     **dict.fromkeys(("inception_v3", "inception_v4", "nasnetalarge"), 96),
@@ -35,8 +36,6 @@ NAMES = [*TORCHVISION, *VIDEO, *SEGMENTATION, "resnet50_frozen", *TIMM, *OWN]
 
 def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
     """The network in evaluation mode with lively statistics, and the shape of one sample. seed: of all weights and statistics."""
-    from vision import package
-
     torch.manual_seed(seed)
     side = SIDES.get(name, SIDE)
     shape: tuple[int, ...] = (3, side, side)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from architectures.list import OWN, lively, make, measured
 from torch import nn
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.backends.torch.subject import TorchSubject
-from bnfold.backends.torch.trace import quiet, trace
+from bnfold.backends.torch.subject import TorchSubject, like
+from bnfold.backends.torch.trace import quiet
+from bnfold.subject import Runner
 
 OPSET = 18
 
@@ -32,8 +36,6 @@ def grouped() -> nn.Module:
 
 
 def network(name: str, seed: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
-    from architectures.list import OWN, lively, make, measured  # beside this package; `python -m tests.power` puts it on the path
-
     if name == "grouped":
         torch.manual_seed(seed)
         return lively(grouped(), seed).eval().to(dtype), (3, 12, 12)
@@ -127,64 +129,41 @@ def _silent() -> Iterator[None]:
 # --- subjects -------------------------------------------------------------------------------------------------------------------
 
 
-class _Memory:
-    """Runs of a model that is compared with many, each kept: the same seeds meet the same data every time."""
+class _Remembering:
+    """A subject that is compared with many: what its oracles answered to the same data is kept. All else it does as any subject."""
 
-    def __init__(self) -> None:
-        self.kept: dict[tuple[Any, ...], Any] = {}
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.answers: dict[tuple[Any, ...], Any] = {}
 
-    def of(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        runner: list[Any] = []
-
-        def run(feeds: Any) -> Any:
-            full = (*key, *((name, array.shape, hash(array.tobytes())) for name, array in sorted(feeds.items())))
-            if full not in self.kept:
-                if not runner:
-                    runner.append(make())
-                self.kept[full] = runner[0].run(feeds)
-            return self.kept[full]
-
-        return _Runner(run)
+    def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
+        wanted = tuple(outputs)
+        made = functools.cache(lambda: super(_Remembering, self).oracle(jitter=jitter, outputs=wanted))
+        return _Recalled(self.answers, (jitter, wanted), made)
 
 
-class _Runner:
-    def __init__(self, run: Callable[[Any], Any]) -> None:
-        self.run = run
+@dataclass(frozen=True)
+class _Recalled:
+    """An oracle that is made and runs only where it wasn't asked before. what: tells it from the model's others."""
+
+    answers: dict[tuple[Any, ...], Any]
+    what: tuple[Any, ...]
+    made: Callable[[], Runner]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        key = (*self.what, *((name, array.shape, array.tobytes()) for name, array in sorted(feeds.items())))
+        if key not in self.answers:
+            self.answers[key] = self.made().run(feeds)
+        return self.answers[key]
 
 
-class RememberedOnnx(OnnxSubject):
-    """Without names of inner layers: the sweep doesn't ask where two models part."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        super().__init__(from_proto(model))
-        self.memory = _Memory()
-        self.plans: dict[bool, Any] = {}
-
-    def plan(self, *, clone: bool = False) -> Any:
-        if clone not in self.plans:
-            self.plans[clone] = super().plan(clone=clone)
-        return self.plans[clone]
-
-    def oracle(self, **kwargs: Any) -> Any:
-        return self.memory.of(("oracle", *map(str, kwargs.items())), lambda: super(RememberedOnnx, self).oracle(**kwargs))
-
-    def layers(self) -> dict[str, str]:
-        return {}
+class RememberedOnnx(_Remembering, OnnxSubject):
+    """Of an `onnx_ir.Model`."""
 
 
-class RememberedTorch(TorchSubject):
-    def __init__(self, module: nn.Module, example: torch.Tensor) -> None:
-        super().__init__(trace(module, example))
-        self.memory = _Memory()
-        self.plans: dict[bool, Any] = {}
+class RememberedTorch(_Remembering, TorchSubject):
+    """Of a traced module."""
 
-    def plan(self, *, clone: bool = False) -> Any:
-        if clone not in self.plans:
-            self.plans[clone] = super().plan(clone=clone)
-        return self.plans[clone]
-
-    def oracle(self, **kwargs: Any) -> Any:
-        return self.memory.of(("oracle", *map(str, kwargs.items())), lambda: super(RememberedTorch, self).oracle(**kwargs))
-
-    def layers(self) -> dict[str, str]:
-        return {}
+    def beside(self, module: nn.Module) -> TorchSubject:
+        """What `verify` makes of a module that is held against this one; of a subject and a module it would think two frameworks."""
+        return TorchSubject(like(module, self.traced))

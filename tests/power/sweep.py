@@ -23,7 +23,7 @@ from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.oracle import Oracle
 from bnfold.backends.onnx.run import Session
 from bnfold.backends.torch.run import precise
-from bnfold.backends.torch.trace import flat_outputs, to_numpy
+from bnfold.backends.torch.trace import flat_outputs, to_numpy, trace
 from bnfold.correspondence import LIMIT
 from bnfold.report import VerifyReport
 from bnfold.verify import verify
@@ -68,11 +68,11 @@ def sweep(name: str, *, seeds: int = 1, routes: tuple[str, ...] = ("onnx", "torc
 def _onnx(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator[dict[str, Any]]:
     module, shape = network(name, seed, getattr(torch, dtype))
     proto = exported(module, shape, getattr(torch, dtype))
-    reference = RememberedOnnx(proto)
+    reference = RememberedOnnx(from_proto(proto))
     data = _data(shape, dtype, seed)
     want = Oracle(from_proto(proto)).run({"x": data[0][:1]})["y"]
     first = _onnx_outputs(proto, data)
-    folded = own(proto)
+    folded, report = bnfold.fuse(proto, check=False)
     for tool, fold in ONNX_FOLDS.items():
         if right.get(tool) is False:
             continue
@@ -90,7 +90,6 @@ def _onnx(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator[
             continue
         yield _right(tool, lambda made=made: verify(reference, from_proto(made), seed=seed, **_sizes()), first, got)
     if not seed:
-        report = bnfold.fuse(proto, check=False)[1]
         yield from _defects(
             name,
             dtype,
@@ -107,8 +106,9 @@ def _torch(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator
     module, shape = network(name, seed, getattr(torch, dtype))
     data = _data(shape, dtype, seed)
     example = torch.from_numpy(data[0].astype(np.float32)).to(getattr(torch, dtype))
-    reference = RememberedTorch(module, example)
-    folded = own(module, example)
+    reference = RememberedTorch(trace(module, example))
+    first = _torch_outputs(module, data, dtype)
+    folded, report = bnfold.fuse(module, example=example, check=False)
     double = example.double()
     for tool, fold in TORCH_FOLDS.items():
         if right.get(tool) is False:
@@ -126,10 +126,8 @@ def _torch(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator
             right[tool] = False
             yield {"kind": "failed", "what": tool, "reason": str(error)[:200]}
             continue
-        first = _torch_outputs(module, data, dtype)
-        yield _right(tool, lambda made=made: verify(reference, made, seed=seed, **_sizes()), first, got)
+        yield _right(tool, lambda made=made: verify(reference, reference.beside(made), seed=seed, **_sizes()), first, got)
     if not seed:
-        report = bnfold.fuse(module, example=example, check=False)[1]
         yield from _defects(
             name,
             dtype,
@@ -137,11 +135,10 @@ def _torch(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator
             TorchNet(folded),
             report,
             lambda net: TorchNet(own(net.model, example)),
-            lambda one, other: verify(
-                reference if one.model is module else one.model,
-                other.model,
-                example=None if one.model is module else example,
-                **_sizes(),
+            lambda one, other: (
+                verify(reference, reference.beside(other.model), **_sizes())
+                if one.model is module
+                else verify(one.model, other.model, example=example, **_sizes())
             ),
             lambda net: _torch_outputs(net.model, data, dtype),
         )
@@ -180,6 +177,7 @@ def _defects(
             continue
     # Where none folds, what is wrong with a BatchNorm that stays.
     usable = usable or [Site(layer.name, "") for layer in report.layers if layer.verdict == "kept"]
+    answers = outputs(net)
     for title, make in DEFECTS.items():
         rng = np.random.default_rng(zlib.crc32(f"{name} {dtype} {title}".encode()))
         seeded = make(net, folded, usable, fold, rng) if usable else None
@@ -191,7 +189,7 @@ def _defects(
         certified = found["worst"] is not None and found["worst"] <= LIMIT
         lost = certified if seeded.size <= LIMIT + 1 else found["uncertified"] and dtype != "float32"
         below = found["verdict"] == "equivalent" and lost
-        alarms = _alarms(outputs(seeded.reference), outputs(seeded.candidate))
+        alarms = _alarms(answers if seeded.reference is net else outputs(seeded.reference), outputs(seeded.candidate))
         size = float(seeded.size) if np.isfinite(seeded.size) else None
         yield {"kind": "defect", "what": title, **found, "size": size, "below": below, "rivals": alarms}
 
