@@ -143,7 +143,7 @@ def test_a_loader_may_use_its_buffer_again():
         assert found[:, 0].tolist() == [i for i in range(6) for _ in range(3)]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
 def test_an_interrupt_is_not_swallowed():
     code = """
 import sys, time, numpy as np

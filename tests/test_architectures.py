@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from architectures.__main__ import main, table, trouble
 from architectures.list import NAMES, OWN, make
 from architectures.sweep import EXACT, error, general, onnx_route, route, run
@@ -13,9 +14,6 @@ from vision import package
 
 import bnfold
 from bnfold.backends.torch.trace import trace
-
-torch = pytest.importorskip("torch")
-
 
 CASES = {**dict.fromkeys(OWN, 0), "crepe": 3, "mobilenet_v3_small": 0, "ghostnet_100": 0}
 

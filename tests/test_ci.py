@@ -21,6 +21,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from onnx import numpy_helper
 
 import bnfold
@@ -198,9 +199,8 @@ def test_files_are_checked_before_any_work(here: Path, capsys: pytest.CaptureFix
 
 def tables(text: str) -> list[list[list[str]]]:
     """The tables of a page, as a reader of GitHub's Markdown sees their cells."""
-    markdown_it = pytest.importorskip("markdown_it")
     found: list[list[list[str]]] = []
-    for token in markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
         if token.type == "table_open":
             found.append([])
         elif token.type == "tr_open":

@@ -63,10 +63,9 @@ def test_the_usual_steps(picture):
 )
 def test_torchvision(tmp_path, height, width, options):
     """Against the transforms themselves, where they are installed."""
-    try:
-        from torchvision import transforms as T
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another PyTorch
-        pytest.skip(f"torchvision can't be imported: {error}")
+    from vision import package
+
+    T = package("torchvision.transforms")
     image = Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
     image.save(tmp_path / "a.png")
     resize = options.get("resize", int(32 / options.get("crop_pct", 1)))

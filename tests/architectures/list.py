@@ -19,7 +19,7 @@ TORCHVISION = """
 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small
 mobilenet_v3_large mnasnet0_5 mnasnet1_0 shufflenet_v2_x0_5 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_v2_s regnet_y_400mf
 regnet_x_400mf vgg11_bn
-""".split()  # noqa: SIM905
+""".split()  # noqa: SIM905 - a list of names reads best without quotes
 VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18"]
 SEGMENTATION = ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
 TIMM = """
@@ -29,7 +29,7 @@ convmixer_768_32 cspresnet50 cspdarknet53 darknet53 tf_efficientnet_b0 tf_effici
 hardcorenas_a spnasnet_100 fbnetc_100 rexnet_100 selecsls42b ese_vovnet19b_dw xception41 inception_v4 gernet_s hgnet_tiny
 hgnetv2_b0 regnetz_b16 repghostnet_050 repvit_m0_9 mobilenetv3_small_050 mobilenetv4_conv_small visformer_tiny mobilevit_xs
 nasnetalarge
-""".split()  # noqa: SIM905
+""".split()  # noqa: SIM905 - a list of names reads best without quotes
 OWN: dict[str, tuple[int, ...]] = {"unet": (3, 32, 32), "tabular": (13,), "crepe": (256,), "recurrent": (8, 20), "pointnet": (3, 40)}
 NAMES = [*TORCHVISION, *VIDEO, *SEGMENTATION, "resnet50_frozen", *TIMM, *OWN]
 

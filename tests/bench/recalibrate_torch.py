@@ -14,6 +14,7 @@ import copy
 import multiprocessing
 import statistics
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     tools = ["bnfold", "swa_utils"]
-    try:
-        import fvcore  # noqa: F401
-
+    if find_spec("fvcore") is not None:
         tools.insert(1, "fvcore")
-    except ImportError:
+    else:
         print("fvcore isn't installed, so it isn't measured")
     model, data = model_and_data(args)
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
