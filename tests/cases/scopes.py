@@ -61,10 +61,8 @@ def _(net: Net) -> None:
     )
 
 
-@CASES.case("conv outside, BatchNorm inside a Loop", 40)
-def _(net: Net) -> None:
-    """Every turn adds the same normalised value."""
-    y = net.conv(net.input("N", 4, 6, 6), 4, 4)
+def turn(net: Net) -> Net:
+    """The body of a Loop, which goes on as it is told to; `state` goes around. Its output is left to draw."""
     body = net.child("loop")
     body.inputs = [
         helper.make_tensor_value_info("turn", 7, ()),
@@ -72,6 +70,14 @@ def _(net: Net) -> None:
         helper.make_tensor_value_info("state", element(net.dtype), None),
     ]
     body.output(body.op("Identity", "go_on"), dtype=np.bool_)
+    return body
+
+
+@CASES.case("conv outside, BatchNorm inside a Loop", 40)
+def _(net: Net) -> None:
+    """Every turn adds the same normalised value."""
+    y = net.conv(net.input("N", 4, 6, 6), 4, 4)
+    body = turn(net)
     body.output(body.op("Add", "state", body.bn(y, 4)))
     start = net.input("N", 4, 4, 4, name="start")
     net.output(net.op("Loop", net.constant(np.array(3, np.int64)), "", start, body=body.graph("body")), shape=("N", 4, 4, 4))
@@ -138,14 +144,8 @@ def loop(net: Net, *, scanned: bool = False, outer: bool = False) -> None:
     x = net.input("N", 4, 6, 6)
     turns = net.constant(np.array(3, np.int64))
     w = net.filters(4, 4, 3, 3) if outer else None
-    body = net.child("loop")
-    body.inputs = [
-        helper.make_tensor_value_info("turn", 7, ()),
-        helper.make_tensor_value_info("go_on", 9, ()),
-        helper.make_tensor_value_info("state", element(net.dtype), None),
-    ]
+    body = turn(net)
     y = body.relu(body.bn(body.conv("state", 4, 4, pads=1, weight=w), 4))
-    body.output(body.op("Identity", "go_on"), dtype=np.bool_)
     body.output(y)
     if scanned:
         body.output(body.op("GlobalAveragePool", y))
@@ -163,13 +163,7 @@ CASES.case("a Loop with a filter of the outer scope", 40, draw=partial(loop, out
 @CASES.case("a Loop whose BatchNorm reads the state", 40, left=1, reason=r"input|output|state|shift")
 def _(net: Net) -> None:
     """The state of the last turn comes in, so nothing stands behind the BatchNorm; before it is the loop's border."""
-    body = net.child("loop")
-    body.inputs = [
-        helper.make_tensor_value_info("turn", 7, ()),
-        helper.make_tensor_value_info("go_on", 9, ()),
-        helper.make_tensor_value_info("state", element(net.dtype), None),
-    ]
-    body.output(body.op("Identity", "go_on"), dtype=np.bool_)
+    body = turn(net)
     body.output(body.bn("state", 4))
     x = net.input("N", 4, 5)
     net.output(net.op("Loop", net.constant(np.array(2, np.int64)), "", x, body=body.graph("body")), shape=("N", 4, 5))
