@@ -68,7 +68,7 @@ def test_the_sweep_measures_what_verify_says_of_the_models_themselves(name: str,
     def both(reference: Any, candidate: Any, example: Any = None, **given: Any) -> VerifyReport:
         report = verify(reference, candidate, example=example, **given)
         if isinstance(reference, RememberedOnnx):
-            reference = reference.model
+            reference, candidate = reference.model, candidate.model
         elif isinstance(reference, RememberedTorch):
             args, _ = reference.traced.program.example_inputs
             reference, candidate, example = reference.traced.model, candidate.traced.model, args[0]
@@ -85,12 +85,15 @@ def test_the_sweep_measures_what_verify_says_of_the_models_themselves(name: str,
 
 
 def test_a_tool_that_changes_nothing_has_made_no_fold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime's basic optimisations know no fold into this one's linear layers; of a model against itself nothing is measured."""
+    """Nor has bnfold, where every BatchNorm stays; of a model against itself nothing is measured."""
     monkeypatch.setattr(power.sweep, "DEFECTS", {})
-    result = sweep("tabular", routes=("onnx",), dtypes=("float32",))
-    kinds = {run["what"]: run["kind"] for run in result["runs"]}
-    assert (kinds["bnfold"], kinds["ONNX Runtime, basic"]) == ("right", "unchanged")
-    assert errors(result) == []
+    kinds = {}
+    for name, route in (("tabular", "onnx"), ("crepe", "torch")):
+        result = sweep(name, routes=(route,), dtypes=("float32",))
+        kinds |= {(name, run["what"]): run["kind"] for run in result["runs"]}
+        assert errors(result) == []
+    assert (kinds["tabular", "bnfold"], kinds["tabular", "ONNX Runtime, basic"]) == ("right", "unchanged")
+    assert kinds["crepe", "bnfold"] == "unchanged"
 
 
 class Branches(nn.Module):

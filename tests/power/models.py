@@ -19,6 +19,7 @@ from architectures.list import OWN, lively, make, measured
 from torch import nn
 
 import bnfold
+from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.subject import OnnxSubject
 from bnfold.backends.torch.subject import TorchSubject, like
 from bnfold.backends.torch.trace import quiet
@@ -160,10 +161,14 @@ class _Recalled:
 class RememberedOnnx(_Remembering, OnnxSubject):
     """Of an `onnx_ir.Model`."""
 
+    def beside(self, model: onnx.ModelProto) -> OnnxSubject:
+        """What `verify` makes of a model that is held against this one."""
+        return OnnxSubject(from_proto(model))
+
 
 class RememberedTorch(_Remembering, TorchSubject):
     """Of a traced module."""
 
     def beside(self, module: nn.Module) -> TorchSubject:
-        """What `verify` makes of a module that is held against this one; of a subject and a module it would think two frameworks."""
+        """The same; given a subject and a module, `verify` would take them for models of two frameworks."""
         return TorchSubject(like(module, self.traced))

@@ -24,6 +24,7 @@ from bnfold.backends.onnx.oracle import Oracle
 from bnfold.backends.onnx.run import Session
 from bnfold.backends.onnx.subject import OnnxSubject
 from bnfold.backends.torch.run import precise
+from bnfold.backends.torch.subject import TorchSubject
 from bnfold.backends.torch.trace import flat_outputs, to_numpy, trace
 from bnfold.correspondence import LIMIT
 from bnfold.report import VerifyReport
@@ -38,6 +39,7 @@ SAMPLES, BATCH = 4, 2
 RIGHT = 1e-4  # of the largest output, in float64: rounding of float32 weights changes less, a wrong fold more
 DTYPES = {"onnx": ("float32", "float16"), "torch": ("float32", "float16", "bfloat16")}
 Outputs = dict[str, np.ndarray]
+Side = OnnxSubject | TorchSubject
 
 
 def main(arguments: list[str]) -> None:
@@ -84,15 +86,12 @@ def _onnx(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator[
             if not right[tool]:
                 yield {"kind": "wrong", "what": tool}
                 continue
-            if OnnxSubject(from_proto(made)).identity() == reference.identity():
-                yield {"kind": "unchanged", "what": tool}  # it folds nothing here, and `verify` says so
-                continue
             got = _onnx_outputs(made, data)
         except Exception as error:  # a tool may raise anything, and write what nothing can load
             right[tool] = False
             yield {"kind": "failed", "what": tool, "reason": str(error)[:200]}
             continue
-        yield _right(tool, lambda made=made: verify(reference, from_proto(made), seed=seed, **_sizes()), first, got)
+        yield _right(tool, seed, reference, reference.beside(made), first, got)
     if not seed:
         yield from _defects(
             name,
@@ -101,7 +100,11 @@ def _onnx(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator[
             OnnxNet(folded),
             report,
             lambda net: OnnxNet(own(net.model)),
-            lambda one, other: verify(reference if one.model is proto else from_proto(one.model), from_proto(other.model), **_sizes()),
+            lambda one, other: (
+                verify(reference, reference.beside(other.model), **_sizes())
+                if one.model is proto
+                else verify(from_proto(one.model), from_proto(other.model), **_sizes())
+            ),
             lambda net: _onnx_outputs(net.model, data),
         )
 
@@ -130,7 +133,7 @@ def _torch(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator
             right[tool] = False
             yield {"kind": "failed", "what": tool, "reason": str(error)[:200]}
             continue
-        yield _right(tool, lambda made=made: verify(reference, reference.beside(made), seed=seed, **_sizes()), first, got)
+        yield _right(tool, seed, reference, reference.beside(made), first, got)
     if not seed:
         yield from _defects(
             name,
@@ -155,8 +158,11 @@ def _sizes() -> dict[str, int]:
 # --- what is recorded -----------------------------------------------------------------------------------------------------------
 
 
-def _right(tool: str, judge: Callable[[], VerifyReport], want: Outputs, got: Outputs) -> dict[str, Any]:
-    return {"kind": "right", "what": tool, **_judged(judge()), "rivals": _alarms(want, got)}
+def _right(tool: str, seed: int, reference: Side, candidate: Side, want: Outputs, got: Outputs) -> dict[str, Any]:
+    if candidate.identity() == reference.identity():  # the tool folds nothing here, and `verify` says so
+        return {"kind": "unchanged", "what": tool}
+    report = verify(reference, candidate, seed=seed, **_sizes())
+    return {"kind": "right", "what": tool, **_judged(report), "rivals": _alarms(want, got)}
 
 
 def _defects(
