@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .backends import as_given, as_ir, family
 from .certificate import certificate, folded, loaded
-from .errors import ALREADY_FOLDED as ALREADY_FOLDED
-from .errors import NO_BATCHNORM, CheckError, ModelError, NothingToDoError, UnsupportedError
+from .errors import ALREADY_FOLDED, NO_BATCHNORM, CheckError, ModelError, NothingToDoError, UnsupportedError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:

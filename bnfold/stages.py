@@ -1,17 +1,22 @@
 """Which operator runs in which stage: BatchNorms in waves, everything else no earlier than it is worth.
 
-Stage k runs what the inputs of wave k's BatchNorms still lack. So each operator runs once, what stands behind the last BatchNorm
-never runs, and between two stages only those values are held that a later one reads.
+Stage k runs what the inputs of wave k's BatchNorms still lack. What stands behind the last BatchNorm never runs, and between two stages
+only those values are held that a later one reads. Each operator runs once, but for the cheap ones that make a large value out of small
+ones: that costs less than to hold the large value, so the small ones are held, and the operator runs once more where its value is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 N = TypeVar("N", bound=Hashable)  # an operator of some framework
 V = TypeVar("V", bound=Hashable)  # a value of it
+
+# The multiply-adds that are worth one byte less to hold. To make its page, write it and read it again takes as long as 10 of them where
+# pages come cheap, and as 100 in a virtual machine; and what isn't held leaves room for more data before they spill.
+PER_BYTE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +32,15 @@ class Call(Generic[N, V]):
 class Operation(Generic[N, V]):
     """An operator whose outcome depends on the data. reads: those of its inputs that do, each once.
 
-    shrinks: 2 where the output is next to nothing (a global pool), 1 where it is smaller than the input, else 0.
+    shrinks: 2 where the output is next to nothing (a global pool), 1 where it is smaller than the input, else 0. work: the multiply-adds
+    of one that may run twice, which makes one value and reads nothing beside `reads` but what is stored; None for all others.
     """
 
     node: N
     reads: tuple[V, ...]
     makes: tuple[V, ...]
     shrinks: int = 0
+    work: int | None = None
 
 
 @dataclass(eq=False)
@@ -47,17 +54,21 @@ class Cut(Generic[N, V]):
     keeps: list[V] = field(default_factory=list)
 
 
-def cut(operations: Sequence[Operation[N, V]], calls: Sequence[Call[N, V]]) -> tuple[list[Cut[N, V]], set[int]]:
+def cut(
+    operations: Sequence[Operation[N, V]], calls: Sequence[Call[N, V]], sizes: Mapping[V, int] | None = None
+) -> tuple[list[Cut[N, V]], set[int]]:
     """The stages of a network, and the layers of which one call depends on another.
 
     operations: in topological order; what computes values that are the same for all data is none of them, and goes where it is read.
+    sizes: of values, in bytes, as far as they are known, at the size of the data at which `Operation.work` is counted. Without them every
+    operator runs once.
     """
-    return _Cutter(operations, calls).cut()
+    return _Cutter(operations, calls, sizes or {}).cut()
 
 
 class _Cutter(Generic[N, V]):
-    def __init__(self, operations: Sequence[Operation[N, V]], calls: Sequence[Call[N, V]]) -> None:
-        self._calls = calls
+    def __init__(self, operations: Sequence[Operation[N, V]], calls: Sequence[Call[N, V]], sizes: Mapping[V, int]) -> None:
+        self._calls, self._sizes = calls, sizes
         self._call_of = {call.node: i for i, call in enumerate(calls)}
         self._nodes = [each.node for each in operations]
         self._operation = {each.node: each for each in operations}
@@ -85,9 +96,12 @@ class _Cutter(Generic[N, V]):
                 last[value] = max(last.get(value, k), k)
         for call, k in ((call, k) for k, wave in enumerate(waves) for call in wave):
             last[call.source] = max(last.get(call.source, k), k)
+        again = self._again(runs, last, waves)
         for node in self._nodes:
             if node in runs:
                 cuts[runs[node]].nodes.append(node)
+                if node in again:
+                    cuts[again[node]].nodes.append(node)
         for k, stage in enumerate(cuts):
             measured = {call.source for call in stage.calls}
             made = [value for node in stage.nodes for value in self._operation[node].makes]
@@ -101,6 +115,33 @@ class _Cutter(Generic[N, V]):
             before = [value for earlier in cuts[: k + 1] for value in earlier.makes]
             stage.keeps = [value for value in (*data, *before) if last[value] > k]
         return cuts, self._dependent()
+
+    def _again(self, runs: dict[N, int], last: dict[V, int], waves: list[list[Call[N, V]]]) -> dict[N, int]:
+        """The operators that run again, and in which stage, since what they read is cheaper to hold. last: changed accordingly."""
+        reading: dict[V, set[int]] = {}
+        for node, k in runs.items():
+            for value in self._reads[node]:
+                reading.setdefault(value, set()).add(k)
+        for k, wave in enumerate(waves):
+            for call in wave:
+                reading.setdefault(call.source, set()).add(k)
+        again: dict[N, int] = {}
+        remade: set[V] = set()
+        for node in self._nodes:
+            if node not in runs or (work := self._operation[node].work) is None:
+                continue
+            (made,), reads = self._operation[node].makes, self._reads[node]
+            later = [k for k in reading.get(made, ()) if k > runs[node]]
+            if len(later) != 1 or not remade.isdisjoint(reads) or not all(value in self._sizes for value in (made, *reads)):
+                continue
+            saved = self._sizes[made] - sum(self._sizes[value] for value in reads if last[value] < later[0])
+            if saved > 0 and work <= PER_BYTE * saved:
+                again[node] = later[0]
+                remade.add(made)
+                last[made] = runs[node]
+                for value in reads:
+                    last[value] = max(last[value], later[0])
+        return again
 
     def _dependent(self) -> set[int]:
         masks: dict[int, int] = {}

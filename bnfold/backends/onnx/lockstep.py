@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ...errors import NothingToDoError
+from ...errors import ALREADY_FOLDED, NothingToDoError
 from ...methods import Statistics
 from ...recalibrate import Layer, Reading
 from ...selection import Select, every
@@ -62,11 +62,9 @@ class OnnxPlan:
         self.frozen: set[int] = set()  # the layers that came in training mode
         self._find()
         if not self.calls:
-            from ...api import ALREADY_FOLDED
-
             why = "; ".join(self.notes) or (ALREADY_FOLDED if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
-        self._cuts, dependent = cut(model.graph, self.calls, self._is_fixed)
+        self._cuts, dependent = cut(model.graph, self.calls, self._is_fixed, self._shapes)
         for layer in sorted(dependent):
             self.notes.append(
                 f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
@@ -92,7 +90,9 @@ class OnnxPlan:
         place = {call.node: i for i, call in enumerate(self.calls)}
         told = {node: (i, self._value(node, 3), self._value(node, 4)) for node, i in place.items()} if own else {}
         lacking = []
-        for each in self._cuts:
+        # Where nothing waits, nothing runs twice.
+        cuts = cut(self.model.graph, self.calls, self._is_fixed, self._shapes, once=True)[0] if own else self._cuts
+        for each in cuts:
             readings = [
                 Reading(call.source.name or "", call.layer, place[call.node], self._per_activation(call.node)) for call in each.calls
             ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
 from ...stages import Call, Cut, Operation
 from ...stages import cut as cut_operations
-from .walk import all_nodes, subgraphs
+from .shapes import Shapes
+from .walk import all_nodes, is_standard, subgraphs, whole
 
 TINY = {"Shape", "Size", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"}
 SMALLER = {"MaxPool", "AveragePool", "LpPool", "ArgMax", "ArgMin", "TopK"}
 SMALLER |= {f"Reduce{kind}" for kind in ("Mean", "Max", "Min", "Sum", "SumSquare", "L1", "L2", "LogSum", "LogSumExp", "Prod")}
+
+PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 OnnxCall = Call[ir.Node, ir.Value]
 OnnxCut = Cut[ir.Node, ir.Value]
@@ -33,12 +37,46 @@ def sources(node: ir.Node) -> Iterator[ir.Value]:
         yield from (value for value in (*read, *graph.outputs) if value not in own)
 
 
-def cut(graph: ir.Graph, calls: list[OnnxCall], is_fixed: Callable[[ir.Value], bool]) -> tuple[list[OnnxCut], set[int]]:
-    """The stages of a graph, and the layers of which one call depends on another. is_fixed: whether a value is the same for all data."""
-    operations = []
+def cut(
+    graph: ir.Graph, calls: list[OnnxCall], is_fixed: Callable[[ir.Value], bool], shapes: Shapes, once: bool = False
+) -> tuple[list[OnnxCut], set[int]]:
+    """The stages of a graph, and the layers of which one call depends on another.
+
+    is_fixed: whether a value is the same for all data. once: whether every operator runs once, however much then has to be held.
+    """
+    operations: list[Operation[ir.Node, ir.Value]] = []
+    sizes: dict[ir.Value, int] = {}
     for node in graph:
         if node.outputs and not all(map(is_fixed, node.outputs)):
             reads = tuple(v for v in dict.fromkeys(sources(node)) if not is_fixed(v))
             shrinks = 2 if node.op_type in TINY else 1 if node.op_type in SMALLER else 0
-            operations.append(Operation(node, reads, tuple(node.outputs), shrinks))
-    return cut_operations(operations, calls)
+            operations.append(Operation(node, reads, tuple(node.outputs), shrinks, None if once else _work(node, shapes)))
+            for value in (*reads, *node.outputs):
+                count, dtype = elements(value, shapes), shapes.dtype(value)
+                if count is not None and dtype is not None:
+                    sizes[value] = int(count * dtype.itemsize)
+    return cut_operations(operations, calls, sizes)
+
+
+def elements(value: ir.Value, shapes: Shapes) -> int | None:
+    """How many elements a value has at the first probe."""
+    dims = (shapes.probes(value) or ((None,),))[0]
+    return None if None in dims else math.prod(n for n in dims if n is not None)
+
+
+def _work(node: ir.Node, shapes: Shapes) -> int | None:
+    """The multiply-adds of a convolution or a product with a stored weight, and of what only copies."""
+    if not is_standard(node):
+        return None
+    if node.op_type == "Concat":
+        return 0
+    if node.op_type not in PRODUCTS or not all(value is None or value.is_initializer() for value in node.inputs[1:]):
+        return None
+    source, weight = node.inputs[:2]
+    spread = source if node.op_type == "ConvTranspose" else node.outputs[0]
+    counted = None if spread is None else elements(spread, shapes)
+    dims = None if weight is None else shapes.probes(weight)
+    if counted is None or dims is None or None in dims[0]:
+        return None
+    each = {"MatMul": dims[0][-2:-1], "Gemm": dims[0][whole(node, "transB", 0) :][:1]}
+    return counted * math.prod(n for n in each.get(node.op_type, dims[0][1:]) if n is not None)

@@ -7,6 +7,7 @@ num_batches_tracked and momentum, which matter to further training alone, stay a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,11 +31,12 @@ from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
 from .run import device_of
 from .trace import NUMPY, Traced, duplicate, to_tensor, trace
-from .walk import arguments, frame, is_float, is_tensor, operator_name
+from .walk import arguments, elements, frame, is_float, is_tensor, operator_name
 from .write_program import copy_program
 from .writing import without_writing
 
 TINY = ("sym_size",)
+PRODUCTS = (*(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)), "convolution", "linear")
 SMALLER = ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin")
 
 Names = tuple[str, str]  # the qualified names of a layer's mean and variance
@@ -81,7 +83,8 @@ class TorchPlan:
         if not self._calls:
             why = "; ".join(self.notes) or ("the model holds no BatchNorm" if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
-        self._cuts, dependent = cut(self._operations(), self._calls)
+        self._operations = self._found_operations()
+        self._cuts, dependent = cut(self._operations, self._calls, self._sizes())
         for layer in sorted(dependent):
             self.notes.append(
                 f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
@@ -89,7 +92,7 @@ class TorchPlan:
             )
         self._new: dict[str, torch.Tensor] = {}
 
-    def _operations(self) -> list[Operation[Op, Op]]:
+    def _found_operations(self) -> list[Operation[Op, Op]]:
         found = []
         found_parts: set[Op] = set()
         for op in self.program.graph.nodes:
@@ -101,8 +104,28 @@ class TorchPlan:
             shrinks = 2 if whole or name in TINY else 1 if "pool" in name or name in SMALLER else 0
             pieces = parts(op)
             found_parts.update(pieces)
-            found.append(Operation(op, reads, tuple(pieces) or (op,), shrinks))
+            found.append(Operation(op, reads, tuple(pieces) or (op,), shrinks, self._work(op)))
         return found
+
+    def _sizes(self) -> dict[Op, int]:
+        """The bytes of each tensor, at the example's sizes."""
+        tensors = [op for op in self.program.graph.nodes if is_tensor(op)]
+        return {op: count * op.meta["val"].element_size() for op in tensors if (count := elements(op)) is not None}
+
+    def _work(self, op: Op) -> int | None:
+        """The multiply-adds of a convolution or a product with stored weights, and of what only copies."""
+        name = operator_name(op)
+        if name == "cat":
+            return 0
+        if name not in PRODUCTS:
+            return None
+        given = arguments(op)
+        weight = given["weight"]
+        if not all(self.held.is_held(each) for each in (weight, given["bias"]) if each is not None):
+            return None
+        turned = "transpose" in name or given.get("transposed", False)
+        counted = elements(given["input"] if turned else op)
+        return None if counted is None else counted * (math.prod(weight.meta["val"].shape[1:]))
 
     def _is_fixed(self, op: Op) -> bool:
         """Whether a value is the same for all data: a constant, or a size, which the micro-batch's inputs tell."""
@@ -188,10 +211,11 @@ class TorchPlan:
     def stages(self, own: bool = False) -> Iterator[TorchStage]:
         place = {call.node: i for i, call in enumerate(self._calls)}
         normalises = {i: (call.node, call.layer) for i, call in enumerate(self._calls)}
-        for number, each in enumerate(self._cuts):
+        cuts = cut(self._operations, self._calls)[0] if own else self._cuts  # where nothing waits, nothing runs twice
+        for number, each in enumerate(cuts):
             readings = [Reading(call.source.name, call.layer, place[call.node]) for call in each.calls]
             calls = {i: found for i, found in normalises.items() if found[0] in each.nodes} if own or self.frozen else {}
-            last = number == len(self._cuts) - 1
+            last = number == len(cuts) - 1
             stage = TorchStage(self.program, self.held, each, readings, calls, self._names, first=number == 0, last=last)
             stage.stands_in = self._stands_in
             yield stage

@@ -62,6 +62,17 @@ def is_tensor(node: Any) -> bool:
     return isinstance(value_of(node), Tensor)
 
 
+def elements(node: Node) -> int | None:
+    """How many elements a tensor has, at the example's sizes; None where the data decide."""
+    found = 1
+    for size in node.meta["val"].shape:
+        known = size.node.hint if isinstance(size, torch.SymInt) else size
+        if known is None:
+            return None
+        found *= int(known)
+    return found
+
+
 def dtype_of(node: Any) -> torch.dtype | None:
     value = value_of(node)
     return value.dtype if isinstance(value, Tensor) else None
