@@ -21,8 +21,8 @@ from torch import nn
 import bnfold
 from bnfold.backends.onnx.load import from_proto
 from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.backends.torch.subject import TorchSubject, like
-from bnfold.backends.torch.trace import quiet
+from bnfold.backends.torch.subject import TorchSubject
+from bnfold.backends.torch.trace import quiet, trace
 from bnfold.subject import Runner
 
 OPSET = 18
@@ -171,4 +171,4 @@ class RememberedTorch(_Remembering, TorchSubject):
 
     def beside(self, module: nn.Module) -> TorchSubject:
         """The same; given a subject and a module, `verify` would take them for models of two frameworks."""
-        return TorchSubject(like(module, self.traced))
+        return TorchSubject(trace(module, self.traced))
