@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,18 @@ def rounded(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         exact = _to_odd(exact)
     with np.errstate(over="ignore"):
         return np.asarray(exact.astype(dtype))
+
+
+def narrowed(statistics: tuple[Array, Array], dtypes: Sequence[np.dtype[Any]]) -> list[npt.NDArray[Any]] | str:
+    """A mean and a variance, [channels], in the types in which they are stored; or, where a type can't hold one, why not."""
+    found = []
+    for exact, dtype, role in zip(statistics, dtypes, ("mean", "variance"), strict=True):
+        array = rounded(exact, dtype)
+        over = np.flatnonzero(~np.isfinite(array.astype(np.float64)))
+        if over.size:
+            return f"its new {role} of channel {over[0]} is {exact[over[0]]:.3g}, more than {array.dtype} can hold"
+        found.append(array)
+    return found
 
 
 def _to_odd(exact: Array) -> npt.NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,23 @@ DIGITS = ROOT / "samples" / "digits"
 def digits() -> Path:
     """The trained sample: images `image` (batch, 1, 8, 8) to `logits` (batch, 10), with 8 BatchNorms."""
     return DIGITS / "digits.onnx"
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the stages of ONNX models run from now on, by the operators' first outputs, as often as it stands in one."""
+    from bnfold.backends.onnx import lockstep_stage
+
+    seen: list[str] = []
+    make = lockstep_stage._proto
+
+    def spy(*args: Any) -> Any:
+        proto, lent = make(*args)
+        seen.extend(node.output[0] for node in proto.graph.node)
+        return proto, lent
+
+    monkeypatch.setattr(lockstep_stage, "_proto", spy)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ...errors import ALREADY_FOLDED, NothingToDoError
 from ...methods import Statistics
 from ...recalibrate import Layer, Reading
+from ...rounding import narrowed
 from ...selection import Select, every
 from .constants import Constants
 from .feeds import inputs
@@ -20,7 +21,7 @@ from .lockstep_plan import OnnxCall, cut
 from .lockstep_stage import OnnxStage
 from .shapes import Shapes
 from .walk import all_graphs, all_nodes, attribute, is_standard, name_of, number, subgraphs
-from .write import inlined, rounded
+from .write import inlined, numpy_type
 
 if TYPE_CHECKING:
     from ...data import InputSpec
@@ -111,19 +112,12 @@ class OnnxPlan:
 
     def set(self, layer: int, statistics: Statistics) -> str | None:
         node = next(call.node for call in self.calls if call.layer == layer)
-        stored = []
-        for index, exact, role in zip((3, 4), statistics, ("mean", "variance"), strict=True):
-            value = node.inputs[index]
-            assert value is not None
-            dtype = self.constants.dtype(value)
-            with np.errstate(over="ignore"):
-                array = rounded(exact, dtype).reshape(self._value(node, index).shape)
-            if not np.isfinite(array.astype(np.float64)).all():
-                channel = int(np.flatnonzero(~np.isfinite(array.astype(np.float64)))[0])
-                self.statistics.pop(layer, None)
-                return f"its new {role} of channel {channel} is {exact[channel]:.3g}, more than {array.dtype} can hold"
-            stored.append(array)
-        self.statistics[layer] = (stored[0], stored[1])
+        stored = narrowed(statistics, [numpy_type(self.constants.dtype(value)) for value in node.inputs[3:5] if value is not None])
+        if isinstance(stored, str):
+            self.statistics.pop(layer, None)
+            return stored
+        mean, variance = (array.reshape(self._value(node, index).shape) for array, index in zip(stored, (3, 4), strict=True))
+        self.statistics[layer] = (mean, variance)
         return None
 
     def write(self) -> ir.Model:

@@ -59,7 +59,12 @@ def write(
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
     """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
-    return rounding.rounded(array, np.dtype((dtype or ir.DataType.FLOAT).numpy()))
+    return rounding.rounded(array, numpy_type(dtype))
+
+
+def numpy_type(dtype: ir.DataType | None) -> np.dtype[Any]:
+    """A stored type as numpy has it, float32 where it isn't known."""
+    return np.dtype((dtype or ir.DataType.FLOAT).numpy())
 
 
 class _Writer:

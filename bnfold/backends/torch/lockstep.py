@@ -21,7 +21,7 @@ from ...errors import NothingToDoError
 from ...methods import Statistics
 from ...moments import Moments
 from ...recalibrate import Layer, Reading
-from ...rounding import rounded
+from ...rounding import narrowed
 from ...selection import Select, every
 from ...stages import Call, Operation, cut
 from .constants import Constants, as_float64
@@ -221,21 +221,19 @@ class TorchPlan:
             yield stage
 
     def set(self, layer: int, statistics: Statistics) -> str | None:
-        made = {}
-        for name, exact, role in zip(self._names[layer], statistics, ("mean", "variance"), strict=True):
-            old = self.held.stored(name) if self._is_stored(name) else torch.empty(exact.shape, dtype=self._dtype(layer))
-            with np.errstate(over="ignore"):
-                array = rounded(exact, NUMPY[old.dtype]).reshape(tuple(old.shape))
-            if not np.isfinite(array.astype(np.float64)).all():
-                channel = int(np.flatnonzero(~np.isfinite(array.astype(np.float64)))[0])
-                self._forget(layer)
-                return f"its new {role} of channel {channel} is {exact[channel]:.3g}, more than {array.dtype} can hold"
-            made[name] = to_tensor(array)
+        names, (mean, variance) = self._names[layer], statistics
+        fresh = torch.empty(mean.shape, dtype=self._dtype(layer))
+        old = [self.held.stored(name) if self._is_stored(name) else fresh for name in names]
+        stored = narrowed((mean, variance), [NUMPY[each.dtype] for each in old])
+        if isinstance(stored, str):
+            self._forget(layer)
+            return stored
+        made = {name: to_tensor(array).reshape(each.shape) for name, array, each in zip(names, stored, old, strict=True)}
         self._new |= made
         if layer in self.frozen:
             mean, variance = (as_float64(tensor) for tensor in made.values())
-            stored = Moments(1, mean, variance, 1, 0.0, np.zeros((5, mean.size)))  # of one element, M2 is the variance
-            self._stands_in |= {i: stored for i, call in enumerate(self._calls) if call.layer == layer}
+            stands_in = Moments(1, mean, variance, 1, 0.0, np.zeros((5, mean.size)))  # of one element, M2 is the variance
+            self._stands_in |= {i: stands_in for i, call in enumerate(self._calls) if call.layer == layer}
             return None
         for name, tensor in made.items():
             self.held.replace(name, tensor)
