@@ -23,7 +23,12 @@ LARGEST = 64  # elements
 def settle(proto: onnx.ModelProto, infer: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
     """The model with inferred shapes, as far as `infer` and the integers worked out here take it."""
     inferred = infer(proto)
-    while _incomplete(inferred.graph) and _put(proto, _integers(inferred.graph)):
+    integers = None
+    while _incomplete(inferred.graph):
+        integers = integers or _Integers(proto.graph)
+        integers.follow(inferred.graph)
+        if not integers.put():
+            break
         inferred = infer(proto)
     return inferred
 
@@ -37,44 +42,51 @@ def _incomplete(graph: onnx.GraphProto) -> bool:
     return False
 
 
-def _put(proto: onnx.ModelProto, found: Ints) -> bool:
-    """Give the operators what is known now; whether any of it is new."""
-    stored = {t.name for t in proto.graph.initializer}
-    made = {name for node in proto.graph.node if node.op_type == "Constant" for name in node.output}
-    changed = False
-    for node in proto.graph.node:
-        if node.op_type not in DECIDED:
-            continue
-        for i, name in enumerate(node.input):
-            if i == 0 and node.op_type not in ("ConstantOfShape", "Range"):
+class _Integers:
+    """Every small integer tensor of a graph that follows from the sizes known so far."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._graph = graph
+        kinds = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+        integers = [t for t in graph.initializer if t.data_type in kinds and np.prod(t.dims) <= LARGEST]
+        self._known: Ints = {tensor.name: numpy_helper.to_array(tensor) for tensor in integers}
+        self._given = {tensor.name for tensor in graph.initializer}
+        self._given.update(name for node in graph.node if node.op_type == "Constant" for name in node.output)
+        followed = [node for node in graph.node if node.op_type in ("Constant", "Shape", *OPERATORS)]
+        self._left = [(node, {a.name: helper.get_attribute_value(a) for a in node.attribute}) for node in followed]
+
+    def follow(self, inferred: onnx.GraphProto) -> None:
+        """Work out what the shapes of the same graph tell."""
+        shapes = {v.name: v.type.tensor_type.shape.dim for v in (*inferred.input, *inferred.value_info, *inferred.output)}
+        left = []
+        for node, attributes in self._left:
+            try:
+                value = _value(node, attributes, self._known, shapes)
+            except (ValueError, IndexError, KeyError, ZeroDivisionError, TypeError):
+                left.append((node, attributes))  # one of its inputs isn't known, or it isn't of this kind
                 continue
-            if name in found and name not in stored and name not in made:
-                settled = f"{name}.settled"
-                if settled not in stored:
-                    proto.graph.initializer.append(numpy_helper.from_array(found[name], settled))
-                    stored.add(settled)
-                node.input[i] = settled
-                changed = True
-    return changed
+            if value is not None and value.dtype.kind == "i" and value.size <= LARGEST:
+                self._known[node.output[0]] = value
+        self._left = left
 
-
-def _integers(graph: onnx.GraphProto) -> Ints:
-    """Every small integer tensor that follows from the sizes known so far."""
-    shapes = {v.name: v.type.tensor_type.shape.dim for v in (*graph.input, *graph.value_info, *graph.output)}
-    shapes = {name: dims for name, dims in shapes.items() if all(d.HasField("dim_value") for d in dims)}
-    found: Ints = {}
-    for tensor in graph.initializer:
-        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) and np.prod(tensor.dims) <= LARGEST:
-            found[tensor.name] = numpy_helper.to_array(tensor)
-    for node in graph.node:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        try:
-            value = _value(node, attributes, found, shapes)
-        except (ValueError, IndexError, KeyError, ZeroDivisionError, TypeError):
-            continue  # one of its inputs isn't known, or it isn't of this kind
-        if value is not None and value.dtype.kind == "i" and value.size <= LARGEST:
-            found[node.output[0]] = value
-    return found
+    def put(self) -> bool:
+        """Give the operators what is known now; whether any of it is new."""
+        changed = False
+        for node in self._graph.node:
+            if node.op_type not in DECIDED:
+                continue
+            for i, name in enumerate(node.input):
+                if i == 0 and node.op_type not in ("ConstantOfShape", "Range"):
+                    continue
+                if name in self._known and name not in self._given:
+                    settled = f"{name}.settled"
+                    if settled not in self._given:
+                        self._graph.initializer.append(numpy_helper.from_array(self._known[name], settled))
+                        self._known[settled] = self._known[name]
+                        self._given.add(settled)
+                    node.input[i] = settled
+                    changed = True
+        return changed
 
 
 def _value(node: onnx.NodeProto, attributes: dict[str, Any], known: Ints, shapes: dict[str, Any]) -> npt.NDArray[Any] | None:
@@ -84,8 +96,10 @@ def _value(node: onnx.NodeProto, attributes: dict[str, Any], known: Ints, shapes
         given = attributes.get("value_ints", attributes.get("value_int"))
         return None if given is None else np.array(given, np.int64)
     if node.op_type == "Shape":
-        part = slice(attributes.get("start"), attributes.get("end"))
-        return np.array([d.dim_value for d in shapes[node.input[0]]][part], np.int64)
+        dims = shapes[node.input[0]]
+        if not all(d.HasField("dim_value") for d in dims):
+            raise KeyError(node.input[0])
+        return np.array([d.dim_value for d in dims][attributes.get("start") : attributes.get("end")], np.int64)
     run = OPERATORS.get(node.op_type)
     if run is None:
         return None
