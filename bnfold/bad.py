@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .errors import DataError, UsageError
@@ -70,6 +71,17 @@ class Bad:
     def add(self, place: int, error: CorruptError, total: int) -> None:
         """One more, of `total` samples. DataError where that is one too many."""
         self._found[place] = BadSample(error.where, error.reason)
+        self._check(error, total)
+
+    def know(self, parts: Iterable[Bad], total: int) -> None:
+        """Those of parts of the data too. DataError where they are too many together, of `total` samples."""
+        for part in parts:
+            self._found |= part._found
+        if self._found:
+            last = self.samples[-1]
+            self._check(CorruptError(last.where, last.reason), total)
+
+    def _check(self, error: CorruptError, total: int) -> None:
         if len(self) > self.allowed(total):
             raise DataError(
                 f"{error}; {len(self)} of {total} images {'is' if len(self) == 1 else 'are'} bad and --max-bad {self.limit} allows "

@@ -157,15 +157,19 @@ class _Run:
         quick = self._subject.is_unread and self.again and self._group.size == 1
         for one_size in (True, False) if quick else (False,):
             plan = self._subject.plan(one_size=one_size)
-            data = fitting(self.batches, plan.specs, one_size, self._batch_size, samples, self._group, spread)
+            data = data_of(self.batches, plan.specs, one_size, self._batch_size, samples, spread)
+            mine = data.sharded(self._group.rank, self._group.size) if self._group.size > 1 else data
+            batches = fitting(mine, plan.specs, one_size)
             try:
                 with self._subject.computing():
                     found = run_plan(
-                        plan, data, method=self._method, memory_budget=self._budget, progress=self._progress, group=self._group
+                        plan, batches, method=self._method, memory_budget=self._budget, progress=self._progress, group=self._group
                     )
                 break
             except _OtherSizeError:
                 continue
+        if self._group.size > 1:
+            data.know_bad(mine, self._group.gather)
         return self._subject.written(plan), found
 
 
@@ -189,16 +193,15 @@ def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subj
     return subject, batches, first
 
 
-def fitting(
+def data_of(
     batches: Any,
     specs: Sequence[InputSpec],
     one_size: bool,
     batch_size: int | None,
     samples: int | None,
-    group: Processes,
     spread: bool = False,
-) -> Iterator[Batch]:
-    """This process's micro-batches; with one_size, axes behind the first may differ from the example's, but not go through.
+) -> Data:
+    """The data as the network takes them. one_size: axes behind the first may differ from the example's.
 
     spread: samples are taken from all over the data, not the first ones.
     """
@@ -208,8 +211,11 @@ def fitting(
     data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples)
     if spread and samples is not None:
         data = data.spread(samples)
-    if group.size > 1:
-        data = data.sharded(group.rank, group.size)
+    return data
+
+
+def fitting(data: Data, specs: Sequence[InputSpec], one_size: bool = False) -> Iterator[Batch]:
+    """The micro-batches; with one_size, one whose axes behind the first differ from the example's doesn't go through."""
     for batch in data:
         if one_size and any(batch[spec.name].shape[1:] != spec.shape[1:] for spec in specs):
             raise _OtherSizeError
@@ -280,24 +286,13 @@ def measure_part(
             )
             + "; share the work with torchrun, or take the method precise or ioffe-szegedy"
         )
-    data = fitting(batches, plan.specs, False, batch_size, samples, _Part(index, count))
+    data = data_of(batches, plan.specs, False, batch_size, samples).sharded(index, count)
     with subject.computing():
-        measured = measure(plan, data, method, progress=progress)
+        measured = measure(plan, fitting(data, plan.specs), method, progress=progress)
     kept_statistics.write_part(path, plan.layers, measured, method, part, kept_statistics.fingerprint(plan.layers))
     found = report(plan, measured, method, dict.fromkeys(range(len(plan.layers)), "only a part of the data was measured"))
     notes = (f"part {index} of {count}: nothing has changed; bnfold merge-stats puts the parts together", *measured.notes)
     return dataclasses.replace(found, notes=notes, seconds=time.perf_counter() - start)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Stands for one of several processes that don't know of each other."""
-
-    rank: int
-    size: int
-
-    def gather(self, found: Any) -> list[Any]:
-        return [found]
 
 
 def merge(subject: Subject, paths: Iterable[str | Path]) -> tuple[Any, RecalibrateReport]:

@@ -18,6 +18,7 @@ import torch
 from cases.builder import Net as OnnxNet
 from modules import Net, norm
 from onnx import numpy_helper
+from PIL import Image
 from torch import nn
 
 import bnfold
@@ -118,6 +119,28 @@ def test_more_processes_than_batches(folder: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     agree(statistics(onnx.load(folder / "out.onnx")), statistics(bnfold.recalibrate(onnx_network(), DATA)[0]))
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_processes_count_their_bad_images_together(folder: Path, allowed: int) -> None:
+    """One in each of two processes; none of them alone has too many."""
+    (folder / "images").mkdir()
+    for i in range(8):
+        path = folder / "images" / f"{i}.png"
+        Image.fromarray(np.full((8, 7, 3), 30 * i, np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[: 40 if i in (1, 6) else None])
+    found = bnfold_cli(
+        *("recalibrate", "net.onnx", "--data", "images", "--batch-size", "4", "--max-bad", str(allowed), "-o", "out.onnx", "--json"),
+        launcher=("torch.distributed.run", "--nproc-per-node", "2"),
+        folder=folder,
+    )
+    assert (found.returncode == 0) == (folder / "out.onnx").exists() == (allowed == 2)
+    if allowed == 2:
+        assert json.loads(found.stdout)["samples"] == 6
+        assert "2 images can't be decoded and are left out" in found.stderr + found.stdout
+    else:
+        assert "6.png" in found.stderr
+        assert "2 of 8 images are bad and --max-bad 1 allows 1" in found.stderr
 
 
 def test_a_moving_average_is_for_one_process(folder: Path) -> None:

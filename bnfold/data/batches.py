@@ -7,8 +7,9 @@ goes along with every batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -126,6 +127,11 @@ class Data:
     def sharded(self, index: int, count: int) -> Data:
         """The same data as process `index` of `count` reads them."""
         return self._cut_from(self._source, self._limit, (index, count))
+
+    def know_bad(self, shard: Data, gather: Callable[[Any], list[Any]]) -> None:
+        """Know the bad images of all processes, after a pass over each one's shard (see `Bad.know`)."""
+        if self._source.pictures:
+            self._bad.know(gather(shard._bad), self._total())
 
     def spread(self, count: int) -> Data:
         """So many samples, evenly spaced, where it is known how many there are: the first ones of sorted data say nothing of the others."""
