@@ -317,17 +317,22 @@ def _arrays(pair: _Pair, hidden: dict[Node, list[Array]]) -> _Compared | None:
     a, role, b, its_role = pair
     if role in STATISTICS:
         want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
-        limit = next((t.limit for t in _tensors((b, a)) if t is not None), a.attrs.get("limit", np.finfo(np.float32).max))
+        limit = next(_limits(_tensors((b, a))), a.attrs.get("limit", np.finfo(np.float32).max))
         return want, have, np.abs(want), *precision(float(limit))
     param, other = a.params[role], b.params[its_role]
     if not _has(a, role) and not _has(b, its_role):
         return None
-    limit = next(t.limit for t in (other.tensor, param.tensor, *_tensors((a, b))) if t is not None)
+    limit = next(_limits((other.tensor, param.tensor, *_tensors((a, b)))))
     magnitude = np.maximum(*_broadcast(_magnitude(param), _magnitude(other)))
     if role != "weight":
         for more in hidden.get(a, ()):
             magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
     return param.read(), other.read(), magnitude, *precision(limit)
+
+
+def _limits(tensors: Iterable[Tensor | None]) -> Iterator[float]:
+    """The largest numbers of the types in which tensors were rounded."""
+    return (t.limit if t.cast_from is None else t.cast_from for t in tensors if t is not None)
 
 
 def _tensors(nodes: Iterable[Node]) -> Iterator[Tensor | None]:

@@ -54,7 +54,8 @@ class Tensor:
     """A stored constant that one or several operators read: a weight, a bias, a table.
 
     name: the stored name. read: the array in float64, in the stored layout.
-    limit: the largest finite number of the stored type.
+    limit: the largest finite number of the stored type. cast_from: the same of the narrowest type that it was cast from, if it was: that
+    one tells how it was rounded.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Tensor:
     users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter role)
     quantised: Quantised | None = None
     magnitude: float | None = None  # its largest absolute value, once somebody asked
+    cast_from: float | None = None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,39 @@ def test_units_of_roundoff_are_told_from_another_form_in_bfloat16():
     assert float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2 * ANOTHER_FORM_UNITS > 10 * ANOTHER_FORM
 
 
+@pytest.mark.parametrize("wrong", [0.0, 0.01])
+def test_a_weight_that_is_cast_counts_as_rounded_where_it_is_stored(wrong):
+    """ONNX Runtime's own form: weights in float16, cast to float32, in which it computes; one of them is below float16's normal range."""
+    rng = np.random.default_rng(0)
+    w, gamma, var = rng.normal(size=(8, 3, 3, 3)), rng.uniform(0.5, 2, 8), rng.uniform(0.5, 2, 8)
+    w[3, 1, 1, 1] = 9e-7
+    w = w.astype(np.float16)
+    gamma, var = gamma.astype(np.float32), var.astype(np.float32)
+    scale = gamma / np.sqrt(var.astype(np.float64) + 1e-5)
+    fused = w * scale[:, None, None, None]
+    fused[5] *= 1 + wrong
+    zeros = np.zeros(8, np.float32)
+
+    def network(weight: np.ndarray, *statistics: np.ndarray) -> ir.Model:
+        nodes = [helper.make_node("Cast", ["w"], ["cast"], to=onnx.TensorProto.FLOAT), helper.make_node("Conv", ["x", "cast"], ["y"])]
+        arrays = {"w": weight.astype(np.float16)}
+        if statistics:
+            nodes[1].output[0] = "c"
+            nodes.append(helper.make_node("BatchNormalization", ["c", "gamma", "beta", "mean", "var"], ["y"]))
+            arrays |= dict(zip(("gamma", "beta", "mean", "var"), statistics, strict=True))
+        x, y = (
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", c, *hw])
+            for name, c, hw in (("x", 3, (8, 8)), ("y", 8, (6, 6)))
+        )
+        graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(array, name) for name, array in arrays.items()])
+        return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+    found = bnfold.verify(network(w, gamma, zeros, zeros, var), network(fused))
+    coefficients = found.levels.coefficients
+    assert (found.verdict, coefficients.verdict) == (("different",) * 2 if wrong else ("equivalent",) * 2), found.reason
+    assert wrong or coefficients.worst <= 1.01
+
+
 # --- recalibrated, unfolded, folded by others -----------------------------------------------------------------------------------
 
 

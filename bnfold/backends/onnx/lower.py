@@ -15,6 +15,8 @@ from .constants import CONTROL, FLOATS, Constants, value_inputs
 from .shapes import Shapes
 from .walk import all_graphs, attribute, is_standard, name_of, subgraphs
 
+COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
+
 
 @dataclass(eq=False)
 class Native:
@@ -140,8 +142,19 @@ class Lowering:
                     return None
             stored = self.constants.stored(v)
             shape = tuple(stored.shape.numpy()) if stored is not None else self._get(v).shape
-            self._tensors[v] = Tensor(v.name or "", lambda v=v: self._get(v), shape, largest(dtype), v, dtype, quantised=quantised)  # type: ignore[misc]
+            made = Tensor(v.name or "", lambda v=v: self._get(v), shape, largest(dtype), v, dtype, quantised=quantised)  # type: ignore[misc]
+            made.cast_from = self._cast_from(v)
+            self._tensors[v] = made
         return self._tensors[v]
+
+    def _cast_from(self, v: ir.Value) -> float | None:
+        """The largest number of the narrowest float type that a constant is a copy of, where it is cast."""
+        dtypes = []
+        while (node := v.producer()) is not None and node.op_type in COPIES and is_standard(node) and node.inputs[0] is not None:
+            v = node.inputs[0]
+            dtypes.append(self.constants.dtype(v))
+        floats = [dtype for dtype in dtypes if dtype in FLOATS]
+        return largest(max(floats, key=lambda dtype: float(ml_dtypes.finfo(dtype.numpy()).eps))) if floats else None  # type: ignore[no-untyped-call]
 
     def _get(self, v: ir.Value) -> npt.NDArray[np.float64]:
         array = self.constants.get(v)

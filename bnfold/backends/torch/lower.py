@@ -19,6 +19,8 @@ from .sizes import Sizes
 from .trace import Traced, quiet
 from .walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, mutates, operator_name, value_of, viewed, written
 
+COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -151,7 +153,9 @@ class Lowering:
         if place not in self._tensors:
             dtype = dtype_of(argument) or torch.float32
             name = place.target if isinstance(place, Place) else self.target(argument)
-            self._tensors[place] = Tensor(name, lambda: self._read(argument), array_shape, largest(dtype), place, dtype)
+            made = Tensor(name, lambda: self._read(argument), array_shape, largest(dtype), place, dtype)
+            made.cast_from = _cast_from(argument)
+            self._tensors[place] = made
         tensor = self._tensors[place]
         shape = array_shape if shape is None else shape
         if layout is None:
@@ -318,6 +322,16 @@ def reshaped(canonical: tuple[int, ...], stored: tuple[int, ...]) -> Layout:
         return w.reshape(stored) if w.shape == canonical else w
 
     return Layout(f"as {canonical}", lambda w: w.reshape(canonical), back)
+
+
+def _cast_from(argument: Op) -> float | None:
+    """The largest number of the narrowest float type that a constant is a copy of, where it is cast."""
+    dtypes = []
+    while operator_name(argument) in COPIES and isinstance(source := argument.args[0], Op):
+        argument = source
+        dtypes.append(dtype_of(argument))
+    floats = [dtype for dtype in dtypes if dtype in FLOATS]
+    return largest(max(floats, key=lambda dtype: torch.finfo(dtype).eps)) if floats else None
 
 
 def largest(dtype: torch.dtype | None) -> float:
