@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from cases.builder import Net
+from onnx import TensorProto, helper, numpy_helper
 from single import normal
 from torch import nn
 
@@ -109,7 +109,7 @@ def test_what_runs_again_gives_the_same_and_holds_less(
     held = {}
     statistics = {}
     for per_byte in (-1, stages.PER_BYTE):
-        monkeypatch.setattr(importlib.import_module("bnfold.stages"), "PER_BYTE", per_byte)
+        monkeypatch.setattr(stages, "PER_BYTE", per_byte)
         model, data = make()
         calibrated, report = bnfold.recalibrate(model, data, memory_budget=budget)
         held[per_byte] = report.held_bytes
@@ -124,6 +124,33 @@ def stored(model: Any) -> dict[str, np.ndarray[Any, Any]]:
     if isinstance(model, nn.Module):
         return {name: buffer.numpy() for name, buffer in model.named_buffers()}
     return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_what_runs_again_gives_the_same_in_other_types(dtype: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session may hand a half-precision value on unrounded; what waits is rounded."""
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    arrays = {"w": np.random.default_rng(1).normal(size=(24, 4, 1, 1))}
+    for name in ("a", "b"):
+        arrays |= {f"{name}{i}": np.full(24, i % 2) for i in range(1, 5)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+        helper.make_node("BatchNormalization", ["y", "a1", "a2", "a4", "a3"], ["a"]),
+        helper.make_node("BatchNormalization", ["a", "b1", "b2", "b4", "b3"], ["b"]),
+    ]
+    x, b = helper.make_tensor_value_info("x", dtype, ["n", 4, 9, 9]), helper.make_tensor_value_info("b", dtype, None)
+    stored = [numpy_helper.from_array(array.astype(kind), name) for name, array in arrays.items()]
+    proto = helper.make_model(helper.make_graph(nodes, "g", [x], [b], stored), opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    data = [{"x": (np.random.default_rng(2).normal(size=(3, 4, 9, 9)) + 100).astype(kind)}] * 2
+    found = []
+    for per_byte in (-1, stages.PER_BYTE):
+        monkeypatch.setattr(stages, "PER_BYTE", per_byte)
+        calibrated, _ = bnfold.recalibrate(ir.from_proto(proto), data)
+        found.append({name: value.const_value.numpy() for name, value in calibrated.graph.initializers.items()})
+    for name in ("a4", "a3", "b4", "b3"):
+        np.testing.assert_allclose(
+            found[0][name].astype(np.float64), found[1][name].astype(np.float64), rtol=1e-12, atol=1e-12, err_msg=name
+        )
 
 
 def test_methods_that_need_no_waiting_run_nothing_twice(staged: list[str]) -> None:

@@ -65,12 +65,17 @@ def elements(value: ir.Value, shapes: Shapes) -> int | None:
 
 
 def _work(node: ir.Node, shapes: Shapes) -> int | None:
-    """The multiply-adds of a convolution or a product with a stored weight, and of what only copies."""
+    """The multiply-adds of a convolution or a product with a stored weight, and of what only copies.
+
+    In half precision a product runs once: what it gives to an operator of the same session may never be rounded, and what waits is.
+    """
     if not is_standard(node):
         return None
     if node.op_type == "Concat":
         return 0
     if node.op_type not in PRODUCTS or not all(value is None or value.is_initializer() for value in node.inputs[1:]):
+        return None
+    if shapes.dtype(node.outputs[0]) not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         return None
     source, weight = node.inputs[:2]
     spread = source if node.op_type == "ConvTranspose" else node.outputs[0]
@@ -78,5 +83,5 @@ def _work(node: ir.Node, shapes: Shapes) -> int | None:
     dims = None if weight is None else shapes.probes(weight)
     if counted is None or dims is None or None in dims[0]:
         return None
-    each = {"MatMul": dims[0][-2:-1], "Gemm": dims[0][whole(node, "transB", 0) :][:1]}
+    each = {"MatMul": dims[0][-2:-1] or dims[0], "Gemm": dims[0][whole(node, "transB", 0) :][:1]}
     return counted * math.prod(n for n in each.get(node.op_type, dims[0][1:]) if n is not None)
