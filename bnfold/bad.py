@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -71,19 +72,19 @@ class Bad:
     def add(self, place: int, error: CorruptError, total: int) -> None:
         """One more, of `total` samples. DataError where that is one too many."""
         self._found[place] = BadSample(error.where, error.reason)
-        self._check(error, total)
+        self._check(error, len(self), total)
 
     def know(self, parts: Iterable[Bad], total: int) -> None:
         """Those of parts of the data too. DataError where they are too many together, of `total` samples."""
-        for part in parts:
-            self._found |= part._found
-        if self._found:
-            last = self.samples[-1]
-            self._check(CorruptError(last.where, last.reason), total)
+        found = dict(itertools.chain.from_iterable(part._found.items() for part in parts))
+        self._found |= found
+        if found:
+            last = found[max(found)]
+            self._check(CorruptError(last.where, last.reason), len(found), total)
 
-    def _check(self, error: CorruptError, total: int) -> None:
-        if len(self) > self.allowed(total):
+    def _check(self, error: CorruptError, count: int, total: int) -> None:
+        if count > self.allowed(total):
             raise DataError(
-                f"{error}; {len(self)} of {total} images {'is' if len(self) == 1 else 'are'} bad and --max-bad {self.limit} allows "
-                f"{self.allowed(total)}: replace or remove {'it' if len(self) == 1 else 'them'}, or allow more, say --max-bad {len(self)}"
+                f"{error}; {count} of {total} images {'is' if count == 1 else 'are'} bad and --max-bad {self.limit} allows "
+                f"{self.allowed(total)}: replace or remove {'it' if count == 1 else 'them'}, or allow more, say --max-bad {count}"
             )

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bnfold import recalibrate
-from bnfold.bad import Bad
+from bnfold.bad import Bad, CorruptError
 from bnfold.cli import run
 from bnfold.data import InputSpec, as_batches, open_data
 from bnfold.errors import DataError, UsageError
@@ -239,3 +239,15 @@ def test_the_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["samples"] == 19
     assert run([*line, "--column", "jpg", "--force"]) == 3
     assert "no column 'jpg'" in capsys.readouterr().err
+
+
+def test_what_another_pass_found_isnt_counted_against_a_shorter_one() -> None:
+    """Bad ones among the last, known from a whole pass, when the first ones alone are read."""
+    bad, shard = Bad("5%"), Bad("5%")
+    bad.add(35, CorruptError("35.png", "no image"), 40)
+    bad.add(36, CorruptError("36.png", "no image"), 40)
+    bad.know([shard], 16)
+    shard.add(19, CorruptError("19.png", "no image"), 20)
+    with pytest.raises(DataError, match=r"19.png: no image; 1 of 16 images is bad"):
+        bad.know([shard], 16)
+    assert [sample.where for sample in bad.samples] == ["19.png", "35.png", "36.png"]
