@@ -162,6 +162,36 @@ def _pooled(parts: Sequence[Moments]) -> Moments:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Pointwise:
+    """A convolution whose kernel is one position: it gives W x + b of the channels at each.
+
+    weight: [C_out, C_in], bias: [C_out] or None, float64, in whatever array type the moments are computed.
+    """
+
+    weight: Any
+    bias: Any
+
+    @staticmethod
+    def pays(into: int, out: int, size: int) -> bool:
+        """Whether what it gives, of `size` positions, costs more to compute than its moments do without it.
+
+        The moments take C_in^2 multiply-adds for each position and C_out C_in^2 for each sample, in float64; the convolution C_out C_in
+        for each position. So a convolution pays that gives several times the channels that it takes, over a large image.
+        """
+        return 2 * into * (size + out) <= out * size
+
+    def moments(self, mean: Any, products: Any) -> tuple[Any, Any]:
+        """Mean and M2 of each sample's output, [samples, C_out], from the mean m and the sum of (x - m)(x - m)^T of its input.
+
+        mean: [samples, C_in]; products: [samples, C_in, C_in]. An affine map takes a mean m and a covariance C to W m + b and W C W^T
+        (Petersen & Pedersen, "The Matrix Cookbook", 2012, equations 315 and 313). In float64 that is nearer to what the exact outputs
+        have than sums over outputs in float32 are, since those were rounded.
+        """
+        carried = mean @ self.weight.T
+        return carried if self.bias is None else carried + self.bias, ((self.weight @ products) * self.weight).sum(-1)
+
+
 def measure(x: npt.NDArray[Any], axis: int = 1) -> Moments:
     """Moments of each index along `axis`, over all other axes (see `measure_samples`)."""
     return pool([measure_samples(x, axis)])
@@ -201,6 +231,20 @@ def measure_samples(x: npt.NDArray[Any], axis: int = 1) -> Moments | Samples:
     counts = np.diff([*range(0, size, piece), size]).astype(float)[:, None]
     whole = (counts * means).sum(1) / size
     return Samples(size, whole, m2.sum(1) + (counts * np.square(means - whole[:, None])).sum(1))
+
+
+def measure_through(x: npt.NDArray[Any], pointwise: Pointwise) -> Samples:
+    """What the moments of a pointwise convolution's output are made of, from its input [samples, C_in, ...]."""
+    rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+    samples, channels, size = rows.shape if rows.size else (0, *rows.shape[1:])
+    mean, products = np.empty((samples, channels)), np.empty((samples, channels, channels))
+    for i in range(samples):
+        d = np.array(rows[i], np.float64)
+        mean[i] = np.einsum("cl->c", d) / size
+        d -= mean[i][:, None]
+        np.matmul(d, d.T, out=products[i])
+    means, m2 = pointwise.moments(mean, products)
+    return Samples(size, means, np.maximum(m2, 0))
 
 
 def _flat(x: npt.NDArray[Any]) -> Moments:

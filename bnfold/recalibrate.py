@@ -6,6 +6,9 @@ forward pass, and of a few cheap operators that run again (see `stages`); what i
 outcome of the exact method is that of one batch of the whole data set, so it doesn't depend on the size of the micro-batches, on their
 order, or on how many processes share them.
 
+Where a pointwise convolution makes many channels out of few, the moments behind it follow from the covariance of what it reads. So the
+few are measured, and are what waits (see `moments.Pointwise`).
+
 The methods that normalise each micro-batch by itself need no waiting: one micro-batch after the other goes through all stages.
 
 A backend cuts its network into stages (`Plan`), `methods` knows what statistics are made of the measurements; everything else is here.
@@ -27,7 +30,7 @@ from .errors import BnfoldError, DataError, UnsupportedError, UsageError
 from .hints import Hints
 from .methods import Method, Statistics, Tally
 from .methods import method as chosen
-from .moments import Moments, Samples, pool
+from .moments import Moments, Pointwise, Samples, pool
 from .processes import Alone, Processes, together
 from .report import LayerStatistics, RecalibrateReport
 from .spill import Frontier
@@ -49,12 +52,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Reading:
-    """The input of one call of a layer. per_activation: each element of a sample is a channel (ONNX's spatial = 0)."""
+    """The input of one call of a layer. per_activation: each element of a sample is a channel (ONNX's spatial = 0).
+
+    through: None, or a pointwise convolution, in the stage's own arrays, that takes the value to the input.
+    """
 
     value: str
     layer: int  # its place in Plan.layers
     call: int  # its place among all calls
     per_activation: bool = False
+    through: Pointwise | None = None
 
 
 class Stage(Protocol):
@@ -79,8 +86,8 @@ class Stage(Protocol):
         """
         ...
 
-    def measure(self, array: Any) -> Moments | Samples:
-        """A value of its own, [samples, channels, ...]: arrays may lie on a device."""
+    def measure(self, array: Any, through: Pointwise | None = None) -> Moments | Samples:
+        """A value of its own, [samples, channels, ...], or what is made of it: arrays may lie on a device."""
         ...
 
     def held(self, array: Any, room: int) -> Any:
@@ -327,10 +334,11 @@ def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) 
         array = array[:, None]  # samples of one channel
     if reading.per_activation:
         array = array.reshape(len(array), -1)
-    if array.shape[1] != layer.mean.size:
-        raise DataError(f"micro-batch {batch + 1} brings {array.shape[1]} channels to {layer.name}, which has {layer.mean.size}")
+    channels = layer.mean.size if reading.through is None else reading.through.weight.shape[1]
+    if array.shape[1] != channels:
+        raise DataError(f"micro-batch {batch + 1} brings {array.shape[1]} channels to {layer.name}, which has {channels}")
     with np.errstate(invalid="ignore", over="ignore"):
-        seen = stage.measure(array)
+        seen = stage.measure(array, reading.through)
     if not (np.isfinite(seen.mean).all() and np.isfinite(seen.m2).all()):
         wrong = ~(np.isfinite(seen.mean) & np.isfinite(seen.m2)).reshape(-1, layer.mean.size).all(0)
         channel = int(np.flatnonzero(wrong)[0])

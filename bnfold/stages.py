@@ -21,11 +21,15 @@ PER_BYTE = 32
 
 @dataclass(frozen=True, eq=False)
 class Call(Generic[N, V]):
-    """One BatchNorm whose input is measured. node: the operator that normalises; source: its input; layer: the place of its layer."""
+    """One BatchNorm whose input is measured. node: the operator that normalises; source: its input; layer: the place of its layer.
+
+    through: the operator that makes its input from `source`, where the moments are known from those of `source` without running it.
+    """
 
     node: N
     source: V
     layer: int
+    through: N | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,9 @@ from .constants import Constants
 from .feeds import inputs
 from .lockstep_plan import OnnxCall, cut
 from .lockstep_stage import OnnxStage
+from .pointwise import passes, read
 from .shapes import Shapes
-from .walk import all_graphs, all_nodes, attribute, is_standard, name_of, number, subgraphs
+from .walk import all_graphs, all_nodes, arg, attribute, is_standard, name_of, number, subgraphs
 from .write import inlined, numpy_type
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class OnnxPlan:
         if not self.calls:
             why = "; ".join(self.notes) or (ALREADY_FOLDED if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
-        self._cuts, dependent = cut(model.graph, self.calls, self._is_fixed, self._shapes)
+        self._cuts, dependent = cut(model.graph, [self._short(call) for call in self.calls], self._is_fixed, self._shapes)
         for layer in sorted(dependent):
             self.notes.append(
                 f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
@@ -94,9 +95,7 @@ class OnnxPlan:
         # Where nothing waits, nothing runs twice.
         cuts = cut(self.model.graph, self.calls, self._is_fixed, self._shapes, once=True)[0] if own else self._cuts
         for each in cuts:
-            readings = [
-                Reading(call.source.name or "", call.layer, place[call.node], self._per_activation(call.node)) for call in each.calls
-            ]
+            readings = [self._reading(call, place[call.node]) for call in each.calls]
             stage = OnnxStage(self.model, each, readings, replaced, kinds, self.provider, told)
             yield stage
             lacking += [stage.lacks] * bool(stage.lacks)
@@ -134,6 +133,18 @@ class OnnxPlan:
 
     def _per_activation(self, node: ir.Node) -> bool:
         return attribute(node, "spatial", 1) == 0 and self._value(node, 3).ndim > 1
+
+    def _short(self, call: OnnxCall) -> OnnxCall:
+        """A call that is measured without running the pointwise convolution before it, where nothing else reads that one's result."""
+        made = call.source.producer()
+        alone = len(call.source.uses()) == 1 and self.provider == "cpu" and not self._per_activation(call.node)
+        if made is None or not alone or not passes(made, self.constants, self._shapes):
+            return call
+        return OnnxCall(call.node, arg(made), call.layer, through=made)
+
+    def _reading(self, call: OnnxCall, place: int) -> Reading:
+        through = None if call.through is None else read(call.through, self.constants)
+        return Reading(call.source.name or "", call.layer, place, self._per_activation(call.node), through)
 
     def _find(self) -> None:
         """The calls and the layers that they belong to; a note for each BatchNorm that can't be measured."""

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
-from ...moments import Moments, Samples, measure_samples
+from ...moments import Moments, Pointwise, Samples, measure_samples, measure_through
 from ...overheard import overhearing
 from ...processes import threads
 from ...recalibrate import NOTHING, Reading, Values
@@ -77,8 +77,8 @@ class OnnxStage:
         resolve(provider)
         self._run = self._instead()
 
-    def measure(self, array: npt.NDArray[Any]) -> Moments | Samples:
-        return measure_samples(array)
+    def measure(self, array: npt.NDArray[Any], through: Pointwise | None = None) -> Moments | Samples:
+        return measure_samples(array) if through is None else measure_through(array, through)
 
     def held(self, array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
         return array

@@ -29,6 +29,7 @@ from .lockstep_stage import Held, TorchStage, parts
 from .lower import Lowering
 from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
+from .pointwise import passes, read
 from .run import device_of
 from .trace import NUMPY, Traced, duplicate, to_tensor, trace
 from .walk import arguments, elements, frame, is_float, is_tensor, operator_name
@@ -84,13 +85,20 @@ class TorchPlan:
             why = "; ".join(self.notes) or ("the model holds no BatchNorm" if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
         self._operations = self._found_operations()
-        self._cuts, dependent = cut(self._operations, self._calls, self._sizes())
+        self._cuts, dependent = cut(self._operations, [self._short(call) for call in self._calls], self._sizes())
         for layer in sorted(dependent):
             self.notes.append(
                 f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
                 f"calls, and each call was normalised with those of the calls up to it"
             )
         self._new: dict[str, torch.Tensor] = {}
+
+    def _short(self, call: Call[Op, Op]) -> Call[Op, Op]:
+        """A call that is measured without running the pointwise convolution before it, where nothing else reads that one's result."""
+        made = call.source
+        if list(made.users) != [call.node] or not passes(made, self.held):
+            return call
+        return Call(call.node, arguments(made)["input"], call.layer, through=made)
 
     def _found_operations(self) -> list[Operation[Op, Op]]:
         found = []
@@ -213,7 +221,12 @@ class TorchPlan:
         normalises = {i: (call.node, call.layer) for i, call in enumerate(self._calls)}
         cuts = cut(self._operations, self._calls)[0] if own else self._cuts  # where nothing waits, nothing runs twice
         for number, each in enumerate(cuts):
-            readings = [Reading(call.source.name, call.layer, place[call.node]) for call in each.calls]
+            readings = [
+                Reading(
+                    call.source.name, call.layer, place[call.node], through=None if call.through is None else read(call.through, self.held)
+                )
+                for call in each.calls
+            ]
             calls = {i: found for i, found in normalises.items() if found[0] in each.nodes} if own or self.frozen else {}
             last = number == len(cuts) - 1
             stage = TorchStage(self.program, self.held, each, readings, calls, self._names, first=number == 0, last=last)

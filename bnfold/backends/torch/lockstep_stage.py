@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from ...errors import BnfoldError, DataError, DeviceError, UnsupportedError
-from ...moments import Moments, Samples
+from ...moments import Moments, Pointwise, Samples
 from ...recalibrate import NOTHING, Reading, Values
 from ...stages import Cut
 from .constants import Constants
@@ -231,9 +231,11 @@ class TorchStage:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
 
-    def measure(self, array: Any) -> Samples:
+    def measure(self, array: Any, through: Pointwise | None = None) -> Samples:
+        meter = self._held.meter
         with enough_memory(self._held.device):
-            return self._held.meter.measure(array if isinstance(array, Tensor) else to_tensor(np.asarray(array)).to(self._held.device))
+            tensor = array if isinstance(array, Tensor) else to_tensor(np.asarray(array)).to(self._held.device)
+            return meter.measure(tensor) if through is None else meter.measure_through(tensor, through)
 
     def held(self, array: Any, room: int) -> Any:
         if not isinstance(array, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ...moments import Samples
+from ...moments import Pointwise, Samples
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements that are worked through at once: on a CPU, what its caches hold
 FAR = 10.0  # deviations from zero up to which the rounding of a mean in float32 moves neither it nor the variance by 1e-6
@@ -22,7 +23,8 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._block = BLOCK[device.type]
-        self._buffer = torch.empty(0, device=device)
+        self._device = device
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def measure(self, x: Tensor) -> Samples:
         """Mean and squared deviations of each sample and channel of x, [samples, channels, ...], of any floating-point type.
@@ -35,9 +37,10 @@ class Meter:
         overflows float32 on the way is measured again, all in float64.
         """
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        samples = self._measure(x.reshape(*x.shape[:2], -1), kind)
+        rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+        samples = self._measure(rows, kind)
         if kind == torch.float32 and not (samples.m2 < float("inf")).all():
-            return self._measure(x.reshape(*x.shape[:2], -1), torch.float64)
+            return self._measure(rows, torch.float64)
         return samples
 
     def _measure(self, rows: Tensor, kind: torch.dtype) -> Samples:
@@ -45,32 +48,50 @@ class Meter:
         if not rows.numel():
             return Samples(size, *np.zeros((2, 0, channels)))
         several = min(samples, max(1, self._block // (channels * size)))
+        if several == samples:
+            return Samples(size, *self._block_of(rows, kind))
         band = channels if several > 1 else min(channels, max(1, self._block // size))
-        buffer = self._room(several * band * size, kind)
-        means, m2 = np.zeros((2, samples, channels))
+        means, m2 = np.empty((2, samples, channels))
         for i in range(0, samples, several):
             for c in range(0, channels, band):
-                part = rows[i : i + several, c : c + band].to(kind)
                 at = (slice(i, i + several), slice(c, c + band))
-                mean = part.mean(2, keepdim=True)
-                means[at] = here = _array(mean)[..., 0]
-                if size == 1:
-                    continue
-                off = torch.sub(part, mean, out=buffer[: part.numel()].view(part.shape))
-                norm = _array(vector_norm(off, dim=2)) if size <= SHORT else None
-                if norm is not None and (np.abs(here) * (size**0.5 / FAR) <= norm).all():
-                    np.square(norm, out=m2[at], dtype=np.float64)
-                    continue
-                left = _array(off.sum(2)).astype(np.float64)
-                squares = _array(off.square_().sum(2)) if norm is None else np.square(norm, dtype=np.float64)
-                means[at] += left / size
-                m2[at] = np.maximum(squares - left * left / size, 0)
+                means[at], m2[at] = self._block_of(rows[at], kind)
         return Samples(size, means, m2)
 
+    def _block_of(self, rows: Tensor, kind: torch.dtype) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        part, size = rows.to(kind), rows.shape[2]
+        mean = part.mean(2, keepdim=True)
+        means = _array(mean)[..., 0].astype(np.float64)
+        if size == 1:
+            return means, np.zeros_like(means)
+        off = torch.sub(part, mean, out=self._room(part.numel(), kind)[: part.numel()].view(part.shape))
+        norm = _array(vector_norm(off, dim=2)) if size <= SHORT else None
+        if norm is not None and (np.abs(means) * (size**0.5 / FAR) <= norm).all():
+            return means, np.square(norm, dtype=np.float64)
+        left = _array(off.sum(2)).astype(np.float64)
+        squares = _array(off.square_().sum(2)) if norm is None else np.square(norm, dtype=np.float64)
+        return means + left / size, np.maximum(squares - left * left / size, 0)
+
+    def measure_through(self, x: Tensor, pointwise: Pointwise) -> Samples:
+        """What `measure` gives of a pointwise convolution's output, from its input [samples, C_in, ...]. All in float64."""
+        rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+        samples, channels, size = rows.shape if rows.numel() else (0, *rows.shape[1:])
+        several = max(1, self._block // max(channels * size, 1))
+        found = [self._through(rows[i : i + several], pointwise) for i in range(0, samples, several)]
+        means, m2 = map(np.concatenate, zip(*found, strict=True)) if found else np.zeros((2, 0, len(pointwise.weight)))
+        return Samples(size, means, np.maximum(m2, 0))
+
+    def _through(self, rows: Tensor, pointwise: Pointwise) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        off = self._room(rows.numel(), torch.float64)[: rows.numel()].view(rows.shape).copy_(rows)
+        mean = off.mean(2, keepdim=True)
+        off -= mean
+        means, m2 = pointwise.moments(mean[..., 0], torch.bmm(off, off.mT))
+        return _array(means), _array(m2)
+
     def _room(self, elements: int, kind: torch.dtype) -> Tensor:
-        if self._buffer.dtype != kind or len(self._buffer) < elements:
-            self._buffer = torch.empty(max(elements, self._block), dtype=kind, device=self._buffer.device)
-        return self._buffer
+        if kind not in self._buffers or len(self._buffers[kind]) < elements:
+            self._buffers[kind] = torch.empty(max(elements, self._block), dtype=kind, device=self._device)
+        return self._buffers[kind]
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

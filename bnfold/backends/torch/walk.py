@@ -62,10 +62,10 @@ def is_tensor(node: Any) -> bool:
     return isinstance(value_of(node), Tensor)
 
 
-def elements(node: Node) -> int | None:
-    """How many elements a tensor has, at the example's sizes; None where the data decide."""
+def elements(node: Node, start: int = 0) -> int | None:
+    """How many elements a tensor has, at the example's sizes; None where the data decide. start: the first axis that counts."""
     found = 1
-    for size in node.meta["val"].shape:
+    for size in node.meta["val"].shape[start:]:
         known = size.node.hint if isinstance(size, torch.SymInt) else size
         if known is None:
             return None
