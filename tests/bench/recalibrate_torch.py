@@ -3,8 +3,10 @@
     python -m tests.bench.recalibrate_torch [--model resnet18] [--batches 128] [--batch 8] [--size 128] [--rounds 3]
 
 The rivals are fvcore's `update_bn_stats` (pip install fvcore) and `torch.optim.swa_utils.update_bn`, which run the model once in training
-mode and give statistics that depend on the batch size. bnfold is timed whole, torch.export included. One round, which isn't counted,
-warms up each tool. The ratio is to the faster rival, the median of the rounds'. Memory is measured in a process for each.
+mode and give statistics that depend on the batch size. bnfold is timed whole, torch.export included. Each tool has a process of its own,
+as its users would run it: in one that they shared, those with small values would be given the memory that bnfold made for waiting ones,
+which spares them much of their time. They take turns, and one round, which isn't counted, warms up each. The ratio is to the faster
+rival, the median of the rounds'. Memory is measured in a fresh process for each.
 """
 
 from __future__ import annotations
@@ -51,6 +53,13 @@ def turn(tool: str, model: Any, data: list[torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
+def turns(tool: str, args: argparse.Namespace, ends: Any) -> None:
+    """Takes a turn for each True that comes through the pipe, and sends its seconds."""
+    model, data = model_and_data(args)
+    while ends.recv():
+        ends.send(turn(tool, model, data))
+
+
 def memory(tool: str, args: argparse.Namespace, queue: Any) -> None:
     """Puts the peak of a run's memory beyond what model and data take, in bytes."""
     model, data = model_and_data(args)
@@ -80,12 +89,19 @@ def main() -> None:
         tools.insert(1, "fvcore")
     else:
         print("fvcore isn't installed, so it isn't measured")
-    model, data = model_and_data(args)
+    context = multiprocessing.get_context("spawn")
+    pipes = {tool: context.Pipe() for tool in tools}
+    processes = [context.Process(target=turns, args=(tool, args, theirs)) for tool, (_, theirs) in pipes.items()]
+    for process in processes:
+        process.start()
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
     for number in range(args.rounds + 1):
         for tool in tools if number % 2 == 0 else tools[::-1]:
-            seconds[tool].append(turn(tool, model, data))
-    context = multiprocessing.get_context("spawn")
+            pipes[tool][0].send(True)
+            seconds[tool].append(pipes[tool][0].recv())
+    for process, (ours, _) in zip(processes, pipes.values(), strict=True):
+        ours.send(False)
+        process.join()
     for tool in tools:
         seconds[tool] = seconds[tool][1:]
         queue: Any = context.Queue()
