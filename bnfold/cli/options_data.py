@@ -73,6 +73,7 @@ class Shaping:
         from ..backends import is_module
 
         if not is_module(model):
+            self.shapes(model)  # shapes that don't fit are refused, whoever asks for them
             return None
         from ..backends.torch.trace import example_of, forward_names, random_example
 
@@ -89,9 +90,9 @@ class Shaping:
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""
-        from ..backends import family
+        from ..backends import is_module
 
-        if family(model) == "torch":
+        if is_module(model):
             return self.call(model)
         shapes = self.shapes(model)
         if shapes is None and self.seed == 0:
