@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from cases.builder import Net
 from networks import folded, model, small, weights
 from onnx import helper, numpy_helper
 
@@ -131,6 +132,22 @@ def test_a_weight_that_is_cast_counts_as_rounded_where_it_is_stored(wrong):
     coefficients = found.levels.coefficients
     assert (found.verdict, coefficients.verdict) == (("different",) * 2 if wrong else ("equivalent",) * 2), found.reason
     assert wrong or coefficients.worst <= 1.01
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weight_that_is_cast_down_counts_as_rounded_by_the_cast(turned):
+    """Stored in float64, computed in float32."""
+    w = np.random.default_rng(0).normal(size=(8, 3, 3, 3))
+    w = w.astype(np.float32) if turned else w
+    models = []
+    for kind in (np.float32, np.float64):
+        net = Net("cast down", opset=17)
+        stored = net.constant(w.astype(kind), "w")
+        net.output(net.relu(net.op("Conv", net.input("n", 3, 8, 8), stored if kind is np.float32 else net.op("Cast", stored, to=1))))
+        models.append(ir.from_proto(net.model()))
+    found = bnfold.verify(*(models[::-1] if turned else models))
+    assert found.levels.coefficients.worst <= 1.01, found.reason
+    assert found.verdict == "equivalent", found.reason
 
 
 # --- recalibrated, unfolded, folded by others -----------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ class Lowering:
         return self._tensors[v]
 
     def _cast_from(self, v: ir.Value) -> float | None:
-        """The largest number of the narrowest float type that a constant is a copy of, where it is cast."""
-        dtypes = []
+        """The largest number of the narrowest float type that a constant has or is a copy of, where it is cast."""
+        dtypes = [self.constants.dtype(v)]
         while (node := v.producer()) is not None and node.op_type in COPIES and is_standard(node) and node.inputs[0] is not None:
             v = node.inputs[0]
             dtypes.append(self.constants.dtype(v))

@@ -325,8 +325,8 @@ def reshaped(canonical: tuple[int, ...], stored: tuple[int, ...]) -> Layout:
 
 
 def _cast_from(argument: Op) -> float | None:
-    """The largest number of the narrowest float type that a constant is a copy of, where it is cast."""
-    dtypes = []
+    """The largest number of the narrowest float type that a constant has or is a copy of, where it is cast."""
+    dtypes = [dtype_of(argument)]
     while operator_name(argument) in COPIES and isinstance(source := argument.args[0], Op):
         argument = source
         dtypes.append(dtype_of(argument))
