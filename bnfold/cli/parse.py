@@ -40,7 +40,7 @@ def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str,
         name = name if equals else names[0]
         if name not in names:
             raise UsageError(f"{option} {text}: the model has no input '{name}'; its inputs are {', '.join(names)}")
-        if not re.fullmatch(r"\d{1,9}([,x]\d{1,9})*", sizes):
+        if not re.fullmatch(r"[0-9]{1,9}([,x][0-9]{1,9})*", sizes):
             raise UsageError(f"{option} {text}: not a shape; write it like 1,3,224,224")
         if colon and dtype not in TYPES:
             raise UsageError(f"{option} {text}: {dtype!r} is no type for an input; give one of {', '.join(TYPES)}")
