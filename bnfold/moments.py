@@ -182,9 +182,9 @@ class Pointwise:
         return 2 * into * (size + out) <= out * size
 
     def moments(self, mean: Any, products: Any) -> tuple[Any, Any]:
-        """Mean and M2 of each sample's output, [samples, C_out], from the mean m and the sum of (x - m)(x - m)^T of its input.
+        """Mean and M2 of each sample's output, [..., C_out], from the mean m and the sum of (x - m)(x - m)^T of its input.
 
-        mean: [samples, C_in]; products: [samples, C_in, C_in]. An affine map takes a mean m and a covariance C to W m + b and W C W^T
+        mean: [..., C_in]; products: [..., C_in, C_in]. An affine map takes a mean m and a covariance C to W m + b and W C W^T
         (Petersen & Pedersen, "The Matrix Cookbook", 2012, equations 315 and 313). In float64 that is nearer to what the exact outputs
         have than sums over outputs in float32 are, since those were rounded.
         """
@@ -236,14 +236,13 @@ def measure_samples(x: npt.NDArray[Any], axis: int = 1) -> Moments | Samples:
 def measure_through(x: npt.NDArray[Any], pointwise: Pointwise) -> Samples:
     """What the moments of a pointwise convolution's output are made of, from its input [samples, C_in, ...]."""
     rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    samples, channels, size = rows.shape if rows.size else (0, *rows.shape[1:])
-    mean, products = np.empty((samples, channels)), np.empty((samples, channels, channels))
+    samples, size = len(rows) if rows.size else 0, rows.shape[2]
+    means, m2 = np.empty((2, samples, len(pointwise.weight)))
     for i in range(samples):
         d = np.array(rows[i], np.float64)
-        mean[i] = np.einsum("cl->c", d) / size
-        d -= mean[i][:, None]
-        np.matmul(d, d.T, out=products[i])
-    means, m2 = pointwise.moments(mean, products)
+        mean = np.einsum("cl->c", d) / size
+        d -= mean[:, None]
+        means[i], m2[i] = pointwise.moments(mean, d @ d.T)
     return Samples(size, means, np.maximum(m2, 0))
 
 

@@ -334,9 +334,14 @@ def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) 
         array = array[:, None]  # samples of one channel
     if reading.per_activation:
         array = array.reshape(len(array), -1)
-    channels = layer.mean.size if reading.through is None else reading.through.weight.shape[1]
-    if array.shape[1] != channels:
-        raise DataError(f"micro-batch {batch + 1} brings {array.shape[1]} channels to {layer.name}, which has {channels}")
+    brought = array.shape[1]
+    if reading.through is not None:
+        out, into = reading.through.weight.shape
+        if brought != into:
+            raise DataError(f"micro-batch {batch + 1} brings {brought} channels to the convolution before {layer.name}, which takes {into}")
+        brought = out
+    if brought != layer.mean.size:
+        raise DataError(f"micro-batch {batch + 1} brings {brought} channels to {layer.name}, which has {layer.mean.size}")
     with np.errstate(invalid="ignore", over="ignore"):
         seen = stage.measure(array, reading.through)
     if not (np.isfinite(seen.mean).all() and np.isfinite(seen.m2).all()):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from cases.builder import Net
@@ -18,6 +19,7 @@ from torch import nn
 import bnfold
 from bnfold import stages
 from bnfold.backends.torch.moments import Meter
+from bnfold.errors import DataError
 from bnfold.moments import Moments, Pointwise, Samples, measure, measure_through, pool
 
 
@@ -166,6 +168,60 @@ CONVOLUTIONS = {
     "one by three": ({"kernel_size": (1, 3)}, False),
     "few outputs": ({"out_channels": 8}, False),
 }
+
+
+def test_one_large_sample_is_measured_in_blocks() -> None:
+    meter, x = Meter(torch.device("cpu")), torch.randn(1, 16, 256, 256)
+    found = pool([meter.measure(x)])
+    np.testing.assert_allclose(found.variance(), x.double().var((0, 2, 3), correction=0).numpy(), rtol=1e-6)
+    assert len(meter._room(1, torch.float32)) < x.numel()
+
+
+WEIGHTS: dict[str, Callable[[Net, str], str]] = {
+    "stored": lambda net, w: w,
+    "behind an Identity": lambda net, w: net.op("Identity", w),
+    "rounded on the way": lambda net, w: net.op("Cast", net.op("Cast", w, to=16), to=1),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_that_is_computed_is_taken_as_it_runs(name: str) -> None:
+    from bnfold.backends.onnx.lockstep import plan_of
+
+    net = Net("computed")
+    y = net.op("Conv", net.input("N", 4, 12, 11), WEIGHTS[name](net, net.weight(net.normal(24, 4, 1, 1))))
+    net.output(net.bn(y, 24), y)
+    model, data = ir.from_proto(net.model()), {"x": normal(8, 4, 12, 11, dtype=np.float32) + 3}
+    assert through_what(plan_of(model)) == [name != "rounded on the way"]
+    calibrated, _ = bnfold.recalibrate(model, [data])
+    outputs = onnxruntime.InferenceSession(net.model().SerializeToString(), providers=["CPUExecutionProvider"]).run(None, data)
+    wanted = measure(outputs[1])
+    norm = next(node for node in calibrated.graph if node.op_type == "BatchNormalization")
+    for value, array in zip(norm.inputs[3:], (wanted.mean, wanted.variance()), strict=True):
+        np.testing.assert_allclose(value.const_value.numpy(), array, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_data_do_not_reach_is_no_input() -> None:
+    """The convolution reads an initializer that callers may override."""
+    net = Net("overridable", ir=8)
+    net.hold = "overridable"
+    x = net.weight(net.normal(2, 4, 6, 7))
+    net.hold = "initializer"
+    y = net.bn(net.op("Add", net.conv(net.bn(net.input("N", 4, 6, 7), 4), 4, 24, 1), net.conv(x, 4, 24, 1)), 24)
+    net.output(y, net.bn(net.conv(x, 4, 24, 1), 24))
+    _, report = bnfold.recalibrate(ir.from_proto(net.model()), [{"x": normal(2, 4, 6, 7, dtype=np.float32)}])
+    assert len(report.layers) >= 2
+
+
+def test_channels_that_do_not_fit_are_told_apart() -> None:
+    net = Net("channels")
+    net.output(net.bn(net.conv(net.input("N", "C", 12, 11), 4, 24, 1), 24))
+    with pytest.raises(DataError, match=r"brings 5 channels to the convolution before BatchNormalization\w*, which takes 4"):
+        bnfold.recalibrate(ir.from_proto(net.model()), [{"x": normal(2, 5, 12, 11, dtype=np.float32)}])
+    net = Net("another size")
+    net.output(net.bn(net.conv(net.input("N", 4, 12, 11), 4, 24, 1), 12))
+    with pytest.raises(DataError, match=r"brings 24 channels to BatchNormalization\w*, which has 12"):
+        bnfold.recalibrate(ir.from_proto(net.model()), [{"x": normal(2, 4, 12, 11, dtype=np.float32)}])
 
 
 def single(dtype: torch.dtype = torch.float32, **given: Any) -> nn.Module:

@@ -138,7 +138,7 @@ class OnnxPlan:
         """A call that is measured without running the pointwise convolution before it, where nothing else reads that one's result."""
         made = call.source.producer()
         alone = len(call.source.uses()) == 1 and self.provider == "cpu" and not self._per_activation(call.node)
-        if made is None or not alone or not passes(made, self.constants, self._shapes):
+        if made is None or not alone or not made.inputs or self._is_fixed(arg(made)) or not passes(made, self.constants, self._shapes):
             return call
         return OnnxCall(call.node, arg(made), call.layer, through=made)
 

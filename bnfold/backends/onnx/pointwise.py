@@ -21,8 +21,8 @@ def passes(node: ir.Node, constants: Constants, shapes: Shapes) -> bool:
     """
     if node.op_type != "Conv" or not is_standard(node):
         return False
-    if not all(value is None or constants.is_constant(value) for value in node.inputs[1:]):
-        return False
+    if not all(value is None or (constants.is_constant(value) and constants.stored(value) is not None) for value in node.inputs[1:]):
+        return False  # what is computed may be rounded on the way
     source, weight = (shapes.probes(arg(node, i)) for i in (0, 1))
     if source is None or weight is None or None in weight[0] or None in source[0][2:] or len(source[0]) != len(weight[0]):
         return False
