@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .affine import Affine, Array, Blocked
@@ -27,20 +29,32 @@ def _strict(a: Affine, node: Node) -> Affine:
 
 
 def commutes(**conditions: bool) -> Rule:
-    """f(a(x)) = a(f(x)) for every map that meets the conditions (`Affine.require`) and is constant along the mixed axes."""
+    """f(a(x)) = a(f(x)) for every map that meets the conditions (`Affine.require`) and is constant along the mixed axes.
+
+    Where each window holds one element (`attrs["picks"]`), f only picks positions, and there are no conditions.
+    """
+
+    def crosses(node: Node, a: Affine) -> Affine:
+        return _fixed(a, node) if node.attrs.get("picks") else _fixed(_strict(a, node), node).require(**conditions)
 
     def up(node: Node, a: Affine) -> list[Step]:
         if node.attrs.get("drops"):  # the mixed axes are gone from the output
             a = a.map(lambda c: np.expand_dims(c, node.attrs["mixes"]))
-        return [Step([_fixed(_strict(a, node), node).require(**conditions)])]
+        return [Step([crosses(node, a)])]
 
     def down(node: Node, maps: list[Affine]) -> list[Step]:
-        a = _fixed(_strict(maps[0], node), node).require(**conditions)
+        a = crosses(node, maps[0])
         if node.attrs.get("drops"):
             a = a.map(lambda c: np.squeeze(c, node.attrs["mixes"]))
         return [Step([a])]
 
     return Rule(up, down)
+
+
+def picks(sizes: Sequence[int | None], kernel: Sequence[int], dilation: Sequence[int], *, padded: bool) -> bool:
+    """Whether each window of a pool holds one element: along every axis its kernel is 1, or there is only one element to hold."""
+    spread = zip(sizes, kernel, dilation, strict=True)
+    return all((k == 1 and not padded) or (n == 1 and d == 1) for n, k, d in spread)
 
 
 def sum_up(node: Node, a: Affine) -> list[Step]:

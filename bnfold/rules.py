@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
     "Crop": ANY,  # a slice by computed bounds
     "Move": MOVE,  # out[i] = in[source(i)]: the coefficients move as the data do
     # maps that keep the order cross
-    "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise
+    "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise; of one element any map
     # stretchings cross
     "Relu": STRETCHING,  # relu(s*x) = s*relu(x) if s >= 0; leaky, parametric, absolute value, L1 and L2 norms
     # maps that fix the fill cross

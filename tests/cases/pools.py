@@ -132,6 +132,27 @@ CASES.case("ReduceMax, positive scales", 13, draw=partial(maximum, kind="ReduceM
 CASES.case("ReduceMax, some scales negative", 13, draw=partial(maximum, kind="ReduceMax", positive=False), left=1, reason="negative")
 
 
+def picking(net: Net, *, op: str = "MaxPool", size: tuple[Any, ...] = ("H", "W"), **attrs: Any) -> None:
+    """A maximum of one element only picks positions."""
+    y = net.op(op, net.conv(net.input("N", 4, *size), 4, 6), **attrs)
+    net.output(net.bn(y, 6))
+
+
+CASES.case("MaxPool whose kernel is 1, with a stride", 13, draw=partial(picking, kernel_shape=[1, 1], strides=[2, 2]))
+CASES.case("MaxPool whose kernel is 1 along one axis", 13, draw=partial(picking, kernel_shape=[1, 2]), left=1, reason="negative")
+CASES.case("MaxPool along axes of one element", 13, draw=partial(picking, size=(3, 3), kernel_shape=[3, 3], pads=[1] * 4))
+CASES.case("GlobalMaxPool over one element", 13, draw=partial(picking, op="GlobalMaxPool", size=(3, 3)))
+CASES.case("ReduceMax over axes of one element", 13, draw=partial(picking, op="ReduceMax", size=(3, 3), axes=[2, 3]))
+
+
+@CASES.case("MaxPool of one element whose indices are an output, a scale of zero", 13, 48, lively=False)
+def _(net: Net) -> None:
+    y, places = net.ops("MaxPool", net.conv(net.input("N", 4, "H", "W"), 4, 3), outputs=2, kernel_shape=[1, 1], strides=[2, 1])
+    gamma, *rest = (net.weight(a, "p") for a in (np.array([0.7, 0.0, -1.3]), net.normal(3), net.normal(3), np.array([0.5, 1.5, 0.8])))
+    net.output(net.bn(y, params=[gamma, *rest]))
+    net.output(places, dtype=np.int64)
+
+
 @CASES.case("MaxPool, a scale of zero among positive ones", 13, 48, lively=False)
 def _(net: Net) -> None:
     y = net.op("MaxPool", net.conv(net.input("N", 4, "H", "W"), 4, 3), kernel_shape=[2, 2])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...crossing import picks
 from ...graph import Layout, Param
 from .constants import FLOATS
 from .lower import Lowering, given
@@ -85,6 +86,7 @@ def windowed(op: str) -> Lower:
         if mixes is None:
             return "the rank of its input isn't known"
         attrs: dict[str, Any] = {"mixes": mixes, "strict": op == "Max" and used(node, 1)}  # a scale of 0 would move its indices
+        attrs["picks"] = op == "Max" and _picks(ctx, node, mixes)
         counted = attribute(node, "count_include_pad", 0) and (pads(node) or attribute(node, "ceil_mode", 0))
         if op == "Average" and counted:
             ctx.emit("Pad", node, [arg(node)], {**attrs, "fill": 0.0})
@@ -93,6 +95,16 @@ def windowed(op: str) -> Lower:
         return None
 
     return lower
+
+
+def _picks(ctx: Lowering, node: ir.Node, axes: tuple[int, ...]) -> bool:
+    """Whether each window of a maximum holds one element."""
+    sizes = ctx.value(arg(node)).sizes
+    along = [None if sizes is None else sizes[axis] for axis in axes]
+    if "kernel_shape" not in node.attributes:
+        return all(n == 1 for n in along)
+    kernel = wholes(node, "kernel_shape")
+    return picks(along, kernel, wholes(node, "dilations") or (1,) * len(axes), padded=pads(node, kernel))
 
 
 def pads(node: ir.Node, kernel: tuple[int, ...] | None = None) -> bool:
@@ -116,7 +128,8 @@ def reduced(op: str) -> Lower:
                 return "it reduces nothing"
             axes = range(rank)
         mixes = tuple(sorted({int(axis) % rank for axis in axes}))
-        ctx.emit(op, node, [arg(node)], {"mixes": mixes, "drops": not attribute(node, "keepdims", 1)})
+        attrs = {"mixes": mixes, "drops": not attribute(node, "keepdims", 1), "picks": op == "Max" and _picks(ctx, node, mixes)}
+        ctx.emit(op, node, [arg(node)], attrs)
         return None
 
     return lower

@@ -339,6 +339,12 @@ def largest(dtype: torch.dtype | None) -> float:
     return float(torch.finfo(dtype if dtype in FLOATS else torch.float32).max)
 
 
+def each(sizes: Any, count: int) -> tuple[int, ...]:
+    """A setting for each spatial axis; one number or a list of one holds for all of them."""
+    found = tuple(int(n) for n in sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
+    return found * count if len(found) == 1 else found
+
+
 def ones_like(rank: int, axis: int, size: int) -> tuple[int, ...]:
     """A shape of ones with one size."""
     return tuple(size if i == axis else 1 for i in range(rank))

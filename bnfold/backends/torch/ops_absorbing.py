@@ -10,7 +10,7 @@ from torch.fx import Node as Op
 from ...affine import Array
 from ...graph import Layout, Param
 from ...merge import Window
-from .lower import Lowering, Slot
+from .lower import Lowering, Slot, each
 from .walk import arguments, is_float, operator_name
 
 NO_WEIGHT = "its weight is no constant that can be rewritten"
@@ -27,7 +27,7 @@ def conv(ctx: Lowering, op: Op) -> str | None:
         return "its input has no batch axis"
     groups, kernel = int(given["groups"]), shape[2:]
     transposed = bool(given.get("transposed", "transpose" in name))
-    stride, dilation = (_each(given[key], len(kernel)) for key in ("stride", "dilation"))
+    stride, dilation = (each(given[key], len(kernel)) for key in ("stride", "dilation"))
     padding = _padding(given["padding"], kernel, dilation)
     slots: dict[str, Slot | str] = {"weight": "weight"}
     attrs: dict[str, Any] = {"groups": groups}
@@ -36,7 +36,7 @@ def conv(ctx: Lowering, op: Op) -> str | None:
         canonical = (out, into // groups, *kernel)
         weight = Param(weight.tensor, canonical, _swapped(shape, canonical, groups))
         plain = all(k == 1 for k in kernel) and all(s == 1 for s in stride) and not any(map(sum, padding))
-        attrs |= {"uniform": plain and not any(_each(given["output_padding"], len(kernel))), "uneven": "its outputs see different taps"}
+        attrs |= {"uniform": plain and not any(each(given["output_padding"], len(kernel))), "uneven": "its outputs see different taps"}
     else:
         out = shape[0]
         attrs |= {"uniform": not any(map(sum, padding)), "uneven": "it pads with zeros"}
@@ -53,11 +53,6 @@ def conv(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def _each(sizes: Any, count: int) -> tuple[int, ...]:
-    found = tuple(int(n) for n in sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
-    return found * count if len(found) == 1 else found
-
-
 def _padding(given: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
     """Zeros before and after, for each spatial axis; "same" puts the odd one behind."""
     if given == "valid":
@@ -65,7 +60,7 @@ def _padding(given: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> 
     if given == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [(n // 2, n - n // 2) for n in total]
-    return [(n, n) for n in _each(given, len(kernel))]
+    return [(n, n) for n in each(given, len(kernel))]
 
 
 def _swapped(stored: tuple[int, ...], canonical: tuple[int, ...], groups: int) -> Layout:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.fx import Node as Op
 
+from ...crossing import picks
 from ...graph import Param
-from .lower import Lowering, Slot
+from .lower import Lowering, Slot, each
 from .ops_moves import mirror_pad
 from .walk import arguments, is_float, operator_name
 
@@ -78,6 +79,8 @@ def windowed(kind: str) -> Lower:
             return "its output isn't used"
         attrs: dict[str, Any] = {"mixes": tuple(range(rank - dims, rank)), "strict": 1 in items}
         padded = any(ctx.sizes.static(given.get("padding"), [0]) or [0])
+        if kind == "Max":
+            attrs["picks"] = _picks(ctx, op, out, dims, padded=padded)
         counted = given.get("count_include_pad") and padded
         if kind == "Average" and given.get("divisor_override") is not None:
             return "it divides by another number than it adds"
@@ -89,6 +92,18 @@ def windowed(kind: str) -> Lower:
         return None
 
     return lower
+
+
+def _picks(ctx: Lowering, op: Op, out: Op, dims: int, *, padded: bool) -> bool:
+    """Whether each window of a maximum holds one element."""
+    given, before, after = arguments(op), ctx.value(first(op)), ctx.value(out)
+    if "kernel_size" not in given:  # adaptive: as many windows as elements
+        pairs = zip(before.probes or (), after.probes or (), strict=True)
+        return before.probes is not None and all(None not in a and a == b for a, b in pairs)
+    kernel, dilation = (ctx.sizes.static(given[key], None) for key in ("kernel_size", "dilation"))
+    if kernel is None or dilation is None:
+        return False
+    return picks((before.sizes or (None,) * ctx.rank(first(op)))[-dims:], each(kernel, dims), each(dilation, dims), padded=padded)
 
 
 def reduced(kind: str) -> Lower:
@@ -109,6 +124,8 @@ def reduced(kind: str) -> Lower:
             return "its output isn't used"
         mixes = tuple(sorted({int(axis) % rank for axis in axes})) if rank else ()
         attrs = {"mixes": mixes, "drops": not given.get("keepdim", False), "strict": 1 in items}
+        sizes = ctx.value(x).sizes
+        attrs["picks"] = kind == "Max" and sizes is not None and all(sizes[axis] == 1 for axis in mixes)
         ctx.emit(kind, op, [x], attrs, output=None if out is op else out)
         ctx.done.update(items.values())
         return None
