@@ -291,7 +291,7 @@ def _checked(graph: Graph, site: Site, draft: Draft) -> Draft:
                 if user.params[other].layout.name != param.layout.name or twin is None or not twin.same_as(update):
                     raise Blocked(f"{param.tensor.name} of {node.name} is shared with {user.name}")
         if param.tensor is not None and param.tensor.quantised is not None:
-            _fits_integers(param.tensor.name, param.tensor.quantised, param, update)
+            _fits_integers(param.tensor.name, param.tensor.quantised, param.rescaling(param.updated(update)))
         _fits_type(node, role, param, update)
     return draft
 
@@ -302,13 +302,13 @@ def _is_empty(param: Param, update: Affine) -> bool:
     return update.is_identity
 
 
-def _fits_integers(name: str, stored: Quantised, param: Param, update: Affine) -> None:
+def _fits_integers(name: str, stored: Quantised, rescaling: tuple[int, Array] | None) -> None:
     """Blocked unless a quantised weight stays what its integers say, up to a scale for each channel."""
-    total = param.updated(update)
-    if total.shift.any() or any(n > 1 and axis != stored.axis for axis, n in enumerate(total.scale.shape)):
-        raise Blocked(f"{name} is quantised, with its scales along axis {stored.axis} alone")
-    scales = np.broadcast_to(total.scale.reshape(-1), len(stored.negatable))
-    if stuck := [k for k, (s, able) in enumerate(zip(scales, stored.negatable, strict=True)) if s < 0 and not able]:
+    if rescaling is None:
+        where = "any one axis" if stored.axis is None else f"axis {stored.axis}"
+        raise Blocked(f"{name} is quantised, and can be scaled along {where} alone")
+    axis, scales = rescaling
+    if stuck := [k for k, (s, able) in enumerate(zip(scales, stored.negatable(axis), strict=True)) if s < 0 and not able]:
         raise Blocked(f"{name} is quantised, and channel {stuck[0]} would need the negative of an integer that has none")
 
 

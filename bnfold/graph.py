@@ -42,11 +42,12 @@ class Value:
 class Quantised:
     """A tensor stored as integers with a scale: it can only be scaled along one axis, and negated where the integers allow it.
 
-    negatable: for each place along the axis, whether all of its integers have a negative in the stored type.
+    axis: of its scales in the stored array; None where it has one scale, which can become several along any axis. negatable: for each
+    place along an axis, whether all of its integers have a negative in the stored type.
     """
 
-    axis: int
-    negatable: tuple[bool, ...]
+    axis: int | None
+    negatable: Callable[[int], tuple[bool, ...]]
 
 
 @dataclass(eq=False)
@@ -109,6 +110,22 @@ class Param:
 
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)
+
+    def rescaling(self, total: Affine) -> tuple[int, Array] | None:
+        """The axis of a quantised array along which a map scales it, and the factors; None where that is not all that it does."""
+        assert self.tensor is not None
+        assert self.tensor.quantised is not None
+        if total.shift.any() or not self.layout.linear:
+            return None
+        factors = self.layout.stored(self.layout.canonical(np.ones(self.tensor.shape)) * total.scale)
+        if factors.shape != self.tensor.shape:
+            return None
+        axis = self.tensor.quantised.axis
+        varying = [i for i in range(factors.ndim) if (factors != factors.take([0], i)).any()]
+        chosen = (varying[0] if varying else 0) if axis is None else axis
+        if varying and varying != [chosen]:
+            return None
+        return chosen, factors[tuple(slice(None) if i == chosen else 0 for i in range(factors.ndim))]
 
 
 @dataclass(frozen=True, eq=False)

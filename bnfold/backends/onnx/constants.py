@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .shapes import Shapes
-from .walk import held_tensor, is_standard, subgraphs, whole
+from .walk import is_standard, stored_tensor, subgraphs, whole
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
@@ -89,11 +89,7 @@ class Constants:
             self._values[value] = self._evaluate(value)
         return self._values[value]
 
-    def stored(self, value: ir.Value) -> ir.TensorProtocol | None:
-        """The tensor in the file that holds this constant, seen through Constant nodes and Identity."""
-        while (node := value.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
-            value = node.inputs[0]
-        return held_tensor(value)
+    stored = staticmethod(stored_tensor)
 
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """The type in which the constant is stored or computed."""

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
 from .constants import CONTROL, FLOATS, Constants, value_inputs
 from .shapes import Shapes
-from .walk import all_graphs, attribute, is_standard, name_of, subgraphs
+from .walk import all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
 
 COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 
@@ -129,17 +129,17 @@ class Lowering:
 
     def tensor(self, v: ir.Value) -> Tensor | None:
         """The constant as a tensor that may be rewritten; None where it is not a float constant or is stored quantised."""
-        while (node := v.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
-            v = node.inputs[0]
+        v = behind_identity(v)
         if v not in self._tensors:
             dtype = self.constants.dtype(v) if self.constants.is_constant(v) else None
             quantised = None
             if dtype not in FLOATS:
                 return None
-            if self._quantised(v) and len(self._get(v).shape) > 1:  # a bias is small enough to become floats
-                quantised = self._integers(v)
-                if quantised is None:
+            if self._makers(v, "DequantizeLinear") and len(self._get(v).shape) > 1:  # a bias is small enough to become floats
+                found = self._integers(v)
+                if isinstance(found, str):
                     return None
+                quantised = found
             stored = self.constants.stored(v)
             shape = tuple(stored.shape.numpy()) if stored is not None else self._get(v).shape
             made = Tensor(v.name or "", lambda v=v: self._get(v), shape, largest(dtype), v, dtype, quantised=quantised)  # type: ignore[misc]
@@ -161,33 +161,49 @@ class Lowering:
         assert array is not None
         return array
 
-    def _integers(self, v: ir.Value) -> Quantised | None:
-        """How a weight behind DequantizeLinear may change; None where it is quantised in another way (blocked, or further back)."""
+    def _integers(self, v: ir.Value) -> Quantised | str:
+        """How a weight behind DequantizeLinear may change; a clause that says why not where it may not."""
         node = v.producer()
-        if node is None or node.op_type != "DequantizeLinear" or self.opset < 13 or attribute(node, "block_size", 0):
-            return None
+        if self._makers(v, "QuantizeLinear"):
+            return "is rounded by QuantizeLinear"
+        if node is None or node.op_type != "DequantizeLinear":
+            return "is quantised, and computed further behind DequantizeLinear"
+        if self.opset < 13:
+            return f"is quantised, and opset {self.opset} has no scale for each channel"
+        if attribute(node, "block_size", 0):
+            return "is quantised in blocks"
         q, scale = self.const(node, 0), self.const(node, 1)
-        if q is None or scale is None or q.dtype not in (np.int8, np.uint8, np.int16, np.uint16) or q.ndim < 2:
-            return None
-        axis = int(attribute(node, "axis", 1)) % q.ndim if scale.size > 1 else 0  # type: ignore[call-overload]
+        if q is None or scale is None or any(x is not None and self.constants.stored(x) is None for x in node.inputs):
+            return "is quantised, and its integers or their scales are computed"
+        if q.dtype not in (np.int8, np.uint8, np.int16, np.uint16):
+            return f"is quantised as {q.dtype}, whose scales aren't changed"
         zero = self.const(node, 2)
-        mirrored = 2 * self._along(np.zeros((), q.dtype) if zero is None else zero, axis, q.ndim).astype(np.int64) - q
-        kind = np.iinfo(q.dtype)
-        able = ((mirrored >= kind.min) & (mirrored <= kind.max)).all(axis=tuple(i for i in range(q.ndim) if i != axis))
-        return Quantised(axis, tuple(bool(x) for x in able))
+        axis = whole(node, "axis", 1) % q.ndim if max(scale.size, 1 if zero is None else zero.size) > 1 else None
 
-    @staticmethod
-    def _along(c: npt.NDArray[Any], axis: int, rank: int) -> npt.NDArray[Any]:
-        return c.reshape([-1 if i == axis else 1 for i in range(rank)])
+        def negatable(along: int) -> tuple[bool, ...]:
+            middle = 0 if zero is None else zero.astype(np.int64).reshape([-1 if i == axis else 1 for i in range(q.ndim)])
+            mirrored, kind = 2 * middle - q.astype(np.int64), np.iinfo(q.dtype)
+            stuck = np.argwhere((mirrored < kind.min) | (mirrored > kind.max))[:, along]
+            return tuple(k not in stuck for k in range(q.shape[along]))
 
-    def _quantised(self, v: ir.Value) -> bool:
-        """Whether a constant is computed from integers that stand for floats."""
+        return Quantised(axis, negatable)
+
+    def no_tensor(self, node: ir.Node, index: int, role: str) -> str:
+        """Why an input can't be rewritten, where `param` gave none."""
+        v = given(node, index)
+        if v is not None and self.constants.is_constant(v) and self._makers(v, "DequantizeLinear"):
+            how = self._integers(behind_identity(v))
+            return f"its {role} {how if isinstance(how, str) else 'is quantised'}"
+        return f"its {role} is not a float constant, or callers may override it"
+
+    def _makers(self, v: ir.Value, op_type: str) -> bool:
+        """Whether an operator of this type takes part in the making of a constant."""
         stack, seen = [v], {v}
         while stack:
             node = stack.pop().producer()
             if node is None:
                 continue
-            if node.op_type == "DequantizeLinear":
+            if node.op_type == op_type and is_standard(node):
                 return True
             for x in value_inputs(node):
                 if x is not None and x not in seen:
@@ -202,8 +218,6 @@ class Lowering:
         if tensor is None:
             return None
         shape = tensor.shape if shape is None else shape
-        if tensor.quantised is not None and (layout is not None or shape != tensor.shape):
-            return None
         if layout is None:
             stored_shape = tensor.shape
             layout = AS_STORED if shape == stored_shape else reshaped(shape, stored_shape)

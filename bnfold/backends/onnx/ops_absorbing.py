@@ -18,7 +18,7 @@ from .walk import arg, attribute, number, whole, wholes
 def conv(ctx: Lowering, node: ir.Node) -> str | None:
     weight = ctx.param(node, 1)
     if weight is None:
-        return "its weight is not a float constant, or callers may override it"
+        return ctx.no_tensor(node, 1, "weight")
     if (why := _bias_trouble(ctx, node, 2)) is not None:
         return why
     shape, groups = weight.shape, whole(node, "group", 1)
@@ -63,7 +63,7 @@ def _window(node: ir.Node, kernel: tuple[int, ...]) -> Window | None:
 def _bias_trouble(ctx: Lowering, node: ir.Node, index: int) -> str | None:
     v = given(node, index)
     if v is not None and ctx.tensor(v) is None:
-        return "its bias is not a float constant, or callers may override it"
+        return ctx.no_tensor(node, index, "bias")
     return None
 
 
@@ -84,8 +84,10 @@ def gemm(ctx: Lowering, node: ir.Node) -> str | None:
     """alpha * A' @ B' + beta * C with one of A and B constant."""
     which = next((i for i in (1, 0) if ctx.is_const(node, i)), None)
     param = None if which is None else ctx.param(node, which)
-    if which is None or param is None:
+    if which is None:
         return "neither of its matrices is a float constant that callers may not override"
+    if param is None:
+        return ctx.no_tensor(node, which, "weight")
     if (why := _bias_trouble(ctx, node, 2)) is not None:
         return why
     alpha, beta = (number(node, name, 1.0) for name in ("alpha", "beta"))
@@ -132,7 +134,7 @@ def matmul(ctx: Lowering, node: ir.Node) -> str | None:
     assert x is not None
     rank = ctx.rank(x)
     if weight is None:
-        return "its weight is not a float constant, or callers may override it"
+        return ctx.no_tensor(node, which, "weight")
     if rank is None or rank < 2 or len(weight.shape) < 2:
         return "an operand is a vector, or of unknown rank"
     letters = "abcdefgh"[: max(rank, len(weight.shape)) - 2]
@@ -156,8 +158,10 @@ def einsum(ctx: Lowering, node: ir.Node) -> str | None:
         y = "".join(sorted(name for name in set(left) - {","} if left.count(name) == 1))
     which = 1 if ctx.is_const(node, 1) else 0
     weight = ctx.param(node, which)
-    if "." in equation or weight is None or any(len(set(t)) != len(t) for t in (*terms, y)):
-        return "its equation has an ellipsis or a diagonal, or its constant is quantised"
+    if weight is None:
+        return ctx.no_tensor(node, which, "constant")
+    if "." in equation or any(len(set(t)) != len(t) for t in (*terms, y)):
+        return "its equation has an ellipsis or a diagonal"
     x, w = terms[1 - which], terms[which]
     if set(x) - set(w) - set(y) or set(w) - set(x) - set(y) or 1 in weight.shape:
         return "its equation sums over one operand alone, or broadcasts"
@@ -180,8 +184,10 @@ def gather(ctx: Lowering, node: ir.Node) -> str | None:
     if not ctx.is_const(node, 0):
         return MOVES["Gather"](ctx, node) if ctx.is_const(node, 1) else "its indices are computed"
     table, rank = ctx.param(node, 0), ctx.rank(arg(node, 1))
-    if table is None or rank is None:
-        return "its table is not a float constant, or the rank of its indices isn't known"
+    if table is None:
+        return ctx.no_tensor(node, 0, "table")
+    if rank is None:
+        return "the rank of its indices isn't known"
     axis = whole(node, "axis", 0) % len(table.shape)
     axes = [i if i < axis else None if i == axis else i + rank - 1 for i in range(len(table.shape))]
     ctx.emit("Table", node, [arg(node, 1)], {"axes": axes}, {"table": table}, {"table": 0})
@@ -191,7 +197,7 @@ def gather(ctx: Lowering, node: ir.Node) -> str | None:
 def recurrent(ctx: Lowering, node: ir.Node) -> str | None:
     weight = ctx.param(node, 1)
     if weight is None:
-        return "its input weight is not a float constant, or callers may override it"
+        return ctx.no_tensor(node, 1, "input weight")
     if (why := _bias_trouble(ctx, node, 3)) is not None:
         return why
     size = (weight.shape[0], 2 * weight.shape[1])
@@ -209,8 +215,10 @@ def normalisation(ctx: Lowering, node: ir.Node) -> str | None:
     """InstanceNormalization, LayerNormalization, GroupNormalization (opset 21 on): their own scale and bias."""
     x, tensor = arg(node), None if given(node, 1) is None else ctx.tensor(arg(node, 1))
     rank = ctx.rank(x)
-    if tensor is None or rank is None:
-        return "its own scale is not a float constant, or the rank of its input isn't known"
+    if tensor is None:
+        return ctx.no_tensor(node, 1, "own scale")
+    if rank is None:
+        return "the rank of its input isn't known"
     if node.op_type == "GroupNormalization" and ctx.opset < 21:
         return "its own scale is per group before opset 21"
     if (why := _bias_trouble(ctx, node, 2)) is not None:
@@ -224,7 +232,7 @@ def normalisation(ctx: Lowering, node: ir.Node) -> str | None:
     )
     gamma = ctx.param(node, 1, shape)
     if gamma is None:
-        return "its own scale is quantised"
+        return ctx.no_tensor(node, 1, "own scale")
     ctx.emit("Normalisation", node, [x], {}, {"gamma": gamma, "beta": beta}, {"gamma": 1, "beta": 2})
     for extra in node.outputs[1:]:
         ctx.value(extra)  # statistics, which its own affine part doesn't touch

@@ -105,7 +105,7 @@ def arithmetic(ctx: Lowering, node: ir.Node) -> str | None:
     tensor, rank = ctx.tensor(c), ctx.rank(x)
     array = ctx.constants.get(c)
     if tensor is None or array is None:
-        return "its constant is quantised"
+        return ctx.no_tensor(node, which, "constant")
     if rank is None:
         return "the rank of its input isn't known"
     if node.op_type == "Div" and which == 0:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ...errors import ModelError
@@ -108,7 +106,13 @@ def held_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     return None
 
 
-def get_constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The array that an initializer or a Constant node holds, in its stored type."""
-    tensor = None if value is None else held_tensor(value)
-    return None if tensor is None else tensor.numpy()
+def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor that holds this constant, seen through Constant nodes and Identity."""
+    return held_tensor(behind_identity(value))
+
+
+def behind_identity(value: ir.Value) -> ir.Value:
+    """The value itself, or what it is a copy of."""
+    while (node := value.producer()) is not None and node.op_type == "Identity" and is_standard(node) and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value

@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from ... import rounding
 from ...affine import Array
-from ...graph import Graph, Node, Quantised
+from ...graph import Graph, Node
 from ...merge import Merge
 from .lower import Native
-from .walk import all_graphs, all_nodes, get_constant
+from .walk import all_graphs, all_nodes, stored_tensor
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -100,7 +100,7 @@ class _Writer:
             if old is None:
                 value = self._initializer(f"{node.name}.{role}", array)
             elif param.tensor is not None and param.tensor.quantised is not None and param.update is not None:
-                value = self._rescaled(old, param.tensor.quantised, param.update.scale)
+                value = self._rescaled(old, *(param.rescaling(param.update) or ()))
             else:
                 shared = param.tensor is not None and len(param.tensor.users) > 1
                 key = (old, array.shape, array.tobytes() if shared else b"")
@@ -161,16 +161,16 @@ class _Writer:
             self.model.graph.inputs.append(value)
         return value
 
-    def _rescaled(self, old: ir.Value, how: Quantised, scale: Array) -> ir.Value:
-        """A DequantizeLinear like the one that makes `old`: its scales times |scale|, its integers negated where that is negative."""
+    def _rescaled(self, old: ir.Value, axis: int, factor: Array) -> ir.Value:
+        """A DequantizeLinear like the one that makes `old`: its scales times |factor|, its integers negated where that is negative."""
         node = old.producer()
         assert node is not None
-        q, old_scale, zero = (get_constant(v) for v in (*node.inputs, None)[:3])
+        held = [None if v is None else stored_tensor(v) for v in (*node.inputs, None)[:3]]
+        q, old_scale, zero = (None if tensor is None else tensor.numpy() for tensor in held)
         assert q is not None
         assert old_scale is not None
-        factor = np.broadcast_to(scale.reshape(-1), len(how.negatable))
         scales = np.abs(factor) * old_scale.astype(np.float64).reshape(-1)
-        along = [-1 if i == how.axis else 1 for i in range(q.ndim)]
+        along = [-1 if i == axis else 1 for i in range(q.ndim)]
         zeros = np.zeros(1, q.dtype) if zero is None else zero.reshape(-1)
         zeros = np.broadcast_to(zeros, len(factor))
         mirrored = 2 * zeros.reshape(along).astype(np.int64) - q
@@ -182,7 +182,7 @@ class _Writer:
             self._initializer(f"{name}.zero_point", np.ascontiguousarray(zeros)),
         ]
         attributes = [a for key, a in node.attributes.items() if key != "axis"]
-        copy = ir.Node("", "DequantizeLinear", inputs, [*attributes, ir.AttrInt64("axis", how.axis)], num_outputs=1)
+        copy = ir.Node("", "DequantizeLinear", inputs, [*attributes, ir.AttrInt64("axis", axis)], num_outputs=1)
         value = copy.outputs[0]
         value.name, value.type, value.shape = self._free(name, self.names), old.type, old.shape
         assert node.graph is not None
