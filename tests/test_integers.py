@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from cases import Net
-from compare import batchnorms, difference, feeds, run_double
+from compare import batchnorms, difference, feeds, interface, run_double
 
 import bnfold
 
@@ -45,3 +46,23 @@ def test_a_shape_that_the_data_decide_stays_open() -> None:
     model = net.model()
     report = bnfold.inspect(model)
     assert report.batchnorms.after == 1
+
+
+@pytest.mark.parametrize("size", [-1, -7, 0, "", "?", None])
+def test_an_axis_without_a_size_is_open(size: int | str | None) -> None:
+    """Old exporters write -1 for an open batch."""
+    net = Net("open axis", opset=13)
+    x, z = (net.input(size, 4, 8, 8, name=name) for name in "xz")
+    net.output(net.relu(net.bn(net.conv(x, 4, 6), 6)), net.relu(z), shape=[size, 6, 6, 6])
+    net.outputs[1].CopyFrom(onnx.helper.make_tensor_value_info(net.outputs[1].name, 1, [size, 4, 8, 8]))
+    model = net.model()
+    fused, report = bnfold.fuse(model)
+    assert report.batchnorms.after == 0
+    assert interface(fused) == interface(model)
+    rng = np.random.default_rng(0)
+    x5 = rng.standard_normal((5, 4, 8, 8)).astype(np.float32)
+    assert bnfold.verify(model, fused, [{"x": x5, "z": x5}]).verdict == "equivalent"
+    assert bnfold.verify(model, fused).verdict == "equivalent"
+    fresh, measured = bnfold.recalibrate(model, [{"x": x5, "z": x5}])
+    assert measured.samples == 5
+    assert interface(fresh) == interface(model)

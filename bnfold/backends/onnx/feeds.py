@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import UnsupportedError
+from .walk import axes
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
@@ -26,15 +27,16 @@ def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
             continue
         dtype = _numpy_dtype(value)
         given = None if feeds is None else feeds.get(value.name)
-        axes = (None,) * given.ndim if value.shape is None and given is not None else _axes(value)
-        specs.append(InputSpec(value.name, dtype, axes))
+        shape = (None,) * given.ndim if value.shape is None and given is not None else _axes(value)
+        specs.append(InputSpec(value.name, dtype, shape))
     return specs
 
 
 def _axes(value: ir.Value) -> tuple[int | str | None, ...]:
-    if value.shape is None:
+    stated = axes(value)
+    if stated is None:
         raise UnsupportedError(f"input {value.name!r} doesn't state its rank; write the model again with a shape for it")
-    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return stated
 
 
 def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:

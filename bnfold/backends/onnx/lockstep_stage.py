@@ -23,7 +23,7 @@ from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
 from .providers import assigned, honoured, name_nodes, one_line, resolve, runtime, start
-from .walk import attribute
+from .walk import attribute, open_axes
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
 LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
@@ -207,6 +207,7 @@ def _proto(
         else:
             info.type.tensor_type.elem_type = kinds[_name(value)]
         graph.input.append(info)
+    open_axes(graph)
     for value in cut.makes:
         graph.output.append(onnx.ValueInfoProto(name=_name(value)))
     lent: dict[str, npt.NDArray[Any]] = {}

@@ -19,6 +19,7 @@ from ...subject import Placement
 from ...values import shape_text
 from .feeds import inputs
 from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
+from .walk import open_axes
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
@@ -141,6 +142,7 @@ def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelP
     """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
     proto = ir.to_proto(model)
     del proto.graph.initializer[:]
+    open_axes(proto.graph)
     if initializers:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from .integers import settle
-from .walk import subgraphs
+from .walk import axes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
 BATCH_SIZES = (2, 3)
@@ -60,7 +60,8 @@ class Shapes:
             if kind.tensor_type.elem_type:
                 self._types[value] = kind.tensor_type.elem_type
             if kind.tensor_type.HasField("shape"):
-                found[value] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim)
+                dims = kind.tensor_type.shape.dim
+                found[value] = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in dims)
         for node, node_proto in zip(graph, proto.node, strict=False):
             inner = {a.name: a for a in node_proto.attribute}
             for name, subgraph in subgraphs(node):
@@ -78,8 +79,8 @@ class Shapes:
         found = tuple(probe[value] for probe in self._probes if value in probe)
         if len(found) == len(self._probes) and len({len(dims) for dims in found}) == 1:
             return found
-        if value.shape is not None:
-            return (tuple(dim if isinstance(dim, int) else None for dim in value.shape),) * len(self._probes)
+        if (stated := axes(value)) is not None:
+            return (tuple(dim if isinstance(dim, int) else None for dim in stated),) * len(self._probes)
         return None
 
     def rank(self, value: ir.Value) -> int | None:
@@ -97,10 +98,9 @@ class Shapes:
 def _probe_sizes(model: ir.Model) -> Iterator[dict[tuple[str, int], int]]:
     """For each probe, a size for every dynamic axis of every input."""
     dynamic = [
-        (value.name or "", axis, dim.value if isinstance(dim, ir.SymbolicDim) else None)
+        (value.name or "", axis, dim)
         for value in model.graph.inputs
-        if value.shape is not None
-        for axis, dim in enumerate(value.shape)
+        for axis, dim in enumerate(axes(value) or ())
         if not isinstance(dim, int)
     ]
     probes = range(2) if dynamic else range(1)
@@ -135,7 +135,9 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
                     clone.graph.register_initializer(ir.Value(name=name, const_value=ir.Tensor(computed[v.name], name=name)))
                 node.replace_input_with(i, clone.graph.initializers[name])
     _forget_shapes(clone.graph)
-    return ir.to_proto(clone)
+    proto = ir.to_proto(clone)
+    open_axes(proto.graph)
+    return proto
 
 
 def _forget_shapes(graph: ir.Graph) -> None:

@@ -19,7 +19,7 @@ from .lower import lower
 from .oracle import Oracle
 from .providers import precisions, resolve
 from .run import Session
-from .walk import all_graphs, all_nodes, held_tensor, name_of
+from .walk import all_graphs, all_nodes, axes, held_tensor, name_of
 from .write import inlined
 
 if TYPE_CHECKING:
@@ -139,6 +139,5 @@ class OnnxSubject:
 
 
 def _port(value: ir.Value) -> Port:
-    shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
     dtype = value.type if value.dtype is None or not isinstance(value.type, ir.TensorType) else value.dtype.name.lower()
-    return Port(value.name or "", str(dtype), shape)
+    return Port(value.name or "", str(dtype), axes(value))

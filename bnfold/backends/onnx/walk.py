@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from ...errors import ModelError
@@ -79,6 +80,33 @@ def is_standard(node: ir.Node) -> bool:
 def name_of(node: ir.Node) -> str:
     """The node's name; a nameless one goes by its first output."""
     return node.name or next((value.name for value in node.outputs if value.name), None) or node.op_type
+
+
+def open_axis(size: int, axis: int) -> bool:
+    """Whether a stated size stands for any: old exporters write -1 for an open axis, and 0 for an open batch."""
+    return size < 0 or (size == 0 and axis == 0)
+
+
+def axes(value: ir.Value) -> tuple[int | str | None, ...] | None:
+    """The axes of a value as its file states them: a size, a name, or None for one that is open and has no name."""
+    if value.shape is None:
+        return None
+    sizes = [d if isinstance(d, int) else d.value for d in value.shape]
+    return tuple(_stated(size, axis) for axis, size in enumerate(sizes))
+
+
+def _stated(size: int | str | None, axis: int) -> int | str | None:
+    if isinstance(size, str):
+        return size if any(c.isalpha() for c in size) else None  # "", "?" and "-1" are no names: two of them needn't agree
+    return None if size is None or open_axis(size, axis) else size
+
+
+def open_axes(graph: onnx.GraphProto) -> None:
+    """State the open axes of a graph's values in the standard's way."""
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and open_axis(dim.dim_value, axis):
+                dim.ClearField("dim_value")
 
 
 def batchnorms(model: ir.Model) -> int:
