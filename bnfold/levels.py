@@ -290,10 +290,26 @@ def plain(outputs: Outputs) -> dict[str, npt.NDArray[Any]]:
     """Outputs of any floating-point type in float64."""
     found = {}
     for name, value in outputs.items():
-        if not isinstance(value, np.ndarray):
-            raise UnsupportedError(f"output {name!r} is no tensor, which can't be compared")
-        found[name] = value.astype(np.float64) if value.dtype.kind in "fV" else value  # ml_dtypes' types are of kind V
+        array = _one_array(value)
+        if array is None:
+            raise UnsupportedError(f"output {name!r} is neither a tensor nor made of tensors, and can't be compared")
+        found[name] = array.astype(np.float64) if array.dtype.kind in "fV" else array  # ml_dtypes' types are of kind V
     return found
+
+
+def _one_array(value: Any) -> npt.NDArray[Any] | None:
+    """A tensor as it is; a sequence of tensors, a map of numbers and a sequence of maps as one array. None where that can't be."""
+    if isinstance(value, Mapping):
+        value = [value[key] for key in sorted(value)]
+    if not isinstance(value, list):
+        return np.asarray(value) if isinstance(value, (np.ndarray, np.generic, int, float)) else None
+    parts = [_one_array(each) for each in value]
+    arrays = [part for part in parts if part is not None]
+    if not arrays or len(arrays) < len(parts):
+        return None
+    if len({a.shape for a in arrays}) == 1:
+        return np.stack(arrays)
+    return np.concatenate([np.array([len(a.shape), *a.shape]) for a in arrays] + [a.ravel() for a in arrays])  # the shapes count too
 
 
 def _shape(shape: Iterable[Any]) -> str:

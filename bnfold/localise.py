@@ -196,7 +196,9 @@ def _compared(sides: Sides, feeds: Batch) -> Iterator[Compared]:
 
 
 def _by_pair(stream: Stream, names: Mapping[str, Sequence[Pair]]) -> Iterator[tuple[Pair, Values]]:
-    for name, array in stream:
+    """What isn't made of numbers (a sequence, a map, text) goes as nothing at all: what is behind it tells."""
+    for name, value in stream:
+        array = value if isinstance(value, np.ndarray) and value.dtype.kind not in "OUST" else np.zeros(0)
         for pair in names.get(name, ()):
             yield pair, array
 

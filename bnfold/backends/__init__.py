@@ -53,4 +53,8 @@ def as_given(made: ir.Model, model: Any) -> Any:
     """What was made of an ONNX model, as the kind that it came in: onnx_ir's, or a proto."""
     import onnx_ir as ir
 
-    return made if isinstance(model, ir.Model) else ir.to_proto(made)
+    if isinstance(model, ir.Model):
+        return made
+    from .onnx.load import to_proto
+
+    return to_proto(made)

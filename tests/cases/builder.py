@@ -240,6 +240,7 @@ class Net:
     def model(self) -> onnx.ModelProto:
         """The finished model, with whatever shapes of outputs onnx can infer."""
         opsets = [helper.make_opsetid("", self.opset)] + [helper.make_opsetid("local", 1)] * bool(self.functions)
+        opsets += [helper.make_opsetid(domain, 1) for domain in sorted({n.domain for n in self.nodes} - {"", "local"})]
         ir = self.ir or max(helper.find_min_ir_version_for(opsets[:1]), 8 if self.functions else 3)
         if ir < 4:  # there every initializer is listed as an input
             listed = {i.name for i in self.inputs}

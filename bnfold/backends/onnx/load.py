@@ -15,11 +15,11 @@ import onnx_ir as ir
 from ...errors import ModelError, UnsupportedError
 from . import wire
 from .external import Files, is_external
-from .proto import check_complete, check_names, check_values, data_type, tensors
-from .save import EXTERNAL, save
+from .proto import check_complete, check_names, check_values, data_type, tensors, without_maps
+from .save import EXTERNAL, MAPS, save, to_proto
 from .sniff import sniff
 
-__all__ = ["checked", "from_proto", "load", "save"]
+__all__ = ["checked", "from_proto", "load", "save", "to_proto"]
 
 LARGE = 1024  # bytes: smaller weights are parsed with the rest
 
@@ -111,6 +111,7 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
     if not proto.opset_import and proto.ir_version >= 3:
         raise ModelError("not an ONNX model: it names no operator set; export or download it again")
     check_complete(proto)
+    proto, maps = without_maps(proto)
     in_order = check_names(proto)
     aside: dict[str, tuple[memoryview, Path | None]] = {}
     external = False
@@ -144,6 +145,7 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
         if "ai.onnx" in imports:  # another name of the standard operators, which onnx_ir shortens in nodes only
             imports.setdefault("", imports.pop("ai.onnx"))
     model.graph.meta[EXTERNAL] = external
+    model.graph.meta[MAPS] = maps
     return model
 
 

@@ -53,7 +53,7 @@ def cut(
             operations.append(Operation(node, reads, tuple(node.outputs), shrinks, None if once else _work(node, shapes)))
             for value in (*reads, *node.outputs):
                 count, dtype = elements(value, shapes), shapes.dtype(value)
-                if count is not None and dtype is not None:
+                if count is not None and dtype not in (None, ir.DataType.STRING):  # nobody knows how long a text is
                     sizes[value] = int(count * dtype.itemsize)
     return cut_operations(operations, calls, sizes)
 

@@ -217,7 +217,7 @@ def _proto(
         tensor = value.const_value
         if tensor is None:
             raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
-        if tensor.nbytes >= LARGE and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16):
+        if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16) and tensor.nbytes >= LARGE:
             entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value="in-memory")

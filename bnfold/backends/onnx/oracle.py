@@ -94,13 +94,12 @@ class _Evaluator(ReferenceEvaluator):
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
         domain = "" if node.domain == "ai.onnx" else node.domain
         opset = self.opsets.get(node.domain, self.opsets.get(domain, 0))
-        if domain == "":
-            if node.op_type == "Loop":
-                return _Loop
-            function = oracle_ops.find(node.op_type, opset)
-            if function is not None:
-                return lambda node, run_params: _Operator(node, run_params, function)
+        if domain == "" and node.op_type == "Loop":
+            return _Loop
         called = self.functions_.get((node.domain, node.op_type))
+        function = None if called is not None and domain else oracle_ops.find(node.op_type, max(opset, 1), domain)
+        if function is not None:
+            return lambda node, run_params: _Operator(node, run_params, function)
         if called is not None:
             return lambda node, run_params: _Call(node, run_params, impl=called)
         where = f"{domain + '::' if domain else ''}{node.op_type} of opset {opset} (node {node.name or node.output[0]!r})"

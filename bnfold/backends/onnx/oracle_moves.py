@@ -1,4 +1,4 @@
-"""Operators of the float64 oracle that lay elements elsewhere: Pad and Scatter."""
+"""Operators of the float64 oracle that lay elements elsewhere, or hand them on: Pad, Scatter, optional values, maps."""
 
 from __future__ import annotations
 
@@ -34,3 +34,26 @@ def scatter(data: Array, indices: Array, updates: Array, *, axis: int = 0) -> tu
     y = data.copy()
     np.put_along_axis(y, indices % data.shape[axis], updates, axis)
     return (y,)
+
+
+@operator("Optional", since=15)
+def optional(value: Any = None, **_: Any) -> tuple[Any, ...]:
+    """The value itself, None where there is none. (The evaluator wraps it, and doesn't unwrap it again.)"""
+    return (value,)
+
+
+@operator("OptionalGetElement", since=15)
+def optional_element(value: Any) -> tuple[Any, ...]:
+    return (value,)
+
+
+@operator("OptionalHasElement", since=15)
+def has_element(value: Any = None) -> tuple[Array, ...]:
+    return (np.asarray(value is not None),)
+
+
+@operator("ZipMap", domain="ai.onnx.ml")
+def zip_map(x: Array, *, classlabels_int64s: Any = (), classlabels_strings: Any = ()) -> tuple[Any, ...]:
+    """A map for each row, from class to score."""
+    classes = list(classlabels_int64s) or list(classlabels_strings)
+    return ([dict(zip(classes, row, strict=True)) for row in np.atleast_2d(x)],)

@@ -24,12 +24,14 @@ TABLE: dict[str, list[tuple[int, Function | None]]] = {}
 COUNTS_OUTPUTS: set[Function] = set()
 
 
-def operator(*names: str, since: int = 1, until: int | None = None, counts_outputs: bool = False) -> Callable[[Function], Function]:
+def operator(
+    *names: str, since: int = 1, until: int | None = None, counts_outputs: bool = False, domain: str = ""
+) -> Callable[[Function], Function]:
     """Enter a function for operators `names` of opsets `since` to `until`. counts_outputs: it wants to be told how many are asked for."""
 
     def enter(function: Function) -> Function:
         for name in names:
-            rows = TABLE.setdefault(name, [])
+            rows = TABLE.setdefault(_key(domain, name), [])
             rows[:] = [row for row in rows if row[0] != since]  # what closed an older range opens this one
             rows.append((since, function))
             if until is not None and all(row[0] != until + 1 for row in rows):
@@ -42,10 +44,14 @@ def operator(*names: str, since: int = 1, until: int | None = None, counts_outpu
     return enter
 
 
-def find(name: str, opset: int) -> Function | None:
-    """The function for an operator of the standard domain at this opset, or None for the evaluator's own."""
+def _key(domain: str, name: str) -> str:
+    return f"{domain}::{name}" if domain else name
+
+
+def find(name: str, opset: int, domain: str = "") -> Function | None:
+    """The function for an operator at this opset of its domain, or None for the evaluator's own."""
     found = None
-    for since, function in TABLE.get(name, ()):
+    for since, function in TABLE.get(_key(domain, name), ()):
         if since <= opset:
             found = function
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -46,7 +46,8 @@ def check_complete(proto: ModelProto) -> None:
     for graph in graphs(proto):
         if graph.sparse_initializer:
             raise UnsupportedError("it holds sparse weights (sparse_initializer), which would be lost; make them dense first")
-        for info in (*graph.input, *graph.output, *graph.value_info):
+        outermost = graph is proto.graph
+        for info in graph.input if outermost else (*graph.input, *graph.output, *graph.value_info):
             _check_type(info.type, f"value '{info.name}'")
     for node in nodes(proto):
         for attribute in node.attribute:
@@ -60,6 +61,30 @@ def check_complete(proto: ModelProto) -> None:
     for tensor in tensors(proto):
         if tensor.HasField("segment"):
             raise UnsupportedError(f"tensor '{tensor.name}' is stored in segments, which isn't supported; export the model again")
+
+
+def without_maps(proto: ModelProto) -> tuple[ModelProto, dict[str, bytes]]:
+    """The model without the types that onnx_ir has no object for, maps and opaque ones, and these by value; the proto isn't changed."""
+    aside = {info.name: info.type.SerializeToString() for info in (*proto.graph.output, *proto.graph.value_info) if _odd(info.type)}
+    if aside:
+        copy = ModelProto()
+        copy.CopyFrom(proto)
+        proto = copy
+        for info in (*proto.graph.output, *proto.graph.value_info):
+            if info.name in aside:
+                info.ClearField("type")
+    return proto, aside
+
+
+def with_maps(proto: ModelProto, aside: Mapping[str, bytes]) -> ModelProto:
+    """The proto, which gets these types back."""
+    for info in (*proto.graph.output, *proto.graph.value_info):
+        if info.name in aside:
+            info.type.ParseFromString(aside[info.name])
+    told = {info.name for info in (*proto.graph.output, *proto.graph.value_info)}
+    for name in {name for node in proto.graph.node for name in node.output if name in aside} - told:
+        proto.graph.value_info.add(name=name).type.ParseFromString(aside[name])
+    return proto
 
 
 def check_names(proto: ModelProto) -> bool:
@@ -190,10 +215,15 @@ def _check_unique(names: Iterable[str]) -> None:
             raise ModelError(f"there are {count} of {name}; export the model again")
 
 
-def _check_type(kind: TypeProto, where: str) -> None:
+def _odd(kind: TypeProto) -> str:
+    """The part of a type that onnx_ir has no object for, "" where there is none."""
     while (value := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
         kind = getattr(kind, value).elem_type
-    if value in ("map_type", "opaque_type"):
+    return value if value in ("map_type", "opaque_type") else ""
+
+
+def _check_type(kind: TypeProto, where: str) -> None:
+    if value := _odd(kind):
         raise UnsupportedError(f"{where} is of {value.removesuffix('_type')} type, which isn't supported; leave it out of the export")
 
 

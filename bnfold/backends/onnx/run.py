@@ -19,7 +19,8 @@ from ...subject import Placement
 from ...values import shape_text
 from .feeds import inputs
 from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
-from .walk import open_axes
+from .save import to_proto
+from .walk import nbytes, open_axes
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
@@ -140,7 +141,7 @@ class Session:
 
 def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
     """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
-    proto = ir.to_proto(model)
+    proto = to_proto(model)
     del proto.graph.initializer[:]
     open_axes(proto.graph)
     if initializers:
@@ -177,7 +178,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
 
 def stored_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, those of subgraphs too."""
-    return sum(t.nbytes for t in _tensors(model))
+    return sum(nbytes(t) for t in _tensors(model))
 
 
 def _tensors(model: ir.Model) -> Iterable[ir.TensorProtocol]:

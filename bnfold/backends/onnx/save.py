@@ -19,8 +19,10 @@ import onnx_ir as ir
 
 from ...errors import InputError, ModelError, UnsupportedError, UsageError
 from . import wire
+from .proto import with_maps
 
 EXTERNAL = "bnfold.external_data"  # in a graph's meta: whether its file kept weights in other files
+MAPS = "bnfold.maps"  # there too: the types that onnx_ir has no object for, by value
 ONE_FILE = 1_900_000_000  # bytes: readers refuse a protocol buffer of 2 GiB
 ALIGNMENT = 4096  # of weights in an external file, so that they can be mapped
 EMBEDDED = 1024  # bytes: smaller weights stay in the model file
@@ -53,6 +55,11 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
             _write(_skeleton(model), weights, out)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error}); choose another folder") from None
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto, with the types that onnx_ir doesn't hold."""
+    return with_maps(ir.to_proto(model), model.graph.meta.get(MAPS) or {})
 
 
 class _Weight:
@@ -170,7 +177,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
         )
     )
     del proto.graph.initializer[:]
-    return proto
+    return with_maps(proto, graph.meta.get(MAPS) or {})
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from .integers import settle
-from .walk import axes, open_axes, subgraphs
+from .walk import axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
 BATCH_SIZES = (2, 3)
@@ -121,7 +121,7 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
     """The model without its large weights (these become inputs) and without the shapes that the inference can find itself."""
     clone = model.clone()
     for value in list(clone.graph.initializers.values()):
-        if value.const_value is not None and value.const_value.nbytes > SMALL:
+        if value.const_value is not None and nbytes(value.const_value) > SMALL:
             value.shape, value.type = ir.Shape(value.const_value.shape.numpy()), ir.TensorType(value.const_value.dtype)
             del clone.graph.initializers[value.name or ""]
             value.const_value = None

@@ -144,3 +144,8 @@ def behind_identity(value: ir.Value) -> ir.Value:
     while (node := value.producer()) is not None and node.op_type == "Identity" and is_standard(node) and node.inputs[0] is not None:
         value = node.inputs[0]
     return value
+
+
+def nbytes(tensor: ir.TensorProtocol) -> int:
+    """The bytes of a tensor's numbers; text, whose length onnx_ir doesn't tell, counts as none."""
+    return 0 if tensor.dtype == ir.DataType.STRING else tensor.nbytes

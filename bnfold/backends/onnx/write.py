@@ -15,7 +15,7 @@ from ...affine import Array
 from ...graph import Graph, Node
 from ...merge import Merge
 from .lower import Native
-from .walk import all_graphs, all_nodes, stored_tensor
+from .walk import all_graphs, all_nodes, nbytes, stored_tensor
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -298,7 +298,7 @@ class _Writer:
 
 
 def _nbytes(value: ir.Value) -> int:
-    return 0 if value.const_value is None else value.const_value.nbytes
+    return 0 if value.const_value is None else nbytes(value.const_value)
 
 
 def _is_read(node: ir.Node) -> bool:
