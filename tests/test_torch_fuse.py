@@ -191,6 +191,24 @@ def test_both_routes_fold_alike(name: str) -> None:
     assert len(left) == len(kept(report))
 
 
+def test_a_norm_at_several_places_goes_from_all_of_them() -> None:
+    shared = norm(4)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 3), shared), nn.ReLU()).eval()
+    (fused, report), _ = folded(net, IMAGE)
+    (layer,) = report.layers
+    assert (layer.verdict, layer.into) == ("folded", ("0", "3.0"))
+    assert [type(fused.get_submodule(path)) for path in ("1", "3.1")] == [nn.Identity, nn.Identity]
+    assert sorted(fused.state_dict()) == ["0.bias", "0.weight", "3.0.bias", "3.0.weight"]
+    again = rebuild(net, Surgery.from_dict(getattr(fused, ATTRIBUTE).to_dict()))
+    again.load_state_dict(fused.state_dict())
+
+    shared = norm(3)  # all of its calls fold, or none
+    (fused, report), _ = folded(nn.Sequential(shared, nn.Sigmoid(), nn.Conv2d(3, 3, 3), shared).eval(), IMAGE)
+    assert list(kept(report).values()) == [report.layers[0].reason]
+    assert fused[0] is fused[3]
+    assert isinstance(fused[0], nn.BatchNorm2d)
+
+
 def test_the_class_the_names_and_the_modes_stay() -> None:
     class Mine(nn.Sequential):
         answer = 42

@@ -58,7 +58,7 @@ def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
 
 def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
     calls = [op for node in site.nodes for op in (node.native.group or [node.native.op])]
-    paths = {frame(op) for op in calls}
+    paths = {host.canonical(frame(op)) for op in calls}
     path = next(iter(paths))
     module = host.module(path)
     if len(paths) == 1 and path and module is not None:
