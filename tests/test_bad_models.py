@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cases import Net
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 import bnfold
@@ -208,6 +209,21 @@ def test_models_that_are_refused(tmp_path: Path, case: str) -> None:
     assert says in refused(tmp_path / "m.onnx", kind)
     with pytest.raises(kind):
         from_proto(model)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("computed", [False, True], ids=["stored", "computed"])
+def test_a_bias_that_no_runtime_takes(kind: str, computed: bool) -> None:
+    """torch's exporter computes zeros of shape (channels, 2) for a Conv3d without bias."""
+    net = Net("bad bias", opset=18)
+    bias = net.constant(np.zeros((6, 2) if not computed else 1, np.float32))
+    bias = net.op("Expand", bias, net.ints(6, 2)) if computed else bias
+    convolve = net.conv if kind == "Conv" else net.conv_transpose
+    net.output(net.bn(convolve(net.input("N", 4, 5, 5, 5), 4, 6, dims=3, bias=False), 6), shape=["N", 6, "D", "H", "W"])
+    net.nodes[-2].input.append(bias)
+    for verb in (bnfold.inspect, bnfold.fuse):
+        with pytest.raises(ModelError, match=rf"^{kind} {kind}_node_0 has a bias of shape \(6, 2\), .* its 6 output channels.*; torch"):
+            verb(net.model())
 
 
 def test_large_weights_are_counted_too(tmp_path: Path) -> None:

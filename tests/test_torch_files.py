@@ -252,6 +252,18 @@ def test_a_module_and_a_program(net: nn.Module) -> None:
         bnfold.save(fused, "f.zip")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_volume_convolution_without_bias_is_written_as_onnx(here: Path) -> None:
+    """torch's exporter gives it a bias that no runtime takes."""
+    module, x = nn.Sequential(nn.Conv3d(2, 4, 3, bias=False), nn.ReLU(), nn.Conv3d(4, 3, 1, bias=False)).eval(), torch.randn(2, 2, 5, 5, 5)
+    bnfold.save(module, "f.onnx", example=x)
+    model = onnx.load("f.onnx")
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Relu", "Conv"]
+    session = pytest.importorskip("onnxruntime").InferenceSession("f.onnx")
+    (found,) = session.run(None, {model.graph.input[0].name: x.numpy()})
+    assert abs(found - module(x).detach().numpy()).max() < 1e-5
+
+
 def test_onnx_is_checked_and_keeps_the_dynamic_batch(net: nn.Module) -> None:
     fused, _ = bnfold.fuse(net, example=X)
     bnfold.save(fused, "f.onnx", example=X)

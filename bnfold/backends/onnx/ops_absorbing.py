@@ -7,12 +7,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...errors import ModelError
 from ...graph import Layout, Param
 from ...merge import Window
+from ...values import shape_text
 from .lower import Lowering, given
 from .ops_crossing import pads
 from .ops_moves import MOVES
-from .walk import arg, attribute, number, whole, wholes
+from .walk import arg, attribute, name_of, number, whole, wholes
+
+WRONG_BIAS = (
+    "torch.onnx.export writes such a file for a Conv3d without bias where its optimiser is off: fuse the module itself, or export it "
+    "with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
+)
 
 
 def conv(ctx: Lowering, node: ir.Node) -> str | None:
@@ -36,7 +43,11 @@ def conv(ctx: Lowering, node: ir.Node) -> str | None:
         out, uniform, uneven = shape[0], not pads(node, shape[2:]), "it pads with zeros"
     stored = None if given(node, 2) is None else ctx.tensor(arg(node, 2))
     if stored is not None and stored.shape != (out,):
-        return "its bias isn't a vector of its output channels, which the standard demands"
+        shape_found = shape_text(stored.shape)
+        raise ModelError(
+            f"{node.op_type} {name_of(node)} has a bias of shape {shape_found}, and the standard asks for one number for each of its {out} "
+            f"output channels, so no runtime takes the file; {WRONG_BIAS if len(shape) == 5 else 'export it again'}"
+        )
     bias = ctx.param(node, 2, (out,)) or Param(None, (out,))
     attrs = {"groups": groups, "uniform": uniform, "uneven": uneven}
     if node.op_type == "Conv" and (window := _window(node, shape[2:])) is not None:

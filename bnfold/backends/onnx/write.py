@@ -14,7 +14,9 @@ from ... import rounding
 from ...affine import Array
 from ...graph import Graph, Node
 from ...merge import Merge
+from .constants import Constants
 from .lower import Native
+from .shapes import Shapes
 from .walk import all_graphs, all_nodes, nbytes, stored_tensor
 
 SHAPE_ONLY = ("Shape", "Size")
@@ -55,6 +57,19 @@ def write(
             writer.compute(node, rounded(array, dtype))
     writer.sweep()
     return writer.notes, writer.bytes_added
+
+
+def drop_void_biases(model: ir.Model) -> None:
+    """Take out biases of zeros that aren't vectors, which runtimes refuse: torch's exporter makes them for a Conv3d without bias."""
+    constants = Constants(model, Shapes(model))
+    for node in list(model.graph):
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        array = None if bias is None else constants.get(bias)
+        if array is not None and array.ndim != 1 and not array.any():
+            node.resize_inputs(2)
+    for node in reversed(model.graph):
+        if not _is_read(node):
+            model.graph.remove(node, safe=True)
 
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:

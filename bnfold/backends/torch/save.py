@@ -106,6 +106,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     from ...verify import check_fold
     from ..onnx.load import from_proto, load
     from ..onnx.save import save as save_onnx
+    from ..onnx.write import drop_void_biases
 
     traced = trace(model, example)
     try:
@@ -120,6 +121,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     proto = made.model_proto
     assert isinstance(proto, onnx.ModelProto)
     converted = from_proto(proto)
+    drop_void_biases(converted)
     attach(converted, text_of(model))
     checked = check_fold(traced, converted)
     if checked.verdict == "different":
