@@ -56,6 +56,14 @@ def test_a_checkpoint_becomes_each_of_its_forms(here: Path, capsys: pytest.Captu
     onnx.checker.check_model(onnx.load("f.onnx"))
 
 
+def test_a_program_made_of_a_checkpoint_is_called_by_position(here: Path) -> None:
+    for number, line in enumerate(
+        (["fuse", "c.pth", *SHAPE], ["recalibrate", "c.pth", "--data", "d.npz"], ["pipeline", "c.pth", "--data", "d.npz"])
+    ):
+        assert run([*line, *ARCH, "-o", f"{number}.pt2"]) == 0
+        assert torch.export.load(f"{number}.pt2").module()(torch.randn(3, 1, 8, 8)).shape == (3, 5)
+
+
 def test_the_whole_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model, more, out in (("c.pth", ARCH, "p.safetensors"), ("m.pt2", [], "p.pt2"), ("whole.pt", ["--trust-pickle"], "p.pt")):
         assert run(["pipeline", model, *more, "--data", "d.npz", "-o", out, "--json"]) == 0

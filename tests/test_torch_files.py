@@ -264,6 +264,13 @@ def test_a_volume_convolution_without_bias_is_written_as_onnx(here: Path) -> Non
     assert abs(found - module(x).detach().numpy()).max() < 1e-5
 
 
+def test_a_module_that_cant_be_pickled_isnt_written(net: nn.Module) -> None:
+    net.act = lambda x: x
+    with pytest.raises(bnfold.UnsupportedError, match="can't be pickled"):
+        bnfold.save(net, "f.pt")
+    assert not list(Path().glob("*f.*"))
+
+
 def test_onnx_is_checked_and_keeps_the_dynamic_batch(net: nn.Module) -> None:
     fused, _ = bnfold.fuse(net, example=X)
     bnfold.save(fused, "f.onnx", example=X)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -472,3 +475,54 @@ def test_reading_a_network_prints_nothing(capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(bnfold.UnsupportedError, match=r"torch\.export can't read Net"):
         bnfold.fuse(module, example=IMAGE)
     assert capfd.readouterr() == ("", "")
+
+
+def _with_deepcopy(method: Callable[..., Any]) -> nn.Module:
+    """A BatchNorm that copies itself so."""
+    return lively(type("Own", (nn.BatchNorm2d,), {"__deepcopy__": method})(4))
+
+
+def _raises(module: nn.Module, memo: Any) -> Any:
+    raise RuntimeError("not me")
+
+
+def _sharing(module: nn.Module, memo: Any) -> Any:
+    made = copy.copy(module)
+    made._parameters, made._buffers = dict(module._parameters), dict(module._buffers)
+    return made
+
+
+def _hooked(net: nn.Module) -> Any:
+    held = {}.keys()
+    net.c.register_forward_hook(functools.partial(lambda held, *a: None, held))
+
+
+UNCOPIED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "a view of a dict": (lambda m: setattr(m, "names", {}.keys()), r"its attribute names has no deep copy \(cannot pickle 'dict_keys'"),
+    "a generator, deeper": (lambda m: setattr(m.c, "steps", (i for i in ())), r"its attribute c\.steps has no deep copy"),
+    "a lock in a list": (lambda m: setattr(m, "held", [threading.Lock()]), "its attribute held has no deep copy"),
+    "an open file": (lambda m: setattr(m, "log", open(os.devnull)), "its attribute log has no deep copy"),  # noqa: SIM115
+    "computed tensors in a list": (lambda m: setattr(m, "cache", [2 * m.c.weight]), "its attribute cache has no deep copy"),
+    "what a hook holds": (_hooked, r"its hooks, c\._forward_hooks, have no deep copy"),
+    "a copy that fails": (lambda m: setattr(m, "b", _with_deepcopy(_raises)), r"its module b \(Own\) has no deep copy \(not me\)"),
+    "itself": (lambda m: setattr(m, "b", _with_deepcopy(lambda s, memo: s)), r"of its module b \(Own\) gives the module itself"),
+    "another": (lambda m: setattr(m, "b", _with_deepcopy(lambda s, memo: nn.Identity())), r"of its module b \(Own\) gives something else"),
+    "the same tensors": (lambda m: setattr(m, "b", _with_deepcopy(_sharing)), r"of its module b \(Own\) shares weight with the original"),
+}
+
+
+@pytest.mark.parametrize("what", UNCOPIED)
+def test_a_module_that_cant_be_copied_is_told_what_is_in_the_way(what: str) -> None:
+    hinder, text = UNCOPIED[what]
+    net = nn.Module.eval(Net(lambda s, x: s.b(s.c(x)), c=nn.Conv2d(3, 4, 3), b=norm(4)))
+    hinder(net)
+    net.eval()
+    for verb in (lambda: bnfold.fuse(net, example=IMAGE), lambda: bnfold.recalibrate(net, [IMAGE])):
+        with pytest.raises(bnfold.UnsupportedError, match=f"can't be copied.*{text}"):
+            verb()
+
+
+def test_a_function_that_an_attribute_holds_is_no_hindrance() -> None:
+    net = Net(lambda s, x: s.act(s.b(s.c(x))), c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
+    net.act = lambda x: x.relu()
+    assert [layer.verdict for layer in bnfold.fuse(net, example=IMAGE)[1].layers] == ["folded"]

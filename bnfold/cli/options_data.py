@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,18 +76,19 @@ class Shaping:
         if not is_module(model):
             self.shapes(model)  # shapes that don't fit are refused, whoever asks for them
             return None
-        from ..backends.torch.trace import example_of, forward_names, random_example
+        from ..backends.torch.trace import Call, example_of, forward_names, in_places, random_example
 
         if self.input_shape:
             asked = parse.shapes(self.input_shape, forward_names(model), "--input-shape")
             types = {name: shape.dtype for name, shape in asked.items() if shape.dtype is not None}
-            return random_example(model, {name: shape.sizes for name, shape in asked.items()}, types)
+            return in_places(model, random_example(model, {name: shape.sizes for name, shape in asked.items()}, types))
         if spec in (None, "random") or getattr(model, "pretrained_cfg", None) or getattr(model, "example_input_array", None) is not None:
             return None
         from ..sources import first_of
 
         found = first_of(str(spec))
-        return None if found is None else example_of(model, found)
+        call = None if found is None else example_of(model, found)
+        return in_places(model, Call((), dict(call))) if isinstance(call, Mapping) else call
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""

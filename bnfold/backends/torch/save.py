@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
     elif suffix == ".onnx":
         _replacing(target, lambda part: _write_onnx(model, example, part))
     elif suffix == ".pt" and not as_state:
-        _replacing(target, lambda part: torch.save(model, part))
+        _replacing(target, lambda part: _write_pickle(model, part))
     else:
         assert isinstance(model, nn.Module)
         surgery = getattr(model, ATTRIBUTE, None)
@@ -89,6 +90,14 @@ def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
 def _write_program(program: ExportedProgram, stated: dict[str, str], part: Path) -> None:
     with quiet():
         torch.export.save(program, part, extra_files=stated or None)
+
+
+def _write_pickle(model: nn.Module | ExportedProgram, part: Path) -> None:
+    try:
+        torch.save(model, part)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle says of a function in a function, of a lock
+        text = " ".join(str(error).split())[:200]
+        raise UnsupportedError(f"the module can't be pickled ({text}); write its state dict (.safetensors, .pth) or a .pt2") from None
 
 
 def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: str | None, part: Path) -> None:

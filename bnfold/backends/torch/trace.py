@@ -162,12 +162,69 @@ def duplicate(module: nn.Module) -> nn.Module:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy, also of a tensor that is an attribute and was computed (as weight_norm's), which copy.deepcopy refuses."""
+    """A deep copy, also of a tensor that is an attribute and was computed (as weight_norm's), which copy.deepcopy refuses.
+
+    Raises UnsupportedError, which names what is in the way, where there is no copy that can be changed without changing the original.
+    """
+    shared = dict(memo)
     for each in module.modules():
         for value in vars(each).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(module, memo)
+    own = dict(memo)
+    try:
+        copied = copy.deepcopy(module, memo)
+    except Exception as error:  # what an attribute holds may raise anything
+        raise UnsupportedError(
+            f"{type(module).__name__} can't be copied, and bnfold works on a copy: {_uncopied(module, own)} ({_first_line(error)}); "
+            f"take it off before, or give the model as a .pt2 or .onnx file"
+        ) from error
+    if why := _no_copy(module, copied, shared):
+        raise UnsupportedError(f"{type(module).__name__} can't be copied, and bnfold works on a copy: {why}; take it off before")
+    return copied
+
+
+def _uncopied(module: nn.Module, memo: dict[int, Any]) -> str:
+    """Which attribute has no deep copy, or which module."""
+
+    def fails(value: Any) -> bool:
+        try:
+            copy.deepcopy(value, dict(memo))
+        except Exception:  # as above
+            return True
+        return False
+
+    innermost = "the module itself"
+    for path, each in module.named_modules():
+        tensors = {**each._parameters, **each._buffers}
+        rest = {name: value for name, value in vars(each).items() if name not in ("_parameters", "_buffers", "_modules")}
+        for name, value in (*tensors.items(), *rest.items()):
+            if fails(value):
+                held = f"{path}.{name}" if path else name
+                return f"its hooks, {held}, have no deep copy" if name.endswith("_hooks") else f"its attribute {held} has no deep copy"
+        if fails(each):
+            innermost = f"its module {path} ({type(each).__name__}) has no deep copy" if path else innermost + " has no deep copy"
+    return innermost
+
+
+def _no_copy(module: nn.Module, copied: Any, shared: Mapping[int, Any]) -> str:
+    """What a __deepcopy__ of the module's own gave that is no copy of it, "" where all was copied. shared: tensors that both shall hold."""
+    if not isinstance(copied, nn.Module):
+        return f"its __deepcopy__ gives {type(copied).__name__}, not a module"
+    mine, theirs = dict(module.named_modules()), dict(copied.named_modules())
+    for path, each in mine.items():
+        what = f"the __deepcopy__ of its module {path} ({type(each).__name__})" if path else "its __deepcopy__"
+        if path not in theirs or type(each).__name__ != type(theirs[path]).__name__:
+            return f"{what} gives something else"
+        if theirs[path] is each:
+            return f"{what} gives the module itself"
+        for name, tensor in {**each._parameters, **each._buffers}.items():
+            other = {**theirs[path]._parameters, **theirs[path]._buffers}.get(name)
+            if (tensor is None) != (other is None) or (tensor is not None and other is not None and tensor.shape != other.shape):
+                return f"{what} leaves out {name}, or gives it another shape"
+            if other is tensor and tensor is not None and id(tensor) not in shared:
+                return f"{what} shares {name} with the original"
+    return "" if len(mine) == len(theirs) else "its __deepcopy__ gives more modules than there are"
 
 
 def known_example(module: nn.Module) -> Call:
@@ -252,6 +309,19 @@ def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]], types:
     made = {name: draw(tuple(shape), getattr(torch, types.get(name, "float32"))) for name, shape in shapes.items()}
     known = inspect.signature(model.forward).parameters
     return as_call(model, made if all(name in known for name in made) else tuple(made.values()))
+
+
+def in_places(model: nn.Module, call: Call) -> Call:
+    """The same call with what it states by name stated by position, as far as that goes.
+
+    An exported program is called just as it was traced: so it is called as its module is, although data name their arrays.
+    """
+    args, rest = list(call.args), dict(call.kwargs)
+    for parameter in list(inspect.signature(model.forward).parameters.values())[len(args) :]:
+        if parameter.name not in rest or parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            break
+        args.append(rest.pop(parameter.name))
+    return Call(tuple(args), rest)
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
