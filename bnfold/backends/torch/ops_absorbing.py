@@ -100,6 +100,8 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     weight = None if which is None else ctx.param(op, given[which])
     if which is None or weight is None:
         return NO_WEIGHT
+    if not all(isinstance(given[name], (int, float)) for name in ("alpha", "beta")):
+        return "its alpha or beta is computed"
     alpha, beta = float(given["alpha"]), float(given["beta"])
     if alpha == 0:
         return "its alpha is zero"

@@ -143,7 +143,9 @@ def _step(ctx: Lowering, op: Op) -> tuple[Array, Array] | None:
     c = _number(ctx, other if first else one)
     if c is None or ctx.rank(one if first else other) != ctx.rank(op):
         return None
-    alpha = float(given.get("alpha", 1) or 1)
+    alpha = _multiple(given)
+    if alpha is None:
+        return None
     if name == "add":
         return np.asarray(1.0 if first else alpha), c * alpha if first else c
     if name == "sub":
@@ -151,6 +153,12 @@ def _step(ctx: Lowering, op: Op) -> tuple[Array, Array] | None:
     if name == "mul":
         return c, np.zeros(())
     return (1 / c, np.zeros(())) if first and (c != 0).all() else None
+
+
+def _multiple(given: dict[str, Any]) -> float | None:
+    """The number by which an operator multiplies before it adds (0 is one too); None where it is complex, or computed."""
+    alpha = given.get("alpha", 1)
+    return float(alpha) if isinstance(alpha, (int, float)) else None
 
 
 def _number(ctx: Lowering, argument: Any) -> Array | None:
@@ -194,13 +202,18 @@ def negation(ctx: Lowering, op: Op) -> str | None:
 def reversed_sub(ctx: Lowering, op: Op) -> str | None:
     """rsub(self, other, alpha) is other - alpha*self."""
     given = arguments(op)
-    if ctx.is_activation(given["other"]) and float(given["alpha"] or 1) == 1:
+    alpha = _multiple(given)
+    if alpha is None:
+        return "it subtracts a computed multiple"
+    if ctx.is_activation(given["other"]) and alpha != 1:
+        return "it subtracts a multiple"
+    if ctx.is_activation(given["other"]):
         ctx.emit("Add", op, [given["other"], given["self"]], {"signs": (1, -1)})
         return None
     c = _number(ctx, given["other"])
-    if c is None or ctx.rank(given["self"]) != ctx.rank(op):
+    if c is None or ctx.value(given["self"]).sizes != ctx.value(op).sizes:
         return "its constant makes the tensor larger, or may"
-    ctx.emit("Affine", op, [given["self"]], {"gain": -float(given["alpha"] or 1), "shift": _ranked(c, ctx.rank(op))})
+    ctx.emit("Affine", op, [given["self"]], {"gain": -alpha, "shift": _ranked(c, ctx.rank(op))})
     return None
 
 
@@ -216,7 +229,9 @@ def arithmetic(ctx: Lowering, op: Op) -> str | None:
         return "it rounds"
     if not all(is_float(each) for each in (one, other) if isinstance(each, Op)):
         return "it isn't floating point"
-    alpha = float(given.get("alpha", 1) or 1)
+    alpha = _multiple(given)
+    if alpha is None:
+        return "it adds a computed multiple"
     if ctx.is_activation(one) and ctx.is_activation(other):
         if name in ("add", "sub"):
             if alpha != 1:
@@ -244,9 +259,9 @@ def arithmetic(ctx: Lowering, op: Op) -> str | None:
     if not isinstance(given[argument], Op) and (step[0] == 1).all() and not step[1].any() and ctx.value(x).sizes == ctx.value(op).sizes:
         ctx.same(op, x)  # sum() begins with a 0
         return None
-    param = (
-        ctx.param(op, given[argument], shape, _layout(name, first, alpha, shape, array.shape)) if isinstance(given[argument], Op) else None
-    )
+    param = None
+    if isinstance(given[argument], Op) and not (first and alpha == 0):  # times 0, no constant makes a difference
+        param = ctx.param(op, given[argument], shape, _layout(name, first, alpha, shape, array.shape))
     if param is None:
         scale, shift = (_ranked(c, rank) for c in step)
         ctx.emit("Affine", op, [x], {"gain": scale, "shift": shift})

@@ -159,6 +159,8 @@ def pad(ctx: Lowering, op: Op) -> str | None:
     if all(n is None or n <= 0 for probe in widths for n in probe):
         ctx.emit("Crop", op, [first(op)], {"mixes": tuple(sorted(axes))})
         return None
+    if isinstance(given.get("value"), Op):
+        return "it pads with a computed value"
     fill = float(given.get("value") or 0.0)
     attrs = {"mixes": tuple(sorted(axes)), "fill": fill}
     if ctx.host.grows:
