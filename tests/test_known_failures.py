@@ -216,6 +216,18 @@ def test_gemm_alpha_and_beta(alpha: float, beta: float, trans: int) -> None:
     assert batchnorms(result) == 0
 
 
+def test_gemm_reads_no_bias_times_zero() -> None:
+    """Whatever a bias holds, times a beta of zero it is nothing."""
+
+    def draw(net: Net) -> None:
+        bias = net.weight(np.full(6, np.inf), "bias")
+        net.output(net.bn(net.op("Gemm", net.input("N", 4), net.matrix(4, 6), bias, beta=0.0), 6))
+
+    _, result, _ = fused(draw, dtype="float32")
+    assert batchnorms(result) == 0
+    assert all(np.isfinite(y).all() for y in run_stored(result, feeds(result)).values())
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_gemm_with_a_bias_of_one_element(shape: tuple[int, ...]) -> None:
     """AIMET's file is invalid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -311,3 +312,36 @@ def test_the_rest_of_opset_6():
     close(one("Concat", [x, x], opset=6, axis=1), np.concatenate([x, x], 1))
     for part, whole in zip(one("Split", [x], opset=6, outputs=2, axis=1, split=[1, 2]), (x[:, :1], x[:, 1:]), strict=True):
         close(part, whole)
+
+
+# ---- what reads bits
+
+
+@pytest.mark.parametrize(("stored", "to"), [("float32", "int32"), ("float32", "uint32"), ("float16", "int16"), ("float32", "float32")])
+def test_bits_are_those_of_the_stored_type(stored, to):
+    x = np.array([0.1, -2.7, 1e-3, 3.0], stored)
+    found = one("BitCast", [x], opset=26, to=helper.np_dtype_to_tensor_dtype(np.dtype(to)))
+    assert np.array_equal(found, x.view(to))
+
+
+def test_bits_of_half_as_bfloat16():
+    x = np.array([0.1, -2.7, 1e-3, 3.0], np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        helper.make_node("BitCast", ["h"], ["b"], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", ["b"], ["y"], to=TensorProto.FLOAT),
+    ]
+    drawn = model(nodes, {"x": x}, opset=26)
+    assert np.array_equal(Oracle(drawn).run({"x": x})["y"], x.astype(np.float16).view(ml_dtypes.bfloat16).astype(np.float64))
+
+
+def test_bits_of_a_stored_constant():
+    packed = np.array([0.5, -1.5], np.float32)
+    nodes = [helper.make_node("BitCast", ["w"], ["f"], to=TensorProto.FLOAT), helper.make_node("Mul", ["x", "f"], ["y"])]
+    drawn = model(nodes, {"x": np.ones(2, np.float32)}, weights={"w": packed.view(np.int32)}, opset=26)
+    assert np.array_equal(Oracle(drawn).run({"x": np.ones(2, np.float32)})["y"], packed)
+
+
+def test_gemm_reads_no_c_times_zero():
+    arrays = [normal(2, 3, dtype=np.float32), normal(3, 4, dtype=np.float32), np.full(4, np.inf, np.float32)]
+    close(one("Gemm", arrays, beta=0.0), on_ort("Gemm", arrays, beta=0.0), 1e-6)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from modules import Net, difference, folded, kept, lively, norm, run
+from modules import Net, difference, folded, kept, lively, norm, run, weight
 from torch import nn
 
 import bnfold
+from bnfold.backends.torch.run import Oracle
+from bnfold.backends.torch.trace import trace
 
 X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7))
 
@@ -93,6 +96,88 @@ def test_one_that_never_runs() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in fresh.idle.state_dict().items())
     fused, _ = bnfold.fuse(net, example=X)
     assert isinstance(fused.idle, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("op", [torch.add, torch.sub, torch.rsub])
+@pytest.mark.parametrize("alpha", [0, 2, -0.5])
+def test_a_multiple_that_may_be_zero(op: Callable[..., torch.Tensor], alpha: float) -> None:
+    """`alpha` is a number, which 0 is too: x + 0*k is x."""
+
+    def net(forward: Callable[..., Any]) -> nn.Module:
+        return Net(forward, c=nn.Conv2d(3, 4, 3), d=nn.Conv2d(3, 4, 3), b=norm(4), k=weight(1, 4, 1, 1))
+
+    both(net(lambda s, x: s.b(op(s.c(x), s.k, alpha=alpha))))
+    both(net(lambda s, x: s.b(op(s.k, s.c(x), alpha=alpha))))
+    assert both(net(lambda s, x: s.b(op(s.c(x), s.d(x), alpha=alpha)))) == (1, 1)
+
+
+def test_a_computed_multiple_stays() -> None:
+    net = Net(lambda s, x: s.b(torch.add(s.c(x), s.k, alpha=x.shape[2])), c=nn.Conv2d(3, 4, 3), b=norm(4), k=weight(1, 4, 1, 1))
+    _, report = bnfold.fuse(net.eval(), example=X)
+    assert "a computed multiple" in kept(report)["b"]
+
+
+def in_float64(net: nn.Module) -> dict[str, Any]:
+    traced = trace(net, X)
+    return Oracle(traced).run({traced.specs[0].name: X.numpy()})
+
+
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    return (x.view(torch.int32) & -65536).view(torch.float32)
+
+
+def within(x: torch.Tensor) -> torch.Tensor:
+    """The same in place, through a view."""
+    y = x.clone()
+    y.view(torch.int32).bitwise_and_(-65536)
+    return y
+
+
+READS_BITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "another float of the same size": lambda x: x.half().view(torch.bfloat16).float(),
+    "an integer and back": as_bits,
+    "an integer, in place": within,
+    "float8": lambda x: x.to(torch.float8_e4m3fn).view(torch.float8_e5m2).float(),
+    "the next number": lambda x: torch.nextafter(x, torch.zeros_like(x)),
+    "the largest number": lambda x: torch.nan_to_num(x.relu().log()) * 1e-30,
+    "mantissa": lambda x: torch.frexp(x)[0],
+    "sign": lambda x: torch.copysign(torch.ones_like(x), x),
+    "round trip through integers": lambda x: (x * 10).int().float(),
+}
+
+
+@pytest.mark.parametrize("kind", READS_BITS)
+def test_what_reads_bits_is_no_move(kind: str) -> None:
+    """No map crosses it, and a fold before it passes its check, for which the float64 reference reads the same bits."""
+    read = READS_BITS[kind]
+    net = Net(lambda s, x: s.b(read(s.c(x))), c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
+    _, report = bnfold.fuse(net, example=X)
+    assert report.batchnorms.after == 1
+    _, report = bnfold.fuse(Net(lambda s, x: read(s.b(s.c(x))), c=nn.Conv2d(3, 4, 3), b=norm(4)).eval(), example=X)
+    assert report.batchnorms.after == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in READS_BITS if kind not in ("an integer, in place", "the next number")])
+def test_the_float64_reference_reads_the_bits_that_are_stored(kind: str) -> None:
+    net = Net(lambda s, x: READS_BITS[kind](x)).eval()
+    found = in_float64(net)["output"]
+    torch.testing.assert_close(torch.from_numpy(found).float(), net(X), rtol=1e-6, atol=0)
+
+
+def test_weights_that_are_stored_as_bits() -> None:
+    net = Net(
+        lambda s, x: s.b(s.c(x) * s.k.view(torch.float32)), c=nn.Conv2d(3, 4, 3), b=norm(4), k=torch.randn(1, 4, 1, 1).view(torch.int32)
+    )
+    fused, report = bnfold.fuse(net.eval(), example=X)
+    assert report.batchnorms.after == 0
+    torch.testing.assert_close(fused(X), net(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cast_is_a_copy_that_may_be_written() -> None:
+    """In float64 the cast does nothing, but what is then written in place isn't what it was cast from."""
+    net = Net(lambda s, x: (lambda y: (y.half().add_(1).float(), y))(s.c(x)), c=nn.Conv2d(3, 4, 3)).eval()
+    found = in_float64(net)
+    torch.testing.assert_close(torch.from_numpy(found["output.1"]).float(), net(X)[1])
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------------------

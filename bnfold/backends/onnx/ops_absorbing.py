@@ -119,7 +119,10 @@ def gemm(ctx: Lowering, node: ir.Node) -> str | None:
             else c.reshape(c.shape[1:] if c.shape[0] == 1 else c.shape)
         )
 
-    layout = Layout(f"times {beta}", lambda c: beta * c.reshape(canonical), back, gain=abs(beta), linear=True)
+    def times_beta(c: Any) -> Any:
+        return beta * c.reshape(canonical) if beta else np.zeros(canonical)  # what isn't read may hold anything
+
+    layout = Layout(f"times {beta}", times_beta, back, gain=abs(beta), linear=True)
     bias = ctx.param(node, 2, canonical, layout) or Param(None, (1, 1), Layout("new", lambda c: c, back))
     for v in (arg(node), arg(node, 1), node.outputs[0]):
         if not ctx.constants.is_constant(v):

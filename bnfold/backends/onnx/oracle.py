@@ -30,7 +30,7 @@ from . import (  # noqa: F401 - they enter their operators into the table
     oracle_windows,
 )
 from .feeds import inputs
-from .oracle_convert import bodies, controls, maybe_jittered, to_float64, widen
+from .oracle_convert import bodies, controls, maybe_jittered, state_bits, to_float64, widen
 from .run import self_contained
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Oracle:
             raise UsageError(f"the model computes no value {listed(map(repr, sorted(unknown)))}")
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
+        state_bits(proto, {name: v.const_value.dtype.value for name, v in model.graph.initializers.items() if v.const_value is not None})
         skip = frozenset() if jitter is None else controls(proto.graph)
         to_float64(proto, jitter=jitter)
         weights = {}

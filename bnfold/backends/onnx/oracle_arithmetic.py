@@ -58,9 +58,9 @@ def gemm(
     transB: int = 0,
     broadcast: int = 1,
 ) -> tuple[Array, ...]:
-    """All opsets: `broadcast` of opset 6 only forbids what later ones allow."""
+    """All opsets: `broadcast` of opset 6 only forbids what later ones allow. C isn't read where beta is 0, as in BLAS."""
     y = (a.T if transA else a) @ (b.T if transB else b) * alpha
-    return ((y if c is None else y + beta * c).astype(a.dtype),)
+    return ((y if c is None or beta == 0 else y + beta * c).astype(a.dtype),)
 
 
 @operator("Mean")

@@ -7,12 +7,14 @@ what the model means.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
+from ...errors import UnsupportedError
 
 Array = np.ndarray
 
@@ -37,6 +39,8 @@ _FORMATS: dict[int, tuple[int, int]] = {
     TensorProto.DOUBLE: (53, -1022),
 }
 
+BIT_CAST = "BitCast"  # its types are those of the file, or it would read other bits
+
 _EXPONENT = np.uint64(0x7FF0_0000_0000_0000)
 
 
@@ -54,6 +58,29 @@ def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | Non
     _graph(proto.graph, jitter, skip)
     for function in proto.functions:
         _nodes(function.node, jitter, frozenset())
+
+
+def state_bits(proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
+    """Say at each operator that reads bits what they are stored as, in an attribute of ours.
+
+    types: of the initializers that the proto refers to and doesn't hold. Raises UnsupportedError where that can't be told.
+    """
+    if not any(node.op_type == BIT_CAST for node in _all_nodes(proto.graph)):
+        return
+    whole = onnx.ModelProto()
+    whole.CopyFrom(proto)
+    there = {info.name for info in whole.graph.input}
+    whole.graph.input.extend(helper.make_tensor_value_info(n, kind, None) for n, kind in types.items() if n not in there)
+    found = dict(types)
+    for graph in _all_graphs(onnx.shape_inference.infer_shapes(whole, strict_mode=False).graph):
+        for info in (*graph.input, *graph.value_info, *graph.output):
+            found.setdefault(info.name, info.type.tensor_type.elem_type)
+        found.update({tensor.name: tensor.data_type for tensor in graph.initializer})
+    for node in _all_nodes(proto.graph):
+        if node.op_type == BIT_CAST:
+            if not found.get(node.input[0]):
+                raise UnsupportedError(f"the float64 oracle can't run {BIT_CAST}: the type of {node.input[0]!r} isn't known")
+            node.attribute.append(helper.make_attribute("stored", found[node.input[0]]))
 
 
 def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
@@ -124,6 +151,14 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _all_nodes(body)
 
 
+def _all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in bodies(attribute):
+                yield from _all_graphs(body)
+
+
 def bodies(attribute: AttributeProto) -> list[onnx.GraphProto]:
     """The subgraphs that an attribute holds."""
     return [*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs]
@@ -148,7 +183,7 @@ def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, skip: frozenset[
         missing = _TYPE_DEFAULTS.get(node.op_type)
         if missing and all(a.name != missing for a in node.attribute):
             node.attribute.append(helper.make_attribute(missing, int(TensorProto.DOUBLE)))
-        for attribute in node.attribute:
+        for attribute in node.attribute if node.op_type != BIT_CAST else ():
             if attribute.type == AttributeProto.INT and attribute.name in _TYPE_ATTRIBUTES and attribute.i in FLOATS:
                 attribute.i = TensorProto.DOUBLE
             elif attribute.type == AttributeProto.TENSOR:

@@ -1,11 +1,13 @@
-"""Operators of the float64 oracle that lay elements elsewhere, or hand them on: Pad, Scatter, optional values, maps."""
+"""Operators of the float64 oracle that lay elements or bits elsewhere, or hand them on: Pad, Scatter, BitCast, optional values, maps."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from onnx.helper import tensor_dtype_to_np_dtype
 
+from ...rounding import rounded
 from .oracle_ops import Array, operator
 
 
@@ -57,3 +59,10 @@ def zip_map(x: Array, *, classlabels_int64s: Any = (), classlabels_strings: Any 
     """A map for each row, from class to score."""
     classes = list(classlabels_int64s) or list(classlabels_strings)
     return ([dict(zip(classes, row, strict=True)) for row in np.atleast_2d(x)],)
+
+
+@operator("BitCast", since=26)
+def bit_cast(x: Array, *, to: int, stored: int) -> tuple[Array, ...]:
+    """stored: the type of the input in the file (see `oracle_convert.state_bits`)."""
+    kind = tensor_dtype_to_np_dtype(stored)
+    return ((rounded(x, kind) if x.dtype == np.float64 else x.astype(kind)).view(tensor_dtype_to_np_dtype(to)),)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-from .walk import FLOATS, RANDOM, is_float, mutates, operator_name, value_of, written
+from .walk import RANDOM, mutates, operator_name, value_of, written
+from .widen import call, widened
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -87,8 +87,8 @@ class Constants:
         if node not in self._values:
             stored = self.stored(node)
             if stored is not None:
-                return _double(stored.tensor)  # not kept: the weights of a large model would be held twice
-            self._values[node] = _double(self._attribute(node)) if node.op == "get_attr" else self._computed(node)
+                return widened(stored.tensor)  # not kept: the weights of a large model would be held twice
+            self._values[node] = widened(self._attribute(node)) if node.op == "get_attr" else self._computed(node)
         return self._values[node]
 
     def _attribute(self, node: Node) -> Any:
@@ -98,29 +98,13 @@ class Constants:
         return found
 
     def _computed(self, node: Node) -> Any:
-        def exact(leaf: Any) -> Any:
-            if isinstance(leaf, Node):
-                return self.tensor(leaf)
-            if isinstance(leaf, torch.dtype):
-                return torch.float64 if leaf in FLOATS else leaf
-            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-
-        args, kwargs = pytree.tree_map(exact, (tuple(node.args), dict(node.kwargs)))
-        assert callable(node.target)
         try:
-            with torch.no_grad():
-                found = node.target(*args, **kwargs)
+            return call(node, self.tensor)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return None
-        return found.double() if isinstance(found, Tensor) and is_float(node) else found
-
-
-def _double(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def as_float64(tensor: Tensor) -> npt.NDArray[np.float64]:
     """A stored tensor as an array."""
-    array: npt.NDArray[np.float64] = _double(tensor).numpy()
+    array: npt.NDArray[np.float64] = widened(tensor).numpy()
     return array

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch.fx import Node as Op
 
 from .lower import Lowering
-from .walk import arguments, is_float, operator_name
+from .walk import arguments, dtype_of, operator_name
 
 Ids = npt.NDArray[np.int64]
 Run = Callable[[list[Ids], tuple[int, ...]], Ids]
@@ -44,7 +44,7 @@ def _axis(ctx: Lowering, op: Op, name: str = "dim", rank: int | None = None) -> 
 def reshape(ctx: Lowering, op: Op) -> str | None:
     """view, reshape, flatten, unflatten: axes at the front and at the back whose sizes agree, at every probe, are left alone."""
     x = arguments(op)["self"]
-    if not is_float(x):
+    if dtype_of(x) != dtype_of(op):
         return "it reads the bits as another type"
     before, after = ctx.value(x).probes, ctx.value(op).probes
     if before is None or after is None:

@@ -22,7 +22,8 @@ from ...errors import DataError, DeviceError, UnsupportedError, UsageError
 from ...feeds import check_feeds
 from ...subject import Placement
 from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
-from .walk import FLOATS, function, is_tensor
+from .walk import FLOATS, dtype_of, is_tensor, mutates, operator_name
+from .widen import call, reads_bits, widened, writes_bits
 
 if TYPE_CHECKING:
     from ...data import Batch, InputSpec
@@ -137,7 +138,8 @@ class Session:
 
 
 class Oracle:
-    """A model in float64, from its graph: casts to another floating-point type give float64 too.
+    """A model in float64, from its graph: casts to another floating-point type give float64 too, and what reads bits reads those that
+    are stored (see `widen`).
 
     jitter: a seed; every weight is then moved by up to half a unit in the last place of its stored type, which is what rounding may have
     done to it. outputs: inner values to return besides the model's outputs, by their names in the graph.
@@ -146,6 +148,9 @@ class Oracle:
     def __init__(self, traced: Traced, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> None:
         self._traced = traced
         program = traced.program
+        if where := writes_bits(program.graph.nodes):
+            raise UnsupportedError(f"the model writes into numbers by their bits (in {where}), which has no form in float64")
+        self._writes = any(mutates(op) for op in program.graph.nodes)
         self._held: dict[str, Any] = {}
         for spec in program.graph_signature.input_specs:
             if spec.target is None:
@@ -177,31 +182,39 @@ class Oracle:
             for op in program.graph.nodes:
                 if op.op == "placeholder":
                     held = self._held.get(op.name)
-                    values[op] = _double(to_tensor(np.array(feeds[op.name]))) if op.name in feeds else _own(held)
+                    values[op] = widened(to_tensor(np.array(feeds[op.name]))) if op.name in feeds else _own(held)
                 elif op.op == "get_attr":
                     values[op] = _own(_attribute(program.graph_module, str(op.target)))
                 elif op.op == "call_function":
                     values[op] = self._call(op, values)
                     for source in self._last.get(op, ()):
                         values.pop(source, None)
-        return {name: _double(values[op]).numpy() for name, op in self._wanted.items() if isinstance(values.get(op), Tensor)}
+        return {name: widened(values[op]).numpy() for name, op in self._wanted.items() if isinstance(values.get(op), Tensor)}
 
     def _call(self, op: Op, values: dict[Op, Any]) -> Any:
-        def exact(leaf: Any) -> Any:
-            if isinstance(leaf, Op):
-                return values[leaf]
-            if isinstance(leaf, torch.dtype):
-                return torch.float64 if leaf in FLOATS else leaf
-            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-
-        args, kwargs = pytree.tree_map(exact, (tuple(op.args), dict(op.kwargs)))
+        if operator_name(op) == "_assert_tensor_metadata":  # of the stored types
+            return None
         try:
-            returned = function(op)(*args, **kwargs)
+            returned = self._returned(op, values)
         except Exception as error:  # operators raise what they like
             if "not implemented" in str(error):
                 raise UnsupportedError(f"{op.target} has no form in float64: {_one_line(error)}") from None
             raise DataError(f"PyTorch can't run the model on these data: {_one_line(error)} (in {op.name})") from None
-        return _double(returned) if isinstance(returned, Tensor) else returned
+        if self._writes and operator_name(op) in ("to", "type_as") and dtype_of(op) != dtype_of(op.args[0]):
+            return returned.clone()  # as the cast does that float64 makes needless
+        return returned
+
+    def _returned(self, op: Op, values: dict[Op, Any]) -> Any:
+        try:
+            return call(op, values.__getitem__)
+        except Exception:
+            if reads_bits(op) or mutates(op):
+                raise
+            try:
+                return call(op, values.__getitem__, stored=True)  # some have no other form (what quantises, say)
+            except Exception:
+                pass
+            raise
 
 
 def inner(traced: Traced) -> list[Op]:
@@ -211,11 +224,7 @@ def inner(traced: Traced) -> list[Op]:
 
 def _own(held: Any) -> Any:
     """What an operator that writes in place may write to."""
-    return _double(held).clone() if isinstance(held, Tensor) else held
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.detach().cpu()
+    return widened(held).clone() if isinstance(held, Tensor) else held
 
 
 def _attribute(module: Any, target: str) -> Any:
@@ -232,7 +241,7 @@ def _seed(name: str, jitter: int) -> int:
 
 def _exact(tensor: Tensor, seed: int | None) -> Tensor:
     """A stored tensor in float64; with a seed, moved by up to half a unit in the last place. A lone number may be a setting."""
-    exact = _double(tensor)
+    exact = widened(tensor)
     if seed is None or not tensor.is_floating_point() or tensor.numel() < 2:
         return exact
     # The exponent's bits alone are the power of two below the number; times epsilon, it is a unit in the last place.

@@ -113,17 +113,17 @@ def viewed(node: Node) -> Node | None:
 
 def writes_into_shared(old: Node, new: Node) -> bool:
     """Whether, once `new` stands in the place of its copy `old`, somebody writes into what others still read or the caller owns."""
-    if not any(mutates(user) and view in written(user) for view in _views(old) for user in view.users):
+    if not any(mutates(user) and view in written(user) for view in views(old) for user in view.users):
         return False
     root = new
     while (source := viewed(root)) is not None:
         root = source
-    family = _views(root)
+    family = views(root)
     readers = {user for view in family for user in view.users if user is not old and user not in family}
     return root.op == "placeholder" or bool(readers)
 
 
-def _views(root: Node) -> set[Node]:
+def views(root: Node) -> set[Node]:
     """All that shares a tensor's storage from there on, what is written in place included."""
     found, stack = {root}, [root]
     while stack:
