@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from .walk import RANDOM, mutates, operator_name, value_of, written
+from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, value_of, written
 from .widen import call, widened
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
@@ -59,6 +59,8 @@ class Constants:
         if node.op != "call_function" or mutates(node) or not isinstance(value_of(node), (Tensor, list, tuple)):
             return False
         name = operator_name(node)
+        if FAKE_QUANTISERS.search(str(node.target)):  # what is folded would no longer be one of the few numbers
+            return False
         if not name and getattr(node.target, "__name__", "") != "getitem":
             return False
         if RANDOM.search(name) or name.startswith(("empty", "new_empty")):
@@ -70,6 +72,19 @@ class Constants:
 
     def is_constant(self, node: Any) -> bool:
         return isinstance(node, Node) and self._known.get(node, False)
+
+    def rounded_by(self, node: Any) -> str:
+        """The fake quantiser among the makers of a value that no input reaches; "" without one."""
+        by, stack, seen = "", [node] if isinstance(node, Node) else [], set[Node]()
+        while stack:
+            maker = stack.pop()
+            if maker.name in self._program.graph_signature.user_inputs:
+                return ""
+            if maker.op == "call_function" and FAKE_QUANTISERS.search(str(maker.target)):
+                by = str(maker.target).split(".")[1]
+            stack.extend(source for source in maker.all_input_nodes if source not in seen)
+            seen.update(maker.all_input_nodes)
+        return by
 
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""

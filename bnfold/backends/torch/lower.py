@@ -162,6 +162,11 @@ class Lowering:
             layout = AS_STORED if shape == array_shape else reshaped(shape, array_shape)
         return Param(tensor, shape, layout)
 
+    def no_weight(self, *arguments: Any) -> str:
+        """Why none of the arguments is a weight that can be rewritten, in a clause."""
+        by = next((by for argument in arguments if (by := self.constants.rounded_by(argument))), "")
+        return f"its weight is rounded by {by}" if by else "its weight is no constant that can be rewritten"
+
     def _read(self, argument: Op) -> Array:
         stored = self.constants.stored(argument)
         array = as_float64(stored.tensor) if stored is not None else self.constants.get(argument)

@@ -13,15 +13,13 @@ from ...merge import Window
 from .lower import Lowering, Slot, each
 from .walk import arguments, is_float, operator_name
 
-NO_WEIGHT = "its weight is no constant that can be rewritten"
-
 
 def conv(ctx: Lowering, op: Op) -> str | None:
     """conv1d to conv3d, conv_transpose1d to 3d, and convolution, which is all of them."""
     given, name = arguments(op), operator_name(op)
     x, weight = given["input"], ctx.param(op, given["weight"])
     if weight is None:
-        return NO_WEIGHT
+        return ctx.no_weight(given["weight"])
     shape = weight.shape
     if ctx.rank(x) != len(shape):
         return "its input has no batch axis"
@@ -84,7 +82,7 @@ def linear(ctx: Lowering, op: Op) -> str | None:
     given = arguments(op)
     x, weight = given["input"], ctx.param(op, given["weight"])
     if weight is None or ctx.is_activation(given["bias"]):
-        return NO_WEIGHT
+        return ctx.no_weight(given["weight"])
     rank = ctx.rank(x)
     if len(weight.shape) != 2 or rank < 2:
         return "an operand is a vector"
@@ -99,7 +97,7 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     which = next((name for name in ("mat2", "mat1") if ctx.constants.is_constant(given[name])), None)
     weight = None if which is None else ctx.param(op, given[which])
     if which is None or weight is None:
-        return NO_WEIGHT
+        return ctx.no_weight(given["mat2"], given["mat1"])
     if not all(isinstance(given[name], (int, float)) for name in ("alpha", "beta")):
         return "its alpha or beta is computed"
     alpha, beta = float(given["alpha"]), float(given["beta"])
@@ -141,7 +139,7 @@ def matmul(ctx: Lowering, op: Op) -> str | None:
         return None
     x, weight = given[1 - which], ctx.param(op, given[which])
     if weight is None:
-        return NO_WEIGHT
+        return ctx.no_weight(*given)
     rank, shape = ctx.rank(x), weight.shape
     letters = LETTERS[: max(rank, len(shape)) - 2]
     own = letters[len(letters) - len(shape) + 2 :]
@@ -207,7 +205,7 @@ def embedding(ctx: Lowering, op: Op) -> str | None:
     given = arguments(op)
     table = ctx.param(op, given["weight"])
     if table is None:
-        return NO_WEIGHT
+        return ctx.no_weight(given["weight"])
     rank = ctx.rank(given["indices"])
     ctx.emit("Table", op, [given["indices"]], {"axes": [None, rank]}, {"table": table}, {"table": "weight"})
     return None
@@ -254,7 +252,7 @@ def recurrent(ctx: Lowering, op: Op) -> str | None:
     for d in range(directions):
         weight = ctx.param(op, flat[per * d])
         if weight is None:
-            return NO_WEIGHT
+            return ctx.no_weight(flat[per * d])
         weight = ctx.param(op, flat[per * d], (1, *weight.shape))
         assert weight is not None
         params[f"weight{d}"], slots[f"weight{d}"] = weight, f"params.{per * d}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FAKE_QUANTISERS = re.compile(r"(fake_quantize|fake_quant$|_obs_fq_|(?<!de)quantize_per)")  # a number becomes the nearest of a few
 RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
 
 
