@@ -144,8 +144,17 @@ def volumes(net: Net) -> Feeds:
     return {"x": normal(5, 2, 5, 5, 5)}
 
 
+def sequences(net: Net) -> Feeds:
+    """A part of a sequence waits until the BatchNorm behind another part is measured."""
+    halves = net.op("SplitToSequence", net.op("Sigmoid", net.conv(net.input("N", 3, 6, 6), 3, 6)), net.ints(2, 4), axis=1)
+    first, second = (net.op("SequenceAt", halves, net.constant(np.array(i, np.int64))) for i in (0, -1))
+    first = net.relu(net.bn(first, 2))
+    net.output(net.bn(net.op("ConcatFromSequence", net.op("SequenceConstruct", first, net.op("Neg", second)), axis=1), 6))
+    return {"x": normal(9, 3, 6, 6)}
+
+
 NETWORKS: list[Callable[[Net], Feeds]] = [
-    residual, depthwise, dense, on_the_input, two_inputs, late_input, embedding, shapes_in_the_graph, volumes,
+    residual, depthwise, dense, on_the_input, two_inputs, late_input, embedding, shapes_in_the_graph, volumes, sequences,
 ]  # fmt: skip
 
 

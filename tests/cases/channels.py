@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from .builder import Net
+import numpy as np
+
+from .builder import Net, element
 from .case import Theme
 from .moves import MIXED
 
@@ -126,6 +128,111 @@ def _(net: Net) -> None:
     """Two users, who read different channels."""
     y = net.conv(net.input("N", 4, "H", "W"), 4, 6)
     net.output(net.bn(net.slice(y, 1, 0, 3), 3), net.bn(net.slice(y, 1, 3, 6), 3))
+
+
+# --- sequences (line 16): as torch.export writes a chunk -------------------------------------------
+
+
+def at(net: Net, parts: str, position: int) -> str:
+    return net.op("SequenceAt", parts, net.constant(np.array(position, np.int64)))
+
+
+def chunks(
+    net: Net, *, split: int | tuple[int, ...] | None = 3, places: tuple[int, ...] = (0, 1), axis: int = 1, keepdims: int = 1
+) -> None:
+    """The parts of a convolution's output along the channels, each with a BatchNorm of its own."""
+    sizes = [] if split is None else [net.constant(np.array(split, np.int64))]
+    parts = net.op("SplitToSequence", net.conv(net.input("N", 4, "H", "W"), 4, 6), *sizes, axis=axis, keepdims=keepdims)
+    taken = [at(net, parts, place) for place in places]
+    if not keepdims:
+        taken = [net.unsqueeze(y, 1) for y in taken]
+    channels = [1 if split is None else split if isinstance(split, int) else split[place] for place in places]
+    net.output(*[net.bn(y, n) for y, n in zip(taken, channels, strict=True)])
+
+
+CASES.case("SplitToSequence and SequenceAt", 16, draw=chunks)
+CASES.case("SplitToSequence into uneven parts", 16, draw=partial(chunks, split=(1, 2, 3), places=(2, 0)))
+CASES.case("SplitToSequence along a negative axis, and negative places", 16, draw=partial(chunks, axis=-3, places=(-1, -2)))
+CASES.case("SplitToSequence into single channels", 16, draw=partial(chunks, split=None, places=(4, -1)))
+CASES.case("SplitToSequence into single channels without their axis", 16, draw=partial(chunks, split=None, places=(4, -1), keepdims=0))
+CASES.case("SplitToSequence at opset 11", 16, draw=chunks, opset=11)
+
+
+@CASES.case("SplitToSequence whose last part is shorter", 16)
+def _(net: Net) -> None:
+    parts = net.op("SplitToSequence", net.conv(net.input("N", 4, "H", "W"), 4, 7), net.constant(np.array(3, np.int64)), axis=1)
+    net.output(net.bn(at(net, parts, -1), 1), net.bn(at(net, parts, 1), 3))
+
+
+@CASES.case("chunks, one BatchNorm, and a concatenation", 16, 17)
+def _(net: Net) -> None:
+    """A ghost BatchNorm along the batch: every part gets the same map."""
+    parts = net.op("SplitToSequence", net.conv(net.input(4, 4, 6, 6), 4, 6), net.constant(np.array(2, np.int64)), axis=0)
+    params = net.bn_params(6)
+    done = [net.bn(at(net, parts, i), params=params) for i in range(2)]
+    net.output(net.op("Sigmoid", net.op("ConcatFromSequence", net.op("SequenceConstruct", *done), axis=0)))
+
+
+@CASES.case("SequenceConstruct and ConcatFromSequence", 17)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    y = net.op("ConcatFromSequence", net.op("SequenceConstruct", net.conv(x, 4, 2), net.conv(x, 4, 4)), axis=1)
+    net.output(net.bn(y, 6))
+
+
+@CASES.case("ConcatFromSequence with a new axis", 17)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "L")
+    y = net.op("ConcatFromSequence", net.op("SequenceConstruct", net.conv(x, 4, 6, dims=1), net.conv(x, 4, 6, dims=1)), axis=-1, new_axis=1)
+    net.output(net.bn(y, 6))
+
+
+@CASES.case("ConcatFromSequence with a constant part", 17)
+def _(net: Net) -> None:
+    x = net.input(1, 4, 5, 5)
+    parts = net.op("SequenceConstruct", net.conv(x, 4, 4, kernel=1), net.weight(net.normal(1, 2, 5, 5)))
+    parts = net.op("SequenceInsert", parts, net.conv(x, 4, 3, kernel=1))
+    net.output(net.bn(net.op("ConcatFromSequence", parts, axis=1), 9))
+
+
+@CASES.case("a sequence that grows and shrinks", 16, 17)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    first, second, third = (net.conv(x, 4, n) for n in (2, 3, 4))
+    parts = net.op("SequenceInsert", net.op("SequenceEmpty", dtype=element(net.dtype)), second)
+    parts = net.op("SequenceInsert", net.op("SequenceInsert", parts, first, net.constant(np.array(0, np.int64))), third)
+    shorter = net.op("Identity", net.op("SequenceErase", parts, net.constant(np.array(0, np.int64))))
+    net.output(net.bn(net.op("ConcatFromSequence", shorter, axis=1), 7), shape=["N", 7, "H", "W"])
+    net.output(net.op("Sigmoid", first))
+
+
+@CASES.case("BatchNorm before a sequence", 16, opset=18)
+def _(net: Net) -> None:
+    parts = net.op("SplitToSequence", net.bn(net.op("Sigmoid", net.input("N", 6, "H", "W")), 6), net.ints(2, 4), axis=1)
+    net.output(net.conv(at(net, parts, 1), 4, 3), net.conv(at(net, parts, 0), 2, 3))
+
+
+@CASES.case("BatchNorm before a sequence that is joined again", 16, 17)
+def _(net: Net) -> None:
+    parts = net.op("SplitToSequence", net.bn(net.op("Sigmoid", net.input("N", 6, 5, 5)), 6), net.ints(2, 4), axis=1)
+    parts = net.op("SequenceInsert", parts, net.op("Sigmoid", net.input("N", 2, 5, 5, name="z")))
+    net.output(net.conv(net.op("ConcatFromSequence", parts, axis=1), 8, 3), net.op("Tanh", at(net, parts, -1)))
+
+
+@CASES.case("a place in a sequence that the caller gives", 16, left=1, reason="sequence", below=1)
+def _(net: Net) -> None:
+    y = net.conv(net.input("N", 4, "H", "W"), 4, 6)
+    parts = net.op("SplitToSequence", y, net.constant(np.array(3, np.int64)), axis=1)
+    place = net.input(name="place", dtype=np.int64)
+    net.output(net.bn(net.op("SequenceAt", parts, place), 3), shape=["N", 3, "H", "W"])
+
+
+@CASES.case("a sequence whose parts are used otherwise too", 16, left=1, reason="is also used by", below=1)
+def _(net: Net) -> None:
+    y = net.conv(net.input("N", 4, "H", "W"), 4, 6)
+    parts = net.op("SplitToSequence", y, net.constant(np.array(3, np.int64)), axis=1)
+    place = net.input(name="place", dtype=np.int64)
+    net.output(net.bn(at(net, parts, 0), 3), net.op("SequenceAt", parts, place), shape=["N", 3, "H", "W"])
 
 
 # --- Concat (lines 17, 18) --------------------------------------------------------------------------

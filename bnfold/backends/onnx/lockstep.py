@@ -20,6 +20,7 @@ from .feeds import inputs
 from .lockstep_plan import OnnxCall, cut
 from .lockstep_stage import OnnxStage
 from .pointwise import passes, read
+from .sequences import Sequences
 from .shapes import Shapes
 from .walk import all_graphs, all_nodes, arg, attribute, is_standard, name_of, number, subgraphs
 from .write import inlined, numpy_type
@@ -57,6 +58,7 @@ class OnnxPlan:
         self._select, self._freeze = select, freeze
         self._shapes = Shapes(model)
         self.constants = Constants(model, self._shapes)
+        Sequences(model, self.constants, self._shapes).note()
         self.notes: list[str] = []
         self.layers: list[Layer] = []
         self.calls: list[OnnxCall] = []

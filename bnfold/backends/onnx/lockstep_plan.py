@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ...stages import Call, Cut, Operation
 from ...stages import cut as cut_operations
+from .sequences import parts_of
 from .shapes import Shapes
 from .walk import all_nodes, is_standard, subgraphs, whole
 
@@ -23,7 +24,13 @@ OnnxCut = Cut[ir.Node, ir.Value]
 
 
 def sources(node: ir.Node) -> Iterator[ir.Value]:
-    """All values that a node reads, those included that its subgraphs take from outside."""
+    """All values that a node reads, those included that its subgraphs take from outside.
+
+    What takes parts out of a sequence reads the tensors that they are cut from, so that these wait and not the sequence.
+    """
+    if parts := parts_of(node):
+        yield from (part.source for part in parts)
+        return
     yield from (value for value in node.inputs if value is not None)
     for _, graph in subgraphs(node):
         own = set(graph.inputs) | set(graph.initializers.values())

@@ -23,6 +23,7 @@ from ...recalibrate import NOTHING, Reading, Values
 from ...values import shape_text
 from .lockstep_plan import OnnxCut, sources
 from .providers import assigned, honoured, name_nodes, one_line, resolve, runtime, start
+from .sequences import parts_of, without_sequences
 from .walk import attribute, open_axes
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
@@ -208,6 +209,7 @@ def _proto(
             info.type.tensor_type.elem_type = kinds[_name(value)]
         graph.input.append(info)
     open_axes(graph)
+    without_sequences(graph, {_name(node.outputs[0]): parts for node in nodes if (parts := parts_of(node))}, _opset(model))
     for value in cut.makes:
         graph.output.append(onnx.ValueInfoProto(name=_name(value)))
     lent: dict[str, npt.NDArray[Any]] = {}

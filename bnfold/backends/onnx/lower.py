@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
 from .constants import CONTROL, FLOATS, Constants, value_inputs
+from .sequences import Part, Sequences, without_sequences
 from .shapes import Shapes
 from .walk import all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
 
@@ -36,12 +37,15 @@ class Lowering:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
         self.shapes = Shapes(model)
         self.constants = Constants(model, self.shapes)
-        if computed := self._computed_settings():
-            self.shapes = Shapes(model, computed)
+        self.sequences = Sequences(model, self.constants, self.shapes)
+        computed, taken = self._computed_settings(), self.sequences.taken
+        if computed or taken:
+            self.shapes = Shapes(model, computed, lambda graph: without_sequences(graph, taken, self.opset))
             self.constants = Constants(model, self.shapes)
-        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+            self.sequences = Sequences(model, self.constants, self.shapes)
         self.nodes: list[Node] = []
         self.sites: dict[Any, Site] = {}
         self.computed: list[ir.Node] = []  # BatchNorms of constants (weight standardisation)
@@ -248,6 +252,13 @@ class Lowering:
         made = Node(op, name_of(node), sources, [self.value(out)], attrs, params or {}, native, label=node.op_type)
         self.nodes.append(made)
         return made
+
+    def emit_parts(self, node: ir.Node, parts: tuple[Part, ...], attrs: dict[str, Any]) -> None:
+        """Add a move of tensors that come in a sequence. It can't be doubled, nor read a double: its inputs are another operator's."""
+        sources = [self._operand(part.node, part.source, part.index) for part in parts]
+        native = Native(node, dtype=self.shapes.dtype(node.outputs[0]), positions=[part.index for part in parts])
+        attrs = {"limit": largest(native.dtype), "cloneable": False, **attrs}
+        self.nodes.append(Node("Move", name_of(node), sources, [self.value(node.outputs[0])], attrs, {}, native, label=node.op_type))
 
     def _operand(self, node: ir.Node, v: ir.Value, index: int) -> Value:
         """An activation; a constant operand becomes a node of its own, which can absorb a map."""

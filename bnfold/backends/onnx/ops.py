@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from .ops_absorbing import conv, einsum, gather, gemm, matmul, normalisation, recurrent
 from .ops_affine import arithmetic, batchnorm, negation
-from .ops_crossing import Lower, cast, clip, dropout, elementwise, pad, prelu, reduced, resize, several, where, windowed
-from .ops_moves import MOVES
+from .ops_crossing import Lower, cast, clip, dropout, elementwise, identity, pad, prelu, reduced, resize, several, where, windowed
+from .ops_moves import MOVES, sequence, taken
 
 OPERATORS: dict[str, Lower] = {
     "BatchNormalization": batchnorm,
@@ -35,7 +35,7 @@ OPERATORS: dict[str, Lower] = {
     "Max": several("Maximum"),
     "Min": several("Maximum"),
     "Where": where,
-    "Identity": elementwise("Identity"),
+    "Identity": identity,
     "Dropout": dropout,
     "Cast": cast,
     "CastLike": cast,
@@ -59,5 +59,12 @@ OPERATORS: dict[str, Lower] = {
     "Resize": resize,
     "Upsample": resize,
     "Pad": pad,
+    "SplitToSequence": sequence,
+    "SequenceConstruct": sequence,
+    "SequenceEmpty": sequence,
+    "SequenceInsert": sequence,
+    "SequenceErase": sequence,
+    "SequenceAt": taken,
+    "ConcatFromSequence": taken,
     **{name: lower for name, lower in MOVES.items() if name not in ("Pad", "Gather")},
 }

@@ -12,7 +12,7 @@ from ...crossing import picks
 from ...graph import Layout, Param
 from .constants import FLOATS
 from .lower import Lowering, given
-from .ops_moves import MOVES
+from .ops_moves import MOVES, sequence
 from .walk import arg, attribute, number, wholes
 
 Lower = Callable[[Lowering, ir.Node], "str | None"]
@@ -37,6 +37,10 @@ def elementwise(op: str) -> Lower:
         return None
 
     return lower
+
+
+def identity(ctx: Lowering, node: ir.Node) -> str | None:
+    return sequence(ctx, node) if ctx.sequences.makes(node) else elementwise("Identity")(ctx, node)
 
 
 def dropout(ctx: Lowering, node: ir.Node) -> str | None:

@@ -246,6 +246,39 @@ def _mirror_pad(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
+def sequence(ctx: Lowering, node: ir.Node) -> str | None:
+    """A sequence is nothing to the rules where all that is done with it is taking its parts out again."""
+    return None if ctx.sequences.follows(node) else "it makes a sequence that isn't only taken apart again"
+
+
+def taken(ctx: Lowering, node: ir.Node) -> str | None:
+    """SequenceAt and ConcatFromSequence: a move of the tensors that the parts are cut from."""
+    parts = ctx.sequences.parts(node)
+    if parts is None:
+        return "which parts of its sequence it takes isn't known"
+    rank, drops = ctx.rank(parts[0].source), parts[0].drops
+    if rank is None:
+        return UNKNOWN
+    stacks = bool(attribute(node, "new_axis", 0))
+    along = None if node.op_type == "SequenceAt" else whole(node, "axis", 0) % (rank - drops + stacks)
+    ctx.set_rank(node.outputs[0], rank - drops + stacks)
+    cut = {part.axis % rank for part in parts if part.start is not None}
+    alike = all(part.drops == drops and not ctx.constants.is_constant(part.source) for part in parts)
+    kept = {}
+    for axis in range(rank) if alike else ():
+        out = axis - (drops and axis > parts[0].axis % rank)
+        out += stacks and along is not None and out >= along
+        if axis not in cut and out != along:
+            kept[axis] = out
+
+    def run(xs: list[Ids], _: tuple[int, ...]) -> Ids:
+        arrays = [part.cut(x) for part, x in zip(parts, xs, strict=True)]
+        return arrays[0] if along is None else np.stack(arrays, along) if stacks else np.concatenate(arrays, along)
+
+    ctx.emit_parts(node, parts, {"run": run, "kept": kept})
+    return None
+
+
 MOVES: dict[str, Callable[[Lowering, ir.Node], str | None]] = {
     "Reshape": _reshape,
     "Flatten": _reshape,

@@ -7,7 +7,7 @@ chance. Where the inference knows nothing (an operator outside the standard), th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,20 @@ Dims = tuple["int | None", ...]
 class Shapes:
     """probes(value): the shapes at each probe, None for what isn't known. rank(value). dtype(value).
 
-    computed: small constants that the graph computes (by value name), which the inference can't work out by itself.
+    computed: small constants that the graph computes (by value name), which the inference can't work out by itself. plainly: writes
+    operators in a way that the inference knows.
     """
 
-    def __init__(self, model: ir.Model, computed: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        computed: Mapping[str, npt.NDArray[Any]] | None = None,
+        plainly: Callable[[onnx.GraphProto], None] = lambda graph: None,
+    ) -> None:
         self._probes: list[dict[ir.Value, Dims]] = []
         self._types: dict[ir.Value, int] = {}
         skeleton = _skeleton(model, computed or {})
+        plainly(skeleton.graph)
         for sizes in _probe_sizes(model):
             proto = onnx.ModelProto()
             proto.CopyFrom(skeleton)
@@ -62,8 +69,10 @@ class Shapes:
             if kind.tensor_type.HasField("shape"):
                 dims = kind.tensor_type.shape.dim
                 found[value] = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in dims)
-        for node, node_proto in zip(graph, proto.node, strict=False):
-            inner = {a.name: a for a in node_proto.attribute}
+        written = {node.output[0]: node for node in proto.node if node.output}
+        for node in graph:
+            found_node = written.get(node.outputs[0].name or "") if node.outputs else None
+            inner = {} if found_node is None else {a.name: a for a in found_node.attribute}
             for name, subgraph in subgraphs(node):
                 if name in inner and inner[name].HasField("g"):
                     self._collect(subgraph, inner[name].g, found)
