@@ -94,7 +94,8 @@ def build(seed: int) -> onnx.ModelProto:
     made = list(g.shapes)[inputs:]
     ends = [v for v in made if v not in g.used and rng.random() < 0.9] or made[-1:]
     ends += [v for v in made if v not in ends and rng.random() < 0.04]
-    net.output(*ends)
+    for v in ends:
+        net.output(v, shape=[n if n > 0 else "N" if n == -1 else f"{-n}N" for n in g.shapes[v]])
     return net.model()
 
 

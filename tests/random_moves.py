@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from cases.builder import element
 from random_ops import Growing, Shape, _fits, _image, batchnorm, convolution, elementwise, gemm
 
 
@@ -115,7 +116,24 @@ def concat(g: Growing) -> str | bool:
         parts.insert(g.whole(0, len(parts)), g.weight(g.tensor(*(n if i == axis else m for i, m in enumerate(shape))), "c"))
         sizes.append(n)
     after = tuple(sum(sizes) if i == axis else n for i, n in enumerate(shape))
+    if _fits(after) and g.net.opset >= 11 and g.chance(0.2):
+        return g.made(_joined(g, parts, g.named(axis, len(shape))), parts, after)
     return _fits(after) and g.add("Concat", parts, after, axis=g.named(axis, len(shape)))
+
+
+def _joined(g: Growing, parts: list[str], axis: int) -> str:
+    """A sequence of the parts, joined again: made at once, or grown from nothing in any order."""
+    if g.chance(0.6):
+        return g.net.op("ConcatFromSequence", g.net.op("SequenceConstruct", *parts), axis=axis)
+    made = g.net.op("SequenceEmpty", dtype=element(g.net.dtype))
+    order = [int(i) for i in g.rng.permutation(len(parts))]
+    for n, i in enumerate(order):
+        place = sum(j < i for j in order[:n])
+        made = g.net.op("SequenceInsert", made, parts[i], *[g.place(place)] * (place < n))
+    if g.chance(0.3):
+        made = g.net.op("Identity", made) if g.net.opset >= 14 else made
+        made = g.net.op("SequenceErase", g.net.op("SequenceInsert", made, parts[0], g.place(0)), g.place(0))
+    return g.net.op("ConcatFromSequence", made, axis=axis)
 
 
 def split(g: Growing) -> str | bool:
@@ -127,7 +145,16 @@ def split(g: Growing) -> str | bool:
     axis = 1 if 1 in axes and g.chance(0.6) else axes[g.rng.integers(len(axes))]
     cut = g.whole(1, shape[axis] - 1)
     parts = [cut, shape[axis] - cut]
-    for name, n in zip(g.net.split(x, axis, *parts), parts, strict=True):
+    if g.net.opset >= 11 and g.chance(0.25):
+        even = g.chance(0.3)  # the last of them may be shorter
+        parts = [min(cut, shape[axis] - i) for i in range(0, shape[axis], cut)] if even else parts
+        sizes = g.net.constant(np.array(cut if even else parts, np.int64))
+        made = g.net.op("SplitToSequence", x, sizes, axis=g.named(axis, len(shape)))
+        known = not even or all(n > 0 for n in shape)
+        names = [g.net.op("SequenceAt", made, g.place(i - len(parts) * (known and g.chance(0.4)))) for i in range(len(parts))]
+    else:
+        names = g.net.split(x, axis, *parts)
+    for name, n in zip(names, parts, strict=True):
         g.made(name, [x], (*shape[:axis], n, *shape[axis + 1 :]))
     return True
 

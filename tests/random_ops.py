@@ -60,6 +60,10 @@ class Growing:
         self.shapes[value] = shape
         return value
 
+    def place(self, index: int) -> str:
+        """A place in a sequence."""
+        return self.net.constant(np.array(index, np.int64))
+
     def axis(self, shape: Shape, static: bool = True) -> int:
         return int(self.pick(*[i for i, n in enumerate(shape) if n > 0 or not static]))
 

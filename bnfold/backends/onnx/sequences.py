@@ -46,7 +46,8 @@ class Part:
         if self.start is None:
             return x
         if self.drops:
-            return x.take(self.start, self.axis)
+            dropped: npt.NDArray[Any] = np.take(x, self.start, self.axis)
+            return dropped
         where = [slice(None)] * x.ndim
         where[self.axis] = slice(self.start, self.stop)
         return x[tuple(where)]
@@ -196,7 +197,7 @@ def without_sequences(graph: onnx.GraphProto, taken: Mapping[str, tuple[Part, ..
         if settings.get("new_axis", 0):
             where = f"{node.output[0]}:axis"
             graph.initializer.append(numpy_helper.from_array(np.array([settings["axis"]]), where))
-            old = {"axes": [settings["axis"]]} if opset < 13 else {}
+            old: dict[str, Any] = {"axes": [settings["axis"]]} if opset < 13 else {}
             thin = [helper.make_node("Unsqueeze", [name, where][: 1 if old else 2], [f"{name}:thin"], **old) for name in names]
             graph.node.extend(thin)
             names = [each.output[0] for each in thin]
