@@ -28,18 +28,20 @@ class Planned:
     def folded_sites(self) -> list[Site]:
         return [outcome.site for outcome in self.outcomes if outcome.folded]
 
-    def counts(self) -> Counts:
-        """Calls of BatchNorms before and after."""
-        sites = [(len(o.site.nodes), o.folded) for o in self.outcomes if o.site.is_batchnorm]
-        return Counts(sum(n for n, _ in sites), sum(n for n, folded in sites if not folded))
-
     def report(
-        self, notes: Mapping[Node, str], *, bytes_added: int, counts: Counts | None = None, computed: Iterable[Layer] = ()
+        self, notes: Mapping[Node, str], *, bytes_added: int, others: Iterable[Layer] = (), said: tuple[str, ...] = ()
     ) -> FuseReport:
-        """notes: on nodes that absorbed something. computed: layers that were folded without a plan."""
-        layers = (*computed, *(_layer(o, notes) for o in self.outcomes if o.site.is_batchnorm or o.folded))
+        """The report, with all BatchNorms that the model holds, and calls of them before and after.
+
+        notes: on nodes that absorbed something. others: the model's BatchNorms that the plan didn't see. said: the report's notes.
+        """
+        others = tuple(others)
+        layers = (*(_layer(o, notes) for o in self.outcomes if o.site.is_batchnorm or o.folded), *others)
+        calls = [(len(o.site.nodes), o.folded) for o in self.outcomes if o.site.is_batchnorm]
+        calls += [(1, layer.verdict == "folded") for layer in others]
+        counts = Counts(sum(n for n, _ in calls), sum(n for n, folded in calls if not folded))
         merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
-        return FuseReport(batchnorms=self.counts() if counts is None else counts, layers=layers, merged=merged, bytes_added=bytes_added)
+        return FuseReport(batchnorms=counts, layers=layers, merged=merged, bytes_added=bytes_added, notes=said)
 
 
 def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Planned:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...census import Held, kept
 from ...graph import Node
 from ...merge import always
 from ...plan import plan
-from ...report import Counts, FuseReport, Layer
+from ...report import FuseReport, Layer
 from .lower import Lowering
 from .walk import batchnorms, name_of
 from .write import inlined, write
@@ -16,23 +17,31 @@ from .write import inlined, write
 def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
     fused = inlined(model)
-    before = batchnorms(fused)
+    held = list(batchnorms(fused))
     lowering = Lowering(fused)
     graph = lowering.graph()
-    planned = plan(graph, clone=clone, may=always if before else None)
+    met = {node.native.node for site in graph.sites for node in site.nodes} | set(lowering.computed)
+    others = kept([Held(node, name_of(node), _channels(node), why) for node, why in held], met)
+    planned = plan(graph, clone=clone, may=always if held else None)
     notes: dict[Node, str] = {}
     added = 0
     values = {node: (lowering.constants.get(node.outputs[0]), lowering.shapes.dtype(node.outputs[0])) for node in lowering.computed}
     if values or planned.changes:
         notes, added = write(fused, graph, planned.removed, planned.merges, values)
-    else:
+    others = [*map(_computed_layer, values), *others]
+    if not planned.changes and all(layer.verdict == "kept" for layer in others):
         fused = model.clone()
-    counts = Counts(before, batchnorms(fused))
-    return fused, planned.report(notes, bytes_added=added, counts=counts, computed=map(_computed_layer, values))
+    return fused, planned.report(notes, bytes_added=added, others=others)
 
 
 def _computed_layer(node: ir.Node) -> Layer:
-    channels = node.inputs[1].shape if node.inputs[1] is not None else None
-    size = channels[0] if channels else 0
-    count = size if isinstance(size, int) else 0
-    return Layer(name_of(node), count, "folded", (), "", ("it normalises constants alone, so it was computed once",))
+    """A BatchNorm of constants alone. It stays where its value can't be told, or is an output of the model."""
+    if node.graph is not None:
+        return Layer(name_of(node), _channels(node), "kept", (), "it normalises constants alone, but its output can't be put in its place")
+    return Layer(name_of(node), _channels(node), "folded", (), "", ("it normalises constants alone, so it was computed once",))
+
+
+def _channels(node: ir.Node) -> int:
+    gamma = node.inputs[1] if len(node.inputs) > 1 else None
+    size = gamma.shape[0] if gamma is not None and gamma.shape else 0
+    return size if isinstance(size, int) else 0

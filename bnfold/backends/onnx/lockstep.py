@@ -22,7 +22,7 @@ from .lockstep_stage import OnnxStage
 from .pointwise import passes, read
 from .sequences import Sequences
 from .shapes import Shapes
-from .walk import all_graphs, all_nodes, arg, attribute, is_standard, name_of, number, subgraphs
+from .walk import all_graphs, all_nodes, arg, attribute, batchnorms, in_training, is_batchnorm, is_standard, name_of, number
 from .write import inlined, numpy_type
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def plan_of(model: ir.Model, *, select: Select = every, freeze: bool = False, pr
 
     Raises NothingToDoError where there is no BatchNorm to measure.
     """
-    functions = any(_is_batchnorm(n) for f in model.functions.values() for n in all_nodes(f.graph))
+    functions = any(is_batchnorm(n) for f in model.functions.values() for n in all_nodes(f.graph))
     fresh = inlined(model) if functions else model.clone()
     _name_values(fresh)
     return OnnxPlan(fresh, provider, select, freeze)
@@ -151,10 +151,9 @@ class OnnxPlan:
     def _find(self) -> None:
         """The calls and the layers that they belong to; a note for each BatchNorm that can't be measured."""
         found: dict[Any, int] = {}
-        for node in self.model.graph:
-            for _, body in subgraphs(node):
-                for inner in filter(self._wanted, all_nodes(body)):
-                    self._leave(inner, f"it is inside the body of {node.op_type} {name_of(node)}, which runs as a whole")
+        for inner, where in batchnorms(self.model):
+            if inner.graph is not self.model.graph and self._wanted(inner):
+                self._leave(inner, where)
         for node in filter(self._wanted, self.model.graph):
             why = self._why_not(node)
             if why is not None:
@@ -165,7 +164,7 @@ class OnnxPlan:
                 found[key] = len(self.layers)
                 mean, variance = (np.ravel(self._value(node, index)) for index in (3, 4))
                 self.layers.append(Layer(name_of(node), mean.astype(np.float64), variance.astype(np.float64)))
-                if _in_training(node, _opset(self.model)):
+                if in_training(node, _opset(self.model)):
                     self.frozen.add(found[key])
                     self.notes.append(f"{name_of(node)} was in training mode, and has statistics of its own now")
             source = node.inputs[0]
@@ -173,17 +172,19 @@ class OnnxPlan:
             self.calls.append(OnnxCall(node, source, found[key]))
 
     def _wanted(self, node: ir.Node) -> bool:
-        return _is_batchnorm(node) and self._select(name_of(node))
+        return is_batchnorm(node) and self._select(name_of(node))
 
     def _leave(self, node: ir.Node, why: str) -> None:
         self.notes.append(f"{name_of(node)} keeps its statistics: {why}")
 
     def _why_not(self, node: ir.Node) -> str | None:
-        if _in_training(node, _opset(self.model)):
+        if in_training(node, _opset(self.model)):
             if not self._freeze:
                 return "it is in training mode: it normalises each batch by itself (--freeze gives it statistics of its own)"
-            if any(v.uses() for v in node.outputs[1:]):
-                return "it is in training mode, and the statistics of each batch are used elsewhere in the model"
+            if any(v.uses() for v in node.outputs[1:]) or any(v.is_graph_output() for v in node.outputs[3:]):
+                return "it is in training mode, and the statistics of each batch are used elsewhere in the model, or are outputs of it"
+        elif any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+            return "its further outputs are read, which only training mode gives"
         for index, role in ((3, "mean"), (4, "variance")):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None or not self.constants.is_constant(value):
@@ -214,17 +215,6 @@ class OnnxPlan:
         values = [self.constants.get(v) for v in (gamma, beta)]
         equal = tuple(v if a is None else a.tobytes() for v, a in zip((gamma, beta), values, strict=True))
         return (mean, variance, number(node, "epsilon", 1e-5), *equal)
-
-
-def _is_batchnorm(node: ir.Node) -> bool:
-    return node.op_type == "BatchNormalization" and is_standard(node)
-
-
-def _in_training(node: ir.Node, opset: int) -> bool:
-    """Whether it normalises each batch by itself: by training_mode (from opset 14 on), is_test (to 6), or further outputs (7 to 13)."""
-    if opset < 7:
-        return not attribute(node, "is_test", 0)
-    return bool(attribute(node, "training_mode", 0)) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
 
 
 def _freeze(node: ir.Node, opset: int) -> None:

@@ -11,7 +11,7 @@ from ...affine import Array
 from ...graph import Layout, Norm, Param
 from .lower import Lowering
 from .ops_crossing import several, used
-from .walk import arg, attribute, number, whole
+from .walk import arg, attribute, in_training, number, whole
 
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 
@@ -28,11 +28,12 @@ def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
     if rank is None and shape_of:
         rank = ctx.rank(node.outputs[0])
     ctx.set_rank(node.outputs[0], rank)
-    training = bool(attribute(node, "training_mode", 0)) or any(used(node, i) for i in range(1, len(node.outputs)))
-    training |= ctx.opset < 7 and not attribute(node, "is_test", 0)
     refusal = None
-    if training:
-        refusal = "it is in training mode: it normalises each batch by itself"
+    if in_training(node, ctx.opset):
+        told = f", which its {len(node.outputs)} outputs say, read or not" if 7 <= ctx.opset < 14 else ""
+        refusal = f"it is in training mode{told}: it normalises each batch by itself"
+    elif any(used(node, i) for i in range(1, len(node.outputs))):
+        refusal = "its further outputs are read, which only training mode gives"
     elif missing:
         refusal = f"its {missing[0]} is not a constant, or callers may override it"
     elif rank is None:

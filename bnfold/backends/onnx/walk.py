@@ -109,10 +109,31 @@ def open_axes(graph: onnx.GraphProto) -> None:
                 dim.ClearField("dim_value")
 
 
-def batchnorms(model: ir.Model) -> int:
-    """How many BatchNormalization nodes the model holds, its subgraphs and functions included."""
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
-    return sum(node.op_type == "BatchNormalization" and is_standard(node) for graph in graphs for node in all_nodes(graph))
+def is_batchnorm(node: ir.Node) -> bool:
+    return node.op_type == "BatchNormalization" and is_standard(node)
+
+
+def in_training(node: ir.Node, opset: int) -> bool:
+    """Whether a BatchNormalization normalises each batch by itself: by is_test (opsets to 6), by stating further outputs, whether they are
+    read or not (7 to 13), or by training_mode (from 14 on)."""
+    if opset < 7:
+        return not attribute(node, "is_test", 0)
+    if opset < 14:
+        return any(value.name for value in node.outputs[1:])
+    return bool(attribute(node, "training_mode", 0))
+
+
+def batchnorms(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    """Every BatchNormalization node that the model holds, and why nobody may have met it: it stands in a body, or in a function."""
+    for node in model.graph:
+        if is_batchnorm(node):
+            yield node, "nothing reads its output"
+        for _, body in subgraphs(node):
+            for inner in filter(is_batchnorm, all_nodes(body)):
+                yield inner, f"it is inside the body of {node.op_type} {name_of(node)}, which runs as a whole"
+    for function in model.functions.values():
+        for inner in filter(is_batchnorm, all_nodes(function.graph)):
+            yield inner, f"it stands in the function {function.name}, whose calls could not be written out"
 
 
 def held_tensor(value: ir.Value) -> ir.TensorProtocol | None:

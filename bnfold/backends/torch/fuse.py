@@ -5,15 +5,20 @@ from __future__ import annotations
 from torch import nn
 from torch.export import ExportedProgram
 
+from ...census import kept
 from ...graph import Node
 from ...merge import always
 from ...plan import plan
 from ...report import FuseReport
+from .census import held, operators
 from .lower import Lowering
+from .regions import has_regions
 from .removal import may_merge, removals
 from .trace import Traced, duplicate
 from .write_module import write_module
 from .write_program import copy_program, write_program
+
+WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
 def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedProgram, FuseReport]:
@@ -23,17 +28,25 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
     """
     ctx = Lowering(traced)
     graph = ctx.graph()
+    met = operators(site for site in graph.sites if site.is_batchnorm)
+    others = kept(held(ctx, met), met)
     module = None if isinstance(traced.model, ExportedProgram) else traced.model
     ways = {} if module is None else removals(ctx, graph.sites)
     planned = plan(graph, clone=clone and module is None, may=always if module is None else may_merge(ctx, ways))
     notes: dict[Node, str] = {}
+    said: tuple[str, ...] = ()
     added = 0
-    if not planned.changes:
-        fused: nn.Module | ExportedProgram = copy_program(traced.program) if module is None else duplicate(module)
-    elif module is None:
-        fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges)
-    else:
+    fused: nn.Module | ExportedProgram
+    if isinstance(traced.model, ExportedProgram):
+        if planned.changes:
+            fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges)
+            said = (WRITTEN_OUT,) * has_regions(traced.model)
+        else:
+            fused = copy_program(traced.model)
+    elif planned.changes:
         way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
         folded = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
-        fused, notes, added = write_module(ctx, module, graph, folded, planned.merges)
-    return fused, planned.report(notes, bytes_added=added)
+        fused, notes, added = write_module(ctx, traced.model, graph, folded, planned.merges)
+    else:
+        fused = duplicate(traced.model)
+    return fused, planned.report(notes, bytes_added=added, others=others, said=said)

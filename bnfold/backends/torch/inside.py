@@ -20,6 +20,7 @@ from ...feeds import check_feeds
 from ...graph import Graph, Value
 from ...inside import Part, Stream
 from .lower import Lowering, entangled, functional
+from .regions import under
 from .run import Oracle, Session, precise
 from .trace import NUMPY, Traced, quiet, to_numpy, to_tensor
 from .walk import dtype_of, function, mutates
@@ -130,9 +131,7 @@ class _Exact(Oracle):
                 held = self._held.get(op.name)
                 values[op] = held.clone() if isinstance(held, Tensor) else held
         elif op.op == "get_attr":
-            values[op] = _attribute(self._traced.program.graph_module, str(op.target)).detach().cpu().clone()
-            if values[op].is_floating_point():
-                values[op] = values[op].double()
+            values[op] = self.attribute(op)
         elif op.op == "call_function":
             values[op] = self._call(op, values)
 
@@ -155,11 +154,13 @@ class _Stored:
             held = self._held.get(op.name)
             values[op] = to_tensor(feeds[op.name].copy()) if op.name in feeds else held.clone() if isinstance(held, Tensor) else held
         elif op.op == "get_attr":
-            values[op] = _attribute(self._program.graph_module, str(op.target)).detach().clone()
+            found = _attribute(self._program.graph_module, str(op.target))
+            values[op] = found.detach().clone() if isinstance(found, Tensor) else found
         elif op.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((op.args, op.kwargs), lambda source: values[source])
             try:
-                values[op] = function(op)(*args, **kwargs)
+                with under(op):
+                    values[op] = function(op)(*args, **kwargs)
             except Exception as error:  # operators raise what they like
                 raise UnsupportedError(f"{op.target} doesn't run in the stored type: {str(error)[:200]}") from None
 

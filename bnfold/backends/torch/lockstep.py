@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
+from ...census import missed
 from ...errors import NothingToDoError
 from ...methods import Statistics
 from ...moments import Moments
@@ -24,6 +25,7 @@ from ...recalibrate import Layer, Reading
 from ...rounding import narrowed
 from ...selection import Select, every
 from ...stages import Call, Operation, cut
+from .census import held
 from .constants import Constants, as_float64
 from .lockstep_stage import Held, TorchStage, parts
 from .lower import Lowering
@@ -142,8 +144,10 @@ class TorchPlan:
     # --- what there is to measure -------------------------------------------------------------------------------------------------
 
     def _find(self, traced: Traced) -> None:
-        chains = frozen_chains(Lowering(Traced(traced.model, self.program)))
+        lowering = Lowering(Traced(traced.model, self.program))
+        chains = frozen_chains(lowering)
         first = {chain[0]: chain for chain in chains}
+        met = {op for chain in chains for op in chain}
         found: dict[Names, int] = {}
         for op in self.program.graph.nodes:
             if op in first:
@@ -153,6 +157,7 @@ class TorchPlan:
                 if not self._select(owner or op.name):
                     continue
             elif operator_name(op) in BATCHNORMS and not self.constants.is_constant(op):
+                met.add(op)
                 given = arguments(op)
                 if not self._select(frame(op) or op.name):
                     continue
@@ -177,6 +182,12 @@ class TorchPlan:
                 self.layers.append(self._layer(op, key, len(self.layers)))
                 self._names.append(key)
             self._calls.append(Call(op, source, found[key]))
+        names = {layer.name for layer in self.layers}
+        for each in missed(held(lowering, met), met):
+            if each.name in names:
+                self.notes.append(f"{each.name} has the statistics of its other calls: in this one, {each.why}")
+            elif self._select(each.name):
+                self.notes.append(f"{each.name} keeps its statistics: {each.why}")
 
     def _layer(self, op: Op, key: Names, place: int) -> Layer:
         name = key[0].rpartition(".")[0] or op.name

@@ -20,6 +20,7 @@ from ...stages import Cut
 from .constants import Constants
 from .moments import Meter
 from .ops import BATCHNORMS
+from .regions import AUTOCAST, under
 from .trace import to_numpy, to_tensor
 from .walk import arguments, is_tensor, operator_name, viewed
 
@@ -102,7 +103,15 @@ def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
     run: Any = op.target if target is None else target
     args = [settled(each) for each in op.args]
     kwargs = {name: settled(each) for name, each in op.kwargs.items()}
-    return lambda value: run(*[given(each, value) for each in args], **{name: given(each, value) for name, each in kwargs.items()})
+
+    def step(value: Value) -> Any:
+        return run(*[given(each, value) for each in args], **{name: given(each, value) for name, each in kwargs.items()})
+
+    def in_region(value: Value) -> Any:
+        with under(op):
+            return step(value)
+
+    return in_region if AUTOCAST in op.meta else step
 
 
 def normalising(op: Op, held: Held, moments: Moments) -> Callable[[Value], Any]:

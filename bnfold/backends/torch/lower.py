@@ -15,6 +15,7 @@ from ...affine import Array
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Site, Tensor, Value
 from .constants import Constants, as_float64
 from .places import Host, ModuleHost, Place, ProgramHost
+from .regions import kind_of
 from .sizes import Sizes
 from .trace import Traced, quiet
 from .walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, mutates, operator_name, value_of, viewed, written
@@ -107,7 +108,7 @@ class Lowering:
         readers: dict[Any, list[Op]] = {}
         for op in self.program.graph.nodes:
             for reader in op.users if self.constants.stored(op) is not None else ():
-                if isinstance(value_of(reader), TorchTensor):
+                if isinstance(value_of(reader), (TorchTensor, tuple, list)) or kind_of(reader):
                     readers.setdefault(self.host.weight(reader, op), []).append(reader)
         for place, tensor in self._tensors.items():
             known = {user.native.op for user, _ in tensor.users}
@@ -151,10 +152,12 @@ class Lowering:
         if place is None or (self.constants.stored(argument) is None and self.const(argument) is None):
             return None
         if place not in self._tensors:
-            dtype = dtype_of(argument) or torch.float32
+            kinds = _kinds(argument)
+            # What is cast down stays as precise as it was stored; a module's code does without the cast then.
+            dtype = min(kinds, key=lambda kind: torch.finfo(kind).eps) if self.host.copies_weights else kinds[0]
             name = place.target if isinstance(place, Place) else self.target(argument)
-            made = Tensor(name, lambda: self._read(argument), array_shape, largest(dtype), place, dtype)
-            made.cast_from = _cast_from(argument)
+            made = Tensor(name, lambda: self._read(argument), array_shape, min(map(largest, kinds)), place, dtype)
+            made.cast_from = largest(max(kinds, key=lambda kind: torch.finfo(kind).eps))
             self._tensors[place] = made
         tensor = self._tensors[place]
         shape = array_shape if shape is None else shape
@@ -329,14 +332,13 @@ def reshaped(canonical: tuple[int, ...], stored: tuple[int, ...]) -> Layout:
     return Layout(f"as {canonical}", lambda w: w.reshape(canonical), back)
 
 
-def _cast_from(argument: Op) -> float | None:
-    """The largest number of the narrowest float type that a constant has or is a copy of, where it is cast."""
+def _kinds(argument: Op) -> list[torch.dtype]:
+    """The float types that a constant has and had on its way from where it is stored, which only copied and cast it."""
     dtypes = [dtype_of(argument)]
     while operator_name(argument) in COPIES and isinstance(source := argument.args[0], Op):
         argument = source
         dtypes.append(dtype_of(argument))
-    floats = [dtype for dtype in dtypes if dtype in FLOATS]
-    return largest(max(floats, key=lambda dtype: torch.finfo(dtype).eps)) if floats else None
+    return [dtype for dtype in dtypes if dtype in FLOATS]
 
 
 def largest(dtype: torch.dtype | None) -> float:

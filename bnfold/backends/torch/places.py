@@ -6,6 +6,7 @@ can't grow what its code doesn't read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,6 +86,11 @@ class ModuleHost:
         for node in program.graph.nodes:
             for path in dict.fromkeys(map(self.canonical, frames(node)) if node.op == "call_function" else ()):
                 self._inside.setdefault(path, []).append(node)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules, by all their names."""
+        return self._modules
 
     def module(self, path: str) -> nn.Module | None:
         return self._modules.get(path)

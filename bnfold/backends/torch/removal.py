@@ -20,6 +20,7 @@ from ...graph import Node, Site
 from ...merge import May
 from .lower import Lowering
 from .places import CONVOLUTIONS, ModuleHost
+from .regions import kind_of
 from .surgery import remains
 from .trace import duplicate
 from .walk import arguments, frame, frames, mutates, operator_name
@@ -46,7 +47,9 @@ def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
         if site.refusal is not None:
             continue
         removal = _removal(ctx, ctx.host, site)
-        if removal is not None:
+        if removal is not None and (other := _reader(ctx, ctx.host, removal.path, site)) is not None:
+            site.refusal = f"its parameters are also read by a {kind_of(other) or operator_name(other)}"
+        elif removal is not None:
             found[site] = removal
         elif site.is_batchnorm:
             path = frame(site.nodes[0].native.op)
@@ -72,6 +75,20 @@ def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
         return None
     site.note = "its call stays in the forward, where it now does nothing"
     return Removal(None, calls=tuple(calls))
+
+
+def _reader(ctx: Lowering, host: ModuleHost, path: str | None, site: Site) -> Op | None:
+    """Who reads the parameters of the module at a path but the site's calls: a branch that calls it too, say."""
+    if path is None:
+        return None
+    own = {*host.inside(path), *(op for node in site.nodes for op in (node.native.group or [node.native.op]))}
+    for op in ctx.program.graph.nodes:
+        stored = ctx.constants.stored(op)
+        if stored is not None and host.canonical(stored.target.rpartition(".")[0]) == path:
+            others: list[Op] = [reader for reader in op.users if reader not in own and not operator_name(reader).startswith("_assert")]
+            if others:
+                return others[0]
+    return None
 
 
 def _items(ctx: Lowering, calls: list[Op]) -> set[Op]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,12 +185,17 @@ class Oracle:
                     held = self._held.get(op.name)
                     values[op] = widened(to_tensor(np.array(feeds[op.name]))) if op.name in feeds else _own(held)
                 elif op.op == "get_attr":
-                    values[op] = _own(_attribute(program.graph_module, str(op.target)))
+                    values[op] = self.attribute(op)
                 elif op.op == "call_function":
                     values[op] = self._call(op, values)
                     for source in self._last.get(op, ()):
                         values.pop(source, None)
         return {name: widened(values[op]).numpy() for name, op in self._wanted.items() if isinstance(values.get(op), Tensor)}
+
+    def attribute(self, op: Op) -> Any:
+        """What a get_attr fetches: a tensor, or the graph of a branch or a loop, which computes in float64 too."""
+        found = _attribute(self._traced.program.graph_module, str(op.target))
+        return _ExactBody(found).run if isinstance(found, GraphModule) else _own(found)
 
     def _call(self, op: Op, values: dict[Op, Any]) -> Any:
         if operator_name(op) == "_assert_tensor_metadata":  # of the stored types
@@ -215,6 +221,19 @@ class Oracle:
             except Exception:
                 pass
             raise
+
+
+class _ExactBody(Interpreter):
+    """The graph of a branch or a loop in float64."""
+
+    def run_node(self, n: Op) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        return None if operator_name(n) == "_assert_tensor_metadata" else call(n, self.env.__getitem__)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        return _ExactBody(found).run if isinstance(found, GraphModule) else _own(found)
 
 
 def inner(traced: Traced) -> list[Op]:

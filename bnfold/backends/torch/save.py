@@ -44,7 +44,7 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
     if isinstance(model, ExportedProgram) and suffix not in (".pt2", ".onnx"):
         raise UsageError(f"{path}: an exported program is written as .pt2 or .onnx; for a state dict give the module")
     if suffix == ".pt2":
-        program = model if isinstance(model, ExportedProgram) else trace(model, example).program
+        program = model if isinstance(model, ExportedProgram) else trace(model, example).runnable
         _replacing(target, lambda part: _write_program(program, _stated(model), part))
     elif suffix == ".onnx":
         _replacing(target, lambda part: _write_onnx(model, example, part))
@@ -120,7 +120,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     traced = trace(model, example)
     try:
         with quiet():
-            made = torch.onnx.export(traced.program, dynamo=True, optimize=False, verbose=False)
+            made = torch.onnx.export(traced.runnable, dynamo=True, optimize=False, verbose=False)
     except ImportError as error:
         raise UsageError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install onnxscript, or write .pt2") from None
     except Exception as error:  # the exporter raises whatever its parts raise

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...data import LABELS, Batch, InputSpec
 from ...errors import DataError, UnsupportedError, UsageError
+from .regions import written_out
 
 Model = nn.Module | ExportedProgram
 
@@ -61,13 +62,19 @@ class Traced:
 
     specs: the tensors that a caller feeds, flat and in order, with a symbol or None for an axis that may change. names: those of the
     outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place. evaluation, one_size: how a
-    module was read (see `trace`).
+    module was read (see `trace`). exported: what torch.export gave for a module, where `program` isn't that (see `regions.written_out`).
     """
 
     model: Model
     program: ExportedProgram
     evaluation: bool = False
     one_size: bool = False
+    exported: ExportedProgram | None = None
+
+    @property
+    def runnable(self) -> ExportedProgram:
+        """The program that computes by itself what the model does."""
+        return self.program if self.exported is None else self.exported
 
     @cached_property
     def specs(self) -> list[InputSpec]:
@@ -135,7 +142,7 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
     needed.
     """
     if isinstance(model, ExportedProgram):
-        return Traced(model, model)
+        return Traced(model, written_out(model, casts=True))
     if not isinstance(model, nn.Module):
         raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
     evaluation = evaluation and any(module.training for module in model.modules())
@@ -148,7 +155,9 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
         twin.eval()
     call = as_call(model, example if example is not None else known_example(model))
     _require_shapes(model)
-    return Traced(model, _exported(twin, model, call, one_size), evaluation, one_size)
+    exported = _exported(twin, model, call, one_size)
+    program = written_out(exported, casts=False)
+    return Traced(model, program, evaluation, one_size, exported if program is not exported else None)
 
 
 def shared_twin(module: nn.Module) -> nn.Module:

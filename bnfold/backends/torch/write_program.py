@@ -98,7 +98,7 @@ class _Writer:
                 alike[key] = self._parameter(
                     old, native, role, to_tensor(np.ascontiguousarray(array)).to(device or self._device(native.op))
                 )
-            self._give(op, slot, alike[key])
+            self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
         for node in removed:
             self._remove(node.native)
         for m in merges:
@@ -151,6 +151,15 @@ class _Writer:
         if stored is not None:
             self.made.setdefault(stored.target, []).append(tensor.nbytes)
         self.copies[made] = made
+        return made
+
+    def _cast(self, op: Op, value: Op, dtype: torch.dtype) -> Op:
+        """A parameter in the type that the operator is given."""
+        if value.meta["val"].dtype == dtype:
+            return value
+        with self.graph.inserting_before(op):
+            made: Op = self.graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype})
+        made.meta = {"val": value.meta["val"].to(dtype), "tensor_meta": {}}
         return made
 
     def _give(self, op: Op, slot: Slot, value: Op) -> None:
