@@ -321,14 +321,14 @@ def training_net(opset: int, outputs: int = 1, **attributes: Any) -> onnx.ModelP
     x = net.conv(net.input("N", 3, 8, 7), 3, 6)
     made = net.ops("BatchNormalization", x, *net.bn_params(6), outputs=outputs, **attributes)
     net.output(net.bn(net.conv(net.relu(made[0]), 6, 4), 4))
-    for running in made[1:]:
-        net.output(running)
+    for running in made[1:3]:
+        net.output(running, shape=(6,))
     return net.model()
 
 
 @pytest.mark.parametrize(
     ("opset", "outputs", "attributes"),
-    [(17, 3, {"training_mode": 1}), (14, 3, {"training_mode": 1}), (6, 1, {"is_test": 0})],
+    [(17, 3, {"training_mode": 1}), (14, 3, {"training_mode": 1}), (13, 5, {}), (7, 5, {}), (6, 1, {"is_test": 0})],
 )
 def test_freezing_measures_and_then_all_folds(opset: int, outputs: int, attributes: dict[str, int]) -> None:
     model = training_net(opset, outputs, **attributes)
@@ -343,6 +343,27 @@ def test_freezing_measures_and_then_all_folds(opset: int, outputs: int, attribut
     agree_by_order(statistics(frozen), statistics(bnfold.recalibrate(plain, DATA)[0]))
     _, folded = bnfold.fuse(frozen)
     assert folded.batchnorms.after == 0
+
+
+def test_five_outputs_that_nobody_reads_are_frozen_too() -> None:
+    net = OnnxNet("five", opset=11)
+    made = net.ops("BatchNormalization", net.conv(net.input("N", 3, 8, 7), 3, 6), *net.bn_params(6), outputs=5)
+    net.output(made[0])
+    model = net.model()
+    frozen, report = bnfold.recalibrate(model, DATA, freeze=True)
+    assert "was in training mode" in report.notes[0]
+    assert next(list(node.output) for node in frozen.graph.node if node.op_type == "BatchNormalization") == made[:1]
+    assert bnfold.fuse(frozen)[1].batchnorms.after == 0
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_the_moments_of_each_batch_can_not_be_frozen(read: bool) -> None:
+    net = OnnxNet("moments", opset=11)
+    made = net.ops("BatchNormalization", net.conv(net.input("N", 3, 8, 7), 3, 6), *net.bn_params(6), outputs=5)
+    net.output(net.relu(made[0]))
+    net.output(net.relu(made[3]) if read else made[3], shape=(6,))
+    with pytest.raises(bnfold.NothingToDoError, match="used elsewhere in the model, or are outputs of it"):
+        bnfold.recalibrate(net.model(), DATA, freeze=True)
 
 
 def agree_by_order(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:

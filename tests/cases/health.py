@@ -148,6 +148,19 @@ def _(net: Net) -> None:
     net.output(*moments, shape=(6,))
 
 
+@CASES.case("training mode at opset 11: five outputs that nobody reads", 45, left=1, reason="5 outputs say, read or not", opset=11)
+def _(net: Net) -> None:
+    y = net.conv(net.input("N", 4, "H", "W"), 4, 6)
+    net.output(net.ops("BatchNormalization", y, *net.bn_params(6), outputs=5)[0])
+
+
+@CASES.case("outputs at opset 11 that are left out", 45, opset=11, ort=False)
+def _(net: Net) -> None:
+    """Four empty names state no output: inference. ONNX Runtime crashes."""
+    y = net.conv(net.input("N", 4, "H", "W"), 4, 6)
+    net.output(net.ops("BatchNormalization", y, *net.bn_params(6), outputs=["y", "", "", "", ""])[0])
+
+
 @CASES.case("one BatchNorm in training mode, one not", 45, left=1, reason="training", opset=15)
 def _(net: Net) -> None:
     y = net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6)
