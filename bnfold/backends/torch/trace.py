@@ -150,11 +150,11 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
         if example.model is model and example.evaluation == evaluation and (one_size or not example.one_size):
             return example
         example = example.example
+    _require_shapes(model)
     twin = shared_twin(model)
     if evaluation:
         twin.eval()
     call = as_call(model, example if example is not None else known_example(model))
-    _require_shapes(model)
     exported = _exported(twin, model, call, one_size)
     program = written_out(exported, casts=False)
     return Traced(model, program, evaluation, one_size, exported if program is not exported else None)
