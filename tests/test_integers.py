@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from cases import Net
-from compare import batchnorms, difference, feeds, interface, run_double
+from cases import ALL, Net
+from compare import OTHER_SIZES, SIZES, batchnorms, difference, feeds, interface, run_double
 
 import bnfold
 
@@ -66,3 +66,66 @@ def test_an_axis_without_a_size_is_open(size: int | str | None) -> None:
     fresh, measured = bnfold.recalibrate(model, [{"x": x5, "z": x5}])
     assert measured.samples == 5
     assert interface(fresh) == interface(model)
+
+
+# --- ranks that operators tell ------------------------------------------------------------------------------------------------------
+
+
+def without_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with no shape stated anywhere but in its weights."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    stored = {t.name for t in bare.graph.initializer}
+    for info in (*bare.graph.input, *bare.graph.output):
+        if info.name not in stored and info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+    return bare
+
+
+def decoder(net: Net, x: str) -> str:
+    """What is upsampled joins what was kept; the rank comes from a convolution behind, far from the first BatchNorm."""
+    x = net.op("InstanceNormalization", x, net.weight(net.normal(4)), net.weight(net.normal(4)))
+    kept = net.relu(net.bn(net.op("Sigmoid", x), 4))
+    low = net.op("MaxPool", net.conv(kept, 4, 6, dims=3, pads=1), kernel_shape=[2, 2, 2], strides=[2, 2, 2])
+    up = net.op("Resize", low, "", net.constant(np.array([1, 1, 2, 2, 2], np.float32)), mode="nearest")
+    y = net.op("Concat", net.conv(kept, 4, 3, dims=3, pads=1), net.conv(up, 6, 5, dims=3, pads=1), axis=1)
+    return net.op("Add", net.bn(y, 8), net.bn(net.conv(y, 8, 8, dims=3, pads=1), 8))
+
+
+def test_ranks_come_from_the_operators() -> None:
+    net = Net("ranks", dtype="float64", opset=18)
+    net.output(decoder(net, net.input("N", 4, "D", "H", "W")))
+    model = net.model()
+    fused, report = bnfold.fuse(without_shapes(model), check=False)
+    kept = [layer.reason for layer in report.layers if layer.verdict == "kept"]
+    assert len(kept) == 1, kept  # the one before a rectifier
+    assert "scales are negative" in kept[0]
+    data = feeds(model, {"N": 2, "D": 4, "H": 6, "W": 4})
+    assert difference(run_double(model, data), run_double(fused, data)) < 1e-12
+
+
+def test_axes_of_different_names_may_be_as_long() -> None:
+    """The nodes of a graph on one axis, their neighbours on another: the probes, which differ, don't fit each other."""
+    net = Net("graph", dtype="float64")
+    x, a = net.input("N", 6), net.input("N", "N2", name="a")
+    y = net.op("Add", net.op("MatMul", a, net.op("MatMul", x, net.matrix(6, 8))), net.bias(8))
+    net.output(net.bn(y, 8), shape=["N", 8])
+    model = net.model()
+    fused, report = bnfold.fuse(model, check=False)
+    assert report.batchnorms.after == 0, report.layers[0].reason
+    data = feeds(model, {"N": 7, "N2": 7})
+    assert difference(run_double(model, data), run_double(fused, data)) < 1e-12
+
+
+def test_without_any_shape_nothing_wrong_is_folded() -> None:
+    """Every tenth situation of the matrix."""
+    folded = 0
+    for case in [case for case in ALL if case.double][::10]:
+        model = case.build_double()
+        fused, report = bnfold.fuse(without_shapes(model), clone=case.clone, check=False)
+        folded += report.batchnorms.before - report.batchnorms.after
+        for sizes in (SIZES, OTHER_SIZES):
+            data = feeds(model, sizes, below=case.below)
+            assert difference(run_double(model, data), run_double(fused, data)) < 1e-12, case.name
+    assert folded > 50

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from .integers import settle
+from .ranks import told
 from .walk import axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
@@ -39,23 +40,43 @@ class Shapes:
         plainly: Callable[[onnx.GraphProto], None] = lambda graph: None,
     ) -> None:
         self._probes: list[dict[ir.Value, Dims]] = []
+        self._anyhow: dict[ir.Value, Dims] = {}  # whatever the sizes of open axes
         self._types: dict[ir.Value, int] = {}
         skeleton = _skeleton(model, computed or {})
         plainly(skeleton.graph)
-        for sizes in _probe_sizes(model):
-            proto = onnx.ModelProto()
-            proto.CopyFrom(skeleton)
-            for info in proto.graph.input:
-                for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-                    if (key := (info.name, axis)) in sizes:
-                        dim.dim_value = sizes[key]
-            try:
-                inferred = settle(proto, partial(onnx.shape_inference.infer_shapes, check_type=False, strict_mode=False, data_prop=True))
-            except Exception:  # a model that the inference gives up on still has the shapes written in it
-                inferred = proto
-            found: dict[ir.Value, Dims] = {}
-            self._collect(model.graph, inferred.graph, found)
-            self._probes.append(found)
+        self._probes = [self._inferred(model, skeleton, sizes) for sizes in _probe_sizes(skeleton.graph)]
+        if any(self.rank(value) is None for node in model.graph for value in node.outputs if _is_read_tensor(value)):
+            self._anyhow = self._without_sizes(model, skeleton)
+            self._probes = [self._inferred(model, skeleton, sizes) for sizes in _probe_sizes(skeleton.graph)]
+
+    def _inferred(self, model: ir.Model, skeleton: onnx.ModelProto, sizes: Mapping[tuple[str, int], int]) -> dict[ir.Value, Dims]:
+        """The shapes at these sizes of the inputs' axes."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(skeleton)
+        for info in proto.graph.input:
+            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+                if (size := sizes.get((info.name, axis))) is not None:
+                    dim.dim_value = size
+        found: dict[ir.Value, Dims] = {}
+        self._collect(model.graph, _infer(proto, settle).graph, found)
+        return found
+
+    def _without_sizes(self, model: ir.Model, skeleton: onnx.ModelProto) -> dict[ir.Value, Dims]:
+        """The shapes with every open axis left open, so that no two of them clash, and with the ranks that operators tell.
+
+        These are written into the skeleton.
+        """
+        while True:
+            inferred = _infer(skeleton, lambda proto, infer: infer(proto))
+            infos = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
+            known = {v.name: len(v.type.tensor_type.shape.dim) for v in infos if v.type.tensor_type.HasField("shape")}
+            known |= {tensor.name: len(tensor.dims) for tensor in skeleton.graph.initializer}
+            news = told(skeleton.graph, known)
+            _write_ranks(skeleton.graph, news)
+            if not news:
+                found: dict[ir.Value, Dims] = {}
+                self._collect(model.graph, inferred.graph, found)
+                return found
 
     def _collect(self, graph: ir.Graph, proto: onnx.GraphProto, found: dict[ir.Value, Dims]) -> None:
         infos = {info.name: info.type for info in itertools.chain(proto.value_info, proto.output, proto.input)}
@@ -85,9 +106,9 @@ class Shapes:
     def probes(self, value: ir.Value) -> tuple[Dims, ...] | None:
         if value.const_value is not None:
             return (tuple(value.const_value.shape.numpy()),) * len(self._probes)
-        found = tuple(probe[value] for probe in self._probes if value in probe)
+        found = [dims for probe in self._probes if (dims := probe.get(value, self._anyhow.get(value))) is not None]
         if len(found) == len(self._probes) and len({len(dims) for dims in found}) == 1:
-            return found
+            return tuple(found)
         if (stated := axes(value)) is not None:
             return (tuple(dim if isinstance(dim, int) else None for dim in stated),) * len(self._probes)
         return None
@@ -104,13 +125,35 @@ class Shapes:
         return value.dtype
 
 
-def _probe_sizes(model: ir.Model) -> Iterator[dict[tuple[str, int], int]]:
+def _is_read_tensor(value: ir.Value) -> bool:
+    return not isinstance(value.type, (ir.SequenceType, ir.OptionalType)) and bool(value.uses() or value.is_graph_output())
+
+
+def _infer(proto: onnx.ModelProto, how: Callable[..., onnx.ModelProto]) -> onnx.ModelProto:
+    try:
+        return how(proto, partial(onnx.shape_inference.infer_shapes, check_type=False, strict_mode=False, data_prop=True))
+    except Exception:  # a model that the inference gives up on still has the shapes written in it
+        return proto
+
+
+def _write_ranks(graph: onnx.GraphProto, ranks: Mapping[str, int]) -> None:
+    """State these ranks, and no size."""
+    infos = {info.name: info for info in (*graph.input, *graph.output, *graph.value_info)}
+    for name, rank in ranks.items():
+        info = infos[name] if name in infos else graph.value_info.add(name=name)
+        shape = info.type.tensor_type.shape
+        shape.SetInParent()
+        for _ in range(rank):
+            shape.dim.add()
+
+
+def _probe_sizes(graph: onnx.GraphProto) -> Iterator[dict[tuple[str, int], int]]:
     """For each probe, a size for every dynamic axis of every input."""
     dynamic = [
-        (value.name or "", axis, dim)
-        for value in model.graph.inputs
-        for axis, dim in enumerate(axes(value) or ())
-        if not isinstance(dim, int)
+        (info.name, axis, dim.dim_param)
+        for info in graph.input
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim)
+        if not dim.HasField("dim_value")
     ]
     probes = range(2) if dynamic else range(1)
     for probe in probes:

@@ -105,8 +105,9 @@ def open_axes(graph: onnx.GraphProto) -> None:
     """State the open axes of a graph's values in the standard's way."""
     for info in (*graph.input, *graph.output, *graph.value_info):
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-            if dim.HasField("dim_value") and open_axis(dim.dim_value, axis):
-                dim.ClearField("dim_value")
+            size = dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+            if _stated(size, axis) is None:
+                dim.ClearField("value")
 
 
 def is_batchnorm(node: ir.Node) -> bool:
