@@ -39,6 +39,10 @@ class ModelPlan(Plan, Protocol):
     @property
     def frozen(self) -> set[int]: ...
 
+    def outputs(self, batch: Batch) -> Mapping[str, Any]:
+        """What the model gives as it came, by output name."""
+        ...
+
     def write(self) -> Any:
         """A copy of the model with the statistics that were set."""
         ...
@@ -157,17 +161,20 @@ class _Run:
         quick = self._subject.is_unread and self.again and self._group.size == 1
         for one_size in (True, False) if quick else (False,):
             plan = self._subject.plan(one_size=one_size)
-            data = data_of(self.batches, plan.specs, one_size, self._batch_size, samples, spread)
-            mine = data.sharded(self._group.rank, self._group.size) if self._group.size > 1 else data
-            batches = fitting(mine, plan.specs, one_size)
+            if one_size and _counts_elsewhere(plan.specs):
+                continue
             try:
+                data = data_of(self.batches, plan, one_size, self._batch_size, samples, spread)
+                mine = data.sharded(self._group.rank, self._group.size) if self._group.size > 1 else data
+                batches = fitting(mine, plan.specs, one_size)
                 with self._subject.computing():
                     found = run_plan(
                         plan, batches, method=self._method, memory_budget=self._budget, progress=self._progress, group=self._group
                     )
                 break
-            except _OtherSizeError:
-                continue
+            except (_OtherSizeError, DataError) as error:
+                if not one_size:
+                    raise error
         if self._group.size > 1:
             data.know_bad(mine, self._group.gather)
         return self._subject.written(plan), found
@@ -175,6 +182,12 @@ class _Run:
 
 class _OtherSizeError(Exception):
     """A micro-batch of another size than the network was read for."""
+
+
+def _counts_elsewhere(specs: Sequence[InputSpec]) -> bool:
+    """Whether one of several inputs, read for samples of one size, has a first axis that is tied to another axis."""
+    first = [spec.shape[0] for spec in specs if spec.shape]
+    return len(first) > 1 and any(isinstance(n, int) and n > 1 for n in first)
 
 
 def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subject, Any, Any]:
@@ -195,20 +208,21 @@ def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subj
 
 def data_of(
     batches: Any,
-    specs: Sequence[InputSpec],
+    plan: ModelPlan,
     one_size: bool,
     batch_size: int | None,
     samples: int | None,
     spread: bool = False,
 ) -> Data:
-    """The data as the network takes them. one_size: axes behind the first may differ from the example's.
+    """The data as the plan's network takes them. one_size: axes behind the first may differ from the example's.
 
     spread: samples are taken from all over the data, not the first ones.
     """
     from .data import as_batches
 
+    specs = plan.specs
     taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
-    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples)
+    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples, run=plan.outputs)
     if spread and samples is not None:
         data = data.spread(samples)
     return data
@@ -286,7 +300,7 @@ def measure_part(
             )
             + "; share the work with torchrun, or take the method precise or ioffe-szegedy"
         )
-    data = data_of(batches, plan.specs, False, batch_size, samples).sharded(index, count)
+    data = data_of(batches, plan, False, batch_size, samples).sharded(index, count)
     with subject.computing():
         measured = measure(plan, fitting(data, plan.specs), method, progress=progress)
     kept_statistics.write_part(path, plan.layers, measured, method, part, kept_statistics.fingerprint(plan.layers))
@@ -330,10 +344,10 @@ def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]
 
 
 def _few(samples: Any, count: int) -> Any:
-    """The first samples of an array, or of each in a mapping or tuple of arrays that have equally many."""
-    arrays = list(samples.values()) if isinstance(samples, Mapping) else list(samples) if isinstance(samples, tuple) else [samples]
-    if len({tuple(array.shape[:1]) for array in arrays}) > 1 or not all(array.ndim for array in arrays):
-        return samples
+    """The first samples of an array, or of each in a mapping or tuple of arrays, where these are plainly samples."""
+    from .data import few
+
     if isinstance(samples, Mapping):
-        return {name: array[:count] for name, array in samples.items()}
-    return tuple(array[:count] for array in arrays) if isinstance(samples, tuple) else samples[:count]
+        return few(dict(samples), count)
+    arrays = few({str(i): array for i, array in enumerate(samples if isinstance(samples, tuple) else (samples,))}, count)
+    return tuple(arrays.values()) if isinstance(samples, tuple) else arrays["0"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 from .subject import Port, Subject
 
 if TYPE_CHECKING:
     from .data import Batch
+    from .data.samples import Run
 
 SAMPLES = 32  # compared where nobody says how many
 LARGE = 1 << 17  # numbers in one sample; of samples as large as a photograph a few are enough, since they give many outputs
@@ -62,13 +64,36 @@ def given(reference: Subject, batches: Any, samples: int | None, batch_size: int
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
     seen = 0
-    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples):
+    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples, run=outputs_of(reference)):
         yield batch
-        size = max((array.shape[0] for array in batch.values() if array.ndim), default=1)
-        seen += size
-        large = sum(array.size for array in batch.values()) > LARGE * size
+        seen += batch.samples
+        large = sum(array.size for array in batch.values()) > LARGE * batch.samples
         if seen >= (samples or (FEW_SAMPLES if large else SAMPLES)):
             return
+
+
+def outputs_of(subject: Subject) -> Run:
+    """What gives a model's outputs, in float64 where that can be had; the model is made ready for it when it is first asked for them."""
+    oracle, deployed = cache(subject.oracle), cache(partial(subject.deployed, "cpu", subject.optimisations[0]))
+
+    def run(batch: Batch) -> Batch:
+        try:
+            return oracle().run(batch)
+        except UnsupportedError:  # ONNX's evaluator says no more of an index that points at nothing
+            return deployed().run(batch)
+
+    return run
+
+
+def shortened(subject: Subject, example: Batch) -> Batch:
+    """Two samples of an example for a quick check, where a trial shows that they can be cut out of it; else the example as it was given."""
+    from .data.samples import ROWS, holding
+
+    specs = subject.inputs()
+    if max((array.shape[0] for array in example.values() if array.ndim), default=0) <= ROWS:
+        return example
+    samples, _ = holding(specs, example, outputs_of(subject), sure=True)
+    return {name: array[:FEW_SAMPLES] if name in samples else array for name, array in example.items()}
 
 
 def random(

@@ -14,7 +14,8 @@ The methods that normalise each micro-batch by itself need no waiting: one micro
 A backend cuts its network into stages (`Plan`), `methods` knows what statistics are made of the measurements; everything else is here.
 
 All this is about networks that treat their samples one by one. One that mixes them (a mean along the batch axis) is another function at
-each size of the micro-batches, and so are its statistics.
+each size of the micro-batches, and so are its statistics. A micro-batch that can't be cut, such as a graph, is one sample: its nodes are
+pooled with those of the others as if they all stood in one list, but for standard errors and a prior's weight it counts once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .affine import Array
+from .data import Counted
 from .errors import BnfoldError, DataError, UnsupportedError, UsageError
 from .hints import Hints
 from .methods import Method, Statistics, Tally
@@ -209,13 +211,14 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[Layer], ind
     None where a BatchNorm sees one value per channel, which has no variance.
     """
     values: dict[str, Any] = dict(data)
+    whole = isinstance(data, Counted) and data.whole
     own: dict[int, Moments] = {}
     seen = []
     for number, stage in enumerate(stages):
         made = stage.run({name: values[name] for name in stage.needs}, own)
         for reading in stage.readings:
             array = made[reading.value] if reading.value in made else values[reading.value]
-            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index)])
+            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index, whole)])
             if moments.count < 2:
                 return None
             seen.append((reading, moments, number == 0))
@@ -245,6 +248,7 @@ def _in_lockstep(
     kept: dict[int, str] = {}
     hints = Hints()
     count: int | None = None  # this process's micro-batches, known after the first stage
+    whole: list[bool] = []  # of each, whether it is one sample
     with Frontier(memory_budget, plan.device_room) as frontier:
         for number, stage in enumerate(plan.stages()):
             mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
@@ -260,11 +264,12 @@ def _in_lockstep(
                             break
                         data = given
                         found.samples += _samples(data)
+                        whole.append(isinstance(data, Counted) and data.whole)
                     needed = {name: data[name] if source is not None else frontier.get(index, name) for name in stage.needs}
                     made = stage.run(needed)
                     for reading in stage.readings:
                         array = made[reading.value] if reading.value in made else needed[reading.value]
-                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index))
+                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index, whole[index]))
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)
@@ -320,7 +325,8 @@ def _sum(parts: Sequence[Tally]) -> Tally:
 
 
 def _samples(data: Values) -> int:
-    return next((len(array) for array in data.values() if array.ndim), 1)
+    """How many samples a micro-batch holds: it says so, or all its arrays do."""
+    return data.samples if isinstance(data, Counted) else max((len(array) for array in data.values() if array.ndim), default=1)
 
 
 def _some(measured: Measured) -> None:
@@ -328,8 +334,8 @@ def _some(measured: Measured) -> None:
         raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
 
 
-def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) -> Moments | Samples:
-    """One micro-batch at one call of a layer."""
+def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, whole: bool = False) -> Moments | Samples:
+    """One micro-batch at one call of a layer. whole: it is one sample, of as many elements as there are."""
     if array.ndim == 1:
         array = array[:, None]  # samples of one channel
     if reading.per_activation:
@@ -351,6 +357,9 @@ def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int) 
             f"micro-batch {batch + 1} brings NaN, infinity or an overflow to channel {channel} of {layer.name}: look at these samples "
             f"and at how they are scaled, or leave them out"
         )
+    if whole:
+        moments = pool([seen])
+        return Samples(moments.count, moments.mean[None], moments.m2[None])
     return seen
 
 

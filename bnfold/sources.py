@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import tables
-from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, counted, from_object, from_stream
+from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, counted, few, from_object, from_stream
 from .errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -75,13 +75,15 @@ def _file_or_function(spec: str, inputs: Sequence[InputSpec]) -> Source:
 
 
 def first_of(spec: str) -> Any:
-    """Two samples of a file of arrays, or the first batch of a function, in whatever form they are; None where only a model shapes them."""
+    """Two samples of a file of arrays (all of them where it isn't plain which those are), or the first batch of a function, in whatever
+    form they are; None where only a model shapes them.
+    """
     path = Path(spec)
     if path.is_file():
         if path.suffix.lower() not in READERS:
             return None
         found = _read(path)
-        return {key: value[:2] for key, value in found.items()} if isinstance(found, Mapping) else found[:2]
+        return few(dict(found), 2) if isinstance(found, Mapping) else found[:2]
     if path.is_dir() or ":" not in spec:
         return None
     target, _, name = spec.rpartition(":")

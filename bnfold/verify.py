@@ -21,7 +21,7 @@ from .comparison import Comparison
 from .correspondence import Correspondence, correspond
 from .deployment import Deployments
 from .errors import UnsupportedError
-from .exercise import given, interface_difference, random, resized
+from .exercise import given, interface_difference, random, resized, shortened
 from .first_difference import first_difference
 from .function import compare_functions, truth_of
 from .localise import Located
@@ -87,9 +87,11 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
     both = Comparison(first, second, lambda stage, done, total: None, made_up=example is None, thorough=False)
     feeds: Iterable[Batch]
     if (known := first.example()) is not None:
-        feeds = [known]
+        feeds = [shortened(first, known)]
+    elif example is not None:
+        feeds = [shortened(first, batch) for batch in given(first, [example], None, None)]
     else:
-        feeds = random(first, second, 1, None, 0, None) if example is None else given(first, [example], 1, None)
+        feeds = random(first, second, 1, None, 0, None)
     report, _ = _compared(both, feeds)
     return _timed(report, start)
 

@@ -6,7 +6,8 @@ batches (`batches`).
 
 from .batches import BATCH_SIZE, Data
 from .forms import as_batches, from_object, from_stream, open_data
-from .source import LABELS, Array, Batch, Chunk, InputSpec, Source, counted
+from .samples import few
+from .source import LABELS, Array, Batch, Chunk, Counted, InputSpec, Source, counted
 
 __all__ = [
     "BATCH_SIZE",
@@ -14,11 +15,13 @@ __all__ = [
     "Array",
     "Batch",
     "Chunk",
+    "Counted",
     "Data",
     "InputSpec",
     "Source",
     "as_batches",
     "counted",
+    "few",
     "from_object",
     "from_stream",
     "open_data",

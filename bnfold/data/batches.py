@@ -1,7 +1,7 @@
 """The user's data as batches: the samples of a source, cut to the size that is asked for, as often as they are wanted.
 
 The sample axis is axis 0. An input whose first axis is fixed while another input's is dynamic, and one without axes, holds no samples: it
-goes along with every batch.
+goes along with every batch. Where no rows of the inputs are samples (a graph's nodes), a batch is never cut nor joined: it is one sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ..ahead import in_pool, read_ahead
 from ..bad import MAX_BAD, Bad, BadSample, CorruptError
 from ..errors import DataError, UsageError
 from .inputs import Inputs, joined
-from .source import Array, Batch, Chunk, InputSpec, Source, counted
+from .samples import Run
+from .source import Array, Chunk, Counted, InputSpec, Source, counted
 
 BATCH_SIZE = 8
 
@@ -43,6 +44,7 @@ class Data:
     for them; so labels go with samples by `labelled` alone. max_bad: how many are allowed, a number or a percentage of all.
     shard: (i, n) leaves batches i, i + n, i + 2n, ... of those that are cut without it, and makes no other; samples, labels and limits are
     those of the whole. Where there are fewer than n batches, some shards are empty.
+    run: the model, which is asked where the inputs' shapes don't tell which rows are samples (see `samples`).
     What takes time to read is read in a background thread, two batches ahead; a generator of the user's is read only as it is asked for.
     Raises DataError, when opened or when iterated, for data that don't fit; UsageError for a batch size or a count below 1.
     """
@@ -56,21 +58,25 @@ class Data:
         samples: int | None = None,
         shard: tuple[int, int] = (0, 1),
         max_bad: int | str = MAX_BAD,
+        run: Run | None = None,
     ) -> None:
         for option, value in (("batch size", batch_size), ("number of samples", samples)):
             if value is not None and value < 1:
                 raise UsageError(f"the {option} is {value}; it must be 1 or more")
         if not 0 <= shard[0] < shard[1]:
             raise UsageError(f"the shard is {shard[0]} of {shard[1]}; it must be one of 0 to n - 1, of n")
+        self._notes: list[str] = []
+        self._inputs = Inputs(inputs, self._note, batches=source.keep, copy=source.keep and source.ahead, run=run)
+        if source.held is not None:
+            fitted, total = self._inputs.fitted(source.held)  # what can't fit is refused at once
+            source = replace(source, open=lambda: iter((fitted,)), total=total, labels=fitted.labels)
         self._source, self._asked, self._limit = source, batch_size, samples
-        self._inputs = Inputs(inputs, self._note, batches=source.keep, copy=source.keep and source.ahead)
         self._fixed = self._inputs.size
         self._keep = source.keep and batch_size is None and self._fixed is None
         self._size = self._fixed or batch_size or BATCH_SIZE
         self.description = source.description
         self.shard = shard
         self._bad = Bad(max_bad)
-        self._notes: list[str] = []
         self._labels: Array | None = None
         self._passed = False
         self._counted: int | None = source.total
@@ -111,6 +117,7 @@ class Data:
         batch_size: int | None = None,
         samples: int | None = None,
         shard: tuple[int, int] | None = None,
+        run: Run | None = None,
     ) -> Data:
         """The same data for other inputs; what isn't given stays as it is. The bad images that are found are known to both."""
         made = Data(
@@ -120,6 +127,7 @@ class Data:
             samples=samples or self._limit,
             shard=shard or self.shard,
             max_bad=self._bad.limit,
+            run=run or self._inputs.run,
         )
         made._bad = self._bad
         return made
@@ -140,11 +148,12 @@ class Data:
             return self._cut_from(self._source, count, self.shard)
         places = np.arange(count) * total // count
         labels = None if self._source.labels is None else self._source.labels[places]
-        fewer = replace(self._source, open=lambda: self._at(places), total=count, labels=labels)
+        fewer = replace(self._source, open=lambda: self._at(places), total=count, labels=labels, held=None)
         return self._cut_from(fewer, None, self.shard)
 
     def _cut_from(self, source: Source, samples: int | None, shard: tuple[int, int]) -> Data:
-        return Data(source, self._inputs.specs, batch_size=self._asked, samples=samples, shard=shard, max_bad=self._bad.limit)
+        given: dict[str, Any] = {"batch_size": self._asked, "max_bad": self._bad.limit, "run": self._inputs.run}
+        return Data(source, self._inputs.specs, samples=samples, shard=shard, **given)
 
     def _at(self, places: Array) -> Iterator[Chunk]:
         """The samples at these places, in rising order."""
@@ -160,16 +169,16 @@ class Data:
             arrays = {name: array[mine] if name in self._inputs.batched else array for name, array in fitted.arrays.items()}
             yield replace(fitted, arrays=arrays, labels=None if fitted.labels is None else fitted.labels[mine])
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Counted]:
         for batch, _ in self.labelled():
             yield batch
 
-    def labelled(self) -> Iterator[tuple[Batch, Array | None]]:
+    def labelled(self) -> Iterator[tuple[Counted, Array | None]]:
         """Every batch with its labels, one for each of its samples, or None."""
         batches = self._batches()
         yield from read_ahead(batches) if self._source.ahead and self._source.again else batches
 
-    def _batches(self) -> Iterator[tuple[Batch, Array | None]]:
+    def _batches(self) -> Iterator[tuple[Counted, Array | None]]:
         """The shard's batches."""
         plan = ((number, parts) for number, parts in self._plan() if self._mine(number))
         if not self._source.pictures:
@@ -252,7 +261,7 @@ class Data:
                 if chunk.make is None and make and self._mine(number):
                     piece = self._inputs.cut(chunk, start, stop)
                 else:
-                    piece = replace(chunk, labels=None if chunk.labels is None else chunk.labels[start:stop])
+                    piece = replace(chunk, labels=self._inputs.labels(chunk, start, stop))
                 held.append(Part(piece, seen, stop - start))
                 seen, start = seen + stop - start, stop
                 if sum(part.count for part in held) == size:
@@ -286,7 +295,8 @@ class Data:
             self._note(f"the last {counted(rest, 'sample')} of {wanted} {only}: left out")
         if self._source.total is not None:
             self.samples = wanted - rest
-            self._labels = None if self._source.labels is None else self._source.labels[: self.samples]
+            cut = None if not self._inputs.batched else self.samples
+            self._labels = None if self._source.labels is None else self._source.labels[:cut]
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

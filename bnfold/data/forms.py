@@ -10,7 +10,7 @@ import numpy as np
 from ..bad import MAX_BAD
 from ..errors import DataError
 from .batches import Data
-from .inputs import Inputs
+from .samples import Run
 from .source import LABELS, Array, Chunk, InputSpec, Source
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def as_batches(
     batch_size: int | None = None,
     samples: int | None = None,
     shard: tuple[int, int] | None = None,
+    run: Run | None = None,
 ) -> Data:
     """Data from what a library's user has at hand.
 
@@ -31,17 +32,17 @@ def as_batches(
     batches, each of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them,
     called for each pass.
     An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
-    model takes one only. A generator can be iterated once. shard: (i, n), see `Data`.
+    model takes one only. A generator can be iterated once. shard: (i, n), run: see `Data`.
     """
     if isinstance(obj, Data):
-        return obj.fed(inputs, batch_size=batch_size, samples=samples, shard=shard)
+        return obj.fed(inputs, batch_size=batch_size, samples=samples, shard=shard, run=run)
     if isinstance(obj, (str, bytes)) or not (
         _holds_samples(obj, inputs) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
     ):
         raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
     name = f"the {type(obj).__name__} given"
     source = from_object(obj, inputs, name) if _holds_samples(obj, inputs) else from_stream(obj, inputs, name)
-    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard or (0, 1))
+    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard or (0, 1), run=run)
 
 
 def open_data(
@@ -76,8 +77,7 @@ def open_data(
 def from_object(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
     """All samples at once: an array, or a mapping or sequence of arrays."""
     chunk, notes = _chunk(obj, inputs, where)
-    fitted, total = Inputs(inputs, notes.append).fitted(chunk)  # what can't fit is refused at once
-    return Source(lambda: iter((fitted,)), where, tuple(notes), total, fitted.labels, ahead=False)
+    return Source(lambda: iter((chunk,)), where, tuple(notes), ahead=False, held=chunk)
 
 
 def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:

@@ -9,47 +9,60 @@ import numpy as np
 
 from ..errors import DataError
 from ..values import check_type, convert, shape_text
-from .source import Array, Batch, Chunk, InputSpec
+from .samples import Run, differing, fixed_size, holding, open_first
+from .source import Array, Batch, Chunk, Counted, InputSpec
+
+WHOLE = "the rows of the inputs aren't samples of their own, so nothing is cut: each batch goes through as it is, and counts as one sample"
 
 
 class Inputs:
     """A model's inputs, and what they take.
 
-    size: the only batch size that the model takes, or None. batched: the inputs that hold samples; the others are the same for all.
+    size: the only batch size that the model takes, or None. batched: the inputs that hold samples, as far as the last chunk shows; the
+    others are the same for all. None does where a batch can't be cut (see `samples`).
     note: is told what the user should know. batches: the chunks are batches of the user's own making. copy: their arrays don't go in as
-    they are, since a loader may use its buffer again.
+    they are, since a loader may use its buffer again. run: the model, which is asked where the inputs' shapes don't tell.
     Raises DataError for a model without inputs.
     """
 
-    def __init__(self, specs: Sequence[InputSpec], note: Callable[[str], None], *, batches: bool = False, copy: bool = False) -> None:
+    def __init__(
+        self,
+        specs: Sequence[InputSpec],
+        note: Callable[[str], None],
+        *,
+        batches: bool = False,
+        copy: bool = False,
+        run: Run | None = None,
+    ) -> None:
         if not specs:
             raise DataError("the model has no inputs, so it can't be fed data")
         self.specs = tuple(specs)
-        self._note, self._batches, self._copy = note, batches, copy
+        self._note, self._batches, self._copy, self.run = note, batches, copy, run
+        self.size = fixed_size(specs)
         first = [spec.shape[0] for spec in specs if spec.shape]
-        dynamic = any(not isinstance(n, int) for n in first)
-        self.size = first[0] if first and not dynamic and isinstance(first[0], int) else None
-        self.batched = {s.name for s in specs if s.shape and (not isinstance(s.shape[0], int) if dynamic else s.shape[0] == self.size)}
+        self._fixed = bool(first) and all(isinstance(n, int) for n in first)
+        self._open = {s.name for s in specs if s.shape and s.shape[0] == self.size} if self._fixed else open_first(specs)
+        self._known = self._fixed
+        self.batched = set(self._open)
 
     def fitted(self, chunk: Chunk) -> tuple[Chunk, int]:
         """The chunk with a sample axis on everything, and its number of samples; DataError unless names, types, shapes and counts fit."""
-        arrays, single, counts = {}, chunk.single, {}
+        arrays, single = {}, chunk.single
         for spec in self.specs if chunk.make is None else ():
             given = arrays[spec.name] = chunk.arrays[spec.name]
             check_type(given.dtype, spec, chunk.where)
-            if spec.name in self.batched and given.ndim == len(spec.shape) - 1:
+            if spec.name in self._open and given.ndim == len(spec.shape) - 1:
                 arrays[spec.name], single = given[None], True
-            axes = tuple(None if axis == 0 and spec.name in self.batched else n for axis, n in enumerate(spec.shape))
+            axes = tuple(None if axis == 0 and spec.name in self._open else n for axis, n in enumerate(spec.shape))
             shape = arrays[spec.name].shape
             if len(shape) != len(axes) or any(isinstance(a, int) and a != n for a, n in zip(axes, shape, strict=True)):
                 raise DataError(
                     f"{chunk.where}: input {spec.name!r} takes {shape_text(spec.shape)}, the data are {shape_text(given.shape)}; "
                     f"reshape or transpose them"
                 )
-            if spec.name in self.batched:
-                counts[spec.name] = shape[0]
         if single and not chunk.single and not self._batches:
             self._note(f"{chunk.where}: one sample without a batch axis; the axis was added")
+        counts = self._counts(arrays, chunk.where) if chunk.make is None else {}
         count = next(iter(counts.values()), 1)
         labels = chunk.labels
         if labels is not None and (labels.dtype.kind not in "iu" or labels.size != (len(labels) if labels.ndim else 1)):
@@ -60,9 +73,19 @@ class Inputs:
             labels = labels.reshape(-1)
             counts["labels"] = len(labels)
         if any(n != count for n in counts.values()) and self.batched:
-            told = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
-            raise DataError(f"{chunk.where}: the numbers of samples differ: {told}; give as many of each")
+            raise DataError(f"{chunk.where}: {differing(counts)}")
         return replace(chunk, arrays=arrays, labels=labels, single=single), count
+
+    def _counts(self, arrays: Batch, where: str) -> dict[str, int]:
+        """The number of samples in each of the inputs that hold some. What the first chunk shows holds until another doesn't fit."""
+        if not self._known or (not self._fixed and len({len(arrays[name]) for name in self.batched}) > 1):
+            try:
+                self.batched, self._known = holding(self.specs, arrays, self.run)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+        if not self.batched and any(spec.shape for spec in self.specs):
+            self._note(WHOLE)
+        return {name: len(arrays[name]) for name in arrays if name in self.batched}
 
     def cut(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         """Samples start to stop, in the types that the model takes; DataError for values that it can't take."""
@@ -71,7 +94,11 @@ class Inputs:
             array = chunk.arrays[spec.name]
             made = convert(array[start:stop] if spec.name in self.batched else array, spec, chunk.where, start)
             arrays[spec.name] = made.copy() if self._copy and np.may_share_memory(made, array) else made
-        return replace(chunk, arrays=arrays, labels=None if chunk.labels is None else chunk.labels[start:stop])
+        return replace(chunk, arrays=arrays, labels=self.labels(chunk, start, stop))
+
+    def labels(self, chunk: Chunk, start: int, stop: int) -> Array | None:
+        """Those of samples start to stop. Of a batch that is one sample they go along whole."""
+        return chunk.labels if chunk.labels is None or not self.batched else chunk.labels[start:stop]
 
     def alike(self, a: Chunk, b: Chunk) -> bool:
         """Whether one batch can hold both."""
@@ -81,14 +108,15 @@ class Inputs:
                 return False
         return True
 
-    def batch(self, parts: list[Chunk]) -> tuple[Batch, Array | None]:
+    def batch(self, parts: list[Chunk]) -> tuple[Counted, Array | None]:
         where = parts[0].where
         batch = {
             spec.name: joined([p.arrays[spec.name] for p in parts], where) if spec.name in self.batched else parts[0].arrays[spec.name]
             for spec in self.specs
         }
         labels = [p.labels for p in parts if p.labels is not None]
-        return batch, joined(labels, where) if labels else None
+        count = next((len(batch[name]) for name in self.batched), 1)
+        return Counted(batch, count, whole=not self.batched), joined(labels, where) if labels else None
 
 
 def joined(parts: list[Array], where: str) -> Array:

@@ -17,6 +17,14 @@ Batch = dict[str, Array]
 LABELS = ("labels", "label", "y", "targets", "target")
 
 
+class Counted(dict[str, Array]):
+    """A batch by input name that knows how many samples it holds. whole: it can't be cut into any, so it is one itself."""
+
+    def __init__(self, arrays: Batch, samples: int, *, whole: bool = False) -> None:
+        super().__init__(arrays)
+        self.samples, self.whole = samples, whole
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """A model's input; a dynamic axis is its symbol, or None when it has none."""
@@ -51,7 +59,8 @@ class Source:
     a pass, where that is some work.
     keep: the chunks are batches of the user's own making, kept whole unless another size is asked for.
     again: a second pass is possible. pictures: the chunks are images, one each, decoded when they are needed (`Chunk.make`).
-    ahead: reading takes time, so it is done in the background.
+    ahead: reading takes time, so it is done in the background. held: all data, where they are one chunk; how many samples it has depends on
+    the model that they are for.
     """
 
     open: Callable[[], Iterator[Chunk]]
@@ -64,6 +73,7 @@ class Source:
     pictures: bool = False
     ahead: bool = True
     count: Callable[[], int] | None = None
+    held: Chunk | None = None
 
 
 def counted(n: int, what: str) -> str:

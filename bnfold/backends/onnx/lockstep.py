@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from .feeds import inputs
 from .lockstep_plan import OnnxCall, cut
 from .lockstep_stage import OnnxStage
 from .pointwise import passes, read
+from .run import Session
 from .sequences import Sequences
 from .shapes import Shapes
 from .walk import all_graphs, all_nodes, arg, attribute, batchnorms, in_training, is_batchnorm, is_standard, name_of, number
 from .write import inlined, numpy_type
 
 if TYPE_CHECKING:
-    from ...data import InputSpec
+    from ...data import Batch, InputSpec
 
 Parameters = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # mean and variance, as stored
 
@@ -79,6 +81,14 @@ class OnnxPlan:
     def specs(self) -> list[InputSpec]:
         """What the model is fed."""
         return inputs(self.model)
+
+    def outputs(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+        """What the model gives as it came, by output name."""
+        return self._session.run(batch)
+
+    @cached_property
+    def _session(self) -> Session:
+        return Session(self.model.clone())
 
     device_room = 0  # ONNX Runtime hands its results over in the host's memory
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -32,11 +34,14 @@ from .lower import Lowering
 from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
 from .pointwise import passes, read
-from .run import device_of
+from .run import Oracle, device_of
 from .trace import NUMPY, Traced, duplicate, to_tensor, trace
 from .walk import arguments, elements, frame, is_float, is_tensor, operator_name
 from .write_program import copy_program
 from .writing import without_writing
+
+if TYPE_CHECKING:
+    from ...data import Batch
 
 TINY = ("sym_size",)
 PRODUCTS = (*(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)), "convolution", "linear")
@@ -71,6 +76,7 @@ class TorchPlan:
     def __init__(self, traced: Traced, device: torch.device, select: Select = every, freeze: bool = False) -> None:
         self.device = device
         self.specs = traced.specs
+        self._traced = traced
         self._model = traced.model
         self._select, self._freeze = select, freeze
         self.program = without_writing(traced.program)
@@ -215,6 +221,14 @@ class TorchPlan:
         if None in stored:
             return "they are computed"
         return None if is_float(given["input"]) else "its input isn't floating point"
+
+    def outputs(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+        """What the model gives as it came, by output name."""
+        return self._oracle.run(batch)
+
+    @cached_property
+    def _oracle(self) -> Oracle:
+        return Oracle(self._traced)
 
     # --- the protocol -------------------------------------------------------------------------------------------------------------
 

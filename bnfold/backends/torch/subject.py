@@ -79,14 +79,12 @@ class TorchSubject:
         return inputs, [], [_port(name, op) for name, op in self.traced.output_nodes.items()]
 
     def example(self) -> Batch | None:
-        """At most two samples of what the model was traced with."""
+        """What the model was traced with."""
         given = self.traced.program.example_inputs
         if given is None:
             return None
         found = dict(zip(self.traced.flat_names, pytree.tree_leaves(given), strict=True))
-        arrays = {spec.name: to_numpy(found[spec.name]) for spec in self.traced.specs}
-        open_axes = all(spec.shape and isinstance(spec.shape[0], str) for spec in self.traced.specs)
-        return {name: array[:2] for name, array in arrays.items()} if open_axes else arrays
+        return {spec.name: to_numpy(found[spec.name]) for spec in self.traced.specs}
 
     def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
         sizes = {str(symbol): size for symbol, size in Sizes(self.traced.program).probes[0].items()}

@@ -1,0 +1,162 @@
+"""Which inputs hold samples along their first axis, so that a batch can be cut into parts that go through the network one by one.
+
+A graph network's first axis counts nodes, an anchor's anchors, an edge list's two ends: nothing may be cut there. What an input's shape
+says decides where it can. Where it leaves that open (first axes of several lengths, integers that may point at rows), a trial does: a
+piece of a batch is run whole and without its first or its last row, and only where each row's outputs stay as they were are rows samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ..errors import BnfoldError, DataError, UnsupportedError
+from .source import Array, Batch, InputSpec
+
+Run = Callable[[Batch], Mapping[str, Array]]  # a model's outputs by name, from its inputs by name
+ROWS = 4  # of a batch that are tried
+NEAR = 1e-3  # of the largest number: rows are told apart from their own rounding in half precision by far
+
+
+def open_first(specs: Sequence[InputSpec]) -> set[str]:
+    """The inputs whose first axis is open, and counts nothing that another axis counts too (nodes by nodes, words by words)."""
+    behind = {n for spec in specs for n in spec.shape[1:] if isinstance(n, str)}
+    return {spec.name for spec in specs if spec.shape and not isinstance(spec.shape[0], int) and spec.shape[0] not in behind}
+
+
+def fixed_size(specs: Sequence[InputSpec]) -> int | None:
+    """The only batch size that a model takes whose first axes are all fixed: that of its inputs of the highest rank, if they have one.
+
+    Fixed lengths tell no sample from an anchor or a scalar's one entry, but what has samples has the most axes.
+    """
+    shapes = [spec.shape for spec in specs if spec.shape]
+    if not shapes or any(not isinstance(shape[0], int) for shape in shapes):
+        return None
+    sizes = {shape[0] for shape in shapes if len(shape) == max(map(len, shapes))}
+    size = sizes.pop()
+    return size if isinstance(size, int) and not sizes else None
+
+
+def holding(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *, sure: bool = False) -> tuple[set[str], bool]:
+    """The inputs of a batch that hold samples, as many each, and whether that holds for every other batch too. None hold any: it is one.
+
+    run: the model, for a trial. sure: try in any case, and take what a trial can't tell for no samples where there are several inputs.
+    Raises DataError where inputs have one and the same open axis, and arrays of different lengths there.
+    """
+    lengths = {spec.name: len(arrays[spec.name]) for spec in specs if spec.name in open_first(specs)}
+    _agree(specs, lengths)
+    for spec in specs:  # as many nodes as rows of what else counts nodes: a graph's matrix
+        if spec.shape and isinstance(spec.shape[0], str) and spec.name not in lengths:
+            lengths = {name: n for name, n in lengths.items() if n != len(arrays[spec.name]) or not _counts(specs, name, spec.shape[0])}
+    groups: dict[int, list[InputSpec]] = {}
+    for spec in specs:
+        if lengths.get(spec.name, 1) != 1:
+            groups.setdefault(lengths[spec.name], []).append(spec)
+    if not groups:
+        return _of_one(specs, set(lengths), arrays, run)
+    fed = [spec for spec in specs if spec.shape]
+    pointing = len(fed) > 1 and any(spec.dtype.kind in "iu" for spec in fed)
+    squares = len(fed) > 1 and any(n in groups for spec in fed for n in arrays[spec.name].shape[1:])
+    if not (sure or pointing or squares or len(groups) > 1):
+        return {spec.name for spec in next(iter(groups.values()))}, True
+    if run is None:
+        return ({spec.name for spec in next(iter(groups.values()))} if len(groups) == 1 else set()), False
+    for group in sorted(groups.values(), key=lambda found: (-max(len(s.shape) for s in found), -len(found), found[0].name)):
+        names = {spec.name for spec in group}
+        try:
+            told = rows_are_samples(arrays, names, run)
+        except UnsupportedError:
+            return holding(specs, arrays)
+        if (told or (told is None and len(groups) == 1 and not (sure and len(fed) > 1))) and not _pointing(group, lengths, arrays):
+            return names, True
+    return set(), True
+
+
+def _of_one(specs: Sequence[InputSpec], names: set[str], arrays: Batch, run: Run | None) -> tuple[set[str], bool]:
+    """As `holding`, for first axes that all have the length 1: whether they can be longer is tried with each row twice."""
+    open_axes = {spec.shape[0] for spec in specs if spec.name in names}
+    if run is None or len(names) < 2 or (len(open_axes) == 1 and None not in open_axes):
+        return names, False
+    most = max(len(spec.shape) for spec in specs if spec.name in names)
+    for wanted in (names, {spec.name for spec in specs if spec.name in names and len(spec.shape) == most}):
+        twice = {name: np.concatenate([array, array]) if name in wanted else array for name, array in arrays.items()}
+        try:
+            if rows_are_samples(twice, wanted, run):
+                return wanted, True
+        except UnsupportedError:
+            break
+    return names, False
+
+
+def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
+    """Whether the rows of these inputs are samples, by a trial; None where no output has as many rows, so that none can tell."""
+    rows = min(ROWS, *(len(arrays[name]) for name in names))
+
+    def outputs(start: int, stop: int) -> Mapping[str, Array]:
+        return run({name: array[start:stop] if name in names else array for name, array in arrays.items()})
+
+    told: bool | None = None
+    try:
+        whole = outputs(0, rows)
+        for start, stop in ((0, rows - 1), (1, rows)):
+            part = outputs(start, stop)
+            for name, array in whole.items():
+                if not array.ndim or len(array) != rows or part[name].shape != (stop - start, *array.shape[1:]):
+                    continue
+                told = True
+                if not _near(array[start:stop], part[name]):
+                    return False
+    except UnsupportedError:
+        raise
+    except BnfoldError:  # it can't run on a part: an index without its row, a size that it doesn't take
+        return False
+    return told
+
+
+def few(given: dict[str, Array], count: int) -> dict[str, Array]:
+    """At most the first samples of arrays of any model, by name: all where it isn't plain that these are samples."""
+    arrays = list(given.values())
+    lengths = {array.shape[0] if array.ndim else 0 for array in arrays}
+    pointing = len(arrays) > 1 and any(
+        not getattr(array.dtype, "is_floating_point", getattr(array.dtype, "kind", "") == "f") for array in arrays
+    )
+    return given if len(lengths) != 1 or lengths == {0} or pointing else {name: array[:count] for name, array in given.items()}
+
+
+def _agree(specs: Sequence[InputSpec], lengths: Mapping[str, int]) -> None:
+    """DataError where one open axis has two lengths."""
+    by_symbol: dict[str, dict[str, int]] = {}
+    for spec in specs:
+        if spec.name in lengths and isinstance(spec.shape[0], str):
+            by_symbol.setdefault(spec.shape[0], {})[spec.name] = lengths[spec.name]
+    for found in by_symbol.values():
+        if len(set(found.values())) > 1:
+            raise DataError(differing(found))
+
+
+def differing(counts: Mapping[str, int]) -> str:
+    """What to say of numbers of samples that differ."""
+    told = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
+    return f"the numbers of samples differ: {told}; give as many of each"
+
+
+def _pointing(group: Sequence[InputSpec], lengths: Mapping[str, int], arrays: Batch) -> bool:
+    """Whether integers may point at the rows of another input, as a graph's edges do: they have a meaning with these rows alone."""
+    names = {spec.name for spec in group}
+    rows = max((n for name, n in lengths.items() if name not in names and n > 1), default=0)
+    whole = [arrays[spec.name] for spec in group if spec.dtype.kind in "iu" and arrays[spec.name].size]
+    return any(-rows <= int(array.min()) and int(array.max()) < rows for array in whole)
+
+
+def _counts(specs: Sequence[InputSpec], name: str, symbol: str) -> bool:
+    """Whether a further axis of an input is of this size."""
+    return any(spec.name == name and symbol in spec.shape[1:] for spec in specs)
+
+
+def _near(one: Array, other: Array) -> bool:
+    if one.dtype.kind not in "fcV":
+        return bool(np.array_equal(one, other))
+    a, b = (array.astype(np.complex128 if array.dtype.kind == "c" else np.float64) for array in (one, other))
+    finite = np.abs(a[np.isfinite(a)])
+    return bool(np.allclose(a, b, rtol=0, atol=NEAR * float(finite.max(initial=0.0)), equal_nan=True))
