@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import kept_statistics
 from .backends import as_given, as_ir, family, is_module
 from .certificate import recalibrated
+from .data import WHOLE
 from .errors import DataError, NothingToDoError, UnsupportedError, UsageError
 from .evaluate import Scores, effect, score, score_if_fits
 from .feeds import check_feeds
@@ -177,7 +178,8 @@ class _Run:
                     raise error
         if self._group.size > 1:
             data.know_bad(mine, self._group.gather)
-        return self._subject.written(plan), found
+        notes = (*found.notes, *(note for note in data.notes if note == WHOLE))
+        return self._subject.written(plan), dataclasses.replace(found, notes=notes)
 
 
 class _OtherSizeError(Exception):

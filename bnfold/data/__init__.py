@@ -6,12 +6,14 @@ batches (`batches`).
 
 from .batches import BATCH_SIZE, Data
 from .forms import as_batches, from_object, from_stream, open_data
+from .inputs import WHOLE
 from .samples import few
 from .source import LABELS, Array, Batch, Chunk, Counted, InputSpec, Source, counted
 
 __all__ = [
     "BATCH_SIZE",
     "LABELS",
+    "WHOLE",
     "Array",
     "Batch",
     "Chunk",
