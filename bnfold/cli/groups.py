@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from inspect import Parameter
-from typing import Any, get_type_hints
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
 def grouped(command: Callable[..., int]) -> Callable[..., int]:
     """The command as Typer wants it: each parameter that is a dataclass replaced by its fields."""
-    hints = get_type_hints(command, include_extras=True)
+    hints = inspect.get_annotations(command, eval_str=True)  # get_type_hints hides the options whose default is None in Python 3.10
     groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
     parameters: list[Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
@@ -41,7 +41,7 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def _fields(group: type[Any]) -> list[Parameter]:
-    hints = get_type_hints(group, include_extras=True)
+    hints = inspect.get_annotations(group, eval_str=True)
     return [
         Parameter(
             field.name,
