@@ -152,6 +152,8 @@ def _search(start: _State, advance: Callable[[_State], list[_State]]) -> Draft:
             return state.draft
         except Blocked as blocked:
             first = first or blocked
+        except ValueError as error:  # of numpy: no input makes such a network run, whatever sizes its file leaves open
+            first = first or Blocked(f"the sizes of its constants don't fit each other ({error})")
         if not stack:
             break
     assert first is not None

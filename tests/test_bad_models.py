@@ -152,7 +152,8 @@ def add_attribute(**fields: object) -> Change:
 
 def subgraph(model: ModelProto) -> onnx.GraphProto:
     inner = helper.make_graph([helper.make_node("Relu", ["c"], ["r"])], "inner", [], [helper.make_tensor_value_info("r", 1, None)])
-    node = model.graph.node.add(op_type="If", input=["x"], output=["z"])
+    model.graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    node = model.graph.node.add(op_type="If", input=["flag"], output=["z"])
     node.attribute.extend([helper.make_attribute("then_branch", inner), helper.make_attribute("else_branch", inner)])
     return node.attribute[0].g
 
@@ -169,7 +170,7 @@ INVALID: dict[str, tuple[Change, str]] = {
     "stored twice": (lambda m: m.graph.initializer.append(weight(m)), "there are 2 of weight 'weight'"),
     "input twice": (lambda m: m.graph.input.append(m.graph.input[0]), "there are 2 of input 'x'"),
     "function twice": (lambda m: m.functions.extend([onnx.FunctionProto(name="f", domain="d")] * 2), "there are 2 of function d::f"),
-    "circle": (lambda m: m.graph.node[0].input.append("y"), "its graph makes no sense"),
+    "circle": (lambda m: m.graph.node[0].input.__setitem__(0, "y"), "its graph makes no sense"),
     "no name": (new(data_type=1), "weight number 7 has no name"),
     "too few bytes": (lambda m: setattr(weight(m), "raw_data", b"1234"), "4 bytes, its shape [4, 3, 3, 3] asks for 432; the file"),
     "too many bytes": (lambda m: setattr(weight(m), "raw_data", bytes(2000)), "tensor 'weight' holds 2,000 bytes, its shape"),
@@ -197,6 +198,132 @@ LOST: dict[str, tuple[Change, str]] = {
     "old": (lambda m: setattr(m, "ir_version", 2), "its format is older than ONNX 1.0 (IR version 2)"),
     "new": (lambda m: m.graph.MergeFromString(b"\xfa\x7f\x01a"), f"it holds fields that onnx {onnx.__version__} doesn't know"),
 }
+
+
+def at(index: int, **attributes: object) -> Change:
+    """Gives a node attributes."""
+    return lambda m: m.graph.node[index].attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+
+
+def reshaped(name: str, *dims: int) -> Change:
+    """Gives a weight another shape, and as many numbers as it asks for."""
+
+    def change(model: ModelProto) -> None:
+        (tensor,) = (t for t in model.graph.initializer if t.name == name)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones(dims, np.float32), name))
+
+    return change
+
+
+def declared(*sizes: int) -> Change:
+    def change(model: ModelProto) -> None:
+        for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, sizes, strict=True):
+            dim.dim_value = size
+
+    return change
+
+
+def calls(name: str, *inputs: str, opset: int = 17, body: str = "") -> Change:
+    """A function, which calls another, and a node that calls it."""
+
+    def change(model: ModelProto) -> None:
+        node = helper.make_node(body or "Relu", ["a"], ["b"], domain="d" if body else "")
+        imports = [helper.make_opsetid("", opset), helper.make_opsetid("d", 1)]
+        model.functions.append(helper.make_function("d", name, ["a"], ["b"], [node], imports))
+        model.opset_import.extend([helper.make_opsetid("d", 1)] * (len(model.functions) == 1))
+        model.graph.node.append(helper.make_node(name, list(inputs), [f"made by {name}"], domain="d"))
+
+    return change
+
+
+def circle(model: ModelProto) -> None:
+    calls("f", "x", body="g")(model)
+    calls("g", "x", body="f")(model)
+
+
+ODD: dict[str, tuple[Change, str]] = {
+    "too few inputs": (lambda m: m.graph.node[1].input.pop(), "'bn' is not valid: it has 4 inputs, and opset 17 asks for 5"),
+    "too many inputs": (lambda m: m.graph.node[0].input.append("x"), "Conv 'conv' is not valid: it has 4 inputs, and opset 17 asks for"),
+    "an input left out": (lambda m: m.graph.node[0].input.__setitem__(1, ""), "its input W (number 1) is left out, which opset 17"),
+    "too many outputs": (lambda m: m.graph.node[0].output.append("more"), "it has 2 outputs, and opset 17 asks for 1"),
+    "attribute of another type": (at(0, group=1.0), "its attribute 'group' is of type float, not int"),
+    "attribute that is no text": (at(0, auto_pad=b"\xff"), "its attribute 'auto_pad' is no text"),
+    "attribute that is none of the words": (at(0, auto_pad="SAME"), "'SAME', which is none of NOTSET, SAME_LOWER, SAME_UPPER, VALID"),
+    "attribute of another version, of another type": (at(1, spatial="no"), "its attribute 'spatial' is of type string, not int"),
+    "attribute twice": (lambda m: [at(1, momentum=0.5)(m) for _ in "ab"], "'bn' has its attribute 'momentum' twice"),
+    "attribute missing": (
+        lambda m: m.graph.node.append(helper.make_node("Cast", ["y"], ["z"])),
+        "the Cast that makes 'z' is not valid: its attribute 'to' is missing, which opset 17 requires",
+    ),
+    "attribute of a function": (
+        lambda m: m.graph.node[1].attribute.add(name="epsilon", type=1, ref_attr_name="outer"),
+        "'bn' takes its attribute 'epsilon' from a function, and is in none",
+    ),
+    "no groups": (at(0, group=0), "it has 0 groups"),
+    "groups that don't divide": (at(0, group=3), "its 4 output channels aren't divided by its 3 groups"),
+    "kernel of another shape": (at(0, kernel_shape=[3, 2]), "its kernel_shape (3, 2) isn't that of its weight, (3, 3)"),
+    "strides of another rank": (at(0, strides=[1]), "its strides are 1 numbers, and its kernel has 2 axes"),
+    "a stride of zero": (at(0, strides=[0, 1]), "its strides (0, 1) hold a number below 1"),
+    "a weight without a kernel": (reshaped("weight", 4, 3), "its weight has the shape (4, 3), which has no kernel"),
+    "gamma of another length": (reshaped("gamma", 3), "its parameters differ in shape: scale (3,), bias (4,), mean (4,), variance (4,)"),
+    "gamma with two axes": (reshaped("gamma", 4, 1), "its scale has the shape (4, 1), where it must be a vector"),
+    "parameters that don't fit the channels": (
+        lambda m: [reshaped(name, 5)(m) for name in ("gamma", "beta", "mean", "var")], "its operators don't fit each other"
+    ),
+    "a matrix with three axes": (
+        lambda m: (reshaped("weight", 4, 3, 3)(m), m.graph.node[0].__setattr__("op_type", "Gemm")),
+        "its matrix B has the shape (4, 3, 3)",
+    ),
+    "no order of axes": (
+        lambda m: m.graph.node.append(helper.make_node("Transpose", ["y"], ["z"], perm=[0, 0, 1, 2])), "its perm [0, 0, 1, 2] is no order"
+    ),
+    "a constant of two values": (
+        lambda m: m.graph.node.append(helper.make_node("Constant", [], ["z"], value_int=1, value_float=1.0)), "it states 2 values"
+    ),
+    "an input beyond any memory": (declared(2**31, 3, 8, 8), "input 'x' states the sizes [2147483648, 3, 8, 8], more than"),
+    "opset 0": (lambda m: setattr(m.opset_import[0], "version", 0), "the model says that it uses opset 0, which there is none of"),
+    "standard operators of no version": (
+        lambda m: setattr(m.opset_import[0], "domain", "x"), "is of the standard operators, whose version nothing states"
+    ),
+    "functions in a circle": (circle, "functions call each other in a circle (d::f, d::g)"),
+    "a function that calls itself": (calls("f", "x", body="f"), "functions call each other in a circle (d::f)"),
+    "a call with too many inputs": (calls("f", "x", "x"), "it has 2 inputs, and the function that it calls 1"),
+    "a name that is no text": (lambda m: setattr(m.graph.node[0], "name", "MARK"), "a name of "),
+}  # fmt: skip
+NEWER: dict[str, tuple[Change, str]] = {
+    "opset to come": (lambda m: setattr(m.opset_import[0], "version", 999), "the model uses opset 999, and onnx"),
+    "function of another opset": (calls("f", "x", opset=13), "function d::f uses version 13 of the operators 'ai.onnx', and the model 17"),
+}
+
+
+@pytest.mark.parametrize("case", [*ODD, *NEWER])
+def test_models_that_their_specification_forbids(tmp_path: Path, case: str) -> None:
+    """Whatever is taken for granted later is looked at when a file is read."""
+    change, says = (ODD | NEWER)[case]
+    model = small_model()
+    change(model)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString().replace(b"MARK", b"\xff\xfe\xff\xfe"))
+    text = refused(tmp_path / "m.onnx", UnsupportedError if case in NEWER else ModelError)
+    assert says in text, text
+
+
+SLOPPY: dict[str, Change] = {
+    "a custom operator": lambda m: m.graph.node.append(helper.make_node("Own", ["y"], ["z"], domain="own", level=[1])),
+    "an operator that nobody knows": lambda m: m.graph.node.append(helper.make_node("Own", ["y"], ["z"])),
+    "an attribute that nobody knows": at(0, own="yes"),
+    "an attribute of an older version": at(1, consumed_inputs=[0, 0, 0, 1, 1]),
+    "a size that isn't so": lambda m: m.graph.value_info.append(helper.make_tensor_value_info("c", 1, ["N", 99, 6, 6])),
+    "an output of another size": lambda m: setattr(m.graph.output[0].type.tensor_type.shape.dim[1], "dim_value", 99),
+    "empty names behind the inputs": lambda m: m.graph.node.append(helper.make_node("Clip", ["y", "", ""], ["z"])),
+    "a function that nobody calls": lambda m: (calls("f", "x")(m), m.graph.node.pop()),
+}
+
+
+@pytest.mark.parametrize("case", SLOPPY)
+def test_sloppy_models_are_taken(case: str) -> None:
+    model = small_model()
+    SLOPPY[case](model)
+    assert [layer.verdict for layer in bnfold.inspect(model).layers] == ["folded"]
 
 
 @pytest.mark.parametrize("case", [*INVALID, *LOST])

@@ -18,6 +18,7 @@ from .external import Files, is_external
 from .proto import check_complete, check_names, check_values, data_type, tensors, without_maps
 from .save import EXTERNAL, MAPS, save, to_proto
 from .sniff import sniff
+from .sound import check_operators, misfit, refused
 
 __all__ = ["checked", "from_proto", "load", "save", "to_proto"]
 
@@ -130,6 +131,8 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
         check_values(tensor, None if view is None else len(view))
         if view is not None:
             aside[tensor.name] = view, file
+    check_operators(proto)
+    why = misfit(proto)
     try:
         model = ir.from_proto(proto)
         if not in_order:
@@ -145,6 +148,8 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
         if "ai.onnx" in imports:  # another name of the standard operators, which onnx_ir shortens in nodes only
             imports.setdefault("", imports.pop("ai.onnx"))
     model.graph.meta[EXTERNAL] = external
+    if why and refused(model):
+        raise ModelError(f"its operators don't fit each other ({why}); export it again")
     model.graph.meta[MAPS] = maps
     return model
 

@@ -51,7 +51,7 @@ def check_complete(proto: ModelProto) -> None:
             _check_type(info.type, f"value '{info.name}'")
     for node in nodes(proto):
         for attribute in node.attribute:
-            where = f"attribute '{attribute.name}' of {_label(node)}"
+            where = f"attribute '{attribute.name}' of {label(node)}"
             if attribute.type in SPARSE:
                 raise UnsupportedError(f"{where} is a sparse tensor, which isn't supported; make it dense first")
             if attribute.type == AttributeProto.UNDEFINED and not attribute.ref_attr_name:
@@ -90,8 +90,8 @@ def with_maps(proto: ModelProto, aside: Mapping[str, bytes]) -> ModelProto:
 def check_names(proto: ModelProto) -> bool:
     """Whether all nodes stand behind those that they read from. Raises ModelError unless each name that is read has one maker."""
     for entries in (proto.opset_import, *(f.opset_import for f in proto.functions)):
-        for domain, count in Counter(_domain(entry.domain) for entry in entries).items():
-            versions = {entry.version for entry in entries if _domain(entry.domain) == domain}
+        for domain, count in Counter(domain_of(entry.domain) for entry in entries).items():
+            versions = {entry.version for entry in entries if domain_of(entry.domain) == domain}
             if count > 1 and len(versions) > 1:
                 raise ModelError(f"it imports the operator set '{domain or 'ai.onnx'}' in versions {sorted(versions)}; export it again")
     _check_unique(f"function {f.domain}::{f.name}" + (f":{f.overload}" if f.overload else "") for f in proto.functions)
@@ -141,7 +141,7 @@ def graphs(proto: ModelProto) -> Iterator[GraphProto]:
     """The main graph and all those in attributes, outer before inner."""
     yield proto.graph
     for node in nodes(proto):
-        yield from _inner(node)
+        yield from inner_graphs(node)
 
 
 def nodes(proto: ModelProto) -> Iterator[NodeProto]:
@@ -150,7 +150,7 @@ def nodes(proto: ModelProto) -> Iterator[NodeProto]:
     while left:
         for node in left.pop():
             yield node
-            left.extend(graph.node for graph in _inner(node))
+            left.extend(graph.node for graph in inner_graphs(node))
 
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -164,7 +164,7 @@ def tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from attribute.tensors
 
 
-def _inner(node: NodeProto) -> Iterator[GraphProto]:
+def inner_graphs(node: NodeProto) -> Iterator[GraphProto]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -187,7 +187,7 @@ def _check_graph(graph: GraphProto | FunctionProto, outer: list[tuple[set[str], 
     for node in graph.node:
         for name in node.output:
             if name in everything:
-                raise ModelError(f"value '{name}' is made twice, the second time by {_label(node)}; export the model again")
+                raise ModelError(f"value '{name}' is made twice, the second time by {label(node)}; export the model again")
             if name:
                 everything.add(name)
     scopes = [*outer, (made, everything)]
@@ -198,9 +198,9 @@ def _check_graph(graph: GraphProto | FunctionProto, outer: list[tuple[set[str], 
                 continue
             scope = next((s for s in reversed(scopes) if name in s[1]), None)
             if scope is None:
-                raise ModelError(f"{_label(node)} reads '{name}', which nothing makes; export the model again")
+                raise ModelError(f"{label(node)} reads '{name}', which nothing makes; export the model again")
             in_order &= name in scope[0]
-        for inner in _inner(node):
+        for inner in inner_graphs(node):
             in_order &= _check_graph(inner, scopes)
         made.update(node.output)
     for name in outputs:
@@ -227,9 +227,9 @@ def _check_type(kind: TypeProto, where: str) -> None:
         raise UnsupportedError(f"{where} is of {value.removesuffix('_type')} type, which isn't supported; leave it out of the export")
 
 
-def _label(node: NodeProto) -> str:
+def label(node: NodeProto) -> str:
     return f"{node.op_type} '{node.name}'" if node.name else f"the {node.op_type} that makes '{next(iter(node.output), '')}'"
 
 
-def _domain(name: str) -> str:
+def domain_of(name: str) -> str:
     return "" if name == "ai.onnx" else name
