@@ -1,7 +1,8 @@
-"""Level 1 of `verify`: every coefficient of two models in normal form, in units of roundoff of the stored type. No data, no run.
+"""Level 1 of `verify`: two models in normal form, whole: operators, settings, and coefficients in units of roundoff. No data, no run.
 
 Both models are brought to normal form by the planner: all that can be folded is planned, in float64. Then their operators are paired
-by data flow, backwards from the outputs, and each pair's coefficients are compared. Rounding once errs by at most one unit roundoff u
+by data flow, backwards from the outputs, and each pair's settings (see `settings`) and coefficients are compared. What is set otherwise
+differs; what stands in another form can't be paired, and says nothing. Rounding once errs by at most one unit roundoff u
 of the number itself. Another tool's arithmetic in the stored type errs by 3.5 u for gamma/sqrt(var + eps) * W (half for the sum under the
 root, and one for each of root, division and product; the model is Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., equation
 2.4), and for beta - s*mean by as much of the magnitudes of the summands, which may cancel.
@@ -9,6 +10,7 @@ root, and one for each of root, division and product; the model is Higham, Accur
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from .affine import Array
 from .fold import Outcome
 from .graph import Node, Param, Tensor, Value
 from .report import Coefficients
+from .settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, Setting, differing, differing_moves, operator, place, same, settings
 from .subject import Plan
 
 LIMIT = 4.0  # units of roundoff
@@ -38,18 +41,20 @@ STANDS_OUT = 1 / 16  # the share of channels
 LEAST_CHANNELS, LEAST_NUMBERS = 16, 8  # of channels, and of numbers in each, that say anything about the others
 
 STATISTICS = ("gain", "mean")  # what of a BatchNorm isn't a parameter
-COMMUTATIVE = {"Add", "Mul", "Mean", "Maximum"}
+FIXED = (*STATISTICS, "shift")  # likewise of any affine map
 
 
 class Mismatch(NamedTuple):
     """One array that differs. units: its largest error; widespread: whether at least half of it is off by 1 % and 100 units or more;
-    scaled: whether it is a weight of which most channels differ, each by a factor of its own."""
+    scaled: whether it is a weight of which most channels differ, each by a factor of its own; setting: whether it is a setting of the kind
+    that would show wherever it matters."""
 
     node: Node
     text: str
     units: float
     widespread: bool
     scaled: bool = False
+    setting: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Correspondence:
     """What level 1 found. unpaired: why the structures don't correspond, "" if they do; mismatches are in the reference's order.
 
     certified: of so many BatchNorms of the reference every coefficient was found to be right. remark: what the mismatches look like.
-    unfolded: whether the candidate still has as many BatchNorms. uncertified: the names of the others.
+    unfolded: whether the candidate still has as many BatchNorms. uncertified: the names of the others. narrower: how the candidate computes
+    in a narrower type, "" where it doesn't. paired: how many pairs of operators agree; left: the operators of each that have no counterpart
+    of which all is known to agree.
     """
 
     checked: int
@@ -69,6 +76,9 @@ class Correspondence:
     remark: str = ""
     unfolded: bool = False
     uncertified: tuple[str, ...] = ()
+    narrower: str = ""
+    paired: int = 0
+    left: tuple[frozenset[Node], frozenset[Node]] = (frozenset(), frozenset())
 
     def report(self) -> Coefficients:
         counts = self.certified, self.batchnorms, self.uncertified
@@ -76,9 +86,11 @@ class Correspondence:
             more = f"; {self.certified} of {self.batchnorms} BatchNorms could be certified" if self.batchnorms else ""
             return Coefficients("skipped", self.checked, self.worst, self.unpaired + more, *counts)
         if self.mismatches:
-            text = "; ".join(filter(None, (self.remark, self.mismatches[0].text)))
+            text = "; ".join(filter(None, (self.narrower, self.remark, self.mismatches[0].text)))
             return Coefficients("different", self.checked, self.worst, text, *counts)
-        if not self.checked:
+        if self.narrower:
+            return Coefficients("different", self.checked, self.worst, self.narrower, *counts)
+        if not self.checked and not self.paired:
             return Coefficients("skipped", 0, 0.0, "no coefficients that a fold could change", *counts)
         return Coefficients("equivalent", self.checked, self.worst, "", *counts)
 
@@ -86,17 +98,20 @@ class Correspondence:
     def may_be_another_form(self) -> bool:
         """Whether the differences are so large that outputs which agree all the same prove another parametrisation of one function.
 
-        That takes two layers, of which one undoes what the other does.
+        That takes two layers, of which one undoes what the other does. A setting that changes nothing (how the odd element is rounded,
+        where there is none) is another form as well, and so is a narrower type, which level 3 measures.
         """
-        return len({m.node for m in self.mismatches}) > 1 and all(m.widespread for m in self.mismatches)
+        numbers = [m for m in self.mismatches if not m.setting]
+        return (len({m.node for m in numbers}) > 1 or not numbers) and all(m.widespread for m in numbers)
 
 
 def correspond(reference: Plan, candidate: Plan) -> Correspondence:
     """Pair the operators of two plans and compare their coefficients."""
-    pairs, unpaired = _paired(reference, candidate)
+    pairing = _Pairing(reference, candidate).run()
+    pairs, unpaired = list(pairing.pairs), pairing.trouble()
     hidden = _hidden(reference.outcomes)
     checked, worst = 0, 0.0
-    mismatches = []
+    mismatches = [Mismatch(a, each.text, np.inf, not each.number, setting=not each.number) for a, each in pairing.settings]
     right: set[Node] = set()
     for pair in sorted(pairs, key=lambda pair: pair.reference.index):
         compared = _arrays(pair, hidden)
@@ -128,14 +143,44 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
             large = (error <= ANOTHER_FORM * np.abs(want)) | (units <= ANOTHER_FORM_UNITS)
             scaled = role == "weight" and _scaled(want, have, units, axis, limit)
             mismatches.append(Mismatch(a, text, most, bool(np.mean(~large) >= 0.5), scaled))
+    mismatches.sort(key=lambda m: m.node.index)
     right -= {m.node for m in mismatches}
     sites = [o for o in reference.outcomes if o.site.is_batchnorm]
     found = [(o.site.name, o.into if o.folded else o.site.nodes) for o in sites]
     uncertified = tuple(name for name, nodes in found if not nodes or not right.issuperset(nodes))
     remark = _remark(reference, candidate, mismatches)
-    left = sum(o.site.is_batchnorm for o in candidate.outcomes)
+    kept = sum(o.site.is_batchnorm for o in candidate.outcomes)
     certified = len(sites) - len(uncertified)
-    return Correspondence(checked, worst, tuple(mismatches), unpaired, certified, len(sites), remark, 0 < len(sites) == left, uncertified)
+    off = {m.node for m in mismatches}
+    agreeing = [(a, b) for a, b in pairing.nodes if a not in off]
+    apart = [frozenset({*plan.graph.nodes} - {pair[i] for pair in agreeing}) for i, plan in enumerate((reference, candidate))]
+    return Correspondence(
+        checked,
+        worst,
+        tuple(mismatches),
+        unpaired,
+        certified,
+        len(sites),
+        remark,
+        0 < len(sites) == kept,
+        uncertified,
+        _narrower(reference, candidate),
+        len(agreeing),
+        (apart[0], apart[1]),
+    )
+
+
+def _narrower(reference: Plan, candidate: Plan) -> str:
+    (mine, _), (theirs, where) = reference.narrowest, candidate.narrowest
+    if theirs >= mine:
+        return ""
+    return f"the candidate computes in {_type_of(theirs)} ({where}), the reference in {_type_of(mine)}"
+
+
+def _type_of(limit: float) -> str:
+    """The floating-point type whose largest number it is."""
+    names = {65504.0: "float16", 2.0**128 * (1 - 2.0**-8): "bfloat16", 2.0**128 * (1 - 2.0**-24): "float32"}
+    return names.get(limit, "float64" if limit > 1e300 else f"a type that ends at {limit:.3g}")
 
 
 def _stands_out(units: Array, axis: int) -> bool:
@@ -208,41 +253,173 @@ class _Pair(NamedTuple):
     its_role: str
 
 
-def _paired(reference: Plan, candidate: Plan) -> tuple[list[_Pair], str]:
-    """Nodes that stand at the same place in the data flow, and the first reason why some don't."""
-    keys = _keys(reference) | _keys(candidate)
-    stack = [(v, candidate.outputs[name]) for name, v in reference.outputs.items() if name in candidate.outputs]
-    pairs: dict[_Pair, None] = {}
-    seen: set[tuple[Value, Value]] = set()
-    trouble: list[tuple[int, str]] = []
-    while stack:
-        a, b = (through(v) for v in stack.pop())
-        if (a, b) in seen:
-            continue
-        seen.add((a, b))
-        p, q = a.producer, b.producer
-        if p is None or q is None:
-            if p is not q or a.name != b.name:
-                node = p if p is not None else next((user for user, _ in a.users), None)
-                where = f"{node.label} {node.name}" if node is not None else f"input {a.name}"
-                trouble.append((node.index if node is not None else 0, f"{where} has no counterpart in the candidate"))
-            continue
-        if (parted := _parted(p, q)) is not None:
-            pairs |= dict.fromkeys(parted)
-            stack.extend(zip(parted[0].reference.inputs, parted[0].candidate.inputs, strict=True))
-            continue
-        if (
-            p.op != q.op
-            or (p.op == "Barrier" and p.label != q.label)
-            or len(p.inputs) != len(q.inputs)
-            or p.params.keys() != q.params.keys()
-        ):
-            trouble.append((p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}"))
-            continue
-        statistics = [role for role in STATISTICS if np.ndim(p.attrs.get(role, 0)) or p.attrs.get(role) != q.attrs.get(role)]
-        pairs |= dict.fromkeys(_Pair(p, role, q, role) for role in (*p.params, *statistics))
-        stack.extend(zip(p.inputs, _ordered(p, q, keys), strict=True))
-    return list(pairs), min(trouble, default=(0, ""))[1]
+class _Pairing:
+    """Which operators of two plans stand at the same place in the data flow, and how these are set.
+
+    nodes, pairs: operators and parameters that correspond; settings: those that differ, each with its operator.
+    """
+
+    def __init__(self, reference: Plan, candidate: Plan) -> None:
+        self.plans = reference, candidate
+        self.keys = _keys(reference) | _keys(candidate)
+        self.nodes: dict[tuple[Node, Node], None] = {}
+        self.pairs: dict[_Pair, None] = {}
+        self.settings: list[tuple[Node, Setting]] = []
+        self._trouble: list[tuple[int, str]] = []
+        self._stack: list[tuple[Value, Value]] = []
+        self._seen: set[tuple[Value, Value]] = set()
+        self._alike: set[tuple[Value, Value]] = set()  # inputs of the graphs that operators hold
+
+    def run(self) -> _Pairing:
+        """Backwards from the outputs; where the structures part, what is computed alike from the inputs is paired again."""
+        one, other = self.plans
+        for name in dict.fromkeys((*one.outputs, *other.outputs)):
+            if name in one.outputs and name in other.outputs:
+                self._stack.append((one.outputs[name], other.outputs[name]))
+            else:
+                self._part(-1, f"output {name} depends on the inputs in one of the models alone")
+        for name in dict.fromkeys((*one.constants, *other.constants)):
+            if name not in one.constants or name not in other.constants:
+                self._part(-1, f"{name} is a constant in one of the models alone")
+            elif not same(one.constants[name], other.constants[name]):
+                self._part(-1, f"{name} is another constant in the candidate")
+        self._walk()
+        if self._trouble:
+            self._again()
+        return self
+
+    def trouble(self) -> str:
+        """The first reason why something has no counterpart, "" where all has."""
+        return min(self._trouble, default=(0, ""))[1]
+
+    def _part(self, index: int, why: str) -> None:
+        self._trouble.append((index, why))
+
+    def _again(self) -> None:
+        done = {a for a, _ in self.nodes}, {b for _, b in self.nodes}
+        made = [
+            [v for node in plan.graph.nodes if node not in each for v in node.outputs] for plan, each in zip(self.plans, done, strict=True)
+        ]
+        counts = [Counter(self.keys[v] for v in values) for values in made]
+        at = {self.keys[v]: v for v in made[1]}
+        for v in reversed(made[0]):
+            key = self.keys[v]
+            if counts[0][key] == counts[1][key] == 1:
+                self._stack.append((v, at[key]))
+        self._walk()
+
+    def _walk(self) -> None:
+        while self._stack:
+            a, b = (through(v) for v in self._stack.pop())
+            if (a, b) in self._seen:
+                continue
+            self._seen.add((a, b))
+            p, q = a.producer, b.producer
+            if p is None or q is None:
+                fed = a in self.plans[0].inputs and b in self.plans[1].inputs and a.name == b.name
+                if p is not q or not (fed or (a, b) in self._alike or (a.fixed and b.fixed)):  # what is fixed its users state
+                    node = p if p is not None else next((user for user, _ in a.users), None)
+                    where = f"{node.label} {node.name}" if node is not None else f"input {a.name}"
+                    if p is None and a not in self.plans[0].inputs:
+                        where = f"{a.name}, which comes from an operator's second output,"
+                    self._part(node.index if node is not None else 0, f"{where} has no counterpart in the candidate")
+                continue
+            if (parted := _parted(p, q)) is not None:
+                self.pairs |= dict.fromkeys(parted)
+                self.nodes |= {(pair.reference, pair.candidate): None for pair in parted}
+                self._stack.extend(zip(parted[0].reference.inputs, parted[0].candidate.inputs, strict=True))
+                continue
+            if not _comparable(p, q):
+                self._part(p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}")
+                continue
+            self._compare(a, b, p, q)
+
+    def _compare(self, a: Value, b: Value, p: Node, q: Node) -> None:
+        """Two operators of one kind."""
+        if (p, q) not in self.nodes:
+            found, unread = differing_moves(p, q) if p.op == "Move" else differing(p, q)
+            if p.op == "Contraction" and _letters(p, q) is None:
+                found = [Setting(f"{p.label} {p.name} multiplies along other axes than the candidate's {q.label} {q.name}", number=False)]
+            if unread:
+                self._part(p.index, unread)
+            else:
+                self.nodes[p, q] = None
+            self.settings += [(p, each) for each in found]
+            fixed = [role for role in FIXED if np.ndim(p.attrs.get(role, 0)) or p.attrs.get(role) != q.attrs.get(role)]
+            self.pairs |= dict.fromkeys(_Pair(p, role, q, role) for role in (*p.params, *fixed))
+        if p.op != "Move" and len(p.outputs) + len(q.outputs) > 2 and place(a, p) != place(b, q):
+            self._part(p.index, f"output {place(a, p)} of {p.label} {p.name} stands where the candidate has its output {place(b, q)}")
+        self._stack.extend(zip(p.inputs, _ordered(p, q, self.keys), strict=True))
+        if p.op == "Barrier":
+            self._inside(p, q)
+
+    def _inside(self, p: Node, q: Node) -> None:
+        """What the graphs compute that two operators hold, and whose sizes they give."""
+        one, other = settings(p), settings(q)
+        if (one.shape_of is None) != (other.shape_of is None):
+            self._part(p.index, f"{p.label} {p.name} gives the sizes of a constant in one of the models alone")
+        elif one.shape_of is not None and other.shape_of is not None and not _same_sizes(one.shape_of, other.shape_of):
+            self._stack.append((_as_large(self._end(0, one.shape_of)), _as_large(self._end(1, other.shape_of))))
+        if [(body.name, len(body.inputs), len(body.outputs)) for body in one.bodies] != [
+            (body.name, len(body.inputs), len(body.outputs)) for body in other.bodies
+        ]:
+            self._part(p.index, f"{p.label} {p.name} holds other graphs than the candidate's")
+            return
+        for mine, theirs in zip(one.bodies, other.bodies, strict=True):
+            self._alike |= set(zip(mine.inputs, theirs.inputs, strict=True))
+            for x, y in zip(mine.outputs, theirs.outputs, strict=True):
+                if isinstance(x, Value) and isinstance(y, Value):
+                    self._stack.append((self._end(0, x), self._end(1, y)))
+                elif isinstance(x, Value) or isinstance(y, Value):
+                    self._part(p.index, f"what {mine.name} of {p.label} {p.name} gives is a constant in one of the models alone")
+                elif not same(x, y):
+                    self.settings.append((p, Setting(f"what {mine.name} of {p.label} {p.name} gives is another constant", number=False)))
+
+    def _end(self, side: int, value: Value) -> Value:
+        return _end(value, set(self.plans[side].graph.nodes))
+
+
+def _end(value: Value, left: set[Node]) -> Value:
+    """Where a value comes from once the nodes on the way to it are gone."""
+    while value.producer is not None and value.producer not in left and value.producer.inputs:
+        value = value.producer.inputs[0]
+    return value
+
+
+def _comparable(p: Node, q: Node) -> bool:
+    if len(p.inputs) != len(q.inputs) or p.params.keys() != q.params.keys():
+        return False
+    if p.op != q.op:  # a setting may decide what it counts as
+        return not {p.op, q.op} & {"Move", *SAID_BY_COEFFICIENTS} and p.label == q.label
+    return p.op in SAID_BY_COEFFICIENTS or p.op == "Move" or operator(p) == operator(q)
+
+
+def _letters(p: Node, q: Node) -> tuple[int, ...] | None:
+    """How the axes of q's weight must stand to lie as p's do; None where the two multiply along different axes."""
+    one, other = p.attrs, q.attrs
+    if any(len(one[key]) != len(other[key]) for key in "xyw"):
+        return None
+    named: dict[str, str] = {}
+    for key in "yx":
+        for mine, theirs in zip(one[key], other[key], strict=True):
+            if named.setdefault(theirs, mine) != mine:
+                return None
+    w = [named.get(name, "") for name in other["w"]]
+    return tuple(w.index(name) for name in one["w"]) if sorted(w) == sorted(one["w"]) else None
+
+
+def _same_sizes(a: Value, b: Value) -> bool:
+    """Whether two values have the same sizes, whatever goes in."""
+    return a.sizes is not None and None not in a.sizes and a.sizes == b.sizes
+
+
+def _as_large(value: Value) -> Value:
+    """The first value on the way to one that surely has its sizes."""
+    while (node := value.producer) is not None and node.op in ("Identity", "Affine", "Relu"):
+        if node.inputs[0].probes is None or node.inputs[0].probes != node.output.probes:
+            break
+        value = node.inputs[0]
+    return value
 
 
 def _parted(p: Node, q: Node) -> tuple[_Pair, _Pair] | None:
@@ -286,7 +463,7 @@ def _keys(plan: Plan) -> dict[Value, int]:
         shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
         order = tuple(sorted(inputs) if _commutes(node) else inputs)
         for i, v in enumerate(node.outputs):
-            keys[v] = hash((node.op, node.label if node.op == "Barrier" else "", shapes, order, i))
+            keys[v] = hash((node.op, operator(node) if node.op == "Barrier" else "", shapes, order, i))
     return keys
 
 
@@ -315,7 +492,7 @@ _Compared = tuple[Array, Array, Array, float, float]  # reference, candidate, ma
 def _arrays(pair: _Pair, hidden: dict[Node, list[Array]]) -> _Compared | None:
     """What a pair compares; None where neither side has such a parameter."""
     a, role, b, its_role = pair
-    if role in STATISTICS:
+    if role in FIXED:
         want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
         limit = next(_limits(_tensors((b, a))), a.attrs.get("limit", np.finfo(np.float32).max))
         return want, have, np.abs(want), *precision(float(limit))
@@ -323,11 +500,15 @@ def _arrays(pair: _Pair, hidden: dict[Node, list[Array]]) -> _Compared | None:
     if not _has(a, role) and not _has(b, its_role):
         return None
     limit = next(_limits((other.tensor, param.tensor, *_tensors((a, b)))))
-    magnitude = np.maximum(*_broadcast(_magnitude(param), _magnitude(other)))
+    have, summands = other.read(), _magnitude(other)
+    order = _letters(a, b) if a.op == b.op == "Contraction" and role == its_role == "weight" else None
+    if order is not None:
+        have, summands = have.transpose(order), summands.transpose(order)
+    magnitude = np.maximum(*_broadcast(_magnitude(param), summands))
     if role != "weight":
         for more in hidden.get(a, ()):
             magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
-    return param.read(), other.read(), magnitude, *precision(limit)
+    return param.read(), have, magnitude, *precision(limit)
 
 
 def _limits(tensors: Iterable[Tensor | None]) -> Iterator[float]:

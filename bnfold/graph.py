@@ -20,7 +20,7 @@ class Value:
     """A tensor that flows. `probes` are its shapes at the probe sizes of the model's dynamic axes.
 
     Where the model is static there is one probe. A dimension is known if all probes agree on it, so a rule that
-    holds at every probe doesn't lean on a size that the user may change.
+    holds at every probe doesn't lean on a size that the user may change. `fixed`: a constant that no node gives.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Value:
     producer: Node | None = None
     users: list[tuple[Node, int]] = field(default_factory=list)  # (node, which of its inputs)
     is_output: bool = False
+    fixed: bool = False
 
     @property
     def sizes(self) -> tuple[int | None, ...] | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from .correspondence import COMMUTATIVE, through
+from .correspondence import through
 from .graph import Node, Value
 from .inside import Normal
+from .settings import COMMUTATIVE
 
 NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm"}
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
 
 from . import subject
+from .affine import Array
 from .fold import Outcome, fold
 from .graph import Graph, Node, Site, Value
 from .merge import May, Merge, always, merge
@@ -57,16 +61,26 @@ def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Plan
     return Planned(tuple(outcomes), tuple(merges), removed)
 
 
-def normal_form(graph: Graph, outputs: Mapping[str, Value], *, clone: bool = False) -> subject.Plan:
+def normal_form(
+    graph: Graph,
+    outputs: Mapping[str, Value],
+    *,
+    clone: bool = False,
+    inputs: Iterable[Value] = (),
+    constants: Mapping[str, Array] = MappingProxyType({}),
+) -> subject.Plan:
     """A graph with all planned that can be folded, for `verify`: without operators that do nothing, which other tools take out.
 
-    outputs: the values that a caller gets, by name.
+    outputs: the values that a caller gets, by name. inputs, constants: see `subject.Plan`.
     """
+    limits = [(float(node.attrs["limit"]), f"{node.label} {node.name}") for node in graph.nodes if "limit" in node.attrs and node.inputs]
     for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
         graph.bypass(node)  # it may stand in the way of a merge
     planned = plan(graph, clone=clone)
     left = set(graph.nodes)
-    return subject.Plan(graph, {name: _end(value, left) for name, value in outputs.items()}, planned.outcomes)
+    ends = {name: _end(value, left) for name, value in outputs.items()}
+    narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
+    return subject.Plan(graph, ends, planned.outcomes, frozenset(inputs), constants, narrowest)
 
 
 def _end(value: Value, left: set[Node]) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,6 @@ class Renamed:
         return self.subject.identity()
 
     def inputs(self) -> list[InputSpec]:
-        import dataclasses
-
         return [dataclasses.replace(spec, name=self._inputs.get(spec.name, spec.name)) for spec in self.subject.inputs()]
 
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
@@ -155,7 +154,12 @@ class Renamed:
             for value in node.inputs:
                 if value.producer is None:
                     value.name = self._inputs.get(value.name, value.name)
-        return Plan(plan.graph, {self._outputs.get(name, name): value for name, value in plan.outputs.items()}, plan.outcomes)
+        constants = {
+            f"output {self._outputs.get(name[7:], name[7:])}" if name.startswith("output ") else name: array
+            for name, array in plan.constants.items()
+        }
+        outputs = {self._outputs.get(name, name): value for name, value in plan.outputs.items()}
+        return dataclasses.replace(plan, outputs=outputs, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
         return _Renaming(self.subject.oracle(jitter=jitter, outputs=outputs), self.own_inputs, self._outputs)

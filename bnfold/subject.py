@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,12 +29,17 @@ class Port:
 class Plan:
     """A model in normal form: all that can be folded is planned, nothing is written.
 
-    outputs: those of the model and of its subgraphs, by name.
+    outputs: those of the model, by name. inputs: the values that a caller feeds. constants: outputs that are the same whatever goes in,
+    and what inputs are where nobody feeds them. narrowest: the largest number of the narrowest floating-point type in which it computes,
+    and the operator that gives it.
     """
 
     graph: Graph
     outputs: Mapping[str, Value]
     outcomes: tuple[Outcome, ...]
+    inputs: frozenset[Value] = frozenset()
+    constants: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    narrowest: tuple[float, str] = (np.inf, "")
 
 
 @dataclass(frozen=True)

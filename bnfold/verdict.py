@@ -58,9 +58,9 @@ def verdict(both: Comparison, found: Findings) -> tuple[Verdict, str]:
     named = [(found.coefficients.verdict, found.coefficients.reason), (function.verdict, function.reason)]
     named += [(row.verdict, f"{row.name}: {row.reason}") for row in found.rows]
     for wanted in ("different", "inconclusive"):
-        for each, reason in named:
-            if each == wanted:
-                return wanted, reason
+        reasons = [reason for each, reason in named if each == wanted]
+        if reasons:
+            return wanted, "; ".join(filter(None, reasons[: 2 if _says_how(found) else 1]))
     if truth is None or not truth.feeds:
         return "inconclusive", "nothing was exercised: there are no samples"
     if not truth.feeds[0]:
@@ -75,6 +75,12 @@ def verdict(both: Comparison, found: Findings) -> tuple[Verdict, str]:
     if both.thorough and not certain and (dead := dead_layer(both.reference, truth)):
         return "inconclusive", f"not all was exercised: on these data {dead} gives the same whatever it is fed"
     return "equivalent", summary(found)
+
+
+def _says_how(found: Findings) -> bool:
+    """Whether level 1 says what is otherwise, but not by how much it matters."""
+    level = found.correspondence
+    return found.coefficients.verdict == "different" and level is not None and (not level.mismatches or level.mismatches[0].setting)
 
 
 def _constant(both: Comparison, truth: Truth, *, certain: bool) -> str:
@@ -93,9 +99,13 @@ def summary(found: Findings) -> str:
         counted = f"the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}"
         same = ", and is the same model: there is no fold to judge" if found.same else ""
         parts.append(f"nothing is folded: {counted}{same}")
-    if coefficients.verdict == "equivalent":
+    if coefficients.verdict == "equivalent" and found.correspondence is not None:
+        parts.append(
+            f"all {found.correspondence.paired} operators are set alike" + " and hold no coefficients" * (not coefficients.checked)
+        )
+    if coefficients.verdict == "equivalent" and coefficients.checked:
         parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
-    elif coefficients.batchnorms:
+    elif coefficients.verdict != "equivalent" and coefficients.batchnorms:
         left = coefficients.uncertified
         names = f", not {', '.join(left[:FEW_NAMES])}{' ...' * (len(left) > FEW_NAMES)}" if left else ""
         counted = f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms"

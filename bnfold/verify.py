@@ -116,8 +116,7 @@ def _compared(
     for provider in providers:
         deployed.run(provider)
     if found is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and found.may_be_another_form:
-        text = "the outputs agree to rounding while most coefficients differ: the same function in another form"
-        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=text)
+        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=_another_form(found))
     same = _same(both, found)
     findings = Findings(coefficients, found, same, function, truth, measured, tuple(deployed.rows), deployed.ratios, deployed.unsteady)
     decided, reason = verdict(both, findings)
@@ -133,18 +132,27 @@ def _compared(
     return report, parted
 
 
+def _another_form(found: Correspondence) -> str:
+    """Why what differs on level 1 isn't a difference."""
+    if settings := [m.text for m in found.mismatches if m.setting]:
+        return f"the outputs agree to rounding, although {settings[0]}"
+    if found.narrower and not found.mismatches:
+        return found.narrower
+    return "the outputs agree to rounding while most coefficients differ: the same function in another form"
+
+
 def _coefficients_alone(both: Comparison) -> VerifyReport:
-    """Level 1. What operators do besides their coefficients is not looked at."""
+    """Level 1 alone."""
     if (report := _uncallable(both)) is not None:
         return report
     coefficients, found = _coefficients(both)
     findings = Findings(coefficients, found, _same(both, found), Function("skipped", reason="only the coefficients were asked for"))
     if coefficients.verdict == "different":
-        first = None if found is None else found.mismatches[0].node.name
+        first = found.mismatches[0].node.name if found is not None and found.mismatches else None
         return VerifyReport(verdict="different", levels=findings.levels, first_difference=first, reason=coefficients.reason)
     if coefficients.verdict == "skipped":
         return VerifyReport(verdict="inconclusive", levels=findings.levels, reason=coefficients.reason)
-    reason = f"{summary(findings)}; nothing else was compared"
+    reason = f"{summary(findings)}; neither model was run"
     return VerifyReport(verdict="inconclusive" if findings.same else "equivalent", levels=findings.levels, reason=reason)
 
 

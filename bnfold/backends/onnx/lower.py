@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import onnx_ir as ir
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
 from .constants import CONTROL, FLOATS, Constants, value_inputs
 from .sequences import Part, Sequences, without_sequences
+from .settings import settings
 from .shapes import Shapes
 from .walk import all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
 
@@ -250,6 +252,8 @@ class Lowering:
         native = Native(node, slots or {}, dtype, reset or {}, positions)
         sources = [self._operand(node, v, i) for v, i in zip(inputs, positions, strict=True)]
         made = Node(op, name_of(node), sources, [self.value(out)], attrs, params or {}, native, label=node.op_type)
+        held = {i for role, i in native.slots.items() if isinstance(i, int) and role != "fill"}
+        made.attrs["settings"] = partial(settings, self, node, positions, held)
         self.nodes.append(made)
         return made
 
@@ -266,7 +270,7 @@ class Lowering:
             return self.value(v)
         tensor = self.tensor(v)
         shape = self.constants.get(v).shape if tensor is None else tensor.shape  # type: ignore[union-attr]
-        value = Value(v.name or "", (shape,), len(shape))
+        value = Value(v.name or "", (shape,), len(shape), fixed=tensor is None)
         if tensor is not None:
             native = Native(node, {"value": index}, self.constants.dtype(v))
             self.nodes.append(
@@ -290,9 +294,9 @@ class Lowering:
         inputs = [self.value(v) for i, v in enumerate(node.inputs) if i in positions and v is not None]
         outputs = [self.value(v) for v in node.outputs]
         if outputs:
-            self.nodes.append(
-                Node("Barrier", name_of(node), inputs, outputs, {"why": why}, native=Native(node, positions=positions), label=node.op_type)
-            )
+            attrs = {"why": why, "settings": partial(settings, self, node, positions, set())}
+            native = Native(node, positions=positions)
+            self.nodes.append(Node("Barrier", name_of(node), inputs, outputs, attrs, native=native, label=node.op_type))
 
     def site(self, key: Any, node: Node, channels: int, *, is_batchnorm: bool, refusal: str | None = None, note: str = "") -> None:
         """Register an affine node as something to fold; nodes with the same key are calls of one layer."""

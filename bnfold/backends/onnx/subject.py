@@ -15,7 +15,7 @@ from ...plan import normal_form
 from ...subject import Plan, Port, roundoff
 from .constants import FLOATS
 from .feeds import inputs
-from .lower import lower
+from .lower import Lowering
 from .oracle import Oracle
 from .providers import precisions, resolve
 from .run import Session
@@ -83,10 +83,14 @@ class OnnxSubject:
 
     def plan(self, *, clone: bool = False) -> Plan:
         model = inlined(self.model)
-        graph = lower(model)
-        named = {v.name: v for node in graph.nodes for v in node.outputs}
-        outputs = {str(v.name): named[v.name] for g in all_graphs(model.graph) for v in g.outputs if v.name in named}
-        return normal_form(graph, outputs, clone=clone)
+        lowering = Lowering(model)
+        graph, known = lowering.graph(), lowering.constants
+        outputs = {str(v.name): lowering.value(v) for v in model.graph.outputs if not known.is_constant(v)}
+        constants = {f"output {v.name}": array for v in model.graph.outputs if (array := known.get(v)) is not None}
+        fed = {f"the default of input {v.name}": held_tensor(v) for v in model.graph.inputs if not known.is_constant(v)}
+        constants |= {name: tensor.numpy() for name, tensor in fed.items() if tensor is not None}
+        inputs = [lowering.value(v) for v in model.graph.inputs]
+        return normal_form(graph, outputs, clone=clone, inputs=inputs, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.model, jitter=jitter, outputs=outputs)

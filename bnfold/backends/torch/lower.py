@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ...graph import AS_STORED, Graph, Layout, Node, Param, Site, Tensor, Value
 from .constants import Constants, as_float64
 from .places import Host, ModuleHost, Place, ProgramHost
 from .regions import kind_of
+from .settings import settings
 from .sizes import Sizes
 from .trace import Traced, quiet
 from .walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, mutates, operator_name, value_of, viewed, written
@@ -217,6 +219,9 @@ class Lowering:
         sources = [self._operand(op, source) for source in inputs]
         target = self.value(out)
         made = Node(kind, self.name(op), sources, [target], attrs, params or {}, native, label=operator_name(op) or str(op.target))
+        held = {slot.argument for role, slot in places.items() if role != "fill"}
+        item = next((i for i, each in self.items(op).items() if each is out), 0)
+        made.attrs["settings"] = partial(settings, self, op, inputs, held, {target: item})
         self.nodes.append(made)
         return made
 
@@ -234,6 +239,7 @@ class Lowering:
                 native = Native(op, [], slots, dtype_of(source) or torch.float32)
                 attrs = {"limit": param.tensor.limit}
                 self.nodes.append(Node("Constant", self.target(source), [], [value], attrs, {"value": param}, native))
+        value.fixed = value.producer is None
         return value
 
     def items(self, op: Op) -> dict[int, Op]:
@@ -256,9 +262,10 @@ class Lowering:
         values = [self.value(each) for each in outputs]
         if not values and mutates(op):
             values = [Value(f"{op.name}.written")]
-        self.nodes.append(
-            Node("Barrier", self.name(op), sources, values, {"why": why}, native=Native(op, inputs), label=name or str(op.target))
-        )
+        items = self.items(op)
+        places = {value: next((i for i, each in items.items() if each is op_), 0) for value, op_ in zip(values, outputs, strict=False)}
+        attrs = {"why": why, "settings": partial(settings, self, op, inputs, (), places)}
+        self.nodes.append(Node("Barrier", self.name(op), sources, values, attrs, native=Native(op, inputs), label=name or str(op.target)))
 
     def name(self, op: Op) -> str:
         """The module in whose forward the operator stands, if it is a leaf; else the operator's own name behind the module's."""

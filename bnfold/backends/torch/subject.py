@@ -97,9 +97,16 @@ class TorchSubject:
         # As a program, not as a module: what can be folded is a matter of the function, not of who wrote the code.
         lowering = Lowering(Traced(self.traced.program, self.traced.program))
         graph = lowering.graph()
-        for op in self.traced.input_nodes:
-            lowering.value(op).name = op.name
-        return normal_form(graph, lowering.outputs, clone=clone)
+        by_name = {op.name: op for op in lowering.program.graph.nodes}
+        fed = [lowering.value(by_name[op.name]) for op in self.traced.input_nodes]
+        for op, value in zip(self.traced.input_nodes, fed, strict=True):
+            value.name = op.name
+        fixed = {
+            name: op for name, op in Traced(lowering.program, lowering.program).output_nodes.items() if lowering.constants.is_constant(op)
+        }
+        constants = {f"output {name}": array for name, op in fixed.items() if (array := lowering.const(op)) is not None}
+        outputs = {name: value for name, value in lowering.outputs.items() if name not in fixed}
+        return normal_form(graph, outputs, clone=clone, inputs=fed, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.traced, jitter=jitter, outputs=outputs)
