@@ -99,13 +99,11 @@ def summary(found: Findings) -> str:
         counted = f"the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}"
         same = ", and is the same model: there is no fold to judge" if found.same else ""
         parts.append(f"nothing is folded: {counted}{same}")
-    if coefficients.verdict == "equivalent" and found.correspondence is not None:
-        parts.append(
-            f"all {found.correspondence.paired} operators are set alike" + " and hold no coefficients" * (not coefficients.checked)
-        )
-    if coefficients.verdict == "equivalent" and coefficients.checked:
+    if coefficients.verdict == "equivalent" and not coefficients.checked:
+        parts.append("no operator holds coefficients")
+    elif coefficients.verdict == "equivalent":
         parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
-    elif coefficients.verdict != "equivalent" and coefficients.batchnorms:
+    elif coefficients.batchnorms:
         left = coefficients.uncertified
         names = f", not {', '.join(left[:FEW_NAMES])}{' ...' * (len(left) > FEW_NAMES)}" if left else ""
         counted = f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms"

@@ -152,7 +152,8 @@ def _coefficients_alone(both: Comparison) -> VerifyReport:
         return VerifyReport(verdict="different", levels=findings.levels, first_difference=first, reason=coefficients.reason)
     if coefficients.verdict == "skipped":
         return VerifyReport(verdict="inconclusive", levels=findings.levels, reason=coefficients.reason)
-    reason = f"{summary(findings)}; neither model was run"
+    alike = "" if found is None else f"; all {found.paired} operators are set alike"
+    reason = f"{summary(findings)}{alike}; neither model was run"
     return VerifyReport(verdict="inconclusive" if findings.same else "equivalent", levels=findings.levels, reason=reason)
 
 
