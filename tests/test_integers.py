@@ -129,3 +129,13 @@ def test_without_any_shape_nothing_wrong_is_folded() -> None:
             data = feeds(model, sizes, below=case.below)
             assert difference(run_double(model, data), run_double(fused, data)) < 1e-12, case.name
     assert folded > 50
+
+
+def test_an_input_of_no_stated_rank_is_fed_what_its_operators_take() -> None:
+    net = Net("bare input", opset=18)
+    net.output(net.conv(net.relu(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6)), 6, 3))
+    model = without_shapes(net.model())
+    fused, report = bnfold.fuse(model)
+    assert report.batchnorms.after == 0
+    assert bnfold.verify(model, fused, input_shapes={"x": (2, 4, 9, 8)}).verdict == "equivalent"
+    assert bnfold.verify(model, fused).verdict == "equivalent"

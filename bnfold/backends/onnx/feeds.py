@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import UnsupportedError
+from .shapes import Shapes
 from .walk import axes
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
     """What the caller feeds: the graph's inputs without those that an initializer already fills, in their order.
 
-    An input that doesn't state its rank takes that of its data in `feeds`; without them it is refused (UnsupportedError).
+    An input that doesn't state its rank takes that of its data in `feeds`, or else what its operators tell; where they don't, it is refused
+    (UnsupportedError).
     """
     from ...data import InputSpec
 
@@ -27,16 +29,17 @@ def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
             continue
         dtype = _numpy_dtype(value)
         given = None if feeds is None else feeds.get(value.name)
-        shape = (None,) * given.ndim if value.shape is None and given is not None else _axes(value)
+        shape = (None,) * given.ndim if value.shape is None and given is not None else _axes(value, model)
         specs.append(InputSpec(value.name, dtype, shape))
     return specs
 
 
-def _axes(value: ir.Value) -> tuple[int | str | None, ...]:
-    stated = axes(value)
-    if stated is None:
-        raise UnsupportedError(f"input {value.name!r} doesn't state its rank; write the model again with a shape for it")
-    return stated
+def _axes(value: ir.Value, model: ir.Model) -> tuple[int | str | None, ...]:
+    if (stated := axes(value)) is not None:
+        return stated
+    if isinstance(value.type, ir.TensorType) and (probes := Shapes(model).probes(value)) is not None:
+        return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*probes, strict=True))
+    raise UnsupportedError(f"input {value.name!r} doesn't state its rank; write the model again with a shape for it")
 
 
 def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:

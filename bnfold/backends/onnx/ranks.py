@@ -6,7 +6,7 @@ what an operator before it gives, that one takes too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
@@ -29,6 +29,19 @@ FIXED = {"DepthToSpace": 4, "SpaceToDepth": 4, "Gemm": 2, "FusedGemm": 2, "LSTM"
 
 Ranks = dict[str, int]
 Settings = dict[str, onnx.AttributeProto]
+
+
+def channels(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]]) -> Ranks:
+    """How many channels values have, along axis 1, by the weights of the operators around them. shapes: of the weights."""
+    found: Ranks = {}
+    for node in graph.node:
+        weight = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
+        if node.op_type in ("BatchNormalization", "InstanceNormalization") and len(weight) == 1:
+            found |= dict.fromkeys((node.input[0], node.output[0]), weight[0])
+        elif node.op_type == "Conv" and len(weight) > 2:
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            found |= {node.input[0]: weight[1] * groups, node.output[0]: weight[0]}
+    return found
 
 
 def told(graph: onnx.GraphProto, known: Ranks) -> Ranks:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from .integers import settle
-from .ranks import told
+from .ranks import channels, told
 from .walk import axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
@@ -137,14 +137,17 @@ def _infer(proto: onnx.ModelProto, how: Callable[..., onnx.ModelProto]) -> onnx.
 
 
 def _write_ranks(graph: onnx.GraphProto, ranks: Mapping[str, int]) -> None:
-    """State these ranks, and no size."""
+    """State these ranks, and no size but that of the channels where a weight tells it."""
     infos = {info.name: info for info in (*graph.input, *graph.output, *graph.value_info)}
+    weights = {t.name: list(t.dims) for t in graph.initializer}
+    weights |= {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in graph.input}
+    wide = channels(graph, weights)
     for name, rank in ranks.items():
         info = infos[name] if name in infos else graph.value_info.add(name=name)
         shape = info.type.tensor_type.shape
         shape.SetInParent()
-        for _ in range(rank):
-            shape.dim.add()
+        for axis in range(rank):
+            shape.dim.add(**({"dim_value": wide[name]} if axis == 1 and wide.get(name) else {}))
 
 
 def _probe_sizes(graph: onnx.GraphProto) -> Iterator[dict[tuple[str, int], int]]:
