@@ -345,3 +345,14 @@ def test_bits_of_a_stored_constant():
 def test_gemm_reads_no_c_times_zero():
     arrays = [normal(2, 3, dtype=np.float32), normal(3, 4, dtype=np.float32), np.full(4, np.inf, np.float32)]
     close(one("Gemm", arrays, beta=0.0), on_ort("Gemm", arrays, beta=0.0), 1e-6)
+
+
+@pytest.mark.parametrize("axes", [[-3, -1], [-1, -3], [0, -1], [-1, 0], [-2, -4], [1, -1], [2]])
+@pytest.mark.parametrize("opset", [11, 13, 21])
+def test_axes_counted_from_the_back(opset, axes):
+    """Those of Unsqueeze are of the output, and all are meant at once; those of Squeeze likewise of the input."""
+    x = normal(2, 3)
+    wide, axes_as = np.expand_dims(x, tuple(axes)), [np.array(axes, np.int64)] if opset >= 13 else []
+    told = {} if axes_as else {"axes": axes}
+    close(one("Unsqueeze", [x, *axes_as], opset=opset, **told), wide)
+    close(one("Squeeze", [wide, *axes_as], opset=opset, **told), x)

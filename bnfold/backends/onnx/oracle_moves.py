@@ -66,3 +66,25 @@ def bit_cast(x: Array, *, to: int, stored: int) -> tuple[Array, ...]:
     """stored: the type of the input in the file (see `oracle_convert.state_bits`)."""
     kind = tensor_dtype_to_np_dtype(stored)
     return ((rounded(x, kind) if x.dtype == np.float64 else x.astype(kind)).view(tensor_dtype_to_np_dtype(to)),)
+
+
+@operator("Unsqueeze", since=1, until=12)
+def unsqueeze_1(x: Array, *, axes: Any) -> tuple[Array, ...]:
+    """The axes are those of the output, all of them at once. (The evaluator adds one after the other.)"""
+    return (np.expand_dims(x, tuple(axes)),)
+
+
+@operator("Unsqueeze", since=13)
+def unsqueeze_13(x: Array, axes: Array) -> tuple[Array, ...]:
+    return (np.expand_dims(x, tuple(int(axis) for axis in axes.ravel())),)
+
+
+@operator("Squeeze", since=1, until=12)
+def squeeze_1(x: Array, *, axes: Any = None) -> tuple[Array, ...]:
+    """The axes are those of the input, all of them at once."""
+    return (np.squeeze(x, None if axes is None else tuple(axes)),)
+
+
+@operator("Squeeze", since=13)
+def squeeze_13(x: Array, axes: Array | None = None) -> tuple[Array, ...]:
+    return (np.squeeze(x, None if axes is None else tuple(int(axis) for axis in axes.ravel())),)
