@@ -14,11 +14,14 @@ from .step import Step, identity
 
 
 def conv_up(node: Node, a: Affine) -> list[Step]:
-    """s*(W*x + b) + t = (s*W)*x + (s*b + t), s and t along the output channels."""
+    """s*(W*x + b) + t = (s*W)*x + (s*b + t), s and t along the output channels.
+
+    Further inputs only steer which elements each tap reads, and how much of them (a deformable convolution): y is linear in W all the same.
+    """
     weight = node.params["weight"]
     s, t = a.along(1, weight.shape[0])
     scale = s.reshape(-1, *(1,) * (len(weight.shape) - 1))
-    return [Step([Affine.identity(a.rank)], {"weight": Affine.scaling(scale), "bias": Affine(s, t)})]
+    return [Step([identity(v) for v in node.inputs], {"weight": Affine.scaling(scale), "bias": Affine(s, t)})]
 
 
 def conv_down(node: Node, maps: list[Affine]) -> list[Step]:
@@ -26,6 +29,8 @@ def conv_down(node: Node, maps: list[Affine]) -> list[Step]:
 
     The sum is the same for every output position only if each sees every tap; where zeros are padded, t must be 0.
     """
+    if not all(a.is_identity for a in maps[1:]):
+        raise Blocked("the map would move the places that it reads")
     weight, groups = node.params["weight"], node.attrs.get("groups", 1)
     out, fan_in, *kernel = weight.shape
     s, t = maps[0].along(1, groups * fan_in)

@@ -39,6 +39,16 @@ def conv(groups: int, dims: int, *, pad: int = 0, stride: int = 1) -> Run:
     return run
 
 
+def weighed_conv() -> Run:
+    """A convolution in two dimensions whose taps count as much as a second input [n, h, w, p, q] says, some not at all."""
+
+    def run(params: dict[str, Array], xs: list[Array]) -> Array:
+        seen = windows(xs[0], *params["weight"].shape[2:])
+        return np.einsum("nchwpq,nhwpq,ocpq->nohw", seen, np.maximum(xs[1], 0), params["weight"]) + np.reshape(params["bias"], (-1, 1, 1))
+
+    return run
+
+
 def conv_transpose(groups: int, stride: int) -> Run:
     """Transposed convolution in one dimension, its weight in the canonical layout [out, in/g, k]."""
 

@@ -24,6 +24,7 @@ from specimen_operators import (
     normalised,
     recurrent,
     unary,
+    weighed_conv,
     windows,
 )
 
@@ -348,6 +349,16 @@ SPECIMENS = [
         each(along(1), unshifted),
         {"groups": 2, "uniform": False, "uneven": "its outputs see different taps"},
         {"weight": (6, 2, 3), "bias": (6,)},
+    ),
+    Specimen(
+        "each tap as a second input says",
+        "Conv",
+        [(2, 4, 6, 5), (2, 4, 4, 3, 2)],
+        weighed_conv(),
+        along(1),
+        lambda maps: along(1)(maps[0]) and unshifted(maps[0]) and maps[1].is_identity,
+        {"groups": 1, "uniform": False},
+        {"weight": (8, 4, 3, 2), "bias": (8,)},
     ),
     # contractions
     Specimen(

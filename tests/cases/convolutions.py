@@ -116,3 +116,45 @@ def _(net: Net) -> None:
     y = net.relu(net.bn(net.conv(x, 4, 6, pads=1, strides=[2, 2], bias=False), 6))
     y = net.bn(net.conv(y, 6, 6, pads=1, bias=False), 6)
     net.output(net.relu(net.op("Add", y, net.bn(net.conv(x, 4, 6, 1, strides=[2, 2], bias=False), 6))))
+
+
+# --- deformable: linear in its weight, wherever it reads ------------------------------------------
+
+
+def deformed(net: Net, x: str, cin: int, cout: int, *, groups: int = 1, masked: bool = True, bias: bool = True) -> str:
+    """The offsets, and how much each tap counts, are computed from the same input by small convolutions."""
+    taps = 3 * 2
+    offset = net.conv(x, cin, 2 * 2 * taps, pads=1)
+    steers = [net.op("Sigmoid", net.conv(x, cin, 2 * taps, pads=1))] if masked else []
+    w, b = net.filters(cout, cin, 3, 2, groups=groups), net.bias(cout) if bias else ""
+    return net.op("DeformConv", x, w, offset, *[b] * (bias or masked), *steers, group=groups, offset_group=2, pads=[1, 0, 1, 1])
+
+
+def deform_bn(net: Net, **options: Any) -> None:
+    net.output(net.bn(deformed(net, net.input("N", 4, "H", "W"), 4, 6, **options), 6), shape=["N", 6, "H", "W"])
+
+
+CASES.case("DeformConv", 1, draw=deform_bn, opset=19)
+CASES.case("DeformConv in groups, without mask and bias", 1, draw=partial(deform_bn, groups=2, masked=False, bias=False), opset=22)
+CASES.case("DeformConv with a mask and no bias", 1, draw=partial(deform_bn, bias=False), opset=19)
+
+
+def bn_deform(net: Net, *, shift: bool = False, own: bool = False) -> None:
+    """Before a deformable convolution: what steers it must not change, and beyond the border it reads zeros."""
+    x, z = net.input("N", 4, "H", "W"), net.input("N", 4, "H", "W", name="z")
+    y = net.bn(net.op("Sigmoid", x), 4, shift=shift)
+    offset = net.conv(y if own else z, 4, 12, pads=1)
+    y = net.op("DeformConv", y, net.filters(6, 4, 3, 2), offset, net.bias(6), offset_group=1, pads=[1, 0, 1, 1])
+    net.output(y, shape=["N", 6, "H", "W"])
+
+
+CASES.case("BatchNorm without shift before a DeformConv", 1, draw=bn_deform, opset=19)
+CASES.case("BatchNorm without shift before a DeformConv and what steers it", 1, draw=partial(bn_deform, own=True), opset=19)
+CASES.case("BatchNorm before a DeformConv", 1, draw=partial(bn_deform, shift=True), opset=19, left=1, reason="zeros beyond the border")
+
+
+@CASES.case("BatchNorm of what steers a DeformConv", 1, opset=19, left=1, reason="the places that it reads")
+def _(net: Net) -> None:
+    x, z = net.input("N", 4, "H", "W"), net.input("N", 12, "H", "W", name="z")
+    offset = net.bn(net.op("Sigmoid", z), 12, shift=False)
+    net.output(net.op("DeformConv", x, net.filters(6, 4, 3, 2), offset, offset_group=1, pads=[1, 0, 1, 1]), shape=["N", 6, "H", "W"])

@@ -15,6 +15,7 @@ OPERATORS: dict[str, Lower] = {
     "BatchNormalization": batchnorm,
     "Conv": conv,
     "ConvTranspose": conv,
+    "DeformConv": conv,
     "Gemm": gemm,
     "MatMul": matmul,
     "Einsum": einsum,

@@ -26,7 +26,9 @@ def conv(ctx: Lowering, node: ir.Node) -> str | None:
     weight = ctx.param(node, 1)
     if weight is None:
         return ctx.no_tensor(node, 1, "weight")
-    if (why := _bias_trouble(ctx, node, 2)) is not None:
+    deformed = node.op_type == "DeformConv"
+    place = 3 if deformed else 2
+    if (why := _bias_trouble(ctx, node, place)) is not None:
         return why
     shape, groups = weight.shape, whole(node, "group", 1)
     for v in (arg(node), node.outputs[0]):
@@ -41,18 +43,22 @@ def conv(ctx: Lowering, node: ir.Node) -> str | None:
         uneven = "its outputs see different taps"
     else:
         out, uniform, uneven = shape[0], not pads(node, shape[2:]), "it pads with zeros"
-    stored = None if given(node, 2) is None else ctx.tensor(arg(node, 2))
+    steers = []
+    if deformed:  # where it reads beyond the border it reads zeros, and how much of each tap counts is computed too
+        uniform, uneven = False, "it reads zeros beyond the border"
+        steers = [arg(node, 2), *([arg(node, 4)] if given(node, 4) is not None else [])]
+    stored = None if given(node, place) is None else ctx.tensor(arg(node, place))
     if stored is not None and stored.shape != (out,):
         shape_found = shape_text(stored.shape)
         raise ModelError(
             f"{node.op_type} {name_of(node)} has a bias of shape {shape_found}, and the standard asks for one number for each of its {out} "
             f"output channels, so no runtime takes the file; {WRONG_BIAS if len(shape) == 5 else 'export it again'}"
         )
-    bias = ctx.param(node, 2, (out,)) or Param(None, (out,))
+    bias = ctx.param(node, place, (out,)) or Param(None, (out,))
     attrs = {"groups": groups, "uniform": uniform, "uneven": uneven}
     if node.op_type == "Conv" and (window := _window(node, shape[2:])) is not None:
         attrs["window"] = window
-    ctx.emit("Conv", node, [arg(node)], attrs, {"weight": weight, "bias": bias}, {"weight": 1, "bias": 2})
+    ctx.emit("Conv", node, [arg(node), *steers], attrs, {"weight": weight, "bias": bias}, {"weight": 1, "bias": place})
     return None
 
 

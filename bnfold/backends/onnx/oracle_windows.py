@@ -293,3 +293,61 @@ def global_average_pool(x: Array) -> tuple[Array, ...]:
 @operator("GlobalLpPool")
 def global_lp_pool(x: Array, *, p: int = 2) -> tuple[Array, ...]:
     return ((np.abs(x) ** p).sum(tuple(range(2, x.ndim)), keepdims=True) ** (1.0 / p),)
+
+
+# --- a convolution whose taps are moved by data ------------------------------------------------------------------------------------
+
+
+@operator("DeformConv", since=19)
+def deform_conv(
+    x: Array,
+    w: Array,
+    offset: Array,
+    b: Array | None = None,
+    mask: Array | None = None,
+    *,
+    dilations: Any = None,
+    group: int = 1,
+    kernel_shape: Any = None,
+    offset_group: int = 1,
+    pads: Any = None,
+    strides: Any = None,
+) -> tuple[Array, ...]:
+    """In two dimensions: each tap is read between four elements, by weights that are linear in its place; beyond the border lie zeros."""
+    if x.ndim != 4:
+        raise NotImplementedError(f"DeformConv in {x.ndim - 2} dimensions")
+    (count, channels, *_), (out, _, *kernel), size = x.shape, w.shape, offset.shape[2:]
+    taps = int(np.prod(kernel))
+    steps, spread, start = strides or (1, 1), dilations or (1, 1), (pads or (0, 0, 0, 0))[:2]
+    moved = offset.reshape(count, offset_group, taps, 2, *size)
+    weights = None if mask is None else mask.reshape(count, offset_group, taps, *size)
+    places = []
+    for axis in (0, 1):
+        along = [-1 if i == axis else 1 for i in (0, 1)]
+        at = (np.arange(size[axis]) * steps[axis] - start[axis]).reshape(along)
+        tap = (np.indices(kernel)[axis] * spread[axis]).reshape(taps, 1, 1)
+        places.append(at + tap + moved[:, :, :, axis])
+    y = np.empty((count, out, *size))
+    for n in range(count):
+        parts = x[n].reshape(offset_group, channels // offset_group, *x.shape[2:])
+        read = np.concatenate([_between(part, places[0][n, i], places[1][n, i]) for i, part in enumerate(parts)])
+        if weights is not None:
+            read *= np.repeat(weights[n], channels // offset_group, axis=0)
+        y[n] = np.einsum("gcthw,goct->gohw", read.reshape(group, -1, taps, *size), w.reshape(group, out // group, -1, taps)).reshape(
+            y[n].shape
+        )
+    return (y if b is None else y + b.reshape(-1, 1, 1),)
+
+
+def _between(x: Array, rows: Array, columns: Array) -> Array:
+    """[channels, ...] of an image [channels, height, width] at places between its elements."""
+    found = np.zeros((len(x), *rows.shape))
+    for step in itertools.product((0, 1), (0, 1)):
+        share, inside, index = np.ones(rows.shape), np.ones(rows.shape, bool), []
+        for place, up, size in zip((rows, columns), step, x.shape[1:], strict=True):
+            near = np.floor(place) + up
+            share = share * (1 - np.abs(place - near))
+            inside &= (near >= 0) & (near < size)
+            index.append(np.clip(near, 0, size - 1).astype(np.int64))
+        found += np.where(inside, share, 0.0) * x[:, index[0], index[1]]
+    return found
