@@ -287,15 +287,27 @@ def _checked(graph: Graph, site: Site, draft: Draft) -> Draft:
             raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
         if param.tensor is None and role == "bias" and "no_bias" in node.attrs:
             raise Blocked(f"{node.name} has no bias, and {node.attrs['no_bias']}")
-        if param.tensor is not None and not graph.copies_weights:
-            for user, other in param.tensor.users:
-                twin = draft.get((user, other))
-                if user.params[other].layout.name != param.layout.name or twin is None or not twin.same_as(update):
-                    raise Blocked(f"{param.tensor.name} of {node.name} is shared with {user.name}")
+        if not graph.copies_weights:
+            _fits_sharers(node, role, draft)
         if param.tensor is not None and param.tensor.quantised is not None:
             _fits_integers(param.tensor.name, param.tensor.quantised, param.rescaling(param.updated(update)))
         _fits_type(node, role, param, update)
     return draft
+
+
+def _fits_sharers(node: Node, role: str, draft: Draft) -> None:
+    """Blocked unless all who read a parameter get it changed alike. One that isn't there yet is read wherever the layer's others are."""
+    param, update = node.params[role], draft[node, role]
+    if param.tensor is not None:
+        name, uses = param.tensor.name, param.tensor.users
+    else:
+        name = f"the {role}"
+        held = [(other, each.tensor) for other, each in node.params.items() if each.tensor is not None]
+        uses = [(user, role) for other, tensor in held for user, theirs in tensor.users if theirs == other]
+    for user, other in uses:
+        twin = draft.get((user, other))
+        if twin is None or user.params[other].layout.name != param.layout.name or not twin.same_as(update):
+            raise Blocked(f"{name} of {node.name} is shared with {user.name}")
 
 
 def _is_empty(param: Param, update: Affine) -> bool:

@@ -85,6 +85,18 @@ class Layout:
     linear: bool = True
     gain: float = 1.0
 
+    def after(self, first: Layout) -> Layout:
+        """This layout of what another one makes of the stored array."""
+        if first is AS_STORED or self is AS_STORED:
+            return self if first is AS_STORED else first
+        return Layout(
+            f"{self.name} of {first.name}",
+            lambda w: self.canonical(first.canonical(w)),
+            lambda w: first.stored(self.stored(w)),
+            self.linear and first.linear,
+            self.gain * first.gain,
+        )
+
 
 AS_STORED = Layout("as stored", lambda w: w, lambda w: w)
 
@@ -108,6 +120,10 @@ class Param:
         """The canonical array with its update, in float64."""
         array = np.full(self.shape, self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
         return array if self.update is None else self.update(array)
+
+    def seen_as(self, shape: tuple[int, ...], layout: Layout) -> Param:
+        """The same tensor in another canonical shape, from the one that it has here."""
+        return Param(self.tensor, shape, layout.after(self.layout))
 
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)

@@ -26,7 +26,7 @@ class Net(nn.Module):
         for name, part in parts.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
-            elif isinstance(part, nn.Parameter):
+            elif isinstance(part, nn.Parameter) or part is None:
                 self.register_parameter(name, part)
             else:
                 self.register_buffer(name, part)

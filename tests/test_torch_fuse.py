@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from modules import Net, difference, folded, kept, lively, norm, run, weight
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 from vision import package
 
 import bnfold
@@ -43,6 +43,58 @@ def two_names() -> nn.Module:
     net = Net(lambda s, x: s.c(s.other(x)).relu() + s.b(s.a(x + 1)), a=nn.Conv2d(3, 3, 1), b=norm(3), c=norm(3))
     net.other = net.a
     return net
+
+
+class Masked(nn.Conv2d):
+    """Its weight is computed from what is stored, in a way that can be undone."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("mask", (torch.arange(self.weight.numel()) % 3 > 0).reshape(self.weight.shape).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, (self.weight * self.mask).to(x.dtype), self.bias, self.stride, self.padding)
+
+
+class Checked(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            raise ValueError("empty")
+        return super().forward(x)
+
+
+class Unread(nn.Conv2d):
+    """A bias given to it would do something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight)
+        return y if self.bias is None else y + 2 * self.bias.view(-1, 1, 1)
+
+
+class Shift(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.k = weight(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.k
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+def pruned(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        prune.l1_unstructured(layer, name, 0.5)
+    return layer
+
+
+def parametrized(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        parametrize.register_parametrization(layer, name, Doubled())
+    return layer
 
 
 # name: (network, its input, BatchNorms that stay in the module, and in the program)
@@ -179,6 +231,62 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
     "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), norm(4)), IMAGE, 0, 0),
     "weight_norm by a hook": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), norm(4, 1)), torch.randn(5, 3), 0, 0),
     "spectral_norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), norm(4)), IMAGE, 0, 0),
+    "a subclass that calls its base": (lambda: nn.Sequential(Checked(3, 4, 3, bias=False), norm(4)), IMAGE, 0, 0),
+    "a subclass whose bias does something else": (lambda: nn.Sequential(Unread(3, 4, 3, bias=False), norm(4)), IMAGE, 1, 0),
+    "a convolution of one's own, without a bias": (
+        lambda: nn.Sequential(Net(lambda s, x: F.conv2d(x, s.weight, s.bias).clone(), weight=weight(4, 3, 3, 3), bias=None), norm(4)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "pruned": (lambda: nn.Sequential(pruned(nn.Conv2d(3, 4, 3), "weight", "bias"), norm(4)), IMAGE, 0, 0),
+    "pruned, without a bias": (lambda: nn.Sequential(pruned(nn.Conv2d(3, 4, 3, bias=False), "weight"), norm(4)), IMAGE, 0, 0),
+    "parametrized, weight and bias": (lambda: nn.Sequential(parametrized(nn.Conv2d(3, 4, 3), "weight", "bias"), norm(4)), IMAGE, 0, 0),
+    "parametrized, and the weight read elsewhere": (
+        lambda: Net(lambda s, x: s.b(s.c(x)) + F.conv2d(x, s.c.weight), c=parametrized(nn.Conv2d(3, 4, 3), "weight"), b=norm(4)),
+        IMAGE,
+        1,
+        0,
+    ),
+    "masked": (lambda: nn.Sequential(Masked(3, 4, 3), norm(4)), IMAGE, 0, 0),
+    "masked, without a bias": (lambda: nn.Sequential(Masked(3, 4, 3, bias=False), norm(4)), IMAGE, 0, 0),
+    "scaled and turned": (
+        lambda: Net(lambda s, x: s.b(F.linear(x, (s.w * 0.3).t().contiguous(), s.k / 7)), w=weight(5, 4), k=weight(4), b=norm(4, 1)),
+        torch.randn(3, 5),
+        0,
+        0,
+    ),
+    "scaled by what it is itself": (
+        lambda: Net(lambda s, x: s.b(F.conv2d(x, s.w * s.w.norm(), s.k)), w=weight(4, 3, 1, 1), k=weight(4), b=norm(4)),
+        IMAGE,
+        1,
+        0,
+    ),
+    "a scale that a weight is computed from too": (
+        lambda: Net(
+            lambda s, x: s.b(x * s.g + s.k).sigmoid() + F.conv2d(x, s.w * s.g),
+            w=weight(3, 3, 1, 1),
+            g=weight(3, 1, 1),
+            k=weight(3, 1, 1),
+            b=norm(3),
+        ),
+        IMAGE,
+        1,
+        1,
+    ),
+    "one call of a convolution shifted": (
+        lambda: Net(
+            lambda s, x: s.b(s.d(s.k(s.c(x)).tanh())) + s.c(x + 1),
+            c=nn.Conv2d(3, 4, 3, bias=False),
+            k=Shift(4),
+            d=nn.Conv2d(4, 4, 1),
+            b=norm(4),
+        ),
+        IMAGE,
+        0,
+        0,
+    ),
+    "a weight that is an output": (lambda: Net(lambda s, x: (s.b(s.c(x)), s.c.weight), c=nn.Conv2d(3, 4, 3), b=norm(4)), IMAGE, 1, 0),
     "the network is a norm": (lambda: norm(3), IMAGE, 1, 1),
 }
 

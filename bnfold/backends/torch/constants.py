@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, value_of, written
+from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, overload, value_of, written
 from .widen import call, widened
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
@@ -68,7 +68,7 @@ class Constants:
         sizes = value_of(node).shape if isinstance(value_of(node), Tensor) else ()
         if any(isinstance(n, torch.SymInt) for n in sizes):
             return False
-        return all(self._known.get(source, False) for source in node.all_input_nodes)
+        return all(self._known.get(source, False) for source in _read(node))
 
     def is_constant(self, node: Any) -> bool:
         return isinstance(node, Node) and self._known.get(node, False)
@@ -89,6 +89,31 @@ class Constants:
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""
         return self._stored.get(node.name) if isinstance(node, Node) and self.is_constant(node) else None
+
+    def roots(self, node: Node) -> list[Node]:
+        """The stored tensors that a constant is computed from."""
+        found: dict[Node, None] = {}
+        seen, stack = {node}, [node]
+        while stack:
+            each = stack.pop()
+            if self.stored(each) is not None:
+                found[each] = None
+            stack += [source for source in _read(each) if source not in seen]
+            seen.update(_read(each))
+        return list(found)
+
+    def ends(self, node: Node) -> list[tuple[Node, Node]]:
+        """Who reads a constant, and what they read: the constant itself or what is computed from it alone."""
+        found, seen, stack = [], {node}, [node]
+        while stack:
+            each = stack.pop()
+            for user in each.users:
+                if self.is_constant(user):
+                    stack += [user] * (user not in seen)
+                    seen.add(user)
+                else:
+                    found.append((user, each))
+        return found
 
     def get(self, node: Any) -> npt.NDArray[Any] | None:
         """The constant's array, floats in float64; None for what isn't a constant tensor, or that can't be evaluated."""
@@ -113,10 +138,18 @@ class Constants:
         return found
 
     def _computed(self, node: Node) -> Any:
+        if len(_read(node)) < len(node.all_input_nodes):
+            return self.tensor(_read(node)[0])
         try:
             return call(node, self.tensor)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return None
+
+
+def _read(node: Node) -> list[Node]:
+    """The tensors whose numbers an operator reads: a cast to another tensor's type reads only what it casts."""
+    cast = operator_name(node) == "type_as" or (operator_name(node) == "to" and overload(node) == "other")
+    return node.all_input_nodes[:1] if cast else node.all_input_nodes
 
 
 def as_float64(tensor: Tensor) -> npt.NDArray[np.float64]:

@@ -22,6 +22,7 @@ from .sizes import Sizes
 from .trace import Traced, quiet
 from .walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, mutates, operator_name, value_of, viewed, written
 
+SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
 COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
 
 
@@ -60,7 +61,7 @@ class Lowering:
         self.sizes = Sizes(self.program)
         self.constants = Constants(self.program)
         module = None if isinstance(traced.model, ExportedProgram) else traced.model
-        self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants)
+        self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants, traced.example)
         self.nodes: list[Node] = []
         self.sites: dict[Any, Site] = {}
         self.outputs: dict[str, Value] = {}
@@ -106,16 +107,12 @@ class Lowering:
             self.outputs[name] = self.value(node)
 
     def _count_other_readers(self) -> None:
-        """A stored weight that is also read in a way that no update can follow (it takes part in a computed constant, say) must stay."""
-        readers: dict[Any, list[Op]] = {}
-        for op in self.program.graph.nodes:
-            for reader in op.users if self.constants.stored(op) is not None else ():
-                if isinstance(value_of(reader), (TorchTensor, tuple, list)) or kind_of(reader):
-                    readers.setdefault(self.host.weight(reader, op), []).append(reader)
+        """A weight that is also read in a way that no update can follow (by another operator, or as an output) must stay."""
+        assert isinstance(self.host, ModuleHost)
         for place, tensor in self._tensors.items():
-            known = {user.native.op for user, _ in tensor.users}
-            for reader in readers.get(place, ()):
-                if reader not in known:
+            known = {(user.native.op, _at(user.native.op, user.native.slots[role].argument)) for user, role in tensor.users}
+            for reader, read in dict.fromkeys(self.host.readers(place)):
+                if (reader, read) not in known and operator_name(reader) not in SIZES:
                     Node("Barrier", reader.name, [], [], {}, {"read": Param(tensor, tensor.shape)}, label=operator_name(reader))
 
     # --- what the operators' functions use ---------------------------------------------------------------------------------
@@ -145,27 +142,38 @@ class Lowering:
     def is_activation(self, argument: Any) -> bool:
         return isinstance(argument, Op) and not self.constants.is_constant(argument)
 
-    def param(self, op: Op, argument: Any, shape: tuple[int, ...] | None = None, layout: Layout | None = None) -> Param | None:
-        """A constant argument as a parameter in its canonical shape; None where it can't be rewritten."""
+    def param(
+        self, op: Op, argument: Any, shape: tuple[int, ...] | None = None, layout: Layout | None = None, *, computed: bool = False
+    ) -> Param | None:
+        """A constant argument as a parameter in its canonical shape; None where it can't be rewritten.
+
+        computed: whether it may be rewritten through the steps in which a module's code computes it from a stored tensor.
+        """
         if not isinstance(argument, Op) or not self.constants.is_constant(argument) or not is_float(argument):
             return None
-        place = self.host.weight(op, argument)
+        place, source, base = self.host.weight(op, argument), argument, AS_STORED
+        dtypes = [dtype_of(argument) or torch.float32]
+        if place is None and computed and isinstance(self.host, ModuleHost) and (found := self.host.computed(op, argument)) is not None:
+            place, (source, base) = found[0], (found[1].root, found[1].layout)
+            dtypes = [dtype_of(source) or torch.float32, *found[1].dtypes]
         array_shape = tuple(int(n) for n in value_of(argument).shape)
-        if place is None or (self.constants.stored(argument) is None and self.const(argument) is None):
+        if place is None or (self.constants.stored(source) is None and self.const(source) is None):
             return None
         if place not in self._tensors:
             kinds = _kinds(argument)
             # What is cast down stays as precise as it was stored; a module's code does without the cast then.
-            dtype = min(kinds, key=lambda kind: torch.finfo(kind).eps) if self.host.copies_weights else kinds[0]
-            name = place.target if isinstance(place, Place) else self.target(argument)
-            made = Tensor(name, lambda: self._read(argument), array_shape, min(map(largest, kinds)), place, dtype)
+            dtype = min(kinds, key=lambda kind: torch.finfo(kind).eps) if self.host.copies_weights else dtypes[0]
+            name = place.target if isinstance(place, Place) else self.target(source)
+            stored_shape = tuple(int(n) for n in value_of(source).shape)
+            made = Tensor(name, lambda: self._read(source), stored_shape, min(map(largest, kinds)), place, dtype)
             made.cast_from = largest(max(kinds, key=lambda kind: torch.finfo(kind).eps))
             self._tensors[place] = made
         tensor = self._tensors[place]
+        tensor.limit = min(tensor.limit, *map(largest, dtypes))
         shape = array_shape if shape is None else shape
         if layout is None:
             layout = AS_STORED if shape == array_shape else reshaped(shape, array_shape)
-        return Param(tensor, shape, layout)
+        return Param(tensor, shape, layout.after(base))
 
     def no_weight(self, *arguments: Any) -> str:
         """Why none of the arguments is a weight that can be rewritten, in a clause."""
@@ -186,7 +194,7 @@ class Lowering:
     def bias(self, op: Op, argument: Any, weight: Param, shape: tuple[int, ...]) -> tuple[Param | None, Slot | None, str]:
         """The bias at an argument, or one that the operator could have; None with the reason where it can have none."""
         if isinstance(argument, Op):
-            found = self.param(op, argument, shape)
+            found = self.param(op, argument, shape, computed=True)
             if found is None or found.tensor is None:
                 return None, None, "its bias is no constant that can be rewritten"
             return found, Slot("bias", found.tensor.native), ""
@@ -251,7 +259,7 @@ class Lowering:
     def barrier(self, op: Op, why: str) -> None:
         """An operator that no map crosses. It uses all its activations, and their sizes alone are no use of a value."""
         name = operator_name(op)
-        if name in ("sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"):
+        if name in SIZES:
             return
         if not name and not isinstance(op.target, torch._ops.OperatorBase) and not is_tensor(op):
             return  # arithmetic on sizes
@@ -322,6 +330,13 @@ def entangled(program: ExportedProgram) -> bool:
                 if any(place[user] > place[op] for user in other.users):
                     return True
     return False
+
+
+def _at(op: Op, argument: str) -> Any:
+    """What stands at an argument, or in the list at it ("params.2")."""
+    name, _, index = argument.partition(".")
+    given = arguments(op)[name]
+    return given[int(index)] if index else given
 
 
 def _leaf_frames(program: ExportedProgram) -> set[str]:

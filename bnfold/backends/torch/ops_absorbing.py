@@ -17,7 +17,7 @@ from .walk import arguments, is_float, operator_name
 def conv(ctx: Lowering, op: Op) -> str | None:
     """conv1d to conv3d, conv_transpose1d to 3d, and convolution, which is all of them."""
     given, name = arguments(op), operator_name(op)
-    x, weight = given["input"], ctx.param(op, given["weight"])
+    x, weight = given["input"], ctx.param(op, given["weight"], computed=True)
     if weight is None:
         return ctx.no_weight(given["weight"])
     shape = weight.shape
@@ -32,7 +32,7 @@ def conv(ctx: Lowering, op: Op) -> str | None:
     if transposed:
         into, out = shape[0], shape[1] * groups
         canonical = (out, into // groups, *kernel)
-        weight = Param(weight.tensor, canonical, _swapped(shape, canonical, groups))
+        weight = weight.seen_as(canonical, _swapped(shape, canonical, groups))
         plain = all(k == 1 for k in kernel) and all(s == 1 for s in stride) and not any(map(sum, padding))
         attrs |= {"uniform": plain and not any(each(given["output_padding"], len(kernel))), "uneven": "its outputs see different taps"}
     else:
@@ -80,7 +80,7 @@ LETTERS = "abcdefgh"
 def linear(ctx: Lowering, op: Op) -> str | None:
     """x @ W.T + b over the last axis; a vector of features is a barrier's affair."""
     given = arguments(op)
-    x, weight = given["input"], ctx.param(op, given["weight"])
+    x, weight = given["input"], ctx.param(op, given["weight"], computed=True)
     if weight is None or ctx.is_activation(given["bias"]):
         return ctx.no_weight(given["weight"])
     rank = ctx.rank(x)
@@ -95,7 +95,7 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     """beta*self + alpha*(mat1 @ mat2), with one of the matrices constant."""
     given = arguments(op)
     which = next((name for name in ("mat2", "mat1") if ctx.constants.is_constant(given[name])), None)
-    weight = None if which is None else ctx.param(op, given[which])
+    weight = None if which is None else ctx.param(op, given[which], computed=True)
     if which is None or weight is None:
         return ctx.no_weight(given["mat2"], given["mat1"])
     if not all(isinstance(given[name], (int, float)) for name in ("alpha", "beta")):
@@ -103,7 +103,7 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     alpha, beta = float(given["alpha"]), float(given["beta"])
     if alpha == 0:
         return "its alpha is zero"
-    weight.layout = Layout(f"times {alpha}", lambda w: alpha * w, lambda w: w / alpha, gain=abs(alpha))
+    weight = weight.seen_as(weight.shape, Layout(f"times {alpha}", lambda w: alpha * w, lambda w: w / alpha, gain=abs(alpha)))
     x, w = ("nk", "ko") if which == "mat2" else ("ko", "nk")
     other = given["mat1" if which == "mat2" else "mat2"]
     if beta == 0:  # what it adds isn't read at all
@@ -115,7 +115,7 @@ def addmm(ctx: Lowering, op: Op) -> str | None:
     layout = Layout(
         f"times {beta} {shape}", lambda c: beta * c.reshape(shape), lambda c: _back(c / beta, shape, added.shape), gain=abs(beta)
     )
-    bias = ctx.param(op, given["self"], shape, layout)
+    bias = ctx.param(op, given["self"], shape, layout, computed=True)
     if bias is None:
         return "its bias is no constant that can be rewritten"
     slots: dict[str, Slot | str] = {"weight": which, "bias": "self"}
@@ -137,7 +137,7 @@ def matmul(ctx: Lowering, op: Op) -> str | None:
     if which is None:
         ctx.emit("MatMul", op, given)
         return None
-    x, weight = given[1 - which], ctx.param(op, given[which])
+    x, weight = given[1 - which], ctx.param(op, given[which], computed=True)
     if weight is None:
         return ctx.no_weight(*given)
     rank, shape = ctx.rank(x), weight.shape
@@ -146,7 +146,7 @@ def matmul(ctx: Lowering, op: Op) -> str | None:
     kept = [(name, n) for name, n in zip(own, shape[:-2], strict=True) if n != 1]
     first, second = (("mk", "ko"), ("ko", "mk"))[which == 0]
     squeezed = tuple(n for _, n in kept) + shape[-2:]
-    weight = ctx.param(op, given[which], squeezed)
+    weight = ctx.param(op, given[which], squeezed, computed=True)
     assert weight is not None
     xs, ws = letters[len(letters) - rank + 2 :] + first, "".join(name for name, _ in kept) + second
     return _contraction(ctx, op, x, weight, names[which], xs, ws, letters + "mo")
@@ -162,7 +162,7 @@ def einsum(ctx: Lowering, op: Op) -> str | None:
     if not arrow:
         y = "".join(sorted(name for name in set(left) - {","} if left.count(name) == 1))
     which = 1 if ctx.constants.is_constant(operands[1]) else 0
-    weight = ctx.param(op, operands[which])
+    weight = ctx.param(op, operands[which], computed=True)
     if "." in equation or weight is None or any(len(set(t)) != len(t) for t in (*terms, y)):
         return "its equation has an ellipsis or a diagonal, or its constant can't be rewritten"
     x, w = terms[1 - which], terms[which]
@@ -203,7 +203,7 @@ def _contraction(
 def embedding(ctx: Lowering, op: Op) -> str | None:
     """Rows of a table; padding_idx and the like matter in training alone."""
     given = arguments(op)
-    table = ctx.param(op, given["weight"])
+    table = ctx.param(op, given["weight"], computed=True)
     if table is None:
         return ctx.no_weight(given["weight"])
     rank = ctx.rank(given["indices"])
@@ -217,12 +217,12 @@ def normalisation(ctx: Lowering, op: Op) -> str | None:
     x = given["input"]
     if name == "instance_norm" and not given["use_input_stats"]:
         return "it normalises by running statistics, which no BatchNorm does in this form"
-    rank, gamma = ctx.rank(x), ctx.param(op, given["weight"])
+    rank, gamma = ctx.rank(x), ctx.param(op, given["weight"], computed=True)
     if gamma is None or gamma.tensor is None:
         return "its own scale is no constant that can be rewritten"
     stored = gamma.shape
     shape = (1,) * (rank - len(stored)) + stored if name == "layer_norm" else (1, *stored, *(1,) * (rank - 2))
-    gamma = ctx.param(op, given["weight"], shape)
+    gamma = ctx.param(op, given["weight"], shape, computed=True)
     assert gamma is not None
     beta, slot, why = ctx.bias(op, given["bias"], gamma, shape)
     if beta is None or slot is None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
 from ...errors import ModelError
 from .trace import duplicate
@@ -23,7 +25,7 @@ class Surgery:
     replaced: BatchNorms that are gone, each with the names of its own modules that stay (an activation), none for an Identity.
     merged: branches whose weights went into another branch of their sum, each with whether it must keep its shape.
     plain: layers whose subclass computed its weight in each call, now of torch's own class.
-    fixed: layers whose weight was computed by a parametrization or by weight_norm, now stored.
+    fixed: weights that a parametrization or a hook (weight_norm, spectral_norm, pruning) computed, now stored, and which it was.
     biases: the layers that got a bias, with its size.
     keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
@@ -84,8 +86,9 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
     """The same, in place."""
     for path in surgery.plain:
         replace(module, path, plain(_at(module, path)))
-    for path, how in surgery.fixed.items():
-        fix(_at(module, path), how)
+    for target, how in surgery.fixed.items():
+        path, _, attribute = target.rpartition(".")
+        fix(_at(module, path), attribute, how)
     for path, size in surgery.biases.items():
         owner = _at(module, path)
         weight = next(p for p in owner.parameters() if p.is_floating_point())
@@ -154,18 +157,36 @@ def plain(module: nn.Module) -> nn.Module:
     return with_hooks(made, module)
 
 
-def fix(module: nn.Module, how: str) -> None:
-    """Store the weight that a parametrization, weight_norm or spectral_norm computes."""
+def fix(module: nn.Module, attribute: str, how: str) -> None:
+    """Store the weight that a parametrization or a hook computes."""
     if how == "parametrization":
-        # not by torch's own remove_parametrizations: it takes the weight from the class, which all copies of the module share
-        value, base = module.weight.detach().clone(), type(module).__mro__[1]  # type: ignore[operator]
-        del module._modules["parametrizations"]
-        module.__class__ = base
-        module.weight = nn.Parameter(value)
+        _fix_parametrized(module, attribute)
+    elif how == "pruning":
+        prune.remove(module, attribute)  # type: ignore[no-untyped-call]
     elif how == "weight_norm":
-        torch.nn.utils.remove_weight_norm(module)
+        torch.nn.utils.remove_weight_norm(module, attribute)
     else:
-        torch.nn.utils.remove_spectral_norm(module)
+        torch.nn.utils.remove_spectral_norm(module, attribute)
+        hooks = module._load_state_dict_pre_hooks  # where torch's own function leaves one that asks for the old weights
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+                del hooks[key]
+
+
+def _fix_parametrized(module: nn.Module, attribute: str) -> None:
+    """Not by torch's own remove_parametrizations: it takes the weight from the class, which all copies of the module share."""
+    value, cls = getattr(module, attribute).detach().clone(), type(module)
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    trained = [t for t in lists[attribute].parameters(recurse=False) if t.requires_grad]
+    del lists[attribute]
+    if len(lists):
+        left = {name: each for name, each in vars(cls).items() if name not in (attribute, "__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, left)
+    else:
+        del module._modules["parametrizations"]
+        module.__class__ = cls.__mro__[1]
+    module.register_parameter(attribute, nn.Parameter(value, bool(trained)))
 
 
 def _at(root: nn.Module, path: str) -> nn.Module:

@@ -31,7 +31,9 @@ def write_module(
     Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
     result = duplicate(module)
-    surgery, notes, made = Surgery(), {}, {}
+    surgery = Surgery()
+    notes: dict[Node, str] = {}
+    made: dict[str, Tensor] = {}
     for node, role, param in graph.updates():
         native: Native = node.native
         slot = native.slots.get(role)
@@ -45,8 +47,11 @@ def write_module(
         place = slot.place
         if place.how == "plain":
             surgery.plain += [place.owner] * (place.owner not in surgery.plain)
-        elif place.how != "stored":
-            surgery.fixed[place.owner] = place.how
+            computed = ctx.const(arguments(native.op)["weight"])
+            assert computed is not None
+            made.setdefault(f"{place.owner}.weight", to_tensor(rounded(computed, NUMPY[native.dtype])))
+        elif place.how != "stored" and param.tensor is not None:
+            surgery.fixed[place.target] = place.how
         if param.tensor is None:
             surgery.biases[place.owner] = list(array.shape)
         made[place.target] = to_tensor(np.ascontiguousarray(array))
@@ -63,8 +68,8 @@ def write_module(
     restructure(result, surgery)
     after = set(result.state_dict())
     for name in before:
-        computed = re.sub(r"\.(?:parametrizations\.weight\.original\d?|weight_g|weight_v|weight_orig|weight_u)$", ".weight", name)
-        surgery.keys[name] = name if name in after else computed if computed in after else None
+        stands = re.sub(r"(?:(^|\.)parametrizations\.(\w+)\.original\d*|(^|\.)(\w+)_(?:g|v|u|orig))$", r"\1\2\3\4", name)
+        surgery.keys[name] = name if name in after else stands if stands in after else None
     for target, tensor in made.items():
         _set(result, target, tensor)
     for removal in removed.values():
