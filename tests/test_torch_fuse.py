@@ -19,7 +19,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from vision import package
 
 import bnfold
+from bnfold.backends.torch.sizes import Sizes
 from bnfold.backends.torch.surgery import ATTRIBUTE, Surgery, rebuild
+from bnfold.backends.torch.trace import trace
 
 IMAGE = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
 
@@ -287,6 +289,36 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
         0,
     ),
     "a weight that is an output": (lambda: Net(lambda s, x: (s.b(s.c(x)), s.c.weight), c=nn.Conv2d(3, 4, 3), b=norm(4)), IMAGE, 1, 0),
+    "a part of the batch each": (
+        lambda: Net(lambda s, x: torch.cat([s.b(y) for y in s.c(x).chunk(3)]).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4)),
+        torch.randn(7, 3, 5, 5),
+        0,
+        0,
+    ),
+    "a part of the batch, the rest as it is": (
+        lambda: Net(lambda s, x: torch.cat([s.b(y) if i else y for i, y in enumerate(s.c(x).chunk(3))]), c=nn.Conv2d(3, 4, 3), b=norm(4)),
+        torch.randn(7, 3, 5, 5),
+        2,
+        2,
+    ),
+    "the rows of a computed half": (
+        lambda: Net(lambda s, x: s.b(s.c(x).tensor_split([x.shape[0] // 2])[1]).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4)),
+        torch.randn(8, 3, 5, 5),
+        0,
+        0,
+    ),
+    "the middle row of each": (
+        lambda: Net(lambda s, x: s.b(s.c(x).select(2, x.shape[2] // 2)).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4, 1)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "a head that fixes the size": (
+        lambda: nn.Sequential(nn.PReLU(3), norm(3), nn.Dropout(), nn.Flatten(), nn.Linear(3 * 48, 5)),
+        torch.randn(2, 3, 6, 8),
+        0,
+        0,
+    ),
     "the network is a norm": (lambda: norm(3), IMAGE, 1, 1),
 }
 
@@ -318,6 +350,38 @@ def test_a_norm_at_several_places_goes_from_all_of_them() -> None:
     assert list(kept(report).values()) == [report.layers[0].reason]
     assert fused[0] is fused[3]
     assert isinstance(fused[0], nn.BatchNorm2d)
+
+
+def test_a_batch_in_parts_folds_for_every_number_of_parts() -> None:
+    class Ghost(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.bn, self.size = norm(4, 1), size
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.bn(y) for y in x.chunk(-(-x.shape[0] // self.size))])
+
+    for size in (16, 3):
+        net = nn.Sequential(nn.Linear(5, 4, bias=False), Ghost(size), nn.GLU()).eval()
+        fused, report = bnfold.fuse(net, example=torch.randn(8, 5))
+        assert report.batchnorms.after == 0
+        assert isinstance(fused[1].bn, nn.Identity)
+        for rows in (1, 2, 8, 16, 31, 100):
+            x = torch.randn(rows, 5)
+            assert difference(run(net, x), run(fused, x)) < 1e-5
+
+
+def test_a_weight_that_fixes_a_product_of_sizes_fixes_neither_of_them() -> None:
+    net = nn.Sequential(nn.PReLU(3), norm(3), nn.Flatten(), nn.Linear(3 * 48, 5)).eval()
+    first, second = (probe for probe in Sizes(trace(net, torch.randn(2, 3, 6, 8)).program).probes)
+    batch, height, width = first
+    assert second[batch] != first[batch]
+    assert second[height] * second[width] == first[height] * first[width] == 48
+    assert second[height] != first[height]
+    fused, _ = bnfold.fuse(net, example=torch.randn(2, 3, 6, 8))
+    for sizes in ((4, 12), (48, 1), (1, 48)):
+        x = torch.randn(2, 3, *sizes)
+        assert difference(run(net, x), run(fused, x)) < 1e-5
 
 
 def test_the_class_the_names_and_the_modes_stay() -> None:

@@ -16,7 +16,6 @@ from ...affine import Array
 from ...graph import AS_STORED, Graph, Layout, Node, Param, Site, Tensor, Value
 from .constants import Constants, as_float64
 from .places import Host, ModuleHost, Place, ProgramHost
-from .regions import kind_of
 from .settings import settings
 from .sizes import Sizes
 from .trace import Traced, quiet

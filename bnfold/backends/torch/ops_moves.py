@@ -166,32 +166,32 @@ def select(ctx: Lowering, op: Op) -> str | None:
     rank, axis = ctx.rank(arguments(op)["self"]), _axis(ctx, op)
     index = ctx.sizes.static(arguments(op)["index"], None)
     if index is None:
-        return COMPUTED
+        ctx.emit("Crop", op, [arguments(op)["self"]], {"mixes": (axis,), "drops": True})
+        return None
     _move(ctx, op, _cut((slice(None),) * axis + (index,)), {i: i if i < axis else i - 1 for i in range(rank) if i != axis})
     return None
 
 
 def split(ctx: Lowering, op: Op) -> str | None:
-    """split, split_with_sizes, chunk, tensor_split, unbind: one move for each item that somebody takes."""
+    """split, split_with_sizes, chunk, tensor_split, unbind: one move for each item that somebody takes.
+
+    Where an item lies at bounds that are computed, it is a crop, which every map crosses that is constant along the axis.
+    """
     x = arguments(op)["self"]
     rank, axis, items = ctx.rank(x), _axis(ctx, op), ctx.items(op)
-    pieces = op.meta["val"]
-    start = 0
-    cuts = []
-    for piece in pieces:
-        if operator_name(op) == "unbind":
-            cuts.append((slice(None),) * axis + (start,))
-            start += 1
-            continue
-        size = ctx.sizes.static(piece.shape[axis], None)
-        if size is None:
-            return COMPUTED
-        cuts.append((slice(None),) * axis + (slice(start, start + size),))
-        start += size
     drops = operator_name(op) == "unbind"
     kept = {i: i if i < axis or not drops else i - 1 for i in range(rank) if i != axis}
-    for index, item in sorted(items.items()):
-        _move(ctx, op, _cut(cuts[index]), kept, output=item)
+    start: int | None = 0
+    used = {index: item for index, item in items.items() if item.users}
+    for index, piece in enumerate(op.meta["val"]):
+        size = 1 if drops else ctx.sizes.static(piece.shape[axis], None)
+        end = None if start is None or size is None else start + int(size)
+        if index in used and end is None:
+            ctx.emit("Crop", op, [x], {"mixes": (axis,), "drops": drops}, output=items[index])
+        elif index in used:
+            cut = start if drops else slice(start, end)
+            _move(ctx, op, _cut((slice(None),) * axis + (cut,)), kept, output=items[index])
+        start = end
     ctx.done.update(items.values())
     return None
 

@@ -6,6 +6,8 @@ which holds at both doesn't lean on a size that the user may change, or on two t
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -39,6 +41,7 @@ class Sizes:
             upper = limits.get(symbol, (None, None))[1]
             larger = hint * FACTORS[i % len(FACTORS)]
             second[symbol] = larger if upper is None or larger <= upper else hint
+        second = _satisfying(equations(program), hints, second, {symbol: low or 0 for symbol, (low, _) in limits.items()})
         self.probes: list[Probe] = [hints, second] if hints and second != hints else [hints]
 
     def shapes(self, value: Any) -> tuple[tuple[int | None, ...], ...] | None:
@@ -70,6 +73,35 @@ class Sizes:
         if number is None:
             return None  # the data decide it
         return float(number) if isinstance(leaf, torch.SymFloat) else bool(number) if isinstance(leaf, torch.SymBool) else int(number)
+
+
+def equations(program: ExportedProgram) -> list[sympy.Eq]:
+    """What the trace demands of the sizes, where it still says so: that the width of a weight is theirs, or a number of chunks."""
+    values = (value for node in program.graph.nodes if isinstance(value := node.meta.get("val"), Tensor))
+    size = next((n for value in values for n in value.shape if isinstance(n, torch.SymInt)), None)
+    found: list[Any] = [guard.expr for guard in size.node.shape_env.guards] if isinstance(size, torch.SymInt) else []
+    return [each for each in found if isinstance(each, sympy.Eq) and each.free_symbols]
+
+
+def hold(demands: Iterable[sympy.Eq], sizes: Probe) -> bool:
+    """Whether sizes meet all demands that are made of them alone."""
+    return all(bool(each.subs(sizes) != False) for each in demands if each.free_symbols <= sizes.keys())  # noqa: E712
+
+
+def _satisfying(demands: list[sympy.Eq], first: Probe, second: Probe, least: Probe) -> Probe:
+    """The second probe, with other sizes for those of which more is demanded: of two with a given product one is larger, the other smaller.
+
+    Where no others are found they are the first probe's.
+    """
+    broken = [each for each in demands if not hold([each], second)]
+    bound = sorted({symbol for each in broken for symbol in each.free_symbols & first.keys()}, key=str)
+    free = {symbol: size for symbol, size in second.items() if symbol not in bound}
+    for one, other in itertools.permutations(bound, 2):
+        for factor in range(2, 8):
+            changed = {symbol: first[symbol] for symbol in bound} | {one: first[one] * factor, other: first[other] // factor}
+            if changed[other] >= least.get(other, 0) and hold(demands, free | changed):
+                return free | changed
+    return free | {symbol: first[symbol] for symbol in bound}
 
 
 def _integer(bound: Any) -> int | None:
