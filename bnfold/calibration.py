@@ -224,7 +224,8 @@ def data_of(
 
     specs = plan.specs
     taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
-    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples, run=plan.outputs)
+    flat = getattr(plan, "flat", None)
+    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples, run=plan.outputs, flat=flat)
     if spread and samples is not None:
         data = data.spread(samples)
     return data

@@ -69,7 +69,7 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
     session = None
     if not isinstance(data, Data):
         session = deployed(model, provider, example=example)
-        data = as_batches(data, session.specs)
+        data = as_batches(data, session.specs, run=session.run, flat=getattr(session, "flat", None))
     if not data.again:
         return None
     found: list[tuple[Array, Array]] = []

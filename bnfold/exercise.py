@@ -63,8 +63,8 @@ def given(reference: Subject, batches: Any, samples: int | None, batch_size: int
 
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
-    seen = 0
-    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples, run=outputs_of(reference)):
+    seen, flat = 0, getattr(reference, "flat", None)
+    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples, run=outputs_of(reference), flat=flat):
         yield batch
         seen += batch.samples
         large = sum(array.size for array in batch.values()) > LARGE * batch.samples

@@ -94,7 +94,7 @@ def peeked(batches: Any) -> tuple[Any, Any]:
         return next(iter(batches), None), batches
     if isinstance(batches, Mapping) or hasattr(batches, "__array__") or hasattr(batches, "detach"):
         return batches, batches
-    if isinstance(batches, tuple) and all(hasattr(b, "__array__") or hasattr(b, "detach") for b in batches):
+    if isinstance(batches, tuple) and any(hasattr(b, "__array__") or hasattr(b, "detach") for b in batches):  # no tuple of batches
         return batches, batches
     if callable(batches) and not hasattr(batches, "__iter__"):
         return peeked(batches())[0], batches

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import tables
-from .data import BATCH_SIZE, Array, Chunk, InputSpec, Source, counted, few, from_object, from_stream
+from .data import BATCH_SIZE, Array, Chunk, Flat, InputSpec, Source, counted, few, from_object, from_stream
 from .errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def open_source(
     images: ImageOptions | None,
     input_shapes: Mapping[str, Sequence[int]] | None,
     column: str | None = None,
+    flat: Flat | None = None,
 ) -> Source:
     """The source that `spec` names (see `data.open_data`). DataError for what isn't there, can't be read or isn't one of the forms."""
     if seed < 0:
@@ -53,7 +54,7 @@ def open_source(
     elif Path(spec).is_dir():
         source = _folder(Path(spec), inputs, samples, seed, images, input_shapes)
     else:
-        source = _file_or_function(spec, inputs)
+        source = _file_or_function(spec, inputs, flat)
     unused = []
     if column is not None and files is None:
         unused.append(f"{source.description}: this is no table, so --column {column} isn't used")
@@ -62,15 +63,15 @@ def open_source(
     return replace(source, notes=(*source.notes, *unused))
 
 
-def _file_or_function(spec: str, inputs: Sequence[InputSpec]) -> Source:
+def _file_or_function(spec: str, inputs: Sequence[InputSpec], flat: Flat | None) -> Source:
     path = Path(spec)
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
-        return from_object(_read(path), inputs, str(path))
+        return from_object(_read(path), inputs, str(path), flat)
     target, colon, function = spec.rpartition(":")
     if colon and target and function.isidentifier():
-        return from_stream(_guarded(_function(target, function, spec), spec), inputs, spec)
+        return from_stream(_guarded(_function(target, function, spec), spec), inputs, spec, flat)
     raise DataError(f"{spec}: there is no such file or folder; give {FORMS}")
 
 

@@ -179,6 +179,7 @@ class Feeding:
             input_shapes=shaping.shapes(model, example),
             column=self.column,
             max_bad=MAX_BAD if self.max_bad is None else self.max_bad,
+            flat=getattr(example, "flat", None),
         )
         job.feed(data)
         if job.reports and Path(spec).is_file():

@@ -5,7 +5,7 @@ batches (`batches`).
 """
 
 from .batches import BATCH_SIZE, Data
-from .forms import as_batches, from_object, from_stream, open_data
+from .forms import Flat, as_batches, from_object, from_stream, open_data
 from .inputs import WHOLE
 from .samples import few
 from .source import LABELS, Array, Batch, Chunk, Counted, InputSpec, Source, counted
@@ -19,6 +19,7 @@ __all__ = [
     "Chunk",
     "Counted",
     "Data",
+    "Flat",
     "InputSpec",
     "Source",
     "as_batches",

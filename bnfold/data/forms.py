@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ..images import ImageOptions
 
 
+# An item of data in the form in which a model is called, lists and dicts nested in it, as arrays by input name; None for plain arrays.
+Flat = Callable[[Any], "Mapping[str, Any] | None"]
+
+
 def as_batches(
     obj: Any,
     inputs: Sequence[InputSpec],
@@ -25,6 +29,7 @@ def as_batches(
     samples: int | None = None,
     shard: tuple[int, int] | None = None,
     run: Run | None = None,
+    flat: Flat | None = None,
 ) -> Data:
     """Data from what a library's user has at hand.
 
@@ -32,16 +37,17 @@ def as_batches(
     batches, each of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them,
     called for each pass.
     An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
-    model takes one only. A generator can be iterated once. shard: (i, n), run: see `Data`.
+    model takes one only. A generator can be iterated once. shard: (i, n), run: see `Data`. flat: what takes an item in the form in which a
+    model is called apart (see `Flat`).
     """
     if isinstance(obj, Data):
         return obj.fed(inputs, batch_size=batch_size, samples=samples, shard=shard, run=run)
     if isinstance(obj, (str, bytes)) or not (
-        _holds_samples(obj, inputs) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
+        _holds_samples(obj, inputs, flat) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")
     ):
         raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
     name = f"the {type(obj).__name__} given"
-    source = from_object(obj, inputs, name) if _holds_samples(obj, inputs) else from_stream(obj, inputs, name)
+    source = from_object(obj, inputs, name, flat) if _holds_samples(obj, inputs, flat) else from_stream(obj, inputs, name, flat)
     return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard or (0, 1), run=run)
 
 
@@ -57,6 +63,7 @@ def open_data(
     shard: tuple[int, int] = (0, 1),
     max_bad: int | str = MAX_BAD,
     column: str | None = None,
+    flat: Flat | None = None,
 ) -> Data:
     """The command line's DATA.
 
@@ -69,26 +76,26 @@ def open_data(
     from ..sources import open_source
 
     source = open_source(
-        spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column
+        spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column, flat=flat
     )
     return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
 
 
-def from_object(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
+def from_object(obj: Any, inputs: Sequence[InputSpec], where: str, flat: Flat | None = None) -> Source:
     """All samples at once: an array, or a mapping or sequence of arrays."""
-    chunk, notes = _chunk(obj, inputs, where)
+    chunk, notes = _chunk(obj, inputs, where, flat)
     return Source(lambda: iter((chunk,)), where, tuple(notes), ahead=False, held=chunk)
 
 
-def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
+def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str, flat: Flat | None = None) -> Source:
     """An iterable of batches, or a function that returns one (or all samples at once)."""
     used = False
 
     def chunks() -> Iterator[Chunk]:
         nonlocal used
         made = obj() if callable(obj) and not hasattr(obj, "__iter__") else obj
-        if _holds_samples(made, inputs):
-            yield _chunk(made, inputs, where)[0]
+        if _holds_samples(made, inputs, flat):
+            yield _chunk(made, inputs, where, flat)[0]
             return
         try:
             items = iter(made)
@@ -99,14 +106,19 @@ def from_stream(obj: Any, inputs: Sequence[InputSpec], where: str) -> Source:
                 raise DataError(f"{where} can be read only once, and this is a second pass; give a list, or a function that makes it anew")
             used = True
         for number, item in enumerate(items, 1):
-            yield _chunk(item, inputs, f"batch {number} of {where}")[0]
+            yield _chunk(item, inputs, f"batch {number} of {where}", flat)[0]
 
     return Source(chunks, where, keep=True, again=not isinstance(obj, Iterator), ahead=not isinstance(obj, (list, tuple)))
 
 
-def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str) -> tuple[Chunk, list[str]]:
+def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str, flat: Flat | None = None) -> tuple[Chunk, list[str]]:
     """One item of data by input name, and notes on what isn't used of it. DataError for names that don't fit."""
     names = [spec.name for spec in inputs]
+    try:
+        called = None if flat is None else flat(obj)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    obj = obj if called is None else called
     if isinstance(obj, Mapping):
         named = {str(key): as_array(value, f"{where}, array {key!r}") for key, value in obj.items()}
         label = next((key for key in LABELS if key in named and key not in names and len(named) > 1), None)
@@ -145,10 +157,12 @@ def as_array(obj: Any, where: str) -> Array:
     return array
 
 
-def _holds_samples(obj: Any, inputs: Sequence[InputSpec]) -> bool:
+def _holds_samples(obj: Any, inputs: Sequence[InputSpec], flat: Flat | None = None) -> bool:
     """Whether the object is samples, rather than an iterable of batches."""
     if isinstance(obj, tuple):
-        return len(obj) in (len(inputs), len(inputs) + 1) and all(hasattr(o, "__array__") or hasattr(o, "detach") for o in obj)
+        arrays = [hasattr(o, "__array__") or hasattr(o, "detach") for o in obj]
+        nested = flat is not None and any(arrays) and not all(arrays)
+        return nested or (len(obj) in (len(inputs), len(inputs) + 1) and all(arrays))
     return isinstance(obj, Mapping) or hasattr(obj, "__array__") or hasattr(obj, "detach")
 
 

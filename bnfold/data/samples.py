@@ -8,6 +8,7 @@ piece of a batch is run whole and without its first or its last row, and only wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -114,8 +115,10 @@ def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
     return told
 
 
-def few(given: dict[str, Array], count: int) -> dict[str, Array]:
+def few(given: dict[str, Any], count: int) -> dict[str, Any]:
     """At most the first samples of arrays of any model, by name: all where it isn't plain that these are samples."""
+    if not all(hasattr(array, "shape") for array in given.values()):
+        return given  # lists or numbers among them
     arrays = list(given.values())
     lengths = {array.shape[0] if array.ndim else 0 for array in arrays}
     pointing = len(arrays) > 1 and any(

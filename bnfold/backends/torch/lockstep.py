@@ -222,6 +222,10 @@ class TorchPlan:
             return "they are computed"
         return None if is_float(given["input"]) else "its input isn't floating point"
 
+    def flat(self, item: Any) -> dict[str, Any] | None:
+        """See `Traced.flat`."""
+        return self._traced.flat(item)
+
     def outputs(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
         """What the model gives as it came, by output name."""
         return self._oracle.run(batch)

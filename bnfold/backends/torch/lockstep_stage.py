@@ -163,7 +163,7 @@ class TorchStage:
         self.needs = [op.name for op in cut.reads]
         self.keeps = dict.fromkeys(op.name for op in cut.keeps)
         self._held, self._cut, self._first = held, cut, first
-        inputs = [op for op in program.graph.nodes if op.op == "placeholder" and not held.is_held(op)]
+        inputs = [op for op in program.graph.nodes if op.op == "placeholder" and not held.is_held(op) and is_tensor(op)]
         axes = [(op.name, axis, n.node.expr) for op in inputs for axis, n in enumerate(_shape(op)) if isinstance(n, torch.SymInt)]
         self._symbols = {expression: (name, axis) for name, axis, expression in axes if expression.is_symbol}
         if self._symbols:

@@ -117,6 +117,10 @@ class Session:
         """What the model is fed."""
         return self._traced.specs
 
+    def flat(self, item: Any) -> dict[str, Any] | None:
+        """See `Traced.flat`."""
+        return self._traced.flat(item)
+
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
         """The outputs by name. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, self._traced.specs)

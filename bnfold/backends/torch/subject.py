@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class TorchSubject:
 
     def inputs(self) -> list[InputSpec]:
         return self.traced.specs
+
+    def flat(self, item: Any) -> dict[str, Any] | None:
+        """See `Traced.flat`."""
+        return self.traced.flat(item)
 
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
         inputs = [_port(op.name, op) for op in self.traced.input_nodes]

@@ -125,6 +125,36 @@ class Traced:
         args, kwargs = pytree.tree_unflatten(flat, spec)
         return Call(tuple(args), dict(kwargs))
 
+    def flat(self, item: Any) -> dict[str, Any] | None:
+        """An item of somebody's data as tensors by name, where the model takes more than plain tensors: lists, dicts, numbers among them.
+
+        The item has the form of the example, its labels last or by a name of their own. None where the model takes plain tensors alone, or
+        where the item names them one by one. Raises DataError where the item calls the model in another way than the one that was read.
+        """
+        given, spec = self.example, self.program.call_spec.in_spec
+        if given is None or spec is None or all(isinstance(value, Tensor) for value in (*given.args, *given.kwargs.values())):
+            return None
+        names = [*self._places[: len(given.args)], *given.kwargs]
+        like = dict(zip(names, (*given.args, *given.kwargs.values()), strict=True))
+        found, labels = _arguments(item, like)
+        if found is None:
+            return None
+        filled = {name: _formed(found.get(name, value), value, name) for name, value in like.items()}
+        split = list(filled.values())
+        args, kwargs = tuple(split[: len(given.args)]), dict(zip(given.kwargs, split[len(given.args) :], strict=True))
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = {name: leaf for name, leaf in zip(self.flat_names, leaves, strict=True) if name in {s.name for s in self.specs}}
+        return tensors | labels
+
+    @property
+    def _places(self) -> list[str]:
+        """The names of a module's positional arguments; of a program's, which doesn't say, their places."""
+        if isinstance(self.model, ExportedProgram):
+            return [str(place) for place in range(len(self.example.args if self.example is not None else ()))]
+        parameters = list(inspect.signature(self.model.forward).parameters.values())
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return [*named, *(str(place) for place in range(len(named), len(self.flat_names)))]
+
     @property
     def flat_names(self) -> list[str]:
         """A name for each leaf of the arguments; of what isn't a tensor it is one that no tensor has."""
@@ -294,8 +324,57 @@ def example_of(model: Model, item: Any) -> Any:
         return Call((next(iter(left.values())),)) if len(left) == 1 else Call((left,))
     if isinstance(item, (tuple, list)) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         required = sum(p.default is p.empty for p in places)
-        return tuple(item[: required if len(item) == required + 1 else len(places)])
+        labelled = len(item) == required + 1 and (hasattr(item[-1], "__array__") or isinstance(item[-1], (list, int)))
+        return tuple(item[: required if labelled and not isinstance(item[-1], bool) else len(places)])
     return item
+
+
+def _arguments(item: Any, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What an item of data gives for each argument, and its labels by name. None where it names the tensors one by one."""
+    tensors = {name for name, value in like.items() if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))}
+    if isinstance(item, Mapping):
+        if tensors <= item.keys():
+            return {name: item[name] for name in like if name in item}, {name: item[name] for name in LABELS if name in item.keys() - like}
+        if len(like) == 1 and isinstance(value := next(iter(like.values())), Mapping) and value.keys() <= item.keys():
+            return {next(iter(like)): item}, {name: item[name] for name in LABELS if name in item.keys() - value}
+        return None, {}
+    items = list(item) if isinstance(item, (tuple, list)) else [item]
+    last = items[len(like) :] if len(items) == len(like) + 1 else []
+    if not last and len(items) == len(tensors) + 1 and list(like)[: len(tensors)] == [name for name in like if name in tensors]:
+        constant = [name for name in like if name not in tensors]
+        if constant and isinstance(items[-1], (Tensor, np.ndarray)):  # what follows the tensors has the values of the example
+            last = items[-1:]
+            items = items[:-1]
+    return dict(zip(like, items, strict=False)), {LABELS[0]: last[0]} if last else {}
+
+
+def _formed(value: Any, like: Any, where: str) -> Any:
+    """An argument in the form of the example's: what isn't a tensor must be the same, since it may decide what is computed."""
+    if isinstance(like, Tensor):
+        if isinstance(value, (Tensor, np.ndarray, np.generic, int, float, list)) or hasattr(value, "__array__"):
+            return value
+    elif isinstance(like, Mapping):
+        if isinstance(value, Mapping) and like.keys() <= value.keys():
+            return {name: _formed(value[name], each, f"{where}[{name!r}]") for name, each in like.items()}
+    elif isinstance(like, (list, tuple)):
+        if isinstance(value, (list, tuple)) and len(value) == len(like):
+            return [_formed(one, other, f"{where}[{i}]") for i, (one, other) in enumerate(zip(value, like, strict=True))]
+    else:
+        (mine, form), (theirs, other) = pytree.tree_flatten(value), pytree.tree_flatten(like)
+        if form == other and all(isinstance(b, Tensor) or a == b for a, b in zip(mine, theirs, strict=True)):
+            return value
+    raise DataError(
+        f"argument {where} is {_told(value)} where the model was read with {_told(like)}: it is read for one form of its arguments, so "
+        f"give items of that form alone"
+    )
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(repr, value)) or 'nothing'}"
+    return f"a {type(value).__name__}" if isinstance(value, (Tensor, np.ndarray)) else repr(value)[:60]
 
 
 def forward_names(model: nn.Module) -> list[str]:
