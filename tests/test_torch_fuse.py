@@ -8,6 +8,7 @@ import io
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -398,6 +399,37 @@ def test_the_class_the_names_and_the_modes_stay() -> None:
     assert not any(m.training for m in fused.modules())
     assert net[0].bias is None
     assert isinstance(net[1], nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(("conv", "dims", "last"), [(nn.Conv2d, 2, torch.channels_last), (nn.Conv3d, 3, torch.channels_last_3d)])
+def test_the_memory_format_stays(conv: Any, dims: int, last: torch.memory_format, tmp_path: Path) -> None:
+    fold = pruned(conv(4, 6, 2, bias=False), "weight")
+    net = nn.Sequential(conv(2, 4, 3), norm(4, dims), nn.ReLU(), fold, norm(6, dims), nn.ReLU(), conv(6, 3, 1), norm(3, dims)).eval()
+    net.to(memory_format=last)
+    x = torch.randn(2, 2, *(5,) * dims).to(memory_format=last)
+    net(x)
+    fused, report = bnfold.fuse(net, example=x, check=False)
+    assert report.batchnorms.after == 0
+    program, _ = bnfold.fuse(trace(net, x).program, check=False)
+    bnfold.save(fused, tmp_path / "fused.pth")
+    saved = torch.load(tmp_path / "fused.pth")["state_dict"]
+    for place in (0, 3, 6):
+        want = net[place].weight.stride()
+        assert not net[place].weight.is_contiguous() or place == 6
+        assert fused[place].weight.stride() == saved[f"{place}.weight"].stride() == want
+    weights = {t.shape: t.stride() for t in program.state_dict.values() if t.ndim > 2}
+    assert all(weights[net[place].weight.shape] == net[place].weight.stride() for place in (0, 3, 6))
+
+
+def test_weights_that_change_alike_stay_tied() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), norm(4, 1), nn.ReLU(), nn.Linear(4, 4), norm(4, 1)).eval()
+    net[3].weight = net[0].weight
+    net[4] = net[1]
+    fused, report = bnfold.fuse(net, example=torch.randn(3, 4), check=False)
+    assert report.batchnorms.after == 0
+    assert fused[3].weight is fused[0].weight
+    assert fused[3].bias is not fused[0].bias
+    assert report.bytes_added == 0
 
 
 def test_hooks_stay() -> None:

@@ -217,7 +217,10 @@ def verify(
     baseline: o.Baseline = None,
     bundle: o.Bundle = None,
     coefficients_only: Annotated[
-        bool, typer.Option("--coefficients-only", help="Compare operators, settings and coefficients alone, which takes no data and runs neither model.")
+        bool,
+        typer.Option(
+            "--coefficients-only", help="Compare operators, settings and coefficients alone, which takes no data and runs neither model."
+        ),
     ] = False,
 ) -> int:
     """Decide whether two models compute the same function.

@@ -53,7 +53,10 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
     else:
         assert isinstance(model, nn.Module)
         surgery = getattr(model, ATTRIBUTE, None)
-        state = _own({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+        dense = torch.contiguous_format if suffix == ".safetensors" else torch.preserve_format
+        state = {
+            name: tensor.detach().cpu().clone(memory_format=dense) for name, tensor in model.state_dict().items()
+        }  # none share storage
         if suffix == ".safetensors":
             _replacing(target, lambda part: _write_safetensors(state, surgery, text_of(model), part))
         else:
@@ -74,11 +77,6 @@ def _replacing(target: Path, write: Callable[[Path], None]) -> None:
         raise InputError(f"{target}: can't be written ({error}); choose another folder") from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no storage, and hold no more than their own numbers."""
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:

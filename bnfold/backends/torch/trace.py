@@ -421,6 +421,15 @@ def to_tensor(array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the memory format of another one of its shape: channels_last, say."""
+    strides = like.stride()
+    dense = all(isinstance(n, int) for n in strides) and sum((n - 1) * step for n, step in zip(like.shape, strides, strict=True)) + 1
+    if tensor.shape != like.shape or tensor.stride() == strides or dense != tensor.numel():
+        return tensor
+    return torch.empty_strided(tuple(like.shape), strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
     """An array on the CPU; bfloat16 becomes ml_dtypes' type."""
     tensor = tensor.detach().cpu().contiguous()

@@ -19,7 +19,7 @@ from .lower import Lowering, Native
 from .places import Place
 from .removal import Removal, fills, unit_variance
 from .surgery import Surgery, restructure
-from .trace import NUMPY, duplicate, to_tensor
+from .trace import NUMPY, duplicate, laid_out, to_tensor
 from .walk import arguments, frame, writes_into_shared
 
 
@@ -72,10 +72,10 @@ def write_module(
         surgery.keys[name] = name if name in after else stands if stands in after else None
     for target, tensor in made.items():
         _set(result, target, tensor)
+    added = _tie_again(result, tied, made)
     for removal in removed.values():
         for call in removal.calls:
             _make_identity(ctx.constants, result, call)
-    added = sum(tensor.nbytes for target, tensor in made.items() if target in tied)
     return result, notes, added
 
 
@@ -97,23 +97,32 @@ def _output(node: Node) -> Op:
     return native.output if native.output is not None else native.op
 
 
-def _tied(module: nn.Module) -> set[str]:
-    """The names under which a parameter stands for at least the second time."""
-    seen: set[int] = set()
-    found = set()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            found.add(name)
-        seen.add(id(parameter))
-    return found
+def _tied(module: nn.Module) -> dict[str, str]:
+    """For each name under which a parameter stands for at least the second time, the first."""
+    first: dict[int, str] = {}
+    named = ((name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False))
+    return {name: known for name, known in named if name != known}
+
+
+def _tie_again(root: nn.Module, tied: Mapping[str, str], made: Mapping[str, Tensor]) -> int:
+    """Let names that shared a parameter share the new one where it is the same for both; the bytes that the others add."""
+    added = 0
+    for name in made.keys() & tied.keys():
+        first, tensor = tied[name], made[name]
+        if first in made and made[first].shape == tensor.shape and torch.equal(made[first], tensor):
+            owner, other = (root.get_submodule(Place(each).owner) for each in (name, first))
+            owner._parameters[Place(name).attribute] = other._parameters[Place(first).attribute]
+        else:
+            added += tensor.nbytes
+    return added
 
 
 def _set(root: nn.Module, target: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, on its device; under this name alone, where others share it."""
+    """Put a tensor in the place of a parameter or buffer, on its device and in its memory format; where others share it, for itself."""
     place = Place(target)
     owner = root.get_submodule(place.owner)
     old = getattr(owner, place.attribute)
-    tensor = tensor.to(old.device)
+    tensor = laid_out(tensor.to(old.device), old)
     if place.attribute in owner._buffers:
         owner._buffers[place.attribute] = tensor
     else:

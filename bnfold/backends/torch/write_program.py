@@ -19,7 +19,7 @@ from ...merge import Merge
 from ...rounding import lost, rounded
 from .constants import KINDS
 from .lower import Lowering, Native, Slot
-from .trace import NUMPY, quiet, to_tensor
+from .trace import NUMPY, laid_out, quiet, to_tensor
 from .walk import arguments, mutates, set_argument, writes_into_shared
 
 
@@ -134,8 +134,10 @@ class _Writer:
             holder = self.state if stored.target in self.state else self.constants
             again = [s for s in self.signature.input_specs if s.target == stored.target]
             if len(again) == 1:
-                holder[stored.target] = _like(tensor, stored.tensor)
+                holder[stored.target] = _like(laid_out(tensor, stored.tensor), stored.tensor)
                 return self.copies[old]
+        if old is not None:
+            tensor = laid_out(tensor, old.meta["val"])
         stem = stored.target if stored is not None else f"{_path(native)}.{role}"
         target = _free(stem, {*self.state, *self.constants})
         name = _free("p_" + re.sub(r"\W", "_", target), {op.name for op in self.graph.nodes})
@@ -144,7 +146,8 @@ class _Writer:
         mode = next(v.fake_mode for op in self.graph.nodes if isinstance(v := op.meta.get("val"), Tensor) and hasattr(v, "fake_mode"))
         made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
         made.meta["tensor_meta"] = {}
-        self.state[target] = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        trained = stored.tensor.requires_grad if stored is not None and isinstance(stored.tensor, torch.nn.Parameter) else True
+        self.state[target] = torch.nn.Parameter(tensor, requires_grad=trained and tensor.is_floating_point())
         spec = InputSpec(InputKind.PARAMETER, TensorArgument(made.name), target, None)
         order = [op.name for op in self.graph.nodes if op.op == "placeholder"]
         self.signature.input_specs.insert(order.index(made.name), spec)
