@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import ALL, Net
+from compare import difference, feeds, run_double, run_stored
 from onnx import TensorProto, helper
 from single import close, model, normal, on_ort, one
 
@@ -356,3 +358,18 @@ def test_axes_counted_from_the_back(opset, axes):
     told = {} if axes_as else {"axes": axes}
     close(one("Unsqueeze", [x, *axes_as], opset=opset, **told), wide)
     close(one("Squeeze", [wide, *axes_as], opset=opset, **told), x)
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if "Fused" in case.name], ids=str)
+def test_fused_operators_agree_with_onnx_runtime(case):
+    net = case.build()
+    data = feeds(net)
+    assert difference(run_double(net, data), run_stored(net, data)) < 1e-6
+
+
+@pytest.mark.parametrize(("op", "count"), [("Gelu", 1), ("BiasGelu", 2), ("FastGelu", 1), ("FastGelu", 2), ("QuickGelu", 1)])
+def test_activations_of_onnx_runtime(op, count):
+    net = Net(op)
+    net.output(net.op(op, net.input(4, 6), *[net.bias(6)] * (count - 1), domain="com.microsoft"), shape=[4, 6])
+    data = feeds(net.model())
+    assert difference(run_double(net.model(), data), run_stored(net.model(), data)) < 1e-6

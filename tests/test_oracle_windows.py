@@ -172,14 +172,17 @@ def test_global_pools(shape):
 @pytest.mark.parametrize(
     ("sizes", "settings"),
     [
-        ({"x": (2, 4, 6, 5), "w": (6, 2, 3, 3), "offset": (2, 36, 6, 5), "b": (6,), "mask": (2, 18, 6, 5)}, {"pads": [1] * 4, "group": 2, "offset_group": 2}),
+        (
+            {"x": (2, 4, 6, 5), "w": (6, 2, 3, 3), "offset": (2, 36, 6, 5), "b": (6,), "mask": (2, 18, 6, 5)},
+            {"pads": [1] * 4, "group": 2, "offset_group": 2},
+        ),
         (
             {"x": (1, 4, 7, 9), "w": (3, 4, 3, 2), "offset": (1, 48, 4, 8), "b": (3,), "mask": (1, 24, 4, 8)},
             {"pads": [0, 1, 2, 0], "strides": [2, 1], "dilations": [1, 2], "offset_group": 4},
         ),
         ({"x": (1, 2, 5, 5), "w": (3, 2, 1, 1), "offset": (1, 2, 5, 5)}, {}),
     ],
-)  # fmt: skip
+)
 def test_deform_conv_agrees_with_onnx_runtime(sizes, settings):
     """Its taps lie between elements, and beyond the border."""
     arrays = [2 * normal(*shape, seed=i).astype(np.float32) for i, shape in enumerate(sizes.values())]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 import pytest
 from cases import ALL
-from compare import operators
+from compare import nodes, operators
 from specimens import SPECIMENS, Specimen
 
 from bnfold.affine import Affine, Blocked
@@ -164,7 +164,10 @@ def test_every_operator_of_the_cases_is_lowered_to_a_row() -> None:
 
 
 def test_every_onnx_operator_is_in_a_case() -> None:
+    from bnfold.backends.onnx.fused import FUSED
     from bnfold.backends.onnx.ops import OPERATORS
 
-    used = {name for case in ALL for name in operators(case.build())}
+    models = [case.build() for case in ALL]
+    used = {name for model in models for name in operators(model)}
     assert set(OPERATORS) - used == set()
+    assert set(FUSED) - {node.op_type for model in models for node in nodes(model) if node.domain == "com.microsoft"} == set()

@@ -158,3 +158,67 @@ def _(net: Net) -> None:
     x, z = net.input("N", 4, "H", "W"), net.input("N", 12, "H", "W", name="z")
     offset = net.bn(net.op("Sigmoid", z), 12, shift=False)
     net.output(net.op("DeformConv", x, net.filters(6, 4, 3, 2), offset, offset_group=1, pads=[1, 0, 1, 1]), shape=["N", 6, "H", "W"])
+
+
+# --- what ONNX Runtime writes where it optimises ------------------------------------------------------
+
+MICROSOFT = "com.microsoft"
+
+
+def fused_conv(net: Net, x: str, cin: int, cout: int, activation: str = "", *rest: str, **attrs: Any) -> str:
+    given = {"activation": activation} if activation else {}
+    return net.op("FusedConv", x, net.filters(cout, cin, 3, 3), net.bias(cout), *rest, domain=MICROSOFT, **given, **attrs)
+
+
+@CASES.case("FusedConv with Relu, a BatchNorm that stretches", 1)
+def _(net: Net) -> None:
+    y = net.bn(fused_conv(net, net.input("N", 4, "H", "W"), 4, 6, "Relu"), 6, positive=True, shift=False)
+    net.output(y, shape=["N", 6, "H", "W"])
+
+
+@CASES.case("FusedConv with Relu, a BatchNorm that moves", 1, left=1, reason="Relu .*shift is not zero")
+def _(net: Net) -> None:
+    net.output(net.bn(fused_conv(net, net.input("N", 4, "H", "W"), 4, 6, "Relu"), 6, positive=True), shape=["N", 6, "H", "W"])
+
+
+@CASES.case("FusedConv that adds another convolution", 1)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    net.output(net.bn(fused_conv(net, x, 4, 6, "", net.conv(x, 4, 6)), 6), shape=["N", 6, "H", "W"])
+
+
+@CASES.case("BatchNorm between two FusedConvs", 1)
+def _(net: Net) -> None:
+    y = net.bn(fused_conv(net, net.input("N", 4, "H", "W"), 4, 6, "LeakyRelu", activation_params=[0.2]), 6)
+    net.output(fused_conv(net, y, 6, 3, "Clip", activation_params=[0.0, 6.0]), shape=["N", 3, "H", "W"])
+
+
+@CASES.case("FusedConv with Sigmoid", 1, left=1, reason="Sigmoid .*no rule")
+def _(net: Net) -> None:
+    net.output(net.bn(fused_conv(net, net.input("N", 4, "H", "W"), 4, 6, "Sigmoid"), 6), shape=["N", 6, "H", "W"])
+
+
+@CASES.case("FusedGemm before and behind a BatchNorm", 5)
+def _(net: Net) -> None:
+    x = net.input("N", 5)
+    y = net.op("FusedGemm", x, net.matrix(5, 6), net.bias(6), domain=MICROSOFT, activation="Tanh")
+    z = net.op("FusedGemm", net.bn(y, 6), net.matrix(4, 6), net.bias(4), domain=MICROSOFT, activation="Relu", transB=1, alpha=0.5)
+    net.output(net.bn(z, 4, positive=True, shift=False), shape=["N", 4])
+
+
+@CASES.case("FusedMatMul with a factor", 6, after={"Add": 1})
+def _(net: Net) -> None:
+    y = net.op("FusedMatMul", net.input("N", 5), net.matrix(6, 5), domain=MICROSOFT, transB=1, alpha=0.5)
+    net.output(net.bn(y, 6), shape=["N", 6])
+
+
+@CASES.case("FusedMatMul that transposes its input", 6)
+def _(net: Net) -> None:
+    y = net.op("FusedMatMul", net.bn(net.op("Sigmoid", net.input("N", 5, 3)), 5), net.matrix(5, 4), domain=MICROSOFT, transA=1, alpha=2.0)
+    net.output(net.op("Add", y, net.bias(4)), shape=["N", 3, 4])
+
+
+@CASES.case("FusedMatMul with its weight on the left", 6)
+def _(net: Net) -> None:
+    y = net.op("FusedMatMul", net.matrix(5, 6), net.input("N", 5, 3), domain=MICROSOFT, transA=1)
+    net.output(net.bn(y, 6), shape=["N", 6, 3])

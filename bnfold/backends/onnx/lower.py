@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from .constants import CONTROL, FLOATS, Constants, value_inputs
 from .sequences import Part, Sequences, without_sequences
 from .settings import settings
 from .shapes import Shapes
-from .walk import all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
+from .walk import MICROSOFT, all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
 
 COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 
@@ -77,7 +79,8 @@ class Lowering:
         return Graph(nodes, list(self.sites.values()))
 
     def _lower(self, graph: ir.Graph) -> None:
-        from .ops import OPERATORS  # it needs this module's names
+        from .fused import FUSED  # they need this module's names
+        from .ops import OPERATORS
 
         for node in graph:
             for _, inner in subgraphs(node):
@@ -90,7 +93,7 @@ class Lowering:
             if kinds and all(kind is not None and kind not in FLOATS for kind in kinds):
                 self.barrier(node, "it isn't floating point")
                 continue
-            lower = OPERATORS.get(node.op_type) if is_standard(node) else None
+            lower = OPERATORS.get(node.op_type) if is_standard(node) else FUSED.get(node.op_type) if node.domain == MICROSOFT else None
             why = "no rule lets a map cross it" if lower is None else lower(self, node)
             if why is not None:
                 self.barrier(node, why)
@@ -103,6 +106,16 @@ class Lowering:
             rank = len(probes[0]) if probes is not None else self._ranks.get(v)
             self._values[v] = Value(v.name or "", probes, rank)
         return self._values[v]
+
+    @contextmanager
+    def standing_in(self, v: ir.Value, value: Value) -> Iterator[None]:
+        """For a while, take another value for an ONNX one: what an operator makes on the way."""
+        own = self.value(v)
+        self._values[v] = value
+        try:
+            yield
+        finally:
+            self._values[v] = own
 
     def rank(self, v: ir.Value) -> int | None:
         return self.value(v).rank

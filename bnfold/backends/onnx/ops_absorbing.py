@@ -141,12 +141,21 @@ def gemm(ctx: Lowering, node: ir.Node) -> str | None:
 
 
 def matmul(ctx: Lowering, node: ir.Node) -> str | None:
-    """Matrix product by a constant on either side, batched or not; of two activations otherwise."""
+    """Matrix product by a constant on either side, batched or not; of two activations otherwise.
+
+    ONNX Runtime's FusedMatMul multiplies by `alpha` too, and may transpose its operands.
+    """
+    swaps = [bool(attribute(node, name, 0)) for name in ("transA", "transB")]
+    alpha = number(node, "alpha", 1.0)
+    if any(attribute(node, f"transBatch{x}", 0) for x in "AB") or not alpha:
+        return "it moves its batch axes, or multiplies by zero"
     which = next((i for i in (1, 0) if ctx.is_const(node, i)), None)
     if which is None:
         ranks = [ctx.rank(v) for v in node.inputs if v is not None]
         if None in ranks or min(r or 0 for r in ranks) < 2:
             return "its operands are vectors, or of unknown rank"
+        if any(swaps):
+            return "it transposes a computed operand"
         ctx.emit("MatMul", node, [arg(node, 0), arg(node, 1)])
         return None
     weight = ctx.param(node, which)
@@ -160,11 +169,16 @@ def matmul(ctx: Lowering, node: ir.Node) -> str | None:
     letters = "abcdefgh"[: max(rank, len(weight.shape)) - 2]
     shape = weight.shape
     lead = "".join(name for name, n in zip(letters[len(letters) - len(shape) + 2 :], shape[:-2], strict=True) if n != 1)
-    first, second = (("mk", "ko"), ("ko", "mk"))[which == 0]
+    terms = ["km" if swaps[0] else "mk", "ok" if swaps[1] else "ko"]
+    first, second = terms[1 - which], terms[which]
     xs, ws = letters[len(letters) - rank + 2 :] + first, lead + second
     squeezed = tuple(n for name, n in zip(letters[len(letters) - len(shape) + 2 :], shape[:-2], strict=True) if n != 1) + shape[-2:]
-    weight = ctx.param(node, which, squeezed)
-    assert weight is not None
+    scaled = None
+    if alpha != 1:
+        scaled = Layout(f"times {alpha}", lambda c: alpha * c.reshape(squeezed), lambda c: c.reshape(shape) / alpha, gain=abs(alpha))
+    weight = ctx.param(node, which, squeezed, scaled)
+    if weight is None:
+        return ctx.no_tensor(node, which, "weight")
     return _contraction(ctx, node, x, weight, which, xs, ws, letters + "mo")
 
 

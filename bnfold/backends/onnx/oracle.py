@@ -22,6 +22,7 @@ from ...feeds import check_feeds, listed
 from . import (  # noqa: F401 - they enter their operators into the table
     oracle_activations,
     oracle_arithmetic,
+    oracle_fused,
     oracle_moves,
     oracle_norms,
     oracle_ops,

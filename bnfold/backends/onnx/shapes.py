@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from .integers import settle
 from .ranks import channels, told
-from .walk import axes, nbytes, open_axes, subgraphs
+from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
 BATCH_SIZES = (2, 3)
@@ -192,7 +192,28 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
     _forget_shapes(clone.graph)
     proto = ir.to_proto(clone)
     open_axes(proto.graph)
+    _unfuse(proto.graph)
     return proto
+
+
+def _unfuse(graph: onnx.GraphProto) -> None:
+    """Write fused operators of ONNX Runtime as the standard's of the same shape, which the inference knows."""
+    for node in graph.node:
+        if node.domain != MICROSOFT:
+            continue
+        settings = {a.name: a for a in node.attribute}
+        if node.op_type in ("FusedConv", "FusedGemm"):
+            node.op_type, node.domain = node.op_type.removeprefix("Fused"), ""
+            del node.input[3:]
+            kept = [a for name, a in settings.items() if not name.startswith("activation")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        elif node.op_type == "FusedMatMul" and not any(f"transBatch{x}" in settings for x in "AB"):
+            node.op_type, node.domain = "Einsum", ""
+            left, right = (name in settings and settings[name].i for name in ("transA", "transB"))
+            equation = f"{'...km' if left else '...mk'},{'...nk' if right else '...kn'}->...mn"
+            del node.attribute[:]
+            node.attribute.append(onnx.helper.make_attribute("equation", equation))
 
 
 def _forget_shapes(graph: ir.Graph) -> None:

@@ -82,6 +82,9 @@ def name_of(node: ir.Node) -> str:
     return node.name or next((value.name for value in node.outputs if value.name), None) or node.op_type
 
 
+MICROSOFT = "com.microsoft"  # the domain of the operators that ONNX Runtime adds to the standard
+
+
 def open_axis(size: int, axis: int) -> bool:
     """Whether a stated size stands for any: old exporters write -1 for an open axis, and 0 for an open batch."""
     return size < 0 or (size == 0 and axis == 0)
