@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UnsupportedError, UsageError
+from .feeds import whole_numbers
 from .subject import Port, Subject
 
 if TYPE_CHECKING:
@@ -112,7 +114,24 @@ def random(
     dynamic = all(s.shape and not isinstance(s.shape[0], int) for s in specs) and not shapes
     batch = min(batch_size or BATCH, -(-wanted // 2) if wanted > 1 else 1) if dynamic else 1
     size = batch if dynamic else max((a.shape[0] for a in one.values() if a.ndim), default=1)
-    return [reference.random(batch=batch, seed=seed + k, input_shapes=shapes) for k in range(max(1, -(-wanted // size)))]
+    made = [reference.random(batch=batch, seed=seed + k, input_shapes=shapes) for k in range(max(1, -(-wanted // size)))]
+    return [_taken_by_both(reference, candidate, each, seed + k) for k, each in enumerate(made)]
+
+
+def _taken_by_both(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> Batch:
+    """The batch with other integers in the inputs of which the candidate takes fewer."""
+    theirs = {spec.name: spec.takes for spec in candidate.inputs()}
+    rng = np.random.default_rng(seed)
+    found = dict(batch)
+    for spec in reference.inputs():
+        takes = theirs.get(spec.name)
+        if takes is None or spec.name not in batch or spec.dtype.kind not in "iu":
+            continue
+        both = takes if spec.takes is None else spec.takes.and_(takes)
+        if both != spec.takes:
+            sizes = {d: n for d, n in zip(spec.shape, batch[spec.name].shape, strict=False) if isinstance(d, str)}
+            found[spec.name] = whole_numbers(rng, dataclasses.replace(spec, takes=both), batch[spec.name].shape, sizes)
+    return found
 
 
 def _fixed_shapes(
@@ -146,7 +165,8 @@ def resized(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> 
         for spec in specs:
             if spec.shape and not isinstance(spec.shape[0], int):
                 shapes[spec.name][0] = 1
-        found.append(reference.random(batch=1, seed=seed, input_shapes={name: tuple(shape) for name, shape in shapes.items()}))
+        made = reference.random(batch=1, seed=seed, input_shapes={name: tuple(shape) for name, shape in shapes.items()})
+        found.append(_taken_by_both(reference, candidate, made, seed))
     return found
 
 

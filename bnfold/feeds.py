@@ -24,11 +24,11 @@ def random_feeds(
 ) -> Batch:
     """One lively random batch: the same for the same arguments.
 
-    Floats are standard normal; 8-bit integers cover their range (they are pixels); wider integers are 0 or 1, which any table,
-    mask or token type can take; booleans are fair coins. A dynamic axis 0 becomes `batch`. Any other dynamic axis takes its
-    symbol's size from `sizes`, or 64 in the images of a rank-4 input (axes 2 and 3), 32 in a volume (axes 2 to 4 of rank 5) and
-    16 elsewhere; the same symbol has the same size everywhere. Where the model can't run at those sizes, `input_shapes` gives
-    whole shapes by input name.
+    Floats are standard normal; booleans are fair coins; integers are what the model is known to take (`InputSpec.takes`), or else 0 or
+    1, which any table, mask or token type can take, and of 8 bits any (they are pixels). A dynamic axis 0 becomes `batch`. Any other
+    dynamic axis takes its symbol's size from `sizes`, or 64 in the images of a rank-4 input (axes 2 and 3), 32 in a volume (axes 2 to 4
+    of rank 5) and 16 elsewhere; the same symbol has the same size everywhere. Where the model can't run at those sizes, `input_shapes`
+    gives whole shapes by input name.
     """
     wanted = dict(input_shapes or {})
     for name in wanted.keys() - {spec.name for spec in specs}:
@@ -43,18 +43,15 @@ def random_feeds(
         elif spec.shape and isinstance(spec.shape[0], str):
             known.setdefault(spec.shape[0], batch)
 
-    rng = np.random.default_rng(seed)
-    feeds: Batch = {}
+    shapes = {}
     for spec in specs:
-        if spec.name in wanted:
-            feeds[spec.name] = _lively(rng, spec, tuple(wanted[spec.name]))
-            continue
-        shape = ()
+        made: tuple[int, ...] = ()
         for axis, d in enumerate(spec.shape):
             usual = batch if axis == 0 else {4: 64, 5: 32}.get(len(spec.shape), 16) if axis >= 2 else 16
-            shape += (d if isinstance(d, int) else usual if d is None else known.setdefault(d, usual),)
-        feeds[spec.name] = _lively(rng, spec, shape)
-    return feeds
+            made += (d if isinstance(d, int) else usual if d is None else known.setdefault(d, usual),)
+        shapes[spec.name] = tuple(wanted.get(spec.name, made))
+    rng = np.random.default_rng(seed)
+    return {spec.name: _lively(rng, spec, shapes[spec.name], known) for spec in specs}
 
 
 def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str] = (), *, any_float: bool = False) -> None:
@@ -85,9 +82,22 @@ def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str
                     raise DataError(f"{d!r} is {before} on {where} but {n} on axis {axis} of {spec.name!r}")
 
 
-def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...]) -> np.ndarray:
+def whole_numbers(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> np.ndarray:
+    """Integers that an input is known to take. sizes: by symbol."""
+    assert spec.takes is not None
+    kind = np.iinfo(spec.dtype)
+    low, high = spec.takes.within(sizes)
+    found = rng.integers(max(low, kind.min), min(high, kind.max), shape, dtype=spec.dtype, endpoint=True)
+    if spec.takes.copies and found.ndim == 1 and found.size:
+        found[-1] = -1
+    return found
+
+
+def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> np.ndarray:
     if is_float(spec.dtype):
         return rng.standard_normal(shape).astype(spec.dtype)
+    if spec.dtype.kind in "iu" and spec.takes is not None:
+        return whole_numbers(rng, spec, shape, sizes)
     if spec.dtype.kind in "iu":
         low, high = (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max) if spec.dtype.itemsize == 1 else (0, 1)
         return rng.integers(low, high, shape, dtype=spec.dtype, endpoint=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..ranges import Range
 from ..values import shape_text
 
 Array = npt.NDArray[Any]
@@ -27,11 +28,12 @@ class Counted(dict[str, Array]):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A model's input; a dynamic axis is its symbol, or None when it has none."""
+    """A model's input; a dynamic axis is its symbol, or None when it has none. takes: which integers, where that is known."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
+    takes: Range | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype} {shape_text(self.shape)}"

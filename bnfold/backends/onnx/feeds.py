@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 
 from ...errors import UnsupportedError
 from .shapes import Shapes
+from .taken import taken
 from .walk import axes
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
         given = None if feeds is None else feeds.get(value.name)
         shape = (None,) * given.ndim if value.shape is None and given is not None else _axes(value, model)
         specs.append(InputSpec(value.name, dtype, shape))
-    return specs
+    known = taken(model) if any(spec.dtype.kind in "iu" for spec in specs) else {}
+    return [replace(spec, takes=known.get(spec.name)) for spec in specs]
 
 
 def _axes(value: ir.Value, model: ir.Model) -> tuple[int | str | None, ...]:

@@ -224,3 +224,17 @@ def _forget_shapes(graph: ir.Graph) -> None:
             continue
         for value in node.outputs:
             value.shape = None
+
+
+def symbolic(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
+    """The shapes by name as the inference finds them with the symbols of open axes in them."""
+    try:
+        proto = onnx.shape_inference.infer_shapes(_skeleton(model, {}), data_prop=True)
+    except Exception:  # it raises what it likes, and without it less is known
+        return {}
+    found: dict[str, tuple[int | str | None, ...]] = {}
+    for info in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        if info.type.HasField("tensor_type") and info.type.tensor_type.HasField("shape"):
+            dims = info.type.tensor_type.shape.dim
+            found[info.name] = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims)
+    return found

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from ...data import LABELS, Batch, InputSpec
 from ...errors import DataError, UnsupportedError, UsageError
 from .regions import written_out
+from .taken import taken
 
 Model = nn.Module | ExportedProgram
 
@@ -81,7 +82,7 @@ class Traced:
         found = []
         for node in self.input_nodes:
             value = node.meta["val"]
-            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(_axis, value.shape))))
+            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(_axis, value.shape)), taken(self.program, node)))
         return found
 
     @cached_property
