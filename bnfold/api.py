@@ -30,12 +30,14 @@ def load(
     arch: str | Callable[..., Any] | None = None,
     arch_args: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
+    ignore_keys: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Any:
     """The model in a file: an onnx_ir.Model, a torch.nn.Module in evaluation mode, or an ExportedProgram. The content tells, not the name.
 
     arch: what builds the network of a checkpoint, as "package.module:factory", "FILE.py:FACTORY" or the factory itself; arch_args: its
-    arguments by name. trust_pickle: whether a file may be loaded that can run code. say: told what was found in a checkpoint, and where.
+    arguments by name. trust_pickle: whether a file may be loaded that can run code. ignore_keys: patterns of names, as the shell's, that a
+    checkpoint may hold though its architecture has no such weights. say: told what was found in a checkpoint, and where.
     Raises ModelError where the file can't be read, is unsafe, or doesn't fit; UnsupportedError for what isn't served.
     """
     from .backends.kinds import kind_of
@@ -54,7 +56,8 @@ def load(
             raise
         raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install 'bnfold[torch]'") from None
     say = say or (lambda text: None)
-    return loaded(load_torch(path, kind, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, say=say), Path(path))
+    how: dict[str, Any] = {"arch": arch, "arch_args": arch_args, "trust_pickle": trust_pickle, "ignore_keys": tuple(ignore_keys)}
+    return loaded(load_torch(path, kind, **how, say=say), Path(path))
 
 
 def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
@@ -112,8 +115,7 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
         checked = check_fold(original, fused, example)
         if checked.verdict == "different":
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
-        notes = (f"the check was inconclusive: {checked.reason}",) if checked.verdict == "inconclusive" else ()
-        report = dataclasses.replace(report, verify=checked, notes=report.notes + notes)
+        report = dataclasses.replace(report, verify=checked)
     unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
     if not unchanged:
         folded(model, fused, report)

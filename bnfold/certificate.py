@@ -104,7 +104,8 @@ def _origin(model: Any) -> _Origin:
 def folded(model: Any, fused: Any, report: FuseReport) -> None:
     """Write the certificate of a fold into its result. model: what was folded, `fused`: a new one, of onnx_ir or PyTorch."""
     origin = _origin(model)
-    layers = {verdict: [layer.name for layer in report.layers if layer.verdict == verdict] for verdict in ("folded", "kept")}
+    norms = [layer for layer in report.layers if layer.batchnorm]
+    layers = {verdict: [layer.name for layer in norms if layer.verdict == verdict] for verdict in ("folded", "kept")}
     found = {
         "schema": SCHEMA,
         "bnfold": __version__,
@@ -113,6 +114,7 @@ def folded(model: Any, fused: Any, report: FuseReport) -> None:
         "recalibrated": origin.recalibrated,
         "batchnorms": {"before": report.batchnorms.before, "after": report.batchnorms.after},
         **layers,
+        "constants": [layer.name for layer in report.layers if not layer.batchnorm],
         "merged": [merged.into for merged in report.merged],
         "verdict": _verdict(report.verify),
         "earlier": _earlier(model),
@@ -154,7 +156,7 @@ def _earlier(model: Any) -> list[dict[str, Any]]:
     if own is None:
         return []
     before = own.get("earlier")
-    brief = {key: value for key, value in own.items() if key not in ("earlier", "folded", "kept", "merged", "verdict")}
+    brief = {key: value for key, value in own.items() if key not in ("earlier", "folded", "kept", "constants", "merged", "verdict")}
     verdict = own.get("verdict")
     brief["verdict"] = verdict.get("verdict") if isinstance(verdict, Mapping) else None
     return [brief, *(before if isinstance(before, list) else [])][:MOST_EARLIER]

@@ -50,6 +50,7 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], 
     """
     feeds, others, reference = list(feeds), list(others), both.reference
     lacking: list[str] = []
+    unfit = False
     for make in (reference.oracle, partial(reference.deployed, provider, reference.optimisations[0])):
         try:
             return _truth(both, make, feeds, others, seed), "; ".join(lacking)
@@ -58,8 +59,16 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], 
         except DataError as error:
             if not both.made_up:
                 raise
-            lacking.append(f"{error} (random data: say which shapes fit, or give data)")
-    return None, "; ".join(lacking)
+            lacking.append(str(error))
+            unfit = True
+    return None, "; ".join(lacking) + (f" ({_remedy(both)})" if unfit else "")
+
+
+def _remedy(both: Comparison) -> str:
+    """What helps where random data don't fit the reference; who checks a fold takes no data."""
+    if both.thorough:
+        return "these are random data: say which shapes fit, by --input-shape or input_shapes, or give data"
+    return "these are random data: say which shapes fit, by --input-shape, or give an example of the input in Python"
 
 
 def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], seed: int) -> Truth:

@@ -155,6 +155,17 @@ class Norm:
     var: Array
     epsilon: float
 
+    @property
+    def unmeasured(self) -> str:
+        """What its statistics look like, where no data can have given them, in a clause; "" where some can."""
+        if self.var.size and not self.var.any():
+            what = "its mean and its variance are" if not self.mean.any() else "its variance is"
+            times = f"; it multiplies by 1/sqrt(epsilon), {self.epsilon**-0.5:.3g}" if self.epsilon > 0 else ""
+            return f"{what} 0 in every channel, as where statistics were lost{times}"
+        if self.var.size and not self.mean.any() and (self.var == 1).all():
+            return "its mean is 0 and its variance 1 in every channel, as in a layer that never saw data"
+        return ""
+
 
 @dataclass(eq=False)
 class Node:

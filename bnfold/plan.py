@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
@@ -124,6 +125,8 @@ def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
         said.append(f"{dead} of its {site.channels} channels are dead (gamma is 0)")
     if len(site.nodes) > 1:
         said.append(f"called {len(site.nodes)} times")
+    if (norm := site.nodes[0].attrs.get("norm")) is not None and (odd := norm.unmeasured):
+        said.append(odd)
     if site.note:
         said.append(site.note)
     if outcome.note:
@@ -132,4 +135,5 @@ def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
         said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
     into = tuple(dict.fromkeys(node.name for node in outcome.into))
     reason = "" if outcome.folded else outcome.reason
-    return Layer(site.name, site.channels, "folded" if outcome.folded else "kept", into, reason, tuple(said))
+    verdict: Literal["folded", "kept"] = "folded" if outcome.folded else "kept"
+    return Layer(site.name, site.channels, verdict, into, reason, tuple(said), site.is_batchnorm)

@@ -56,7 +56,10 @@ def _plain(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Layer:
-    """What became of one BatchNorm, or would. into: the operators that hold its coefficients now."""
+    """What became of one BatchNorm, or would. into: the operators that hold its coefficients now.
+
+    channels: 0 where they aren't known. batchnorm: False for another constant affine operator, which is listed where it folded.
+    """
 
     name: str
     channels: int
@@ -64,6 +67,7 @@ class Layer:
     into: tuple[str, ...]
     reason: str  # why it was kept; empty where it was folded
     notes: tuple[str, ...] = ()  # health and hazards: dead channels, weights that became subnormal
+    batchnorm: bool = True
 
 
 @dataclass(frozen=True)

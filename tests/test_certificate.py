@@ -53,6 +53,7 @@ def test_a_folded_file_states_what_it_is(fused: Path) -> None:
         "batchnorms": {"before": 1, "after": 0},
         "folded": ["bn"],
         "kept": [],
+        "constants": [],
         "merged": [],
         "earlier": [],
     }
@@ -60,6 +61,21 @@ def test_a_folded_file_states_what_it_is(fused: Path) -> None:
     assert verdict["levels"]["coefficients"]["worst"] <= 1
     assert verdict["levels"]["function"]["error"] < 1e-6
     assert verdict["outputs"][0]["name"] == "y"
+
+
+def test_it_counts_batchnorms_and_no_other_constants(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = onnx.load("model.onnx")
+    shift = onnx.numpy_helper.from_array(np.arange(4, dtype=np.float32).reshape(4, 1, 1), "shift")
+    model.graph.initializer.append(shift)
+    model.graph.node[-1].output[0] = "shifted"
+    model.graph.node.append(onnx.helper.make_node("Add", ["shifted", "shift"], ["y"], name="add"))
+    onnx.save(model, "more.onnx")
+    assert run(["fuse", "more.onnx", "-o", "out.onnx", "-q"]) == 0
+    found = certified("out.onnx")
+    assert (found["folded"], found["constants"], found["batchnorms"]) == (["bn"], ["add"], {"before": 1, "after": 0})
+    capsys.readouterr()
+    assert run(["inspect", "out.onnx", "-q"]) == 0
+    assert "BatchNorms: 1 folded, 0 kept; 1 other constant operator folded" in " ".join(capsys.readouterr().out.split())
 
 
 def test_it_is_in_the_metadata_and_survives_other_tools(fused: Path) -> None:

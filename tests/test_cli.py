@@ -311,3 +311,29 @@ def test_labels_give_the_accuracy(digits: Path, tmp_path: Path, capsys: pytest.C
     assert after["accuracy"] - before["accuracy"] > 3 * (before["stderr"] + after["stderr"])
     assert report["verify"]["verdict"] == "equivalent"
     assert len(report["recalibrate"]["layers"]) == report["fuse"]["batchnorms"]["before"] == 8
+
+
+def test_an_inconclusive_check_is_told_once_with_what_the_command_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: Callable[..., onnx.ModelProto]
+) -> None:
+    """A Gemm fits one size of the open axes only: `fuse` takes shapes, `verify` takes data too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "2000")
+    model = small()
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = f"size {len(dim.dim_param)}"
+    model.graph.node[-1].output[0] = "inner"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4 * 6 * 6, 5), np.float32), "matrix"))
+    model.graph.node.append(onnx.helper.make_node("Flatten", ["inner"], ["flat"]))
+    model.graph.node.append(onnx.helper.make_node("Gemm", ["flat", "matrix"], ["y"]))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", 1, ["N", 5]))
+    onnx.save(model, "m.onnx")
+    assert run(["fuse", "m.onnx", "-o", "out.onnx"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("inconclusive") == out.count("these are random data") == 1
+    assert "--input-shape" in out
+    assert "give data" not in out
+    assert run(["verify", "m.onnx", "out.onnx"]) == 6
+    assert "or give data" in capsys.readouterr().out
+    assert run(["fuse", "m.onnx", "-o", "out.onnx", "--force", "--input-shape", "1,3,8,8"]) == 0
+    assert "inconclusive" not in capsys.readouterr().out

@@ -139,6 +139,22 @@ def test_weights_that_dont_fit_are_a_short_list(net: nn.Module) -> None:
         bnfold.load("c.pth", arch="net.py:make")
 
 
+def test_keys_that_mean_nothing_are_passed_over(net: nn.Module) -> None:
+    """A profiler's counters by themselves, others as asked; what the architecture needs never is."""
+    said: list[str] = []
+    counted = {f"module.{key}": tensor for key, tensor in net.state_dict().items()}
+    torch.save({**counted, "module.total_ops": torch.zeros(1), "module.bn.total_params": torch.zeros(1)}, "thop.pth")
+    assert same(net, bnfold.load("thop.pth", arch="net.py:make", say=said.append))
+    assert "thop.pth: counters of a profiler, passed over: module.total_ops, module.bn.total_params" in said
+
+    torch.save({**counted, "module.loss.weight": torch.zeros(3)}, "loss.pth")
+    with pytest.raises(bnfold.ModelError, match=r"1 aren't in the architecture.*--ignore-keys PATTERN, such as '\*loss\.\*'"):
+        bnfold.load("loss.pth", arch="net.py:make")
+    assert same(net, bnfold.load("loss.pth", arch="net.py:make", ignore_keys=["module.loss.*", "nothing"], say=said.append))
+    assert said[-3:-1] == ["loss.pth: passed over, as asked: module.loss.weight", "loss.pth: no key matches 'nothing'"]
+    assert same(net, bnfold.load("loss.pth", arch="net.py:make", ignore_keys=["*loss.*", "*weight"]))
+
+
 def test_a_module_is_unpickled_only_with_trust(net: nn.Module) -> None:
     torch.save(net, "whole.pt")
     with pytest.raises(bnfold.ModelError, match=r"more than weights.*Net\), and could run code.*--trust-pickle"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..report import Accuracy, PipelineReport, Report
-from .rows import Row, folded, levels, printable, verified
+from .rows import Row, counted, folded, levels, printable, verified
 
 MOST = 1 << 20  # bytes that GitHub takes as one step's summary
 SPECIAL = re.compile(r"[\\`*_\[\]<>~&|$]")
@@ -49,7 +49,7 @@ def page(command: str, files: Sequence[str], report: Report, compared: Iterable[
         if verdict.first_difference:
             parts.append(f"first difference: {escape(verdict.first_difference)}")
     kept = [] if fused is None else [layer for layer in fused.layers if layer.verdict == "kept"]
-    stay = [(layer.name or "(no name)", f"{layer.channels:,}", layer.reason) for layer in kept]
+    stay = [(layer.name or "(no name)", counted(layer.channels), layer.reason) for layer in kept]
     parts.append(Table("BatchNorms that stay", ("BatchNorm", "channels", "why"), stay))
     if verdict is not None:
         figures = [(o.name, f"{o.max_abs:.3g}", f"{o.max_rel:.3g}", f"{o.error_ratio:.3g}") for o in verdict.outputs]

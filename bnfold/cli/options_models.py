@@ -23,13 +23,23 @@ class Loading:
     ] = None
     arch_args: Annotated[str | None, option("--arch-args", panel=MODELS, metavar="JSON", help="The arguments of --arch.")] = None
     trust_pickle: Annotated[bool, option("--trust-pickle", panel=MODELS, help="Load files that can run code.")] = False
+    ignore_keys: Annotated[
+        list[str] | None,
+        option(
+            "--ignore-keys",
+            panel=MODELS,
+            metavar="PATTERN",
+            help="Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.",
+        ),
+    ] = None
 
     def load(self, path: Path, job: Job) -> Any:
         """The model in a file, which goes into the report."""
         from .. import api
 
         args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
-        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, say=job.remark)
+        ignored = tuple(self.ignore_keys or ())
+        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark)
         if job.reports:
             from ..certificate import files_of
 

@@ -59,3 +59,8 @@ def levels(report: VerifyReport) -> Iterator[Row]:
         erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
         found = "; ".join(text for text in (erred, row.placed) if text)
         yield Row("deployment", row.name, row.verdict, found, row.reason)
+
+
+def counted(channels: int) -> str:
+    """A layer's channels, which a file may leave open."""
+    return f"{channels:,}" if channels else "unknown"

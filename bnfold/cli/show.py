@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..report import Accuracy, BenchReport, Effect, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
+from .rows import counted
 from .visible import visible_in
 
 R = TypeVar("R", bound=Report)
@@ -46,7 +47,7 @@ def fuse(console: Console, report: FuseReport) -> None:
     rows = [
         (
             layer.name or "(no name)",
-            f"{layer.channels:,}",
+            counted(layer.channels),
             layer.verdict,
             ", ".join(layer.into),
             "; ".join(text for text in (layer.reason, *layer.notes) if text),
@@ -203,10 +204,12 @@ def _certificate(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"  from: {given(entry, 'name', str)}, SHA-256 {given(entry, 'sha256', str) or 'not known'}{made}")
     counts = given(found, "batchnorms", dict)
     if counts:
-        folded, kept = (len(given(found, key, list)) for key in ("folded", "kept"))
-        merged = len(given(found, "merged", list))
+        before, kept = (given(counts, key, int) for key in ("before", "after"))
+        merged, constants = (len(given(found, key, list)) for key in ("merged", "constants"))
         console.print(
-            f"  BatchNorms: {folded:,} folded, {kept:,} kept" + (f"; {merged:,} operators merged from branches" if merged else "")
+            f"  BatchNorms: {before - kept:,} folded, {kept:,} kept"
+            + (f"; {constants:,} other constant operator{'s' * (constants != 1)} folded" if constants else "")
+            + (f"; {merged:,} operators merged from branches" if merged else "")
         )
     verdict = found.get("verdict")
     reason = given(verdict, "reason", str)

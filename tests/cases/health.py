@@ -214,6 +214,30 @@ CASES.case(
     lively=False,
 )
 CASES.case("variance 0 with epsilon", 48, draw=partial(ill, which=3, value=0.0))
+
+
+def unmeasured(net: Net, mean: float | None, variance: float) -> None:
+    params = [net.normal(6), net.normal(6), net.normal(6) if mean is None else np.full(6, mean), np.full(6, variance)]
+    net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), params=[net.weight(a, "p") for a in params]))
+
+
+for name, mean, variance, says in (
+    ("every variance zero", None, 0.0, r"its variance is 0 in every channel, .* by 1/sqrt\(epsilon\)"),
+    ("every mean and variance zero", 0.0, 0.0, "its mean and its variance are 0 in every channel"),
+    ("statistics as a layer begins with", 0.0, 1.0, "as in a layer that never saw data"),
+):
+    CASES.case(name, 48, draw=partial(unmeasured, mean=mean, variance=variance), notes=says)
+
+
+@CASES.case("a gamma that is computed from data", 48, left=1, reason="its gamma is not a constant", ort=False)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    gamma = net.reduce("Mean", net.op("Sigmoid", x), 0, 2, 3)
+    gamma = net.reshape(net.op("Concat", gamma, gamma, axis=1), -1)
+    params = [net.weight(a, "p") for a in (net.normal(8), net.normal(8), net.rng.uniform(0.5, 1.5, 8))]
+    net.output(net.bn(net.conv(x, 4, 8), params=[gamma, *params]))
+
+
 CASES.case("a gamma of zero", 48, draw=partial(ill, which=0, value=0.0), notes=r"(?i)dead|zero|0|prun", lively=False)
 
 

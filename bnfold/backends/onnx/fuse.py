@@ -42,6 +42,6 @@ def _computed_layer(node: ir.Node) -> Layer:
 
 
 def _channels(node: ir.Node) -> int:
-    gamma = node.inputs[1] if len(node.inputs) > 1 else None
-    size = gamma.shape[0] if gamma is not None and gamma.shape else 0
-    return size if isinstance(size, int) else 0
+    """By the first of its parameters whose size is known; 0 where none is."""
+    shapes = (v.shape for v in node.inputs[1:5] if v is not None and v.shape)
+    return next((size for shape in shapes if isinstance(size := shape[0], int)), 0)

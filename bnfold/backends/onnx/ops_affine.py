@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
     constants = [ctx.constants.get(v) for v in node.inputs[1:5]]
     gamma, _, mean, var = constants
     missing = [role for role, c in zip(BN_ROLES, constants, strict=True) if c is None]
-    channels = 0 if gamma is None else gamma.size
     shape_of = next((c.shape for c in constants if c is not None), ())
+    channels = math.prod(shape_of) if shape_of else _inferred(ctx, node)
     rank = ctx.rank(x)
     if rank is None and shape_of:
         rank = ctx.rank(node.outputs[0])
@@ -64,6 +65,12 @@ def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
     note = "its file says spatial=0, but its parameters are one per channel: read as spatial=1" if odd else ""
     ctx.site(tuple(node.inputs[3:5]), made, gamma.shape[0] if gamma.ndim else 1, is_batchnorm=True, note=note)
     return None
+
+
+def _inferred(ctx: Lowering, node: ir.Node) -> int:
+    """The channels of a BatchNorm without a constant parameter, as its input or its gamma tells them; 0 where neither does."""
+    sizes = [shape[axis] for v, axis in ((arg(node), 1), (arg(node, 1), 0)) if (shape := ctx.value(v).sizes) and len(shape) > axis]
+    return next((size for size in sizes if size is not None), 0)
 
 
 def _sick(constants: list[Any], epsilon: float) -> str | None:

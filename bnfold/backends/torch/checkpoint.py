@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ PREFIXES = (
     "teacher.",
     "_forward_module.",
 )
+COUNTERS = ("total_ops", "total_params")  # buffers that a profiler (thop) leaves in each module
 SHOWN = 3  # names of each kind in an error
 
 Say = Callable[[str], None]
@@ -96,12 +99,18 @@ def surgery_of(metadata: Mapping[str, str] | None) -> Surgery | None:
         raise ModelError(f"the file's record of what was folded is damaged: {error}") from None
 
 
-def put(state: dict[str, Tensor], module: nn.Module, surgery: Surgery | None, where: str, say: Say) -> nn.Module:
-    """The network with these weights, in their types. Raises ModelError with a short list where they don't fit."""
+def put(
+    state: dict[str, Tensor], module: nn.Module, surgery: Surgery | None, where: str, say: Say, ignore: Sequence[str] = ()
+) -> nn.Module:
+    """The network with these weights, in their types. ignore: patterns of names that may be there and mean nothing.
+
+    Raises ModelError with a short list where they don't fit.
+    """
     if surgery is not None:
         module = rebuild(module, surgery)
         say(f"{where}: the weights are of a network that bnfold folded, and so is the network now")
     wanted = module.state_dict()
+    state = _without_ignored(state, wanted, ignore, where, say)
     state, prefix = _without_prefixes(state, wanted)
     if prefix:
         say(f"{where}: the names of the weights begin with {prefix!r}, which was left out")
@@ -118,12 +127,40 @@ def put(state: dict[str, Tensor], module: nn.Module, surgery: Surgery | None, wh
         if odd:
             shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in odd]
             parts.append(f"{len(odd)} have another shape ({_few(shapes)})")
-        raise ModelError(
-            f"{where}: the weights don't fit the architecture: {'; '.join(parts)}; give the --arch that they were trained with"
-        )
+        remedy = "give the --arch that they were trained with"
+        if extra:
+            remedy += f", or pass over what means nothing to it with --ignore-keys PATTERN, such as {shlex.quote(_pattern(extra[0]))}"
+        raise ModelError(f"{where}: the weights don't fit the architecture: {'; '.join(parts)}; {remedy}")
     fitting = {name: tensor for name, tensor in state.items() if name in wanted}
     module.load_state_dict(fitting, strict=False, assign=True)
     return module
+
+
+def _without_ignored(
+    state: dict[str, Tensor], wanted: Mapping[str, Any], patterns: Sequence[str], where: str, say: Say
+) -> dict[str, Tensor]:
+    """The state without what the user passes over, and without profilers' counters, which the architecture lacks as it stands."""
+    counters = {name for name in COUNTERS if not any(key.rpartition(".")[2] == name for key in wanted)}
+    asked = [key for key in state if any(fnmatchcase(key, pattern) for pattern in patterns) and not _is_wanted(key, wanted)]
+    found = [key for key in state if key not in asked and key.rpartition(".")[2] in counters]
+    for keys, what in ((asked, "passed over, as asked"), (found, "counters of a profiler, passed over")):
+        if keys:
+            say(f"{where}: {what}: {_few(keys)}")
+    if unused := [pattern for pattern in patterns if not any(fnmatchcase(key, pattern) for key in state)]:
+        say(f"{where}: no key matches {', '.join(map(repr, unused))}")
+    return {key: tensor for key, tensor in state.items() if key not in {*asked, *found}}
+
+
+def _is_wanted(key: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a weight of this name, perhaps behind a wrapper's prefix."""
+    parts = key.split(".")
+    return any(".".join(parts[i:]) in wanted for i in range(len(parts)))
+
+
+def _pattern(key: str) -> str:
+    """What matches all keys of a layer."""
+    layer = key.rpartition(".")[0]
+    return f"*{layer}.*" if layer else key
 
 
 def _without_prefixes(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:

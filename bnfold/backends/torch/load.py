@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +29,10 @@ def load(
     arch: Arch | None = None,
     arch_args: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
+    ignore_keys: Sequence[str] = (),
     say: Say = lambda text: None,
 ) -> nn.Module | ExportedProgram:
-    """The model in a file. kind: what `kinds.kind_of` found; say: told of what was found where.
+    """The model in a file. kind: what `kinds.kind_of` found; ignore_keys: see `api.load`; say: told of what was found where.
 
     Raises ModelError where the file can't be read, is unsafe, or doesn't fit its architecture; UsageError where that is missing or fails;
     UnsupportedError for TorchScript.
@@ -45,7 +46,7 @@ def load(
     if kind == "pt2":
         return _certified(_program(path, trust_pickle), text_in_archive(path))
     if kind == "safetensors":
-        return _safetensors(path, arch, arch_args, say)
+        return _safetensors(path, arch, arch_args, ignore_keys, say)
     found = _unpickled(path, trust_pickle)
     if isinstance(found, Mapping) and not isinstance(found, nn.Module):
         inner = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), None)
@@ -61,7 +62,7 @@ def load(
         state_of(found, str(path), say)
         raise UsageError(f"{path}: {NEEDS_ARCH}")
     state, surgery = state_of(found, str(path), say)
-    return _certified(put(state, build(arch, arch_args), surgery, str(path), say).eval(), _text_beside(found))
+    return _certified(put(state, build(arch, arch_args), surgery, str(path), say, ignore_keys).eval(), _text_beside(found))
 
 
 def text_in_pickle(path: Path) -> str | None:
@@ -84,7 +85,7 @@ def _certified(model: T, text: str | None) -> T:
     return model
 
 
-def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | None, say: Say) -> nn.Module:
+def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | None, ignore: Sequence[str], say: Say) -> nn.Module:
     from safetensors import SafetensorError, safe_open
 
     if arch is None:
@@ -97,7 +98,7 @@ def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | N
             surgery = surgery_of(metadata)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: a damaged safetensors file ({error}); download or save it again") from None
-    return _certified(put(state, module, surgery, str(path), say).eval(), metadata.get(KEY))
+    return _certified(put(state, module, surgery, str(path), say, ignore).eval(), metadata.get(KEY))
 
 
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
