@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from .errors import UnsupportedError
 from .subject import Subject
 
 if TYPE_CHECKING:
@@ -28,3 +30,11 @@ class Comparison:
     def unit(self) -> float:
         """Unit roundoff of the coarser of their types."""
         return max(self.reference.roundoff, self.candidate.roundoff)
+
+    @cached_property
+    def depth(self) -> int:
+        """How many linear operators of the reference stand behind each other; 1 where that can't be told."""
+        try:
+            return max(self.reference.plan().graph.depth(), 1)
+        except UnsupportedError:
+            return 1

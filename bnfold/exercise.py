@@ -175,6 +175,11 @@ def another(subject: Subject, batch: Batch) -> Batch:
     return subject.random(batch=1, seed=OTHER_SEED, input_shapes={name: array.shape for name, array in batch.items()})
 
 
+def sample_count(batch: Batch) -> int:
+    """How many samples a batch holds, as far as its arrays tell."""
+    return max((array.shape[0] for array in batch.values() if array.ndim), default=1) or 1
+
+
 def moved(feeds: list[Batch], times: int, seed: int) -> Iterator[Batch]:
     """The samples again, their floats moved by a thousandth: new rounding errors of the same size."""
     rng = np.random.default_rng(seed)

@@ -236,6 +236,14 @@ class Graph:
         source.is_output |= output.is_output
         self.nodes.remove(node)
 
+    def depth(self) -> int:
+        """How many operators with parameters stand behind each other, at most."""
+        behind: dict[Value, int] = {}
+        for node in self.nodes:
+            count = max((behind.get(value, 0) for value in node.inputs), default=0) + bool(node.params)
+            behind.update(dict.fromkeys(node.outputs, count))
+        return max(behind.values(), default=0)
+
     def updates(self) -> Iterator[tuple[Node, str, Param]]:
         """Every parameter that awaits an update."""
         for node in self.nodes:

@@ -2,6 +2,8 @@
 
 The yardstick is measured, not chosen: the reference is run again with every weight moved at random by up to half a unit in its last
 place. That is all that its rounded weights say about the function, so a right fold moves the outputs by as much, and a bug by far more.
+Where moved weights come to nothing (no number comes out, or none moves), nothing was measured, and a floor stands in: a unit of roundoff
+for each linear operator that stands behind the other.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ PART_SIZE = 8  # elements; smaller parts say too little
 # In the stored type: arithmetic and weights are rounded on both sides, so a right candidate errs as much as the reference itself.
 DEPLOYED_LIMIT, HALF_LIMIT = 2.0, 3.0
 ARITHMETIC = 3.0  # units of roundoff: a fold moves sums and shifts around, which costs as much in a network of two or three operators
+SHALLOW = 3  # linear operators; behind each other in a deeper network their errors grow as a random walk does, with the root of the depth
 PEAK_SLACK = 2.0  # the largest of many errors scatters more than their root mean square
 FLOOR = 1e-13  # of the largest output: what float64 itself leaves uncertain
 CHANGED = 1e-4  # the share of integers that a yardstick of none still allows, over the limit
@@ -62,10 +65,37 @@ class Tally:
 
 @dataclass
 class Noise:
-    """What moved weights do to one output. runs: one tally a seed; squares: for each batch, the mean square by element."""
+    """What moved weights do to one output. runs: one tally a seed; squares: for each batch, the mean square by element.
+
+    problem: what no number says, where it is a matter of the weights' rounding whether a number comes out.
+    """
 
     runs: list[Tally] = field(default_factory=list)
     squares: list[Array] = field(default_factory=list)
+    problem: str = ""
+
+    def add(self, wanted: Sequence[npt.NDArray[Any]], got: Sequence[npt.NDArray[Any]]) -> None:
+        """One run, in all batches; left out where less than half of the reference's numbers come out."""
+        errors, counted = [], []
+        for want, have in zip(wanted, got, strict=True):
+            error, problem = deviation(want, have)
+            self.problem = self.problem or problem
+            whole = _numbers(want) if error is None else _numbers(want) & _numbers(have)
+            if error is None or 2 * whole.sum() < _numbers(want).sum():
+                return
+            errors.append(error)
+            counted.append(whole)
+        self.runs.append(Tally())
+        for i, (error, whole) in enumerate(zip(errors, counted, strict=True)):
+            self.runs[-1].add(error[whole])
+            if i == len(self.squares):
+                self.squares.append(np.square(error))
+            else:
+                self.squares[i] += np.where(whole, np.square(error) - self.squares[i], 0.0) / len(self.runs)
+
+    def square(self, batch: int, like: npt.NDArray[Any]) -> Array:
+        """The mean square by element, 0 where nothing was measured."""
+        return self.squares[batch] if self.squares else np.zeros(like.shape)
 
     @property
     def rms(self) -> float:
@@ -85,19 +115,37 @@ class Noise:
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of one output. floor: an error below which nothing can be told; discrete: integers, booleans, text."""
+    """The size of one output. floor: an error below which nothing can be told; discrete: integers, booleans, text.
+
+    silent: whether moved weights move none of its numbers, so that the floor is all that there is to go by.
+    """
 
     largest: float
     floor: float
     count: int
     discrete: bool
+    silent: bool = False
 
 
 class Truth:
     """The reference's outputs on all samples, and the yardstick."""
 
-    def __init__(self, run: Run, feeds: Iterable[Batch], *, others: Iterable[Batch] = (), most_bytes: int = 1 << 29) -> None:
-        """others: data of other sizes, left out where the reference doesn't take them. most_bytes: of outputs and their noise, held."""
+    def __init__(
+        self,
+        run: Run,
+        feeds: Iterable[Batch],
+        *,
+        others: Iterable[Batch] = (),
+        depth: Callable[[], int] = lambda: 1,
+        slack: float = 0.0,
+        most_bytes: int = 1 << 29,
+    ) -> None:
+        """others: data of other sizes, left out where the reference doesn't take them. depth: of the reference, in linear operators.
+
+        slack: units of roundoff by which two right runs differ: none in float64. most_bytes: of outputs and their noise, held.
+        """
+        self._depth, self.slack = depth, slack
+        self.again: Callable[[], Truth] | None = None  # the same, measured afresh on data that are slightly moved
         self._run = run
         self.feeds: list[Batch] = []
         self.expected: list[dict[str, npt.NDArray[Any]]] = []
@@ -119,27 +167,22 @@ class Truth:
                 self.feeds.append(batch)
                 self.expected.append(outputs)
 
-    def measure(self, moved: Callable[[int], Run], *, least: int = FEW, most: int = MANY) -> None:
-        """Run with moved weights: `least` seeds, and up to `most` where what they do scatters."""
+    def measure(self, moved: Callable[[int], Run], *, least: int = FEW, most: int = MANY, settle: bool = True) -> None:
+        """Run with moved weights: `least` times, and up to `most` where a run comes to nothing, or (`settle`) what they do scatters."""
         self.noise = {name: Noise() for name in self.names}
         for seed in range(most):
-            if seed >= least and not any(n.scatters for n in self.noise.values()):
+            known = min((len(n.runs) for n in self.noise.values()), default=least)
+            if known >= least and not (settle and any(n.scatters for n in self.noise.values())):
                 break
             run = moved(seed)
-            for name in self.names:
-                self.noise[name].runs.append(Tally())
-            for i, (batch, expected) in enumerate(zip(self.feeds, self.expected, strict=True)):
-                got = plain(run(batch))
-                for name, want in expected.items():
-                    noise, (error, problem) = self.noise[name], deviation(want, got[name])
-                    if problem or error is None:  # it decides by its weights' rounding whether a number comes out at all
-                        error = np.zeros(want.shape)
-                    noise.runs[-1].add(error)
-                    if i == len(noise.squares):
-                        noise.squares.append(np.square(error))
-                    else:
-                        noise.squares[i] += (np.square(error) - noise.squares[i]) / (seed + 1)
+            runs = [plain(run(batch)) for batch in self.feeds]
+            for name, noise in self.noise.items():
+                noise.add([expected[name] for expected in self.expected], [got[name] for got in runs])
             del run  # before the next one is made
+
+    def roundings(self, depth: bool = True) -> float:
+        """How many units of roundoff the arithmetic of the stored type leaves uncertain. depth: whether that of the network counts."""
+        return ARITHMETIC * float(np.sqrt(max(self._depth() / SHALLOW, 1.0) if depth else 1.0))
 
     @property
     def names(self) -> list[str]:
@@ -152,18 +195,20 @@ class Truth:
         if any(a.dtype.kind not in "fc" for a in arrays):
             return Scale(1.0, CHANGED, count, True)
         squares = self.noise[name].squares if name in self.noise else []
+        silent = bool(self.noise) and not any(each.any() for each in squares)
         square = n = 0.0
         largest = 0.0
         for i, array in enumerate(arrays):
             finite = np.isfinite(array)
             size = np.abs(np.where(finite, array, 0.0))
             largest = max(largest, float(size.max(initial=0.0)))
-            alive = finite & (squares[i] > 0) if squares else finite
+            alive = finite if silent or not squares else finite & (squares[i] > 0)
             square, n = square + float(np.square(size[alive]).sum()), n + int(alive.sum())
-        return Scale(largest, max(unit * float(np.sqrt(square / max(n, 1))), FLOOR * largest), count, False)
+        units = max(self.slack, float(self._depth()) if silent else 1.0)
+        return Scale(largest, max(units * unit * float(np.sqrt(square / max(n, 1))), FLOOR * largest), count, False, silent)
 
-    def compare(self, run: Run) -> dict[str, Tally]:
-        """The errors of a run, output by output."""
+    def compare(self, run: Run, unit: float = 0.0) -> dict[str, Tally]:
+        """The errors of a run, output by output. unit: roundoff of the stored type."""
         tallies = {name: Tally() for name in self.names}
         for i, (batch, expected) in enumerate(zip(self.feeds, self.expected, strict=True)):
             got = plain(run(batch))
@@ -179,20 +224,20 @@ class Truth:
                     continue
                 tally.add(error)
                 if self.noise and want.dtype.kind == "f":
-                    ratio, where = worst_part(want, error, self.noise[name].squares[i])
+                    ratio, where = worst_part(want, error, self.noise[name].square(i, want), self.slack * unit)
                     if ratio > tally.part:
                         tally.part, tally.where = ratio, where
         return tallies
 
-    def constant(self, probe: Callable[[Batch], Batch], unit: float = 0.0) -> bool:
-        """Whether every output is the same whatever goes in, or varies by less than a unit in the last place of the stored type.
+    def constant(self, probe: Callable[[Batch], Batch], least: float) -> bool:
+        """Whether every output is the same whatever goes in, or varies by less than this share of its largest number.
 
         probe: other data like the ones given, used where there is but one batch.
         """
         same = [outputs for outputs in self.expected[1:] if all(outputs[n].shape == self.expected[0][n].shape for n in self.names)]
         others = same or [plain(self._run(probe(self.feeds[0])))]
         return not any(
-            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)], unit)
+            varies([self.expected[0][name], *(o[name] for o in others if o[name].shape == self.expected[0][name].shape)], least)
             for name in self.names
         )
 
@@ -221,10 +266,15 @@ def deviation(want: npt.NDArray[Any], got: npt.NDArray[Any]) -> tuple[Array | No
     return error, ""
 
 
-def worst_part(want: Array, error: Array, noise: Array) -> tuple[float, str]:
+def _numbers(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.isfinite(array) if array.dtype.kind in "fc" else np.ones(array.shape, bool)
+
+
+def worst_part(want: Array, error: Array, noise: Array, slack: float = 0.0) -> tuple[float, str]:
     """The largest ratio of error to noise over the slices along each axis, so that one bad channel doesn't hide among the others.
 
-    A slice's noise may be small by chance, so its relative noise counts as at least the median of its axis.
+    A slice's noise may be small by chance, or none where few weights move, so its relative noise counts as at least the median of its axis.
+    slack: a relative error that says nothing.
     """
     worst, where = 0.0, ""
     alive = (noise > 0) & np.isfinite(want)
@@ -233,15 +283,15 @@ def worst_part(want: Array, error: Array, noise: Array) -> tuple[float, str]:
         if length < 2 or want.size // length < PART_SIZE:
             continue
         others = tuple(i for i in range(want.ndim) if i != axis)
-        counts = np.maximum(alive.sum(others), 1)
-        size = np.sqrt(np.square(np.where(alive, want, 0.0)).sum(others) / counts)
+        counted = np.where(alive.any(others, keepdims=True), alive, np.isfinite(want))
+        size = np.sqrt(np.square(np.where(counted, want, 0.0)).sum(others) / np.maximum(counted.sum(others), 1))
         own = np.sqrt(noise.mean(others))
         got = np.sqrt(np.square(error).mean(others))
         known = (size > 0) & (own > 0)
         if not known.any():
             continue
         usual = float(np.median(own[known] / size[known]))
-        yardstick = np.maximum(np.maximum(own, usual * size), DEAD * np.sqrt(noise.mean()))
+        yardstick = np.maximum(np.maximum(own, max(usual, slack) * size), DEAD * np.sqrt(noise.mean()))
         ratios = np.where(got > floor, got / np.maximum(yardstick, floor or 1.0), 0.0)
         k = int(ratios.argmax())
         if ratios[k] > worst:
@@ -257,12 +307,15 @@ def function_ratio(tally: Tally, noise: Noise, scale: Scale) -> float:
     return max(_over(tally.rms, max(noise.rms, scale.floor)), _over(tally.peak, max(noise.peak, scale.floor)), part)
 
 
-def deployed_ratio(candidate: Tally, reference: Tally, noise: Noise, scale: Scale) -> float:
-    """The candidate's error over what is usual in the stored type: the reference's own error and its noise, added as independent errors."""
+def deployed_ratio(candidate: Tally, reference: Tally, noise: Noise, scale: Scale, roundings: float = ARITHMETIC) -> float:
+    """The candidate's error over what is usual in the stored type: the reference's own error and its noise, added as independent errors.
+
+    roundings: units of roundoff that its arithmetic leaves uncertain, however exact the reference's sums happen to be.
+    """
     if scale.discrete:
         usual = max(reference.square / max(reference.count, 1), noise.rms**2, CHANGED)
         return DEPLOYED_LIMIT / FUNCTION_LIMIT * (candidate.square / max(candidate.count, 1)) / usual
-    floor = ARITHMETIC * scale.floor
+    floor = scale.floor if scale.silent else roundings * scale.floor
     rms, peak = (float(np.hypot(own, moved)) for own, moved in ((reference.rms, noise.rms), (reference.peak, noise.peak)))
     return max(_over(candidate.rms, max(rms, floor)), _over(candidate.peak, max(peak, floor)) / PEAK_SLACK)
 
@@ -271,8 +324,8 @@ def _over(error: float, yardstick: float) -> float:
     return 0.0 if error == 0 else error / yardstick if yardstick else np.inf
 
 
-def varies(arrays: Sequence[npt.NDArray[Any]], least: float = 0.0) -> bool:
-    """Whether arrays of one shape differ by more than float64 itself leaves uncertain, or by `least` of their largest number."""
+def varies(arrays: Sequence[npt.NDArray[Any]], least: float = 1e-9) -> bool:
+    """Whether arrays of one shape differ by more than `least` of their largest number."""
     first = arrays[0]
     for other in arrays[1:]:
         if first.dtype.kind not in "fc":
@@ -280,7 +333,7 @@ def varies(arrays: Sequence[npt.NDArray[Any]], least: float = 0.0) -> bool:
         else:
             finite = np.isfinite(first) & np.isfinite(other)
             one, two = np.where(finite, first, 0.0), np.where(finite, other, 0.0)
-            changed = bool((np.abs(two - one) > max(1e-9, least) * np.abs(one).max(initial=0.0)).any())
+            changed = bool((np.abs(two - one) > least * np.abs(one).max(initial=0.0)).any())
         if changed:
             return True
     return False

@@ -10,9 +10,9 @@ from .correspondence import Correspondence
 from .dead import dead_layer
 from .exercise import another
 from .function import Measured
-from .levels import Truth
+from .levels import FLOOR, Truth
 from .report import Coefficients, Deployment, Function, Levels, OutputError, Verdict
-from .steady import unsteady_oracle
+from .steady import EXACT, unsteady_oracle
 
 FEW_NAMES = 3  # of BatchNorms, in a sentence
 
@@ -84,8 +84,11 @@ def _says_how(found: Findings) -> bool:
 
 
 def _constant(both: Comparison, truth: Truth, *, certain: bool) -> str:
-    """How the reference answers one thing to everything. certain: whether the coefficients are known to be right."""
-    if truth.constant(lambda batch: another(both.reference, batch)):
+    """How the reference answers one thing to everything. certain: whether the coefficients are known to be right.
+
+    Then it is enough that the data reach the outputs at all, however little they do there.
+    """
+    if truth.constant(lambda batch: another(both.reference, batch), FLOOR if certain else EXACT):
         return "the reference answers the same whatever it is fed"
     if not certain and truth.constant(lambda batch: another(both.reference, batch), both.unit):
         return "the reference's answers differ by less than its stored type tells (saturated?)"

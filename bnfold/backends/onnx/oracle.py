@@ -31,8 +31,9 @@ from . import (  # noqa: F401 - they enter their operators into the table
     oracle_windows,
 )
 from .feeds import inputs
-from .oracle_convert import bodies, controls, maybe_jittered, state_bits, to_float64, widen
+from .oracle_convert import bodies, maybe_jittered, state_bits, to_float64, widen
 from .run import self_contained
+from .weights import weights
 
 if TYPE_CHECKING:
     from ...data import Batch
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class Oracle:
     """A model in float64. The model itself isn't touched.
 
-    jitter: a seed; every floating-point weight is then moved by up to half a unit in the last place of its stored type (see
+    jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type (see
     `oracle_convert.jittered`), which is what rounding may have done to it. outputs: inner values to return besides the model's outputs.
     Raises UnsupportedError, naming the operator, where the evaluator lacks one or can't run it.
     """
@@ -56,16 +57,16 @@ class Oracle:
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
         state_bits(proto, {name: v.const_value.dtype.value for name, v in model.graph.initializers.items() if v.const_value is not None})
-        skip = frozenset() if jitter is None else controls(proto.graph)
-        to_float64(proto, jitter=jitter)
-        weights = {}
+        moving = frozenset() if jitter is None else weights(proto.graph, shapes_held(model))
+        to_float64(proto, jitter=jitter, moving=moving)
+        held = {}
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None
             array = widen(tensor.numpy())
-            weights[name] = maybe_jittered(array, tensor.dtype.value, name, jitter, skip)
+            held[name] = maybe_jittered(array, tensor.dtype.value, name, jitter, moving)
         self._evaluator = _Evaluator(proto)
-        self._weights = weights  # here, since the evaluator refers to itself, so that what it holds goes late
+        self._weights = held  # here, since the evaluator refers to itself, so that what it holds goes late
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones; floating-point ones in float64. Feeds of any
@@ -79,6 +80,18 @@ class Oracle:
         """These values as they are computed, each given out once and then no longer held than the model needs it."""
         check_feeds(feeds, inputs(self._model, feeds), set(self._weights), any_float=True)
         yield from self._evaluator.stream(names, self._weights | {name: widen(array) for name, array in feeds.items()})
+
+
+def moving(model: ir.Model) -> frozenset[str]:
+    """The names of the model's weights (see `weights`)."""
+    proto = self_contained(model, initializers=False)
+    if proto.functions:
+        proto = inliner.inline_local_functions(proto)
+    return weights(proto.graph, shapes_held(model))
+
+
+def shapes_held(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(v.const_value.shape.numpy()) for name, v in model.graph.initializers.items() if v.const_value is not None}
 
 
 class _Evaluator(ReferenceEvaluator):

@@ -49,15 +49,14 @@ def widen(array: Array) -> Array:
     return array.astype(np.float64) if array.dtype in _NUMPY_FLOATS else array
 
 
-def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None) -> None:
-    """Widen a proto in place, with all its subgraphs and functions. jitter: see `jittered`; it reaches weights inside the proto."""
+def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None, moving: frozenset[str] = frozenset()) -> None:
+    """Widen a proto in place, with all its subgraphs and functions. jitter: see `jittered`; moving: the names of what it moves."""
     if isinstance(proto, onnx.FunctionProto):
         _nodes(proto.node, None, frozenset())
         return
-    skip = frozenset() if jitter is None else controls(proto.graph)
-    _graph(proto.graph, jitter, skip)
+    _graph(proto.graph, jitter, moving)
     for function in proto.functions:
-        _nodes(function.node, jitter, frozenset())
+        _nodes(function.node, None, frozenset())
 
 
 def state_bits(proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
@@ -65,18 +64,18 @@ def state_bits(proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
 
     types: of the initializers that the proto refers to and doesn't hold. Raises UnsupportedError where that can't be told.
     """
-    if not any(node.op_type == BIT_CAST for node in _all_nodes(proto.graph)):
+    if not any(node.op_type == BIT_CAST for node in all_nodes(proto.graph)):
         return
     whole = onnx.ModelProto()
     whole.CopyFrom(proto)
     there = {info.name for info in whole.graph.input}
     whole.graph.input.extend(helper.make_tensor_value_info(n, kind, None) for n, kind in types.items() if n not in there)
     found = dict(types)
-    for graph in _all_graphs(onnx.shape_inference.infer_shapes(whole, strict_mode=False).graph):
+    for graph in all_graphs(onnx.shape_inference.infer_shapes(whole, strict_mode=False).graph):
         for info in (*graph.input, *graph.value_info, *graph.output):
             found.setdefault(info.name, info.type.tensor_type.elem_type)
         found.update({tensor.name: tensor.data_type for tensor in graph.initializer})
-    for node in _all_nodes(proto.graph):
+    for node in all_nodes(proto.graph):
         if node.op_type == BIT_CAST:
             if not found.get(node.input[0]):
                 raise UnsupportedError(f"the float64 oracle can't run {BIT_CAST}: the type of {node.input[0]!r} isn't known")
@@ -105,58 +104,22 @@ def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
     return (moved if finite.all() else np.where(finite, moved, array)).reshape(shape)
 
 
-def controls(graph: onnx.GraphProto) -> frozenset[str]:
-    """Constants that steer rather than weigh: sizes, scales of resizing, limits, and what these are computed from.
-
-    They are no weights, and a jitter would change what the model does: 7 elements scaled by 1.9999999 are 13. The walk goes back from
-    the steering inputs through operators that compute with shapes, and through rounding.
-    """
-    producer = {name: node for node in _all_nodes(graph) for name in node.output if name}
-    found: set[str] = set()
-    queue: list[str] = []
-    for node in _all_nodes(graph):
-        first = _STEERED.get(node.op_type)
-        if first is not None:
-            queue.extend(node.input[first:])
-        elif node.op_type in ("Cast", "CastLike") and not _casts_to_float(node):
-            queue.extend(node.input[:1])
-    while queue:
-        name = queue.pop()
-        if not name or name in found:
-            continue
-        found.add(name)
-        source = producer.get(name)
-        if source is not None and source.op_type in _SHAPE_ARITHMETIC:
-            queue.extend(source.input)
-    return frozenset(found)
-
-
-# From which input on an operator is steered. 0: altogether.
-_STEERED = {"Resize": 1, "Upsample": 1, "Pad": 1, "Clip": 1, "OneHot": 1, "Range": 0, "Floor": 0, "Ceil": 0, "Round": 0, "Mod": 0}
-_STEERED |= {"Less": 0, "LessOrEqual": 0, "Greater": 0, "GreaterOrEqual": 0, "Equal": 0, "QuantizeLinear": 1, "NonMaxSuppression": 2}
-_SHAPE_ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Cast", "Concat", "Identity", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape"}
-_SHAPE_ARITHMETIC |= {"Floor", "Ceil", "Round", "Min", "Max", "Reciprocal", "Sqrt", "Pow", "ReduceProd", "Where", "Expand"}
-MOST_CONTROLS = 16  # elements; a larger array behind an Add is a weight, whatever is computed from the sum
-
-
-def _casts_to_float(node: onnx.NodeProto) -> bool:
-    return node.op_type == "CastLike" or any(a.name == "to" and a.i in FLOATS | {TensorProto.DOUBLE} for a in node.attribute)
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """A graph's nodes, each followed by those of its subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for body in bodies(attribute):
-                yield from _all_nodes(body)
+                yield from all_nodes(body)
 
 
-def _all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those that its nodes hold."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for body in bodies(attribute):
-                yield from _all_graphs(body)
+                yield from all_graphs(body)
 
 
 def bodies(attribute: AttributeProto) -> list[onnx.GraphProto]:
@@ -164,17 +127,17 @@ def bodies(attribute: AttributeProto) -> list[onnx.GraphProto]:
     return [*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs]
 
 
-def _graph(graph: onnx.GraphProto, jitter: int | None, skip: frozenset[str]) -> None:
+def _graph(graph: onnx.GraphProto, jitter: int | None, moving: frozenset[str]) -> None:
     for tensor in graph.initializer:
-        _tensor(tensor, tensor.name, jitter, skip)
+        _tensor(tensor, tensor.name, jitter, moving)
     for sparse in graph.sparse_initializer:
-        _tensor(sparse.values, sparse.values.name, jitter, skip)
+        _tensor(sparse.values, sparse.values.name, jitter, moving)
     for info in (*graph.input, *graph.output, *graph.value_info):
         _type(info.type)
-    _nodes(graph.node, jitter, skip)
+    _nodes(graph.node, jitter, moving)
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, skip: frozenset[str]) -> None:
+def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, moving: frozenset[str]) -> None:
     for node in nodes:
         if node.op_type == "Constant":
             _constant(node)
@@ -187,13 +150,13 @@ def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, skip: frozenset[
             if attribute.type == AttributeProto.INT and attribute.name in _TYPE_ATTRIBUTES and attribute.i in FLOATS:
                 attribute.i = TensorProto.DOUBLE
             elif attribute.type == AttributeProto.TENSOR:
-                _tensor(attribute.t, node.output[0], jitter, skip)
+                _tensor(attribute.t, node.output[0], jitter, moving)
             elif attribute.type == AttributeProto.TYPE_PROTO:
                 _type(attribute.tp)
             for tensor in attribute.tensors:
-                _tensor(tensor, node.output[0], jitter, skip)
+                _tensor(tensor, node.output[0], jitter, moving)
             for body in bodies(attribute):
-                _graph(body, jitter, skip)
+                _graph(body, jitter, moving)
 
 
 def _constant(node: onnx.NodeProto) -> None:
@@ -204,19 +167,17 @@ def _constant(node: onnx.NodeProto) -> None:
             attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(array)))
 
 
-def _tensor(tensor: TensorProto, name: str, jitter: int | None, skip: frozenset[str]) -> None:
+def _tensor(tensor: TensorProto, name: str, jitter: int | None, moving: frozenset[str]) -> None:
     if tensor.data_type not in FLOATS:
         return
     kind, array = tensor.data_type, numpy_helper.to_array(tensor).astype(np.float64)
-    array = maybe_jittered(array, kind, name, jitter, skip)
+    array = maybe_jittered(array, kind, name, jitter, moving)
     own = tensor.name
     tensor.CopyFrom(numpy_helper.from_array(array, own))
 
 
-def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, skip: frozenset[str]) -> Array:
-    if jitter is None or (name in skip and array.size <= MOST_CONTROLS):
-        return array
-    return jittered(array, data_type, name, jitter)
+def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, moving: frozenset[str]) -> Array:
+    return array if jitter is None or name not in moving else jittered(array, data_type, name, jitter)
 
 
 def _type(kind: Any) -> None:

@@ -16,7 +16,7 @@ from ...subject import Plan, Port, roundoff
 from .constants import FLOATS
 from .feeds import inputs
 from .lower import Lowering
-from .oracle import Oracle
+from .oracle import Oracle, moving
 from .providers import precisions, resolve
 from .run import Session
 from .walk import all_graphs, all_nodes, axes, held_tensor, name_of
@@ -105,10 +105,10 @@ class OnnxSubject:
     def _moved(self, seed: int) -> ir.Model:
         """The model with one in twelve of its weights moved to the next stored number, up or down (see MOVED)."""
         copy = OnnxSubject(self.model.clone())
-        rng = np.random.default_rng(seed)
+        rng, names = np.random.default_rng(seed), moving(self.model)
         for value, tensor in copy._weights().items():
             array = tensor.numpy()
-            if tensor.dtype not in FLOATS or array.size < 2:  # a lone number may be a setting, such as a limit
+            if tensor.dtype not in FLOATS or value.name not in names:
                 continue
             draw = rng.random(array.shape)
             up = np.nextafter(array, np.asarray(np.inf, array.dtype))

@@ -24,6 +24,7 @@ from ...feeds import check_feeds
 from ...subject import Placement
 from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
 from .walk import FLOATS, dtype_of, is_tensor, mutates, operator_name
+from .weights import weights
 from .widen import call, reads_bits, widened, writes_bits
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class Where(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
 class Session:
     """A model in its stored types on a device.
 
-    jitter: a seed; one in twelve of its weights is then moved to the next stored number, up or down. precision: "full", or "as deployed",
-    with PyTorch's own settings for TF32. placement: on another device than the CPU, after the first run, the operators that it called.
-    Raises DeviceError where the device isn't there.
+    jitter: a seed; one in twelve of its weights (see `weights`) is then moved to the next stored number, up or down. precision: "full", or
+    "as deployed", with PyTorch's own settings for TF32. placement: on another device than the CPU, after the first run, the operators
+    that it called. Raises DeviceError where the device isn't there.
     """
 
     def __init__(self, traced: Traced, *, device: str = "cpu", jitter: int | None = None, precision: str = "full") -> None:
@@ -109,7 +110,7 @@ class Session:
             if jitter is not None or not there:
                 module = duplicate(module).to(self.device)
         if jitter is not None:
-            _move_weights(module, jitter)
+            _move_weights(module, weights(traced.program), jitter)
         self._module = module
 
     @property
@@ -146,8 +147,8 @@ class Oracle:
     """A model in float64, from its graph: casts to another floating-point type give float64 too, and what reads bits reads those that
     are stored (see `widen`).
 
-    jitter: a seed; every weight is then moved by up to half a unit in the last place of its stored type, which is what rounding may have
-    done to it. outputs: inner values to return besides the model's outputs, by their names in the graph.
+    jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type, which is what
+    rounding may have done to it. outputs: inner values to return besides the model's outputs, by their names in the graph.
     """
 
     def __init__(self, traced: Traced, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> None:
@@ -157,13 +158,14 @@ class Oracle:
             raise UnsupportedError(f"the model writes into numbers by their bits (in {where}), which has no form in float64")
         self._writes = any(mutates(op) for op in program.graph.nodes)
         self._held: dict[str, Any] = {}
+        moving = frozenset() if jitter is None else weights(program)
         for spec in program.graph_signature.input_specs:
             if spec.target is None:
                 continue
             held = program.state_dict.get(spec.target)
             held = program.constants.get(spec.target) if held is None else held
             if isinstance(held, Tensor):
-                held = _exact(held, None if jitter is None else _seed(spec.target, jitter))
+                held = _exact(held, _seed(spec.target, jitter) if jitter is not None and spec.target in moving else None)
             self._held[spec.arg.name] = held
         self._wanted = dict(traced.output_nodes)
         by_name = {op.name: op for op in program.graph.nodes}
@@ -263,9 +265,9 @@ def _seed(name: str, jitter: int) -> int:
 
 
 def _exact(tensor: Tensor, seed: int | None) -> Tensor:
-    """A stored tensor in float64; with a seed, moved by up to half a unit in the last place. A lone number may be a setting."""
+    """A stored tensor in float64; with a seed, moved by up to half a unit in the last place."""
     exact = widened(tensor)
-    if seed is None or not tensor.is_floating_point() or tensor.numel() < 2:
+    if seed is None:
         return exact
     # The exponent's bits alone are the power of two below the number; times epsilon, it is a unit in the last place.
     power = (exact.contiguous().view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
@@ -275,11 +277,17 @@ def _exact(tensor: Tensor, seed: int | None) -> Tensor:
     return moved if finite.all() else torch.where(finite, moved, exact)
 
 
-def _move_weights(module: nn.Module, seed: int) -> None:
+def _move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
+    done = set()
     with torch.no_grad():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not tensor.is_floating_point() or tensor.numel() < 2:
+        for name in sorted(names):
+            try:
+                tensor = _attribute(module, name)
+            except AttributeError:  # a constant that the code makes afresh
                 continue
+            if id(tensor) in done:
+                continue
+            done.add(id(tensor))
             draw = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(_seed(name, seed))).to(tensor.device)
             up, down = (torch.nextafter(tensor, torch.full_like(tensor, end)) for end in (float("inf"), float("-inf")))
             keep = (tensor == 0) | ~tensor.isfinite() | (draw >= MOVED)
