@@ -68,8 +68,9 @@ class Affine:
         return tuple(axis for axis, size in enumerate(self.shape) if size > 1)
 
     def __call__(self, x: Array | float) -> Array:
-        scaled = np.asarray(self.scale * x)
-        return scaled + self.shift if self.shift.any() else scaled
+        with np.errstate(invalid="ignore", over="ignore"):  # what is no number is refused where it is written
+            scaled = np.asarray(self.scale * x)
+            return scaled + self.shift if self.shift.any() else scaled
 
     def after(self, first: Affine) -> Affine:
         """The composition self(first(x))."""

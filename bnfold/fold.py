@@ -291,7 +291,7 @@ def _checked(graph: Graph, site: Site, draft: Draft) -> Draft:
             _fits_sharers(node, role, draft)
         if param.tensor is not None and param.tensor.quantised is not None:
             _fits_integers(param.tensor.name, param.tensor.quantised, param.rescaling(param.updated(update)))
-        _fits_type(node, role, param, update)
+        fits_type(node, role, param, update)
     return draft
 
 
@@ -326,7 +326,7 @@ def _fits_integers(name: str, stored: Quantised, rescaling: tuple[int, Array] | 
         raise Blocked(f"{name} is quantised, and channel {stuck[0]} would need the negative of an integer that has none")
 
 
-def _fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
+def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
     """Blocked where a coefficient would overflow its stored type, or would be no number."""
     limit = node.attrs["limit"] if param.tensor is None else param.tensor.limit
     total = param.updated(update)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from .absorbing import coefficients
-from .affine import Affine, Array
+from .affine import Affine, Array, Blocked
+from .fold import fits_type
 from .graph import Graph, Node, Value
 
 
@@ -74,14 +75,30 @@ def merge(graph: Graph, may: May = always) -> list[Merge]:
             delta = _as_kernel_of(graph, host, branch)
             if delta is None or host.node is None or not may(add, branch.node, kept):
                 continue
-            for role, array in zip(("weight", "bias"), delta, strict=True):
-                param, change = host.node.params[role], Affine(np.asarray(float(signs[kept])), signs[1 - kept] * array)
-                if param.tensor is not None or param.update is not None or array.any():
-                    param.update = param.updated(change)
+            changes = _changes(host.node, delta, signs[kept], signs[1 - kept])
+            if changes is None:
+                continue
+            for role, change in changes.items():
+                host.node.params[role].update = host.node.params[role].updated(change)
             done.append(Merge(add, host.node, branch.node, kept, delta[0]))
             _rewire(graph, add, host.node, branch.node)
             break
     return done
+
+
+def _changes(host: Node, delta: tuple[Array, Array], sign: int, other: int) -> dict[str, Affine] | None:
+    """What becomes of the host's parameters; None where one would overflow its stored type."""
+    changes = {}
+    for role, array in zip(("weight", "bias"), delta, strict=True):
+        param = host.params[role]
+        if param.tensor is not None or param.update is not None or array.any():
+            changes[role] = Affine(np.asarray(float(sign)), other * array)
+    try:
+        for role, change in changes.items():
+            fits_type(host, role, host.params[role], change)
+    except Blocked:
+        return None
+    return changes
 
 
 def _pairings(add: Node) -> list[tuple[_Branch, _Branch, int]]:

@@ -310,3 +310,25 @@ def test_blocks_behind_each_other(clone: bool) -> None:
 
     _, report = merged(draw, clone=clone)
     assert report.batchnorms.after == 0
+
+
+@pytest.mark.parametrize(("dtype", "large"), [("float16", 4e4), ("bfloat16", 3e38)])
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_branches_whose_sum_overflows_stay_apart(dtype: str, large: float, role: str) -> None:
+    def draw(net: Net) -> None:
+        x = net.input("N", 2, "H", "W")
+        kernels = net.normal(2, 2, 1, 1), np.full((2, 2, 1, 1), large)
+        biases = np.full(2, large), net.normal(2)
+        weight, bias = (net.weight(array) for array in (kernels[role == "weight"], biases[role == "weight"]))
+        net.output(net.bn(net.op("Add", net.op("Conv", x, weight, bias), net.op("Conv", x, weight, bias)), params=unit(net)))
+
+    model = Net("overflow", dtype=dtype, opset=22)
+    draw(model)
+    fused, report = bnfold.fuse(model.model())
+    assert report.merged == ()
+    assert (report.batchnorms.after, operators(fused)["Conv"]) == (0, 2)
+
+
+def unit(net: Net) -> tuple[str, ...]:
+    """A BatchNorm that does next to nothing."""
+    return tuple(net.weight(array) for array in (np.ones(2), np.zeros(2), np.zeros(2), np.ones(2)))
