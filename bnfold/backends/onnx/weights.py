@@ -67,8 +67,9 @@ def weights(graph: onnx.GraphProto, held: Mapping[str, Shape]) -> frozenset[str]
                 found.add(name)
         elif (node := producer.get(name)) is not None:
             sources = _SOURCES.get(node.op_type, (0,))
-            lone = 2 if node.op_type in _ARRAYS else least
-            queue.extend((each, lone, rank) for each in _inputs(node, sources))
+            least = 2 if node.op_type in _ARRAYS else least
+            rank = 2 if node.op_type in _TABLES else rank
+            queue.extend((each, least, rank) for each in _inputs(node, sources))
     return frozenset(found)
 
 

@@ -1,0 +1,192 @@
+"""What the yardstick of `verify` moves, what counts as a measurement, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from cases import Net
+from modules import Net as Module
+from modules import norm, weight
+from torch import nn
+
+import bnfold
+from bnfold.backends.onnx import oracle
+from bnfold.backends.onnx.oracle import moving
+from bnfold.backends.torch.trace import trace
+from bnfold.backends.torch.weights import weights
+from bnfold.levels import FUNCTION_LIMIT, Noise, Scale, Tally, Truth, deployed_ratio, function_ratio, worst_part
+
+UNIT = 2.0**-24
+
+# --- what moves -------------------------------------------------------------------------------------------------------------------
+
+
+def written_out(net: Net, y: str) -> str:
+    """A layer normalisation as exporters without LayerNormalization write it."""
+    centred = net.op("Sub", y, net.reduce("Mean", y, 1))
+    variance = net.op("Add", net.reduce("Mean", net.op("Pow", centred, net.scalar(2.0)), 1), net.scalar(1e-5))
+    return net.op("Div", centred, net.op("Sqrt", variance))
+
+
+def normalised(net: Net) -> None:
+    net.output(written_out(net, net.bn(net.conv(net.input("N", 3, 8, 8), 3, 8), 8)))
+
+
+@pytest.mark.parametrize("exponent", [2.0, 3.0])
+def test_a_layer_normalisation_written_out(exponent: float) -> None:
+    """A negative number to the power of 1.9999999 is none."""
+
+    def draw(net: Net) -> None:
+        y = net.bn(net.conv(net.input("N", 3, 8, 8), 3, 8), 8)
+        net.output(net.op("Pow", net.op("Sub", y, net.reduce("Mean", y, 1)), net.scalar(exponent)))
+
+    for each in (draw, normalised):
+        net = Net("norm", dtype="float32", opset=13)
+        each(net)
+        fused, report = bnfold.fuse(net.model())
+        assert report.batchnorms.after == 0
+        assert bnfold.verify(net.model(), fused).verdict == "equivalent"
+
+
+def test_a_layer_normalisation_written_out_in_torch() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.b(s.c(x))
+        centred = y - y.mean(1, keepdim=True)
+        return centred / (centred.pow(s.two).mean(1, keepdim=True) + 1e-5).sqrt()
+
+    torch.manual_seed(0)
+    net = Module(forward, c=nn.Conv2d(3, 8, 3), b=norm(8), two=torch.full((8, 1, 1), 2.0)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    fused, report = bnfold.fuse(net, example=x)
+    assert report.batchnorms.after == 0
+    assert bnfold.verify(net, fused, x).verdict == "equivalent"
+
+
+def test_weights_are_told_from_settings() -> None:
+    net = Net("settings", dtype="float32", opset=17)
+
+    def held(name: str, *shape: int) -> str:
+        return net.weight(1 + np.abs(net.normal(*shape)), name)
+
+    x = net.op("Conv", net.input("N", 3, 8, 8), held("kernel", 4, 3, 1, 1), held("bias", 4))
+    x = net.op("Mul", net.op("Cast", net.op("Transpose", held("scale", 1, 1, 4, 1), perm=[0, 2, 1, 3]), to=onnx.TensorProto.FLOAT), x)
+    x = net.op("Div", net.op("Add", x, held("epsilon")), held("divisor"))
+    x = net.op("Pow", x, held("exponent", 4, 1, 1))
+    x = net.op("Clip", x, held("low"), held("high"))
+    x = net.op("PRelu", x, held("slope", 4, 1, 1))
+    x = net.op("Where", net.op("Greater", x, held("threshold", 4, 1, 1)), x, net.op("Max", x, held("bound", 4, 1, 1)))
+    x = net.op("Resize", x, "", held("scales", 4))
+    x = net.op("Mul", x, net.op("Gather", held("choices", 5), net.weight(np.array(1), "which", dtype=np.int64)))
+    net.output(net.bn(net.op("Conv", x, held("single", 1, 4, 1, 1)), params=[held(name, 1) for name in ("gamma", "beta", "mean", "var")]))
+    found = moving(ir.from_proto(net.model()))
+    assert {name.partition("_")[0] for name in found} == {"kernel", "bias", "scale", "single", "gamma", "beta", "mean", "var"}
+
+
+def test_weights_are_told_from_settings_in_torch() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = (s.b(s.c(x)) * s.scale.transpose(0, 1) + s.shift) / s.divisor
+        y = torch.clamp(y, min=s.low, max=s.high).abs().pow(s.exponent)
+        return s.r(torch.where(y > s.threshold, y, torch.maximum(y, s.bound)))[:, 0] @ s.matrix
+
+    arrays = {name: weight(4, 1, 1) for name in ("shift", "low", "high", "exponent", "threshold", "bound")}
+    parts = {"c": nn.Conv2d(3, 4, 1), "b": norm(4), "scale": weight(4, 1, 1, 1), "divisor": weight(1), "matrix": weight(8, 2)}
+    recurrent = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 1, 1))
+    net = Module(forward, **parts, **arrays, r=recurrent).eval()
+    found = weights(trace(net, torch.randn(2, 3, 8, 8)).program)
+    norms = {f"b.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    computed = {"r.bias", "r.parametrizations.weight.original0", "r.parametrizations.weight.original1"}
+    assert found == {"c.weight", "c.bias", "scale", "shift", "matrix", *norms, *computed}
+
+
+# --- what counts ------------------------------------------------------------------------------------------------------------------
+
+
+def answering(*values: float) -> Any:
+    """Runs that give an output of these numbers."""
+    return lambda batch: {"y": np.array(values)}
+
+
+def test_a_run_that_comes_to_nothing_is_drawn_again() -> None:
+    truth = Truth(answering(1.0, 2.0), [{}])
+    nothing, some = answering(np.nan, np.nan), answering(1 + 1e-7, 2 - 1e-7)
+    truth.measure(lambda seed: nothing if seed < 2 else some)
+    assert len(truth.noise["y"].runs) == 3
+    assert truth.noise["y"].rms == pytest.approx(1e-7, rel=1e-6)
+    assert "nan" in truth.noise["y"].problem
+
+
+def test_a_number_that_does_not_come_out_is_left_out() -> None:
+    noise = Noise()
+    want = np.array([1.0, 2.0, 3.0, -np.inf])
+    noise.add([want], [np.array([1 + 1e-7, np.inf, 3 - 1e-7, -np.inf])])
+    noise.add([want], [np.array([1 + 1e-7, 2 + 1e-7, 3 - 1e-7, -np.inf])])
+    assert [run.count for run in noise.runs] == [2, 3]
+    np.testing.assert_allclose(noise.squares[0], [1e-14, 5e-15, 1e-14, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [answering(np.nan, np.nan), answering(1.0, 2.0), lambda batch: {"y": np.zeros(3)}])
+def test_where_nothing_was_measured_the_depth_decides(moved: Any) -> None:
+    """No number, none that moves, another shape: a right fold is told from a wrong one all the same."""
+    truth = Truth(answering(1.0, 2.0), [{}], depth=lambda: 20)
+    truth.measure(lambda seed: moved)
+    scale = truth.scale("y", UNIT)
+    assert scale.silent
+
+    def ratio(error: float) -> float:
+        return function_ratio(truth.compare(answering(1 + error, 2 - error))["y"], truth.noise["y"], scale)
+
+    assert ratio(20 * UNIT) < FUNCTION_LIMIT < ratio(1e-3)
+
+
+def test_a_channel_without_noise_goes_by_the_others() -> None:
+    """Where one weight in twelve moves, none may in one channel."""
+    want, noise = np.ones((2, 4, 8)), np.full((2, 4, 8), 1e-14)
+    noise[:, 3] = 0
+    assert worst_part(want, np.full(want.shape, 1e-7), noise)[0] < 2
+
+
+def test_a_number_that_hangs_on_the_rounding_of_weights_is_inconclusive() -> None:
+    """The root of a difference that is zero before rounding."""
+    net = Net("root", dtype="float32", opset=17)
+    x = net.input("N", 3, 8, 8)
+    kernel, gamma = net.normal(4, 3, 1, 1).astype(np.float32), (0.5 + np.abs(net.normal(4))).astype(np.float32)
+    held = [net.weight(a) for a in (gamma, np.zeros(4), np.zeros(4), np.ones(4))]
+    scale = gamma.astype(np.float64) / np.sqrt(1 + np.float64(np.float32(1e-2)))
+    y = net.bn(net.op("Conv", x, net.weight(kernel)), params=held)
+    other = net.op("Conv", x, net.weight(kernel * scale.reshape(4, 1, 1, 1)))
+    net.output(net.op("Sqrt", net.op("Sub", net.op("Tanh", y), net.op("Tanh", other))))
+    _, report = bnfold.fuse(net.model())
+    assert report.verify is not None
+    assert report.verify.verdict == "inconclusive"
+    assert "moved within their rounding" in report.verify.reason
+
+
+@pytest.mark.parametrize(("depth", "passes"), [(3, False), (121, True)])
+def test_a_few_roundings_of_a_deep_network_are_no_defect(depth: int, passes: bool) -> None:
+    """A reference whose sums happen to be exact errs less than any other of its depth."""
+    truth = Truth(answering(1.0), [{}], depth=lambda: depth)
+    exact, candidate = Tally(), Tally()
+    exact.add(np.array([UNIT]))
+    candidate.add(np.array([9 * UNIT]))
+    ratio = deployed_ratio(candidate, exact, Noise(), Scale(1.0, UNIT, 1, False), truth.roundings())
+    assert (ratio < 2) is passes
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 64, 300])
+def test_a_check_costs_as_much_whatever_comes_out(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = oracle.Oracle.run
+    monkeypatch.setattr(oracle.Oracle, "run", lambda self, feeds: (runs.append(len(next(iter(feeds.values()), []))), run(self, feeds))[1])
+    net = Net("few", dtype="float32", opset=17)
+    y = net.op("Flatten", net.op("GlobalAveragePool", net.relu(net.bn(net.conv(net.input(1, 3, 8, 8), 3, 4), 4))))
+    net.output(net.gemm(y, 4, numbers))
+    bnfold.fuse(net.model())
+    assert sum(runs) <= 6
