@@ -53,14 +53,14 @@ def test_empty_outputs():
     assert (report.verdict, report.reason) == ("inconclusive", "all outputs are empty")
 
 
-def with_gelu(nodes, domain="com.microsoft", op="Gelu"):
+def with_own_operator(nodes, domain="com.microsoft", op="Trilu"):
     next(n for n in nodes if n.name == "node_first_relu").op_type = op
     next(n for n in nodes if n.name == "node_first_relu").domain = domain
 
 
 def test_noise_floor_where_the_oracle_lacks_an_operator():
     def imported(w):
-        made = model("tabular", w, edit=with_gelu)
+        made = model("tabular", w, edit=with_own_operator)
         made.opset_imports["com.microsoft"] = 1
         return made
 
@@ -76,7 +76,7 @@ def test_noise_floor_where_the_oracle_lacks_an_operator():
 
 def test_inconclusive_where_nothing_can_run_the_model():
     def imported(w):
-        made = model("tabular", w, edit=lambda nodes: with_gelu(nodes, "nobody.knows", "Mystery"))
+        made = model("tabular", w, edit=lambda nodes: with_own_operator(nodes, "nobody.knows", "Mystery"))
         made.opset_imports["nobody.knows"] = 1
         return made
 
