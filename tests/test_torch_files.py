@@ -296,6 +296,36 @@ def test_onnx_is_checked_and_keeps_the_dynamic_batch(net: nn.Module) -> None:
     assert bnfold.verify(fused, model, X).verdict == "equivalent"
 
 
+OPEN = "open"
+FLAT: list[nn.Module] = [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("rest", "shape", "axes"),
+    [
+        (FLAT, (2, 1, 8, 8), [OPEN, 1, 8, 8, OPEN, 10]),
+        (FLAT, (1, 1, 8, 8), [OPEN, 1, 8, 8, OPEN, 10]),
+        ([nn.Flatten(2), nn.Linear(64, 3)], (2, 1, 8, 8), [OPEN, 1, 8, 8, OPEN, 4, 3]),
+        ([nn.Linear(6, 3)], (2, 1, 8, 6), [OPEN, 1, OPEN, 6, OPEN, 4, OPEN, 3]),
+        ([nn.MaxPool2d(2)], (2, 1, 8, 8), [OPEN, 1, OPEN, OPEN, OPEN, 4, OPEN, OPEN]),
+        ([nn.PixelUnshuffle(4)], (2, 1, 8, 8), [OPEN, 1, OPEN, OPEN, OPEN, 64, OPEN, OPEN]),
+        ([nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)], (2, 1, 8, 8), [OPEN, 1, OPEN, OPEN, OPEN, 2]),
+    ],
+)
+def test_axes_that_only_one_size_fits_are_fixed_in_onnx(rest: list[nn.Module], shape: tuple[int, ...], axes: list[Any], here: Path) -> None:
+    """torch.export leaves them open where a product of sizes alone is fixed; those that fit multiples of it stay open."""
+    net = lively(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), *rest)).eval()
+    x = torch.randn(*shape)
+    bnfold.save(net, "f.onnx", example=x)
+    model = onnx.load("f.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    infos = (*model.graph.input, *model.graph.output)
+    found = [OPEN if d.dim_param else d.dim_value for info in infos for d in info.type.tensor_type.shape.dim]
+    assert found == axes
+    assert bnfold.verify(net, model, x).verdict != "different"
+
+
 def test_tied_weights_can_be_saved(here: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
     net[2].weight = net[0].weight

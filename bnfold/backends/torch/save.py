@@ -8,7 +8,7 @@ import pickle
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from torch.export import ExportedProgram
 from ...certificate import KEY, attach, text_of
 from ...errors import CheckError, InputError, UnsupportedError, UsageError
 from .checkpoint import RECORD
+from .open_axes import fixed_axes, substituted
 from .surgery import ATTRIBUTE, Surgery
 from .trace import quiet, trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 SUFFIXES = (".pt2", ".onnx", ".safetensors", ".pth", ".bin", ".ckpt", ".pt")
 STATES = (".pth", ".bin", ".ckpt")
@@ -129,9 +133,23 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     assert isinstance(proto, onnx.ModelProto)
     converted = from_proto(proto)
     drop_void_biases(converted)
+    _fix_axes(converted, fixed_axes(traced.program))
     attach(converted, text_of(model))
     checked = check_fold(traced, converted)
     if checked.verdict == "different":
         raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")
     save_onnx(converted, part, force=True)
     load(part)
+
+
+def _fix_axes(model: ir.Model, sizes: dict[str, int]) -> None:
+    """State the size of axes that have one only (see `open_axes`). sizes: by the axis's symbol."""
+    import onnx_ir as ir
+
+    from ..onnx.walk import all_nodes
+
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs, *(v for node in all_nodes(graph) for v in node.outputs)):
+        if value.shape is not None:
+            axes = [n if isinstance(n, int) else n.value for n in value.shape]
+            value.shape = ir.Shape([substituted(n, sizes) if isinstance(n, str) else n for n in axes])
