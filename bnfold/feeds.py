@@ -31,14 +31,11 @@ def random_feeds(
     gives whole shapes by input name.
     """
     wanted = dict(input_shapes or {})
-    for name in wanted.keys() - {spec.name for spec in specs}:
-        raise UsageError(f"--input-shape names {name!r}, which is no input; the model has {listed(spec.name for spec in specs)}")
+    check_shapes(wanted, specs)
     known: dict[str, int] = dict(sizes or {})
     for spec in specs:
         if spec.name in wanted:
             shape = tuple(wanted[spec.name])
-            if len(shape) != len(spec.shape) or any(isinstance(d, int) and d != n for d, n in zip(spec.shape, shape, strict=True)):
-                raise UsageError(f"input {spec.name!r} has shape {shape_text(spec.shape)}; {shape_text(shape)} doesn't fit it")
             known.update({d: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, str)})
         elif spec.shape and isinstance(spec.shape[0], str):
             known.setdefault(spec.shape[0], batch)
@@ -52,6 +49,17 @@ def random_feeds(
         shapes[spec.name] = tuple(wanted.get(spec.name, made))
     rng = np.random.default_rng(seed)
     return {spec.name: _lively(rng, spec, shapes[spec.name], known) for spec in specs}
+
+
+def check_shapes(wanted: Mapping[str, Sequence[int]], specs: Sequence[InputSpec]) -> None:
+    """UsageError unless these shapes that a user asks for, by input name, are some that the inputs take."""
+    by_name = {spec.name: spec for spec in specs}
+    for name, asked in wanted.items():
+        if name not in by_name:
+            raise UsageError(f"--input-shape names {name!r}, which is no input; the model has {listed(by_name)}")
+        stated = by_name[name].shape
+        if len(asked) != len(stated) or any(isinstance(d, int) and d != n for d, n in zip(stated, asked, strict=True)):
+            raise UsageError(f"input {name!r} has shape {shape_text(stated)}; {shape_text(tuple(asked))} doesn't fit it")
 
 
 def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str] = (), *, any_float: bool = False) -> None:

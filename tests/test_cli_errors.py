@@ -64,6 +64,8 @@ NONSENSE = {
     "fuse model.onnx -o out.onnx --input-shape 1,3,x": "--input-shape 1,3,x: not a shape; write it like 1,3,224,224",
     "fuse model.onnx -o out.onnx --input-shape 99999999999999999999,3": "--input-shape 99999999999999999999,3: not a shape",
     "fuse model.onnx -o out.onnx --input-shape z=1,3,8,8": "--input-shape z=1,3,8,8: the model has no input 'z'; its inputs are x",
+    "inspect model.onnx --input-shape 1,4,8,8": "(1, 4, 8, 8) doesn't fit it",
+    "recalibrate model.onnx --data x.npy -o out.onnx --input-shape 1,4,8,8": "(1, 4, 8, 8) doesn't fit it",
     "inspect model.onnx --input-shape z=1,3,8,8": "--input-shape z=1,3,8,8: the model has no input 'z'; its inputs are x",
     "inspect model.onnx --arch-args [1]": "--arch-args [1]: not a JSON object",
     "verify model.onnx": "verify takes two models, REFERENCE CANDIDATE",

@@ -177,6 +177,8 @@ NONSENSE = {
     "inspect whole.pt": (3, "give --trust-pickle if you trust where it comes from"),
     "fuse m.pt2 -o f.pt2 --input-shape z=2,1,8,8": (2, "--input-shape z=2,1,8,8: the model has no input 'z'; its inputs are"),
     "inspect m.pt2 --input-shape z=2,1,8,8": (2, "--input-shape z=2,1,8,8: the model has no input 'z'; its inputs are"),
+    "inspect m.pt2 --input-shape 1,1,9,9": (2, "8, 8); (1, 1, 9, 9) doesn't fit it"),
+    "recalibrate m.pt2 --data x.npy -o f.pt2 --input-shape 1,1,9,9": (2, "8, 8); (1, 1, 9, 9) doesn't fit it"),
     "fuse m.pt2 -o f.pt2 --input-shape 2,1,x": (2, "--input-shape 2,1,x: not a shape"),
     "fuse m.pt2 -o f.safetensors": (2, "f.safetensors: the name must end in .pt2 or .onnx, such as f.pt2"),
     "fuse m.pt2 -o m.pt2": (2, "m.pt2: this is an input"),

@@ -50,13 +50,18 @@ class Shaping:
         if not self.input_shape:
             return None
         from ..backends import is_module
+        from ..feeds import check_shapes
 
-        taken = {spec.name: spec.dtype.name for spec in self.specs(model, example)}
+        specs = self.specs(model, example)
+        taken = {spec.name: spec.dtype.name for spec in specs}
         asked = parse.shapes(self.input_shape, list(taken), "--input-shape")
         for name, shape in asked.items():
             if shape.dtype not in (None, taken[name]) and not is_module(model):
                 raise UsageError(f"--input-shape {name}=...:{shape.dtype}: the model takes {taken[name]} there")
-        return {name: shape.sizes for name, shape in asked.items()}
+        found = {name: shape.sizes for name, shape in asked.items()}
+        if not is_module(model):  # a module is read for the shape that is asked for
+            check_shapes(found, specs)
+        return found
 
     def read(self, model: Any, spec: str | None) -> Any:
         """As `call`, for several steps: the module is read at once, and by none of them again. With nothing to call it with, it isn't."""
