@@ -33,9 +33,11 @@ class Stored:
 
 
 class Constants:
-    def __init__(self, program: ExportedProgram) -> None:
+    """written_to: whether what somebody writes into, without storing it, is no constant."""
+
+    def __init__(self, program: ExportedProgram, *, written_to: bool = True) -> None:
         self._program = program
-        touched = {node for each in program.graph.nodes if mutates(each) for node in written(each)}
+        touched = {node for each in program.graph.nodes if mutates(each) for node in written(each)} if written_to else set()
         changed = set(program.graph_signature.buffers_to_mutate.values())
         self._stored: dict[str, Stored] = {}
         for spec in program.graph_signature.input_specs:

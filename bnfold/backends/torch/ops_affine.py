@@ -240,6 +240,8 @@ def arithmetic(ctx: Lowering, op: Op) -> str | None:
         else:
             ctx.emit("Mul", op, [one, other], {"factors": 2 if name == "mul" else 1})
         return None
+    if not ctx.is_activation(one) and not ctx.is_activation(other):
+        return "it writes into a constant, or what it makes of constants is written into"
     first = ctx.is_activation(one)
     x, argument = (one, "other") if first else (other, "self")
     array, rank = _number(ctx, given[argument]), ctx.rank(op)

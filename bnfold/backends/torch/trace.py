@@ -172,8 +172,10 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
     takes a third of the time in a deep network. Raises UnsupportedError where torch.export can't read it, UsageError where an example is
     needed.
     """
+    from .writing import settled  # it reads what was traced
+
     if isinstance(model, ExportedProgram):
-        return Traced(model, written_out(model, casts=True))
+        return Traced(model, settled(written_out(model, casts=True)))
     if not isinstance(model, nn.Module):
         raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
     evaluation = evaluation and any(module.training for module in model.modules())
@@ -187,7 +189,7 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
         twin.eval()
     call = as_call(model, example if example is not None else known_example(model))
     exported = _exported(twin, model, call, one_size)
-    program = written_out(exported, casts=False)
+    program = settled(written_out(exported, casts=False))
     return Traced(model, program, evaluation, one_size, exported if program is not exported else None)
 
 

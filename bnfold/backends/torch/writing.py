@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
+from .constants import Constants
 from .lower import entangled, functional
 from .trace import quiet
-from .walk import mutates, written
+from .walk import mutates, viewed, written
 from .write_program import graph_copy
 
 
@@ -22,21 +26,60 @@ def without_writing(program: ExportedProgram) -> ExportedProgram:
     if entangled(program):
         return functional(program)
     module, copies = graph_copy(program)
-    place = {op: i for i, op in enumerate(module.graph.nodes)}
-    for op in copies.values():
-        if not mutates(op):
-            continue
-        other = _functional(op)
-        if other is None:
-            return functional(program)
-        for target in written(op):
-            at = place[op]
-            target.replace_all_uses_with(op, delete_user_cb=lambda user, at=at: place[user] > at)  # type: ignore[misc]
-        op.target = other
+    writers = [op for op in copies.values() if mutates(op)]
+    if any(_functional(op) is None for op in writers):
+        return functional(program)
+    for op in writers:
+        _rewrite(op)
     module.recompile()
     with quiet():
         found: ExportedProgram = program._update(module, program.graph_signature)
     return found
+
+
+def settled(program: ExportedProgram) -> ExportedProgram:
+    """The same program without writing into what is computed from its weights alone, such as `(variance + epsilon).rsqrt_()`.
+
+    So that these are constants too. What somebody writes into a stored tensor stays: the next call reads it.
+    """
+    if not any(mutates(op) for op in program.graph.nodes) or entangled(program):
+        return program
+    module: torch.fx.GraphModule | None = None
+    found = program
+    while ops := list(_on_constants(found)):
+        if module is None:
+            module, copies = graph_copy(program)
+            ops = [copies[op] for op in ops]
+        for op in ops:
+            _rewrite(op)
+        module.recompile()
+        with quiet():
+            found = program._update(module, program.graph_signature)
+    return found
+
+
+def _on_constants(program: ExportedProgram) -> Iterator[Op]:
+    """The operators that write into what is computed from weights alone, by what is too."""
+    constants = Constants(program, written_to=False)
+    for op in program.graph.nodes:
+        if not mutates(op) or not all(map(constants.is_constant, op.all_input_nodes)) or _functional(op) is None:
+            continue
+        root = op.args[0]
+        while (source := viewed(root)) is not None:
+            root = source
+        if constants.stored(root) is None and root.op == "call_function":
+            yield op
+
+
+def _rewrite(op: Op) -> None:
+    """Let an operator that writes into its first argument give a new tensor, which all behind it read."""
+    other = _functional(op)
+    assert other is not None
+    behind = set(itertools.takewhile(lambda each: each is not op, reversed(op.graph.nodes)))
+    target = op.args[0]
+    assert isinstance(target, Op)
+    target.replace_all_uses_with(op, delete_user_cb=behind.__contains__)
+    op.target = other
 
 
 def _functional(op: Op) -> torch._ops.OpOverload | None:
