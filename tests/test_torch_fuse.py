@@ -763,3 +763,43 @@ def test_fused_layers_of_quantisation_aware_training_stay() -> None:
     report = bnfold.inspect(net.apply(quantization.disable_observer).eval(), example=x)
     assert report.batchnorms.after == 1
     assert "its weight is rounded by" in report.layers[0].reason
+
+
+# --- values that are computed from weights alone, and written into ------------------------------------------------------------------
+
+
+def row(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1, -1, 1, 1)
+
+
+WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "(variance + epsilon).rsqrt_()": lambda s, x: (x - row(s.m)) * ((row(s.v) + 1e-3).rsqrt_() * row(s.g)) + row(s.m),
+    "several in a row": lambda s, x: x * (row(s.v) + 1e-3).rsqrt_().mul_(row(s.g)).neg_(),
+    "a power of another schema": lambda s, x: x * (row(s.v) + 1).pow_(-0.5),
+    "a number from it": lambda s, x: x - torch.rsub((row(s.v) + 0).mul_(2), 1),
+    "filled": lambda s, x: x * (row(s.v) + 0).fill_(2.0),
+    "through a view": lambda s, x: x * row(s.v.clone().view(2, 2).mul_(2).view(-1)),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_into_a_computed_constant(name: str) -> None:
+    parts = {"v": torch.rand(4) + 0.5, "m": torch.randn(4), "g": torch.rand(4) + 0.5}
+    forward = WRITTEN[name]
+    model = Net(lambda s, x: forward(s, s.b(s.c(x))), c=nn.Conv2d(3, 4, 3), b=norm(4), **parts).eval()
+    (_, report), (program, other) = folded(model, IMAGE)
+    assert not kept(report)
+    assert not kept(other)
+    assert not any("mul." in str(op.target) or "sub." in str(op.target) for op in program.graph.nodes)
+
+
+def test_what_is_written_into_a_stored_tensor_stays() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        s.v.mul_(1.5)  # the next call reads it
+        return s.b(s.c(x)) * row(s.v)  # type: ignore[no-any-return]
+
+    model = Net(forward, c=nn.Conv2d(3, 4, 3), b=norm(4), v=torch.ones(4)).eval()
+    program = torch.export.export(model, (IMAGE,), strict=False)
+    result, _ = bnfold.fuse(program, example=IMAGE, check=False)
+    module = result.module()
+    torch.testing.assert_close(1.5 * module(IMAGE), module(IMAGE))

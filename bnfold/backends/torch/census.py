@@ -13,7 +13,7 @@ from ...graph import Site
 from .lower import Lowering
 from .places import ModuleHost
 from .regions import inner_operators, kind_of
-from .walk import arguments, frame, operator_name
+from .walk import arguments, frame, is_batchnorm
 
 BODIES = {
     "cond": "a branch of torch.cond",
@@ -44,12 +44,6 @@ def held(ctx: Lowering, met: Collection[Op]) -> list[Held]:
 def operators(sites: Iterable[Site]) -> set[Op]:
     """Those that the sites stand for."""
     return {op for site in sites for node in site.nodes for op in (node.native.group or [node.native.op])}
-
-
-def is_batchnorm(op: Op) -> bool:
-    from .ops import BATCHNORMS  # the table reads this
-
-    return operator_name(op) in BATCHNORMS
 
 
 def _operators(ctx: Lowering) -> list[Op]:

@@ -8,8 +8,9 @@ num_batches_tracked and momentum, which matter to further training alone, stay a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,14 +30,14 @@ from ...selection import Select, every
 from ...stages import Call, Operation, cut
 from .census import held
 from .constants import Constants, as_float64
+from .freeze import frozen
 from .lockstep_stage import Held, TorchStage, parts
 from .lower import Lowering
-from .ops import BATCHNORMS
 from .ops_affine import frozen_chains
 from .pointwise import passes, read
 from .run import Oracle, device_of
 from .trace import NUMPY, Traced, duplicate, to_tensor, trace
-from .walk import arguments, elements, frame, is_float, is_tensor, operator_name
+from .walk import arguments, elements, frame, in_training, is_batchnorm, is_float, is_tensor, operator_name
 from .write_program import copy_program
 from .writing import without_writing
 
@@ -67,13 +68,24 @@ def plan_of(
     Raises NothingToDoError (no BatchNorm to measure), UnsupportedError (a size that the data decide), DeviceError.
     """
     traced = trace(model, example, evaluation=True, one_size=one_size)
-    return TorchPlan(traced, device_of(device), select, freeze)
+    said: dict[str, str] = {}
+    if freeze and isinstance(model, ExportedProgram):
+        program, said = frozen(traced.program, select)
+        traced = Traced(program, program) if said else traced
+    return TorchPlan(traced, device_of(device), select, freeze, said)
 
 
 class TorchPlan:
-    """A model cut into stages (see `bnfold.recalibrate.Plan`). The model isn't touched."""
+    """A model cut into stages (see `bnfold.recalibrate.Plan`). The model isn't touched. said: notes on layers, by their names."""
 
-    def __init__(self, traced: Traced, device: torch.device, select: Select = every, freeze: bool = False) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        device: torch.device,
+        select: Select = every,
+        freeze: bool = False,
+        said: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.device = device
         self.specs = traced.specs
         self._traced = traced
@@ -89,6 +101,7 @@ class TorchPlan:
         self.frozen: set[int] = set()  # layers that came without statistics
         self._calls: list[Call[Op, Op]] = []
         self._find(traced)
+        self.notes += [text for name, text in said.items() if any(layer.name == name for layer in self.layers)]
         if not self._calls:
             why = "; ".join(self.notes) or ("the model holds no BatchNorm" if select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
@@ -162,7 +175,7 @@ class TorchPlan:
                 source = next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
                 if not self._select(owner or op.name):
                     continue
-            elif operator_name(op) in BATCHNORMS and not self.constants.is_constant(op):
+            elif is_batchnorm(op) and not self.constants.is_constant(op):
                 met.add(op)
                 given = arguments(op)
                 if not self._select(frame(op) or op.name):
@@ -200,8 +213,11 @@ class TorchPlan:
         if not self._is_stored(key[0]):
             self.frozen.add(place)
             self.notes.append(f"{name} had no statistics: it normalised each batch by itself")
-            channels = int(op.meta["val"].shape[1])
+            channels = int(arguments(op)["input"].meta["val"].shape[1])
             return Layer(name, np.zeros(channels), np.ones(channels))
+        owner = None if isinstance(self._model, ExportedProgram) else self._model.get_submodule(key[0].rpartition(".")[0])
+        if self._freeze and owner is not None and owner.training:
+            self.notes.append(f"{name} was in training mode, and has statistics of its own now")
         mean, variance = (as_float64(self.held.stored(each)) for each in key)
         return Layer(name, mean, variance)
 
@@ -216,8 +232,15 @@ class TorchPlan:
             if not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 return "it has none, and there is no module here that could keep them"
             return None
-        if given.get("training", given.get("train", False)):
-            return "it is in training mode: it normalises each batch by itself"
+        if in_training(op):
+            if not isinstance(self._model, ExportedProgram):
+                return "its code has it in training mode even in evaluation: it normalises each batch by itself"
+            why = (
+                "the statistics of each batch are used elsewhere in the program"
+                if self._freeze
+                else "--freeze gives it statistics of its own"
+            )
+            return f"it is in training mode: it normalises each batch by itself ({why})"
         if None in stored:
             return "they are computed"
         return None if is_float(given["input"]) else "its input isn't floating point"
@@ -284,8 +307,9 @@ class TorchPlan:
     def _dtype(self, layer: int) -> torch.dtype:
         """The type of a layer's parameters, or, where it has none, that of what it normalises."""
         op = next(call.node for call in self._calls if call.layer == layer)
-        weight = arguments(op).get("weight")
-        found: torch.dtype = (op if weight is None else weight).meta["val"].dtype
+        given = arguments(op)
+        weight = given.get("weight")
+        found: torch.dtype = (given.get("input", op) if weight is None else weight).meta["val"].dtype
         return found
 
     def _forget(self, layer: int) -> None:
@@ -313,6 +337,13 @@ class TorchPlan:
                     _give(owner, attribute, tensor)
                 else:
                     buffer.copy_(tensor.reshape(buffer.shape))
+        if self._freeze:
+            for mean, _ in self._names:
+                if mean in self._new:
+                    owner = module.get_submodule(mean.rpartition(".")[0])
+                    owner.training = False
+                    if isinstance(owner, nn.modules.batchnorm._BatchNorm):
+                        owner.eval()  # an activation of its own too
         return module
 
 

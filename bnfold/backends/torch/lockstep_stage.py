@@ -19,10 +19,9 @@ from ...recalibrate import NOTHING, Reading, Values
 from ...stages import Cut
 from .constants import Constants
 from .moments import Meter
-from .ops import BATCHNORMS
 from .regions import AUTOCAST, under
 from .trace import to_numpy, to_tensor
-from .walk import arguments, is_tensor, operator_name, viewed
+from .walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, operator_name, viewed
 
 # Operators with a form that writes into its input, for an input that nobody else reads.
 IN_PLACE: dict[Any, Any] = {
@@ -74,11 +73,16 @@ class Held:
         return self._values[op]
 
     def _compute(self, op: Op) -> Any:
+        found: Any
         if op.op == "placeholder":
             target = self._targets[op.name]
-            return self._new[target] if target in self._new else self.stored(target).detach().to(self.device)
+            if target in self._new:
+                return self._new[target]
+            found = self.stored(target).detach()
+            trains = any(is_batchnorm(user) and in_training(user) for user in op.users)  # that one writes into it
+            return found.clone().to(self.device) if trains else found.to(self.device)
         if op.op == "get_attr":
-            found: Any = self._program.graph_module
+            found = self._program.graph_module
             for name in str(op.target).split("."):
                 found = getattr(found, name)
             return found.detach().to(self.device) if isinstance(found, Tensor) else found
@@ -117,15 +121,15 @@ def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
 def normalising(op: Op, held: Held, moments: Moments) -> Callable[[Value], Any]:
     """What runs a BatchNorm with given statistics, out of training mode. Gives what the operator gives, as far as anyone reads it."""
     given = arguments(op)
-    epsilon = float(given.get("eps", given.get("epsilon", 1e-5)))
+    eps = epsilon(given)
 
     def run(value: Value) -> Any:
         x = value(given["input"])
         scale, shift = (None if given.get(name) is None else value(given[name]) for name in ("weight", "bias"))
         kind = scale.dtype if scale is not None else torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         mean, variance = (torch.from_numpy(each).to(x.device, kind) for each in (moments.mean, moments.variance()))
-        out = torch.batch_norm(x, scale, shift, mean, variance, False, 0.0, epsilon, False)
-        return out if is_tensor(op) else (out, mean, (variance + epsilon).rsqrt())
+        out = torch.batch_norm(x, scale, shift, mean, variance, False, 0.0, eps, False)
+        return out if is_tensor(op) else (out, mean, (variance + eps).rsqrt())
 
     return run
 
@@ -198,7 +202,7 @@ class TorchStage:
         for i, (op, layer) in self._calls.items():
             if i not in own:
                 continue
-            if operator_name(op) in BATCHNORMS:
+            if is_batchnorm(op):
                 steps[op] = normalising(op, self._held, own[i])
             else:  # several calls of one in a micro-batch are pooled
                 chains[layer] = chains[layer] + own[i] if layer in chains else own[i]

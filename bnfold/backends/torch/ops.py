@@ -27,19 +27,9 @@ from .ops_crossing import (
     windowed,
 )
 from .ops_moves import MOVES
+from .walk import BATCHNORMS
 
 DIMS = ("1d", "2d", "3d")
-
-BATCHNORMS = (
-    "batch_norm",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_no_update",
-    "_batch_norm_with_update",
-)
 
 OPERATORS: dict[str, Lower] = {
     # the sites

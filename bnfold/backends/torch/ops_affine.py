@@ -10,7 +10,7 @@ from torch.fx import Node as Op
 from ...affine import Affine, Array
 from ...graph import Layout, Norm, Param
 from .lower import Lowering, Slot, vector
-from .walk import arguments, frame, frames, is_float, operator_name
+from .walk import arguments, epsilon, frame, frames, in_training, is_float, operator_name
 
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 STATISTICS = ("running_mean", "running_var")
@@ -25,7 +25,7 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
     out = op if is_float(op) else items.get(0)
     if out is None:
         return "its output isn't used"
-    training = given.get("training", given.get("train", False)) or operator_name(op) == "_batch_norm_with_update"
+    training = in_training(op)
     rank, channels = ctx.rank(x), int(x.meta["val"].shape[1])
     constants = [ctx.const(given["weight"]), ctx.const(given["bias"]), *map(ctx.const, stats)]
     refusal = None
@@ -38,7 +38,7 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
     elif constants[2] is None or constants[3] is None:
         refusal = "its running statistics are not constants"
     else:
-        refusal = _sick(constants, float(given["eps"]))
+        refusal = _sick(constants, epsilon(given))
     key, name = _identity(ctx, op, stats)
     if refusal is not None:
         ctx.barrier(op, refusal)
@@ -47,7 +47,7 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
     mean, var = (vector(np.asarray(c), rank) for c in constants[2:])
     params: dict[str, Param] = {}
     slots: dict[str, Slot | str] = {}
-    gain = 1 / np.sqrt(var + float(given["eps"]))
+    gain = 1 / np.sqrt(var + epsilon(given))
     shift = np.zeros(())
     for role, argument in (("gamma", "weight"), ("beta", "bias")):
         param = ctx.param(op, given[argument], vector(np.zeros(channels), rank).shape) if isinstance(given[argument], Op) else None
@@ -67,7 +67,7 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
     dead = 0 if constants[0] is None else int((constants[0] == 0).sum())
     ones, zeros = np.ones(channels), np.zeros(channels)
     vectors = [default if c is None else np.ravel(c) for c, default in zip(constants, (ones, zeros, zeros, ones), strict=True)]
-    norm = Norm(vectors[0], vectors[1], vectors[2], vectors[3], float(given["eps"]))
+    norm = Norm(vectors[0], vectors[1], vectors[2], vectors[3], epsilon(given))
     attrs = {"gain": gain, "mean": mean, "shift": shift, "dead": dead, "norm": norm}
     made = ctx.emit("Affine", op, [x], attrs, params, slots, output=None if out is op else out)
     ctx.done.update(items.values())

@@ -23,7 +23,7 @@ from ...errors import DataError, DeviceError, UnsupportedError, UsageError
 from ...feeds import check_feeds
 from ...subject import Placement
 from .trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
-from .walk import FLOATS, dtype_of, is_tensor, mutates, operator_name
+from .walk import FLOATS, dtype_of, in_training, is_batchnorm, is_tensor, mutates, operator_name, written
 from .weights import weights
 from .widen import call, reads_bits, widened, writes_bits
 
@@ -102,12 +102,12 @@ class Session:
 
                 program = move_to_device_pass(program, str(self.device))
             module: nn.Module = program.module()
-            if jitter is not None:
+            if jitter is not None or _updates(traced.program):
                 module = duplicate(module)
         else:
             module = traced.model
             there = all(t.device == self.device for t in (*module.parameters(), *module.buffers()))
-            if jitter is not None or not there:
+            if jitter is not None or not there or any(each.training for each in module.modules()):
                 module = duplicate(module).to(self.device)
         if jitter is not None:
             _move_weights(module, weights(traced.program), jitter)
@@ -240,6 +240,14 @@ class _ExactBody(Interpreter):
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = super().get_attr(target, args, kwargs)
         return _ExactBody(found).run if isinstance(found, GraphModule) else _own(found)
+
+
+def _updates(program: ExportedProgram) -> bool:
+    """Whether a program writes into its buffers when it runs, such as running statistics in training mode."""
+    held = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
+    written_to = {each.name for op in program.graph.nodes if mutates(op) for each in written(op)}
+    trained = any(is_batchnorm(op) and in_training(op) for op in program.graph.nodes)
+    return trained or bool(program.graph_signature.buffers_to_mutate) or not held.isdisjoint(written_to)
 
 
 def inner(traced: Traced) -> list[Op]:

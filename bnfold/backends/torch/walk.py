@@ -15,6 +15,21 @@ FAKE_QUANTISERS = re.compile(r"(fake_quantize|fake_quant$|_obs_fq_|(?<!de)quanti
 RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
 
 
+BATCHNORMS = (
+    "batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update",
+    "_batch_norm_with_update_functional",
+    "_batch_norm_impl_index",
+)
+
+
 def operator_name(node: Node) -> str:
     """ "relu" for aten.relu.default and for aten.relu_.default; "" for what is no ATen operator."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
@@ -134,6 +149,21 @@ def views(root: Node) -> set[Node]:
                 found.add(user)
                 stack.append(user)
     return found
+
+
+def is_batchnorm(node: Node) -> bool:
+    return operator_name(node) in BATCHNORMS
+
+
+def in_training(node: Node) -> bool:
+    """Whether a BatchNorm normalises each batch by itself."""
+    given = arguments(node)
+    return bool(given.get("training", given.get("train", False))) or operator_name(node).startswith("_batch_norm_with_update")
+
+
+def epsilon(given: dict[str, Any]) -> float:
+    """That of a BatchNorm, by its arguments."""
+    return float(given["eps"] if "eps" in given else given["epsilon"])
 
 
 def frames(node: Node) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node as Op
 
 from ...graph import Graph, Node
@@ -68,7 +68,6 @@ class _Writer:
         self.state = dict(ctx.program.state_dict)
         self.constants = dict(ctx.program.constants)
         self.idle = {op for op in self.graph.nodes if not op.users}
-        self.first = next(op for op in self.graph.nodes if op.op == "placeholder")
         self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
         self.notes: dict[Node, str] = {}
         self.made: dict[str, list[int]] = {}  # bytes of the new tensors made of an old one
@@ -140,17 +139,9 @@ class _Writer:
             tensor = laid_out(tensor, old.meta["val"])
         stem = stored.target if stored is not None else f"{_path(native)}.{role}"
         target = _free(stem, {*self.state, *self.constants})
-        name = _free("p_" + re.sub(r"\W", "_", target), {op.name for op in self.graph.nodes})
-        with self.graph.inserting_before(self.first):
-            made: Op = self.graph.placeholder(name)
-        mode = next(v.fake_mode for op in self.graph.nodes if isinstance(v := op.meta.get("val"), Tensor) and hasattr(v, "fake_mode"))
-        made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-        made.meta["tensor_meta"] = {}
+        made = placeholder(self.graph, self.signature, tensor, target, InputKind.PARAMETER)
         trained = stored.tensor.requires_grad if stored is not None and isinstance(stored.tensor, torch.nn.Parameter) else True
         self.state[target] = torch.nn.Parameter(tensor, requires_grad=trained and tensor.is_floating_point())
-        spec = InputSpec(InputKind.PARAMETER, TensorArgument(made.name), target, None)
-        order = [op.name for op in self.graph.nodes if op.op == "placeholder"]
-        self.signature.input_specs.insert(order.index(made.name), spec)
         if stored is not None:
             self.made.setdefault(stored.target, []).append(tensor.nbytes)
         self.copies[made] = made
@@ -241,6 +232,21 @@ class _Writer:
         with quiet():
             found: ExportedProgram = self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
         return found
+
+
+def placeholder(graph: torch.fx.Graph, signature: ExportGraphSignature, tensor: Tensor, target: str, kind: InputKind) -> Op:
+    """A new input of a graph, for a tensor that its program is to hold under this name."""
+    stem = ("p_" if kind == InputKind.PARAMETER else "b_") + re.sub(r"\W", "_", target)
+    values = [op.meta.get("val") for op in graph.nodes]
+    with graph.inserting_before(next(op for op in graph.nodes if op.op == "placeholder")):
+        made: Op = graph.placeholder(_free(stem, {op.name for op in graph.nodes}))
+    mode = next(v.fake_mode for v in values if isinstance(v, Tensor) and hasattr(v, "fake_mode"))
+    made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    made.meta["tensor_meta"] = {}
+    order = [op.name for op in graph.nodes if op.op == "placeholder"]
+    spec = InputSpec(kind, TensorArgument(made.name), target, True if kind == InputKind.BUFFER else None)
+    signature.input_specs.insert(order.index(made.name), spec)
+    return made
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:

@@ -89,5 +89,8 @@ def _functional(op: Op) -> torch._ops.OpOverload | None:
     if written(op) != [op.args[0]]:
         return None
     packet = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
-    found: torch._ops.OpOverload | None = getattr(packet, target._overloadname, None)
-    return found
+    forms = (
+        [] if packet is None else [getattr(packet, name) for name in (target._overloadname, *packet.overloads()) if hasattr(packet, name)]
+    )
+    taken = [(a.name, str(a.type)) for a in target._schema.arguments]  # pow.Scalar takes other arguments than pow_.Scalar
+    return next((form for form in forms if [(a.name, str(a.type)) for a in form._schema.arguments] == taken), None)
