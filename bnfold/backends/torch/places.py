@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree as pytree
 
 from ...graph import AS_STORED
 from .constants import Constants
@@ -88,9 +89,9 @@ class ModuleHost:
     def __init__(self, module: nn.Module, program: ExportedProgram, constants: Constants, example: Call | None) -> None:
         self._constants, self._program, self._example, self._root = constants, program, example, module
         self._modules = dict(module.named_modules(remove_duplicate=False))
-        self._first: dict[int, str] = {}  # the first of the names that a module has
+        self._names: dict[int, list[str]] = {}  # all names that a module has
         for path, each in self._modules.items():
-            self._first.setdefault(id(each), path)
+            self._names.setdefault(id(each), []).append(path)
         self._inside: dict[str, list[Node]] = {}  # the operators in each module's forward, those of its children included
         for node in program.graph.nodes:
             for path in dict.fromkeys(map(self.canonical, frames(node)) if node.op == "call_function" else ()):
@@ -111,7 +112,52 @@ class ModuleHost:
     def canonical(self, path: str) -> str:
         """One name for a module that is registered under several."""
         module = self._modules.get(path)
-        return path if module is None else self._first[id(module)]
+        return path if module is None else self._names[id(module)][0]
+
+    def own(self, path: str) -> str:
+        """The name at which a layer can have weights of its own: each of several, where its calls go by names that lead to it alone."""
+        module = self._modules.get(path)
+        if module is None or len(self._names[id(module)]) == 1:
+            return path
+        return path if self._divisible[id(module)] else self.canonical(path)
+
+    def called(self, path: str) -> set[str]:
+        """The names by which a module is called."""
+        return self._called.get(id(self._modules.get(path)), set())
+
+    @cached_property
+    def _called(self) -> dict[int, set[str]]:
+        found: dict[int, set[str]] = {}
+        for node in self._program.graph.nodes:
+            for path in frames(node) if node.op == "call_function" else ():
+                if path in self._modules:
+                    found.setdefault(id(self._modules[path]), set()).add(path)
+        return found
+
+    @cached_property
+    def _divisible(self) -> dict[int, bool]:
+        """For each module of several names whether every one by which it is called can get a copy."""
+        found = {}
+        for key, names in self._names.items():
+            module = self._modules[names[0]]
+            parents = {".".join(parts[:i]) for name in self._called.get(key, ()) for parts in [name.split(".")] for i in range(len(parts))}
+            alone = all(len(self._names[id(self._modules[parent])]) == 1 for parent in parents)
+            leaf = not module._modules and not module._buffers
+            found[key] = alone and leaf and key not in self._held and not self._read_from_outside(module)
+        return found
+
+    @cached_property
+    def _held(self) -> set[int]:
+        """Modules that others hold in another way than by a name: in a list, say."""
+        values = [value for module in self._modules.values() for name, value in vars(module).items() if name != "_modules"]
+        return {id(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, nn.Module)}
+
+    def _read_from_outside(self, module: nn.Module) -> bool:
+        """Whether code other than the module's own reads its parameters."""
+        own = {parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None}
+        stored = ((node, self._constants.stored(node)) for node in self._program.graph.nodes)
+        readers = (user for node, each in stored if each is not None and each.tensor.data_ptr() in own for user in node.users)
+        return any(self._modules.get(frame(user)) is not module for user in readers)
 
     def weight(self, op: Node, argument: Node) -> Place | Node | None:
         stored = self._constants.stored(argument)
@@ -127,7 +173,7 @@ class ModuleHost:
 
     def _own_name(self, op: Node, argument: Node) -> Place | None:
         """The name that a stored tensor has in the module in whose forward the operator stands."""
-        stored, path = self._constants.stored(argument), self.canonical(frame(op))
+        stored, path = self._constants.stored(argument), self.own(frame(op))
         owner = self._modules.get(path)
         for name, own in owner._parameters.items() if owner is not None and stored is not None else ():
             if own is not None and own.shape == stored.tensor.shape and own.data_ptr() == stored.tensor.data_ptr():  # type: ignore[union-attr]
@@ -227,7 +273,7 @@ class ModuleHost:
 
     def bias(self, op: Node, weight: Place | Node) -> Place | Node | None:
         assert isinstance(weight, Place)
-        path = self.canonical(frame(op))
+        path = self.own(frame(op))
         owner = self._modules.get(weight.owner)
         if owner is None or getattr(owner, "bias", self) is not None or "bias" in owner._buffers:
             return None
@@ -247,7 +293,7 @@ class ModuleHost:
                 continue
             found = self._derived(op, weight) if self._constants.stored(weight) is None else None
             place = self.weight(op, weight) if found is None else found[0]
-            path = self.canonical(frame(op))
+            path = self.own(frame(op))
             inner = isinstance(place, Place) and f"{place.owner}.".startswith(f"{path}." if path else "")
             if not isinstance(place, Place) or not inner or getattr(self._modules.get(place.owner), "bias", self) is not None:
                 continue

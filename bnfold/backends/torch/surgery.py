@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
 from ...errors import ModelError
-from .trace import duplicate
+from .trace import duplicate, shared_twin
 
 ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 
@@ -22,6 +22,8 @@ ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 class Surgery:
     """Changes by the qualified names of modules.
 
+    divided: names of a layer with several that got a copy of their own.
+    untied: names of parameters that shared one, and have their own now.
     replaced: BatchNorms that are gone, each with the names of its own modules that stay (an activation), none for an Identity.
     merged: branches whose weights went into another branch of their sum, each with whether it must keep its shape.
     plain: layers whose subclass computed its weight in each call, now of torch's own class.
@@ -31,6 +33,8 @@ class Surgery:
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
+    divided: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
     replaced: dict[str, list[str]] = field(default_factory=dict)
     merged: dict[str, bool] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
@@ -84,6 +88,14 @@ def rebuild(module: nn.Module, surgery: Surgery) -> nn.Module:
 
 def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
     """The same, in place."""
+    for path in surgery.divided:
+        parent, _, child = path.rpartition(".")
+        setattr(_at(module, parent), child, shared_twin(_at(module, path)))
+    for target in surgery.untied:
+        path, _, attribute = target.rpartition(".")
+        held = _at(module, path)._parameters
+        if (own := held.get(attribute)) is not None:
+            held[attribute] = nn.Parameter(own.detach().clone(), own.requires_grad)
     for path in surgery.plain:
         replace(module, path, plain(_at(module, path)))
     for target, how in surgery.fixed.items():

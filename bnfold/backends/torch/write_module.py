@@ -16,7 +16,7 @@ from ...merge import Merge
 from ...rounding import lost, rounded
 from .constants import Constants
 from .lower import Lowering, Native
-from .places import Place
+from .places import ModuleHost, Place
 from .removal import Removal, fills, unit_variance
 from .surgery import Surgery, restructure
 from .trace import NUMPY, duplicate, laid_out, to_tensor
@@ -55,6 +55,8 @@ def write_module(
         if param.tensor is None:
             surgery.biases[place.owner] = list(array.shape)
         made[place.target] = to_tensor(np.ascontiguousarray(array))
+    assert isinstance(ctx.host, ModuleHost)
+    made = _divided(ctx.host, surgery, made)
     for site, removal in removed.items():
         if removal.path is not None:
             surgery.replaced[removal.path] = list(removal.kept)
@@ -72,7 +74,7 @@ def write_module(
         surgery.keys[name] = name if name in after else stands if stands in after else None
     for target, tensor in made.items():
         _set(result, target, tensor)
-    added = _tie_again(result, tied, made)
+    surgery.untied, added = _tie_again(result, tied, made)
     for removal in removed.values():
         for call in removal.calls:
             _make_identity(ctx.constants, result, call)
@@ -97,24 +99,58 @@ def _output(node: Node) -> Op:
     return native.output if native.output is not None else native.op
 
 
-def _tied(module: nn.Module) -> dict[str, str]:
-    """For each name under which a parameter stands for at least the second time, the first."""
-    first: dict[int, str] = {}
-    named = ((name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False))
-    return {name: known for name, known in named if name != known}
-
-
-def _tie_again(root: nn.Module, tied: Mapping[str, str], made: Mapping[str, Tensor]) -> int:
-    """Let names that shared a parameter share the new one where it is the same for both; the bytes that the others add."""
-    added = 0
-    for name in made.keys() & tied.keys():
-        first, tensor = tied[name], made[name]
-        if first in made and made[first].shape == tensor.shape and torch.equal(made[first], tensor):
-            owner, other = (root.get_submodule(Place(each).owner) for each in (name, first))
-            owner._parameters[Place(name).attribute] = other._parameters[Place(first).attribute]
+def _divided(host: ModuleHost, surgery: Surgery, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new tensors by name, where the names of one layer that change alike are one, and the others are to get copies of their own."""
+    found = dict(made)
+    layers: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for target, tensor in made.items():
+        path, attribute = Place(target).owner, Place(target).attribute
+        if host.own(path) == path and (path != host.canonical(path) or len(host.called(path)) > 1):
+            layers.setdefault(host.canonical(path), {}).setdefault(path, {})[attribute] = tensor
+    for first, by_name in layers.items():
+        one, *others = by_name.values()
+        if by_name.keys() == host.called(first) and all(_alike(one, other) for other in others):
+            for path in by_name:
+                for attribute in one:
+                    del found[f"{path}.{attribute}"]
+                size = surgery.biases.pop(path, None)
+                if size is not None:
+                    surgery.biases[first] = size
+            found |= {f"{first}.{attribute}": tensor for attribute, tensor in one.items()}
         else:
-            added += tensor.nbytes
-    return added
+            surgery.divided += by_name
+    return found
+
+
+def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[k].shape == other[k].shape and torch.equal(one[k], other[k]) for k in one)
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _tie_again(root: nn.Module, tied: Sequence[Sequence[str]], made: Mapping[str, Tensor]) -> tuple[list[str], int]:
+    """Let names that shared a parameter share the new one where it is the same for them; who no longer does, and the bytes added."""
+    untied: list[str] = []
+    added = 0
+    for names in tied:
+        left: dict[int, nn.Parameter] = {}
+        for name in names:
+            owner = root.get_submodule(Place(name).owner)
+            new = owner._parameters.get(Place(name).attribute)
+            if new is None:
+                continue
+            same = next((p for p in left.values() if name in made and p.shape == new.shape and torch.equal(p, new)), new)
+            owner._parameters[Place(name).attribute] = same
+            left[id(same)] = same
+            untied += [name] if same is not next(iter(left.values())) else []
+        added += sum(p.nbytes for p in list(left.values())[1:])
+    return untied, added
 
 
 def _set(root: nn.Module, target: str, tensor: Tensor) -> None:
