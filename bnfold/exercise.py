@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import UnsupportedError, UsageError
 from .feeds import whole_numbers
+from .sides import Renamed, kind_of, last_name
 from .subject import Port, Subject
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def interface_difference(reference: Subject, candidate: Subject) -> str:
                 return reason
         if more := by_name.keys() - {port.name for port in want}:
             return f"the candidate has an {what} more, {min(more)!r}"
-        if [port.name for port in want] != [port.name for port in have]:
+        if kind_of(reference) == kind_of(candidate) and [port.name for port in want] != [port.name for port in have]:
             return f"the {what}s come in another order: {', '.join(port.name for port in have)}"
     defaults = {port.name: port for port in theirs[1]}
     for port in mine[1]:
@@ -45,6 +46,32 @@ def interface_difference(reference: Subject, candidate: Subject) -> str:
         if reason := _ports("input", port, defaults[port.name]):
             return reason
     return ""
+
+
+def interface_notes(reference: Subject, candidate: Subject) -> tuple[str, ...]:
+    """What a caller of the candidate has to know, though it computes the same."""
+    notes = []
+    own = [candidate.own_inputs, candidate.own_outputs] if isinstance(candidate, Renamed) else [{}, {}]
+    mine, theirs = reference.ports(), candidate.ports()
+    for what, names, want, have in (("input", own[0], mine[0], theirs[0]), ("output", own[1], mine[2], theirs[2])):
+        said = {name: last_name(name) for pair in names.items() for name in pair}
+        moved = [(name, other) for name, other in names.items() if name != other and not (said[name] and said[name] == said[other])]
+        if moved and (len(names) > 1 or moved[0][0] != "output"):
+            pairs = ", ".join(f"{name!r} with {other!r}" for name, other in moved)
+            notes.append(f"the candidate's {what}s have other names, and are paired by their places: {pairs}")
+        if [port.name for port in want] != [port.name for port in have]:
+            order = ", ".join(names.get(port.name, port.name) for port in have)
+            notes.append(f"the candidate's {what}s come in another order, and are paired by their names: {order}")
+    by_name = {port.name: port.shape for port in theirs[0]}
+    for port in mine[0]:
+        axes = list(enumerate(zip(port.shape or (), by_name.get(port.name) or (), strict=False)))
+        for fixed, opened, place in (("candidate", "reference", 1), ("reference", "candidate", 0)):
+            known = [(axis, sizes[place], sizes[1 - place]) for axis, sizes in axes]
+            found = [(axis, size) for axis, size, other in known if isinstance(size, int) and not isinstance(other, int)]
+            if found:
+                told = ", ".join(f"axis {axis} to {size}" for axis, size in found)
+                notes.append(f"input {port.name!r} is open in the {opened}, and fixed in the {fixed}: {told}")
+    return tuple(notes)
 
 
 def _ports(what: str, want: Port, have: Port) -> str:

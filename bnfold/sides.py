@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def sides(
     first, second = made
     assert first is not None
     assert second is not None
-    names = [_positions(first.ports()[i], second.ports()[i]) if i == 0 or mixed else {} for i in (0, 2)]
+    names = [_paired(first.ports()[i], second.ports()[i]) if i == 0 or mixed else {} for i in (0, 2)]
     renamed = any(mine != theirs for each in names for mine, theirs in each.items())
     return first, Renamed(second, *names) if renamed else second, batches
 
@@ -104,12 +105,37 @@ def peeked(batches: Any) -> tuple[Any, Any]:
     return next(iter(batches), None), batches
 
 
-def _positions(mine: list[Port], theirs: list[Port]) -> dict[str, str]:
-    """For each name of the reference's the candidate's: its own where there is one, else what stands at the same place."""
-    names = [port.name for port in theirs]
-    if len(mine) != len(theirs) or {port.name for port in mine} == set(names):
+def _paired(mine: list[Port], theirs: list[Port]) -> dict[str, str]:
+    """For each name of the reference's the candidate's: the same where there is one, else what stands at the same place among the rest."""
+    if len(mine) != len(theirs) or {port.name for port in mine} == {port.name for port in theirs}:
         return {}
-    return dict(zip((port.name for port in mine), names, strict=True))
+    left, found = [port.name for port in theirs], {}
+    for says in (_whole_name, last_name):
+        ours, known = ([says(name) for name in names] for names in ([port.name for port in mine], [port.name for port in theirs]))
+        for port, name in zip(mine, ours, strict=True):
+            if port.name not in found and name and ours.count(name) == known.count(name) == 1:
+                own = theirs[known.index(name)].name
+                if own in left:
+                    found[port.name] = own
+                    left.remove(own)
+    rest = [port.name for port in mine if port.name not in found]
+    return found | dict(zip(rest, left, strict=True))
+
+
+def _whole_name(name: str) -> str:
+    """What a name says, without how a framework puts it; "" for a number, which says nothing."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.removeprefix("output.").lower()).strip("_")
+    return "" if plain.replace("_", "").isdigit() or name == "output" else plain
+
+
+def last_name(name: str) -> str:
+    """The same of the last part, of what lies in another thing."""
+    return _whole_name(re.split(r"[./]", name)[-1])
+
+
+def kind_of(subject: Subject) -> str:
+    """The framework of a model, "" of what comes from none that bnfold knows."""
+    return str(getattr(subject, "kind", ""))
 
 
 class Renamed:
@@ -120,6 +146,10 @@ class Renamed:
         self.own_inputs, self.own_outputs = dict(inputs), dict(outputs)
         self._inputs = {own: name for name, own in inputs.items()}
         self._outputs = {own: name for name, own in outputs.items()}
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.subject)
 
     @property
     def roundoff(self) -> float:

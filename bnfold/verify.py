@@ -21,7 +21,7 @@ from .comparison import Comparison
 from .correspondence import Correspondence, correspond
 from .deployment import Deployments
 from .errors import UnsupportedError
-from .exercise import given, interface_difference, random, resized, shortened
+from .exercise import given, interface_difference, interface_notes, random, resized, shortened
 from .first_difference import first_difference
 from .function import compare_functions, truth_of
 from .localise import Located
@@ -65,8 +65,9 @@ def verify(
         ready(bundle, force=force)
     first, second, batches = sides(reference, candidate, batches, input_shapes, example)
     both = Comparison(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
+    notes = interface_notes(first, second)
     if coefficients_only:
-        return _timed(_coefficients_alone(both), start)
+        return _timed(_coefficients_alone(both), start, notes)
     feeds: Iterable[Batch]
     others: list[Batch] = []
     if batches is None:
@@ -77,7 +78,7 @@ def verify(
     report, parted = _compared(both, feeds, others, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
     if bundle is not None:
         report = with_bundle(report, parted, bundle, force=force)
-    return _timed(report, start)
+    return _timed(report, start, notes)
 
 
 def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
@@ -96,8 +97,8 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
     return _timed(report, start)
 
 
-def _timed(report: VerifyReport, start: float) -> VerifyReport:
-    return dataclasses.replace(report, seconds=time.perf_counter() - start)
+def _timed(report: VerifyReport, start: float, notes: tuple[str, ...] = ()) -> VerifyReport:
+    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *notes))
 
 
 def _compared(

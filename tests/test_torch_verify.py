@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,56 @@ def test_on_cuda() -> None:
     report = bnfold.verify(net, fused, X, providers=["cpu", "cuda"])
     assert report.verdict == "equivalent"
     assert {row.provider for row in report.levels.deployment} == {"cpu", "cuda"}
+
+
+# --- names --------------------------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Two outputs of one shape, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = torch.relu(self.body(x))
+        return {"logits": self.first(z), "masks": self.second(z)}
+
+
+def heads(tmp_path: Path, *names: str) -> tuple[nn.Module, onnx.ModelProto]:
+    torch.manual_seed(0)
+    net, x = Heads().eval(), torch.randn(2, 3, 9, 9)
+    path, axes = tmp_path / "heads.onnx", {"x": {0: "N"}}
+    torch.onnx.export(net, (x,), path, dynamo=False, input_names=["x"], output_names=list(names), dynamic_axes=axes)
+    return net, onnx.load(path)
+
+
+def test_outputs_that_have_names_are_paired_by_them(tmp_path: Path) -> None:
+    net, right = heads(tmp_path, "logits", "masks")
+    assert bnfold.verify(net, right).verdict == "equivalent"
+    outputs = [right.graph.output[1], right.graph.output[0]]
+    del right.graph.output[:]
+    right.graph.output.extend(outputs)
+    report = bnfold.verify(net, right)
+    assert report.verdict == "equivalent"
+    assert "the candidate's outputs come in another order, and are paired by their names: masks, logits" in report.notes
+    net, swapped = heads(tmp_path, "masks", "logits")
+    assert [bnfold.verify(*pair).verdict for pair in ((net, swapped), (swapped, net))] == ["different"] * 2
+
+
+def test_other_names_are_told(tmp_path: Path) -> None:
+    net, plain = heads(tmp_path, "a", "b")
+    report = bnfold.verify(net, plain)
+    assert report.verdict == "equivalent"
+    pairs = "'output.logits' with 'a', 'output.masks' with 'b'"
+    assert f"the candidate's outputs have other names, and are paired by their places: {pairs}" in report.notes
+    fixed = copy.deepcopy(plain)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    fixed.graph.input[0].name = "images"
+    for node in fixed.graph.node:
+        node.input[:] = ["images" if name == "x" else name for name in node.input]
+    report = bnfold.verify(plain, fixed)
+    assert report.verdict == "equivalent"
+    assert "the candidate's inputs have other names, and are paired by their places: 'x' with 'images'" in report.notes
+    assert "input 'x' is open in the reference, and fixed in the candidate: axis 0 to 1" in report.notes

@@ -34,6 +34,7 @@ MOVED = 1 / 12
 class OnnxSubject:
     """See `bnfold.subject.Subject`. The model is never changed."""
 
+    kind = "onnx"
     optimisations = ("off", "on")
 
     def __init__(self, model: ir.Model) -> None:

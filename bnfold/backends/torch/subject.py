@@ -44,6 +44,7 @@ class TorchSubject:
     Then the providers that are asked for are ONNX Runtime's, and this model runs on the CPU where they name no device of PyTorch's.
     """
 
+    kind = "torch"
     optimisations = ("off",)
 
     def __init__(self, traced: Traced, *, beside_onnx: bool = False) -> None:
@@ -157,5 +158,5 @@ class TorchSubject:
 
 def _port(name: str, op: torch.fx.Node) -> Port:
     value = op.meta["val"]
-    shape = tuple(n if isinstance(n, int) else None for n in value.shape)
+    shape = tuple(n if isinstance(n, int) else int(n.node.expr) if n.node.expr.is_number else None for n in value.shape)
     return Port(name, NAMES.get(value.dtype, str(value.dtype).removeprefix("torch.")), shape)
