@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .api import Progress
+from .data import Chunk
+from .data.inputs import Inputs
 from .errors import DataError, UsageError
 from .overheard import overhearing
 from .report import BenchReport
@@ -64,7 +66,7 @@ def bench(
         provider=provider,
         optimisation="on" if optimise else "off",
         rounds=rounds,
-        batch_size=next((len(array) for array in feeds.values() if array.ndim), 1),
+        batch_size=Inputs(first.inputs(), lambda note: None).fitted(Chunk(feeds, None, "the batch"))[1],
         reference=statistics.median(times[0]),
         candidate=statistics.median(times[1]),
         ratio=statistics.median(ratios),

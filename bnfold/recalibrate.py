@@ -211,14 +211,14 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[Layer], ind
     None where a BatchNorm sees one value per channel, which has no variance.
     """
     values: dict[str, Any] = dict(data)
-    whole = isinstance(data, Counted) and data.whole
+    samples = _samples(data)
     own: dict[int, Moments] = {}
     seen = []
     for number, stage in enumerate(stages):
         made = stage.run({name: values[name] for name in stage.needs}, own)
         for reading in stage.readings:
             array = made[reading.value] if reading.value in made else values[reading.value]
-            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index, whole)])
+            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index, samples)])
             if moments.count < 2:
                 return None
             seen.append((reading, moments, number == 0))
@@ -248,7 +248,7 @@ def _in_lockstep(
     kept: dict[int, str] = {}
     hints = Hints()
     count: int | None = None  # this process's micro-batches, known after the first stage
-    whole: list[bool] = []  # of each, whether it is one sample
+    sizes: list[int] = []  # the samples of each
     with Frontier(memory_budget, plan.device_room) as frontier:
         for number, stage in enumerate(plan.stages()):
             mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
@@ -263,13 +263,13 @@ def _in_lockstep(
                         if given is None:
                             break
                         data = given
-                        found.samples += _samples(data)
-                        whole.append(isinstance(data, Counted) and data.whole)
+                        sizes.append(_samples(data))
+                        found.samples += sizes[-1]
                     needed = {name: data[name] if source is not None else frontier.get(index, name) for name in stage.needs}
                     made = stage.run(needed)
                     for reading in stage.readings:
                         array = made[reading.value] if reading.value in made else needed[reading.value]
-                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index, whole[index]))
+                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index, sizes[index]))
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)
@@ -334,12 +334,14 @@ def _some(measured: Measured) -> None:
         raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
 
 
-def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, whole: bool = False) -> Moments | Samples:
-    """One micro-batch at one call of a layer. whole: it is one sample, of as many elements as there are."""
+def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, samples: int) -> Moments | Samples:
+    """One micro-batch at one call of a layer. samples: how many it holds; each may have several rows here (words, nodes, windows)."""
     if array.ndim == 1:
         array = array[:, None]  # samples of one channel
     if reading.per_activation:
         array = array.reshape(len(array), -1)
+    elif len(array) > samples and len(array) % samples == 0:
+        array = array.reshape(samples, len(array) // samples, *array.shape[1:]).swapaxes(1, 2)
     brought = array.shape[1]
     if reading.through is not None:
         out, into = reading.through.weight.shape
@@ -357,9 +359,6 @@ def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, 
             f"micro-batch {batch + 1} brings NaN, infinity or an overflow to channel {channel} of {layer.name}: look at these samples "
             f"and at how they are scaled, or leave them out"
         )
-    if whole:
-        moments = pool([seen])
-        return Samples(moments.count, moments.mean[None], moments.m2[None])
     return seen
 
 

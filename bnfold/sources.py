@@ -271,7 +271,7 @@ def _random(
     first = [s.shape[0] for s in inputs if s.shape]
     dynamic = any(not isinstance(n, int) for n in first)
     usual = batch_size or min(samples or BATCH_SIZE, BATCH_SIZE)
-    size = given[0] if given else usual if dynamic or not first else next(n for n in first if isinstance(n, int))
+    size = max(given) if given else usual if dynamic or not first else next(n for n in first if isinstance(n, int))
     count = -(-samples // size) if samples is not None else 2
 
     def chunks() -> Iterator[Chunk]:
@@ -291,7 +291,8 @@ def _random(
         if free and s.name not in shapes:
             taken = "x".join(str(n) for n in example.arrays[s.name].shape)
             notes.append(f"input {s.name!r} has dynamic axes; {taken} is taken (--input-shape {s.name}=... gives another)")
-    return Source(chunks, f"random, seed {seed}", tuple(notes), count * size, keep=True)
+    # Of several inputs it may show only when they are fed which of them hold samples, and how many.
+    return Source(chunks, f"random, seed {seed}", tuple(notes), count * size if len(inputs) == 1 else None, keep=True)
 
 
 def _reason(error: BaseException) -> str:

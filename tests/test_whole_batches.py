@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import bnfold
+from bnfold.backends import as_ir
+from bnfold.bench import bench
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, holding
 from bnfold.methods import Prior
@@ -235,6 +237,18 @@ def test_words_beside_numbers_are_samples() -> None:
     assert reports[0].layers[0].stderr == pytest.approx(reports[1].layers[0].stderr)
 
 
+def test_a_sample_of_several_rows_is_one_for_the_standard_error() -> None:
+    """Words of a text, in a BatchNorm of rows: the error is that of texts, whatever the micro-batches."""
+    net = Net(lambda s, x: s.b(s.l(x).flatten(0, 1)).relu(), l=nn.Linear(4, 8), b=norm(8, 1)).eval()
+    texts = normal(24, 1, 4) + 0.1 * normal(24, 5, 4)
+    seen = (torch.from_numpy(texts) @ net.l.weight.t() + net.l.bias).detach().numpy()
+    want = measure(seen.transpose(0, 2, 1))
+    for size in (1, 7, 24):
+        report = bnfold.recalibrate(net, texts, batch_size=size)[1]
+        assert (report.samples, report.layers[0].count) == (24, 120)
+        assert report.layers[0].stderr == pytest.approx(float((want.standard_error() / np.sqrt(want.variance())).max()), rel=1e-4)
+
+
 # --- the rule itself ------------------------------------------------------------------------------------------------------------
 
 
@@ -270,11 +284,18 @@ def test_the_only_size_is_that_of_the_input_of_most_axes() -> None:
     assert fixed_size([spec("x", 10, 4), spec("e", 2, 30, kind=I64)]) is None
     assert fixed_size([picture, spec("z", "n", 2)]) is None
     batches = list(as_batches([(normal(10, 4), np.zeros((2, 30), int))] * 2, [spec("x", 10, 4), spec("e", 2, 30, kind=I64)]))
-    assert [(batch.samples, batch.whole) for batch in batches] == [(1, True)] * 2
+    assert [batch.samples for batch in batches] == [1, 1]
 
 
 def test_labels_of_nodes_go_along_whole() -> None:
     data = as_batches([(normal(5, 2), np.zeros((2, 9), int), np.arange(5))], [spec("x", "n", 2), spec("e", "m", "k", kind=I64)])
     ((batch, labels),) = data.labelled()
-    assert batch.whole
+    assert batch.samples == 1
     assert labels.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("order", [("k", "x"), ("x", "k")])
+def test_what_is_timed_says_how_many_samples_it_was(order: tuple[str, str]) -> None:
+    for model, size in ((scaled(order), 5), (scaled(order, 1, 8), 8)):
+        feeds = {"k": np.ones(1, np.float32), "x": PICTURES[:size]}
+        assert bench(as_ir(model), as_ir(model), [feeds], rounds=2).batch_size == size

@@ -116,7 +116,7 @@ class Inputs:
         }
         labels = [p.labels for p in parts if p.labels is not None]
         count = next((len(batch[name]) for name in self.batched), 1)
-        return Counted(batch, count, whole=not self.batched), joined(labels, where) if labels else None
+        return Counted(batch, count), joined(labels, where) if labels else None
 
 
 def joined(parts: list[Array], where: str) -> Array:

@@ -19,11 +19,11 @@ LABELS = ("labels", "label", "y", "targets", "target")
 
 
 class Counted(dict[str, Array]):
-    """A batch by input name that knows how many samples it holds. whole: it can't be cut into any, so it is one itself."""
+    """A batch by input name that knows how many samples it holds. One that can't be cut into any is one itself."""
 
-    def __init__(self, arrays: Batch, samples: int, *, whole: bool = False) -> None:
+    def __init__(self, arrays: Batch, samples: int) -> None:
         super().__init__(arrays)
-        self.samples, self.whole = samples, whole
+        self.samples = samples
 
 
 @dataclass(frozen=True)
