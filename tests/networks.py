@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 Weights = dict[str, np.ndarray]
+NO_FAULT = "this ONNX Runtime fuses MatMul and BatchNormalization rightly, as 1.32 and later do: there is no fault to find"
 EPSILON = float(np.float32(1e-5))  # as an attribute stores it
 # Each step: operator, name, inputs, attributes. A BatchNorm stands right behind the operator that it is folded into.
 Step = tuple[str, str, tuple[str, ...], dict[str, Any]]

@@ -133,7 +133,7 @@ def test_training_mode(opset: int) -> None:
 
 @pytest.mark.parametrize("between", ["Transpose", "Reshape"])
 def test_matmul_then_transpose_or_reshape_equal_sizes(between: str) -> None:
-    """ONNX Runtime's MatMul+BatchNorm fusion folds it with default options (2 to 5)."""
+    """ONNX Runtime's MatMul+BatchNorm fusion folds it with default options, up to version 1.31 (2 to 5)."""
 
     def draw(net: Net) -> None:
         y = net.op("MatMul", net.input(6, 6), net.matrix(6, 6))

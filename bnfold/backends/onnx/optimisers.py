@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-# By the names under which ONNX Runtime 1.20 to 1.31 takes them in `disabled_optimizers`; one that a build lacks is passed over there.
+# By the names under which ONNX Runtime 1.20 to 1.32 takes them in `disabled_optimizers`; one that a build lacks is passed over there.
 NAMES = (
     *(
         "ConstantFolding",
