@@ -17,11 +17,24 @@ from .graph import Node, Value
 Ids = npt.NDArray[np.int64]
 
 
+class Unsized(Blocked):
+    """Blocked since a size isn't known, which a map that doesn't vary along the axes in question doesn't need."""
+
+
 def move_up(node: Node, a: Affine, *, shrink: bool = True) -> list[Affine]:
     """The map of each input, from the map on the output; elements that the output doesn't read are free (NaN).
 
     shrink: whether axes along which nothing varies but what is free may shrink, so that probes of different size agree.
     """
+    try:
+        return _up(node, a, shrink)
+    except Unsized:
+        if not set(a.varying) <= set(node.attrs["kept"].values()):
+            raise
+        return [_along(a, {o: i for i, o in node.attrs["kept"].items()}, _rank(v)) for v in node.inputs]
+
+
+def _up(node: Node, a: Affine, shrink: bool) -> list[Affine]:
     kept = node.attrs["kept"]
     per_probe: list[list[Affine]] = []
     for probe in range(_probes(node)):
@@ -45,6 +58,27 @@ def move_up(node: Node, a: Affine, *, shrink: bool = True) -> list[Affine]:
 
 def move_down(node: Node, maps: list[Affine]) -> Affine:
     """The map of the output, from the maps on the inputs."""
+    try:
+        return _down(node, maps)
+    except Unsized:
+        if not all(a.same_as(maps[0]) and set(a.varying) <= set(node.attrs["kept"]) for a in maps):
+            raise
+        return _along(maps[0], node.attrs["kept"], _rank(node.output))
+
+
+def _along(a: Affine, axes: dict[int, int], rank: int) -> Affine:
+    """A map that varies along axes that are left alone, on the other side: whatever the sizes of the others are."""
+    targets = sorted(axes[axis] for axis in a.varying)
+    order = sorted(a.varying, key=lambda axis: axes[axis])
+
+    def move(c: Array) -> Array:
+        c = c.transpose(*order, *(axis for axis in range(c.ndim) if axis not in order))
+        return c.reshape([a.shape[order[targets.index(axis)]] if axis in targets else 1 for axis in range(rank)])
+
+    return a.map(move)
+
+
+def _down(node: Node, maps: list[Affine]) -> Affine:
     found = []
     for probe in range(_probes(node)):
         along = {i: max(a.shape[i] if a.rank else 1 for a in maps) for i in node.attrs["kept"]}
@@ -98,7 +132,7 @@ def _size(value: Value, probe: int, axis: int, node: Node) -> int:
         return 1
     size = None if value.probes is None else value.probes[min(probe, len(value.probes) - 1)][axis]
     if size is None:
-        raise Blocked(f"the size of axis {axis} of {value.name} isn't known")
+        raise Unsized(f"the size of axis {axis} of {value.name} isn't known")
     return size
 
 

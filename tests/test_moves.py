@@ -72,6 +72,20 @@ def test_kept_axes_are_only_a_short_cut(name: str, shape: tuple[int, ...], f: Ca
         np.testing.assert_allclose(downs[0](f(x)), f(b(x) + np.zeros(shape)))
 
 
+@pytest.mark.parametrize(("name", "shape", "f", "kept"), MOVES, ids=[m[0] for m in MOVES])
+def test_a_map_along_kept_axes_needs_no_other_size(
+    name: str, shape: tuple[int, ...], f: Callable[[Array], Array], kept: dict[int, int]
+) -> None:
+    rng = np.random.default_rng(5)
+    x, out = rng.normal(size=shape), f(rng.normal(size=shape)).shape
+    inside = tuple(n if i in kept else None for i, n in enumerate(shape))
+    outside = tuple(n if i in kept.values() else None for i, n in enumerate(out))
+    node = move(lambda xs, _: f(xs[0]), [(inside,)], (outside,), kept)
+    a, b = (Affine(*(rng.normal(size=[n or 1 for n in sizes]) for _ in range(2))) for sizes in (outside, inside))
+    np.testing.assert_allclose(f(move_up(node, a)[0](x) + np.zeros(shape)), a(f(x)))
+    np.testing.assert_allclose(move_down(node, [b])(f(x)), f(b(x) + np.zeros(shape)))
+
+
 def test_copies_that_need_different_maps() -> None:
     node = move(lambda xs, _: np.concatenate([xs[0], xs[0]], 1), [((2, 3),)], ((2, 6),), {0: 0})
     both = np.array([[2.0, 3, 4, 2, 3, 4]])
@@ -134,8 +148,11 @@ def test_merging_a_dynamic_axis_with_the_channels_behind_it() -> None:
 @pytest.mark.parametrize("probes", [((2, None),), None])
 def test_sizes_that_are_not_known(probes: Shapes | None) -> None:
     node = Node("Move", "move", [Value("x", probes, 2)], [Value("y", probes, 2)], {"run": lambda xs, _: xs[0][:, 1:], "kept": {0: 0}})
+    along = Affine(np.arange(1.0, 4)[None], np.zeros(()))
     with pytest.raises(Blocked, match="the size of axis 1 of x isn't known"):
-        move_up(node, Affine.identity(2))
+        move_up(node, along)
+    with pytest.raises(Blocked, match="the size of axis 1 of x isn't known"):
+        move_down(node, [along])
 
 
 def test_a_rank_that_is_not_known() -> None:

@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 Ints = dict[str, npt.NDArray[Any]]
 # Operators whose shape is decided by an input of integers.
 DECIDED = ("Reshape", "Expand", "Slice", "Tile", "Resize", "Pad", "ConstantOfShape", "Range", "Split", "Squeeze", "Unsqueeze")
+COUNTS = ("NonZero", "Unique", "Compress", "NonMaxSuppression", "OneHot", "TopK", "Trilu", "StringSplit", "Multinomial", "SequenceAt")
 LARGEST = 64  # elements
 
 
@@ -31,6 +32,19 @@ def settle(proto: onnx.ModelProto, infer: Callable[[onnx.ModelProto], onnx.Model
             break
         inferred = infer(proto)
     return inferred
+
+
+def sized_by_data(graph: onnx.GraphProto) -> set[str]:
+    """The values whose sizes may depend on the data, and not on the sizes of the inputs alone."""
+    data, sized = {info.name for info in graph.input}, set[str]()
+    for node in graph.node:
+        known = node.domain in ("", "ai.onnx") and all(a.type not in (a.GRAPH, a.GRAPHS) for a in node.attribute)
+        steers = node.input[0 if node.op_type in ("ConstantOfShape", "Range") else 1 :] if node.op_type in DECIDED else ()
+        if not known or node.op_type in COUNTS or not data.isdisjoint(steers) or not sized.isdisjoint(node.input):
+            sized.update(node.output)
+        if not sized.isdisjoint(node.output) or (node.op_type not in ("Shape", "Size") and not data.isdisjoint(node.input)):
+            data.update(node.output)
+    return sized
 
 
 def _incomplete(graph: onnx.GraphProto) -> bool:

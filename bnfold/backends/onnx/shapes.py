@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from .integers import settle
+from .integers import settle, sized_by_data
 from .ranks import channels, told
 from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
 
@@ -45,9 +45,14 @@ class Shapes:
         skeleton = _skeleton(model, computed or {})
         plainly(skeleton.graph)
         self._probes = [self._inferred(model, skeleton, sizes) for sizes in _probe_sizes(skeleton.graph)]
+        self._consistent, self._by_data = False, set[str]()
         if any(self.rank(value) is None for node in model.graph for value in node.outputs if _is_read_tensor(value)):
             self._anyhow = self._without_sizes(model, skeleton)
             self._probes = [self._inferred(model, skeleton, sizes) for sizes in _probe_sizes(skeleton.graph)]
+        made = [value for node in model.graph for value in node.outputs]
+        if any(None in dims for value in made for dims in self.probes(value) or ()):
+            self._consistent = not any(self._contradicts(value) for value in made)
+            self._by_data = sized_by_data(skeleton.graph)
 
     def _inferred(self, model: ir.Model, skeleton: onnx.ModelProto, sizes: Mapping[tuple[str, int], int]) -> dict[ir.Value, Dims]:
         """The shapes at these sizes of the inputs' axes."""
@@ -107,11 +112,29 @@ class Shapes:
         if value.const_value is not None:
             return (tuple(value.const_value.shape.numpy()),) * len(self._probes)
         found = [dims for probe in self._probes if (dims := probe.get(value, self._anyhow.get(value))) is not None]
+        stated = self._stated(value)
         if len(found) == len(self._probes) and len({len(dims) for dims in found}) == 1:
+            if self._consistent and stated is not None and len(stated) == len(found[0]) and value.name not in self._by_data:
+                return tuple(tuple(s if n is None else n for n, s in zip(dims, stated, strict=True)) for dims in found)
             return tuple(found)
-        if (stated := axes(value)) is not None:
-            return (tuple(dim if isinstance(dim, int) else None for dim in stated),) * len(self._probes)
-        return None
+        return None if stated is None else (stated,) * len(self._probes)
+
+    def _stated(self, value: ir.Value) -> Dims | None:
+        """The shape that the file states, without sizes where these may be those of one example alone."""
+        stated = axes(value)
+        if stated is None:
+            return None
+        dims = tuple(dim if isinstance(dim, int) else None for dim in stated)
+        return (None,) * len(dims) if len(self._probes) > 1 and None not in dims else dims
+
+    def _contradicts(self, value: ir.Value) -> bool:
+        """Whether the file states another size of a value than the one that was inferred."""
+        stated = self._stated(value)
+        found = [dims for probe in self._probes if (dims := probe.get(value)) is not None]
+        if stated is None or not found:
+            return False
+        pairs = [(n, s) for dims in found for n, s in zip(dims, stated, strict=False)]
+        return any(len(dims) != len(stated) for dims in found) or any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
     def rank(self, value: ir.Value) -> int | None:
         found = self.probes(value)
