@@ -88,7 +88,7 @@ class _Writer:
         graphs = list(all_graphs(model.graph))
         self.names = {v.name for g in graphs for v in chain(g.inputs, g.initializers.values(), *(n.outputs for n in g)) if v.name}
         self.node_names = {node.name for g in graphs for node in g if node.name}
-        self.idle_nodes = {node for g in graphs for node in g if not _is_read(node)}
+        self.idle_nodes = _idle(model.graph)
         self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
         self.notes: dict[Node, str] = {}
@@ -136,6 +136,8 @@ class _Writer:
             self._remove(node.native.node, node.native.positions[0])
         for m in merges:
             self._remove(m.add.native.node, m.kept_input)
+            if m.branch is not None:
+                self.idle_nodes.discard(m.branch.native.node)
         self.sweep()
         self._keep_names()
 
@@ -314,6 +316,16 @@ class _Writer:
 
 def _nbytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else nbytes(value.const_value)
+
+
+def _idle(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that no output of the model needs."""
+    found: set[ir.Node] = set()
+    for inner in _inner_first(graph):
+        for node in reversed(inner):
+            if not any(v.is_graph_output() or any(user not in found for user, _ in v.uses()) for v in node.outputs):
+                found.add(node)
+    return found
 
 
 def _is_read(node: ir.Node) -> bool:
