@@ -281,6 +281,9 @@ ODD: dict[str, tuple[Change, str]] = {
         lambda m: m.graph.node.append(helper.make_node("Constant", [], ["z"], value_int=1, value_float=1.0)), "it states 2 values"
     ),
     "an input beyond any memory": (declared(2**31, 3, 8, 8), "input 'x' states the sizes [2147483648, 3, 8, 8], more than"),
+    "an output that is an input of another shape": (
+        lambda m: m.graph.output.append(helper.make_tensor_value_info("x", 1, [1, 2])), "value 'x' is an input and an output, of different"
+    ),
     "opset 0": (lambda m: setattr(m.opset_import[0], "version", 0), "the model says that it uses opset 0, which there is none of"),
     "standard operators of no version": (
         lambda m: setattr(m.opset_import[0], "domain", "x"), "is of the standard operators, whose version nothing states"

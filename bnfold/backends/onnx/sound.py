@@ -41,8 +41,12 @@ def check_operators(proto: ModelProto) -> None:
         _Scope(_opsets(function, f"function {_name(function)}"), True).check(function.node, {})
     _check_calls(proto, opsets)
     _Scope(opsets, False).check_graph(proto.graph, {})
-    for info in proto.graph.input:
+    inputs = {info.name: info for info in proto.graph.input}
+    for info in inputs.values():
         _check_size(info)
+    for info in proto.graph.output:
+        if info.name in inputs and info.type != inputs[info.name].type:
+            raise ModelError(f"value '{info.name}' is an input and an output, of different types or shapes; export the model again")
 
 
 def _opsets(proto: ModelProto | FunctionProto, where: str) -> dict[str, int]:
