@@ -146,6 +146,15 @@ def test_dequantize_linear_is_exact(opset):
     assert one("DequantizeLinear", [bias, np.float32(1).reshape(())], opset=max(13, opset))[0] == 2**30 + 1
 
 
+def test_attributes_that_no_version_knows_mean_nothing():
+    x = np.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(one("Relu", [x], opset=13, own=[1, 2]), x)
+    np.testing.assert_array_equal(one("Transpose", [x], opset=13, own="yes"), x.T)
+    np.testing.assert_array_equal(one("Where", [x > 2, x, -x], opset=13, own=1), np.where(x > 2, x, -x))
+    scaled = one("LayerNormalization", [x, np.full(3, 2.0)], opset=17, own=1.5)
+    np.testing.assert_array_equal(scaled, one("LayerNormalization", [x, np.full(3, 2.0)], opset=17))
+
+
 def test_blocked_dequantize_linear():
     x, scale = np.arange(12, dtype=np.int8).reshape(2, 6), normal(2, 2, dtype=np.float32)
     close(one("DequantizeLinear", [x, scale], opset=21, axis=1, block_size=3), x * np.repeat(scale.astype(float), 3, 1), 1e-15)

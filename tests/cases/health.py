@@ -213,6 +213,9 @@ CASES.case(
     reason=r"(?i)variance|finite|zero",
     lively=False,
 )
+CASES.case(
+    "an epsilon of NaN", 48, draw=partial(ill, which=0, value=1.0, epsilon=float("nan")), left=1, reason="its epsilon is nan", lively=False
+)
 CASES.case("variance 0 with epsilon", 48, draw=partial(ill, which=3, value=0.0))
 
 

@@ -83,6 +83,8 @@ def _sick(constants: list[Any], epsilon: float) -> str | None:
     if (var < 0).any():
         k = int(np.argmax(var < 0))
         return f"its running variance is negative ({var[k]:.3g}) in channel {k}"
+    if not np.isfinite(epsilon):
+        return f"its epsilon is {epsilon}"
     if (var + epsilon <= 0).any():
         return f"its running variance and epsilon are both zero in channel {int(np.argmax(var + epsilon <= 0))}"
     return None

@@ -33,6 +33,7 @@ from . import (  # noqa: F401 - they enter their operators into the table
 from .feeds import inputs
 from .oracle_convert import bodies, maybe_jittered, state_bits, to_float64, widen
 from .run import self_contained
+from .sound import forget_unknown
 from .weights import weights
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Oracle:
             raise UsageError(f"the model computes no value {listed(map(repr, sorted(unknown)))}")
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
+        forget_unknown(proto)
         state_bits(proto, {name: v.const_value.dtype.value for name, v in model.graph.initializers.items() if v.const_value is not None})
         moving = frozenset() if jitter is None else weights(proto.graph, shapes_held(model))
         to_float64(proto, jitter=jitter, moving=moving)

@@ -17,14 +17,14 @@ import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, defs
 
 from ...errors import ModelError, UnsupportedError
-from .proto import domain_of, inner_graphs, label
+from .proto import domain_of, inner_graphs, label, nodes
 
 Dims = tuple[int, ...]
 FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data")
 SMALL = 128  # numbers: larger weights are no sizes or axes
 # What ONNX Runtime says of a model whose operators or versions it doesn't have, which tells nothing of the model.
 LACKS = ("No Op registered", "is not a registered", "opset", "IR version", "mport domain", "can't be loaded")
-LARGEST = 1 << 31  # numbers that an input may hold by the sizes that it states
+LARGEST = 1 << 30  # numbers that an input may hold by the sizes that it states
 KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
 CHOICES = {  # of attributes that are one of a few words
     "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
@@ -296,6 +296,17 @@ def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
                 )
         called += callees[index] - seen
         seen |= callees[index]
+
+
+def forget_unknown(proto: ModelProto) -> None:
+    """Take out the attributes that no version of a standard operator has, which mean nothing."""
+    for node in nodes(proto):
+        schemas = _history().get(node.op_type) if domain_of(node.domain) == "" else None
+        known = {name for schema in schemas or () for name in schema.attributes}
+        if schemas is not None and not known.issuperset(attribute.name for attribute in node.attribute):
+            kept = [attribute for attribute in node.attribute if attribute.name in known]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def misfit(proto: ModelProto) -> str:
