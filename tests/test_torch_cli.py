@@ -129,6 +129,38 @@ def test_what_was_read_serves_its_own_module_alone_and_as_it_was_read(here: Path
     assert trace(net, whole, evaluation=True) is not whole
 
 
+PAIRS = """
+import torch
+from torch import nn
+
+class Pairs(nn.Module):  # rows that integers point at
+    def __init__(self):
+        super().__init__()
+        self.l, self.b = nn.Linear(4, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x, idx):
+        return torch.relu(self.b(self.l(x[idx].mean(1))))
+
+class Words(Pairs):
+    def forward(self, x, idx):
+        return torch.relu(self.b(self.l(x * idx.sum(1, keepdim=True))))
+"""
+
+
+def test_data_by_name_are_cut_only_where_they_are_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example that a file gives a module, which stays in the program: a graph's nodes can't be cut."""
+    Path("pairs.py").write_text(PAIRS)
+    rng = np.random.default_rng(0)
+    np.savez("p.npz", x=rng.standard_normal((9, 4)).astype(np.float32), idx=rng.integers(0, 9, (9, 3)))
+    for name, kept, said in (("Pairs", 9, "1 sample"), ("Words", 2, "9 samples")):
+        torch.save(lively(build(f"pairs.py:{name}", None)).state_dict(), "p.pth")
+        line = ["p.pth", "--arch", f"pairs.py:{name}", "--data", "p.npz"]
+        assert run(["recalibrate", *line, "-o", f"{name}.pt2"]) == 0
+        assert said in capsys.readouterr().out
+        assert [len(tensor) for tensor in torch.export.load(f"{name}.pt2").example_inputs[0]] == [kept, kept]
+        assert run(["pipeline", *line, "-o", f"{name}.pth"]) == 0
+
+
 TABULAR = """
 import torch
 from torch import nn

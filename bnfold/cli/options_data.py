@@ -81,7 +81,7 @@ class Shaping:
         if not is_module(model):
             self.shapes(model)  # shapes that don't fit are refused, whoever asks for them
             return None
-        from ..backends.torch.trace import Call, example_of, forward_names, in_places, random_example
+        from ..backends.torch.trace import Call, example_of, forward_names, in_places, random_example, shortened_call
 
         if self.input_shape:
             asked = parse.shapes(self.input_shape, forward_names(model), "--input-shape")
@@ -93,7 +93,7 @@ class Shaping:
 
         found = first_of(str(spec))
         call = None if found is None else example_of(model, found)
-        return in_places(model, Call((), dict(call))) if isinstance(call, Mapping) else call
+        return shortened_call(model, in_places(model, Call((), dict(call)))) if isinstance(call, Mapping) else call
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""

@@ -26,6 +26,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...data import LABELS, Batch, InputSpec
+from ...data.samples import ROWS, rows_are_samples
 from ...errors import DataError, UnsupportedError, UsageError
 from .regions import written_out
 from .taken import taken
@@ -413,6 +414,34 @@ def in_places(model: nn.Module, call: Call) -> Call:
             break
         args.append(rest.pop(parameter.name))
     return Call(tuple(args), rest)
+
+
+def shortened_call(model: nn.Module, call: Call, count: int = 2) -> Call:
+    """A call with the first samples of its tensors alone, where a trial shows that their rows are samples (see `data.samples`)."""
+    call = as_call(model, call)
+    leaves, form = pytree.tree_flatten((call.args, call.kwargs))
+    tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim}
+    if (
+        len({len(t) for t in tensors.values()}) != 1
+        or len(next(iter(tensors.values()))) <= ROWS
+        or any(m.training for m in model.modules())
+    ):
+        return call
+
+    def called(tensors: Mapping[str, Any]) -> Call:
+        args, kwargs = pytree.tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], form)
+        return Call(args, kwargs)
+
+    def run(batch: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+        part = called(batch)
+        try:
+            with quiet(), torch.no_grad():
+                return {name: to_numpy(tensor) for name, tensor in flat_outputs(model(*part.args, **part.kwargs)).items()}
+        except Exception as error:  # the model's code raises what it likes
+            raise DataError(_first_line(error)) from None
+
+    given: Any = tensors
+    return called({name: tensor[:count] for name, tensor in tensors.items()}) if rows_are_samples(given, set(tensors), run) else call
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
