@@ -20,6 +20,7 @@ BODIES = {
     "while_loop": "the body of a while_loop",
     "scan": "the body of a scan",
     "map_impl": "the body of a map",
+    "wrap_with_autocast": "a region under autocast",
 }
 
 

@@ -202,11 +202,9 @@ class TorchPlan:
                 self._names.append(key)
             self._calls.append(Call(op, source, found[key]))
         names = {layer.name for layer in self.layers}
-        for each in missed(held(lowering, met), met):
-            if each.name in names:
-                self.notes.append(f"{each.name} has the statistics of its other calls: in this one, {each.why}")
-            elif self._select(each.name):
-                self.notes.append(f"{each.name} keeps its statistics: {each.why}")
+        said = "{} has the statistics of its other calls: in this one, {}", "{} keeps its statistics: {}"
+        others = [each for each in missed(held(lowering, met), met) if self._select(each.name)]
+        self.notes += dict.fromkeys(said[each.name not in names].format(each.name, each.why) for each in others)
 
     def _layer(self, op: Op, key: Names, place: int) -> Layer:
         name = key[0].rpartition(".")[0] or op.name

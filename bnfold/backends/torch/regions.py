@@ -67,22 +67,30 @@ def written_out(program: ExportedProgram, *, casts: bool) -> ExportedProgram:
 
     flat = _flat(program)
     if any(AUTOCAST in op.meta for op in flat.graph.nodes) and (casts or entangled(flat)):
-        return functional(program)
+        try:
+            return functional(program)
+        except Exception:  # torch fails on some of its own programs; what is under autocast stays a region there
+            return _flat(program, autocast=False)
     return flat
 
 
-def _flat(program: ExportedProgram) -> ExportedProgram:
+def _writable(op: Op, autocast: bool) -> bool:
+    """Whether a region only wraps. autocast: whether one counts that is under autocast."""
+    return kind_of(op) in WRAPPERS and (autocast or kind_of(op) != "wrap_with_autocast" or not op.args[2])
+
+
+def _flat(program: ExportedProgram, *, autocast: bool = True) -> ExportedProgram:
     from .trace import quiet
     from .write_program import graph_copy
 
     module = graph_copy(program)[0]
     signature = copy.deepcopy(program.graph_signature)
     renamed: dict[str, str] = {}
-    stack = [op for op in module.graph.nodes if kind_of(op) in WRAPPERS]
+    stack = [op for op in module.graph.nodes if _writable(op, autocast)]
     while stack:
         op = stack.pop()
         new, results = _inline(module, op)
-        stack += [each for each in new if kind_of(each) in WRAPPERS]
+        stack += [each for each in new if _writable(each, autocast)]
         renamed.update(results)
     for spec in signature.output_specs:
         if isinstance(spec.arg, TensorArgument):
