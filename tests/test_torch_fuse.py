@@ -826,6 +826,33 @@ def test_what_is_written_into_a_computed_constant(name: str) -> None:
     assert not any("mul." in str(op.target) or "sub." in str(op.target) for op in program.graph.nodes)
 
 
+class WrittenOut(nn.Module):
+    """A BatchNorm in arithmetic, by names of its own, as Keras writes it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("mean", "variance", "gamma", "beta"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        scale = (row(self.variance) + 1e-3).rsqrt_() * row(self.gamma)
+        return torch.subtract(x, row(self.mean)).mul_(scale).add_(row(self.beta))
+
+
+def test_a_batchnorm_written_out_under_names_of_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), WrittenOut(4), nn.ReLU()).eval()
+    for given in (model, torch.export.export(model, (IMAGE,), strict=False)):
+        result, report = bnfold.fuse(given, example=IMAGE)
+        assert [(layer.name, layer.channels, layer.verdict, layer.into) for layer in report.layers] == [("1", 4, "folded", ("0",))]
+        assert difference(run(given, IMAGE), run(result, IMAGE)) < 1e-5
+        with pytest.raises(bnfold.NothingToDoError, match="1 keeps its statistics: it is written out"):
+            bnfold.recalibrate(given, [IMAGE])
+    (copied, _), (program, _) = folded(model, IMAGE)
+    assert isinstance(copied[1], nn.Identity)
+    assert not any("mul" in str(op.target) or "add" in str(op.target) for op in program.graph.nodes)
+
+
 def test_what_is_written_into_a_stored_tensor_stays() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         s.v.mul_(1.5)  # the next call reads it

@@ -164,7 +164,14 @@ class TorchPlan:
 
     def _find(self, traced: Traced) -> None:
         lowering = Lowering(Traced(traced.model, self.program))
-        chains = frozen_chains(lowering)
+        chains = [chain for chain in frozen_chains(lowering) if self._select(frame(chain[0]) or chain[-1].name)]
+        for chain in chains:
+            if not self._is_stored(f"{frame(chain[0])}.running_mean".lstrip(".")):
+                self.notes.append(
+                    f"{frame(chain[0]) or chain[-1].name} keeps its statistics: it is written out, and they aren't called running_mean and "
+                    f"running_var"
+                )
+        chains = [chain for chain in chains if self._is_stored(f"{frame(chain[0])}.running_mean".lstrip("."))]
         first = {chain[0]: chain for chain in chains}
         met = {op for chain in chains for op in chain}
         found: dict[Names, int] = {}

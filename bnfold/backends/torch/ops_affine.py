@@ -10,7 +10,7 @@ from torch.fx import Node as Op
 from ...affine import Affine, Array
 from ...graph import Layout, Norm, Param
 from .lower import Lowering, Slot, vector
-from .walk import arguments, epsilon, frame, frames, in_training, is_float, operator_name
+from .walk import arguments, elements, epsilon, frame, frames, in_training, is_float, is_tensor, mutates, operator_name, written
 
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 STATISTICS = ("running_mean", "running_var")
@@ -104,26 +104,47 @@ def _sick(constants: list[Array | None], epsilon: float) -> str | None:
 
 
 def frozen(ctx: Lowering) -> None:
-    """Lower each call of a module with running statistics whose forward is plain arithmetic (FrozenBatchNorm2d) as one map."""
+    """Lower each BatchNorm whose forward is plain arithmetic (FrozenBatchNorm2d) as one map."""
     for chain in frozen_chains(ctx):
         _lower_chain(ctx, chain)
 
 
 def frozen_chains(ctx: Lowering) -> list[list[Op]]:
-    """The operators of each such call, in order."""
+    """The operators of each such call, in order: of a module with running statistics, or with a scale made of the root of a variance."""
     named = {s.target for s in map(ctx.constants.stored, ctx.program.graph.nodes) if s is not None}
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] == "running_mean"}
     owners = {owner for owner in owners if f"{owner}.running_var".lstrip(".") in named}
     chains: list[list[Op]] = []
     for op in ctx.program.graph.nodes:
-        if frame(op) not in owners or op.op != "call_function" or ctx.constants.is_constant(op) or _step(ctx, op) is None:
+        if op.op != "call_function" or ctx.constants.is_constant(op) or _step(ctx, op) is None:
+            continue
+        if mutates(op) and any(len(target.users) > 1 for target in written(op)):
             continue
         last = chains[-1] if chains else None
         if last and last[-1] is _source(ctx, op) and frame(last[-1]) == frame(op) and len(last[-1].users) == 1:
             last.append(op)
         else:
             chains.append([op])
-    return chains
+    return [chain for chain in chains if frame(chain[0]) in owners or (any(_has_root(ctx, op) for op in chain) and _is_all(ctx, chain))]
+
+
+def _is_all(ctx: Lowering, chain: list[Op]) -> bool:
+    """Whether a module's forward holds nothing else, so that the module is a BatchNorm; in a program there are no modules."""
+    others = set(ctx.host.inside(frame(chain[0]))) - set(chain)
+    return all(ctx.constants.is_constant(op) or not is_tensor(op) for op in others)
+
+
+def _has_root(ctx: Lowering, op: Op) -> bool:
+    """Whether the constant of an operator is made of the root of a vector to which a number was added, as a variance and an epsilon."""
+    stack = [source for source in op.all_input_nodes if ctx.constants.is_constant(source)]
+    while stack:
+        maker = stack.pop()
+        if operator_name(maker) in ("rsqrt", "sqrt", "pow"):
+            under = maker.all_input_nodes[0] if maker.all_input_nodes else maker
+            if operator_name(under) == "add" and len(under.all_input_nodes) == 1 and elements(under) != 1:
+                return True
+        stack += [source for source in maker.all_input_nodes if source.op == "call_function"]
+    return False
 
 
 def _source(ctx: Lowering, op: Op) -> Op:
@@ -179,7 +200,7 @@ def _lower_chain(ctx: Lowering, chain: list[Op]) -> None:
         scale, shift = (c.reshape((1,) * (rank - c.ndim) + c.shape) for c in found)
         whole = Affine(scale, shift).after(whole)
     whole = whole.settled()
-    if ctx.rank(x) != rank or any(axis != 1 for axis in whole.varying):
+    if len(whole.varying) > 1 or ctx.value(x).sizes != ctx.value(chain[-1]).sizes:
         return
     ctx.done.update(chain)
     owner = frame(chain[0])
@@ -189,7 +210,11 @@ def _lower_chain(ctx: Lowering, chain: list[Op]) -> None:
     refusal = None
     if not (np.isfinite(whole.scale).all() and np.isfinite(whole.shift).all()):
         refusal = "its scale or its shift is not finite"
-    ctx.site((f"{owner}.running_mean", f"{owner}.running_var"), made, channels, is_batchnorm=True, name=owner, refusal=refusal)
+    # A module's calls are one layer; in a program, so are those that read the same statistics.
+    key: Any = (f"{owner}.running_mean", f"{owner}.running_var")
+    if ctx.host.copies_weights and not any(s.target in key for s in map(ctx.constants.stored, ctx.program.graph.nodes) if s is not None):
+        key = chain[-1]
+    ctx.site(key, made, channels, is_batchnorm=True, name=owner, refusal=refusal)
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------------------

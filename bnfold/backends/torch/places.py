@@ -62,6 +62,10 @@ class Host(Protocol):
         """What is rewritten where `op` gets another constant for `argument`, the same for all who share it; None where nothing can be."""
         ...
 
+    def inside(self, path: str) -> list[Node]:
+        """The operators in the forward of the module at a path, those of its children included; none in a program."""
+        ...
+
     def bias(self, op: Node, weight: Place | Node) -> Place | Node | None:
         """Where a bias goes that the operator hasn't; None where it can't have one."""
         ...
@@ -75,6 +79,9 @@ class ProgramHost:
 
     def weight(self, op: Node, argument: Node) -> Place | Node | None:
         return argument
+
+    def inside(self, path: str) -> list[Node]:
+        return []
 
     def bias(self, op: Node, weight: Place | Node) -> Place | Node | None:
         return op

@@ -15,6 +15,18 @@ FAKE_QUANTISERS = re.compile(r"(fake_quantize|fake_quant$|_obs_fq_|(?<!de)quanti
 RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
 
 
+OTHER_NAMES = {  # of operators that take the same arguments
+    "absolute": "abs",
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "divide": "div",
+    "multiply": "mul",
+    "negative": "neg",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+
 BATCHNORMS = (
     "batch_norm",
     "cudnn_batch_norm",
@@ -35,7 +47,8 @@ def operator_name(node: Node) -> str:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return ""
     name = node.target._schema.name.partition("::")[2]
-    return name.removesuffix("_") if node.target._schema.is_mutable and name.endswith("_") else name
+    name = name.removesuffix("_") if node.target._schema.is_mutable and name.endswith("_") else name
+    return OTHER_NAMES.get(name, name)
 
 
 def overload(node: Node) -> str:

@@ -176,6 +176,9 @@ class _Writer:
     def _remove(self, native: Native) -> None:
         output = native.output if native.output is not None else (native.group or [native.op])[-1]
         self._replace(self.copies[output], self._current(native.operands[0]))
+        for op in map(self.copies.__getitem__, reversed(native.group[:-1])):
+            if mutates(op) and not op.users:
+                self.graph.erase_node(op)
 
     def _current(self, op: Op) -> Op:
         """Who gives now what an operator gave."""
