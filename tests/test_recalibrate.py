@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from bnfold.api import recalibrate
+from bnfold.api import fuse, recalibrate
 from bnfold.errors import DataError, DeviceError, NothingToDoError, UnsupportedError, UsageError
 
 Feeds = dict[str, np.ndarray]
@@ -545,6 +545,32 @@ def test_a_local_function_is_measured_inside() -> None:
     net.output(net.bn(net.gemm(x, 3, 4), 4))
     _, report = recalibrate(ir.from_proto(net.model()), [{"x": normal(9, 3)}])
     assert [layer.count for layer in report.layers] == [9, 9]
+
+
+def test_every_node_is_counted() -> None:
+    """In a body, in a function that is called, and in one that isn't; one of constants whose value is an output."""
+    net = Net("all")
+    x = net.input("N", 3)
+    for name in ("called", "idle"):
+        body = net.child(name)
+        body.hold = "constant"
+        net.function(name, ["inner"], [body.bn("inner", 3)], body)
+    child = net.child("item")
+    child.inputs = [onnx.helper.make_tensor_value_info("row", onnx.TensorProto.FLOAT, ["N", 3])]
+    child.hold = "constant"
+    child.output(child.bn("row", 3))
+    rows = net.op("SequenceMap", net.op("SequenceConstruct", x, x), body=child.graph("item"))
+    net.output(net.op("ConcatFromSequence", rows, axis=0), net.op("called", x, domain="local"), shape=("N", 3))
+    net.output(net.bn(net.weight(normal(2, 3), "constant"), 3))
+    model = net.model()
+    _, report = fuse(model)
+    reasons = [layer.reason for layer in report.layers]
+    assert (report.batchnorms.before, report.batchnorms.after) == (4, 4)
+    assert "it stands in the function idle, which nothing calls" in reasons
+    assert "it normalises constants alone, but its output can't be put in its place" in reasons
+    _, measured = recalibrate(ir.from_proto(model), [{"x": normal(9, 3)}])
+    assert [layer.count for layer in measured.layers] == [9]
+    assert len(measured.notes) == 3
 
 
 def test_a_local_function_without_a_batchnorm_stays() -> None:

@@ -252,3 +252,20 @@ def test_branches_and_loops_run_in_float64() -> None:
             (found,) = oracle.run({oracle._traced.specs[0].name: x.numpy()}).values()
             assert found.dtype == np.float64
             assert np.abs(found - run(model, x)[0].numpy()).max() < 1e-5
+
+
+def test_a_program_counts_every_operator() -> None:
+    """Weights that a batch_norm standardises, as timm's, are computed once; nothing else is left."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        w = s.w.reshape(1, 4, -1)
+        w = nn.functional.batch_norm(w, None, None, training=True).reshape(4, 3, 3, 3)
+        return s.b(nn.functional.conv2d(x, w)) * s.d(s.t).mean()  # type: ignore[no-any-return]
+
+    model = Net(forward, w=nn.Parameter(torch.randn(4, 3, 3, 3)), b=norm(4), d=norm(1), t=torch.randn(2, 1, 3, 3)).eval()
+    program = torch.export.export(model, (X,), strict=False)
+    for given in (program, program.run_decompositions({})):
+        result, report = bnfold.fuse(given, example=X)
+        assert (report.batchnorms.before, report.batchnorms.after) == (3, 0)
+        assert not any("batch_norm" in str(op.target) for op in result.graph.nodes)
+        assert difference(run(given, X), run(result, X)) < 1e-5

@@ -128,7 +128,10 @@ def in_training(node: ir.Node, opset: int) -> bool:
 
 
 def batchnorms(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    """Every BatchNormalization node that the model holds, and why nobody may have met it: it stands in a body, or in a function."""
+    """Every BatchNormalization node that the model holds, and why nobody may have met it: it stands in a body, or in a function.
+
+    The calls of functions are written out before (`write.inlined`), so what is left of them is not called.
+    """
     for node in model.graph:
         if is_batchnorm(node):
             yield node, "nothing reads its output"
@@ -137,7 +140,7 @@ def batchnorms(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
                 yield inner, f"it is inside the body of {node.op_type} {name_of(node)}, which runs as a whole"
     for function in model.functions.values():
         for inner in filter(is_batchnorm, all_nodes(function.graph)):
-            yield inner, f"it stands in the function {function.name}, whose calls could not be written out"
+            yield inner, f"it stands in the function {function.name}, which nothing calls"
 
 
 def held_tensor(value: ir.Value) -> ir.TensorProtocol | None:

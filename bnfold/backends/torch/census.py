@@ -10,6 +10,7 @@ from torch.fx import Node as Op
 
 from ...census import Held
 from ...graph import Site
+from ...report import Layer
 from .lower import Lowering
 from .places import ModuleHost
 from .regions import inner_operators, kind_of
@@ -22,6 +23,16 @@ BODIES = {
     "map_impl": "the body of a map",
     "wrap_with_autocast": "a region under autocast",
 }
+
+
+def of_constants(ctx: Lowering) -> list[Op]:
+    """The operators that normalise constants alone: a weight, mostly."""
+    return [op for op in ctx.program.graph.nodes if is_batchnorm(op) and ctx.constants.is_constant(op)]
+
+
+def computed(op: Op) -> Layer:
+    """What became of one of those in a program."""
+    return Layer(frame(op) or op.name, _channels(op), "folded", (), "", ("it normalises constants alone, so it was computed once",))
 
 
 def held(ctx: Lowering, met: Collection[Op]) -> list[Held]:

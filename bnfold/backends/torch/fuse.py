@@ -10,7 +10,7 @@ from ...graph import Node
 from ...merge import always
 from ...plan import plan
 from ...report import FuseReport
-from .census import held, operators
+from .census import computed, held, of_constants, operators
 from .lower import Lowering
 from .regions import has_regions
 from .removal import may_merge, removals
@@ -38,8 +38,10 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
     added = 0
     fused: nn.Module | ExportedProgram
     if isinstance(traced.model, ExportedProgram):
-        if planned.changes:
-            fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges)
+        constants = of_constants(ctx)
+        others = [*map(computed, constants), *others]
+        if planned.changes or constants:
+            fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges, constants)
             said = (WRITTEN_OUT,) * has_regions(traced.model)
         else:
             fused = copy_program(traced.model)

@@ -223,7 +223,10 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"take it off before, or give the model as a .pt2 or .onnx file"
         ) from error
     if why := _no_copy(module, copied, shared):
-        raise UnsupportedError(f"{type(module).__name__} can't be copied, and bnfold works on a copy: {why}; take it off before")
+        raise UnsupportedError(
+            f"{type(module).__name__} can't be copied, and bnfold works on a copy: {why}; take it off before, or give the model as a "
+            f".pt2 or .onnx file"
+        )
     return copied
 
 

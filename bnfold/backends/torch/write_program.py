@@ -24,14 +24,17 @@ from .walk import arguments, mutates, set_argument, writes_into_shared
 
 
 def write_program(
-    ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = ()
+    ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = (), computed: Iterable[Op] = ()
 ) -> tuple[ExportedProgram, dict[Node, str], int]:
     """A folded copy of the program that was lowered, notes, and the bytes that copies of shared weights add.
 
+    computed: operators of constants alone, in whose places what they give is stored.
     The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: none may be lost.
     """
     writer = _Writer(ctx)
     writer.write(graph, removed, merges)
+    for op in computed:
+        writer.compute(op)
     return writer.finish(), writer.notes, writer.bytes_added
 
 
@@ -204,6 +207,17 @@ class _Writer:
         for spec in self.signature.output_specs:
             if isinstance(spec.arg, TensorArgument) and spec.arg.name == old.name:
                 spec.arg = TensorArgument(new.name)
+
+    def compute(self, op: Op) -> None:
+        """Store what an operator of constants gives, unless nobody reads it any more."""
+        for old in [op] if isinstance(op.meta["val"], Tensor) else list(op.users):
+            new, tensor = self.copies[old], self.ctx.constants.tensor(old)
+            if new.users and isinstance(tensor, Tensor):
+                exact = tensor.to(old.meta["val"].dtype).to(self._device(old))
+                target = _free(old.name, {*self.state, *self.constants})
+                made = placeholder(self.graph, self.signature, exact, target, InputKind.PARAMETER)
+                self.state[target] = torch.nn.Parameter(exact, exact.is_floating_point())
+                self._replace(new, made)
 
     def _sweep(self) -> None:
         """Drop what nobody reads any more, weights and what computed them; what nobody read before stays."""
