@@ -51,6 +51,26 @@ def commutes(**conditions: bool) -> Rule:
     return Rule(up, down)
 
 
+def lookup_up(node: Node, a: Affine) -> list[Step]:
+    """a(x[i]) = a(x)[i] for any places i, where the map is the same for all that may be looked up.
+
+    From `axis` on, the places stand for `taken` of the input's axes, and `given` of the output's are theirs.
+    """
+    return [Step([_looked_up(node, a, node.attrs["given"], node.attrs["taken"])])]
+
+
+def lookup_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """The same, read the other way."""
+    return [Step([_looked_up(node, maps[0], node.attrs["taken"], node.attrs["given"])])]
+
+
+def _looked_up(node: Node, a: Affine, old: int, new: int) -> Affine:
+    axis = node.attrs["axis"]
+    if lost := [i for i in a.varying if axis <= i < axis + old]:
+        raise Blocked(f"the map varies along axis {lost[0]}, along which it looks up at computed places")
+    return a.map(lambda c: c.reshape(*c.shape[:axis], *(1,) * new, *c.shape[axis + old :]))
+
+
 def picks(sizes: Sequence[int | None], kernel: Sequence[int], dilation: Sequence[int], *, padded: bool) -> bool:
     """Whether each window of a pool holds one element: along every axis its kernel is 1, or there is only one element to hold."""
     spread = zip(sizes, kernel, dilation, strict=True)

@@ -31,6 +31,8 @@ from .crossing import (
     commutes,
     fill_down,
     fill_up,
+    lookup_down,
+    lookup_up,
     matmul_down,
     matmul_up,
     mul_down,
@@ -55,6 +57,7 @@ RULES: dict[str, Rule] = {
     "Average": ANY,  # mean(s*x + t) = s*mean(x) + t; global, windowed without counted padding, or along axes
     "Resize": ANY,  # weights that sum to 1 are a mean
     "Crop": ANY,  # a slice by computed bounds
+    "Lookup": Rule(lookup_up, lookup_down),  # a(x[i]) = a(x)[i] for computed places i
     "Move": MOVE,  # out[i] = in[source(i)]: the coefficients move as the data do
     # maps that keep the order cross
     "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise; of one element any map

@@ -164,6 +164,24 @@ SPECIMENS = [
     Specimen("linear", "Resize", [(2, 3, 5)], unary(interpolated), fixed(2), each(fixed(2)), {"mixes": (2,)}),
     Specimen("nearest", "Resize", [IMAGE], unary(lambda x: x.repeat(2, 2)), fixed(2), each(fixed(2)), {"mixes": (2,)}),
     Specimen("of channels", "Crop", [IMAGE], unary(lambda x: x[:, 1:3]), fixed(1), each(fixed(1)), {"mixes": (1,)}),
+    Specimen(
+        "by an array of places",
+        "Lookup",
+        [IMAGE],
+        unary(lambda x: x[:, np.array([[0, 2], [1, 1], [2, 0]])]),
+        fixed(1, 2),
+        each(fixed(1)),
+        {"axis": 1, "taken": 1, "given": 2},
+    ),
+    Specimen(
+        "by two vectors of places",
+        "Lookup",
+        [IMAGE],
+        unary(lambda x: x[:, :, np.array([3, 0, 1]), np.array([5, 0, 2])]),
+        fixed(2),
+        each(fixed(2, 3)),
+        {"axis": 2, "taken": 2, "given": 1},
+    ),
     # order
     Specimen(
         "2 x 2 windows",

@@ -38,7 +38,15 @@ def test_a_seed_is_the_same_network_each_time() -> None:
 def test_random_networks_hold_most_operators() -> None:
     """What they lack are operators that need inputs or outputs of other types, or old opsets."""
     used = {node.op_type for seed in range(400) for node in build(seed).graph.node}
-    assert set(OPERATORS) - used <= {"GroupNormalization", "CastLike", "Upsample", "GlobalLpPool", "DeformConv"}
+    assert set(OPERATORS) - used <= {
+        "GroupNormalization",
+        "CastLike",
+        "Upsample",
+        "GlobalLpPool",
+        "DeformConv",
+        "GatherElements",
+        "GatherND",
+    }
 
 
 # --- what they found, each reduced to a few operators ------------------------------------------------------------------------------

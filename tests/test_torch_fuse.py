@@ -320,6 +320,37 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
         0,
         0,
     ),
+    "rows in an order that the data decide": (
+        lambda: Net(lambda s, x: s.b(s.c(x)[x.sum((1, 2, 3)).argsort()]).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4)),
+        IMAGE,
+        0,
+        0,
+    ),
+    "channels in a constant order": (
+        lambda: Net(
+            lambda s, x: s.b(torch.take_along_dim(s.c(x)[:, s.p], s.p.view(1, -1, 1, 1), 1).index_select(1, s.p)).sigmoid(),
+            c=nn.Conv2d(3, 4, 3),
+            b=norm(4),
+            p=torch.tensor([2, 0, 3, 1]),
+        ),
+        IMAGE,
+        0,
+        0,
+    ),
+    "pixels of two constant arrays": (
+        lambda: Net(
+            lambda s, x: s.b(s.c(x)[:, :, s.p[:, None], s.p]).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4), p=torch.tensor([2, 0, 3, 1])
+        ),
+        IMAGE,
+        0,
+        0,
+    ),
+    "channels in an order that the data decide": (
+        lambda: Net(lambda s, x: s.b(s.c(x)[:, x[0, :, 0, 0].argsort()]).sigmoid(), c=nn.Conv2d(3, 3, 3), b=norm(3)),
+        IMAGE,
+        1,
+        1,
+    ),
     "the network is a norm": (lambda: norm(3), IMAGE, 1, 1),
 }
 

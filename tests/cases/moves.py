@@ -239,3 +239,40 @@ def _(net: Net) -> None:
 @CASES.case("Tile along channels, copies unlike", 7, left=1, reason=MIXED)
 def _(net: Net) -> None:
     net.output(net.bn(net.op("Tile", net.conv(net.input("N", 4, 5, 5), 4, 3), net.ints(1, 2, 1, 1)), 6))
+
+
+# --- data at computed places -----------------------------------------------------------------------
+
+
+@CASES.case("Gather of rows at computed places", 16, 58)
+def _(net: Net) -> None:
+    places = net.input("M", name="places", dtype="int64")
+    net.output(net.op("LeakyRelu", net.bn(net.op("Gather", net.gemm(net.input(5, 4), 4, 6), places, axis=0), 6)))
+
+
+@CASES.case("Gather of neighbours at computed places", 16, 58)
+def _(net: Net) -> None:
+    places = net.input("M", 3, name="places", dtype="int64")
+    y = net.op("Gather", net.gemm(net.input(5, 4), 4, 6), places, axis=0)
+    net.output(net.op("LeakyRelu", net.bn(net.transpose(y, 0, 2, 1), 6)))
+
+
+@CASES.case("Gather of channels at computed places", 16, left=1, reason=r"computed places")
+def _(net: Net) -> None:
+    places = net.input(6, name="places", dtype="int64")
+    net.output(net.op("LeakyRelu", net.bn(net.op("Gather", net.conv(net.input("N", 4, "H", "W"), 4, 6), places, axis=1), 6)))
+
+
+@CASES.case("GatherND at computed places", 16, below=2)
+def _(net: Net) -> None:
+    places = net.input(2, "M", 1, name="places", dtype="int64")
+    y = net.transpose(net.conv(net.input(2, 4, "H", "W"), 4, 6), 0, 2, 3, 1)
+    y = net.op("GatherND", y, places, batch_dims=1)
+    net.output(net.op("LeakyRelu", net.bn(net.transpose(y, 0, 3, 1, 2), 6)))
+
+
+@CASES.case("GatherElements at computed places", 16)
+def _(net: Net) -> None:
+    places = net.input(2, 6, 5, 5, name="places", dtype="int64")
+    y = net.conv(net.input(2, 4, 7, 7), 4, 6)
+    net.output(net.op("LeakyRelu", net.bn(net.op("GatherElements", y, places, axis=2), 6)))

@@ -229,7 +229,7 @@ def gather(op: Op) -> Step:
 
         return look
     if places is None:
-        raise NotInTorchError("its places are computed")
+        return apply(op, lambda x, i: x[(*(slice(None),) * (axis % x.ndim), i)])
     if places.ndim == 0:
         return apply(op, lambda x: x.select(axis, int(places)), 1)
     if places.ndim != 1:
@@ -435,6 +435,7 @@ OPERATORS: dict[str, Callable[[Op], Step]] = {
     "MatMul": lambda op: apply(op, torch.matmul),
     "Einsum": einsum,
     "Gather": gather,
+    "GatherElements": lambda op: apply(op, lambda x, i: x.gather(int(op.get("axis", 0)), i)),
     "Add": arithmetic(torch.add),
     "Sub": arithmetic(torch.sub),
     "Mul": arithmetic(torch.mul),

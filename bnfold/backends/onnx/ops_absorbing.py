@@ -216,7 +216,7 @@ def _contraction(ctx: Lowering, node: ir.Node, x: ir.Value, weight: Param, which
 def gather(ctx: Lowering, node: ir.Node) -> str | None:
     """A table looked up by an activation (Embedding); an activation at constant places is a move."""
     if not ctx.is_const(node, 0):
-        return MOVES["Gather"](ctx, node) if ctx.is_const(node, 1) else "its indices are computed"
+        return MOVES["Gather"](ctx, node)
     table, rank = ctx.param(node, 0), ctx.rank(arg(node, 1))
     if table is None:
         return ctx.no_tensor(node, 0, "table")

@@ -169,13 +169,46 @@ def _cut(where: tuple[slice, ...]) -> Run:
 
 def _gather(ctx: Lowering, node: ir.Node) -> str | None:
     rank, indices = ctx.rank(arg(node)), ctx.const(node, 1)
-    if rank is None or indices is None:
-        return UNKNOWN if rank is None else COMPUTED
+    if rank is None:
+        return UNKNOWN
     axis = whole(node, "axis", 0) % rank
+    if indices is None:
+        return _lookup(ctx, node, axis, 1, ctx.rank(arg(node, 1)))
     ctx.set_rank(node.outputs[0], rank - 1 + indices.ndim)
     kept = {i: i if i < axis else i - 1 + indices.ndim for i in range(rank) if i != axis}
     _move(ctx, node, lambda xs, _: np.take(xs[0], indices, axis), kept)
     return None
+
+
+def _lookup(ctx: Lowering, node: ir.Node, axis: int, taken: int, new: int | None) -> str | None:
+    """Data at computed places, which stand for `taken` axes from `axis` on; `new` axes of the output are theirs."""
+    rank = ctx.rank(arg(node))
+    if rank is None or new is None:
+        return UNKNOWN
+    ctx.set_rank(node.outputs[0], rank - taken + new)
+    ctx.emit("Lookup", node, [arg(node)], {"axis": axis, "taken": taken, "given": new})
+    return None
+
+
+def _gather_elements(ctx: Lowering, node: ir.Node) -> str | None:
+    """Each element from another place along the axis, and from its own along all axes of the same size."""
+    rank = ctx.rank(arg(node))
+    if rank is None:
+        return UNKNOWN
+    ctx.set_rank(node.outputs[0], rank)
+    before, after = ctx.value(arg(node)).probes, ctx.value(node.outputs[0]).probes
+    if before is None or after is None:
+        return "the shapes around it aren't known"
+    moved = {i for i in range(rank) if any(a[i] is None or a[i] != b[i] for a, b in zip(before, after, strict=True))}
+    ctx.emit("Crop", node, [arg(node)], {"mixes": tuple(sorted(moved | {whole(node, "axis", 0) % rank}))})
+    return None
+
+
+def _gather_nd(ctx: Lowering, node: ir.Node) -> str | None:
+    """x[i] by the vectors along the last axis of the places, behind the axes that both have in common."""
+    places = ctx.value(arg(node, 1))
+    lead, taken = whole(node, "batch_dims", 0), None if places.sizes is None else places.sizes[-1]
+    return COMPUTED if taken is None or places.rank is None else _lookup(ctx, node, lead, taken, places.rank - 1 - lead)
 
 
 def _expand(ctx: Lowering, node: ir.Node) -> str | None:
@@ -289,6 +322,8 @@ MOVES: dict[str, Callable[[Lowering, ir.Node], str | None]] = {
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Expand": _expand,
     "Tile": _expand,
     "DepthToSpace": _depth_to_space,

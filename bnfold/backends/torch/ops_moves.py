@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.fx import Node as Op
 
 from .lower import Lowering
-from .walk import arguments, dtype_of, operator_name
+from .walk import arguments, dtype_of, operator_name, value_of
 
 Ids = npt.NDArray[np.int64]
 Run = Callable[[list[Ids], tuple[int, ...]], Ids]
@@ -230,20 +231,55 @@ def interleave(ctx: Lowering, op: Op) -> str | None:
 
 
 def index(ctx: Lowering, op: Op) -> str | None:
-    """x[..., constants, ...] with one vector of places, or one array of them."""
+    """x[..., places, ...]: a move by a constant vector or array; a lookup by computed places, by several arrays, or by a mask."""
     given = arguments(op)
     x, places = given["self"], list(given["indices"])
     wanted = [i for i, place in enumerate(places) if place is not None]
     array = ctx.const(places[wanted[0]]) if len(wanted) == 1 else None
-    if array is None:
+    if array is not None:
+        return _take(ctx, op, x, wanted[0], np.flatnonzero(array) if array.dtype == np.bool_ else array)
+    masks = [place for place in places if place is not None and value_of(place).dtype in (torch.bool, torch.uint8)]
+    if wanted != list(range(wanted[0], wanted[-1] + 1)) or (masks and len(wanted) > 1):
         return COMPUTED
-    return _take(ctx, op, x, wanted[0], np.flatnonzero(array) if array.dtype == np.bool_ else array)
+    taken = ctx.rank(masks[0]) if masks else len(wanted)
+    return _lookup(ctx, op, x, wanted[0], taken, 1 if masks else max(ctx.rank(places[i]) for i in wanted))
+
+
+def _lookup(ctx: Lowering, op: Op, x: Op, axis: int, taken: int, new: int) -> str | None:
+    if ctx.rank(x) - taken + new != ctx.rank(op):
+        return COMPUTED
+    ctx.emit("Lookup", op, [x], {"axis": axis, "taken": taken, "given": new})
+    return None
 
 
 def index_select(ctx: Lowering, op: Op) -> str | None:
     given = arguments(op)
-    array = ctx.const(given["index"])
-    return COMPUTED if array is None else _take(ctx, op, given["self"], _axis(ctx, op), array)
+    array, axis = ctx.const(given["index"]), _axis(ctx, op)
+    return _lookup(ctx, op, given["self"], axis, 1, 1) if array is None else _take(ctx, op, given["self"], axis, array)
+
+
+def gather(ctx: Lowering, op: Op) -> str | None:
+    """gather and take_along_dim: each element from another place along the axis, and from its own along all axes of the same size."""
+    x = arguments(op)["self"]
+    before, after = ctx.value(x).probes, ctx.value(op).probes
+    if before is None or after is None or arguments(op)["dim"] is None:
+        return COMPUTED
+    axis = _axis(ctx, op)
+    moved = {i for i in range(ctx.rank(op)) if any(a[i] is None or a[i] != b[i] for a, b in zip(before, after, strict=True))} | {axis}
+    if moved == {axis} and (places := _same_everywhere(ctx, arguments(op).get("index", arguments(op).get("indices")), axis)) is not None:
+        return _take(ctx, op, x, axis, places)
+    ctx.emit("Crop", op, [x], {"mixes": tuple(sorted(moved))})
+    return None
+
+
+def _same_everywhere(ctx: Lowering, places: Any, axis: int) -> npt.NDArray[Any] | None:
+    """The constant places along an axis, where they are the same along all the others."""
+    source = arguments(places)["self"] if operator_name(places) == "expand" else places
+    array = ctx.const(source)
+    if array is None or array.ndim <= axis or array.ndim != ctx.rank(places) or not array.size:
+        return None
+    vector = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+    return vector[:, 0].copy() if (vector == vector[:, :1]).all() else None
 
 
 def _take(ctx: Lowering, op: Op, x: Op, axis: int, places: npt.NDArray[Any]) -> str | None:
@@ -334,6 +370,8 @@ MOVES: dict[str, Callable[[Lowering, Op], str | None]] = {
     "repeat_interleave": interleave,
     "index": index,
     "index_select": index_select,
+    "gather": gather,
+    "take_along_dim": gather,
     "flip": flip,
     "roll": roll,
     "pixel_shuffle": shuffle,
