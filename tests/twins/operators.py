@@ -210,6 +210,50 @@ def split(op: Op) -> Step:
     return step
 
 
+def pieces(op: Op) -> Step:
+    """A sequence is a list."""
+    axis, sizes, x = int(op.get("axis", 0)), op.const(1), op.inputs[0]
+    if op.has(1) and sizes is None:
+        raise NotInTorchError("its sizes are computed")
+
+    def step(env: dict[str, Any]) -> None:
+        value = op.twin.value(env, x)
+        if sizes is None:
+            parts = value.split(1, axis) if op.get("keepdims", 1) else value.unbind(axis)
+        else:
+            parts = value.split(sizes.tolist(), axis)
+        env[op.outputs[0]] = list(parts)
+
+    return step
+
+
+def collection(op: Op) -> Step:
+    def step(env: dict[str, Any]) -> None:
+        env[op.outputs[0]] = [op.twin.value(env, name) for name in op.inputs]
+
+    return step
+
+
+def piece(op: Op) -> Step:
+    place = op.const(1)
+    if place is None:
+        raise NotInTorchError("its place is computed")
+
+    def step(env: dict[str, Any]) -> None:
+        env[op.outputs[0]] = env[op.inputs[0]][int(place)]
+
+    return step
+
+
+def joined(op: Op) -> Step:
+    run: Any = torch.stack if op.get("new_axis", 0) else torch.cat
+
+    def step(env: dict[str, Any]) -> None:
+        env[op.outputs[0]] = run(env[op.inputs[0]], int(op.get("axis")))
+
+    return step
+
+
 def gather(op: Op) -> Step:
     axis = int(op.get("axis", 0))
     table, places = op.const(0), op.const(1)
@@ -464,6 +508,10 @@ OPERATORS: dict[str, Callable[[Op], Step]] = {
     "Concat": concat,
     "Slice": cut,
     "Split": split,
+    "SplitToSequence": pieces,
+    "SequenceConstruct": collection,
+    "SequenceAt": piece,
+    "ConcatFromSequence": joined,
     "Pad": pad,
     "Expand": expand,
     "Tile": tile,
