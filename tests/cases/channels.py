@@ -105,6 +105,41 @@ def _(net: Net) -> None:
     net.output(net.bn(net.slice(net.conv(net.input("N", 4, "H", "W"), 4, 6), 1, 2, 6), 4))
 
 
+@CASES.case("GatherND of channels", 16, opset=13)
+def _(net: Net) -> None:
+    y = net.transpose(net.conv(net.input("N", 4, "H", "W"), 4, 6), 1, 0, 2, 3)
+    y = net.op("GatherND", y, net.constant(np.array([[4], [-1], [0]], np.int64)))
+    net.output(net.bn(net.transpose(y, 1, 0, 2, 3), 3))
+
+
+@CASES.case("GatherND of single elements", 16, opset=13)
+def _(net: Net) -> None:
+    y = net.conv(net.input(3, 4, 5, 5), 4, 6)
+    places = np.stack(np.meshgrid([0, 2, 1], [5, 3], [1], indexing="ij"), -1)
+    net.output(net.bn(net.op("GatherND", net.transpose(y, 0, 1, 3, 2), net.constant(places.astype(np.int64))), 2))
+
+
+@CASES.case("BatchNorm before a GatherND", 16, opset=13)
+def _(net: Net) -> None:
+    y = net.transpose(net.bn(net.op("Sigmoid", net.input(2, 6, 5)), 6), 1, 2, 0)
+    y = net.op("GatherND", y, net.constant(np.array([[1], [5], [2]], np.int64)))
+    net.output(net.conv(net.transpose(y, 2, 0, 1), 3, 4, dims=1))
+
+
+@CASES.case("GatherElements along the channels", 16, opset=13)
+def _(net: Net) -> None:
+    places = np.broadcast_to(np.array([5, -6, 2]).reshape(1, 3, 1, 1), (2, 3, 4, 4))
+    y = net.op("GatherElements", net.conv(net.input(2, 4, 6, 6), 4, 6), net.constant(np.array(places, np.int64)), axis=1)
+    net.output(net.bn(y, 3))
+
+
+@CASES.case("GatherElements that mixes channels", 16, opset=13, left=1, reason="varies|differ|ax")
+def _(net: Net) -> None:
+    places = net.rng.integers(0, 6, (2, 3, 4, 4))
+    y = net.op("GatherElements", net.conv(net.input(2, 4, 6, 6), 4, 6), net.constant(places.astype(np.int64)), axis=1)
+    net.output(net.bn(y, 3))
+
+
 def split_bns(net: Net, *, normed: tuple[int, ...] = (0, 1), opset_sizes: tuple[int, ...] = (2, 4)) -> None:
     parts = net.split(net.conv(net.input("N", 4, "H", "W"), 4, sum(opset_sizes)), 1, *opset_sizes)
     net.output(*[net.bn(p, n) if i in normed else p for i, (p, n) in enumerate(zip(parts, opset_sizes, strict=True))])

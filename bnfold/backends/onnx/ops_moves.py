@@ -192,21 +192,36 @@ def _lookup(ctx: Lowering, node: ir.Node, axis: int, taken: int, new: int | None
 
 def _gather_elements(ctx: Lowering, node: ir.Node) -> str | None:
     """Each element from another place along the axis, and from its own along all axes of the same size."""
-    rank = ctx.rank(arg(node))
+    rank, fixed = ctx.rank(arg(node)), ctx.const(node, 1)
     if rank is None:
         return UNKNOWN
     ctx.set_rank(node.outputs[0], rank)
+    axis = whole(node, "axis", 0) % rank
+    if fixed is not None and None not in (ctx.value(arg(node)).sizes or (None,)):
+
+        def run(xs: list[Ids], _: tuple[int, ...]) -> Ids:
+            inside = tuple(slice(None) if i == axis else slice(n) for i, n in enumerate(fixed.shape))
+            return np.take_along_axis(xs[0][inside], fixed, axis)
+
+        _move(ctx, node, run, {})
+        return None
     before, after = ctx.value(arg(node)).probes, ctx.value(node.outputs[0]).probes
     if before is None or after is None:
         return "the shapes around it aren't known"
     moved = {i for i in range(rank) if any(a[i] is None or a[i] != b[i] for a, b in zip(before, after, strict=True))}
-    ctx.emit("Crop", node, [arg(node)], {"mixes": tuple(sorted(moved | {whole(node, "axis", 0) % rank}))})
+    ctx.emit("Crop", node, [arg(node)], {"mixes": tuple(sorted(moved | {axis}))})
     return None
 
 
 def _gather_nd(ctx: Lowering, node: ir.Node) -> str | None:
     """x[i] by the vectors along the last axis of the places, behind the axes that both have in common."""
-    places = ctx.value(arg(node, 1))
+    places, fixed, rank = ctx.value(arg(node, 1)), ctx.const(node, 1), ctx.rank(arg(node))
+    if fixed is not None and rank is not None and not whole(node, "batch_dims", 0):
+        named, new = fixed.shape[-1], fixed.ndim - 1
+        ctx.set_rank(node.outputs[0], new + rank - named)
+        kept = {i: i - named + new for i in range(named, rank)}
+        _move(ctx, node, lambda xs, _: xs[0][tuple(np.moveaxis(fixed, -1, 0))], kept)
+        return None
     lead, taken = whole(node, "batch_dims", 0), None if places.sizes is None else places.sizes[-1]
     return COMPUTED if taken is None or places.rank is None else _lookup(ctx, node, lead, taken, places.rank - 1 - lead)
 
