@@ -416,6 +416,29 @@ def test_a_weight_that_fixes_a_product_of_sizes_fixes_neither_of_them() -> None:
         assert difference(run(net, x), run(fused, x)) < 1e-5
 
 
+def test_a_norm_that_folds_goes_where_its_own_code_does_nothing_else() -> None:
+    class Steps(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, 1)).view(x.shape)
+
+    class Active(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(super().forward(x))
+
+    net = Net(
+        lambda s, x: s.d(s.a(s.c(x.flatten(0, 1)).unflatten(0, x.shape[:2])).flatten(0, 1).sigmoid()),
+        c=nn.Conv2d(3, 4, 3),
+        a=lively(Steps(4)),
+        d=nn.Sequential(nn.Conv2d(4, 4, 1), lively(Active(4))),
+    )
+    (fused, report), _ = folded(net.eval(), torch.randn(2, 3, 3, 6, 7))
+    assert report.batchnorms.after == 0
+    assert isinstance(fused.a, nn.Identity)
+    assert report.layers[0].notes == ()
+    assert isinstance(fused.d[1], Active)
+    assert "does nothing" in report.layers[1].notes[0]
+
+
 def test_the_class_the_names_and_the_modes_stay() -> None:
     class Mine(nn.Sequential):
         answer = 42

@@ -94,7 +94,7 @@ class ModuleHost:
     grows = False
 
     def __init__(self, module: nn.Module, program: ExportedProgram, constants: Constants, example: Call | None) -> None:
-        self._constants, self._program, self._example, self._root = constants, program, example, module
+        self._constants, self._program, self.example, self.root = constants, program, example, module
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._names: dict[int, list[str]] = {}  # all names that a module has
         for path, each in self._modules.items():
@@ -307,7 +307,7 @@ class ModuleHost:
             own = place.owner.removeprefix(path).lstrip(".")
             name = place.attribute if found is None and place.how == "stored" else None
             trials[path, place.owner] = bias_trial(own, name, tuple(value_of(weight).shape), op)
-        return tried(self._root, self._example, trials) if trials else {}
+        return tried(self.root, self.example, trials) if trials else {}
 
 
 def computed_by(hook: object) -> tuple[str, str]:

@@ -22,7 +22,8 @@ from .lower import Lowering
 from .places import CONVOLUTIONS, ModuleHost
 from .regions import kind_of
 from .surgery import remains
-from .trace import duplicate
+from .trace import Call, duplicate
+from .trials import Trial, outputs, same, tried
 from .walk import arguments, frame, frames, mutates, operator_name
 
 SIDE = 8  # the spatial sizes of what a module is tried on
@@ -56,7 +57,39 @@ def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
             site.refusal = IMMOVABLE.format(path or type(ctx.traced.model).__name__)
         else:
             sites.remove(site)
-    return found
+    return found | _whole(ctx, ctx.host, found)
+
+
+def _whole(ctx: Lowering, host: ModuleHost, found: Mapping[Site, Removal]) -> dict[Site, Removal]:
+    """Of the modules whose call would stay, those that can go: with the identity's parameters they do what is left without them."""
+    wanted: dict[tuple[str], tuple[Site, tuple[str, ...]]] = {}
+    for site, removal in found.items():
+        paths = {host.canonical(frame(op)) for op in removal.calls}
+        path = next(iter(paths)) if len(paths) == 1 else ""
+        if path and isinstance(host.module(path), nn.modules.batchnorm._BatchNorm) and _reader(ctx, host, path, site) is None:
+            others = [op for op in host.inside(path) if op not in removal.calls and not ctx.constants.is_constant(op)]
+            wanted[(path,)] = site, _candidates(path, others)[0]
+    answers = tried(host.root, host.example, {key: _stays_alike(kept) for key, (_, kept) in wanted.items()}) if wanted else {}
+    gone = {site: Removal(key[0], kept) for key, (site, kept) in wanted.items() if answers.get(key)}
+    for site in gone:
+        site.note = ""
+    return gone
+
+
+def _stays_alike(kept: tuple[str, ...]) -> Trial:
+    """Whether a BatchNorm that does nothing leaves what those of its own modules do that are kept."""
+
+    def trial(module: nn.Module, call: Call) -> bool:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        before = outputs(module, call)
+        ones = ((module.weight, 1.0), (module.bias, 0.0), (module.running_mean, 0.0), (module.running_var, 1.0 - module.eps))
+        for tensor, number in ones:
+            if tensor is not None:
+                tensor.fill_(number)
+        after = outputs(module, call)
+        return not same(before, after) and same(after, outputs(remains(module, list(kept)), call))
+
+    return trial
 
 
 def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
