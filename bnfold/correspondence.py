@@ -20,7 +20,7 @@ import numpy as np
 from .absorbing import coefficients
 from .affine import Array
 from .fold import Outcome
-from .graph import Node, Param, Tensor, Value
+from .graph import Graph, Node, Param, Tensor, Value
 from .report import Coefficients
 from .settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, Setting, differing, differing_moves, operator, place, same, settings
 from .subject import Plan
@@ -64,7 +64,7 @@ class Correspondence:
     certified: of so many BatchNorms of the reference every coefficient was found to be right. remark: what the mismatches look like.
     unfolded: whether the candidate still has as many BatchNorms. uncertified: the names of the others. narrower: how the candidate computes
     in a narrower type, "" where it doesn't. paired: how many pairs of operators agree; left: the operators of each that have no counterpart
-    of which all is known to agree.
+    of which all is known to agree; graphs: both, in normal form.
     """
 
     checked: int
@@ -79,6 +79,7 @@ class Correspondence:
     narrower: str = ""
     paired: int = 0
     left: tuple[frozenset[Node], frozenset[Node]] = (frozenset(), frozenset())
+    graphs: tuple[Graph, Graph] | None = None
 
     def report(self) -> Coefficients:
         counts = self.certified, self.batchnorms, self.uncertified
@@ -167,6 +168,7 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
         _narrower(reference, candidate),
         len(agreeing),
         (apart[0], apart[1]),
+        (reference.graph, candidate.graph),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .comparison import Comparison
 from .correspondence import Correspondence
-from .dead import dead_layer
+from .dead import dead_layer, unreached
 from .exercise import another
 from .function import Measured
 from .levels import FLOOR, Truth
@@ -74,7 +74,20 @@ def verdict(both: Comparison, found: Findings) -> tuple[Verdict, str]:
         return "inconclusive", summary(found)
     if both.thorough and not certain and (dead := dead_layer(both.reference, truth)):
         return "inconclusive", f"not all was exercised: on these data {dead} gives the same whatever it is fed"
+    if both.thorough and not certain and (missed := _unreached(both, found, truth)):
+        return "inconclusive", f"not all was exercised, and level 1 couldn't compare it: {missed}"
     return "equivalent", summary(found)
+
+
+def _unreached(both: Comparison, found: Findings, truth: Truth) -> str:
+    level = found.correspondence
+    if level is None or level.graphs is None:
+        return ""
+    sides = (("reference", both.reference), ("candidate", both.candidate))
+    for (which, side), graph, left in zip(sides, level.graphs, level.left, strict=True):
+        if missed := unreached(side, graph, left, truth.feeds):
+            return f"{missed} (in the {which})"
+    return ""
 
 
 def _says_how(found: Findings) -> bool:

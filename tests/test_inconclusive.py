@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -115,3 +117,79 @@ def test_a_defect_shows_where_the_reference_itself_overflows_in_its_stored_type(
     assert verify(model("tabular", w), model("tabular", right)).verdict == "inconclusive"
     right["second.bias"][0] += np.float16(0.5)
     assert verify(model("tabular", w), model("tabular", right)).verdict == "different"
+
+
+# --- what level 1 couldn't compare, and no data reached -----------------------------------------------------------------------------
+
+TABLE, W = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((10, 8), (8, 8)))
+
+
+def looked_up(table, *, again=False):
+    """Rows of a table, a product and an activation; `again` with another one, which changes nothing but the form."""
+    nodes = [helper.make_node("Gather", ["t", "i"], ["e"], name="rows"), helper.make_node("MatMul", ["e", "w"], ["h"])]
+    return built(nodes, [("i", onnx.TensorProto.INT64, ["N", 4])], again=again, t=table, w=W)
+
+
+def gated(second, *, again=False):
+    """Two products with an activation between them, of which channel 1 never opens."""
+    bias = np.array([0, -1000, 0, 0, 0, 0, 0, 0], np.float32)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["a"]),
+        helper.make_node("Relu", ["a"], ["r"], name="gate"),
+        *([helper.make_node("Relu", ["r"], ["r2"])] if again else []),
+        helper.make_node("MatMul", ["r2" if again else "r", "v"], ["h"]),
+    ]
+    return built(nodes, [("x", onnx.TensorProto.FLOAT, ["N", 8])], again=again, w=W, b=bias, v=second)
+
+
+def chosen(factor, *, again=False):
+    """A branch that is never taken, for the largest of many numbers is positive."""
+    y = [helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, None)]
+    factors = [numpy_helper.from_array(np.array(factor, np.float32), "f")]
+    other = helper.make_graph([helper.make_node("Mul", ["a", "f"], ["t"])], "other", [], y, factors)
+    taken = helper.make_graph([helper.make_node("Neg", ["a"], ["t"])], "taken", [], y)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["h"], name="branch", then_branch=taken, else_branch=other),
+    ]
+    return built(nodes, [("x", onnx.TensorProto.FLOAT, ["N", 8])], again=again, w=W, zero=np.array(0, np.float32))
+
+
+def built(nodes, inputs, *, again, **arrays):
+    names = ["h", "s", "y"] if again else ["h", "y"]
+    ends = [helper.make_node("Relu", [a], [b]) for a, b in itertools.pairwise(names)]
+    graph = helper.make_graph(
+        [*nodes, *ends],
+        "g",
+        [helper.make_tensor_value_info(*each) for each in inputs],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10))
+
+
+def test_rows_that_no_data_read():
+    ids = np.random.default_rng(1).choice([0, 1, 2, 3, 4, 6, 7, 8, 9], (16, 4))
+    wrong = TABLE.copy()
+    wrong[5] += 3
+    report = verify(looked_up(TABLE), looked_up(wrong, again=True), [{"i": ids}])
+    assert (report.verdict, "nothing read row 5 of the table of Gather rows" in report.reason) == ("inconclusive", True)
+    assert verify(looked_up(TABLE), looked_up(TABLE, again=True), [{"i": ids}]).verdict == "equivalent"  # its coefficients say so
+
+
+def test_a_channel_that_never_opens():
+    wrong = W.copy()
+    wrong[1] += 1
+    report = verify(gated(W), gated(wrong, again=True))
+    assert (report.verdict, "channel 1 of Relu gate never opened" in report.reason) == ("inconclusive", True)
+    assert verify(gated(W), gated(W)).levels.coefficients.verdict == "equivalent"
+    assert verify(gated(W), gated(wrong)).verdict == "different"
+
+
+def test_a_branch_that_is_never_taken():
+    report = verify(chosen(2), chosen(3, again=True))
+    assert (report.verdict, "the condition of If branch was always True" in report.reason) == ("inconclusive", True)
+    assert verify(chosen(2), chosen(2, again=True)).verdict == "equivalent"
+    assert verify(chosen(2), chosen(3)).verdict == "different"

@@ -190,9 +190,9 @@ def as_max(name: str) -> Any:
 
     def edit(nodes):
         node = next(n for n in nodes if n.name == name)
-        node.op_type = "Max"
-        node.input.append(f"{name}.zero")
-        nodes.insert(0, helper.make_node("Constant", [], [f"{name}.zero"], value=numpy_helper.from_array(np.zeros(1, np.float32))))
+        place = list(nodes).index(node)
+        nodes.insert(place + 1, helper.make_node("Max", [f"{name}.once", f"{name}.once"], list(node.output)))
+        node.output[0] = f"{name}.once"
 
     return edit
 
@@ -234,10 +234,10 @@ def dead_branch(*, seed: int, folded: bool, wrong: bool = False) -> ir.Model:
     ]
     if folded:
         arrays["w"] = arrays["w"].astype(np.float32) * arrays["gamma"].astype(np.float32).reshape(4, 1, 1, 1) * (3 if wrong else 1)
-        arrays["zero"] = np.zeros(1)
         nodes[:3] = [
             helper.make_node("Conv", ["x", "w", "beta"], ["b"], name="first"),
-            helper.make_node("Max", ["b", "zero"], ["c"], name="max"),
+            helper.make_node("Relu", ["b"], ["r"], name="relu"),
+            helper.make_node("Max", ["r", "r"], ["c"], name="max"),
         ]
     return small(nodes, arrays, {"x": (2, 4, 5, 5)}, {"y": (2, 4, 5, 5)})
 

@@ -185,6 +185,8 @@ ANOTHER_FORM: dict[str, tuple[onnx.ModelProto, onnx.ModelProto]] = {
         built(helper.make_node("Pad", ["x"], ["p"], pads=[0, 0, 1, 1, 0, 0, 1, 1]), helper.make_node("Conv", ["p", "w"], ["y"]), opset=10),
         built(helper.make_node("Pad", ["x", "borders"], ["p"]), helper.make_node("Conv", ["p", "w"], ["y"]), opset=13),
     ),
+    "a Relu as a bound": (behind("Relu"), behind("Clip", "zero")),
+    "a Relu as a maximum": (behind("Relu"), behind("Max", "zero")),
     "the order of a sum": (beside("Add", "h", "x"), beside("Sum", "x", "h")),
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import onnx_ir as ir
 
 from ...graph import Node, Value
 from .lower import Lowering, Native, given
 from .ops_absorbing import conv, gemm, matmul
+from .settings import fused
 from .walk import arg, attribute, name_of
 
 STRETCHING = ("Relu", "LeakyRelu")
@@ -30,14 +32,15 @@ def activated(lower: Callable[[Lowering, ir.Node], str | None]) -> Callable[[Low
         attrs = {"limit": linear.attrs["limit"], "cloneable": False}
         if node.op_type == "FusedConv" and given(node, 3) is not None:
             added = Value(f"{made.name}:sum", made.probes, made.rank)
+            stated = {**attrs, "settings": partial(fused, node, "Add")}
             ctx.nodes.append(
-                Node("Add", name_of(node), [inner, ctx.value(arg(node, 3))], [added], dict(attrs), {}, Native(node, positions=[0, 3]))
+                Node("Add", name_of(node), [inner, ctx.value(arg(node, 3))], [added], stated, {}, Native(node, positions=[0, 3]))
             )
             inner = added
         kind, why_not = _activation(node)
-        ctx.nodes.append(
-            Node(kind, name_of(node), [inner], [made], {**attrs, "why": why_not}, {}, Native(node), label=_name(node) or node.op_type)
-        )
+        label = _name(node) or node.op_type
+        attrs |= {"why": why_not, "settings": partial(fused, node, label)}
+        ctx.nodes.append(Node(kind, name_of(node), [inner], [made], attrs, {}, Native(node), label=label))
         return None
 
     return run

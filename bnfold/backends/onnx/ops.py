@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .ops_absorbing import conv, einsum, gather, gemm, matmul, normalisation, recurrent
 from .ops_affine import arithmetic, batchnorm, negation
-from .ops_crossing import Lower, cast, clip, dropout, elementwise, identity, pad, prelu, reduced, resize, several, where, windowed
+from .ops_crossing import Lower, cast, clip, dropout, elementwise, identity, maximum, pad, prelu, reduced, resize, several, where, windowed
 from .ops_moves import MOVES, sequence, taken
 
 OPERATORS: dict[str, Lower] = {
@@ -33,7 +33,7 @@ OPERATORS: dict[str, Lower] = {
     "Neg": negation,
     "Sum": several("Add"),
     "Mean": several("Mean"),
-    "Max": several("Maximum"),
+    "Max": maximum,
     "Min": several("Maximum"),
     "Where": where,
     "Identity": identity,

@@ -191,6 +191,24 @@ def pad(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
+def rectifies(ctx: Lowering, node: ir.Node) -> bool:
+    """Whether a Max is a Relu in other words, as ONNX Runtime writes it: of one activation and one zero."""
+    constant = [v for v in node.inputs if v is not None and ctx.constants.is_constant(v)]
+    if node.op_type != "Max" or len(node.inputs) != 2 or len(constant) != 1:
+        return False
+    zero, rank = ctx.constants.get(constant[0]), ctx.rank(next(v for v in node.inputs if v is not None and v is not constant[0]))
+    return zero is not None and zero.size == 1 and not zero.any() and rank is not None and zero.ndim <= rank
+
+
+def maximum(ctx: Lowering, node: ir.Node) -> str | None:
+    if not rectifies(ctx, node):
+        return several("Maximum")(ctx, node)
+    x = next(v for v in node.inputs if v is not None and not ctx.constants.is_constant(v))
+    ctx.set_rank(node.outputs[0], ctx.rank(x))
+    ctx.emit("Relu", node, [x])
+    return None
+
+
 def several(op: str, **attrs: Any) -> Lower:
     def lower(ctx: Lowering, node: ir.Node) -> str | None:
         inputs = [v for v in node.inputs if v is not None]

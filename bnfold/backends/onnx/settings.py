@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ...settings import Body, Settings
 from .constants import FLOATS
-from .walk import is_standard, name_of
+from .walk import attribute, is_standard, name_of
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 IDLE = {"consumed_inputs", "momentum", "stash_type", "ratio", "seed", "is_test", "broadcast", "saturate"}
 RENAMED = {"K": "k", "constant_value": "value", "min_val": "min", "max_val": "max"}
 WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "ConvInteger", "QLinearConv", "DeformConv"}
+FUSED = {"FusedConv", "FusedGemm", "FusedMatMul"}  # ONNX Runtime's own; what they put behind is a node of its own
+PARAMETERS = {"Clip": ("min", "max"), "LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta")}
 ALIKE = {"Sum": "Add", "CastLike": "Cast"}
 GLOBAL = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
 FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}  # before opset 13
@@ -31,17 +33,14 @@ SHAPES = ("Shape", "Size")
 
 def settings(ctx: Lowering, node: ir.Node, activations: Collection[int], held: Collection[int]) -> Settings:
     """activations, held: which inputs are those, and which are coefficients. What else goes in is a setting."""
-    values, bodies = _attributes(ctx, node)
+    op, standard = (node.op_type, is_standard(node)) if node.op_type not in FUSED else (node.op_type.removeprefix("Fused"), True)
+    values, bodies = _attributes(ctx, node, op, standard=standard)
     of_sizes = node.op_type in SHAPES and is_standard(node)
     names = _input_names(ctx, node)
     for i, v in enumerate(node.inputs):
-        if (
-            v is None
-            or i in activations
-            or i in held
-            or (not v.name and v.producer() is None)
-            or (node.op_type in SHAPES and is_standard(node))
-        ):
+        if v is None or i in held or of_sizes or (not v.name and v.producer() is None) or (i == 3 and node.op_type == "FusedConv"):
+            continue
+        if i in activations and not (ctx.constants.is_constant(v) and ctx.tensor(v) is None):
             continue
         array = ctx.constants.get(v)
         name = names[i] if i < len(names) else f"input {i}"
@@ -49,36 +48,55 @@ def settings(ctx: Lowering, node: ir.Node, activations: Collection[int], held: C
             return Settings(node.op_type, kind="onnx", unread=f"{node.op_type} {name_of(node)}, its {name} can't be read")
         if array.size or node.op_type != "Resize":  # there an empty one stands for none
             values[RENAMED.get(name, name)] = array
-    if is_standard(node):
-        _settle(ctx, node, values)
+    if standard:
+        _settle(ctx, node, op, values)
     given = [v for v in node.outputs if v.name]
     places = {ctx.value(v): node.outputs.index(v) for v in given} if len(given) > 1 else {}
     source = node.inputs[0] if of_sizes and node.inputs else None
     shape_of = None if source is None or ctx.constants.is_constant(source) else ctx.value(source)
-    operator = ALIKE.get(node.op_type, node.op_type) if is_standard(node) else f"{node.domain}::{node.op_type}"
+    operator = ALIKE.get(op, op) if standard else f"{node.domain}::{op}"
     rank = ctx.rank(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
     if operator in GLOBAL and rank is not None and is_standard(node):
         operator, values = GLOBAL[operator], {"axes": tuple(range(2, rank)), "keepdims": 1}
-    common = (operator, values) if is_standard(node) else None
+    if operator == "Clip" and (values["min"], values["max"]) == (0, np.inf):
+        operator, values = "Relu", {}
+    if operator == "Max" and set(values) <= {"data_0", "data_0 1"} and len(values) == 1 and not np.any(next(iter(values.values()))):
+        operator, values = "Relu", {}
+    common = (operator, values) if standard else None
     return Settings(operator, values, common, places, tuple(activations), shape_of, bodies, "onnx")
 
 
-def _attributes(ctx: Lowering, node: ir.Node) -> tuple[dict[str, Any], tuple[Body, ...]]:
-    values: dict[str, Any] = dict(_defaults(node.op_type, ctx.opset)) if is_standard(node) else {}
+def fused(node: ir.Node, operator: str) -> Settings:
+    """Those of what ONNX Runtime puts behind a linear operator: an activation, or "Add"."""
+    given = wholly(node, "activation_params")
+    values = dict(zip(PARAMETERS.get(operator, ()), given, strict=False))
+    if operator == "Clip":
+        values = {"min": _bound(values.get("min"), -np.inf), "max": _bound(values.get("max"), np.inf)}
+    return Settings(operator, values, (operator, values), kind="onnx")
+
+
+def wholly(node: ir.Node, name: str) -> tuple[float, ...]:
+    """An attribute that is a list of numbers, an empty one where it isn't there."""
+    found: Any = attribute(node, name, ())
+    return tuple(float(n) for n in found or ())
+
+
+def _attributes(ctx: Lowering, node: ir.Node, op: str, *, standard: bool) -> tuple[dict[str, Any], tuple[Body, ...]]:
+    values: dict[str, Any] = dict(_defaults(op, ctx.opset)) if standard else {}
     bodies = []
-    for name, attribute in node.attributes.items():
-        if attribute.type == ir.AttributeType.GRAPH:
-            bodies.append(_body(ctx, name, attribute.as_graph()))
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies += [_body(ctx, f"{name} {i}", graph) for i, graph in enumerate(attribute.as_graphs())]
-        elif attribute.type == ir.AttributeType.TENSOR:
-            values[name] = attribute.as_tensor().numpy()
-        elif attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
-            values[name] = tuple(attribute.value)
-        elif attribute.type in (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING):
-            values[name] = attribute.value
+    for name, given in node.attributes.items():
+        if given.type == ir.AttributeType.GRAPH:
+            bodies.append(_body(ctx, name, given.as_graph()))
+        elif given.type == ir.AttributeType.GRAPHS:
+            bodies += [_body(ctx, f"{name} {i}", graph) for i, graph in enumerate(given.as_graphs())]
+        elif given.type == ir.AttributeType.TENSOR:
+            values[name] = given.as_tensor().numpy()
+        elif given.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
+            values[name] = tuple(given.value)
+        elif given.type in (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING):
+            values[name] = given.value
         else:
-            values[name] = ir.to_proto(attribute).SerializeToString(deterministic=True)
+            values[name] = ir.to_proto(given).SerializeToString(deterministic=True)
     return {name: value for name, value in values.items() if name not in IDLE}, tuple(sorted(bodies, key=lambda body: body.name))
 
 
@@ -99,9 +117,9 @@ def _defaults(op_type: str, opset: int) -> dict[str, Any]:
             schema = onnx.defs.get_schema(op_type, version, "")
         except onnx.defs.SchemaError:
             continue
-        for name, attribute in schema.attributes.items():
-            if attribute.default_value.type:
-                value = onnx.helper.get_attribute_value(attribute.default_value)
+        for name, each in schema.attributes.items():
+            if each.default_value.type:
+                value = onnx.helper.get_attribute_value(each.default_value)
                 value = value.decode() if isinstance(value, bytes) else value
                 found[name] = tuple(value) if isinstance(value, list) else value
     return found
@@ -119,9 +137,10 @@ def _input_names(ctx: Lowering, node: ir.Node) -> list[str]:
 # --- one form -------------------------------------------------------------------------------------------------------------------------
 
 
-def _settle(ctx: Lowering, node: ir.Node, values: dict[str, Any]) -> None:
+def _settle(ctx: Lowering, node: ir.Node, op: str, values: dict[str, Any]) -> None:
     """Put what is said in several ways in one of them."""
-    op = node.op_type
+    values.pop("activation", None)
+    values.pop("activation_params", None)
     first = next((v for v in node.inputs if v is not None), None)
     rank = None if first is None else ctx.rank(first)
     if op in WINDOWED:

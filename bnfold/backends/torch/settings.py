@@ -237,6 +237,8 @@ def _softmax(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None
 
 def _clip(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
     low, high = (values.get(name, values.get(f"{name}_val")) for name in ("min", "max"))
+    if low == 0 and (high is None or high == math.inf):
+        return "Relu", {}
     return "Clip", {"min": -math.inf if low is None else float(low), "max": math.inf if high is None else float(high)}
 
 
