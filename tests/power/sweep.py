@@ -31,7 +31,7 @@ from bnfold.report import VerifyReport
 from bnfold.verify import verify
 
 from .defects import DEFECTS, Net, OnnxNet, Site, TorchNet
-from .list import AS_MODULES, IN_HALF, LIGHT
+from .list import AS_MODULES, FUSES, IN_HALF, LIGHT
 from .models import ONNX_FOLDS, TORCH_FOLDS, RememberedOnnx, RememberedTorch, exported, light, network, own
 from .rivals import RIVALS
 
@@ -80,7 +80,7 @@ def _onnx(name: str, seed: int, dtype: str, right: dict[str, bool]) -> Iterator[
     first = _onnx_outputs(proto, data)
     folded, report = bnfold.fuse(proto, check=False)
     for tool, fold in ONNX_FOLDS.items():
-        if right.get(tool) is False:
+        if right.get(tool) is False or (name in LIGHT and tool in FUSES):
             continue
         try:
             made = folded if tool == "bnfold" else fold(proto)
