@@ -173,6 +173,17 @@ def test_weights_that_are_stored_as_bits() -> None:
     torch.testing.assert_close(fused(X), net(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.int32])
+def test_a_weight_whose_bits_mean_another_type(stored: torch.dtype) -> None:
+    """It can't be rewritten where its code reads it so; a program gets another one."""
+    kind = torch.float32 if stored == torch.int32 else torch.bfloat16
+    width = 6 if stored == torch.float32 else 3
+    w = nn.Parameter(torch.randn(4, 3, 3, width).to(kind).view(stored), requires_grad=False)
+    net = Net(lambda s, x: s.b(torch.conv2d(x, s.w.view(kind).float())), w=w, b=norm(4)).eval()
+    for model, after in ((net, 1), (torch.export.export(net, (X,)), 0)):
+        assert bnfold.fuse(model, example=X)[1].batchnorms.after == after
+
+
 def test_a_cast_is_a_copy_that_may_be_written() -> None:
     """In float64 the cast does nothing, but what is then written in place isn't what it was cast from."""
     net = Net(lambda s, x: (lambda y: (y.half().add_(1).float(), y))(s.c(x)), c=nn.Conv2d(3, 4, 3)).eval()

@@ -20,6 +20,7 @@ from ...affine import Array, Blocked
 from ...graph import AS_STORED, Layout
 from .constants import Constants
 from .walk import arguments, dtype_of, is_float, operator_name, value_of
+from .widen import reads_bits
 
 SAME = {"alias", "clone", "contiguous", "detach", "lift_fresh_copy", "positive", "to", "_to_copy", "type_as"}
 MOVES = {
@@ -70,6 +71,8 @@ def _depends(node: Any, root: Node) -> bool:
 
 
 def _step(constants: Constants, op: Node, source: Node, name: str) -> Layout | None:
+    if reads_bits(op):
+        return None
     if name in SAME:
         return AS_STORED
     if name in MOVES:
