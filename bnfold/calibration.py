@@ -41,7 +41,7 @@ class ModelPlan(Plan, Protocol):
     def frozen(self) -> set[int]: ...
 
     def outputs(self, batch: Batch) -> Mapping[str, Any]:
-        """What the model gives as it came, by output name."""
+        """What the model gives as it came, by output name; none of it where it mixes the samples of a batch."""
         ...
 
     def write(self) -> Any:
@@ -196,15 +196,19 @@ def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subj
     """The subject with an example of its input, taken from the data where there is none; the data; their first batch."""
     if family(subject.model) != "torch":
         return subject, batches, None
-    from .backends.torch.trace import example_of
+    from .backends.torch.trace import example_of, shortened_call
     from .data import BATCH_SIZE
     from .sides import peeked
 
     first, batches = peeked(batches)
-    if first is batches:  # all samples at once
+    whole = first is batches  # all samples at once
+    if whole:
         first = _few(first, batch_size or BATCH_SIZE)
     if subject.example is None and first is not None:
-        subject = dataclasses.replace(subject, example=example_of(subject.model, first))
+        example = example_of(subject.model, first)
+        if whole and is_module(subject.model):
+            example = shortened_call(subject.model, example, batch_size or BATCH_SIZE)
+        subject = dataclasses.replace(subject, example=example)
     return subject, batches, first
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,10 +67,11 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
 
     if data is None:
         return None
-    session = None
+    session = cache(lambda: deployed(model, provider, example=example))
     if not isinstance(data, Data):
-        session = deployed(model, provider, example=example)
-        data = as_batches(data, session.specs, run=session.run, flat=getattr(session, "flat", None))
+        data = as_batches(data, session().specs, run=session().run, flat=getattr(session(), "flat", None))
+    else:
+        data = data.asking(lambda batch: session().run(batch))
     if not data.again:
         return None
     found: list[tuple[Array, Array]] = []
@@ -77,8 +79,7 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
     for batch, labels in data.labelled():
         if labels is None:
             return None
-        session = session or deployed(model, provider, example=example)
-        scores = next(iter(session.run(batch).values()))
+        scores = next(iter(session().run(batch).values()))
         if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
             raise UnfitError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
         if len(scores) != len(labels):

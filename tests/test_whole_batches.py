@@ -21,6 +21,7 @@ from bnfold.backends import as_ir
 from bnfold.bench import bench
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, holding
+from bnfold.evaluate import score
 from bnfold.methods import Prior
 from bnfold.moments import measure
 
@@ -159,6 +160,39 @@ def test_the_standard_error_is_that_of_graphs() -> None:
     deviation = np.sqrt(pooled(rows)[1])
     assert report.layers[0].stderr == pytest.approx(float((error / deviation).max()), rel=1e-4)
     assert (error > measure(np.concatenate(rows)).standard_error()).any()  # nodes of one graph resemble each other, or don't
+
+
+SEQUENCE = Net(lambda s, x: s.b(s.l(x.cumsum(0)).transpose(1, 2)), l=nn.Linear(4, 8), b=norm(8, 1))  # steps come first
+CLOUD = Net(lambda s, x: s.b(s.l(x - x.mean(0))).relu(), l=nn.Linear(4, 8), b=norm(8, 1))
+
+
+@pytest.mark.parametrize(("net", "batch"), [(SEQUENCE, normal(20, 3, 4)), (CLOUD, normal(20, 4))])
+def test_one_input_whose_first_axis_counts_steps_or_points_is_not_cut(net: nn.Module, batch: np.ndarray) -> None:
+    net.eval()
+    with torch.no_grad():
+        x = torch.from_numpy(batch)
+        seen = net.l(x.cumsum(0)).transpose(1, 2) if net is SEQUENCE else net.l(x - x.mean(0))
+    want = measure(seen.numpy())
+    for data, options in ((batch, {}), (batch, {"batch_size": 4}), ([batch], {"batch_size": 4})):
+        fresh, report = bnfold.recalibrate(net, data, **options)
+        assert (report.samples, report.layers[0].count) == (1, want.count)
+        np.testing.assert_allclose(found(fresh)[0], want.mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found(fresh)[1], want.variance(), rtol=1e-4)
+
+
+def test_a_batchnorm_in_training_mode_makes_no_graph_of_samples() -> None:
+    net = Net(lambda s, x: s.d(s.l(s.b(x))), l=nn.Linear(4, 8), b=norm(4, 1), d=nn.BatchNorm1d(8, track_running_stats=False)).eval()
+    assert bnfold.recalibrate(net, normal(20, 4), freeze=True, batch_size=10)[1].samples == 20
+
+
+def test_nodes_are_scored_with_their_graph() -> None:
+    net = Net(lambda s, x, i: s.b(s.l(x[i].mean(1))), l=nn.Linear(4, 8), b=norm(8, 1)).eval()
+    x, i = neighbours(30)
+    wanted = net(torch.from_numpy(x), torch.from_numpy(i)).argmax(1).numpy()
+    for data in ((x, i, wanted), as_batches((x, i, wanted), [spec("inputs_0", "n", 4), spec("inputs_1", "m", 3, kind=I64)])):
+        scores = score(net, data, example=(x, i))
+        assert scores is not None
+        assert scores.right.all()
 
 
 def test_a_graph_in_a_file(tmp_path: Path) -> None:

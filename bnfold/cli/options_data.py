@@ -92,8 +92,10 @@ class Shaping:
         from ..sources import first_of
 
         found = first_of(str(spec))
-        call = None if found is None else example_of(model, found)
-        return shortened_call(model, in_places(model, Call((), dict(call)))) if isinstance(call, Mapping) else call
+        if found is None:
+            return None
+        call = example_of(model, found)
+        return shortened_call(model, in_places(model, Call((), dict(call))) if isinstance(call, Mapping) else call)
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""

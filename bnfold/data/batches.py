@@ -132,6 +132,10 @@ class Data:
         made._bad = self._bad
         return made
 
+    def asking(self, run: Run) -> Data:
+        """The same data, with a model to ask which of their rows are samples."""
+        return self.fed(self._inputs.specs, run=run)
+
     def sharded(self, index: int, count: int) -> Data:
         """The same data as process `index` of `count` reads them."""
         return self._cut_from(self._source, self._limit, (index, count))

@@ -1,8 +1,9 @@
 """Which inputs hold samples along their first axis, so that a batch can be cut into parts that go through the network one by one.
 
 A graph network's first axis counts nodes, an anchor's anchors, an edge list's two ends: nothing may be cut there. What an input's shape
-says decides where it can. Where it leaves that open (first axes of several lengths, integers that may point at rows), a trial does: a
-piece of a batch is run whole and without its first or its last row, and only where each row's outputs stay as they were are rows samples.
+says decides where it can. Where it leaves that open (first axes of several lengths, integers that may point at rows, a cloud of points, a
+sequence), a trial does: a piece of a batch is run whole and without its first or its last row, and only where each row's outputs stay as
+they were are rows samples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from .source import Array, Batch, InputSpec
 
 Run = Callable[[Batch], Mapping[str, Array]]  # a model's outputs by name, from its inputs by name
 ROWS = 4  # of a batch that are tried
-NEAR = 1e-3  # of the largest number: rows are told apart from their own rounding in half precision by far
+NEAR = 1e-2  # of the largest number: far more than a row's own rounding
+NEAR_HALF = 5e-2  # in half precision
+SHORT = 3  # axes: images are samples by custom, but what has no more may be a cloud of points, or a sequence whose steps come first
 
 
 def open_first(specs: Sequence[InputSpec]) -> set[str]:
@@ -58,8 +61,9 @@ def holding(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *
         return _of_one(specs, set(lengths), arrays, run)
     fed = [spec for spec in specs if spec.shape]
     pointing = len(fed) > 1 and any(spec.dtype.kind in "iu" for spec in fed)
+    alone = len(fed) == 1 and len(fed[0].shape) <= SHORT and run is not None
     squares = len(fed) > 1 and any(n in groups for spec in fed for n in arrays[spec.name].shape[1:])
-    if not (sure or pointing or squares or len(groups) > 1):
+    if not (sure or pointing or squares or alone or len(groups) > 1):
         return {spec.name for spec in next(iter(groups.values()))}, True
     if run is None:
         return ({spec.name for spec in next(iter(groups.values()))} if len(groups) == 1 else set()), False
@@ -116,15 +120,10 @@ def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
 
 
 def few(given: dict[str, Any], count: int) -> dict[str, Any]:
-    """At most the first samples of arrays of any model, by name: all where it isn't plain that these are samples."""
-    if not all(hasattr(array, "shape") for array in given.values()):
-        return given  # lists or numbers among them
-    arrays = list(given.values())
-    lengths = {array.shape[0] if array.ndim else 0 for array in arrays}
-    pointing = len(arrays) > 1 and any(
-        not getattr(array.dtype, "is_floating_point", getattr(array.dtype, "kind", "") == "f") for array in arrays
-    )
-    return given if len(lengths) != 1 or lengths == {0} or pointing else {name: array[:count] for name, array in given.items()}
+    """The first images of what a model's user gives it by name, where these are images alone: only a trial tells of other arrays."""
+    (array, *others) = given.values()
+    plain = not others and hasattr(array, "shape") and len(array.shape) > SHORT
+    return {name: array[:count] for name, array in given.items()} if plain else given
 
 
 def _agree(specs: Sequence[InputSpec], lengths: Mapping[str, int]) -> None:
@@ -162,4 +161,5 @@ def _near(one: Array, other: Array) -> bool:
         return bool(np.array_equal(one, other))
     a, b = (array.astype(np.complex128 if array.dtype.kind == "c" else np.float64) for array in (one, other))
     finite = np.abs(a[np.isfinite(a)])
-    return bool(np.allclose(a, b, rtol=0, atol=NEAR * float(finite.max(initial=0.0)), equal_nan=True))
+    near = NEAR_HALF if one.dtype.itemsize == 2 else NEAR
+    return bool(np.allclose(a, b, rtol=0, atol=near * float(finite.max(initial=0.0)), equal_nan=True))

@@ -83,8 +83,10 @@ class OnnxPlan:
         return inputs(self.model)
 
     def outputs(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
-        """What the model gives as it came, by output name."""
-        return self._session.run(batch)
+        """What the model gives as it came, by output name; none of it where a BatchNorm in training mode mixes the samples of a batch."""
+        made = self._session.run(batch)
+        mixes = any(is_batchnorm(node) and in_training(node, _opset(self.model)) for node in all_nodes(self.model.graph))
+        return {} if mixes else made
 
     @cached_property
     def _session(self) -> Session:

@@ -255,8 +255,10 @@ class TorchPlan:
         return self._traced.flat(item)
 
     def outputs(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
-        """What the model gives as it came, by output name."""
-        return self._oracle.run(batch)
+        """What the model gives as it came, by output name; none of it where a BatchNorm in training mode mixes the samples of a batch."""
+        made = self._oracle.run(batch)
+        mixes = any(is_batchnorm(op) and in_training(op) for op in self._traced.program.graph.nodes)
+        return {} if mixes else made
 
     @cached_property
     def _oracle(self) -> Oracle:

@@ -290,18 +290,20 @@ def known_example(module: nn.Module) -> Call:
     )
 
 
-def as_call(module: nn.Module, example: Any) -> Call:
-    """An example in one of the forms that `trace` takes as arguments: tensors on the module's device, floats in the module's type."""
+def _call_of(module: nn.Module, example: Any) -> Call:
+    """The arguments that an example stands for, as they were given."""
     if isinstance(example, Call):
-        call = example
-    elif isinstance(example, Mapping):
+        return example
+    if isinstance(example, Mapping):
         names = inspect.signature(module.forward).parameters
         by_name = all(key in names for key in example) or any(p.kind is p.VAR_KEYWORD for p in names.values())
-        call = Call((), dict(example)) if by_name else Call((dict(example),))
-    elif isinstance(example, (tuple, list)):
-        call = Call(tuple(example))
-    else:
-        call = Call((example,))
+        return Call((), dict(example)) if by_name else Call((dict(example),))
+    return Call(tuple(example)) if isinstance(example, (tuple, list)) else Call((example,))
+
+
+def as_call(module: nn.Module, example: Any) -> Call:
+    """An example in one of the forms that `trace` takes as arguments: tensors on the module's device, floats in the module's type."""
+    call = _call_of(module, example)
     tensor = next((t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()), None)
     device, kind = (torch.device("cpu"), None) if tensor is None else (tensor.device, tensor.dtype)
 
@@ -419,32 +421,30 @@ def in_places(model: nn.Module, call: Call) -> Call:
     return Call(tuple(args), rest)
 
 
-def shortened_call(model: nn.Module, call: Call, count: int = 2) -> Call:
-    """A call with the first samples of its tensors alone, where a trial shows that their rows are samples (see `data.samples`)."""
-    call = as_call(model, call)
+def shortened_call(model: nn.Module, example: Any, count: int = 2) -> Call:
+    """A call with the first samples of its arrays or tensors alone, where a trial shows that these are samples (see `data.samples`)."""
+    call = _call_of(model, example)
     leaves, form = pytree.tree_flatten((call.args, call.kwargs))
-    tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim}
-    if (
-        len({len(t) for t in tensors.values()}) != 1
-        or len(next(iter(tensors.values()))) <= ROWS
-        or any(m.training for m in model.modules())
-    ):
+    arrays: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim}
+    rows = {len(array) for array in arrays.values()}
+    if len(rows) != 1 or max(rows) <= max(count, ROWS):
         return call
+    twin = shared_twin(model).eval()
 
-    def called(tensors: Mapping[str, Any]) -> Call:
-        args, kwargs = pytree.tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], form)
+    def cut(parts: Mapping[str, Any]) -> Call:
+        args, kwargs = pytree.tree_unflatten([parts.get(str(i), leaf) for i, leaf in enumerate(leaves)], form)
         return Call(args, kwargs)
 
-    def run(batch: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-        part = called(batch)
+    def run(parts: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+        part = as_call(model, cut(parts))
         try:
             with quiet(), torch.no_grad():
-                return {name: to_numpy(tensor) for name, tensor in flat_outputs(model(*part.args, **part.kwargs)).items()}
+                return {name: to_numpy(tensor) for name, tensor in flat_outputs(twin(*part.args, **part.kwargs)).items()}
         except Exception as error:  # the model's code raises what it likes
             raise DataError(_first_line(error)) from None
 
-    given: Any = tensors
-    return called({name: tensor[:count] for name, tensor in tensors.items()}) if rows_are_samples(given, set(tensors), run) else call
+    told = rows_are_samples(arrays, set(arrays), run)
+    return cut({name: array[:count] for name, array in arrays.items()}) if told or (told is None and len(arrays) == 1) else call
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
