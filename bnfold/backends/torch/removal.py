@@ -7,7 +7,7 @@ identity, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +44,14 @@ def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
     """How each site is taken out. A BatchNorm that can't be is refused; a constant operator that can't be is no site at all."""
     assert isinstance(ctx.host, ModuleHost)
     found: dict[Site, Removal] = {}
+    readers = _readers(ctx, ctx.host)
     for site in list(sites):
         if site.refusal is not None:
             continue
         removal = _removal(ctx, ctx.host, site)
-        if removal is not None and (other := _reader(ctx, ctx.host, removal.path, site)) is not None:
-            site.refusal = f"its parameters are also read by a {kind_of(other) or operator_name(other)}"
+        others = _others(ctx.host, readers.get(removal.path or "", ()), removal.path, site) if removal is not None else []
+        if others:
+            site.refusal = f"its parameters are also read by a {kind_of(others[0]) or operator_name(others[0])}"
         elif removal is not None:
             found[site] = removal
         elif site.is_batchnorm:
@@ -110,18 +112,21 @@ def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
     return Removal(None, calls=tuple(calls))
 
 
-def _reader(ctx: Lowering, host: ModuleHost, path: str | None, site: Site) -> Op | None:
-    """Who reads the parameters of the module at a path but the site's calls: a branch that calls it too, say."""
-    if path is None:
-        return None
-    own = {*host.inside(path), *(op for node in site.nodes for op in (node.native.group or [node.native.op]))}
+def _readers(ctx: Lowering, host: ModuleHost) -> dict[str, list[Op]]:
+    """Who reads the tensors that each module holds itself."""
+    found: dict[str, list[Op]] = {}
     for op in ctx.program.graph.nodes:
-        stored = ctx.constants.stored(op)
-        if stored is not None and host.canonical(stored.target.rpartition(".")[0]) == path:
-            others: list[Op] = [reader for reader in op.users if reader not in own and not operator_name(reader).startswith("_assert")]
-            if others:
-                return others[0]
-    return None
+        if (stored := ctx.constants.stored(op)) is not None:
+            found.setdefault(host.canonical(stored.target.rpartition(".")[0]), []).extend(op.users)
+    return found
+
+
+def _others(host: ModuleHost, readers: Iterable[Op], path: str | None, site: Site) -> list[Op]:
+    """Those of the readers of the module at a path that aren't the site's calls: a branch that calls it too, say."""
+    if path is None:
+        return []
+    own = {*host.inside(path), *(op for node in site.nodes for op in (node.native.group or [node.native.op]))}
+    return [reader for reader in readers if reader not in own and not operator_name(reader).startswith("_assert")]
 
 
 def _items(ctx: Lowering, calls: list[Op]) -> set[Op]:
