@@ -32,7 +32,12 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
     if training and stats[0] is None:
         refusal = "it has no running statistics (track_running_stats=False): it normalises each batch by itself"
     elif training:
-        refusal = "it is in training mode: it normalises each batch by itself; call eval() on the model"
+        told = (
+            "export the model in evaluation mode, or recalibrate it with --freeze"
+            if ctx.host.copies_weights
+            else "call eval() on the model"
+        )
+        refusal = f"it is in training mode: it normalises each batch by itself; {told}"
     elif any(given[name] is not None and c is None for name, c in zip(("weight", "bias"), constants[:2], strict=True)):
         refusal = "its gamma or beta is computed from the data"
     elif constants[2] is None or constants[3] is None:
