@@ -121,8 +121,7 @@ def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
 
 def few(given: dict[str, Any], count: int) -> dict[str, Any]:
     """The first images of what a model's user gives it by name, where these are images alone: only a trial tells of other arrays."""
-    (array, *others) = given.values()
-    plain = not others and hasattr(array, "shape") and len(array.shape) > SHORT
+    plain = len(given) == 1 and all(len(getattr(array, "shape", ())) > SHORT for array in given.values())
     return {name: array[:count] for name, array in given.items()} if plain else given
 
 
