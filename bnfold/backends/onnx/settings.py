@@ -172,7 +172,7 @@ def _settle(ctx: Lowering, node: ir.Node, op: str, values: dict[str, Any]) -> No
     if op == "LayerNormalization" and rank is not None:
         values["axis"] = int(values["axis"]) % rank
     for name in ("axis", "axes"):
-        if rank is not None and rank > 0 and name in values and not isinstance(values[name], str):
+        if rank is not None and rank > 0 and name in values and np.asarray(values[name]).dtype.kind == "i":
             new = 1 if op == "OneHot" else np.size(values[name]) if op == "Unsqueeze" else 0
             values[name] = _counted(values[name], rank + new)
     floats = [ctx.shapes.dtype(v) for v in node.outputs if ctx.shapes.dtype(v) in FLOATS]
