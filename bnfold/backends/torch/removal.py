@@ -59,16 +59,16 @@ def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
             site.refusal = IMMOVABLE.format(path or type(ctx.traced.model).__name__)
         else:
             sites.remove(site)
-    return found | _whole(ctx, ctx.host, found)
+    return found | _whole(ctx, ctx.host, found, readers)
 
 
-def _whole(ctx: Lowering, host: ModuleHost, found: Mapping[Site, Removal]) -> dict[Site, Removal]:
+def _whole(ctx: Lowering, host: ModuleHost, found: Mapping[Site, Removal], readers: Mapping[str, list[Op]]) -> dict[Site, Removal]:
     """Of the modules whose call would stay, those that can go: with the identity's parameters they do what is left without them."""
     wanted: dict[tuple[str], tuple[Site, tuple[str, ...]]] = {}
     for site, removal in found.items():
         paths = {host.canonical(frame(op)) for op in removal.calls}
         path = next(iter(paths)) if len(paths) == 1 else ""
-        if path and isinstance(host.module(path), nn.modules.batchnorm._BatchNorm) and _reader(ctx, host, path, site) is None:
+        if path and isinstance(host.module(path), nn.modules.batchnorm._BatchNorm) and not _others(host, readers.get(path, ()), path, site):
             others = [op for op in host.inside(path) if op not in removal.calls and not ctx.constants.is_constant(op)]
             wanted[(path,)] = site, _candidates(path, others)[0]
     answers = tried(host.root, host.example, {key: _stays_alike(kept) for key, (_, kept) in wanted.items()}) if wanted else {}
