@@ -21,6 +21,7 @@ from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
 BATCH_SIZES = (2, 3)
+TURNS = 8  # of the inference, forwards, and of what operators tell, backwards; what they leave open then stays so
 OTHER_SIZES = (160, 224)  # a first guess for space and time: large enough for most networks, cheap since nothing runs
 
 Dims = tuple["int | None", ...]
@@ -71,7 +72,7 @@ class Shapes:
 
         These are written into the skeleton.
         """
-        while True:
+        for _ in range(TURNS):
             inferred = _infer(skeleton, lambda proto, infer: infer(proto))
             infos = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
             known = {v.name: len(v.type.tensor_type.shape.dim) for v in infos if v.type.tensor_type.HasField("shape")}
@@ -79,9 +80,10 @@ class Shapes:
             news = told(skeleton.graph, known)
             _write_ranks(skeleton.graph, news)
             if not news:
-                found: dict[ir.Value, Dims] = {}
-                self._collect(model.graph, inferred.graph, found)
-                return found
+                break
+        found: dict[ir.Value, Dims] = {}
+        self._collect(model.graph, inferred.graph, found)
+        return found
 
     def _collect(self, graph: ir.Graph, proto: onnx.GraphProto, found: dict[ir.Value, Dims]) -> None:
         infos = {info.name: info.type for info in itertools.chain(proto.value_info, proto.output, proto.input)}
