@@ -11,7 +11,7 @@ root, and one for each of root, division and product; the model is Higham, Accur
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 from .absorbing import coefficients
 from .affine import Array
 from .fold import Outcome
-from .graph import Graph, Node, Param, Tensor, Value
+from .graph import Graph, Node, Norm, Param, Tensor, Value
 from .report import Coefficients
 from .settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, Setting, differing, differing_moves, operator, place, same, settings
 from .subject import Plan
@@ -41,6 +41,7 @@ STANDS_OUT = 1 / 16  # the share of channels
 LEAST_CHANNELS, LEAST_NUMBERS = 16, 8  # of channels, and of numbers in each, that say anything about the others
 
 STATISTICS = ("gain", "mean")  # what of a BatchNorm isn't a parameter
+STATISTIC, EPSILON, UNKNOWN = "statistics", "epsilon", "something else"
 FIXED = (*STATISTICS, "shift")  # likewise of any affine map
 
 
@@ -176,10 +177,10 @@ def _narrower(reference: Plan, candidate: Plan) -> str:
     (mine, _), (theirs, where) = reference.narrowest, candidate.narrowest
     if theirs >= mine:
         return ""
-    return f"the candidate computes in {_type_of(theirs)} ({where}), the reference in {_type_of(mine)}"
+    return f"the candidate computes in {type_of(theirs)} ({where}), the reference in {type_of(mine)}"
 
 
-def _type_of(limit: float) -> str:
+def type_of(limit: float) -> str:
     """The floating-point type whose largest number it is."""
     names = {65504.0: "float16", 2.0**128 * (1 - 2.0**-8): "bfloat16", 2.0**128 * (1 - 2.0**-24): "float32"}
     return names.get(limit, "float64" if limit > 1e300 else f"a type that ends at {limit:.3g}")
@@ -210,17 +211,16 @@ def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str
     mine, theirs = ([o for o in plan.outcomes if o.site.is_batchnorm] for plan in (reference, candidate))
     if mismatches and len(mine) == len(theirs):
         moved: set[Node] = set()
-        layers = 0
+        found: dict[str, list[tuple[Node, Node]]] = {}
         for a, b in zip(mine, theirs, strict=True):
-            found = [_statistics_differ(p, q) for p, q in zip(a.site.nodes, b.site.nodes, strict=False)]
-            if None in found or len(a.site.nodes) != len(b.site.nodes):
+            pairs = list(zip(a.site.nodes, b.site.nodes, strict=False))
+            if len(a.site.nodes) != len(b.site.nodes):
                 return ""
-            if any(found):
-                layers += 1
+            for what in {each for p, q in pairs for each in _what_differs(p, q)}:
+                found.setdefault(what, []).append(pairs[0])
                 moved |= {*a.into, *a.site.nodes}
-        if layers and moved.issuperset(m.node for m in mismatches):
-            found_in = f"{layers} of {len(mine)} BatchNorms"
-            return f"the statistics differ in {found_in}, and nothing else does: a recalibration, not a defect of a fold"
+        if moved.issuperset(m.node for m in mismatches):
+            return _told(found, len(mine))
         return ""
     into = {node for o in mine if o.folded for node in o.into}
     scaled = {m.node for m in mismatches if m.scaled}
@@ -233,14 +233,42 @@ def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str
     return ""
 
 
-def _statistics_differ(a: Node, b: Node) -> bool | None:
-    """Whether two BatchNorms have other statistics; None where they differ in more than that."""
+def _told(found: Mapping[str, list[tuple[Node, Node]]], of: int) -> str:
+    """What of the BatchNorms differs, where nothing else does."""
+    counted = " and ".join(f"{what} in {len(pairs)}" for what, pairs in found.items())
+    if not found or UNKNOWN in found:
+        return ""
+    if found.keys() == {STATISTIC}:
+        where = f"{len(found[STATISTIC])} of {of} BatchNorms"
+        return f"the statistics differ in {where}, and nothing else does: a recalibration, not a defect of a fold"
+    agree = "" if STATISTIC in found else ": all statistics agree"
+    numbers = ""
+    if EPSILON in found:
+        p, q = found[EPSILON][0]
+        numbers = f" ({p.attrs['norm'].epsilon:.6g} in {p.name}, {q.attrs['norm'].epsilon:.6g} in the candidate)"
+    return f"of {of} BatchNorms {counted} differ{numbers}, and nothing else does{agree}"
+
+
+def _what_differs(a: Node, b: Node) -> set[str]:
+    """In what two BatchNorms differ."""
+    found: set[str] = set()
     for role in ("gamma", "beta"):
         if (role in a.params) != (role in b.params):
-            return None
+            return {UNKNOWN}
         if role in a.params and not np.array_equal(_stored(a.params[role]), _stored(b.params[role]), equal_nan=True):
-            return None
-    return any(not np.array_equal(np.asarray(a.attrs.get(role, 0.0)), np.asarray(b.attrs.get(role, 0.0))) for role in STATISTICS)
+            found.add(role)
+    one, other = a.attrs.get("norm"), b.attrs.get("norm")
+    if not isinstance(one, Norm) or not isinstance(other, Norm):
+        fixed = [np.array_equal(np.asarray(a.attrs.get(role, 0.0)), np.asarray(b.attrs.get(role, 0.0))) for role in STATISTICS]
+        return found if all(fixed) else {*found, STATISTIC}
+    pairs = (
+        (one.gamma, other.gamma, "gamma"),
+        (one.beta, other.beta, "beta"),
+        (one.mean, other.mean, STATISTIC),
+        (one.var, other.var, STATISTIC),
+    )
+    found |= {what for mine, theirs, what in pairs if not np.array_equal(mine, theirs, equal_nan=True)}
+    return found | ({EPSILON} if one.epsilon != other.epsilon else set())
 
 
 # --- pairing ------------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class Normal:
         for v in given:
             v.name = inputs.get(v.name, v.name)
         self.inputs = [v.name for v in given]
+        self.limits = [float(step.node.attrs["limit"]) for step in steps if "limit" in step.node.attrs and step.inputs]
         plan = normal_form(graph, named)
         self.graph, self.outcomes = plan.graph, plan.outcomes
         self.outputs = {outputs.get(name, name): v for name, v in plan.outputs.items()}

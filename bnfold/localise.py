@@ -128,7 +128,7 @@ def localise(
     first: Compared | None = None
     agreeing: tuple[Pair, ...] = ()
     if values and feeds:
-        seen = compare_streams(sides, feeds)
+        seen = _likeliest(compare_streams(sides, feeds))
         first = first_to_reach_an_output(sides, seen)
         agreeing = tuple(c.pair for c in seen if not c.differs)
     mismatch = found.mismatches[0] if coefficients and found is not None and found.mismatches else None
@@ -149,6 +149,14 @@ def localise(
         off = cause.furthest
         shown = Difference(node.name, off.channel, off.position, off.expected, off.found, cause.text, off.what, cause.batchnorm)
     return Located(sides, shown, node, feeds, pair, first, agreeing)
+
+
+def _likeliest(seen: list[Compared]) -> list[Compared]:
+    """Of several values that a BatchNorm's fold may have left in one, the nearest, where none agrees: the others are no counterparts."""
+    nearest: dict[Value, float] = {}
+    for c in seen:
+        nearest[c.pair.candidate] = min(nearest.get(c.pair.candidate, np.inf), c.ratio)
+    return [c for c in seen if c.ratio <= nearest[c.pair.candidate] or nearest[c.pair.candidate] <= FUNCTION_LIMIT]
 
 
 def first_to_reach_an_output(sides: Sides, seen: list[Compared]) -> Compared | None:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from .correspondence import through
 from .graph import Node, Value
 from .inside import Normal
-from .settings import COMMUTATIVE
+from .settings import COMMUTATIVE, operator
 
 NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm"}
+
+
+FURTHEST = 4  # operators that one side may have more, in a row
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,17 @@ class _Pairing:
                 self.stack.append((a, q.inputs[0], False))
             elif (product := _product(p, q)) is not None:
                 self.stack.append((*product, False))
+            elif (further := self._one_more(a, b)) is not None:
+                self.stack.append((*further, True))
             elif len(p.inputs) == len(q.inputs) == 1 or self._same_inputs(p, q):
                 self.stack.extend((x, y, True) for x, y in zip(p.inputs, self._ordered(p, q), strict=True))
+
+    def _one_more(self, a: Value, b: Value) -> tuple[Value, Value] | None:
+        """What corresponds once operators of one side are passed over that the other lacks: alike by all that it is made of, or by kind."""
+        ways = [(a, c) for c in _before(b)] + [(c, b) for c in _before(a)]
+        known = [each for each in ways if self.keys.get(each[0]) == self.keys.get(each[1])]
+        alike = [(x, y) for x, y in ways if x.producer is not None and y.producer is not None and _alike(x.producer, y.producer)]
+        return next(iter(known + alike), None)
 
     def _same_inputs(self, p: Node, q: Node) -> bool:
         return [self.keys.get(v) for v in p.inputs] == [self.keys.get(v) for v in q.inputs]
@@ -97,10 +109,18 @@ class _Pairing:
         return order
 
 
+def _before(value: Value) -> list[Value]:
+    """The values before one, as far as operators of one input without coefficients made it."""
+    found: list[Value] = []
+    while (node := value.producer) is not None and len(node.inputs) == 1 and not node.params and len(found) < FURTHEST:
+        value = through(node.inputs[0])
+        found.append(value)
+    return found
+
+
 def _alike(p: Node, q: Node) -> bool:
-    return (
-        p.op == q.op and (p.op != "Barrier" or p.label == q.label) and len(p.inputs) == len(q.inputs) and p.params.keys() == q.params.keys()
-    )
+    named = p.op != "Barrier" or operator(p) == operator(q)
+    return p.op == q.op and named and len(p.inputs) == len(q.inputs) and p.params.keys() == q.params.keys()
 
 
 def _normalises(node: Node) -> bool:
@@ -139,7 +159,7 @@ def _keys(side: Normal) -> dict[Value, int]:
         inputs = [keys.setdefault(v, hash(("input", v.name))) for v in node.inputs]
         shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
         order = tuple(sorted(inputs) if node.op in COMMUTATIVE else inputs)
-        label = node.label if node.op == "Barrier" else ""
+        label = operator(node) if node.op == "Barrier" else ""
         for i, v in enumerate(node.outputs):
             keys[v] = inputs[0] if node.op == "Identity" and len(inputs) == 1 else hash((node.op, label, shapes, order, i))
     return keys

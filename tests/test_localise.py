@@ -357,3 +357,79 @@ def test_a_changed_weight_of_a_random_network_is_found():
         right += report.difference.layer in readers
     assert found > 30
     assert right >= 0.95 * found
+
+
+# --- where it is laid -----------------------------------------------------------------------------------------------------------------
+
+
+def shortcut(*, folded, extra=False):
+    """Convolution, BatchNorm, activation, convolution, BatchNorm, and what goes in on top; `extra` with an activation before the sum."""
+    rng = np.random.default_rng(0)
+    arrays, nodes, last = {}, [], "x"
+    for i in (1, 2):
+        w, scale, shift = rng.normal(size=(4, 4, 1, 1)), rng.uniform(0.5, 1.5, 4), rng.normal(size=4)
+        arrays |= {f"w{i}": w * scale.reshape(4, 1, 1, 1) if folded else w, f"b{i}": shift}
+        if folded:
+            nodes.append(helper.make_node("Conv", [last, f"w{i}", f"b{i}"], [f"n{i}"], name=f"conv{i}"))
+        else:
+            arrays |= {f"s{i}": scale, f"m{i}": np.zeros(4), f"v{i}": np.ones(4)}
+            nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], name=f"conv{i}"))
+            given = [f"c{i}", f"s{i}", f"b{i}", f"m{i}", f"v{i}"]
+            nodes.append(helper.make_node("BatchNormalization", given, [f"n{i}"], name=f"bn{i}", epsilon=0.0))
+        last = f"n{i}"
+        if i == 1 or extra:
+            nodes.append(helper.make_node("Relu", [last], [f"r{i}"], name=f"relu{i}"))
+            last = f"r{i}"
+    nodes.append(helper.make_node("Add", [last, "x"], ["sum"], name="sum"))
+    nodes.append(helper.make_node("Relu", ["sum"], ["y"], name="end"))
+    return small(nodes, arrays, {"x": (4, 4, 5, 5)}, {"y": (4, 4, 5, 5)})
+
+
+def test_an_operator_too_many_is_laid_where_it_stands():
+    assert verify(shortcut(folded=False), shortcut(folded=True)).verdict == "equivalent"
+    report = verify(shortcut(folded=False), shortcut(folded=True, extra=True))
+    assert (report.verdict, report.first_difference) == ("different", "conv2")
+    assert report.difference.cause == "the candidate has Relu relu2 behind Conv conv2, which the reference hasn't"
+
+
+def opaque(gain):
+    """An operator of nobody's rules that holds a weight, and a BatchNorm behind it, or with a gain the same as one operator."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(4, 4)), "s": rng.uniform(1, 2, 4), "b": rng.normal(size=4), "m": rng.normal(size=4), "v": np.ones(4)}
+    nodes = [
+        helper.make_node("Einsum", ["x", "w", "one"], ["c"], name="opaque", equation="nk,ko,o->no"),
+        helper.make_node("BatchNormalization", ["c", "s", "b", "m", "v"], ["y"], name="bn", epsilon=0.0),
+    ]
+    arrays["one"] = np.ones(4)
+    if gain is not None:
+        arrays["one"] = arrays["s"] * gain
+        arrays["shift"] = arrays["b"] - arrays["m"] * arrays["s"]
+        nodes[1:] = [helper.make_node("Add", ["c", "shift"], ["y"], name="add")]
+    return small(nodes, arrays, {"x": (64, 4)}, {"y": (64, 4)})
+
+
+def test_what_a_fold_by_hand_left_is_held_against_what_stands_behind_the_batchnorm():
+    assert verify(opaque(None), opaque(np.ones(4))).verdict == "equivalent"
+    report = verify(opaque(None), opaque(np.array([1, 1, 1.001, 1])))
+    assert (report.verdict, report.difference.channel) == ("different", 2)
+
+
+def product(*, half):
+    """A product and an activation, in float32 or between two casts."""
+    kind = np.float16 if half else np.float32
+    w, b = (np.random.default_rng(0).normal(size=shape).astype(kind) for shape in ((8, 6), 6))
+    nodes = [helper.make_node("Gemm", ["x.in" if half else "x", "w", "b"], ["h"], name="gemm")]
+    nodes += [helper.make_node("Relu", ["h"], ["y.out" if half else "y"], name="relu")]
+    if half:
+        nodes = [helper.make_node("Cast", ["x"], ["x.in"], to=10), *nodes, helper.make_node("Cast", ["y.out"], ["y"], to=1)]
+    fed, given = (helper.make_tensor_value_info(name, 1, ["N", size]) for name, size in (("x", 8), ("y", 6)))
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in (("w", w), ("b", b))]
+    graph = helper.make_graph(nodes, "g", [fed], [given], held)
+    return from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10))
+
+
+def test_a_candidate_in_half_precision_is_said_to_be():
+    report = verify(product(half=False), product(half=True))
+    assert report.verdict == "different"
+    assert report.reason.startswith("the candidate computes in float16 (")
+    assert "the candidate computes in float16, the reference in float32" in report.difference.cause

@@ -185,6 +185,37 @@ def test_nothing_folded_is_said():
     assert verify(model("residual", w), model("residual", folded("residual", w))).verdict == "equivalent"
 
 
+def normalised(*, epsilon=1e-5, gamma=1.0, mean=0.0):
+    """A convolution and a BatchNorm."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(4, 3, 1, 1)), "gamma": gamma * np.ones(4), "beta": np.ones(4), "mean": mean + rng.normal(size=4)}
+    arrays["var"] = rng.uniform(0.1, 0.5, 4)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="conv"),
+        helper.make_node("BatchNormalization", ["a", "gamma", "beta", "mean", "var"], ["b"], name="bn", epsilon=epsilon),
+        helper.make_node("Sigmoid", ["b"], ["y"], name="end"),
+    ]
+    return small(nodes, arrays, {"x": (4, 3, 5, 5)}, {"y": (4, 4, 5, 5)})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"mean": 0.1}, "the statistics differ in 1 of 1 BatchNorms, and nothing else does: a recalibration"),
+        (
+            {"epsilon": 1e-3},
+            "of 1 BatchNorms epsilon in 1 differ (1e-05 in bn, 0.001 in the candidate), and nothing else does: all",
+        ),
+        ({"gamma": 1.1}, "of 1 BatchNorms gamma in 1 differ, and nothing else does: all statistics agree"),
+    ],
+)
+def test_what_of_a_batchnorm_differs(change, told):
+    report = verify(normalised(), normalised(**change))
+    assert report.verdict == "different"
+    assert report.reason.startswith(told)
+    assert "was folded" not in report.difference.cause
+
+
 def as_max(name: str) -> Any:
     """Relu in other words, so that the structures can't be paired there."""
 

@@ -17,7 +17,7 @@ from .batches import depends_on_the_batch
 from .folds import mistakes
 from .furthest import Coefficient, channels_off, furthest
 from .held import both_held
-from .operators import another_operator, at_the_border, normaliser, not_finite, other_settings, refused
+from .operators import another_operator, at_the_border, narrower, normaliser, not_finite, other_settings, refused
 from .orders import orders
 from .statistics import other_statistics
 
@@ -65,13 +65,15 @@ def _explanations(
     if (both := both_held(p, q)) is not None:
         want, have = both
         if len(sites) == 1:
-            yield from mistakes(name, sites[0], p, want, have)
+            kept = any("norm" in node.attrs for node in (q, *sides.candidate.sites.get(q, [])))
+            yield from mistakes(name, sites[0], p, want, have, folded=not kept)
         yield from orders(want, have, int(p.attrs.get("groups", 1)), sites)
         if len(sites) == 1 and sites[0].index >= p.index:
             yield from other_statistics(name, sites[0], want, have)
     yield from other_settings(p, q)
     if compared is not None and mixes():
         yield "training mode: the candidate's output for one sample depends on the others in its batch"
+    yield from narrower(sides.reference, sides.candidate)
 
 
 def is_right(pair: Pair) -> bool:

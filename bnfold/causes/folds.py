@@ -19,8 +19,11 @@ MOST_COUNTS = 4096  # numbers of elements that are tried for n/(n - 1)
 Refold = Callable[[Array, Array], tuple[Array, Array]]  # scale and shift to weight and bias
 
 
-def mistakes(name: str, site: Node, node: Node, want: Held, have: Found) -> Iterator[str]:
-    """Those that give what the candidate holds. site: the BatchNorm; node: what it was folded into, itself where nothing takes it."""
+def mistakes(name: str, site: Node, node: Node, want: Held, have: Found, *, folded: bool = True) -> Iterator[str]:
+    """Those that give what the candidate holds. site: the BatchNorm; node: what it was folded into, itself where nothing takes it.
+
+    folded: whether the candidate's isn't there any more.
+    """
     norm: Norm = site.attrs["norm"]
     up, kept = site is node or site.index > node.index, site is node
     stored = unfolded(node)
@@ -28,7 +31,7 @@ def mistakes(name: str, site: Node, node: Node, want: Held, have: Found) -> Iter
     if refold is None:
         return
     trial = _Trial(norm, refold, have, up=up)
-    yield from _of_the_variance(name, norm, want, trial)
+    yield from _of_the_variance(name, norm, want, trial, "was folded with" if folded else "has")
     for text, (scale, shift) in _of_the_map(norm):
         if np.isfinite(scale).all() and np.isfinite(shift).all() and trial.explains(scale, shift):
             yield f"{text} (BatchNorm {name})"
@@ -126,7 +129,7 @@ def _of_the_map(norm: Norm) -> list[tuple[str, tuple[Array, Array]]]:
 # --- epsilon, and the number of elements -------------------------------------------------------------------------------------------
 
 
-def _of_the_variance(name: str, norm: Norm, want: Held, trial: _Trial) -> Iterator[str]:
+def _of_the_variance(name: str, norm: Norm, want: Held, trial: _Trial, has: str) -> Iterator[str]:
     axis = want.axis if trial.up else next((i for i in range(min(want.weight.ndim, 2)) if i != want.axis), 0)
     if want.weight.shape[axis] != norm.gamma.size:
         return
@@ -139,7 +142,7 @@ def _of_the_variance(name: str, norm: Norm, want: Held, trial: _Trial) -> Iterat
     found = np.where(usable, found, 1.0)
     for epsilon in _epsilons(norm, found, usable):
         if epsilon != norm.epsilon and trial.explains(*scale_and_shift(replace(norm, epsilon=epsilon))):
-            yield f"another epsilon: the candidate was folded with {epsilon:.6g}, BatchNorm {name} has {norm.epsilon:.6g}"
+            yield f"another epsilon: the candidate {has} {epsilon:.6g}, BatchNorm {name} has {norm.epsilon:.6g}"
     for n, doubt, factor in _counts(norm, found, usable, trial.have.unit):
         if trial.explains(*scale_and_shift(replace(norm, var=norm.var * factor))):
             which = "unbiased" if factor > 1 else "biased"

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ..correspondence import type_of
 from ..graph import Node
 from ..inside import Normal
 from ..merge import Window
 from ..pairing import NORMALISES
+from ..settings import differing, differing_moves, operator
 
 SETTINGS = ("groups", "window", "x", "w", "y", "axis", "axes", "signs", "factors")  # they decide which places an operator reads
 
@@ -62,10 +64,21 @@ def normaliser(p: Node) -> Node | None:
 
 def another_operator(p: Node, q: Node) -> Iterator[str]:
     """Unless both are such as a fold makes of one another."""
-    if p.op == q.op and (p.op != "Barrier" or p.label == q.label):
+    if p.op == q.op and (p.op != "Barrier" or operator(p) == operator(q)):
         return
-    if {p.op, q.op} != {"Contraction", "Affine"} and not (_holds(p) and _holds(q)):
+    if (before := _behind(q, p)) is not None:
+        yield f"the candidate has {q.label} {q.name} behind {before.label} {before.name}, which the reference hasn't"
+    elif (before := _behind(p, q)) is not None:
+        yield f"the candidate lacks {p.label} {p.name}, which the reference has behind {before.label} {before.name}"
+    elif {p.op, q.op} != {"Contraction", "Affine"} and not (_holds(p) and _holds(q)):
         yield f"the candidate has {q.label} {q.name} where the reference has {p.label} {p.name}"
+
+
+def _behind(extra: Node, other: Node) -> Node | None:
+    """What stands before an operator that the other model lacks, if that is the other model's own."""
+    before = extra.inputs[0].producer if len(extra.inputs) == 1 and not extra.params else None
+    alike = before is not None and before.op == other.op and before.params.keys() == other.params.keys()
+    return before if alike and before is not None and (before.op != "Barrier" or operator(before) == operator(other)) else None
 
 
 def _holds(node: Node) -> bool:
@@ -74,9 +87,21 @@ def _holds(node: Node) -> bool:
 
 def other_settings(p: Node, q: Node) -> Iterator[str]:
     """Of two operators of one kind."""
-    for key in SETTINGS if p.op == q.op else ():
+    if p.op != q.op:
+        return
+    for key in SETTINGS:
         if p.attrs.get(key) != q.attrs.get(key):
             yield f"the candidate's {q.label} {q.name} has other settings: {key} {_shown(q.attrs.get(key))} for {_shown(p.attrs.get(key))}"
+    found, _ = differing_moves(p, q) if p.op == "Move" else differing(p, q)
+    for each in found:
+        yield f"other settings: {each.text}"
+
+
+def narrower(reference: Normal, candidate: Normal) -> Iterator[str]:
+    """Where the candidate computes in a type that holds less than the reference's."""
+    one, other = (min(side.limits, default=np.inf) for side in (reference, candidate))
+    if other < one:
+        yield f"the candidate computes in {type_of(other)}, the reference in {type_of(one)}"
 
 
 def _shown(value: object) -> str:
