@@ -50,9 +50,9 @@ def holding(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *
     """
     lengths = {spec.name: len(arrays[spec.name]) for spec in specs if spec.name in open_first(specs)}
     _agree(specs, lengths)
-    for spec in specs:  # as many nodes as rows of what else counts nodes: a graph's matrix
+    for spec in specs:  # a graph's matrix has as many rows as there are nodes
         if spec.shape and isinstance(spec.shape[0], str) and spec.name not in lengths:
-            lengths = {name: n for name, n in lengths.items() if n != len(arrays[spec.name]) or not _counts(specs, name, spec.shape[0])}
+            lengths = {name: n for name, n in lengths.items() if n != len(arrays[spec.name]) or not _counts(specs, name, spec)}
     groups: dict[int, list[InputSpec]] = {}
     for spec in specs:
         if lengths.get(spec.name, 1) != 1:
@@ -67,15 +67,20 @@ def holding(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *
         return {spec.name for spec in next(iter(groups.values()))}, True
     if run is None:
         return ({spec.name for spec in next(iter(groups.values()))} if len(groups) == 1 else set()), False
-    for group in sorted(groups.values(), key=lambda found: (-max(len(s.shape) for s in found), -len(found), found[0].name)):
-        names = {spec.name for spec in group}
-        try:
-            told = rows_are_samples(arrays, names, run)
-        except UnsupportedError:
-            return holding(specs, arrays)
-        if (told or (told is None and len(groups) == 1 and not (sure and len(fed) > 1))) and not _pointing(group, lengths, arrays):
-            return names, True
-    return set(), True
+    unjudged: set[str] = set()
+    for group in sorted(groups.values(), key=lambda found: (-_most(found), -len(found), found[0].name)):
+        every = {spec.name for spec in group}
+        fewer = {spec.name for spec in group if len(spec.shape) == _most(group)}  # a mask may have as many rows as there are samples
+        for names in () if _pointing(group, lengths, arrays) else (every,) if fewer == every else (every, fewer):
+            try:
+                told = rows_are_samples(arrays, names, run)
+            except UnsupportedError:
+                return holding(specs, arrays)
+            if told:
+                return names, True
+            if told is None and names == every:
+                unjudged = every
+    return (unjudged if len(groups) == 1 and not (sure and len(fed) > 1) else set()), True
 
 
 def _of_one(specs: Sequence[InputSpec], names: set[str], arrays: Batch, run: Run | None) -> tuple[set[str], bool]:
@@ -83,7 +88,7 @@ def _of_one(specs: Sequence[InputSpec], names: set[str], arrays: Batch, run: Run
     open_axes = {spec.shape[0] for spec in specs if spec.name in names}
     if run is None or len(names) < 2 or (len(open_axes) == 1 and None not in open_axes):
         return names, False
-    most = max(len(spec.shape) for spec in specs if spec.name in names)
+    most = _most([spec for spec in specs if spec.name in names])
     for wanted in (names, {spec.name for spec in specs if spec.name in names and len(spec.shape) == most}):
         twice = {name: np.concatenate([array, array]) if name in wanted else array for name, array in arrays.items()}
         try:
@@ -150,9 +155,13 @@ def _pointing(group: Sequence[InputSpec], lengths: Mapping[str, int], arrays: Ba
     return any(-rows <= int(array.min()) and int(array.max()) < rows for array in whole)
 
 
-def _counts(specs: Sequence[InputSpec], name: str, symbol: str) -> bool:
-    """Whether a further axis of an input is of this size."""
-    return any(spec.name == name and symbol in spec.shape[1:] for spec in specs)
+def _counts(specs: Sequence[InputSpec], name: str, other: InputSpec) -> bool:
+    """Whether a further axis of an input, of no more axes than the other, counts what the other's first does."""
+    return any(spec.name == name and other.shape[0] in spec.shape[1:] and len(spec.shape) <= len(other.shape) for spec in specs)
+
+
+def _most(specs: Sequence[InputSpec]) -> int:
+    return max(len(spec.shape) for spec in specs)
 
 
 def _near(one: Array, other: Array) -> bool:
