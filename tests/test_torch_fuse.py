@@ -291,7 +291,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
     ),
     "a weight that is an output": (lambda: Net(lambda s, x: (s.b(s.c(x)), s.c.weight), c=nn.Conv2d(3, 4, 3), b=norm(4)), IMAGE, 1, 0),
     "a part of the batch each": (
-        lambda: Net(lambda s, x: torch.cat([s.b(y) for y in s.c(x).chunk(3)]).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4)),
+        lambda: Net(
+            lambda s, x: torch.cat([s.b(z) for y in s.c(x).chunk(3) for z in y.hsplit(1)]).sigmoid(), c=nn.Conv2d(3, 4, 3), b=norm(4)
+        ),
         torch.randn(7, 3, 5, 5),
         0,
         0,

@@ -174,12 +174,14 @@ def select(ctx: Lowering, op: Op) -> str | None:
 
 
 def split(ctx: Lowering, op: Op) -> str | None:
-    """split, split_with_sizes, chunk, tensor_split, unbind: one move for each item that somebody takes.
+    """split, split_with_sizes, chunk, tensor_split, hsplit, vsplit, dsplit, unbind: one move for each item that somebody takes.
 
     Where an item lies at bounds that are computed, it is a crop, which every map crosses that is constant along the axis.
     """
     x = arguments(op)["self"]
-    rank, axis, items = ctx.rank(x), _axis(ctx, op), ctx.items(op)
+    rank, items = ctx.rank(x), ctx.items(op)
+    stated = {"vsplit": 0, "hsplit": min(1, rank - 1), "dsplit": 2}.get(operator_name(op))
+    axis = _axis(ctx, op) if stated is None else stated
     drops = operator_name(op) == "unbind"
     kept = {i: i if i < axis or not drops else i - 1 for i in range(rank) if i != axis}
     start: int | None = 0
@@ -366,6 +368,7 @@ MOVES: dict[str, Callable[[Lowering, Op], str | None]] = {
     "narrow": _slice,
     "select": select,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk"), split),
+    **dict.fromkeys(("hsplit", "vsplit", "dsplit", "unsafe_split_with_sizes"), split),
     **dict.fromkeys(("expand", "expand_as", "repeat", "tile", "broadcast_to"), expand),
     "repeat_interleave": interleave,
     "index": index,

@@ -96,14 +96,13 @@ def bias_trial(owner: str, weight: str | None, shape: tuple[int, ...], op: Node)
         bias = torch.linspace(0.5, 1.5, int(torch.Size(size).numel()), dtype=torch.float64).reshape(size)
         given = next(module.parameters())
         bias = bias.to(given.device)
-        before = outputs(module, call)
         own = None if weight is None else getattr(holder, weight)
         adding = _Adding(CONVOLUTIONS if spatial else (name,), own, bias.reshape(-1, *(1,) * spatial) if spatial else bias)
         with adding:
             want = outputs(module, call)
         holder.bias = nn.Parameter(bias)
         got = outputs(module, call)
-        return adding.calls > 0 and (own is not None or adding.calls == 1) and not same(before, want) and same(want, got)
+        return adding.calls > 0 and (own is not None or adding.calls == 1) and same(want, got)
 
     return trial
 
