@@ -235,7 +235,7 @@ def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str
 
 def _told(found: Mapping[str, list[tuple[Node, Node]]], of: int) -> str:
     """What of the BatchNorms differs, where nothing else does."""
-    counted = " and ".join(f"{what} in {len(pairs)}" for what, pairs in found.items())
+    counted = " and ".join(f"{what}{'' if i else ' differs'} in {len(pairs)}" for i, (what, pairs) in enumerate(sorted(found.items())))
     if not found or UNKNOWN in found:
         return ""
     if found.keys() == {STATISTIC}:
@@ -246,7 +246,7 @@ def _told(found: Mapping[str, list[tuple[Node, Node]]], of: int) -> str:
     if EPSILON in found:
         p, q = found[EPSILON][0]
         numbers = f" ({p.attrs['norm'].epsilon:.6g} in {p.name}, {q.attrs['norm'].epsilon:.6g} in the candidate)"
-    return f"of {of} BatchNorms {counted} differ{numbers}, and nothing else does{agree}"
+    return f"{counted} of {of} BatchNorms{numbers}, and nothing else does{agree}"
 
 
 def _what_differs(a: Node, b: Node) -> set[str]:

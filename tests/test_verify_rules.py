@@ -204,9 +204,9 @@ def normalised(*, epsilon=1e-5, gamma=1.0, mean=0.0):
         ({"mean": 0.1}, "the statistics differ in 1 of 1 BatchNorms, and nothing else does: a recalibration"),
         (
             {"epsilon": 1e-3},
-            "of 1 BatchNorms epsilon in 1 differ (1e-05 in bn, 0.001 in the candidate), and nothing else does: all",
+            "epsilon differs in 1 of 1 BatchNorms (1e-05 in bn, 0.001 in the candidate), and nothing else does: all",
         ),
-        ({"gamma": 1.1}, "of 1 BatchNorms gamma in 1 differ, and nothing else does: all statistics agree"),
+        ({"gamma": 1.1}, "gamma differs in 1 of 1 BatchNorms, and nothing else does: all statistics agree"),
     ],
 )
 def test_what_of_a_batchnorm_differs(change, told):
