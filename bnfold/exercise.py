@@ -86,6 +86,11 @@ def _ports(what: str, want: Port, have: Port) -> str:
     return ""
 
 
+def is_several(example: Any) -> bool:
+    """Whether an example is several calls of a model: a list of nothing but tuples of arguments and dicts of them by name."""
+    return isinstance(example, list) and bool(example) and all(isinstance(each, (tuple, Mapping)) for each in example)
+
+
 def given(reference: Subject, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
     """The user's data, as many batches as it takes for the number of samples."""
     from .data import as_batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .data import Batch
 
 PLENTY = 256  # numbers of an output, from which one run with moved weights tells the noise well enough for a quick check
+MOVED = 2  # runs with moved weights at each of the other sizes
+ELSEWHERE = 10.0  # another path errs by far more, and one sample's yardstick is rough
 ENOUGH = 64  # numbers of an output; with fewer, the same samples are fed again, slightly moved,
 SOME = 4  # until there are so many: each costs a run for every yardstick
 
@@ -129,6 +131,34 @@ def _measured(both: Comparison, truth: Truth, run: Run) -> dict[str, Measured]:
         noise, scale = truth.noise[name], truth.scale(name, both.unit)
         measured[name] = Measured(tally, noise, scale, function_ratio(tally, noise, scale))
     return measured
+
+
+def compare_elsewhere(both: Comparison, seed: int) -> str:
+    """Where two modules part at other sizes than those that were fed, where their code may take another path; "" where they don't."""
+    elsewhere = getattr(both.reference, "elsewhere", None)
+    tried = None if elsewhere is None else elsewhere(both.candidate)
+    if tried is None:
+        return ""
+    both.progress("other sizes", 0, None)
+    reference, candidate, moved, calls = tried
+    noisy: list[Any] = []
+    for text, call in calls:
+        try:
+            truth = Truth(reference, [call])
+        except (DataError, UnsupportedError):
+            continue
+        noisy = noisy or [moved(seed + k + 1) for k in range(MOVED)]
+        try:
+            truth.measure(noisy.__getitem__, least=MOVED, most=MOVED)
+            measured = _measured(both, truth, candidate)
+        except (DataError, UnsupportedError) as error:
+            return f"with {text} the candidate doesn't run, where the reference does: {error}"
+        for name, found in measured.items():
+            if found.tally.problem:
+                return f"with {text} {found.tally.problem}"
+            if found.ratio > ELSEWHERE * FUNCTION_LIMIT:
+                return f"with {text} output {name} is off by {found.ratio:.3g} times what rounded weights explain"
+    return ""
 
 
 def _judged(measured: dict[str, Measured], truth: Truth, how: str) -> Function:

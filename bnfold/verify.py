@@ -11,6 +11,7 @@ a runtime's optimiser makes of a right model shows only there.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,9 +22,9 @@ from .comparison import Comparison
 from .correspondence import Correspondence, correspond
 from .deployment import Deployments
 from .errors import UnsupportedError
-from .exercise import given, interface_difference, interface_notes, random, resized, shortened
+from .exercise import given, interface_difference, interface_notes, is_several, random, resized, shortened
 from .first_difference import first_difference
-from .function import compare_functions, truth_of
+from .function import compare_elsewhere, compare_functions, truth_of
 from .localise import Located
 from .report import Coefficients, Function, Levels, VerifyReport
 from .sides import sides
@@ -82,19 +83,26 @@ def verify(
 
 
 def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
-    """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample."""
+    """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample of each call that the example states."""
     start = time.perf_counter()
+    paths = [reference, *getattr(reference, "others", ())]
+    reports = [_checked(path, fused, example if len(paths) == 1 else path.example) for path in paths]
+    worst = max(reports, key=lambda report: ("equivalent", "inconclusive", "different").index(report.verdict))
+    return _timed(worst, start)
+
+
+def _checked(reference: Any, fused: Any, example: Any) -> VerifyReport:
     first, second, _ = sides(reference, fused)
     both = Comparison(first, second, lambda stage, done, total: None, made_up=example is None, thorough=False)
     feeds: Iterable[Batch]
     if (known := first.example()) is not None:
         feeds = [shortened(first, known)]
     elif example is not None:
-        feeds = [shortened(first, batch) for batch in given(first, [example], None, None)]
+        calls = example if is_several(example) else [example]
+        feeds = [shortened(first, batch) for call in calls for batch in given(first, [call], None, None)]
     else:
         feeds = random(first, second, 1, None, 0, None)
-    report, _ = _compared(both, feeds)
-    return _timed(report, start)
+    return _compared(both, feeds)[0]
 
 
 def _timed(report: VerifyReport, start: float, notes: tuple[str, ...] = ()) -> VerifyReport:
@@ -113,6 +121,9 @@ def _compared(
     coefficients, found = _coefficients(both)
     truth, lacking = truth_of(both, feeds, others, providers[0] if providers else "cpu", seed)
     function, measured = compare_functions(both, truth, lacking)
+    elsewhere = compare_elsewhere(both, seed) if both.thorough and function.verdict != "different" else ""
+    if elsewhere:
+        function = dataclasses.replace(function, verdict="different", error=math.inf, reason=elsewhere)
     deployed = Deployments(both, truth, lacking)
     for provider in providers:
         deployed.run(provider)
@@ -121,7 +132,7 @@ def _compared(
     same = _same(both, found)
     findings = Findings(coefficients, found, same, function, truth, measured, tuple(deployed.rows), deployed.ratios, deployed.unsteady)
     decided, reason = verdict(both, findings)
-    first, parted = first_difference(both, findings) if decided == "different" else (None, None)
+    first, parted = first_difference(both, findings) if decided == "different" and not elsewhere else (None, None)
     report = VerifyReport(
         verdict=decided,
         levels=findings.levels,

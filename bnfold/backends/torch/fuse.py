@@ -1,23 +1,36 @@
-"""Fuse a PyTorch model: lower, plan, write."""
+"""Fuse a PyTorch model: lower, plan, write.
+
+A module has more paths than the one that was traced, and its code stays as it is. So what is folded folds alike on every path that is
+known: on all calls that the example states, and at those other sizes at which a first folded copy differed from the original.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from ...census import kept
-from ...graph import Node
-from ...merge import always
+from ...errors import BnfoldError
 from ...plan import plan
-from ...report import FuseReport
+from ...report import Counts, FuseReport
 from .census import computed, held, of_constants, operators
+from .elsewhere import Other, Trial, own_call, shown
 from .lower import Lowering
+from .paths import Path, conflict, path_of, plain_name
 from .regions import has_regions
-from .removal import may_merge, removals
-from .trace import Traced, duplicate
+from .trace import Traced, at_its_sizes, duplicate
 from .write_module import write_module
 from .write_program import copy_program, write_program
 
+MOST_PATHS = 8  # of a module that are found by trying
+MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced
+FEW_NAMES = 8
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
@@ -26,29 +39,172 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
 
     clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
     """
+    if isinstance(traced.model, nn.Module):
+        return _Folding(traced, traced.model).result()
     ctx = Lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
     others = kept(held(ctx, met), met)
-    module = None if isinstance(traced.model, ExportedProgram) else traced.model
-    ways = {} if module is None else removals(ctx, graph.sites)
-    planned = plan(graph, clone=clone and module is None, may=always if module is None else may_merge(ctx, ways))
-    notes: dict[Node, str] = {}
-    said: tuple[str, ...] = ()
-    added = 0
-    fused: nn.Module | ExportedProgram
-    if isinstance(traced.model, ExportedProgram):
-        constants = of_constants(ctx)
-        others = [*map(computed, constants), *others]
-        if planned.changes or constants:
-            fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges, constants)
-            said = (WRITTEN_OUT,) * has_regions(traced.model)
-        else:
-            fused = copy_program(traced.model)
-    elif planned.changes:
-        way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
-        folded = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
-        fused, notes, added = write_module(ctx, traced.model, graph, folded, planned.merges)
-    else:
-        fused = duplicate(traced.model)
+    planned = plan(graph, clone=clone)
+    constants = of_constants(ctx)
+    others = [*map(computed, constants), *others]
+    if not planned.changes and not constants:
+        return copy_program(traced.model), planned.report({}, bytes_added=0, others=others)
+    fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges, constants)
+    said = (WRITTEN_OUT,) * has_regions(traced.model)
     return fused, planned.report(notes, bytes_added=added, others=others, said=said)
+
+
+class _Folding:
+    """The folding of one module. refused: sites that don't fold on all paths, and why. merging: whether parallel branches may merge."""
+
+    def __init__(self, traced: Traced, module: nn.Module) -> None:
+        self._traced, self._module = traced, module
+        others = [(f"call {k} of the example", each) for k, each in enumerate(traced.others, 2)]
+        self._read = [("its first call" if others else shown(traced), traced), *others]
+        own = own_call(traced)
+        if own is not None and (found := self._elsewhere(own)) is not None:
+            self._read.append((own.text, found))
+        self._refused: dict[str, str] = {}
+        self._merging = True
+
+    def result(self) -> tuple[nn.Module, FuseReport]:
+        paths = self._agreed()
+        trial = Trial(self._traced) if _changes(paths) else None
+        known: list[Other] = []
+        while trial is not None and _changes(paths) and (other := trial.differs(self._exact(paths, trial))) is not None:
+            if other not in known and len(known) < MOST_PATHS and (traced := self._elsewhere(other)) is not None:
+                self._read.append((other.text, traced))
+            else:
+                self._blame(trial, other, paths)
+            known.append(other)
+            paths = self._agreed()
+        if not _changes(paths):
+            return duplicate(self._module), self._report(paths, {}, 0)
+        fused, notes, added = write_module(self._module, [path.fold for path in paths])
+        return fused, self._report(paths, notes, added)
+
+    def _agreed(self) -> list[Path]:
+        """All paths, so planned that they fold alike."""
+        while True:
+            paths = [path_of(text, traced, self._refused, self._merging) for text, traced in self._read]
+            if (found := conflict(paths)) is None:
+                return paths
+            self._refuse(found.refused)
+
+    def _refuse(self, found: Mapping[str, str]) -> None:
+        """Let some sites stay; none: let no branches merge."""
+        before = self._merging, len(self._refused)
+        self._merging &= bool(found)
+        self._refused |= {name: reason for name, reason in found.items() if name not in self._refused}
+        if before == (self._merging, len(self._refused)):
+            raise RuntimeError(f"what must stay was folded again: {', '.join(found)}")
+
+    def _exact(self, paths: list[Path], trial: Trial) -> nn.Module:
+        return write_module(self._module, [path.fold for path in paths], exact=trial.exact)[0]
+
+    def _elsewhere(self, other: Other) -> Traced | None:
+        try:
+            return at_its_sizes(self._traced, other.call)
+        except BnfoldError:
+            return None
+
+    def _blame(self, trial: Trial, other: Other, paths: list[Path]) -> None:
+        """Refuse the folds for whose sake a copy differs from the original, by leaving out the others; all that are left where it takes
+        too many tries."""
+        tries = 0
+
+        def holds(names: set[str]) -> bool:
+            nonlocal tries
+            tries += 1
+            rest = dict.fromkeys(everything - names, "")
+            alone = [path_of(text, traced, self._refused | rest, self._merging) for text, traced in self._read]
+            if conflict(alone) is not None:
+                return False
+            return not _changes(alone) or trial.differs(self._exact(alone, trial), [other]) is None
+
+        def guilty(names: list[str]) -> list[str]:
+            if tries >= MOST_TRIES or holds(set(names)):
+                return names if tries >= MOST_TRIES else []
+            half = len(names) // 2
+            return guilty(names[:half]) + guilty(names[half:]) if half else names
+
+        everything = {plain_name(o.site.name) for path in paths for o in path.planned.outcomes if o.folded}
+        if self._merging and any(path.planned.merges for path in paths):
+            self._merging = False
+            if holds(everything):
+                return
+        found = guilty(sorted(everything)) or sorted(everything)
+        self._refuse(dict.fromkeys(found, f"the folded copy gives something else than the module with {other.text}"))
+
+    def _report(self, paths: list[Path], notes: Any, added: int) -> FuseReport:
+        first, *others = (path.planned.report(notes, bytes_added=added) for path in paths)
+        known = {plain_name(layer.name) for layer in first.layers}
+        layers, merged, before, after = list(first.layers), list(first.merged), first.batchnorms.before, first.batchnorms.after
+        for path, report in zip(paths[1:], others, strict=True):
+            into = {layer.name: layer.into for layer in report.layers if layer.verdict == "folded"}
+            layers = [dataclasses.replace(each, into=tuple(dict.fromkeys((*each.into, *into.get(each.name, ()))))) for each in layers]
+            more = [layer for layer in report.layers if plain_name(layer.name) not in known]
+            sites = {plain_name(layer.name) for layer in more}
+            calls = [
+                (len(o.site.nodes), o.folded) for o in path.planned.outcomes if o.site.is_batchnorm and plain_name(o.site.name) in sites
+            ]
+            layers += more
+            merged += [each for each in report.merged if each not in merged]
+            known |= sites
+            before += sum(n for n, _ in calls)
+            after += sum(n for n, folded in calls if not folded)
+        ctx = paths[0].fold.ctx
+        met = operators(o.site for o in paths[0].planned.outcomes if o.site.is_batchnorm)
+        elsewhere = {layer.name for layer in layers[len(first.layers) :]}
+        unmet = [layer for layer in kept(held(ctx, met), met) if layer.name not in elsewhere]
+        said = [self._traced.note, unexercised(self._traced) if after < before or merged else ""]
+        return dataclasses.replace(
+            first,
+            layers=(*layers, *unmet),
+            merged=tuple(merged),
+            batchnorms=Counts(before + len(unmet), after + len(unmet)),
+            notes=(*first.notes, *(text for text in said if text)),
+        )
+
+
+def _changes(paths: list[Path]) -> bool:
+    return any(path.planned.changes for path in paths)
+
+
+def unexercised(traced: Traced) -> str:
+    """Which arguments of a module's forward had one value, that is no tensor, in all calls: no trace shows what another does."""
+    assert isinstance(traced.model, nn.Module)
+    try:
+        signature = inspect.signature(traced.model.forward)
+    except (TypeError, ValueError):
+        return ""
+    seen: dict[str, list[Any]] = {}
+    for call in traced.calls:
+        bound = signature.bind(*call.args, **call.kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                for key, each in value.items():
+                    seen.setdefault(key, []).append(each)
+            elif signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+                seen.setdefault(name, []).append(value)
+    names = [name for name, values in seen.items() if _fixed(values)]
+    if not names:
+        return ""
+    listed = ", ".join(f"{name}={_brief(seen[name][0])}" for name in names[:FEW_NAMES]) + " ..." * (len(names) > FEW_NAMES)
+    return (
+        f"not exercised: forward was called with {listed} alone, and with other values its code may take another path, on which the folded "
+        f"copy is not known to be right; to have it looked at, give several calls as the example: [(x,), {{...}}]"
+    )
+
+
+def _fixed(values: list[Any]) -> bool:
+    if any(isinstance(leaf, Tensor) for value in values for leaf in pytree.tree_leaves(value)):
+        return False
+    return all(type(value) is type(values[0]) and value == values[0] for value in values)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."

@@ -67,7 +67,7 @@ def plan_of(
 
     Raises NothingToDoError (no BatchNorm to measure), UnsupportedError (a size that the data decide), DeviceError.
     """
-    traced = trace(model, example, evaluation=True, one_size=one_size)
+    traced = trace(model, example, evaluation=True, one_size=one_size, patient=not one_size)
     said: dict[str, str] = {}
     if freeze and isinstance(model, ExportedProgram):
         program, said = frozen(traced.program, select)

@@ -152,11 +152,11 @@ def pad(ctx: Lowering, op: Op) -> str | None:
     if given.get("mode", "constant") != "constant":
         return mirror_pad(ctx, op)
     rank = ctx.rank(op)
-    widths = ctx.sizes.values(given["pad"])
-    axes = {rank - 1 - i // 2 for probe in widths for i, n in enumerate(probe) if n != 0}
+    widths = [ctx.sizes.bounds(n) for n in given["pad"]]  # a computed one may be 0 or negative with the example, and not elsewhere
+    axes = {rank - 1 - i // 2 for i, limits in enumerate(widths) if limits != (0, 0)}
     if not axes:
         return elementwise("Identity")(ctx, op)
-    if all(n is None or n <= 0 for probe in widths for n in probe):
+    if all(largest <= 0 for _, largest in widths):
         ctx.emit("Crop", op, [first(op)], {"mixes": tuple(sorted(axes))})
         return None
     if isinstance(given.get("value"), Op):

@@ -110,7 +110,7 @@ class Session:
             if jitter is not None or not there or any(each.training for each in module.modules()):
                 module = duplicate(module).to(self.device)
         if jitter is not None:
-            _move_weights(module, weights(traced.program), jitter)
+            move_weights(module, weights(traced.program), jitter)
         self._module = module
 
     @property
@@ -285,7 +285,8 @@ def _exact(tensor: Tensor, seed: int | None) -> Tensor:
     return moved if finite.all() else torch.where(finite, moved, exact)
 
 
-def _move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
+def move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
+    """Move one in twelve of the numbers of some of a module's tensors to the next stored number, up or down."""
     done = set()
     with torch.no_grad():
         for name in sorted(names):

@@ -48,7 +48,7 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
     if isinstance(model, ExportedProgram) and suffix not in (".pt2", ".onnx"):
         raise UsageError(f"{path}: an exported program is written as .pt2 or .onnx; for a state dict give the module")
     if suffix == ".pt2":
-        program = model if isinstance(model, ExportedProgram) else trace(model, example).runnable
+        program = model if isinstance(model, ExportedProgram) else trace(model, example, patient=True).runnable
         _replacing(target, lambda part: _write_program(program, _stated(model), part))
     elif suffix == ".onnx":
         _replacing(target, lambda part: _write_onnx(model, example, part))
@@ -119,7 +119,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     from ..onnx.save import save as save_onnx
     from ..onnx.write import drop_void_biases
 
-    traced = trace(model, example)
+    traced = trace(model, example, patient=True)
     try:
         with quiet():
             made = torch.onnx.export(traced.runnable, dynamo=True, optimize=False, verbose=False)

@@ -7,6 +7,7 @@ which holds at both doesn't lean on a size that the user may change, or on two t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import bound_sympy
 
 Probe = dict[Any, int]  # symbol -> size
 FACTORS = (2, 3)  # multiples keep what a model may demand of its sizes: that they are even, say
@@ -24,6 +26,7 @@ FACTORS = (2, 3)  # multiples keep what a model may demand of its sizes: that th
 class Sizes:
     def __init__(self, program: ExportedProgram) -> None:
         self._known: dict[tuple[Any, int], Any] = {}
+        self._ranges = dict(program.range_constraints)
         hints: Probe = {}
         for node in program.graph.nodes:
             value = node.meta.get("val")
@@ -59,6 +62,15 @@ class Sizes:
         found = self.values(argument)
         known = all(value == found[0] for value in found) and not any(leaf is None for leaf in pytree.tree_leaves(found[0]))
         return found[0] if known or argument is None else default
+
+    def bounds(self, argument: Any) -> tuple[float, float]:
+        """The smallest and the largest that a number can be, or a node that computes one, whatever the sizes and the data."""
+        if isinstance(argument, torch.fx.Node):
+            argument = argument.meta.get("val")
+        if not isinstance(argument, (torch.SymInt, torch.SymFloat)):
+            return (float(argument), float(argument)) if isinstance(argument, (int, float)) else (-math.inf, math.inf)
+        found = bound_sympy(argument.node.expr, self._ranges)
+        return tuple(float(n) if n.is_number and n.is_finite else sign * math.inf for n, sign in ((found.lower, -1), (found.upper, 1)))  # type: ignore[return-value]
 
     def _size(self, leaf: Any, probe: Probe) -> Any:
         if isinstance(leaf, torch.fx.Node):

@@ -122,6 +122,14 @@ class TorchSubject:
     def precisions(self, provider: str) -> tuple[str, ...]:
         return precisions(self._device(provider))
 
+    def elsewhere(self, candidate: Any) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
+        """What two modules give at other sizes than the traced ones: functions of a call for this one, for the candidate, and for this one
+        with moved weights by a seed; and the calls with a text each. None where either is no module."""
+        from .elsewhere import compared
+
+        other = getattr(candidate, "subject", candidate)
+        return compared(self.traced, other.traced) if isinstance(other, TorchSubject) else None
+
     def _device(self, provider: str) -> str:
         """Where it runs for a provider, of whose options only the number of the device counts here."""
         kind, _, rest = provider.partition(":")

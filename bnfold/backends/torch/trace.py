@@ -11,7 +11,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -28,8 +28,11 @@ from torch.utils import _pytree as pytree
 from ...data import LABELS, Batch, InputSpec
 from ...data.samples import ROWS, rows_are_samples
 from ...errors import DataError, UnsupportedError, UsageError
+from ...exercise import is_several
 from .regions import written_out
 from .taken import taken
+
+MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so does the time that each takes
 
 Model = nn.Module | ExportedProgram
 
@@ -65,6 +68,8 @@ class Traced:
     specs: the tensors that a caller feeds, flat and in order, with a symbol or None for an axis that may change. names: those of the
     outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place. evaluation, one_size: how a
     module was read (see `trace`). exported: what torch.export gave for a module, where `program` isn't that (see `regions.written_out`).
+    calls: how a module is called, of which the first was traced. opened: how many of the first axes of its inputs were left open for that,
+    all for None. note: what a user should know of how it was read.
     """
 
     model: Model
@@ -72,11 +77,20 @@ class Traced:
     evaluation: bool = False
     one_size: bool = False
     exported: ExportedProgram | None = None
+    calls: tuple[Call, ...] = ()
+    opened: int | None = None
+    note: str = ""
 
     @property
     def runnable(self) -> ExportedProgram:
         """The program that computes by itself what the model does."""
         return self.program if self.exported is None else self.exported
+
+    @cached_property
+    def others(self) -> list[Traced]:
+        """The data flow in the other calls."""
+        assert isinstance(self.model, nn.Module) or not self.calls
+        return [_read(self.model, (call,), self.evaluation, self.one_size) for call in self.calls[1:]]  # type: ignore[arg-type]
 
     @cached_property
     def specs(self) -> list[InputSpec]:
@@ -163,15 +177,16 @@ class Traced:
         return [str(getattr(s.arg, "name", "")) for s in self.program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
 
 
-def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_size: bool = False) -> Traced:
+def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_size: bool = False, patient: bool = False) -> Traced:
     """The data flow of a module, called as in the example, or of an exported program, which has it already.
 
-    example: a tensor or array; a tuple of arguments; a dict of them by name; or a `Call`. A model that says itself what it takes (timm's
-    pretrained_cfg, Lightning's example_input_array) needs none. Or another model's data flow, whose example it is called with: this very
-    module's, read the same way, is given back as it is, so it must not have been changed since. evaluation: whether the module is traced
-    in evaluation mode, whatever mode it is in. one_size: whether nothing but the batch need have another size than in the example, which
-    takes a third of the time in a deep network. Raises UnsupportedError where torch.export can't read it, UsageError where an example is
-    needed.
+    example: a tensor or array; a tuple of arguments; a dict of them by name; a `Call`; or several calls, a list of tuples and dicts. A
+    model that says itself what it takes (timm's pretrained_cfg, Lightning's example_input_array) needs none. Or another model's data flow,
+    whose example it is called with, and with as many open axes: this very module's, read the same way, is given back as it is, so it must
+    not have been changed since. evaluation: whether the module is traced in evaluation mode, whatever mode it is in. one_size: whether
+    nothing but the batch need have another size than in the example, which takes a third of the time in a deep network. patient: whether
+    all sizes are left open that can be, though it may take minutes where they are long formulas; else the example's hold there, and the
+    `note` says so. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
     """
     from .writing import settled  # it reads what was traced
 
@@ -181,17 +196,39 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
         raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
     evaluation = evaluation and any(module.training for module in model.modules())
     if isinstance(example, Traced):
-        if example.model is model and example.evaluation == evaluation and (one_size or not example.one_size):
+        fits = one_size or not (example.one_size or (patient and example.note))
+        if example.model is model and example.evaluation == evaluation and fits:
             return example
-        example = example.example
+        calls = example.calls or (() if example.example is None else (example.example,))
+        if calls:
+            opened = None if patient and example.note else example.opened
+            return _read(model, tuple(as_call(model, call) for call in calls), evaluation, one_size, opened, patient)
+        example = None
+    given: Any = example if example is not None else known_example(model)
+    calls = tuple(as_call(model, each) for each in (given if is_several(given) else [given]))
+    return _read(model, calls, evaluation, one_size, patient=patient)
+
+
+def at_its_sizes(traced: Traced, call: Call) -> Traced:
+    """The data flow of the same module in another call, at that call's sizes and no others."""
+    assert isinstance(traced.model, nn.Module)
+    return _read(traced.model, (call,), traced.evaluation, True, 0)
+
+
+def _read(
+    model: nn.Module, calls: tuple[Call, ...], evaluation: bool, one_size: bool, opened: int | None = None, patient: bool = False
+) -> Traced:
+    """The data flow of a module in the first of some calls. opened: the axes that are left open at most."""
+    from .writing import settled  # it reads what was traced
+
     _require_shapes(model)
     twin = shared_twin(model)
     if evaluation:
         twin.eval()
-    call = as_call(model, example if example is not None else known_example(model))
-    exported = _exported(twin, model, call, one_size)
+    most = 1 if one_size and opened is None else opened
+    exported, opened, note = _exported(twin, model, calls[0], most, patient)
     program = settled(written_out(exported, casts=False))
-    return Traced(model, program, evaluation, one_size, exported if program is not exported else None)
+    return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note)
 
 
 def shared_twin(module: nn.Module) -> nn.Module:
@@ -506,13 +543,18 @@ def _require_shapes(model: nn.Module) -> None:
         raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
 
 
-def _exported(twin: nn.Module, model: nn.Module, call: Call, one_size: bool) -> ExportedProgram:
+def _exported(twin: nn.Module, model: nn.Module, call: Call, most: int | None, patient: bool) -> tuple[ExportedProgram, int | None, str]:
+    """The program, how many axes are open in it, and what is to be said of that. most: the most axes that are tried."""
     failure: Exception | None = None
-    for candidate, axes in ((_doubled(call), None), (_doubled(call), 1), (call, 0))[one_size:]:
+    note = ""
+    for axes in (None, 1, 0) if most is None else range(most, -1, -1):
+        candidate = _doubled(call) if axes != 0 else call
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), _watched(twin) if axes is None and not patient else nullcontext():
                 shapes = _dynamic(twin, candidate, axes)
-                return torch.export.export(twin, candidate.args, candidate.kwargs, dynamic_shapes=shapes, strict=False)
+                return torch.export.export(twin, candidate.args, candidate.kwargs, dynamic_shapes=shapes, strict=False), axes, note
+        except _TooManyTerms as error:
+            note = f"{error}, so it was read at the example's sizes, and others were only tried"
         except Exception as error:  # torch.export raises whatever the model's code raises
             failure = error
     assert failure is not None
@@ -521,6 +563,39 @@ def _exported(twin: nn.Module, model: nn.Module, call: Call, one_size: bool) -> 
         f"torch.export can't read {type(model).__name__}{where}: {_first_line(failure)}; give an example of the input as the model is "
         f"called in deployment, or export it to ONNX and give that file"
     ) from failure
+
+
+class _TooManyTerms(Exception):
+    """A size is so long a formula of the open axes that reading the model would take many times as long as it takes at one size."""
+
+
+@contextmanager
+def _watched(twin: nn.Module) -> Iterator[None]:
+    """While it lasts, a module whose output has a size of too many terms ends the reading."""
+
+    def look(name: str, output: Any) -> None:
+        for leaf in pytree.tree_leaves(output):
+            for size in leaf.shape if isinstance(leaf, Tensor) else ():
+                if isinstance(size, torch.SymInt) and has_more_terms(size.node.expr, MOST_TERMS):
+                    raise _TooManyTerms(f"the sizes of what {name or 'it'} gives are long formulas of the input's")
+
+    hooks = [
+        module.register_forward_hook(lambda module, given, output, name=name: look(name, output)) for name, module in twin.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def has_more_terms(expression: Any, most: int) -> bool:
+    """Whether a formula has more than so many terms, those that occur several times counted as often."""
+    stack, count = [expression], 0
+    while stack and count <= most:
+        count += 1
+        stack.extend(stack.pop().args)
+    return count > most
 
 
 def _doubled(call: Call) -> Call:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,46 +24,74 @@ from .trace import NUMPY, duplicate, laid_out, to_tensor
 from .walk import arguments, frame, writes_into_shared
 
 
-def write_module(
-    ctx: Lowering, module: nn.Module, graph: Graph, removed: Mapping[Site, Removal], merges: Sequence[Merge] = ()
-) -> tuple[nn.Module, dict[Node, str], int]:
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What is folded on one path through a module: its planned graph, and how the BatchNorms that fold are taken out."""
+
+    ctx: Lowering
+    graph: Graph
+    removed: Mapping[Site, Removal]
+    merges: Sequence[Merge]
+
+    def updates(self) -> Iterator[Update]:
+        for node, role, param in self.graph.updates():
+            native: Native = node.native
+            slot = native.slots.get(role)
+            if slot is None or not isinstance(slot.place, Place):
+                raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+            exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
+            dtype = native.dtype if param.tensor is None else param.tensor.dtype
+            yield Update(node, slot.place, exact, dtype, param.tensor is None)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A tensor that changes. exact: in float64; dtype: of the stored one; grows: whether there was none."""
+
+    node: Node
+    place: Place
+    exact: Array
+    dtype: torch.dtype
+    grows: bool
+
+
+def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = False) -> tuple[nn.Module, dict[Node, str], int]:
     """A folded copy of the module, a note for each node whose weights lost precision, and the bytes that untied weights add.
 
-    Raises RuntimeError on an update that nothing here can write: it must never be lost.
+    folds: what is folded on each path through the module that is known; where two of them change the same, they change it alike. exact:
+    all of it in float64 and on the CPU. Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
     result = duplicate(module)
+    if exact:
+        result = result.cpu().double()
     surgery = Surgery()
     notes: dict[Node, str] = {}
     made: dict[str, Tensor] = {}
-    for node, role, param in graph.updates():
-        native: Native = node.native
-        slot = native.slots.get(role)
-        if slot is None or not isinstance(slot.place, Place):
-            raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
-        exact = param.layout.stored(as_called(param.read(), role, [m for m in merges if m.host is node]))
-        dtype = native.dtype if param.tensor is None else param.tensor.dtype
-        array = rounded(exact, NUMPY[dtype])
-        if count := lost(exact, array):
-            notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
-        place = slot.place
+    for ctx, update in ((each.ctx, update) for each in folds for update in each.updates()):
+        node, place = update.node, update.place
+        array = update.exact if exact else rounded(update.exact, NUMPY[update.dtype])
+        if count := lost(update.exact, array):
+            notes[node] = f"{count} of the {array.size} coefficients of {node.name} are too small for {array.dtype}"
         if place.how == "plain":
             surgery.plain += [place.owner] * (place.owner not in surgery.plain)
+            native: Native = node.native
             computed = ctx.const(arguments(native.op)["weight"])
             assert computed is not None
-            made.setdefault(f"{place.owner}.weight", to_tensor(rounded(computed, NUMPY[native.dtype])))
-        elif place.how != "stored" and param.tensor is not None:
+            made.setdefault(f"{place.owner}.weight", to_tensor(computed.copy() if exact else rounded(computed, NUMPY[native.dtype])))
+        elif place.how != "stored" and not update.grows:
             surgery.fixed[place.target] = place.how
-        if param.tensor is None:
+        if update.grows:
             surgery.biases[place.owner] = list(array.shape)
         made[place.target] = to_tensor(np.ascontiguousarray(array))
-    assert isinstance(ctx.host, ModuleHost)
-    made = _divided(ctx.host, surgery, made)
-    for site, removal in removed.items():
+    hosts = [fold.ctx.host for fold in folds if isinstance(fold.ctx.host, ModuleHost)]
+    made = _divided(hosts[0], surgery, made)
+    for site, removal in (each for fold in folds for each in fold.removed.items()):
         if removal.path is not None:
             surgery.replaced[removal.path] = list(removal.kept)
-            if any(writes_into_shared(_output(node), node.native.operands[0]) for node in site.nodes):
+            copies = any(writes_into_shared(_output(node), node.native.operands[0]) for node in site.nodes)
+            if copies and removal.path not in surgery.copied:
                 surgery.copied.append(removal.path)
-    for m in merges:
+    for m in (each for fold in folds for each in fold.merges):
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
     tied = _tied(module)
@@ -75,9 +104,9 @@ def write_module(
     for target, tensor in made.items():
         _set(result, target, tensor)
     surgery.untied, added = _tie_again(result, tied, made)
-    for removal in removed.values():
-        for call in removal.calls:
-            _make_identity(ctx.constants, result, call)
+    for fold in folds:
+        for call in (call for removal in fold.removed.values() for call in removal.calls):
+            _make_identity(fold.ctx.constants, result, call)
     return result, notes, added
 
 
@@ -172,5 +201,7 @@ def _make_identity(constants: Constants, root: nn.Module, call: Op) -> None:
         stored = constants.stored(given[name])
         if stored is None:
             continue
-        value = unit_variance(float(given["eps"]), stored.tensor.dtype) if number is None else torch.tensor(number)
-        _set(root, stored.target, torch.full_like(stored.tensor.detach(), 0) + value.to(stored.tensor.dtype).to(stored.tensor.device))
+        place = Place(stored.target)
+        old = getattr(root.get_submodule(place.owner), place.attribute)
+        value = unit_variance(float(given["eps"]), old.dtype) if number is None else torch.tensor(number)
+        _set(root, stored.target, torch.full_like(old.detach(), 0) + value.to(old))
