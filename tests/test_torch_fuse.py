@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -851,7 +852,7 @@ def test_fused_layers_of_quantisation_aware_training_stay() -> None:
     net(x)
     report = bnfold.inspect(net.apply(quantization.disable_observer).eval(), example=x)
     assert report.batchnorms.after == 1
-    assert "its weight is rounded by" in report.layers[0].reason
+    assert re.search("its weight is rounded by|its parameters are also read by", report.layers[0].reason)
 
 
 # --- values that are computed from weights alone, and written into ------------------------------------------------------------------

@@ -12,6 +12,7 @@ without --torch, since it takes gigabytes. Status 1 where anything fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -85,13 +86,14 @@ class Environment:
 
     def _first(self, name: str, bound: str) -> str:
         """The first release from a bound on that has a wheel for this Python."""
-        listed = self.pip("index", "versions", name, "--only-binary", ":all:")
+        listed = self.pip("index", "versions", name)
         found = re.search(r"^Available versions: (.*)$", listed, re.MULTILINE)
         releases = [version for version in (found[1].split(", ") if found else []) if re.fullmatch(r"[0-9.]+", version)]
-        able = [version for version in releases if _parts(version) >= _parts(bound)]
-        if not able:
-            raise Failed(f"no release of {name} from {bound} on has a wheel for this Python")
-        return min(able, key=_parts)
+        for version in sorted((version for version in releases if _parts(version) >= _parts(bound)), key=_parts):
+            with contextlib.suppress(Failed):
+                self.pip("install", "-q", "--dry-run", "--no-deps", "--only-binary", ":all:", f"{name}=={version}")
+                return version
+        raise Failed(f"no release of {name} from {bound} on has a wheel for this Python")
 
     def pip(self, *arguments: str) -> str:
         return run([self.python, "-m", "pip", "--disable-pip-version-check", *arguments])
