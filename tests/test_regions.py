@@ -238,6 +238,12 @@ def test_a_model_of_nothing_else_is_not_said_to_hold_none() -> None:
         bnfold.recalibrate(model, [X])
 
 
+def test_a_layer_that_the_code_calls_under_no_name_counts_once() -> None:
+    layer = norm(4).eval()
+    model = Net(lambda s, x: layer(s.c(x)), c=nn.Conv2d(3, 4, 3), b=layer).eval()
+    assert len(bnfold.inspect(model, example=X).layers) == 1
+
+
 def test_other_names_of_a_module_count_once() -> None:
     model = Net(lambda s, x: s.other(s.c(x)), c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
     model.other = model.b

@@ -64,9 +64,13 @@ def _operators(ctx: Lowering) -> list[Op]:
 
 
 def _modules(ctx: Lowering, host: ModuleHost, met: Collection[str]) -> Iterator[Held]:
+    statistics = (ctx.constants.stored(each) for op in _operators(ctx) for each in op.all_input_nodes)
+    used = {stored.tensor.data_ptr() for stored in statistics if stored is not None}  # by code that holds them under no name
     read = {owner for op in ctx.program.graph.nodes if op.users and (owner := ctx.target(op).rpartition(".")[0])}
     for path, module in host.modules.items():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or path != host.canonical(path) or path in met:
+            continue
+        if module.running_mean is not None and module.running_mean.data_ptr() in used:
             continue
         if inside := host.inside(path):
             alone = all(map(ctx.constants.is_constant, inside))
