@@ -370,6 +370,10 @@ class _Pairing:
             found, unread = differing_moves(p, q) if p.op == "Move" else differing(p, q)
             if p.op == "Contraction" and _letters(p, q) is None:
                 found = [Setting(f"{p.label} {p.name} multiplies along other axes than the candidate's {q.label} {q.name}", number=False)]
+            if p.op != "Move" or (unread and differing(p, q) == ([], "")):
+                flows = settings(p).flows, settings(q).flows
+                self._stack += [(self._end(0, v), self._end(1, flows[1][name])) for name, v in flows[0].items() if name in flows[1]]
+                unread = "" if p.op == "Move" and flows[0] else unread
             if unread:
                 self._part(p.index, unread)
             else:

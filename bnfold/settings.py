@@ -32,7 +32,8 @@ class Body:
 class Settings:
     """operator: its name; values: numbers, text, tuples and arrays by name; common: operator and values in ONNX's terms, if it has them.
 
-    places: which of the operator's outputs each of the node's is; activations: which of its inputs; shape_of: whose sizes it gives.
+    places: which of the operator's outputs each of the node's is; activations: which of its inputs; shape_of: whose sizes it gives;
+    flows: what of the rest is computed.
     unread: why the rest isn't known.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     places: Mapping[Value, int] = field(default_factory=dict)
     activations: tuple[Any, ...] = ()
     shape_of: Value | None = None
+    flows: Mapping[str, Value] = field(default_factory=dict)
     bodies: tuple[Body, ...] = ()
     kind: str = ""  # of its framework
     unread: str = ""
@@ -97,6 +99,8 @@ def differing(p: Node, q: Node) -> tuple[list[Setting], str]:
         return [], f"{name} reads its inputs in other places than {q.label} {q.name} does"
     if mine[0] != theirs[0]:
         return [], f"{name} stands where the candidate has {q.label} {q.name}"
+    if one.flows.keys() != other.flows.keys():
+        return [], f"{name} is set by other computed values than {q.label} {q.name}"
     found = [
         Setting(f"{name} has {_shown_both(key, mine[1][key], theirs[1][key])}", _is_number(mine[1][key]))
         for key in mine[1]
@@ -115,7 +119,8 @@ def differing_moves(p: Node, q: Node) -> tuple[list[Setting], str]:
     """As `differing`, of operators that move data, of which many do the same: by what they are set to, or by trying."""
     one, other = settings(p), settings(q)
     found, unread = differing(p, q)
-    if not unread and place(p.output, p) == place(q.output, q) and (not found or one.operator in ONE_WAY):
+    plain = not unread and not one.flows and not other.flows
+    if plain and place(p.output, p) == place(q.output, q) and (not found or one.operator in ONE_WAY):
         return found, ""
     name = f"{p.label} {p.name} isn't known to move data as {q.label} {q.name} does"
     mine, theirs = ([v.probes for v in (*node.inputs, node.output)] for node in (p, q))

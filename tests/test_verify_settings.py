@@ -22,6 +22,7 @@ ARRAYS: dict[str, Any] = {
     "lstm": RNG.normal(size=(1, 12, 8)).astype(F),
     "lstm.r": RNG.normal(size=(1, 12, 3)).astype(F),
     "zero": np.array(0, F),
+    "half": np.array(0.5, F),
     "one": np.array([1]),
     "two": np.array([2]),
     "spatial": np.array([2, 3]),
@@ -94,6 +95,10 @@ def rounded(kind: int) -> onnx.ModelProto:
     return built(conv(), helper.make_node("Cast", ["h"], ["c"], to=kind), helper.make_node("Cast", ["c"], ["y"], to=1))
 
 
+def largest(k: str, **settings: Any) -> onnx.ModelProto:
+    return built(conv(), helper.make_node("TopK", ["h", k], ["y", "places"], **settings))
+
+
 def through_half() -> onnx.ModelProto:
     there, back = helper.make_node("Cast", ["h"], ["c"], to=10), helper.make_node("Cast", ["c"], ["d"], to=1)
     return built(conv(), there, back, helper.make_node("Sin", ["d"], ["y"]))
@@ -112,9 +117,9 @@ OTHERWISE: dict[str, tuple[onnx.ModelProto, onnx.ModelProto]] = {
     "an axis": (behind("Softmax", axis=1), behind("Softmax", axis=2)),
     "an epsilon": (alone("LayerNormalization", "vector"), alone("LayerNormalization", "vector", epsilon=1e-6)),
     "a resize mode": (behind("Resize", "", "twice"), behind("Resize", "", "twice", mode="linear")),
-    "k": (behind("TopK", "one"), behind("TopK", "two")),
-    "largest": (behind("TopK", "one"), behind("TopK", "one", largest=0)),
-    "a bound": (behind("Clip", "zero"), behind("Clip", "", "zero")),
+    "k": (largest("one"), largest("two")),
+    "largest": (largest("one"), largest("one", largest=0)),
+    "a bound": (behind("Clip", "half"), behind("Clip", "", "half")),
     "an integer type": (rounded(6), rounded(3)),
     "a narrow type on the way": (behind("Sin"), through_half()),
     "reduced axes": (behind("ReduceMean", axes=[2, 3]), behind("ReduceMean", axes=[1, 3])),
@@ -195,6 +200,29 @@ ANOTHER_FORM: dict[str, tuple[onnx.ModelProto, onnx.ModelProto]] = {
 def test_another_way_to_write_it_is_equal(name: str) -> None:
     for one, other in (ANOTHER_FORM[name], ANOTHER_FORM[name][::-1]):
         assert bnfold.verify(one, other, coefficients_only=True).verdict == "equivalent"
+
+
+def halved(divisor: str) -> onnx.ModelProto:
+    """What a convolution gives, up to a row that the network computes from a size that is open."""
+    sizes = [helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Gather", ["shape", "two"], ["size"], axis=0)]
+    end = helper.make_node("Div", ["size", divisor], ["end"])
+    return built(
+        *sizes, end, conv(), helper.make_node("Slice", ["h", "one", "end", "two"], ["y"]), x=("N", 4, "H", "W"), eight=np.array([8])
+    )
+
+
+def test_what_sets_an_operator_may_be_computed() -> None:
+    assert bnfold.verify(halved("two"), halved("two"), coefficients_only=True).levels.coefficients.verdict == "equivalent"
+    assert bnfold.verify(halved("two"), halved("eight"), coefficients_only=True).verdict == "different"
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(0.0, "equivalent"), (0.5, "different")])
+def test_an_activation_that_a_runtime_put_into_a_convolution(low: float, verdict: str) -> None:
+    given = {"activation": "Clip", "activation_params": [low, 6.0]}
+    fused = built(helper.make_node("FusedConv", ["x", "w"], ["y"], domain="com.microsoft", **given))
+    fused.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    plain = built(conv(), helper.make_node("Clip", ["h", "zero", "six"], ["y"]), six=np.array(6, F))
+    assert bnfold.verify(plain, fused, coefficients_only=True).verdict == verdict
 
 
 def test_a_setting_that_changes_nothing_is_another_form() -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ...settings import Body, Settings
 from .constants import FLOATS
-from .walk import attribute, is_standard, name_of
+from .walk import attribute, is_standard
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -37,6 +37,7 @@ def settings(ctx: Lowering, node: ir.Node, activations: Collection[int], held: C
     values, bodies = _attributes(ctx, node, op, standard=standard)
     of_sizes = node.op_type in SHAPES and is_standard(node)
     names = _input_names(ctx, node)
+    flows = {}
     for i, v in enumerate(node.inputs):
         if v is None or i in held or of_sizes or (not v.name and v.producer() is None) or (i == 3 and node.op_type == "FusedConv"):
             continue
@@ -45,8 +46,8 @@ def settings(ctx: Lowering, node: ir.Node, activations: Collection[int], held: C
         array = ctx.constants.get(v)
         name = names[i] if i < len(names) else f"input {i}"
         if array is None:
-            return Settings(node.op_type, kind="onnx", unread=f"{node.op_type} {name_of(node)}, its {name} can't be read")
-        if array.size or node.op_type != "Resize":  # there an empty one stands for none
+            flows[name] = ctx.value(v)
+        elif array.size or node.op_type != "Resize":  # there an empty one stands for none
             values[RENAMED.get(name, name)] = array
     if standard:
         _settle(ctx, node, op, values)
@@ -63,7 +64,7 @@ def settings(ctx: Lowering, node: ir.Node, activations: Collection[int], held: C
     if operator == "Max" and set(values) <= {"data_0", "data_0 1"} and len(values) == 1 and not np.any(next(iter(values.values()))):
         operator, values = "Relu", {}
     common = (operator, values) if standard else None
-    return Settings(operator, values, common, places, tuple(activations), shape_of, bodies, "onnx")
+    return Settings(operator, values, common, places, tuple(activations), shape_of, flows, bodies, "onnx")
 
 
 def fused(node: ir.Node, operator: str) -> Settings:
@@ -72,7 +73,7 @@ def fused(node: ir.Node, operator: str) -> Settings:
     values = dict(zip(PARAMETERS.get(operator, ()), given, strict=False))
     if operator == "Clip":
         values = {"min": _bound(values.get("min"), -np.inf), "max": _bound(values.get("max"), np.inf)}
-    return Settings(operator, values, (operator, values), kind="onnx")
+    return Settings(operator, values, (operator, values), activations=(0,), kind="onnx")
 
 
 def wholly(node: ir.Node, name: str) -> tuple[float, ...]:
