@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 Step = Callable[[dict[str, Any]], None]
+RUNNING: list[Any] = []  # the twins whose forward runs: a copy's steps are the original's, and find their layers in the copy
 
 
 class NotInTorchError(Exception):
@@ -110,28 +111,32 @@ class Twin(nn.Module):
         assert found is not None
         return found
 
-    def layer(self, op: Op, key: Any, make: Callable[[], nn.Module]) -> nn.Module:
-        """A layer named after its node; the one that is there already where the key is the same."""
+    def layer(self, op: Op, key: Any, make: Callable[[], nn.Module]) -> Callable[..., Tensor]:
+        """A layer named after its node; the one that is there already where the key is the same. It is called by its name."""
         if key not in self._layers:
             name = "".join(c if c.isalnum() or c == "_" else "_" for c in op.node.name or f"{op.node.op_type}_{len(self._layers)}")
             while name in self._modules or hasattr(self, name):
                 name += "_"
             self.add_module(name, make())
             self._layers[key] = name
-        return self._modules[self._layers[key]]
+        return lambda *inputs, name=self._layers[key]: getattr(RUNNING[-1], name)(*inputs)  # type: ignore[no-any-return]
 
     def value(self, env: dict[str, Any], name: str) -> Tensor:
         """An activation, or a constant as a parameter or buffer."""
         if name in env:
             return env[name]
         array = self.constants[name]
-        return self.parameter(name) if array.dtype.kind == "f" else torch.from_numpy(np.array(array))
+        return RUNNING[-1].parameter(name) if array.dtype.kind == "f" else torch.from_numpy(np.array(array))
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         env: dict[str, Any] = dict(zip(self.names, inputs, strict=True))
-        for step in self._steps:
-            step(env)
-        return {name: self.value(env, name) for name in self.results}
+        RUNNING.append(self)
+        try:
+            for step in self._steps:
+                step(env)
+            return {name: self.value(env, name) for name in self.results}
+        finally:
+            RUNNING.pop()
 
 
 def tensor(array: np.ndarray) -> Tensor:

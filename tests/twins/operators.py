@@ -479,7 +479,9 @@ OPERATORS: dict[str, Callable[[Op], Step]] = {
     "MatMul": lambda op: apply(op, torch.matmul),
     "Einsum": einsum,
     "Gather": gather,
-    "GatherElements": lambda op: apply(op, lambda x, i: x.gather(int(op.get("axis", 0)), i)),
+    "GatherElements": lambda op: apply(
+        op, lambda x, i: x.gather(a := int(op.get("axis", 0)), i % x.shape[a])
+    ),  # torch has no negative ones
     "Add": arithmetic(torch.add),
     "Sub": arithmetic(torch.sub),
     "Mul": arithmetic(torch.mul),
