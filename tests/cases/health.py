@@ -250,6 +250,13 @@ def _(net: Net) -> None:
     net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), params=params))
 
 
+@CASES.case("a computed mean of another shape", 48, left=1, reason="its parameters differ in shape", opset=13, ort=False, lively=False)
+def _(net: Net) -> None:
+    mean = net.op("Abs", net.weight(net.normal(1), "m"))
+    params = [net.weight(a, "p") for a in (net.normal(6), net.normal(6), net.rng.uniform(0.5, 1.5, 6))]
+    net.output(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), params=[*params[:2], mean, params[2]]))
+
+
 @CASES.case("an ill BatchNorm beside a sound one", 48, left=1, reason=r"variance", lively=False)
 def _(net: Net) -> None:
     y = net.relu(net.bn(net.conv(net.input("N", 4, "H", "W"), 4, 6), 6))

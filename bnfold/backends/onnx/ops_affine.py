@@ -74,7 +74,9 @@ def _inferred(ctx: Lowering, node: ir.Node) -> int:
 
 
 def _sick(constants: list[Any], epsilon: float) -> str | None:
-    """What makes parameters unusable, with the channel: not finite, or a negative variance."""
+    """What makes parameters unusable, with the channel: not finite, or a negative variance; computed ones may differ in shape."""
+    if len({c.shape for c in constants}) > 1:
+        return "its parameters differ in shape: " + ", ".join(f"{role} {c.shape}" for role, c in zip(BN_ROLES, constants, strict=True))
     for role, c in zip(BN_ROLES, constants, strict=True):
         if not np.isfinite(c).all():
             k = int(np.argwhere(~np.isfinite(c.ravel()))[0, 0])
