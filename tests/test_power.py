@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import power.sweep
 import pytest
 import torch
@@ -112,6 +113,9 @@ def test_a_layer_that_says_nothing_is_found_in_a_remembered_model_too() -> None:
     """Before it could stand anything, so where the coefficients can't be compared, not even a right fold is called equivalent."""
     proto = exported(Branches().eval(), (3, 12, 12), torch.float32)
     made = ONNX_FOLDS["ONNX Runtime, extended"](proto)
+    (name,) = made.graph.node[-1].output
+    made.graph.node[-1].output[0] = "once"
+    made.graph.node.append(onnx.helper.make_node("Max", ["once", "once"], [name]))  # which pairs with nothing
     report = verify(RememberedOnnx(from_proto(proto)), from_proto(made), samples=4)
     assert (report.verdict, report.reason) == (
         "inconclusive",
