@@ -274,6 +274,14 @@ ODD: dict[str, tuple[Change, str]] = {
         lambda m: (reshaped("weight", 4, 3, 3)(m), m.graph.node[0].__setattr__("op_type", "Gemm")),
         "its matrix B has the shape (4, 3, 3)",
     ),
+    "a bias of another length than the product's": (
+        lambda m: (
+            reshaped("weight", 4, 6)(m),
+            m.graph.node[0].__setattr__("op_type", "Gemm"),
+            reshaped("bias", 3)(m),
+        ),
+        "its C has the shape (3,), and its product 6 columns",
+    ),
     "no order of axes": (
         lambda m: m.graph.node.append(helper.make_node("Transpose", ["y"], ["z"], perm=[0, 0, 1, 2])), "its perm [0, 0, 1, 2] is no order"
     ),

@@ -196,6 +196,10 @@ def _troubles(op_type: str, values: dict[str, Any], dims: list[Dims | None], ver
         )
         if (found := shape(2)) is not None and len(found) > 2:
             yield f"its C has the shape {found}, which is larger than a matrix"
+        if found and (matrix := shape(1)) is not None and len(matrix) == 2:
+            columns = matrix[0 if values.get("transB") else 1]
+            if found[-1] not in (1, columns):
+                yield f"its C has the shape {found}, and its product {columns} columns"
     elif op_type in GATES:
         yield from _recurrent(values, GATES[op_type], shape(1), shape(2), shape(3))
     elif op_type == "Transpose" and "perm" in values:
