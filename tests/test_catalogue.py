@@ -99,7 +99,8 @@ def test_names_are_unique() -> None:
 
 
 def test_every_line_of_the_catalogue_has_a_case() -> None:
-    assert {line for case in ALL for line in case.lines} == set(range(1, 51))
+    lines = {line for case in ALL for line in case.lines}
+    assert set(range(1, 51)) | {51, 57, 58} <= lines <= set(range(1, 60))  # of the others some are PyTorch's alone
 
 
 @pytest.mark.parametrize("case", [c for c in ALL if c.double and c.lively], ids=str)

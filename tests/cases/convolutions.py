@@ -134,9 +134,9 @@ def deform_bn(net: Net, **options: Any) -> None:
     net.output(net.bn(deformed(net, net.input("N", 4, "H", "W"), 4, 6, **options), 6), shape=["N", 6, "H", "W"])
 
 
-CASES.case("DeformConv", 1, draw=deform_bn, opset=19)
-CASES.case("DeformConv in groups, without mask and bias", 1, draw=partial(deform_bn, groups=2, masked=False, bias=False), opset=22)
-CASES.case("DeformConv with a mask and no bias", 1, draw=partial(deform_bn, bias=False), opset=19)
+CASES.case("DeformConv", 57, draw=deform_bn, opset=19)
+CASES.case("DeformConv in groups, without mask and bias", 57, draw=partial(deform_bn, groups=2, masked=False, bias=False), opset=22)
+CASES.case("DeformConv with a mask and no bias", 57, draw=partial(deform_bn, bias=False), opset=19)
 
 
 def bn_deform(net: Net, *, shift: bool = False, own: bool = False) -> None:
@@ -148,12 +148,12 @@ def bn_deform(net: Net, *, shift: bool = False, own: bool = False) -> None:
     net.output(y, shape=["N", 6, "H", "W"])
 
 
-CASES.case("BatchNorm without shift before a DeformConv", 1, draw=bn_deform, opset=19)
-CASES.case("BatchNorm without shift before a DeformConv and what steers it", 1, draw=partial(bn_deform, own=True), opset=19)
-CASES.case("BatchNorm before a DeformConv", 1, draw=partial(bn_deform, shift=True), opset=19, left=1, reason="zeros beyond the border")
+CASES.case("BatchNorm without shift before a DeformConv", 57, draw=bn_deform, opset=19)
+CASES.case("BatchNorm without shift before a DeformConv and what steers it", 57, draw=partial(bn_deform, own=True), opset=19)
+CASES.case("BatchNorm before a DeformConv", 57, draw=partial(bn_deform, shift=True), opset=19, left=1, reason="zeros beyond the border")
 
 
-@CASES.case("BatchNorm of what steers a DeformConv", 1, opset=19, left=1, reason="the places that it reads")
+@CASES.case("BatchNorm of what steers a DeformConv", 57, opset=19, left=1, reason="the places that it reads")
 def _(net: Net) -> None:
     x, z = net.input("N", 4, "H", "W"), net.input("N", 12, "H", "W", name="z")
     offset = net.bn(net.op("Sigmoid", z), 12, shift=False)

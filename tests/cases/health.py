@@ -79,7 +79,7 @@ def rounded(net: Net, *, layer: str = "Conv", axis: int | None = 0, kind: Any = 
 
 
 def rounding(name: str, opset: int, reason: str = "its weight is rounded by QuantizeLinear", **how: Any) -> None:
-    CASES.case(f"{name}, rounded in the graph", 41, draw=partial(rounded, **how), left=1, reason=reason, double=False, opset=opset)
+    CASES.case(f"{name}, rounded in the graph", 51, draw=partial(rounded, **how), left=1, reason=reason, double=False, opset=opset)
 
 
 rounding("int8 filter with one scale", 10, axis=None)
