@@ -920,3 +920,35 @@ def test_what_is_written_into_a_stored_tensor_stays() -> None:
     result, _ = bnfold.fuse(program, example=IMAGE, check=False)
     module = result.module()
     torch.testing.assert_close(1.5 * module(IMAGE), module(IMAGE))
+
+
+class Step:
+    """Who holds a layer beside the module that registers it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm with an activation of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [norm, lambda n: lively(NormAct(n))], ids=["plain", "with an activation"])
+def test_layers_that_a_list_of_the_modules_own_calls(kind: Callable[[int], nn.Module]) -> None:
+    net = Net(lambda s, x: functools.reduce(lambda y, step: step.layer(y), s.steps, x).relu(), c=nn.Conv2d(3, 4, 3, bias=False), b=kind(4))
+    net.steps = [Step(net.c), Step(net.b)]
+    net.eval()
+    before, (copied, report) = run(net, IMAGE), bnfold.fuse(net, example=IMAGE)
+    assert [(layer.verdict, layer.into) for layer in report.layers] == [("folded", ("c",))]
+    assert copied.steps[1].layer is copied.b
+    assert not any(isinstance(each, nn.BatchNorm2d) for each in copied.modules())
+    assert difference(before, run(copied, IMAGE)) < 1e-5
+    assert type(net.b) is type(kind(4))
+    assert difference(before, run(net, IMAGE)) == 0

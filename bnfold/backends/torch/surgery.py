@@ -140,12 +140,21 @@ def with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
 
 
 def replace(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever that is registered."""
+    """Put a module in the place of another for whoever holds that, by a name or in a list of its own: the old one becomes the new one.
+
+    Where Python can't change an object's class (it has slots, say), wherever it is registered.
+    """
     old = _at(root, path)
-    for name, module in list(root.named_modules(remove_duplicate=False)):
-        if module is old and name:
-            parent, _, child = name.rpartition(".")
-            setattr(_at(root, parent), child, new)
+    try:
+        old.__class__ = type(new)
+    except TypeError:
+        for name, module in list(root.named_modules(remove_duplicate=False)):
+            if module is old and name:
+                parent, _, child = name.rpartition(".")
+                setattr(_at(root, parent), child, new)
+        return
+    vars(old).clear()
+    vars(old).update(vars(new))
 
 
 def plain(module: nn.Module) -> nn.Module:
