@@ -952,3 +952,64 @@ def test_layers_that_a_list_of_the_modules_own_calls(kind: Callable[[int], nn.Mo
     assert difference(before, run(copied, IMAGE)) < 1e-5
     assert type(net.b) is type(kind(4))
     assert difference(before, run(net, IMAGE)) == 0
+
+
+class Rebuilt(nn.Module):
+    """A network that is copied by making it anew from its settings and its numbers, as Keras models are."""
+
+    def __init__(self, prefix: str = "", mode: bool = False, numbers: dict[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.add_module(f"{prefix}c", nn.Conv2d(3, 4, 3))
+        self.add_module(f"{prefix}b", norm(4))
+        self.steps = list(self.children())
+        self.train(mode)
+        for mine, given in zip(self.state_dict().values(), (numbers or {}).values(), strict=False):
+            mine.copy_(given)
+
+    def settings(self) -> tuple[Any, ...]:
+        return self.prefix, True, copy.deepcopy(self.state_dict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functools.reduce(lambda y, step: step(y), self.steps, x).relu()
+
+
+def test_a_module_that_copies_itself_whole() -> None:
+    net = Rebuilt()
+    with pytest.raises(
+        bnfold.UnsupportedError,
+        match=r"Rebuilt can't be folded as a module.*its __reduce__ gives something else for b.*an exported program",
+    ):
+        bnfold.fuse(net, example=IMAGE)
+    measured, _ = bnfold.recalibrate(net, [IMAGE])
+    torch.testing.assert_close(measured.steps[1].running_mean, net.steps[0](IMAGE).mean((0, 2, 3)))
+    program, _ = bnfold.fuse(torch.export.export(net, (IMAGE,)))
+    assert bnfold.verify(net, program, example=IMAGE).verdict == "equivalent"
+
+
+def test_a_module_that_copies_itself_as_it_is() -> None:
+    program = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval())  # a GraphModule copies itself
+    copied, report = bnfold.fuse(program, example=IMAGE)
+    assert [layer.verdict for layer in report.layers] == ["folded"]
+    assert difference(run(program, IMAGE), run(copied, IMAGE)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (lambda s: ("other_", False), r"its __reduce__ gives something else for c"),
+        (lambda s: ("", False), "its __reduce__ gives c.weight other values"),
+    ],
+    ids=["names", "values"],
+)
+def test_a_module_whose_own_copy_is_another(settings: Callable[[Any], tuple[Any, ...]], text: str) -> None:
+    net = type("Other", (Rebuilt,), {"settings": settings})()
+    for verb in (lambda: bnfold.fuse(net, example=IMAGE), lambda: bnfold.inspect(net, example=IMAGE)):
+        with pytest.raises(bnfold.UnsupportedError, match=rf"can't be copied.*{text}.*as an exported program \(torch\.export\.export\)"):
+            verb()
+    result, report = bnfold.fuse(torch.export.export(net, (IMAGE,)))
+    assert [layer.verdict for layer in report.layers] == ["folded"]
+    assert difference(run(net, IMAGE), run(result, IMAGE)) < 1e-5

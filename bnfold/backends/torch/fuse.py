@@ -24,7 +24,7 @@ from .elsewhere import Other, Trial, own_call, shown
 from .lower import Lowering
 from .paths import Path, conflict, path_of, plain_name
 from .regions import has_regions
-from .trace import Traced, at_its_sizes, duplicate
+from .trace import Traced, at_its_sizes, duplicate, require_copies
 from .write_module import write_module
 from .write_program import copy_program, write_program
 
@@ -82,6 +82,7 @@ class _Folding:
         if not _changes(paths):
             return duplicate(self._module), self._report(paths, {}, 0)
         fused, notes, added = write_module(self._module, [path.fold for path in paths])
+        require_copies(fused)
         return fused, self._report(paths, notes, added)
 
     def _agreed(self) -> list[Path]:

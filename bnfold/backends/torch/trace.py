@@ -34,6 +34,9 @@ from .taken import taken
 
 MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so does the time that each takes
 
+COPIED = "its copy"  # by Python's own means
+WAY_OUT = "give the model as an exported program (torch.export.export), or as a .pt2 or .onnx file"
+
 Model = nn.Module | ExportedProgram
 
 NUMPY = {
@@ -241,7 +244,16 @@ def duplicate(module: nn.Module) -> nn.Module:
     return _copied(module, {})
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def require_copies(folded: nn.Module) -> None:
+    """Who copies a folded module, or saves and loads it, must not get the unfolded one with new weights, wrong as that is.
+
+    Raises UnsupportedError for one whose classes make copies in a way of their own, in which what was changed is lost.
+    """
+    if any(map(_own_copy, folded.modules())):
+        _copied(folded, {}, "can't be folded as a module, since a copy of the folded one would compute something else")
+
+
+def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't be copied, and bnfold works on a copy") -> nn.Module:
     """A deep copy, also of a tensor that is an attribute and was computed (as weight_norm's), which copy.deepcopy refuses.
 
     Raises UnsupportedError, which names what is in the way, where there is no copy that can be changed without changing the original.
@@ -252,18 +264,14 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     own = dict(memo)
+    told = f"{type(module).__name__} {consequence}"
     try:
         copied = copy.deepcopy(module, memo)
     except Exception as error:  # what an attribute holds may raise anything
-        raise UnsupportedError(
-            f"{type(module).__name__} can't be copied, and bnfold works on a copy: {_uncopied(module, own)} ({_first_line(error)}); "
-            f"take it off before, or give the model as a .pt2 or .onnx file"
-        ) from error
+        why = f"{_uncopied(module, own)} ({_first_line(error)})"
+        raise UnsupportedError(f"{told}: {why}; take it off before, or {WAY_OUT}") from error
     if why := _no_copy(module, copied, shared):
-        raise UnsupportedError(
-            f"{type(module).__name__} can't be copied, and bnfold works on a copy: {why}; take it off before, or give the model as a "
-            f".pt2 or .onnx file"
-        )
+        raise UnsupportedError(f"{told}: {why}; {WAY_OUT}")
     return copied
 
 
@@ -291,23 +299,56 @@ def _uncopied(module: nn.Module, memo: dict[int, Any]) -> str:
 
 
 def _no_copy(module: nn.Module, copied: Any, shared: Mapping[int, Any]) -> str:
-    """What a __deepcopy__ of the module's own gave that is no copy of it, "" where all was copied. shared: tensors that both shall hold."""
+    """What a module's own way of copying gave that is no copy of it, "" where all was copied. shared: tensors that both shall hold."""
     if not isinstance(copied, nn.Module):
-        return f"its __deepcopy__ gives {type(copied).__name__}, not a module"
+        return f"its {_own_copy(module)} gives {type(copied).__name__}, not a module"
     mine, theirs = dict(module.named_modules()), dict(copied.named_modules())
     for path, each in mine.items():
-        what = f"the __deepcopy__ of its module {path} ({type(each).__name__})" if path else "its __deepcopy__"
-        if path not in theirs or type(each).__name__ != type(theirs[path]).__name__:
-            return f"{what} gives something else"
+        what = _copier(mine, path)
+        if path not in theirs or _kind(each) != _kind(theirs[path]):
+            return f"{what} gives something else" + ("" if _own_copy(each) else f" for {path}")
         if theirs[path] is each:
             return f"{what} gives the module itself"
+        theirs[path].training = each.training
+        others = {**theirs[path]._parameters, **theirs[path]._buffers}
         for name, tensor in {**each._parameters, **each._buffers}.items():
-            other = {**theirs[path]._parameters, **theirs[path]._buffers}.get(name)
-            if (tensor is None) != (other is None) or (tensor is not None and other is not None and tensor.shape != other.shape):
-                return f"{what} leaves out {name}, or gives it another shape"
-            if other is tensor and tensor is not None and id(tensor) not in shared:
+            other, held = others.get(name), f"{path}.{name}".lstrip(".")
+            if tensor is None and other is None:
+                continue
+            if tensor is None or other is None or tensor.shape != other.shape:
+                return f"{what} leaves out {held}, or gives it another shape"
+            if other is tensor and id(tensor) not in shared:
                 return f"{what} shares {name} with the original"
-    return "" if len(mine) == len(theirs) else "its __deepcopy__ gives more modules than there are"
+            if other is not tensor and what != COPIED and not _equal(tensor, other):
+                return f"{what} gives {held} other values"
+    return "" if len(mine) == len(theirs) else f"its {_own_copy(module)} gives more modules than there are"
+
+
+def _copier(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Whose own way of copying made the copy of the module at a path: its own, or that of one that holds it."""
+    while path and not _own_copy(modules[path]):
+        path = path.rpartition(".")[0]
+    own = _own_copy(modules[path])
+    return COPIED if not own else f"the {own} of its module {path} ({type(modules[path]).__name__})" if path else f"its {own}"
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a module's class; torch.fx makes one of its own for each of its modules."""
+    return "GraphModule" if isinstance(module, torch.fx.GraphModule) else type(module).__name__
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.is_meta or other.is_meta:
+        return one.dtype == other.dtype
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _own_copy(module: nn.Module) -> str:
+    """The method by which a class makes copies in another way than Python does; "" without one."""
+    kind = type(module)
+    if hasattr(kind, "__deepcopy__"):
+        return "__deepcopy__"
+    return next((name for name in ("__reduce_ex__", "__reduce__") if getattr(kind, name) is not getattr(object, name)), "")
 
 
 def known_example(module: nn.Module) -> Call:
