@@ -1013,3 +1013,21 @@ def test_a_module_whose_own_copy_is_another(settings: Callable[[Any], tuple[Any,
     result, report = bnfold.fuse(torch.export.export(net, (IMAGE,)))
     assert [layer.verdict for layer in report.layers] == ["folded"]
     assert difference(run(net, IMAGE), run(result, IMAGE)) < 1e-5
+
+
+def test_a_keras_model_folds_as_an_exported_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "torch":
+        pytest.skip("keras was imported with another back-end")
+    layers = keras.layers
+    net = keras.Sequential([keras.Input((9, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU()])
+    net.eval()
+    image = IMAGE.permute(0, 2, 3, 1)
+    for verb in (lambda: bnfold.fuse(net, example=image), lambda: bnfold.inspect(net, example=image)):
+        with pytest.raises(bnfold.UnsupportedError, match=r"the __reduce__ of its module .* as an exported program"):
+            verb()
+    program = torch.export.export(net, (image,))
+    result, report = bnfold.fuse(program)
+    assert (report.batchnorms.before, report.batchnorms.after) == (1, 0)
+    assert difference(run(program, image), run(result, image)) < 1e-5
