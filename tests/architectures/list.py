@@ -53,7 +53,9 @@ def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
         vision = package("torchvision")
         module = vision.models.resnet50(norm_layer=vision.ops.FrozenBatchNorm2d)
     else:
-        more: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        # Their auxiliary heads run in training alone, so that no file and no program holds them.
+        heads = {"init_weights": False, "aux_logits": False}
+        more: dict[str, Any] = heads if name in ("googlenet", "inception_v3") else {}
         module = package("torchvision").models.get_model(name, **more)
     module = lively(module, seed).eval()
     return (measured(module, shape) if name in FADING else module), shape
