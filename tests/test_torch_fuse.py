@@ -1031,3 +1031,53 @@ def test_a_keras_model_folds_as_an_exported_program(monkeypatch: pytest.MonkeyPa
     result, report = bnfold.fuse(program)
     assert (report.batchnorms.before, report.batchnorms.after) == (1, 0)
     assert difference(run(program, image), run(result, image)) < 1e-5
+
+
+def _of_a_list(s: Any, x: Tensor) -> Tensor:
+    return s.b(F.conv2d(x, *s.own))  # type: ignore[no-any-return]
+
+
+def _statistics_of_a_list(s: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(s.c(x), *s.own)
+
+
+@pytest.mark.parametrize(
+    ("forward", "own"),
+    [(_of_a_list, ("c.weight", "c.bias")), (_statistics_of_a_list, ("b.running_mean", "b.running_var", "b.weight", "b.bias"))],
+    ids=["weights", "statistics"],
+)
+def test_tensors_that_a_list_of_the_modules_own_holds(forward: Callable[[Any, Tensor], Tensor], own: tuple[str, ...]) -> None:
+    net = Net(forward, c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
+    named = dict([*net.named_parameters(), *net.named_buffers()])
+    net.own = [named[name] for name in own]
+    before, (copied, report) = run(net, IMAGE), bnfold.fuse(net, example=IMAGE)
+    assert [layer.verdict for layer in report.layers] == ["folded"]
+    assert difference(before, run(copied, IMAGE)) < 1e-5
+    assert difference(before, run(net, IMAGE)) == 0
+    now = dict([*copied.named_parameters(), *copied.named_buffers()])
+    if forward is _of_a_list:
+        assert copied.own[0] is now["c.weight"]
+    measured, _ = bnfold.recalibrate(net, [IMAGE])
+    torch.testing.assert_close(measured.b.running_mean, net.c(IMAGE).mean((0, 2, 3)))
+    torch.testing.assert_close(run(measured, IMAGE)[0].mean((0, 2, 3)), net.b.bias.detach())
+
+
+def test_a_tensor_of_a_list_that_is_also_read_by_its_name() -> None:
+    net = Net(lambda s, x: s.b(F.conv2d(x, s.own[0])) + s.c(x), c=nn.Conv2d(3, 4, 3, bias=False), b=norm(4)).eval()
+    net.own = [net.c.weight]
+    net.other = net.c  # the weight has two names
+    copied, report = bnfold.fuse(net, example=IMAGE)
+    assert [layer.verdict for layer in report.layers] == ["kept"]
+    assert difference(run(net, IMAGE), run(copied, IMAGE)) == 0
+
+
+def test_layers_that_a_module_holds_under_no_name() -> None:
+    net = Net(lambda s, x: s.own[1](s.own[0](x)), c=nn.Conv2d(3, 4, 3))
+    net.own = [nn.Conv2d(3, 4, 3).eval(), norm(4).eval()]
+    net.eval()
+    _, report = bnfold.fuse(net, example=IMAGE)
+    assert [(layer.verdict, layer.reason) for layer in report.layers] == [
+        ("kept", "it is computed in the forward of Net, which stays as it is")
+    ]
+    with pytest.raises(bnfold.NothingToDoError, match="the module holds them under no name"):
+        bnfold.recalibrate(net, [IMAGE])

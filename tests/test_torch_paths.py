@@ -214,8 +214,8 @@ def test_the_check_runs_on_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = write_module._set
 
-    def wrong(root: nn.Module, target: str, tensor: Tensor) -> None:
-        right(root, target, tensor * (1.001 if target.startswith("c.") else 1))
+    def wrong(root: nn.Module, target: str, tensor: Tensor, **how: Any) -> None:
+        right(root, target, tensor * (1.001 if target.startswith("c.") else 1), **how)
 
     monkeypatch.setattr(write_module, "_set", wrong)
     x = data(2, 3, 9)

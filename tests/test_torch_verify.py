@@ -137,8 +137,8 @@ def test_a_fold_that_fails_its_check_isnt_given_out(monkeypatch: pytest.MonkeyPa
 
     right = write_module._set
 
-    def wrong(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
-        right(root, target, tensor * 1.001)
+    def wrong(root: nn.Module, target: str, tensor: torch.Tensor, **how: Any) -> None:
+        right(root, target, tensor * 1.001, **how)
 
     monkeypatch.setattr(write_module, "_set", wrong)
     with pytest.raises(bnfold.CheckError, match="the folded model failed its check, so it is not given out"):

@@ -229,6 +229,13 @@ class TorchPlan:
     def _is_stored(self, name: str) -> bool:
         return name in self.program.state_dict or name in self.program.constants
 
+    def _is_named(self, stored: Any) -> bool:
+        """Whether a module's own names lead to a tensor; in a program, all have names."""
+        if isinstance(self._model, ExportedProgram):
+            return True
+        path, _, attribute = stored.target.rpartition(".")
+        return hasattr(self._model.get_submodule(path), attribute)
+
     def _why_not(self, op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
         if given.get("running_mean") is None:
             if not self._freeze:
@@ -248,6 +255,8 @@ class TorchPlan:
             return f"it is in training mode: it normalises each batch by itself ({why})"
         if None in stored:
             return "they are computed"
+        if not all(map(self._is_named, stored)):
+            return "the module holds them under no name, so there is no place to write others"
         return None if is_float(given["input"]) else "its input isn't floating point"
 
     def flat(self, item: Any) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ class Lowering:
         self.sizes = Sizes(self.program)
         self.constants = Constants(self.program)
         module = None if isinstance(traced.model, ExportedProgram) else traced.model
-        self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants, traced.example)
+        self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants, traced.example, traced.held)
         self.nodes: list[Node] = []
         self.sites: dict[Any, Site] = {}
         self.outputs: dict[str, Value] = {}

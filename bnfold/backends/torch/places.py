@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -88,12 +89,20 @@ class ProgramHost:
 
 
 class ModuleHost:
-    """A module. program: its data flow; example: how it was called there."""
+    """A module. program: its data flow; example: how it was called there; held: see `trace`'s `_by_name`."""
 
     copies_weights = False
     grows = False
 
-    def __init__(self, module: nn.Module, program: ExportedProgram, constants: Constants, example: Call | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        program: ExportedProgram,
+        constants: Constants,
+        example: Call | None,
+        held: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.held = held
         self._constants, self._program, self.example, self.root = constants, program, example, module
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._names: dict[int, list[str]] = {}  # all names that a module has
@@ -172,6 +181,8 @@ class ModuleHost:
             if argument not in self._computed:
                 self._computed[argument] = self._attribute(argument)
             return self._computed[argument]
+        if stored.target in self.held:
+            return Place(self.held[stored.target])
         own = self._own_name(op, argument)
         if own is not None:
             return own  # a tied weight has several names: this module's own can be untied

@@ -72,7 +72,7 @@ class Traced:
     outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place. evaluation, one_size: how a
     module was read (see `trace`). exported: what torch.export gave for a module, where `program` isn't that (see `regions.written_out`).
     calls: how a module is called, of which the first was traced. opened: how many of the first axes of its inputs were left open for that,
-    all for None. note: what a user should know of how it was read.
+    all for None. note: what a user should know of how it was read. held: see `_by_name`.
     """
 
     model: Model
@@ -83,6 +83,7 @@ class Traced:
     calls: tuple[Call, ...] = ()
     opened: int | None = None
     note: str = ""
+    held: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def runnable(self) -> ExportedProgram:
@@ -230,8 +231,42 @@ def _read(
         twin.eval()
     most = 1 if one_size and opened is None else opened
     exported, opened, note = _exported(twin, model, calls[0], most, patient)
-    program = settled(written_out(exported, casts=False))
-    return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note)
+    named, held = _by_name(exported, model)
+    program = settled(written_out(named, casts=False))
+    return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note, held)
+
+
+def _by_name(program: ExportedProgram, model: nn.Module) -> tuple[ExportedProgram, dict[str, str]]:
+    """The same program, which reads a module's tensors by their names also where the code holds them in another way, in a list, say.
+
+    And for each name of such a tensor the one by which it is read: it can't be replaced by its name, but others can be written into it.
+    """
+    from .write_program import graph_copy
+
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names: dict[Any, list[str]] = {}
+    for name, tensor in tensors:
+        names.setdefault(_storage(tensor), []).append(name)
+    places = {spec.target: spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
+    found = {}
+    for spec in program.graph_signature.input_specs:
+        constant = program.constants.get(spec.target or "") if spec.kind.name == "CONSTANT_TENSOR" else None
+        if isinstance(constant, Tensor) and (known := [n for n in names.get(_storage(constant), []) if n in places]):
+            found[spec.arg.name] = known[0]
+    if not found:
+        return program, {}
+    module, _ = graph_copy(program)
+    by_name = {node.name: node for node in module.graph.nodes}
+    for lifted, name in found.items():
+        by_name[lifted].replace_all_uses_with(by_name[places[name]])
+    module.recompile()
+    same = {name: each for each in names.values() for name in each}
+    with quiet():
+        return program._update(module, program.graph_signature), {each: name for name in found.values() for each in same[name]}
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def shared_twin(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,12 +101,13 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for name in before:
         stands = re.sub(r"(?:(^|\.)parametrizations\.(\w+)\.original\d*|(^|\.)(\w+)_(?:g|v|u|orig))$", r"\1\2\3\4", name)
         surgery.keys[name] = name if name in after else stands if stands in after else None
+    held = {name for host in hosts for name in host.held}
     for target, tensor in made.items():
-        _set(result, target, tensor)
+        _set(result, target, tensor, inside=target in held)
     surgery.untied, added = _tie_again(result, tied, made)
     for fold in folds:
         for call in (call for removal in fold.removed.values() for call in removal.calls):
-            _make_identity(fold.ctx.constants, result, call)
+            _make_identity(fold.ctx.constants, result, call, held)
     return result, notes, added
 
 
@@ -182,11 +183,18 @@ def _tie_again(root: nn.Module, tied: Sequence[Sequence[str]], made: Mapping[str
     return untied, added
 
 
-def _set(root: nn.Module, target: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, on its device and in its memory format; where others share it, for itself."""
+def _set(root: nn.Module, target: str, tensor: Tensor, *, inside: bool) -> None:
+    """Put a tensor in the place of a parameter or buffer, on its device and in its memory format; where others share it, for itself.
+
+    inside: whether its numbers are written into the one that is there, since the code holds that one.
+    """
     place = Place(target)
     owner = root.get_submodule(place.owner)
     old = getattr(owner, place.attribute)
+    if inside:
+        with torch.no_grad():
+            old.copy_(tensor)
+        return
     tensor = laid_out(tensor.to(old.device), old)
     if place.attribute in owner._buffers:
         owner._buffers[place.attribute] = tensor
@@ -194,7 +202,7 @@ def _set(root: nn.Module, target: str, tensor: Tensor) -> None:
         owner._parameters[place.attribute] = nn.Parameter(tensor, old.requires_grad)
 
 
-def _make_identity(constants: Constants, root: nn.Module, call: Op) -> None:
+def _make_identity(constants: Constants, root: nn.Module, call: Op, held: Collection[str]) -> None:
     """Give a functional batch_norm parameters with which it does nothing."""
     given = arguments(call)
     for name, number in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", None)):
@@ -204,4 +212,4 @@ def _make_identity(constants: Constants, root: nn.Module, call: Op) -> None:
         place = Place(stored.target)
         old = getattr(root.get_submodule(place.owner), place.attribute)
         value = unit_variance(float(given["eps"]), old.dtype) if number is None else torch.tensor(number)
-        _set(root, stored.target, torch.full_like(old.detach(), 0) + value.to(old))
+        _set(root, stored.target, torch.full_like(old.detach(), 0) + value.to(old), inside=stored.target in held)
