@@ -1081,3 +1081,11 @@ def test_layers_that_a_module_holds_under_no_name() -> None:
     ]
     with pytest.raises(bnfold.NothingToDoError, match="the module holds them under no name"):
         bnfold.recalibrate(net, [IMAGE])
+
+
+def test_a_convolution_whose_groups_are_computed_from_sizes() -> None:
+    net = Net(lambda s, x: s.b(F.conv2d(x, s.w, None, 1, 0, 1, x.shape[1] // 3)), b=norm(4), w=weight(4, 3, 3, 3)).eval()
+    _, report = bnfold.fuse(net, example=IMAGE)
+    assert [layer.verdict for layer in report.layers] == ["kept"]
+    assert "its settings are computed from the sizes of the input" in report.layers[0].reason
+    assert bnfold.verify(net, copy.deepcopy(net), example=IMAGE).verdict != "different"

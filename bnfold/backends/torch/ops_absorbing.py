@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from torch.fx import Node as Op
+from torch.utils import _pytree as pytree
 
 from ...affine import Array
 from ...graph import Layout, Param
@@ -23,6 +24,9 @@ def conv(ctx: Lowering, op: Op) -> str | None:
     shape = weight.shape
     if ctx.rank(x) != len(shape):
         return "its input has no batch axis"
+    settings = [given.get(name) for name in ("groups", "stride", "padding", "dilation", "output_padding")]
+    if any(isinstance(leaf, Op) for leaf in pytree.tree_leaves(settings)):
+        return "its settings are computed from the sizes of the input"
     groups, kernel = int(given["groups"]), shape[2:]
     transposed = bool(given.get("transposed", "transpose" in name))
     stride, dilation = (each(given[key], len(kernel)) for key in ("stride", "dilation"))
