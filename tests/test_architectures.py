@@ -60,6 +60,8 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Cap
     assert trouble(bad) == "the routes keep different ones"
     assert trouble(good | {"pt2": routes["pt2"] | {"error": 1e-3}}) == "not exact"
     assert trouble(good | {"verdict": "different", "reason": "x"}) == "the verdict is different: x"
+    kept = {route: result | {"after": result["before"]} for route, result in routes.items()}
+    assert not trouble(good | kept | {"verdict": "inconclusive", "reason": "nothing is folded"})
     shown = table([good, {"name": "unet", "failed": "it took more than 5 s"}])
     assert "| tabular | 2 | 0 |" in shown
     assert "| unet | | | | | not measured: it took more than 5 s |" in shown

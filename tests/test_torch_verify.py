@@ -83,6 +83,33 @@ def test_defects_are_found(name: str) -> None:
     assert report.first_difference
 
 
+class Branches(nn.Module):
+    """Three branches of one sum, as RepVGG trains them. in_place: how the sum is formed."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+        self.norms, self.in_place = nn.ModuleList(norm(3) for _ in range(3)), in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found, *others = self.norms[0](self.wide(x)), self.norms[1](self.point(x)), self.norms[2](x)
+        for other in others:
+            found = found.add_(other) if self.in_place else found + other
+        return torch.relu(found)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_merged_branches_are_certified_by_their_coefficients(in_place: bool) -> None:
+    module = nn.Sequential(Branches(in_place), Branches(in_place)).eval()
+    fused, report = bnfold.fuse(module, example=X, check=False)
+    assert len(report.merged) == 2
+    verdict = bnfold.verify(module, fused, example=X, coefficients_only=True)
+    assert verdict.verdict == "equivalent", verdict.reason
+    with torch.no_grad():
+        fused[1].wide.weight[1, 2, 1, 1] += 1e-2
+    assert bnfold.verify(module, fused, example=X, coefficients_only=True).verdict == "different"
+
+
 def test_a_missing_output_and_another_shape() -> None:
     net = Net(lambda s, x: (s.c(x), x.mean()), c=nn.Conv2d(3, 4, 3)).eval()
     less = Net(lambda s, x: (s.c(x),), c=net.c).eval()

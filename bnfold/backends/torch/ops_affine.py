@@ -10,7 +10,7 @@ from torch.fx import Node as Op
 from ...affine import Affine, Array
 from ...graph import Layout, Norm, Param
 from .lower import Lowering, Slot, vector
-from .walk import arguments, elements, epsilon, frame, frames, in_training, is_float, is_tensor, mutates, operator_name, written
+from .walk import arguments, dtype_of, elements, epsilon, frame, frames, in_training, is_float, is_tensor, mutates, operator_name, written
 
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 STATISTICS = ("running_mean", "running_var")
@@ -253,6 +253,12 @@ def _ranked(c: Array, rank: int) -> Array:
     return c.reshape((1,) * (rank - c.ndim) + c.shape)
 
 
+def _beside_zeros(ctx: Lowering, op: Op, x: Op, zeros: Op) -> Op | None:
+    """x, where all that is added to it are zeros: what a branch still gives that was merged into another."""
+    same = ctx.value(x).probes == ctx.value(op).probes and dtype_of(x) == dtype_of(op)
+    return x if same and operator_name(zeros) in ("new_zeros", "zeros_like") else None
+
+
 def arithmetic(ctx: Lowering, op: Op) -> str | None:
     """add, sub, mul, div: of two activations, or by a constant, which makes an affine operator."""
     name, given = operator_name(op), arguments(op)
@@ -265,6 +271,9 @@ def arithmetic(ctx: Lowering, op: Op) -> str | None:
     if alpha is None:
         return "it adds a computed multiple"
     if ctx.is_activation(one) and ctx.is_activation(other):
+        if name == "add" and (kept := _beside_zeros(ctx, op, one, other) or _beside_zeros(ctx, op, other, one)) is not None:
+            ctx.emit("Identity", op, [kept])
+            return None
         if name in ("add", "sub"):
             if alpha != 1:
                 return "it adds a multiple"
