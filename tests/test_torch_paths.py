@@ -60,6 +60,24 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, set[str], list[Any]]] = {
         [data(2, 3, 16), data(2, 3, 33)],
     ),
     "bare when long": (lambda: net(lambda s, x: s.b(s.a(x)) if x.shape[-1] <= 60 else s.a(x)), data(2, 3, 40), {"b"}, [data(2, 3, 61)]),
+    "bare when much longer": (
+        lambda: net(lambda s, x: s.b(s.a(x)) if x.shape[-1] <= 600 else s.a(x)),
+        data(2, 3, 40),
+        {"b"},
+        [data(2, 3, 601)],
+    ),
+    "bare for large areas": (
+        lambda: net(lambda s, x: s.b(s.a(x)) if x.shape[2] * x.shape[3] <= 2000 else s.a(x), a=nn.Conv2d(3, 4, 3), b=norm(4)),
+        data(2, 3, 8, 8),
+        {"b"},
+        [data(1, 3, 64, 64)],
+    ),
+    "bare for many samples": (
+        lambda: net(lambda s, x: s.b(s.a(x)) if x.shape[0] <= 100 else s.a(x)),
+        data(2, 3, 9),
+        {"b"},
+        [data(101, 3, 9)],
+    ),
     "bare when alone": (lambda: net(lambda s, x: s.b(s.a(x)) if len(x) > 1 else s.a(x)), data(2, 3, 9), {"b"}, [data(1, 3, 9)]),
     "bare when not alone": (lambda: net(lambda s, x: s.b(s.a(x)) if len(x) == 1 else s.a(x)), data(1, 3, 9), {"b"}, [data(2, 3, 9)]),
     "another norm when odd": (
@@ -101,6 +119,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, set[str], list[Any]]] = {
         [data(2, 5, 3, 9)],
     ),
     "more frames than norms": (lambda: Loop(2).eval(), data(2, 1, 3, 9), {"norms.0", "norms.1"}, [data(2, 2, 3, 9), data(2, 3, 3, 9)]),
+    "as many frames as channels": (
+        lambda: net(lambda s, x: torch.stack([s.b(s.a(x[:, t])) if t < 4 else s.a(x[:, t]) for t in range(x.shape[1])], 1)),
+        data(2, 3, 3, 9),
+        {"b"},
+        [data(2, 5, 3, 9)],
+    ),
     "only one of two": (
         lambda: net(lambda s, x: (lambda y: s.d(s.c(y)) if x.shape[2] > 5 else s.c(y))(s.b(s.a(x))), c=nn.Conv1d(4, 4, 1)),
         data(2, 3, 9),

@@ -39,6 +39,7 @@ MOST_CALLS = 24  # that are tried
 MOST_NUMBERS = 4.0  # that they feed, in all, as a multiple of two samples of the example
 FEW_NUMBERS = 1 << 16  # which cost little in any case
 LONGEST_SCAN = 512  # sizes that are held against a guard
+LARGEST_SIZE = 1 << 16  # of an axis that is tried
 MOST_TERMS = 200  # of a guard that is looked at
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -132,9 +133,14 @@ class _Others:
             yield self._shapes(values), None
         for k, values in enumerate(self._usual()):
             yield self._shapes({**values, **dict.fromkeys(self.batch, (1, 3, SAMPLES)[k % 3])}), None
-        for fixed in self._fixed():
-            yield self._shapes(one, fixed), None
+        fixed, apart = self._fixed()
+        for sizes in fixed:
+            yield self._shapes(one, sizes), None
         yield from self._ranks()
+        for values in self._beyond():
+            yield self._shapes(values), None
+        for sizes in apart:
+            yield self._shapes(one, sizes), None
 
     def _usual(self) -> Iterator[dict[Any, int]]:
         """Shorter, longer, odd and even, and the ends of what the trace holds for."""
@@ -170,6 +176,25 @@ class _Others:
                         found.setdefault((symbol, n), {**self.hints, symbol: n})
         return list(found.values())
 
+    def _beyond(self) -> list[dict[Any, int]]:
+        """Sizes that what the trace assumed of them holds for no more, far above the example's: just past the range of each, or doubled."""
+        limits = {symbol: self.traced.program.range_constraints.get(symbol) for symbol in self.hints}
+        found = {
+            (symbol, n): {**self.hints, symbol: n}
+            for symbol, limit in limits.items()
+            if limit is not None and limit.upper.is_Integer and (n := int(limit.upper) + 1) < LARGEST_SIZE
+        }
+        for expression in self._assumptions():
+            if (holds := _compiled(expression, self.hints)) is None:
+                continue
+            for symbol in self.hints:
+                doubled = (self.hints[symbol] << k for k in range(1, LARGEST_SIZE.bit_length()))
+                sizes = itertools.takewhile(lambda n: n < LARGEST_SIZE, doubled) if symbol in expression.free_symbols else ()
+                first = next((n for n in sizes if not _try(holds, {**self.hints, symbol: n})), None)
+                if first is not None:
+                    found.setdefault((symbol, first), {**self.hints, symbol: first})
+        return list(found.values())
+
     def _assumptions(self) -> list[Any]:
         symbolic = (n for op in self.traced.input_nodes for n in op.meta["val"].shape if isinstance(n, torch.SymInt))
         first = next(symbolic, None)
@@ -180,9 +205,9 @@ class _Others:
             each for each in guards if each.free_symbols and each.free_symbols <= self.hints.keys() and not has_more_terms(each, MOST_TERMS)
         ]
 
-    def _fixed(self) -> Iterator[dict[tuple[str, int], int]]:
+    def _fixed(self) -> tuple[list[dict[tuple[str, int], int]], list[dict[tuple[str, int], int]]]:
         """Other sizes for axes that were asked to be open and that came back with one size, those of equal size together and apart; and
-        for one of several that came back with sizes that hang together."""
+        for one of several that came back with sizes that hang together. Then more for those apart, which may be equal by chance."""
         groups: dict[Any, list[tuple[str, int]]] = {}
         tied: dict[Any, list[tuple[str, int]]] = {}
         for name, sizes in self.shape.items():
@@ -192,16 +217,13 @@ class _Others:
                 for symbol in () if isinstance(n, int) else n.free_symbols:
                     tied.setdefault(symbol, []).append((name, axis))
         changes = (lambda n: n + 1, lambda n: n // 2, lambda n: 1, lambda n: 2 * n, lambda n: n - 1)
-        for change in changes:
-            for (_, n), places in groups.items():
-                if change(n) >= 1:
-                    yield dict.fromkeys(places, change(n))
-        for (_, n), places in groups.items():
-            for place in places if len(places) > 1 else ():
-                yield {place: n + 1}
-        for places in tied.values():
-            for name, axis in places if len(places) > 1 else ():
-                yield {(name, axis): self.tensors[name].shape[axis] + 1}
+        together = [dict.fromkeys(places, change(n)) for change in changes for (_, n), places in groups.items()]
+        apart = [{place: change(n)} for change in changes for (_, n), places in groups.items() if len(places) > 1 for place in places]
+        plus_one = sum(len(places) for places in groups.values() if len(places) > 1)
+        hanging = [
+            {(name, axis): self.tensors[name].shape[axis] + 1} for places in tied.values() if len(places) > 1 for name, axis in places
+        ]
+        return together + apart[:plus_one] + hanging, apart[plus_one:]
 
     def _ranks(self) -> Iterator[tuple[Shapes | None, Shapes | None]]:
         """Without the first axis, and with one more before it, each at two sizes, since an axis may take another's place by chance."""
