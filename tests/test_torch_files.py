@@ -250,6 +250,29 @@ def test_the_record_says_what_became_of_every_key(net: nn.Module) -> None:
     assert set(record["keys"]) == set(net.state_dict())
 
 
+class Fixed(nn.Module):
+    """A convolution and a BatchNorm by functions, with buffers of which a state dict holds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = {"weight": torch.ones(4, 1, 3, 3), "bias": torch.zeros(4), "mean": torch.arange(4.0), "var": torch.arange(1.0, 5)}
+        for name, tensor in parts.items():
+            self.register_buffer(name, tensor, persistent=name == "bias")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(nn.functional.conv2d(x, self.weight, self.bias), self.mean, self.var)
+
+
+@pytest.mark.parametrize("name", ["f.safetensors", "f.pth"])
+def test_buffers_that_a_state_dict_left_out_are_written_where_they_changed(name: str, here: Path) -> None:
+    net = Fixed().eval()
+    fused, report = bnfold.fuse(net, example=X)
+    assert [layer.verdict for layer in report.layers] == ["folded"]
+    bnfold.save(fused, name)
+    assert difference(run(net, X), run(bnfold.load(name, arch=Fixed), X)) < 1e-5
+    assert set(net.state_dict()) == {"bias"}
+
+
 def test_a_network_that_wasnt_folded_is_saved_as_it_is(net: nn.Module) -> None:
     bnfold.save(net, "n.pth")
     assert torch.load("n.pth", weights_only=True).keys() == net.state_dict().keys()

@@ -30,6 +30,7 @@ class Surgery:
     fixed: weights that a parametrization or a hook (weight_norm, spectral_norm, pruning) computed, now stored, and which it was.
     biases: the layers that got a bias, with its size.
     keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
+    persistent: buffers that changed, and that a state dict left out.
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
@@ -40,6 +41,7 @@ class Surgery:
     plain: list[str] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     biases: dict[str, list[int]] = field(default_factory=dict)
+    persistent: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     keys: dict[str, str | None] = field(default_factory=dict)
 
@@ -101,6 +103,9 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
     for target, how in surgery.fixed.items():
         path, _, attribute = target.rpartition(".")
         fix(_at(module, path), attribute, how)
+    for target in surgery.persistent:
+        path, _, attribute = target.rpartition(".")
+        _at(module, path)._non_persistent_buffers_set.discard(attribute)
     for path, size in surgery.biases.items():
         owner = _at(module, path)
         weight = next(p for p in owner.parameters() if p.is_floating_point())

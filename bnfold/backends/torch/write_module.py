@@ -94,6 +94,8 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for m in (each for fold in folds for each in fold.merges):
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
+    changed = [*made, *(name for fold in folds for each in fold.removed.values() for call in each.calls for name in _own(fold, call))]
+    surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(result, Place(name))]
     tied = _tied(module)
     before = list(result.state_dict())
     restructure(result, surgery)
@@ -200,6 +202,18 @@ def _set(root: nn.Module, target: str, tensor: Tensor, *, inside: bool) -> None:
         owner._buffers[place.attribute] = tensor
     else:
         owner._parameters[place.attribute] = nn.Parameter(tensor, old.requires_grad)
+
+
+def _own(fold: Fold, call: Op) -> list[str]:
+    """The names of what a functional batch_norm reads."""
+    given = arguments(call)
+    found = (fold.ctx.constants.stored(given[name]) for name in ("weight", "bias", "running_mean", "running_var"))
+    return [stored.target for stored in found if stored is not None]
+
+
+def _is_left_out(root: nn.Module, place: Place) -> bool:
+    """Whether it is a buffer that state dicts don't hold."""
+    return place.attribute in root.get_submodule(place.owner)._non_persistent_buffers_set
 
 
 def _make_identity(constants: Constants, root: nn.Module, call: Op, held: Collection[str]) -> None:
