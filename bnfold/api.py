@@ -46,9 +46,10 @@ def load(
     if kind == "onnx":
         from .backends.onnx.load import load as load_onnx
 
+        model = loaded(load_onnx(path), Path(path))
         if arch is not None and say is not None:
             say(f"{path}: an ONNX file holds its network, so --arch isn't used")
-        return loaded(load_onnx(path), Path(path))
+        return model
     try:
         from .backends.torch.load import load as load_torch
     except ImportError as error:

@@ -145,7 +145,7 @@ def random(
     specs = reference.inputs()
     dynamic = all(s.shape and not isinstance(s.shape[0], int) for s in specs) and not shapes
     batch = min(batch_size or BATCH, -(-wanted // 2) if wanted > 1 else 1) if dynamic else 1
-    size = batch if dynamic else max((a.shape[0] for a in one.values() if a.ndim), default=1)
+    size = batch if dynamic else sample_count(one)
     made = [reference.random(batch=batch, seed=seed + k, input_shapes=shapes) for k in range(max(1, -(-wanted // size)))]
     return [_taken_by_both(reference, candidate, each, seed + k) for k, each in enumerate(made)]
 

@@ -65,7 +65,9 @@ def open_source(
 
 def _file_or_function(spec: str, inputs: Sequence[InputSpec], flat: Flat | None) -> Source:
     path = Path(spec)
-    if path.is_file():
+    if path.exists():
+        if not path.is_file():
+            raise DataError(f"{spec}: a device or pipe, not a file; give {FORMS}")
         if path.suffix.lower() not in READERS:
             raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
         return from_object(_read(path), inputs, str(path), flat)

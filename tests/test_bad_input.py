@@ -84,9 +84,29 @@ def lfs_pointer(folder: Path) -> None:
     (folder / "model.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n")
 
 
-@case("fuse model.pt -o out.onnx", 3, "model.pt: a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file)")
+@case("fuse model.pt -o out.onnx", 3, "model.pt: a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged; save or download it again")
 def wrong_extension(folder: Path) -> None:
     (folder / "model.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+
+
+@case("fuse model.pt --arch net.py:make -o out.pth", 3, "model.pt: a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut")
+def damaged_checkpoint(folder: Path) -> None:
+    (folder / "model.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+
+
+@case("fuse nowhere.pth --arch net.py:make -o out.pth", 3, "nowhere.pth: no such file")
+def missing_checkpoint(folder: Path) -> None:
+    pass
+
+
+@case("verify model.onnx model.onnx --input-shape 0,3,8,8", 2, "--input-shape 0,3,8,8: no samples; the first number")
+def no_samples_asked(folder: Path) -> None:
+    pass
+
+
+@case("recalibrate model.onnx --data /dev/null -o out.onnx", 3, "/dev/null: a device or pipe, not a file; give a .npy")
+def device_for_data(folder: Path) -> None:
+    pass
 
 
 @case("fuse x.npy -o out.onnx", 3, "x.npy: not an ONNX model")

@@ -52,7 +52,7 @@ def test_an_onnx_model_is_written_as_onnx(here: Path, capsys: pytest.CaptureFixt
 # --- arguments that make no sense ---------------------------------------------------------------------------------------------------
 
 NONSENSE = {
-    "fold model.onnx": "No such command 'fold'",
+    "fold model.onnx": "No such command 'fold'; see",
     "inspect": "Missing argument 'MODEL'",
     "inspect model.onnx --fast": "No such option: --fast",
     "recalibrate model.onnx -o out.onnx": "--data DATA is missing",
@@ -94,6 +94,9 @@ def broken(*_: object, **__: object) -> None:
     raise ZeroDivisionError("one over\nnothing")
 
 
+MEMORY = "bnfold: error: out of memory; give a smaller --batch-size or --input-shape, or for recalibration a smaller --memory-budget\n"
+
+
 def test_a_defect_is_one_line_and_says_what_to_do(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bnfold.api.inspect", broken)
     assert run(["inspect", "model.onnx"]) == 70
@@ -109,7 +112,8 @@ def test_a_defect_is_one_line_and_says_what_to_do(here: Path, monkeypatch: pytes
     ("error", "status", "text"),
     [
         (KeyboardInterrupt(), 130, "bnfold: interrupted; no file is left half-written\n"),
-        (MemoryError(), 5, "bnfold: error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget\n"),
+        (MemoryError(), 5, MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 399955996400439996 bytes."), 5, MEMORY),
         (
             OSError(28, "No space left on device", "/x/spill"),
             3,

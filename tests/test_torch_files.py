@@ -113,12 +113,12 @@ def test_weights_keep_their_type(net: nn.Module) -> None:
     [
         (None, None, "weights without a network; say what builds it, with --arch"),
         ("net.py", None, "write it as package.module:factory or FILE.py:FACTORY"),
-        ("nope.py:make", None, "--arch nope.py: no such file"),
+        ("nope.py:make", None, "^--arch nope.py: no such file"),
         ("net.py:nope", None, "net.py has no 'nope'"),
-        ("net.py:number", None, "'number' is a int, which can't be called"),
+        ("net.py:number", None, "'number' is of type int, which can't be called"),
         ("no.such.package:make", None, "there is no module 'no'"),
         ("net.py:broken", None, "--arch net.py:broken: it fails with ValueError: no such luck"),
-        ("net.py:odd", None, "it gives a int, not a torch.nn.Module"),
+        ("net.py:odd", None, "it gives an object of type int, not a torch.nn.Module"),
         ("net.py:make", {"depth": 3}, "it fails with TypeError: .*'depth'; see --arch-args"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -14,6 +15,7 @@ from .visible import visible
 __all__ = ["main", "run"]
 
 INTERRUPTED = "interrupted; no file is left half-written"
+OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)  # as PyTorch says it
 
 
 def main() -> None:
@@ -82,9 +84,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, usage):
         context = getattr(error, "ctx", None)
         asked = context.command_path if context is not None else "bnfold"
-        return _say(f"error: {error.format_message()}; see '{asked} --help'", 2)  # type: ignore[attr-defined]
-    if isinstance(error, MemoryError):
-        return _say("error: out of memory; give a smaller --batch-size, or for recalibration a smaller --memory-budget", 5)
+        return _say(f"error: {error.format_message().rstrip('.')}; see '{asked} --help'", 2)  # type: ignore[attr-defined]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return _say("error: out of memory; give a smaller --batch-size or --input-shape, or for recalibration a smaller --memory-budget", 5)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"error: {where}{error.strerror}; see to that file or disk, then run again", 3)

@@ -51,9 +51,10 @@ class Loading:
         from ..backends.kinds import kind_of
 
         kind = kind_of(path)
-        if kind == "onnx":
-            return (".onnx",)
-        return (".pt2", ".onnx") if kind == "pt2" else (".pt2", ".onnx", ".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+        weights = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+        if kind == "onnx" and (path.is_file() or self.arch is None) and path.suffix.lower() not in (*weights, ".pt2"):
+            return (".onnx",)  # a missing or damaged file of PyTorch's is for the loader to explain
+        return (".pt2", ".onnx") if kind == "pt2" else (".pt2", ".onnx", *weights)
 
     def save(self, model: Any, path: Path, *, force: bool, example: Any) -> None:
         """Write a model; a .pt file is a whole module only where one came in."""

@@ -42,6 +42,8 @@ def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str,
             raise UsageError(f"{option} {text}: the model has no input '{name}'; its inputs are {', '.join(names)}")
         if not re.fullmatch(r"[0-9]{1,9}([,x][0-9]{1,9})*", sizes):
             raise UsageError(f"{option} {text}: not a shape; write it like 1,3,224,224")
+        if re.match("0+([,x]|$)", sizes):
+            raise UsageError(f"{option} {text}: no samples; the first number is how many go through at once, 1 or more")
         if colon and dtype not in TYPES:
             raise UsageError(f"{option} {text}: {dtype!r} is no type for an input; give one of {', '.join(TYPES)}")
         found[name] = Shape(tuple(int(n) for n in re.split("[,x]", sizes)), dtype or None)

@@ -5,7 +5,6 @@ Needed because almost any bytes are a protocol buffer of some kind, so that pars
 
 from __future__ import annotations
 
-import contextlib
 import io
 import zipfile
 
@@ -56,9 +55,12 @@ def sniff(data: bytes) -> tuple[str, str] | None:
 
 
 def _sniff_zip(data: bytes) -> tuple[str, str]:
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        for ending, kind, remedy in ZIPS:
-            if any(name.endswith(ending) for name in names):
-                return kind, remedy
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged", "save or download it again"
+    for ending, kind, remedy in ZIPS:
+        if any(name.endswith(ending) for name in names):
+            return kind, remedy
     return "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file)", EXPORT

@@ -30,7 +30,7 @@ def build(arch: Arch, args: Mapping[str, Any] | None) -> nn.Module:
             f"--arch {name}: it fails with {type(error).__name__}: {_one_line(error)}; see --arch-args for its arguments"
         ) from error
     if not isinstance(module, nn.Module):
-        raise UsageError(f"--arch {name}: it gives a {type(module).__name__}, not a torch.nn.Module")
+        raise UsageError(f"--arch {name}: it gives an object of type {type(module).__name__}, not a torch.nn.Module")
     return module.eval()
 
 
@@ -42,6 +42,8 @@ def _found(arch: str) -> Callable[..., nn.Module]:
         found: Any = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise UsageError(f"--arch {arch}: there is no module {error.name!r}; install it, or give the path of a file") from None
+    except UsageError:
+        raise
     except Exception as error:  # importing runs the user's code
         raise UsageError(f"--arch {arch}: importing it fails with {type(error).__name__}: {_one_line(error)}") from error
     for part in name.split("."):
@@ -49,7 +51,7 @@ def _found(arch: str) -> Callable[..., nn.Module]:
             raise UsageError(f"--arch {arch}: {place} has no {name!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"--arch {arch}: {name!r} is a {type(found).__name__}, which can't be called")
+        raise UsageError(f"--arch {arch}: {name!r} is of type {type(found).__name__}, which can't be called")
     return found  # type: ignore[no-any-return]
 
 

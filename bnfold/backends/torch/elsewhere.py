@@ -301,7 +301,9 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     while tensor.ndim > len(shape):
         tensor = tensor[0]
     for axis, n in enumerate(shape):
-        tensor = tensor.index_select(axis, torch.arange(n, device=tensor.device) % max(tensor.shape[axis], 1))
+        if not tensor.shape[axis]:  # there is nothing to take again
+            return tensor.new_zeros(shape)
+        tensor = tensor.index_select(axis, torch.arange(n, device=tensor.device) % tensor.shape[axis])
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor.clone()
     generator = torch.Generator().manual_seed(tensor.numel())
