@@ -32,7 +32,12 @@ def sides(
     if "torch" in kinds and batches is not None and call is None:
         example, batches = peeked(batches)
     made: list[Subject | None] = [None, None]
-    for side in sorted((0, 1), key=lambda i: kinds[i] == "torch"):  # an ONNX model knows what it takes
+
+    def asks(side: int) -> tuple[bool, bool]:
+        """An ONNX model knows what it takes, and so does a program; a module doesn't."""
+        return kinds[side] == "torch", is_module((reference, candidate)[side])
+
+    for side in sorted((0, 1), key=asks):
         model, other = (reference, candidate)[side], made[1 - side]
         if isinstance(model, Subject):
             made[side] = model

@@ -156,6 +156,7 @@ def test_a_program_against_the_module_it_came_from() -> None:
     assert report.verify is not None
     assert report.verify.verdict == "equivalent"
     assert bnfold.verify(net, fused, X).verdict == "equivalent"
+    assert bnfold.verify(net, fused).verdict == "equivalent"  # the program says what goes in
     assert bnfold.verify(program, fused).verdict == "equivalent"
 
 
