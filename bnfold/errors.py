@@ -17,10 +17,11 @@ are not errors: they are reasons in a report (see `affine.Blocked`).
 from __future__ import annotations
 
 NO_BATCHNORM = "the model holds no BatchNorm: there is nothing to do"
-ALREADY_FOLDED = (
-    f"{NO_BATCHNORM}. torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
+HOW_TO_KEEP = (
+    "torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
     "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
 )
+ALREADY_FOLDED = f"{NO_BATCHNORM}. {HOW_TO_KEEP}"
 
 
 class BnfoldError(Exception):

@@ -84,7 +84,11 @@ def lfs_pointer(folder: Path) -> None:
     (folder / "model.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n")
 
 
-@case("fuse model.pt -o out.onnx", 3, "model.pt: a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged; save or download it again")
+@case(
+    "fuse model.pt -o out.onnx",
+    3,
+    "model.pt: a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged; save or download it again",
+)
 def wrong_extension(folder: Path) -> None:
     (folder / "model.pt").write_bytes(b"PK\x03\x04" + bytes(100))
 

@@ -55,7 +55,10 @@ CONTENT: dict[str, tuple[bytes, str]] = {
     "pt2": (zipped("m/archive_format", "m/models/model.json"), "a PyTorch exported program (.pt2); export it to ONNX first"),
     "zipped model": (zipped("model.onnx"), "a zip archive that holds an ONNX model; unpack it"),
     "npz": (zipped("x.npy"), "a NumPy .npz archive; give the model first"),
-    "damaged zip": (b"PK\x03\x04" + bytes(9), "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged; save or"),
+    "damaged zip": (
+        b"PK\x03\x04" + bytes(9),
+        "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged; save or",
+    ),
     "pickle": (pickle.dumps({"state_dict": 1}), "a Python pickle, such as an old PyTorch checkpoint; export it to ONNX first"),
     "safetensors": (
         (16).to_bytes(8, "little") + b'{"w":{}}        ',

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ...errors import ALREADY_FOLDED, NothingToDoError
+from ...errors import HOW_TO_KEEP, NothingToDoError
 from ...methods import Statistics
 from ...recalibrate import Layer, Reading
 from ...rounding import narrowed
@@ -68,7 +68,9 @@ class OnnxPlan:
         self.frozen: set[int] = set()  # the layers that came in training mode
         self._find()
         if not self.calls:
-            why = "; ".join(self.notes) or (ALREADY_FOLDED if select is every else "no BatchNorm is selected")
+            why = "; ".join(self.notes) or (
+                f"the model holds no BatchNorm. {HOW_TO_KEEP}" if select is every else "no BatchNorm is selected"
+            )
             raise NothingToDoError(f"there are no statistics to measure: {why}")
         self._cuts, dependent = cut(model.graph, [self._short(call) for call in self.calls], self._is_fixed, self._shapes)
         for layer in sorted(dependent):
