@@ -10,7 +10,7 @@ import numpy as np
 
 from .comparison import Comparison
 from .errors import DataError, UnsupportedError
-from .levels import DEPLOYED_LIMIT, HALF_LIMIT, Tally, Truth, deployed_ratio
+from .levels import DEPLOYED_LIMIT, HALF_LIMIT, Tally, Truth, chance, deployed_ratio
 from .report import Deployment
 from .steady import unsteady
 from .subject import Runner
@@ -104,7 +104,8 @@ class Deployments:
         ratio = deployed_ratio(candidate, reference, noise, scale)
         if ratio <= self.limit or candidate.problem:
             return ratio
-        return deployed_ratio(candidate, reference, noise, scale, truth.roundings())  # in a deep network, a few more are no defect
+        # In a deep network a few more roundings are no defect, and few numbers may err much more or less than usual by chance.
+        return deployed_ratio(candidate, reference, noise, scale, truth.roundings()) / chance(scale.count)
 
 
 def _placed(runner: Runner, provider: str) -> dict[str, Any]:

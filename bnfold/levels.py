@@ -320,6 +320,11 @@ def deployed_ratio(candidate: Tally, reference: Tally, noise: Noise, scale: Scal
     return max(_over(candidate.rms, max(rms, floor)), _over(candidate.peak, max(peak, floor)) / PEAK_SLACK)
 
 
+def chance(count: int) -> float:
+    """How many times too large a root mean square of so many errors may come out: three of its own standard deviations, 1/sqrt(2n)."""
+    return 1 + 3 / float(np.sqrt(2 * max(count, 1)))
+
+
 def _over(error: float, yardstick: float) -> float:
     return 0.0 if error == 0 else error / yardstick if yardstick else np.inf
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from cases import Net
 from modules import Net as Module
-from modules import norm, weight
+from modules import lively, norm, weight
 from torch import nn
 
 import bnfold
@@ -19,7 +20,7 @@ from bnfold.backends.onnx import oracle
 from bnfold.backends.onnx.oracle import moving
 from bnfold.backends.torch.trace import trace
 from bnfold.backends.torch.weights import weights
-from bnfold.levels import FUNCTION_LIMIT, Noise, Scale, Tally, Truth, deployed_ratio, function_ratio, worst_part
+from bnfold.levels import FUNCTION_LIMIT, Noise, Scale, Tally, Truth, chance, deployed_ratio, function_ratio, worst_part
 
 UNIT = 2.0**-24
 
@@ -175,6 +176,24 @@ def test_a_few_roundings_of_a_deep_network_are_no_defect(depth: int, passes: boo
     candidate.add(np.array([9 * UNIT]))
     ratio = deployed_ratio(candidate, exact, Noise(), Scale(1.0, UNIT, 1, False), truth.roundings())
     assert (ratio < 2) is passes
+
+
+def test_few_errors_scatter_by_chance() -> None:
+    """Of errors of one size, the root mean square of a few comes out so many times too large in one of hundreds of draws, no more."""
+    rng = np.random.default_rng(0)
+    for count in (1, 3, 24, 1000):
+        found = np.sqrt(np.square(rng.standard_normal((4000, count))).mean(1))
+        assert 0.99 < (found < chance(count)).mean() <= 1
+    assert chance(100_000) < 1.01
+
+
+@pytest.mark.parametrize("seed", [13, 26])
+def test_a_right_export_with_few_outputs_is_no_other(seed: int, tmp_path: Path) -> None:
+    torch.manual_seed(seed)
+    net = lively(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(2), nn.Linear(64, 3))).eval()
+    x = torch.randn(2, 1, 8, 8)
+    bnfold.save(net, tmp_path / "net.onnx", example=x)
+    assert bnfold.verify(net, bnfold.load(tmp_path / "net.onnx"), x).verdict == "equivalent"
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------------------
