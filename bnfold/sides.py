@@ -34,8 +34,9 @@ def sides(
     made: list[Subject | None] = [None, None]
 
     def asks(side: int) -> tuple[bool, bool]:
-        """An ONNX model knows what it takes, and so does a program; a module doesn't."""
-        return kinds[side] == "torch", is_module((reference, candidate)[side])
+        """An ONNX model knows what it takes, and so does a program; a module doesn't, unless it is the one that was read for the call."""
+        model = (reference, candidate)[side]
+        return kinds[side] == "torch", is_module(model) and getattr(call, "model", None) is not model
 
     for side in sorted((0, 1), key=asks):
         model, other = (reference, candidate)[side], made[1 - side]
