@@ -1089,3 +1089,27 @@ def test_a_convolution_whose_groups_are_computed_from_sizes() -> None:
     assert [layer.verdict for layer in report.layers] == ["kept"]
     assert "its settings are computed from the sizes of the input" in report.layers[0].reason
     assert bnfold.verify(net, copy.deepcopy(net), example=IMAGE).verdict != "different"
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_folded_program_counts_for_itself(persistent: bool) -> None:
+    """A buffer that a program writes into is not the argument's any more."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
+            self.register_buffer("calls", torch.zeros(()), persistent=persistent)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.body(x) + self.calls
+
+    x = torch.randn(2, 3, 6, 6)
+    program = torch.export.export(Counting().eval(), (x,))
+    fused, report = bnfold.fuse(program)
+    assert report.batchnorms.after == 0
+    (calls,) = (t for each in (program.state_dict, program.constants) for name, t in each.items() if name.endswith("calls"))
+    before = calls.clone()
+    fused.module()(x)
+    assert torch.equal(calls, before)

@@ -68,8 +68,11 @@ class _Writer:
         self.module, self.copies = graph_copy(ctx.program)
         self.graph = self.module.graph
         self.signature = copy.deepcopy(ctx.program.graph_signature)
-        self.state = dict(ctx.program.state_dict)
-        self.constants = dict(ctx.program.constants)
+        written = set(self.signature.buffers_to_mutate.values())  # to which each of the two programs must have its own
+        self.state, self.constants = (
+            {name: held.clone() if name in written and isinstance(held, Tensor) else held for name, held in each.items()}
+            for each in (ctx.program.state_dict, ctx.program.constants)
+        )
         self.idle = {op for op in self.graph.nodes if not op.users}
         self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
         self.notes: dict[Node, str] = {}
