@@ -410,14 +410,8 @@ class _Pairing:
                     self.settings.append((p, Setting(f"what {mine.name} of {p.label} {p.name} gives is another constant", number=False)))
 
     def _end(self, side: int, value: Value) -> Value:
-        return _end(value, set(self.plans[side].graph.nodes))
-
-
-def _end(value: Value, left: set[Node]) -> Value:
-    """Where a value comes from once the nodes on the way to it are gone."""
-    while value.producer is not None and value.producer not in left and value.producer.inputs:
-        value = value.producer.inputs[0]
-    return value
+        graph = self.plans[side].graph
+        return graph.end(value, set(graph.nodes))
 
 
 def _comparable(p: Node, q: Node) -> bool:

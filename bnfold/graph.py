@@ -250,3 +250,10 @@ class Graph:
             for role, param in node.params.items():
                 if param.update is not None:
                     yield node, role, param
+
+    @staticmethod
+    def end(value: Value, left: set[Node]) -> Value:
+        """Where a value comes from once the nodes on the way to it are gone. left: those that aren't."""
+        while value.producer is not None and value.producer not in left and value.producer.inputs:
+            value = value.producer.inputs[0]
+        return value

@@ -79,16 +79,9 @@ def normal_form(
         graph.bypass(node)  # it may stand in the way of a merge
     planned = plan(graph, clone=clone)
     left = set(graph.nodes)
-    ends = {name: _end(value, left) for name, value in outputs.items()}
+    ends = {name: graph.end(value, left) for name, value in outputs.items()}
     narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
     return subject.Plan(graph, ends, planned.outcomes, frozenset(inputs), constants, narrowest)
-
-
-def _end(value: Value, left: set[Node]) -> Value:
-    """Where an output comes from once the nodes on the way to it are gone."""
-    while value.producer is not None and value.producer not in left and value.producer.inputs:
-        value = value.producer.inputs[0]
-    return value
 
 
 def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:
