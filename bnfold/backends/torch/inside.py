@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -101,7 +102,7 @@ class TorchNetwork:
             if op not in wanted:
                 continue
             if op.op in ("placeholder", "get_attr"):
-                tensor = held.get(op.name) if op.op == "placeholder" else _attribute(self.program.graph_module, str(op.target))
+                tensor = held.get(op.name) if op.op == "placeholder" else attrgetter(str(op.target))(self.program.graph_module)
                 if not isinstance(tensor, Tensor):
                     raise UnsupportedError(f"value {op.name!r} of the model comes from outside the part")
                 root.register_buffer(op.name, tensor.detach().cpu().clone())
@@ -154,7 +155,7 @@ class _Stored:
             held = self._held.get(op.name)
             values[op] = to_tensor(feeds[op.name].copy()) if op.name in feeds else held.clone() if isinstance(held, Tensor) else held
         elif op.op == "get_attr":
-            found = _attribute(self._program.graph_module, str(op.target))
+            found = attrgetter(str(op.target))(self._program.graph_module)
             values[op] = found.detach().clone() if isinstance(found, Tensor) else found
         elif op.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((op.args, op.kwargs), lambda source: values[source])
@@ -186,9 +187,3 @@ def _last_uses(graph: Ops) -> dict[Op, list[Op]]:
                 seen.add(each)
                 found.setdefault(op, []).append(each)
     return found
-
-
-def _attribute(module: Any, target: str) -> Any:
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -200,7 +201,7 @@ class Oracle:
 
     def attribute(self, op: Op) -> Any:
         """What a get_attr fetches: a tensor, or the graph of a branch or a loop, which computes in float64 too."""
-        found = _attribute(self._traced.program.graph_module, str(op.target))
+        found = attrgetter(str(op.target))(self._traced.program.graph_module)
         return _ExactBody(found).run if isinstance(found, GraphModule) else _own(found)
 
     def _call(self, op: Op, values: dict[Op, Any]) -> Any:
@@ -260,12 +261,6 @@ def _own(held: Any) -> Any:
     return widened(held).clone() if isinstance(held, Tensor) else held
 
 
-def _attribute(module: Any, target: str) -> Any:
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module
-
-
 def _seed(name: str, jitter: int) -> int:
     import zlib
 
@@ -291,7 +286,7 @@ def move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
     with torch.no_grad():
         for name in sorted(names):
             try:
-                tensor = _attribute(module, name)
+                tensor = attrgetter(name)(module)
             except AttributeError:  # a constant that the code makes afresh
                 continue
             if id(tensor) in done:
