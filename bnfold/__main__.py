@@ -1,6 +1,6 @@
 """`python -m bnfold`: the command line."""
 
-from bnfold.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

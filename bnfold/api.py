@@ -19,7 +19,7 @@ from .errors import ALREADY_FOLDED, NO_BATCHNORM, CheckError, ModelError, Nothin
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
-    from .methods import Method
+    from .recalibration.methods import Method
 
 Progress = Callable[[str, int, "int | None"], None]
 
@@ -44,14 +44,14 @@ def load(
 
     kind = kind_of(path)
     if kind == "onnx":
-        from .backends.onnx.load import load as load_onnx
+        from .backends.onnx.files.load import load as load_onnx
 
         model = loaded(load_onnx(path), Path(path))
         if arch is not None and say is not None:
             say(f"{path}: an ONNX file holds its network, so --arch isn't used")
         return model
     try:
-        from .backends.torch.load import load as load_torch
+        from .backends.torch.files.load import load as load_torch
     except ImportError as error:
         if error.name != "torch":
             raise
@@ -68,11 +68,11 @@ def save(model: Any, path: str | Path, *, force: bool = False, example: Any = No
     which a module needs an example of its input.
     """
     if family(model) == "torch":
-        from .backends.torch.save import save as save_torch
+        from .backends.torch.files.save import save as save_torch
 
         save_torch(model, path, force=force, example=example, as_state=as_state)
         return
-    from .backends.onnx.load import save as save_onnx
+    from .backends.onnx.files.load import save as save_onnx
 
     save_onnx(as_ir(model), path, force=force)
 
@@ -111,7 +111,7 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
     if report.batchnorms.before == 0 and not report.layers:
         raise NothingToDoError(no_batchnorm(model))
     if check and any(layer.verdict == "folded" for layer in report.layers):
-        from .verify import check_fold
+        from .verification.verify import check_fold
 
         checked = check_fold(original, fused, example)
         if checked.verdict == "different":
@@ -128,8 +128,8 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
 def _fused(model: Any, example: Any, clone: bool) -> tuple[Any, Any, FuseReport]:
     """The model as its back-end sees it, the folded one, and the report."""
     if family(model) == "torch":
+        from .backends.torch.export.trace import trace
         from .backends.torch.fuse import fuse as fuse_torch
-        from .backends.torch.trace import trace
 
         traced = trace(model, example)
         return traced, *fuse_torch(traced, clone=clone)
@@ -179,8 +179,8 @@ def recalibrate(
 
     Raises NothingToDoError where the model holds no BatchNorm, DataError where the data don't fit.
     """
-    from . import calibration
-    from .methods import method as chosen
+    from .recalibration import recalibrate as calibration
+    from .recalibration.methods import method as chosen
 
     subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
     with cpu_fallback(allow_cpu_fallback):
@@ -221,8 +221,8 @@ def measure_part(
     where the parts would not add up to the whole: in lockstep, what stands behind a BatchNorm depends on all data; a moving average on
     their order.
     """
-    from . import calibration
-    from .methods import method as chosen
+    from .recalibration import recalibrate as calibration
+    from .recalibration.methods import method as chosen
 
     subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
     return calibration.measure_part(
@@ -243,7 +243,7 @@ def merge_parts(
 
     UsageError unless each part is there once, and measured on this model.
     """
-    from . import calibration
+    from .recalibration import recalibrate as calibration
 
     return calibration.merge(calibration.Subject(model, example, layers, skip_layers, freeze), paths)
 
@@ -254,7 +254,8 @@ def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any 
     before: the file that the command line kept beside a recalibrated model, or a report's `before`. Raises DataError where it is another
     model's.
     """
-    from . import calibration, kept_statistics
+    from .recalibration import recalibrate as calibration
+    from .recalibration import statistics_file as kept_statistics
 
     old = kept_statistics.read(Path(before)) if isinstance(before, (str, Path)) else before
     return calibration.restore(calibration.Subject(model, example), old)
@@ -262,7 +263,7 @@ def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any 
 
 def _device(model: Any, provider: str, device: str | None) -> str:
     """Where it runs; of several processes on a machine with several GPUs, each on its own."""
-    from .processes import local_rank
+    from .recalibration.distributed import local_rank
 
     chosen = device or provider if family(model) == "torch" else provider
     return f"{chosen}:{local_rank()}" if chosen == "cuda" and local_rank() else chosen
@@ -292,7 +293,7 @@ def verify(
     bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
     coefficients_only: the first level alone, which runs neither model.
     """
-    from .verify import verify as verify_models
+    from .verification.verify import verify as verify_models
 
     with cpu_fallback(allow_cpu_fallback):
         return verify_models(
@@ -316,7 +317,7 @@ def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None
     """What of a model may run on the CPU, whatever the provider, while this lasts."""
     if not (names := tuple(names)):
         return contextlib.nullcontext()
-    from .backends.onnx import providers
+    from .backends.onnx.runtime import providers
 
     return providers.cpu_fallback(names)
 

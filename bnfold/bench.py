@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .api import Progress
+from .capture import overhearing
 from .data import Chunk
 from .data.inputs import Inputs
 from .errors import DataError, UsageError
-from .overheard import overhearing
 from .report import BenchReport
 
 ROUND = 0.02  # seconds: in a round a model runs at least so long, so that the clock's grain doesn't show
@@ -37,7 +37,7 @@ def bench(
     optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
     median over the rounds, and its range holds the middle half of them.
     """
-    from .sides import sides
+    from .verification.interface import sides
 
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")

@@ -244,7 +244,7 @@ def _text_in(path: Path) -> str | None:
         return text_in_archive(path)
     if kind != "pickle":
         return None
-    from .backends.torch.load import text_in_pickle
+    from .backends.torch.files.load import text_in_pickle
 
     return text_in_pickle(path)
 
@@ -264,7 +264,7 @@ def text_in_archive(path: Path) -> str | None:
 def _text_in_onnx(path: Path) -> str | None:
     import onnx
 
-    from .backends.onnx import wire
+    from .backends.onnx.files import wire
 
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

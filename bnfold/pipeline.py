@@ -9,7 +9,7 @@ from . import api
 from .backends import is_module
 from .certificate import verified
 from .errors import NothingToDoError
-from .evaluate import effect, score, score_if_fits
+from .recalibration.scoring import effect, score, score_if_fits
 from .report import PipelineReport
 
 
@@ -76,6 +76,6 @@ def _read(model: Any, example: Any) -> Any:
     """A module's data flow, an example for all further steps, none of which reads it again; None for other models, which show theirs."""
     if not is_module(model):
         return None
-    from .backends.torch.trace import trace
+    from .backends.torch.export.trace import trace
 
     return trace(model, example)

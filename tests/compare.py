@@ -99,7 +99,7 @@ def run_double(model: onnx.ModelProto, data: Feeds) -> dict[str, np.ndarray]:
     """The model in float64, its weights as they are stored."""
     import onnx_ir
 
-    from bnfold.backends.onnx.oracle import Oracle
+    from bnfold.backends.onnx.oracle.evaluator import Oracle
 
     return Oracle(onnx_ir.from_proto(model)).run(data)
 

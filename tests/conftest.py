@@ -28,7 +28,7 @@ def digits() -> Path:
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the stages of ONNX models run from now on, by the operators' first outputs, as often as it stands in one."""
-    from bnfold.backends.onnx import lockstep_stage
+    from bnfold.backends.onnx.recalibration import stage as lockstep_stage
 
     seen: list[str] = []
     make = lockstep_stage._proto

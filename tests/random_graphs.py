@@ -25,7 +25,7 @@ from cases.builder import Net
 from compare import batchnorms, difference, interface
 
 import bnfold
-from bnfold.backends.onnx.oracle import Oracle
+from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.report import FuseReport
 
 OPSETS = (9, 11, 13, 17, 18, 21)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from bnfold.backends.onnx.oracle import Oracle
+from bnfold.backends.onnx.oracle.evaluator import Oracle
 
 Array = np.ndarray
 

@@ -28,8 +28,8 @@ from specimen_operators import (
     windows,
 )
 
-from bnfold.affine import Affine
-from bnfold.graph import Node, Param, Tensor, Value
+from bnfold.algebra.affine import Affine
+from bnfold.algebra.graph import Node, Param, Tensor, Value
 
 
 def never(*_: object) -> bool:

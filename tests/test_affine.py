@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bnfold.affine import Affine, Blocked
+from bnfold.algebra.affine import Affine, Blocked
 
 NAN = np.nan
 

@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from bnfold.ahead import AHEAD, WORKERS, in_pool, read_ahead
 from bnfold.data import InputSpec, as_batches
+from bnfold.data.prefetch import AHEAD, WORKERS, in_pool, read_ahead
 
 X = [InputSpec("x", np.dtype(np.float32), ("n", 3))]
 A = np.arange(60, dtype=np.float32).reshape(20, 3)

@@ -13,7 +13,7 @@ from architectures.sweep import EXACT, error, general, onnx_route, route, run
 from vision import package
 
 import bnfold
-from bnfold.backends.torch.trace import trace
+from bnfold.backends.torch.export.trace import trace
 
 CASES = {**dict.fromkeys(OWN, 0), "crepe": 3, "mobilenet_v3_small": 0, "ghostnet_100": 0}
 

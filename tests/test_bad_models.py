@@ -18,7 +18,7 @@ from cases import Net
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto, load, save
+from bnfold.backends.onnx.files.load import from_proto, load, save
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError
 from tests.conftest import small_model
 

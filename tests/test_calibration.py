@@ -22,12 +22,13 @@ from PIL import Image
 from torch import nn
 
 import bnfold
-from bnfold import api, kept_statistics
+from bnfold import api
 from bnfold.errors import DataError, UnsupportedError, UsageError
-from bnfold.evaluate import Scores, cross_entropy, effect
-from bnfold.hints import f_ratio
-from bnfold.methods import Exact, MovingAverage
-from bnfold.moments import measure
+from bnfold.recalibration import statistics_file as kept_statistics
+from bnfold.recalibration.data_checks import f_ratio
+from bnfold.recalibration.methods import Exact, MovingAverage
+from bnfold.recalibration.moments import measure
+from bnfold.recalibration.scoring import Scores, cross_entropy, effect
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = np.random.default_rng(0).normal(1, 2, (37, 3, 8, 7)).astype(np.float32)
@@ -493,8 +494,8 @@ def test_no_effect_where_nothing_changes() -> None:
 
 
 def _labelled(model: Any) -> Any:
-    from bnfold.backends.onnx.load import from_proto
-    from bnfold.backends.onnx.run import inputs
+    from bnfold.backends.onnx.files.load import from_proto
+    from bnfold.backends.onnx.runtime.session import inputs
     from bnfold.data import as_batches
 
     return as_batches((DATA, np.arange(37) % 4), inputs(from_proto(model)))

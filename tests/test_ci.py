@@ -27,11 +27,11 @@ from onnx import numpy_helper
 import bnfold
 from bnfold import api
 from bnfold.cli import run
-from bnfold.cli.annotate import line
 from bnfold.cli.baseline import Baseline
-from bnfold.cli.junit import junit
-from bnfold.cli.markdown import MOST, Table, append, escape, render
-from bnfold.cli.rows import Row
+from bnfold.cli.render.github import line
+from bnfold.cli.render.junit import junit
+from bnfold.cli.render.markdown import MOST, Table, append, escape, render
+from bnfold.cli.render.rows import Row
 from bnfold.report import (
     Accuracy,
     Coefficients,

@@ -18,7 +18,7 @@ import pytest
 
 import bnfold
 from bnfold.cli import run
-from bnfold.cli.app import EXAMPLES
+from bnfold.cli.commands import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("inspect", "recalibrate", "fuse", "verify", "pipeline", "bench")
@@ -136,7 +136,7 @@ def test_a_narrow_terminal_gets_every_name_whole(columns: int) -> None:
 
     from rich.console import Console
 
-    from bnfold.cli import show
+    from bnfold.cli.render import terminal as show
     from bnfold.report import Counts, FuseReport, Layer
 
     layers = tuple(

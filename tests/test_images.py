@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from bnfold.data import InputSpec, open_data
+from bnfold.data.images import ImageOptions, Pipeline, resolve
 from bnfold.errors import DataError
-from bnfold.images import ImageOptions, Pipeline, resolve
 
 F32 = np.dtype(np.float32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from networks import folded, model, small, weights
 from onnx import helper, numpy_helper
 
-from bnfold.verify import verify
+from bnfold.verification.verify import verify
 
 
 def test_a_network_that_answers_a_constant():

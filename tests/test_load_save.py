@@ -13,8 +13,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from bnfold.backends.onnx import save as saving
-from bnfold.backends.onnx.load import from_proto, load, save
+from bnfold.backends.onnx.files import save as saving
+from bnfold.backends.onnx.files.load import from_proto, load, save
 from bnfold.errors import InputError, ModelError, UnsupportedError, UsageError
 from tests.conftest import small_model
 from tests.test_round_trip import everything

@@ -17,11 +17,11 @@ from onnx import helper
 from random_graphs import build
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto
-from bnfold.backends.onnx.subject import OnnxSubject
+from bnfold.backends.onnx.files.load import from_proto
+from bnfold.backends.onnx.model import OnnxSubject
 from bnfold.errors import InputError, UnsupportedError, UsageError
-from bnfold.localise import compare_streams, first_to_reach_an_output, localise, sides_of
-from bnfold.verify import verify
+from bnfold.verification.diagnosis.localise import compare_streams, first_to_reach_an_output, localise, sides_of
+from bnfold.verification.verify import verify
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch):
     def lacking(*_, **__):
         raise UnsupportedError("the float64 oracle lacks the operator")
 
-    monkeypatch.setattr("bnfold.backends.onnx.inside.Oracle", lacking)
+    monkeypatch.setattr("bnfold.backends.onnx.network.Oracle", lacking)
     subjects = [OnnxSubject(m) for m in pair(**CAUSES["mean"][0])]
     found = localise(*subjects, subjects[0].random(batch=2, seed=0, input_shapes=None), None, coefficients=False)
     assert found is not None
@@ -275,7 +275,7 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bnfold.bundle.os.replace", fail)
+    monkeypatch.setattr("bnfold.verification.diagnosis.bundle.os.replace", fail)
     with pytest.raises(InputError, match="No space left"):
         verify(*pair(**CAUSES["mean"][0]), oracle_only=True, bundle=tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -20,15 +20,15 @@ from torch.fx.experimental import optimization
 from vision import package
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto
-from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.backends.torch.subject import TorchSubject
-from bnfold.backends.torch.trace import trace
-from bnfold.correspondence import correspond
-from bnfold.inside import Normal
-from bnfold.localise import Located, localise
-from bnfold.sides import sides
-from bnfold.subject import Subject
+from bnfold.backends.onnx.files.load import from_proto
+from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.model import TorchSubject
+from bnfold.model import Subject
+from bnfold.verification.coefficients import correspond
+from bnfold.verification.diagnosis.localise import Located, localise
+from bnfold.verification.interface import sides
+from bnfold.verification.normal_form import Normal
 
 X = torch.randn(4, 3, 12, 11, generator=torch.Generator().manual_seed(5))
 
@@ -117,7 +117,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch: pytest.Monkey
     def lacking(*_: Any, **__: Any) -> None:
         raise bnfold.UnsupportedError("it has no form in float64")
 
-    monkeypatch.setattr("bnfold.backends.torch.inside._Exact", lacking)
+    monkeypatch.setattr("bnfold.backends.torch.network._Exact", lacking)
     net = network()
     first = TorchSubject(trace(net, X))
     second = TorchSubject(trace(spoilt(net, *CASES["mean"][:2]), first.traced))

@@ -19,9 +19,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends.torch.trace import quiet
+from bnfold.backends.torch.export.trace import quiet
 from bnfold.errors import DataError, UsageError
-from bnfold.methods import METHODS, Exact, IoffeSzegedy, Method, MovingAverage, Precise, Prior, method
+from bnfold.recalibration.methods import METHODS, Exact, IoffeSzegedy, Method, MovingAverage, Precise, Prior, method
 
 DATA = torch.randn(26, 3, 8, 7, generator=torch.Generator().manual_seed(3)) * 2 + 1
 SIZE = 8  # so that the last micro-batch is ragged
@@ -269,7 +269,7 @@ def test_settings_that_make_no_sense(choice: str, given: dict[str, Any], text: s
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_parts_of_the_data_add_up(sizes: list[int], seed: int) -> None:
     """Whatever the cuts, in any order: what an additive method makes of a sum of tallies is what it makes of all."""
-    from bnfold.moments import measure
+    from bnfold.recalibration.moments import measure
 
     rng = np.random.default_rng(seed)
     batches = [measure(rng.normal(rng.normal(), 1 + rng.random(), (size, 3, 4))) for size in sizes]

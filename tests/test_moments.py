@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bnfold import moments
-from bnfold.moments import Moments, measure, pool
+from bnfold.recalibration import moments
+from bnfold.recalibration.moments import Moments, measure, pool
 
 
 def whole(x: np.ndarray, axis: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bnfold.affine import Affine, Blocked
-from bnfold.graph import Node, Value
-from bnfold.moves import move_down, move_up
+from bnfold.algebra.affine import Affine, Blocked
+from bnfold.algebra.graph import Node, Value
+from bnfold.algebra.movement import move_down, move_up
 
 Array = np.ndarray
 Shapes = tuple[tuple[int | None, ...], ...]

@@ -14,7 +14,7 @@ from modules import Net, norm
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.evaluate import score
+from bnfold.recalibration.scoring import score
 
 
 class Pair(NamedTuple):

@@ -10,9 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 from single import close, model, normal, one
 
-from bnfold.backends.onnx.oracle import Oracle
-from bnfold.backends.onnx.oracle_convert import jittered
-from bnfold.backends.onnx.run import Session
+from bnfold.backends.onnx.oracle.evaluator import Oracle
+from bnfold.backends.onnx.oracle.widen import jittered
+from bnfold.backends.onnx.runtime.session import Session
 from bnfold.errors import DataError, UnsupportedError, UsageError
 
 # ---- whole models

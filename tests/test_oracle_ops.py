@@ -10,7 +10,7 @@ from compare import difference, feeds, run_double, run_stored
 from onnx import TensorProto, helper
 from single import close, model, normal, on_ort, one
 
-from bnfold.backends.onnx.oracle import Oracle
+from bnfold.backends.onnx.oracle.evaluator import Oracle
 
 Array = np.ndarray
 

@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 from single import close, model, normal, on_ort, one
 
-from bnfold.backends.onnx import oracle_windows
-from bnfold.backends.onnx.oracle import Oracle
+from bnfold.backends.onnx.oracle import convolution as oracle_windows
+from bnfold.backends.onnx.oracle.evaluator import Oracle
 
 Array = np.ndarray
 

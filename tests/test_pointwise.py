@@ -17,10 +17,10 @@ from single import normal
 from torch import nn
 
 import bnfold
-from bnfold import stages
-from bnfold.backends.torch.moments import Meter
+from bnfold.backends.torch.recalibration.moments import Meter
 from bnfold.errors import DataError
-from bnfold.moments import Moments, Pointwise, Samples, measure, measure_through, pool
+from bnfold.recalibration import schedule as stages
+from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure, measure_through, pool
 
 
 def by_numpy(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any] | None) -> Samples:
@@ -186,7 +186,7 @@ WEIGHTS: dict[str, Callable[[Net, str], str]] = {
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_weight_that_is_computed_is_taken_as_it_runs(name: str) -> None:
-    from bnfold.backends.onnx.lockstep import plan_of
+    from bnfold.backends.onnx.recalibration.plan import plan_of
 
     net = Net("computed")
     y = net.op("Conv", net.input("N", 4, 12, 11), WEIGHTS[name](net, net.weight(net.normal(24, 4, 1, 1))))
@@ -237,7 +237,7 @@ def through_what(plan: Any) -> list[bool]:
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_which_convolutions_of_pytorch_need_not_run(name: str) -> None:
-    from bnfold.backends.torch.lockstep import plan_of
+    from bnfold.backends.torch.recalibration.plan import plan_of
 
     given, short = CONVOLUTIONS[name]
     example = torch.zeros(2, 3, 12, 11)
@@ -247,7 +247,7 @@ def test_which_convolutions_of_pytorch_need_not_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_which_convolutions_of_onnx_need_not_run(name: str, staged: list[str]) -> None:
-    from bnfold.backends.onnx.lockstep import plan_of
+    from bnfold.backends.onnx.recalibration.plan import plan_of
 
     given, short = CONVOLUTIONS[name]
     settings: dict[str, Any] = {}

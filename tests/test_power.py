@@ -20,9 +20,9 @@ from power.sweep import sweep
 from torch import nn
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto
+from bnfold.backends.onnx.files.load import from_proto
 from bnfold.report import VerifyReport
-from bnfold.verify import verify
+from bnfold.verification.verify import verify
 
 
 @pytest.fixture(scope="module")

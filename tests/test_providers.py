@@ -21,14 +21,15 @@ from onnx import TensorProto, helper
 from test_verify_backends import Computes, Doubled
 
 import bnfold
-from bnfold.backends.onnx import providers, run
-from bnfold.backends.onnx.run import Session, random_feeds
+from bnfold.backends.onnx.runtime import providers
+from bnfold.backends.onnx.runtime import session as run
+from bnfold.backends.onnx.runtime.session import Session, random_feeds
+from bnfold.capture import LOG, Hearing, heard, overhearing
 from bnfold.cli import run as cli
 from bnfold.errors import DeviceError, UsageError
-from bnfold.overheard import LOG, Hearing, heard, overhearing
+from bnfold.model import Placement
 from bnfold.report import Deployment
-from bnfold.subject import Placement
-from bnfold.verify import verify
+from bnfold.verification.verify import verify
 
 CUDA = "CUDAExecutionProvider"
 FULL = [CUDA, "CPUExecutionProvider"]
@@ -346,7 +347,7 @@ def test_debug_shows_what_was_heard(monkeypatch: pytest.MonkeyPatch, here: Path,
 
 CRASH = """
 import os, sys
-from bnfold.overheard import overhearing, own_stderr
+from bnfold.capture import overhearing, own_stderr
 own_stderr()
 with overhearing():
     os.write(2, b"CUDA error 700: an illegal memory access\\n")
@@ -368,7 +369,7 @@ def test_a_crash_loses_nothing(number: int) -> None:
 
 
 def test_an_exception_or_an_exit_leaves_nothing_behind() -> None:
-    code = "import sys, os\nfrom bnfold.overheard import overhearing\nwith overhearing():\n    os.write(2, b'noise')\n    {last}"
+    code = "import sys, os\nfrom bnfold.capture import overhearing\nwith overhearing():\n    os.write(2, b'noise')\n    {last}"
     for last, status in (("raise SystemExit(3)", 3), ("sys.exit(0)", 0)):
         done = subprocess.run([sys.executable, "-c", code.format(last=last)], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
@@ -379,7 +380,7 @@ def test_an_exception_or_an_exit_leaves_nothing_behind() -> None:
 
 def test_torch_counts_the_operators_that_ran_on_the_device() -> None:
     torch = pytest.importorskip("torch")
-    from bnfold.backends.torch.run import Where
+    from bnfold.backends.torch.runtime.session import Where
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
     with Where(torch.device("cpu")) as there, torch.no_grad():
@@ -399,7 +400,7 @@ def test_torch_on_the_cpu_is_nowhere_else() -> None:
 
 def test_a_torch_model_beside_onnx_takes_of_a_providers_options_only_the_device() -> None:
     pytest.importorskip("torch")
-    from bnfold.backends.torch.subject import TorchSubject
+    from bnfold.backends.torch.model import TorchSubject
 
     beside, alone = TorchSubject(None, beside_onnx=True), TorchSubject(None)
     given = ("cpu", "openvino:device_type=CPU", "cuda:1", "CUDA:use_tf32=0,device_id=2", "cuda:use_tf32=0")

@@ -10,7 +10,7 @@ from compare import difference, feeds, run_double
 from random_graphs import build, check, share_folded
 
 import bnfold
-from bnfold.backends.onnx.ops import OPERATORS
+from bnfold.backends.onnx.lowering.table import OPERATORS
 
 COUNT = 300
 BLOCK = 50

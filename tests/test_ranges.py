@@ -12,8 +12,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 import bnfold
-from bnfold.backends.onnx.feeds import inputs
-from bnfold.feeds import random_feeds
+from bnfold.backends.onnx.graph.inputs import inputs
+from bnfold.data.random import random_feeds
 
 TABLE = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
 FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
@@ -104,7 +104,7 @@ TORCH: dict[str, tuple[Callable[[Any, Any], Any], tuple[int, int]]] = {
 
 @pytest.mark.parametrize("name", TORCH)
 def test_integers_are_what_a_module_takes(name: str) -> None:
-    from bnfold.backends.torch.trace import trace
+    from bnfold.backends.torch.export.trace import trace
 
     rows, ends = TORCH[name]
     specs = trace(Rows(rows).eval(), torch.zeros(2, 3, dtype=torch.int64)).specs

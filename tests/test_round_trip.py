@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
-from bnfold.backends.onnx import save as saving
-from bnfold.backends.onnx.load import from_proto, load, save
+from bnfold.backends.onnx.files import save as saving
+from bnfold.backends.onnx.files.load import from_proto, load, save
 from tests.conftest import small_model
 
 ANYTHING = np.random.default_rng(0)

@@ -11,10 +11,10 @@ from cases import ALL
 from compare import nodes, operators
 from specimens import SPECIMENS, Specimen
 
-from bnfold.affine import Affine, Blocked
-from bnfold.graph import Node
-from bnfold.rules import RULES, rule_of
-from bnfold.step import Step
+from bnfold.algebra.affine import Affine, Blocked
+from bnfold.algebra.graph import Node
+from bnfold.algebra.rule import Step
+from bnfold.algebra.rules import RULES, rule_of
 
 MAPS = 150
 ids = [str(s) for s in SPECIMENS]
@@ -157,15 +157,15 @@ def test_an_operator_without_a_row_is_a_barrier() -> None:
 
 
 def test_every_operator_of_the_cases_is_lowered_to_a_row() -> None:
-    from bnfold.backends.onnx.lower import lower
+    from bnfold.backends.onnx.lowering.lowering import lower
 
     found = {node.op for case in ALL for node in lower(onnx_ir.from_proto(case.build())).nodes}
     assert found - {"Barrier"} == set(RULES)
 
 
 def test_every_onnx_operator_is_in_a_case() -> None:
-    from bnfold.backends.onnx.fused import FUSED
-    from bnfold.backends.onnx.ops import OPERATORS
+    from bnfold.backends.onnx.lowering.fused import FUSED
+    from bnfold.backends.onnx.lowering.table import OPERATORS
 
     models = [case.build() for case in ALL]
     used = {name for model in models for name in operators(model)}

@@ -12,9 +12,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from bnfold.backends.onnx import run
-from bnfold.backends.onnx.oracle import Oracle
-from bnfold.backends.onnx.run import Session, inputs, random_feeds
+from bnfold.backends.onnx.oracle.evaluator import Oracle
+from bnfold.backends.onnx.runtime import session as run
+from bnfold.backends.onnx.runtime.session import Session, inputs, random_feeds
 from bnfold.data import InputSpec
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 

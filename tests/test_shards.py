@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bnfold.data import InputSpec, as_batches, open_data
+from bnfold.data.images import Pipeline
 from bnfold.errors import DataError, UsageError
-from bnfold.images import Pipeline
 
 F32 = np.dtype(np.float32)
 X = [InputSpec("x", F32, ("n", 3))]

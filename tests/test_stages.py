@@ -15,9 +15,9 @@ from single import normal
 from torch import nn
 
 import bnfold
-from bnfold import stages
-from bnfold.moments import Pointwise
-from bnfold.stages import Call, Operation, cut
+from bnfold.recalibration import schedule as stages
+from bnfold.recalibration.moments import Pointwise
+from bnfold.recalibration.schedule import Call, Operation, cut
 
 # x -> narrow -> bn1 -> wide -> bn2 -> last -> bn3: in the second stage `wide` is measured, in the third it is normalised.
 CHAIN = [("narrow", "x"), ("bn1", "narrow"), ("wide", "bn1"), ("bn2", "wide"), ("last", "bn2"), ("bn3", "last")]

@@ -74,7 +74,7 @@ def test_images_of_a_shard_and_some_images(twelve):
 
 
 def test_options_of_images(tmp_path):
-    from bnfold.images import ImageOptions
+    from bnfold.data.images import ImageOptions
 
     path = str(tar(tmp_path / "a.tar", 0, 3, png=png(7, (40, 60))))
     (tmp_path / "a.png").write_bytes(png(7, (40, 60)))

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import bnfold
-from bnfold.backends.torch.archive import check_archive
-from bnfold.backends.torch.archive_json import is_plain_text
-from bnfold.backends.torch.trace import Call, trace
+from bnfold.backends.torch.export.trace import Call, trace
+from bnfold.backends.torch.files.archive import check_archive
+from bnfold.backends.torch.files.archive_json import is_plain_text
 
 Entries = dict[str, bytes]
 MODEL = "m/models/model.json"

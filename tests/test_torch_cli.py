@@ -17,8 +17,8 @@ from modules import lively
 from test_torch_files import FACTORY
 
 import bnfold
-from bnfold.backends.torch.arch import build
-from bnfold.backends.torch.trace import duplicate, random_example, trace
+from bnfold.backends.torch.export.trace import duplicate, random_example, trace
+from bnfold.backends.torch.files.architecture import build
 from bnfold.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from modules import Net, difference, folded, kept, lively, norm, run, weight
 from torch import nn
 
 import bnfold
-from bnfold.backends.torch.run import Oracle
-from bnfold.backends.torch.trace import trace
+from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.runtime.session import Oracle
 
 X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7))
 

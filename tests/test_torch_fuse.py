@@ -21,9 +21,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from vision import package
 
 import bnfold
-from bnfold.backends.torch.sizes import Sizes
-from bnfold.backends.torch.surgery import ATTRIBUTE, Surgery, rebuild
-from bnfold.backends.torch.trace import trace
+from bnfold.backends.torch.export.sizes import Sizes
+from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.writing.surgery import ATTRIBUTE, Surgery, rebuild
 
 IMAGE = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
 
@@ -599,7 +599,7 @@ def test_what_is_written_in_place_doesnt_reach_what_else_is_read() -> None:
 def test_what_is_sick_stays(spoil: Callable[[Any], Any], reason: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
     spoil(net[1])
-    for model in (net, bnfold.backends.torch.trace.trace(net, IMAGE).program):
+    for model in (net, bnfold.backends.torch.export.trace.trace(net, IMAGE).program):
         report = bnfold.inspect(model, example=IMAGE)
         (found,) = kept(report).values()
         assert __import__("re").search(reason, found), found
@@ -641,7 +641,7 @@ def test_nested_inputs_and_outputs() -> None:
     batch = {"image": IMAGE.double(), "more": [torch.randn(2, 2).double()]}
     (_, report), (program, _) = folded(Nested().eval(), (batch,))
     assert report.batchnorms.after == 0
-    assert bnfold.backends.torch.trace.trace(program).names == ["output.logits", "output.rest.0"]
+    assert bnfold.backends.torch.export.trace.trace(program).names == ["output.logits", "output.rest.0"]
 
 
 def test_a_program_keeps_its_interface_and_its_dynamic_axes() -> None:

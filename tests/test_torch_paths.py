@@ -13,8 +13,8 @@ from modules import Net, difference, kept, norm, run
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends.torch.elsewhere import Trial
-from bnfold.backends.torch.trace import trace
+from bnfold.backends.torch.export.other_calls import Trial
+from bnfold.backends.torch.export.trace import trace
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +234,7 @@ def test_several_calls_as_the_example() -> None:
 
 
 def test_the_check_runs_on_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnfold.backends.torch import write_module
+    from bnfold.backends.torch.writing import module as write_module
 
     right = write_module._set
 
@@ -318,7 +318,7 @@ class Deep(nn.Module):
 
 
 def test_sizes_that_are_long_formulas_are_not_read_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnfold.backends.torch.trace.MOST_TERMS", 15)
+    monkeypatch.setattr("bnfold.backends.torch.export.trace.MOST_TERMS", 15)
     module = Deep(2).eval()
     example = data(1, 3, 64, 64)
     traced = trace(module, example)

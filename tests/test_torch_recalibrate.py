@@ -16,10 +16,10 @@ from torch import nn
 from vision import package
 
 import bnfold
-from bnfold.backends.torch.moments import Meter
-from bnfold.moments import measure, pool
+from bnfold.backends.torch.recalibration.moments import Meter
+from bnfold.recalibration.moments import measure, pool
+from bnfold.recalibration.spill import Frontier
 from bnfold.report import RecalibrateReport
-from bnfold.spill import Frontier
 
 DATA = torch.randn(23, 3, 10, 9, generator=torch.Generator().manual_seed(3)) * 2 + 1
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import bnfold
-from bnfold.backends.torch.run import Session
-from bnfold.backends.torch.trace import trace
+from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.runtime.session import Session
 
 X = torch.randn(8, 3, 12, 11, generator=torch.Generator().manual_seed(5))
 
@@ -161,7 +161,7 @@ def test_a_program_against_the_module_it_came_from() -> None:
 
 
 def test_a_fold_that_fails_its_check_isnt_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnfold.backends.torch import write_module
+    from bnfold.backends.torch.writing import module as write_module
 
     right = write_module._set
 

@@ -13,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import bnfold
 from bnfold.backends.onnx.fuse import fuse
-from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.correspondence import correspond, precision
+from bnfold.backends.onnx.model import OnnxSubject
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
-from bnfold.levels import Noise, Scale, Tally, Truth, deployed_ratio, deviation, function_ratio, varies, worst_part
-from bnfold.subject import roundoff
-from bnfold.verify import check_fold, verify
+from bnfold.model import roundoff
+from bnfold.verification.coefficients import correspond, precision
+from bnfold.verification.verify import check_fold, verify
+from bnfold.verification.yardstick import Noise, Scale, Tally, Truth, deployed_ratio, deviation, function_ratio, varies, worst_part
 
 
 def right(network="residual", seed=0):

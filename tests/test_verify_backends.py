@@ -7,8 +7,8 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from bnfold.errors import DeviceError, UnsupportedError
-from bnfold.subject import Subject
-from bnfold.verify import verify
+from bnfold.model import Subject
+from bnfold.verification.verify import verify
 
 
 class Doubled:
@@ -29,7 +29,7 @@ class Doubled:
         return [InputSpec("x", np.dtype(np.float32), ("N", 8))]
 
     def ports(self):
-        from bnfold.subject import Port
+        from bnfold.model import Port
 
         return [Port("x", "float", ("N", 8))], [], [Port("y", "float", ("N", 8))]
 

@@ -18,10 +18,10 @@ from networks import folded, model, small, weights
 from onnx import helper, numpy_helper
 
 import bnfold
-from bnfold.backends.onnx.subject import OnnxSubject
+from bnfold.backends.onnx.model import OnnxSubject
 from bnfold.cli import run
-from bnfold.correspondence import correspond
-from bnfold.verify import verify
+from bnfold.verification.coefficients import correspond
+from bnfold.verification.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +96,7 @@ def test_no_channel_of_a_right_fold_stands_out_whatever_it_was_worked_out_in(ari
 
 def test_units_of_roundoff_are_told_from_another_form_in_bfloat16():
     """1 % is a unit or two there: no proof that scales were moved."""
-    from bnfold.correspondence import ANOTHER_FORM, ANOTHER_FORM_UNITS
+    from bnfold.verification.coefficients import ANOTHER_FORM, ANOTHER_FORM_UNITS
 
     assert float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2 * ANOTHER_FORM_UNITS > 10 * ANOTHER_FORM
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bnfold.cli import app
+from bnfold.cli import commands as app
 from tests import versions
 
 

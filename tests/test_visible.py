@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from bnfold.cli import run
-from bnfold.cli.visible import visible
+from bnfold.cli.render.escape import visible
 
 
 @pytest.mark.parametrize(

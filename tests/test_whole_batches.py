@@ -21,9 +21,9 @@ from bnfold.backends import as_ir
 from bnfold.bench import bench
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, holding
-from bnfold.evaluate import score
-from bnfold.methods import Prior
-from bnfold.moments import measure
+from bnfold.recalibration.methods import Prior
+from bnfold.recalibration.moments import measure
+from bnfold.recalibration.scoring import score
 
 RNG = np.random.default_rng(0)
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

@@ -16,11 +16,11 @@ from modules import lively, norm, weight
 from torch import nn
 
 import bnfold
-from bnfold.backends.onnx import oracle
-from bnfold.backends.onnx.oracle import moving
-from bnfold.backends.torch.trace import trace
-from bnfold.backends.torch.weights import weights
-from bnfold.levels import FUNCTION_LIMIT, Noise, Scale, Tally, Truth, chance, deployed_ratio, function_ratio, worst_part
+from bnfold.backends.onnx.oracle import evaluator as oracle
+from bnfold.backends.onnx.oracle.evaluator import moving
+from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.export.weights import weights
+from bnfold.verification.yardstick import FUNCTION_LIMIT, Noise, Scale, Tally, Truth, chance, deployed_ratio, function_ratio, worst_part
 
 UNIT = 2.0**-24
 

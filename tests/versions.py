@@ -32,7 +32,7 @@ RUNNERS = ("pytest>=8", "hypothesis>=6.100")  # for the tests; they are no promi
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
 OPTIONS = """
 import json, typer.main
-from bnfold.cli.app import app
+from bnfold.cli.commands import app
 commands = typer.main.get_command(app).commands
 print(json.dumps({name: sorted(p.name for p in command.params) for name, command in commands.items()}, sort_keys=True))
 """

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError, UsageError
+from bnfold.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,7 +23,7 @@ def family(model: Any) -> str:
         return "onnx"
     if (torch := sys.modules.get("torch")) is not None and isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         return "torch"
-    if (trace := sys.modules.get(f"{__name__}.torch.trace")) is not None and isinstance(model, trace.Traced):
+    if (trace := sys.modules.get(f"{__name__}.torch.export.trace")) is not None and isinstance(model, trace.Traced):
         return "torch"
     if isinstance(model, (str, Path)):
         raise UsageError(f"a model is expected, not a path: bnfold.load({str(model)!r})")
@@ -44,7 +44,7 @@ def as_ir(model: Any) -> ir.Model:
 
     if isinstance(model, ir.Model):
         return model
-    from .onnx.load import from_proto
+    from .onnx.files.load import from_proto
 
     return from_proto(model)
 
@@ -55,6 +55,6 @@ def as_given(made: ir.Model, model: Any) -> Any:
 
     if isinstance(model, ir.Model):
         return made
-    from .onnx.load import to_proto
+    from .onnx.files.load import to_proto
 
     return to_proto(made)

@@ -8,9 +8,10 @@ import signal
 import sys
 import warnings
 
-from ..overheard import COLOUR, heard, own_stderr
-from .annotate import annotate, wanted
-from .visible import visible
+from bnfold.capture import COLOUR, heard, own_stderr
+
+from .render.escape import visible
+from .render.github import annotate, wanted
 
 __all__ = ["main", "run"]
 
@@ -39,9 +40,10 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command; its exit status. Whatever goes wrong is one line on standard error, a traceback only with --debug."""
-    from ..processes import close
-    from .app import app
-    from .groups import Interrupted
+    from bnfold.recalibration.distributed import close
+
+    from .commands import app
+    from .options.groups import Interrupted
 
     debug = "--debug" in arguments
     heard.clear()
@@ -76,7 +78,7 @@ def _explain(error: Exception) -> int:
     """Say in one line what is wrong; the status that belongs to it."""
     import typer
 
-    from ..errors import BnfoldError
+    from bnfold.errors import BnfoldError
 
     usage = typer.BadParameter.__mro__[1]  # the parser's own error, in whichever module Typer keeps it
     if isinstance(error, BnfoldError):

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..report import Accuracy, PipelineReport, Report, VerifyReport, deployment_name
-from .rows import Row, levels, verified
+from bnfold.errors import InputError
+from bnfold.report import Accuracy, PipelineReport, Report, VerifyReport, deployment_name
+
+from .render.rows import Row, levels, verified
 
 TIMES, HARMLESS = 1.5, 1.0
 ERRORS = 2.0  # standard errors of the difference by which accuracy may fall

@@ -10,7 +10,7 @@ from . import _explain
 
 def main(paths: Sequence[str]) -> int:
     """0 where no BatchNorm of any of the models would fold, 1 where one would, else the status of the first that can't be read."""
-    from .. import api
+    from bnfold import api
 
     statuses = []
     for path in paths:

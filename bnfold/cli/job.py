@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 
-from ..certificate import sha256
-from ..processes import rank
-from ..report import InputFile, Report
-from .check import Check
-from .output import ready_to_write, write_text
-from .visible import visible
+from bnfold.certificate import sha256
+from bnfold.files import ready_to_write, write_text
+from bnfold.recalibration.distributed import rank
+from bnfold.report import InputFile, Report
+
+from .ci import Check
+from .render.escape import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ..data import Data
+    from bnfold.data import Data
 
 R = TypeVar("R", bound=Report)
 UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..ahead import in_pool, read_ahead
-from ..bad import MAX_BAD, Bad, BadSample, CorruptError
-from ..errors import DataError, UsageError
+from bnfold.errors import DataError, UsageError
+
+from .corrupt import MAX_BAD, Bad, BadSample, CorruptError
 from .inputs import Inputs, joined
+from .prefetch import in_pool, read_ahead
 from .samples import Run
 from .source import Array, Chunk, Counted, InputSpec, Source, counted
 

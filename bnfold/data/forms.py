@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bad import MAX_BAD
-from ..errors import DataError
+from bnfold.errors import DataError
+
 from .batches import Data
+from .corrupt import MAX_BAD
 from .samples import Run
 from .source import LABELS, Array, Chunk, InputSpec, Source
 
 if TYPE_CHECKING:
-    from ..images import ImageOptions
+    from .images import ImageOptions
 
 
 # An item of data in the form in which a model is called, lists and dicts nested in it, as arrays by input name; None for plain arrays.
@@ -73,7 +74,7 @@ def open_data(
     images are prepared. input_shapes: whole shapes by input name, where the model's are dynamic. shard, max_bad: see `Data`. column: the
     one of a table that goes into the model, where several could.
     """
-    from ..sources import open_source
+    from .open import open_source
 
     source = open_source(
         spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column, flat=flat

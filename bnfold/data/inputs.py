@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import DataError
-from ..values import check_type, convert, shape_text
+from bnfold.errors import DataError
+
 from .samples import Run, differing, fixed_size, holding, open_first
 from .source import Array, Batch, Chunk, Counted, InputSpec
+from .types import check_type, convert, shape_text
 
 WHOLE = "the rows of the inputs aren't samples of their own, so nothing is cut: each batch goes through as it is, and counts as one sample"
 

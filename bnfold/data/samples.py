@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BnfoldError, DataError, UnsupportedError
+from bnfold.errors import BnfoldError, DataError, UnsupportedError
+
 from .source import Array, Batch, InputSpec
 
 Run = Callable[[Batch], Mapping[str, Array]]  # a model's outputs by name, from its inputs by name

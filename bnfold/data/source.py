@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..ranges import Range
-from ..values import shape_text
+from .ranges import Range
+from .types import shape_text
 
 Array = npt.NDArray[Any]
 Batch = dict[str, Array]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.methods import Exact, IoffeSzegedy, Method, MovingAverage, Precise, Prior
+from bnfold.recalibration.methods import Exact, IoffeSzegedy, Method, MovingAverage, Precise, Prior
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHOWN = (8, 32, 128, 1024)  # in the table

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends.torch.trace import flat_outputs, quiet, trace
+from bnfold.backends.torch.export.trace import flat_outputs, quiet, trace
 from bnfold.report import FuseReport
-
-from .list import make
+from tests.architectures.list import make
 
 EXACT = 1e-9  # relative, in float64
 
@@ -74,8 +73,8 @@ def onnx_route(double: nn.Module, x: Tensor) -> dict[str, Any]:
 
     The reference is the file, not the module: ONNX states attributes (epsilon, the slopes of activations) in float32.
     """
-    from bnfold.backends.onnx.load import from_proto
-    from bnfold.backends.onnx.oracle import Oracle
+    from bnfold.backends.onnx.files.load import from_proto
+    from bnfold.backends.onnx.oracle.evaluator import Oracle
 
     proto = exported(double, x)
     fused, report = bnfold.fuse(proto, check=False)

@@ -32,7 +32,7 @@ def commands(source: Path, folder: Path) -> dict[str, list[str]]:
     """What is run, by name; each writes the file of its name in the folder."""
     tools = Path(sys.executable).parent
     plain = "import onnx, sys; onnx.save(onnx.load(sys.argv[1]), sys.argv[2])"
-    passed = "import sys; from bnfold.backends.onnx.load import load, save; save(load(sys.argv[1]), sys.argv[2], force=True)"
+    passed = "import sys; from bnfold.backends.onnx.files.load import load, save; save(load(sys.argv[1]), sys.argv[2], force=True)"
 
     def out(name: str) -> str:
         return str(folder / f"{name}.onnx")

@@ -19,8 +19,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import bnfold
+from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.fuse import fuse
-from bnfold.backends.torch.trace import trace
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -23,8 +23,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 import bnfold
-
-from .recalibrate import resnet18
+from tests.bench.recalibrate import resnet18
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = {"1 GiB": 1 << 30, "64 MiB": 64 << 20, "0": 0}

@@ -47,7 +47,7 @@ def main() -> None:
 
 def measured(kind: str, depth: int) -> dict[str, Any]:
     reference, candidate, data = (onnx_pair if kind == "onnx" else torch_pair)(depth)
-    from bnfold.verify import verify
+    from bnfold.verification.verify import verify
 
     seconds: dict[str, float] = {}
     start, used = time.perf_counter(), time.process_time()
@@ -85,7 +85,7 @@ def torch_pair(depth: int) -> tuple[Any, Any, Any]:
     import torch
 
     import bnfold
-    from bnfold.backends.torch.trace import trace
+    from bnfold.backends.torch.export.trace import trace
     from tests.vision import package
 
     torch.manual_seed(0)

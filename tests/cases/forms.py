@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 from onnx import helper, numpy_helper
 
-from .builder import Net
-from .case import Theme
-from .convolutions import conv_bn
-from .linear import gemm_bn, matmul_add_bn
+from tests.cases.builder import Net
+from tests.cases.case import Theme
+from tests.cases.convolutions import conv_bn
+from tests.cases.linear import gemm_bn, matmul_add_bn
 
 CASES = Theme()
 OVERRIDABLE = r"overrid|input|caller|constant"

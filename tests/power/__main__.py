@@ -16,7 +16,7 @@ from typing import Any
 
 from sweeps import Result, in_a_process, options, publish, sweep
 
-from .list import NAMES
+from tests.power.list import NAMES
 
 HALF = ("float16", "bfloat16")
 RIVALS = ("assert_close", "allclose 1e-3", "allclose", "Polygraphy")

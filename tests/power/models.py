@@ -19,11 +19,11 @@ from architectures.list import OWN, lively, make, measured
 from torch import nn
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto
-from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.backends.torch.subject import TorchSubject
-from bnfold.backends.torch.trace import quiet, trace
-from bnfold.subject import Runner
+from bnfold.backends.onnx.files.load import from_proto
+from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.torch.export.trace import quiet, trace
+from bnfold.backends.torch.model import TorchSubject
+from bnfold.model import Runner
 
 OPSET = 18
 

@@ -19,21 +19,20 @@ import onnx
 import torch
 
 import bnfold
-from bnfold.backends.onnx.load import from_proto
-from bnfold.backends.onnx.oracle import Oracle
-from bnfold.backends.onnx.run import Session
-from bnfold.backends.onnx.subject import OnnxSubject
-from bnfold.backends.torch.run import precise
-from bnfold.backends.torch.subject import TorchSubject
-from bnfold.backends.torch.trace import flat_outputs, to_numpy, trace
-from bnfold.correspondence import LIMIT
+from bnfold.backends.onnx.files.load import from_proto
+from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.oracle.evaluator import Oracle
+from bnfold.backends.onnx.runtime.session import Session
+from bnfold.backends.torch.export.trace import flat_outputs, to_numpy, trace
+from bnfold.backends.torch.model import TorchSubject
+from bnfold.backends.torch.runtime.session import precise
 from bnfold.report import VerifyReport
-from bnfold.verify import verify
-
-from .defects import DEFECTS, Net, OnnxNet, Site, TorchNet
-from .list import AS_MODULES, FUSES, IN_HALF, LIGHT
-from .models import ONNX_FOLDS, TORCH_FOLDS, RememberedOnnx, RememberedTorch, exported, light, network, own
-from .rivals import RIVALS
+from bnfold.verification.coefficients import LIMIT
+from bnfold.verification.verify import verify
+from tests.power.defects import DEFECTS, Net, OnnxNet, Site, TorchNet
+from tests.power.list import AS_MODULES, FUSES, IN_HALF, LIGHT
+from tests.power.models import ONNX_FOLDS, TORCH_FOLDS, RememberedOnnx, RememberedTorch, exported, light, network, own
+from tests.power.rivals import RIVALS
 
 SAMPLES, BATCH = 4, 2
 RIGHT = 1e-4  # of the largest output, in float64: rounding of float32 weights changes less, a wrong fold more

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...census import Held, kept
-from ...graph import Node
-from ...merge import always
-from ...plan import plan
-from ...report import FuseReport, Layer
-from .lower import Lowering
-from .walk import batchnorms, name_of
+from bnfold.algebra.graph import Node
+from bnfold.folding.branches import always
+from bnfold.folding.census import Held, kept
+from bnfold.folding.plan import plan
+from bnfold.report import FuseReport, Layer
+
+from .graph.walk import batchnorms, name_of
+from .lowering.lowering import Lowering
 from .write import inlined, write
 
 

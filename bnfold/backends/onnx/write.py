@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ... import rounding
-from ...affine import Array
-from ...graph import Graph, Node
-from ...merge import Merge
-from .constants import Constants
-from .lower import Native
-from .shapes import Shapes
-from .walk import all_graphs, all_nodes, nbytes, stored_tensor
+from bnfold.algebra import rounding
+from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Graph, Node
+from bnfold.folding.branches import Merge
+
+from .graph.constants import Constants
+from .graph.shapes import Shapes
+from .graph.walk import all_graphs, all_nodes, nbytes, stored_tensor
+from .lowering.lowering import Native
 
 SHAPE_ONLY = ("Shape", "Size")
 

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ...census import kept
-from ...errors import BnfoldError
-from ...plan import plan
-from ...report import Counts, FuseReport
-from .census import computed, held, of_constants, operators
-from .elsewhere import Other, Trial, own_call, shown
-from .lower import Lowering
-from .paths import Path, conflict, path_of, plain_name
-from .regions import has_regions
-from .trace import Traced, at_its_sizes, duplicate, require_copies
-from .write_module import write_module
-from .write_program import copy_program, write_program
+from bnfold.errors import BnfoldError
+from bnfold.folding.census import kept
+from bnfold.folding.plan import plan
+from bnfold.report import Counts, FuseReport
+
+from .export.census import computed, held, of_constants, operators
+from .export.other_calls import Other, Trial, own_call, shown
+from .export.regions import has_regions
+from .export.trace import Traced, at_its_sizes, duplicate, require_copies
+from .lowering.lowering import Lowering
+from .writing.module import write_module
+from .writing.paths import Path, conflict, path_of, plain_name
+from .writing.program import copy_program, write_program
 
 MOST_PATHS = 8  # of a module that are found by trying
 MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced

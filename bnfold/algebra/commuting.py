@@ -1,0 +1,253 @@
+"""Proofs, first half: the operators that let maps cross. `rules` is the table that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .affine import Affine, Array, Blocked
+from .graph import Node, Value
+from .rule import Rule, Step, identity
+
+
+def _fixed(a: Affine, node: Node) -> Affine:
+    """The map, or Blocked if it varies along an axis that the node mixes (a window slides along it, a sum runs over it)."""
+    if mixed := [axis for axis in a.varying if axis in node.attrs.get("mixes", ())]:
+        raise Blocked(f"the map varies along axis {mixed[0]}, which it mixes")
+    return a
+
+
+def _strict(a: Affine, node: Node) -> Affine:
+    """The map, or Blocked if it makes equal what the node must tell apart (the places of its maxima are used)."""
+    if node.attrs.get("strict") and (a.scale == 0).any():
+        raise Blocked("its indices are used and some of the map's scales are zero")
+    return a
+
+
+# --- one activation in, the map passes: a(f(x)) = f(a(x)) ---------------------------------------------------------------------
+
+
+def commutes(**conditions: bool) -> Rule:
+    """f(a(x)) = a(f(x)) for every map that meets the conditions (`Affine.require`) and is constant along the mixed axes.
+
+    Where each window holds one element (`attrs["picks"]`), f only picks positions, and there are no conditions.
+    """
+
+    def crosses(node: Node, a: Affine) -> Affine:
+        return _fixed(a, node) if node.attrs.get("picks") else _fixed(_strict(a, node), node).require(**conditions)
+
+    def up(node: Node, a: Affine) -> list[Step]:
+        if node.attrs.get("drops"):  # the mixed axes are gone from the output
+            a = a.map(lambda c: np.expand_dims(c, node.attrs["mixes"]))
+        return [Step([crosses(node, a)])]
+
+    def down(node: Node, maps: list[Affine]) -> list[Step]:
+        a = crosses(node, maps[0])
+        if node.attrs.get("drops"):
+            a = a.map(lambda c: np.squeeze(c, node.attrs["mixes"]))
+        return [Step([a])]
+
+    return Rule(up, down)
+
+
+def lookup_up(node: Node, a: Affine) -> list[Step]:
+    """a(x[i]) = a(x)[i] for any places i, where the map is the same for all that may be looked up.
+
+    From `axis` on, the places stand for `taken` of the input's axes, and `given` of the output's are theirs.
+    """
+    return [Step([_looked_up(node, a, node.attrs["given"], node.attrs["taken"])])]
+
+
+def lookup_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """The same, read the other way."""
+    return [Step([_looked_up(node, maps[0], node.attrs["taken"], node.attrs["given"])])]
+
+
+def _looked_up(node: Node, a: Affine, old: int, new: int) -> Affine:
+    axis = node.attrs["axis"]
+    if lost := [i for i in a.varying if axis <= i < axis + old]:
+        raise Blocked(f"the map varies along axis {lost[0]}, along which it looks up at computed places")
+    return a.map(lambda c: c.reshape(*c.shape[:axis], *(1,) * new, *c.shape[axis + old :]))
+
+
+def picks(sizes: Sequence[int | None], kernel: Sequence[int], dilation: Sequence[int], *, padded: bool) -> bool:
+    """Whether each window of a pool holds one element: along every axis its kernel is 1, or there is only one element to hold."""
+    spread = zip(sizes, kernel, dilation, strict=True)
+    return all((k == 1 and not padded) or (n == 1 and d == 1) for n, k, d in spread)
+
+
+def sum_up(node: Node, a: Affine) -> list[Step]:
+    """s*sum(x) + t = sum(s*x + t/n)."""
+    [step] = commutes().up(node, a)
+    b = step.maps[0]
+    return [Step([Affine(b.scale, b.shift / _terms(node) if b.shift.any() else b.shift)])]
+
+
+def sum_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """sum(s*x + t) = s*sum(x) + n*t."""
+    [step] = commutes().down(node, maps)
+    b = step.maps[0]
+    return [Step([Affine(b.scale, b.shift * _terms(node) if b.shift.any() else b.shift)])]
+
+
+def _terms(node: Node) -> int:
+    sizes = [n for axis, n in enumerate(node.inputs[0].sizes or ()) if axis in node.attrs["mixes"]]
+    if not sizes or None in sizes:
+        raise Blocked("it sums an unknown number of terms and the map's shift is not zero")
+    return int(np.prod([n for n in sizes if n is not None]))
+
+
+def _fill(node: Node) -> float:
+    """What it pads with, an earlier map's update included."""
+    return float(node.params["fill"].read()) if "fill" in node.params else float(node.attrs["fill"])
+
+
+def fill_up(node: Node, a: Affine) -> list[Step]:
+    """a(pad(x, v)) = pad(a(x), a(v)), if a(v) is one number."""
+    _fixed(a, node)
+    new = a(_fill(node))
+    if (new != new.flat[0]).any():
+        raise Blocked("it pads with one constant, which the map would make differ from channel to channel")
+    return _refilled(node, [a], float(new.flat[0]))
+
+
+def fill_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """pad(a(x), v) = a(pad(x, u)) with a(u) = v, if u is one number."""
+    a, fill = _fixed(maps[0], node), _fill(node)
+    if (a(fill) == fill).all():
+        return [Step([a])]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        old = (fill - a.shift) / a.scale
+    if not np.isfinite(old).all() or (old != old.flat[0]).any():
+        raise Blocked("it pads with one constant, which the map would make differ from channel to channel")
+    return _refilled(node, [a], float(old.flat[0]))
+
+
+def _refilled(node: Node, maps: list[Affine], fill: float) -> list[Step]:
+    if fill == _fill(node):
+        return [Step(maps)]
+    if "fill" not in node.params:
+        raise Blocked("it pads with zeros and the map's shift is not zero")
+    return [Step(maps, {"fill": Affine(np.zeros(()), np.asarray(fill))})]
+
+
+# --- several activations in -----------------------------------------------------------------------------------------------
+
+
+def _to_operand(a: Affine, value: Value) -> Affine:
+    """The map for one operand of a broadcasting operator."""
+    if value.rank is None:
+        raise Blocked(f"the rank of {value.name} isn't known")
+    return a.broadcast_from(value.rank, value.sizes)
+
+
+def add_up(node: Node, a: Affine) -> list[Step]:
+    """s*(x + y) + t = (s*x + t) + s*y: the shift goes to any one branch (with its sign)."""
+    signs = node.attrs.get("signs", (1,) * len(node.inputs))
+    options: list[Step] = []
+    reason = None
+    for k, sign in enumerate(signs if a.shift.any() else signs[:1]):
+        try:
+            options.append(
+                Step([_to_operand(Affine(a.scale, sign * a.shift) if i == k else a.linear, v) for i, v in enumerate(node.inputs)])
+            )
+        except Blocked as blocked:
+            reason = reason or blocked
+    if not options and reason:
+        raise reason
+    return options
+
+
+def add_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """(s*x + t) + (s*y + u) = s*(x + y) + (t + u): the scales must agree."""
+    scale = maps[0].scale
+    for a in maps[1:]:
+        if not (scale == a.scale).all():
+            raise Blocked("its branches would need the same scale")
+        scale = scale if scale.ndim >= a.scale.ndim and scale.size >= a.scale.size else a.scale
+    shift: Array = np.zeros(())
+    for sign, a in zip(node.attrs.get("signs", (1,) * len(maps)), maps, strict=True):
+        shift = shift + sign * a.shift
+    return [Step([_of_rank(Affine(scale, shift), node)])]
+
+
+def _of_rank(a: Affine, node: Node) -> Affine:
+    rank = node.output.rank if node.output.rank is not None else max((v.rank or 0) for v in node.inputs)
+    return a.map(lambda c: c.reshape((1,) * (rank - c.ndim) + c.shape)).settled()
+
+
+def mul_up(node: Node, a: Affine) -> list[Step]:
+    """s*(x*y) = (s*x)*y: the scale goes into any one factor."""
+    a.require(unshifted=True)
+    options: list[Step] = []
+    reason = None
+    for k in range(node.attrs.get("factors", len(node.inputs))):
+        try:
+            options.append(Step([_to_operand(a, v) if i == k else identity(v) for i, v in enumerate(node.inputs)]))
+        except Blocked as blocked:
+            reason = reason or blocked
+    if not options and reason:
+        raise reason
+    return options
+
+
+def mul_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """(s*x)*(r*y) = (s*r)*(x*y)."""
+    for i, a in enumerate(maps):
+        a.require(unshifted=True)
+        if i >= node.attrs.get("factors", len(maps)):
+            a.require(unscaled=True)  # a divisor
+    scale = maps[0].scale
+    for a in maps[1:]:
+        scale = scale * a.scale
+    return [Step([_of_rank(Affine(scale, np.zeros(())), node)])]
+
+
+def matmul_up(node: Node, a: Affine) -> list[Step]:
+    """s*(x@y) = (s*x)@y if s is constant along the columns, x@(s*y) if along the rows."""
+    a.require(unshifted=True)
+    options, last = [], a.rank - 1
+    reason = Blocked("the map varies along both the rows and the columns of a matrix product")
+    for k, along in ((0, last), (1, last - 1)):
+        if a.shape[along] != 1:
+            continue
+        try:
+            options.append(Step([_to_operand(a, v) if i == k else identity(v) for i, v in enumerate(node.inputs)]))
+        except Blocked as blocked:
+            reason = blocked
+    if not options:
+        raise reason
+    return options
+
+
+def matmul_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """(s*x)@(r*y) = s*r*(x@y) if s and r are constant along the axis that is summed over."""
+    for a, summed in zip(maps, (-1, -2), strict=True):
+        a.require(unshifted=True)
+        if a.rank and a.shape[summed] != 1:
+            raise Blocked("the map varies along the axis that the matrix product sums over")
+    return [Step([_of_rank(Affine(maps[0].scale * maps[1].scale, np.zeros(())), node)])]
+
+
+def chooses(**conditions: bool) -> Rule:
+    """Each output element is one of the inputs' elements (or their mean): f(a(x), a(y)) = a(f(x, y)).
+
+    The first `attrs["selectors"]` inputs only steer the choice and may carry no map.
+    """
+
+    def up(node: Node, a: Affine) -> list[Step]:
+        a.require(**conditions)
+        steers = node.attrs.get("selectors", 0)
+        return [Step([identity(v) if i < steers else _to_operand(a, v) for i, v in enumerate(node.inputs)])]
+
+    def down(node: Node, maps: list[Affine]) -> list[Step]:
+        steers = node.attrs.get("selectors", 0)
+        if not all(a.is_identity for a in maps[:steers]):
+            raise Blocked("the map would change what it chooses")
+        first, *others = maps[steers:]
+        if not all(first.same_as(a) for a in others):
+            raise Blocked("its branches would need the same map")
+        return [Step([_of_rank(max((first, *others), key=lambda a: a.scale.size), node).require(**conditions)])]
+
+    return Rule(up, down)

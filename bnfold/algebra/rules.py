@@ -1,0 +1,92 @@
+"""THE table: for every operator, which affine maps may cross it or end in it, and on what condition.
+
+A rule is the proof of one equation about its operator f, read in two directions:
+
+    up    a(f(x)) = f'(b(x))     a stands behind f: the maps b that must stand before its inputs instead
+    down  f(a(x)) = b(f'(x))     the maps a stand before f's inputs: the map b that comes out behind it
+
+f' is f with updated parameters. A rule returns its options, the best first, each a `Step` with the maps that go on and the
+updates; or it raises `Blocked` with the reason. The proofs themselves are in `crossing`, `moves` and `absorbing`.
+"""
+
+from __future__ import annotations
+
+from .absorbing import (
+    affine_down,
+    affine_up,
+    constant_up,
+    contraction_down,
+    contraction_up,
+    conv_down,
+    conv_up,
+    normalised_up,
+    recurrent_down,
+    table_up,
+)
+from .affine import Blocked
+from .commuting import (
+    add_down,
+    add_up,
+    chooses,
+    commutes,
+    fill_down,
+    fill_up,
+    lookup_down,
+    lookup_up,
+    matmul_down,
+    matmul_up,
+    mul_down,
+    mul_up,
+    sum_down,
+    sum_up,
+)
+from .graph import Node
+from .movement import move_down, move_up
+from .rule import Rule, Step, never
+
+ANY = commutes()
+INCREASING = commutes(increasing=True)
+STRETCHING = commutes(increasing=True, unshifted=True)
+MOVE = Rule(lambda node, a: [Step(move_up(node, a))], lambda node, maps: [Step([move_down(node, maps)])])
+NEVER_UP = never("nothing behind it can move before it")
+NEVER_DOWN = never("nothing before it can move behind it")
+
+RULES: dict[str, Rule] = {
+    # any map crosses
+    "Identity": ANY,  # a(x) = a(x); dropout at inference, a cast between float types
+    "Average": ANY,  # mean(s*x + t) = s*mean(x) + t; global, windowed without counted padding, or along axes
+    "Resize": ANY,  # weights that sum to 1 are a mean
+    "Crop": ANY,  # a slice by computed bounds
+    "Lookup": Rule(lookup_up, lookup_down),  # a(x[i]) = a(x)[i] for computed places i
+    "Move": MOVE,  # out[i] = in[source(i)]: the coefficients move as the data do
+    # maps that keep the order cross
+    "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise; of one element any map
+    # stretchings cross
+    "Relu": STRETCHING,  # relu(s*x) = s*relu(x) if s >= 0; leaky, parametric, absolute value, L1 and L2 norms
+    # maps that fix the fill cross
+    "Pad": Rule(fill_up, fill_down),  # a(pad(x, v)) = pad(a(x), a(v)); average pooling that counts its zeros
+    # several activations
+    "Sum": Rule(sum_up, sum_down),  # s*sum(x) + t = sum(s*x + t/n)
+    "Add": Rule(add_up, add_down),  # s*(x + y) + t = (s*x + t) + s*y
+    "Mul": Rule(mul_up, mul_down),  # s*(x*y) = (s*x)*y
+    "MatMul": Rule(matmul_up, matmul_down),  # s*(x@y) = (s*x)@y or x@(s*y)
+    "Mean": chooses(),  # mean(a(x), a(y)) = a(mean(x, y))
+    "Where": chooses(),  # c ? a(x) : a(y) = a(c ? x : y)
+    "Maximum": chooses(increasing=True),  # max(a(x), a(y)) = a(max(x, y)); min likewise
+    # the map ends here
+    "Conv": Rule(conv_up, conv_down),  # any group, 1-3 D, transposed or not
+    "Contraction": Rule(contraction_up, contraction_down),  # Linear, Gemm, MatMul by a constant, Einsum
+    "Affine": Rule(affine_up, affine_down),  # BatchNorm; Mul, Add, Sub, Div by a constant
+    "Normalisation": Rule(normalised_up, NEVER_DOWN),  # the affine part of LayerNorm, InstanceNorm, GroupNorm
+    "Table": Rule(table_up, NEVER_DOWN),  # Embedding
+    "Constant": Rule(constant_up, NEVER_DOWN),
+    "Recurrent": Rule(NEVER_UP, recurrent_down),  # LSTM, GRU, RNN: their input weights
+}
+
+
+def rule_of(node: Node) -> Rule:
+    """The node's rule; every operator without a row is a barrier."""
+    rule = RULES.get(node.op)
+    if rule is None:
+        raise Blocked(node.attrs.get("why", "no rule lets a map cross it"))
+    return rule

@@ -1,0 +1,1 @@
+"""ONNX files: what they hold, whether it is sound, reading and writing them."""

@@ -1,0 +1,217 @@
+"""Write an ONNX file: whole or not at all, and one weight at a time.
+
+The graph is serialised without its initializers, and these follow one by one, each behind the few bytes that describe it (see `wire`).
+So the peak of memory is the model and one weight, not three models, and a weight that is computed on demand is computed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from bnfold.errors import InputError, ModelError, UnsupportedError, UsageError
+
+from . import wire
+from .validate import with_maps
+
+EXTERNAL = "bnfold.external_data"  # in a graph's meta: whether its file kept weights in other files
+MAPS = "bnfold.maps"  # there too: the types that onnx_ir has no object for, by value
+ONE_FILE = 1_900_000_000  # bytes: readers refuse a protocol buffer of 2 GiB
+ALIGNMENT = 4096  # of weights in an external file, so that they can be mapped
+EMBEDDED = 1024  # bytes: smaller weights stay in the model file
+
+
+def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
+    """Write a model. Weights go beside it into `<name>.data` where the model had such a file, or would pass 2 GB.
+
+    Nothing is half-written: files appear when all are whole. A link is followed. The model isn't changed, and may have been read from
+    the same files. Raises UsageError where one exists and `force` isn't given, InputError where it can't be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; name a file in it")
+    target = path.resolve() if path.is_symlink() else path
+    weights = [_Weight(value) for value in model.graph.initializers.values()]
+    outside = bool(model.graph.meta.get(EXTERNAL)) or any(isinstance(w.tensor, ir.ExternalTensor) for w in weights)
+    if not outside and sum(w.nbytes for w in weights) <= ONE_FILE:
+        data_target = None
+    else:
+        data_target = target.with_name(target.name + ".data") if any(w.movable for w in weights) else None
+    for file in (target, data_target):
+        if file is not None and file.exists() and not force:
+            raise UsageError(f"{file}: the file exists; give another name, or --force to overwrite it")
+    try:
+        with _replacing(target, data_target) as (out, data):
+            if data is not None:
+                for weight in weights:
+                    weight.move(data, target.name + ".data")
+            _write(_skeleton(model), weights, out)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error}); choose another folder") from None
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto, with the types that onnx_ir doesn't hold."""
+    return with_maps(ir.to_proto(model), model.graph.meta.get(MAPS) or {})
+
+
+class _Weight:
+    """An initializer on its way into a file: what describes it, serialised, and its bytes, which are asked for once."""
+
+    def __init__(self, value: ir.Value) -> None:
+        if value.const_value is None:
+            raise ModelError(f"weight '{value.name}' has no data")
+        self.tensor = tensor = value.const_value
+        self.nbytes = tensor.nbytes if tensor.dtype != ir.DataType.STRING else 0
+        self.moved = False
+        if isinstance(tensor, (ir.TensorProtoTensor, ir.StringTensor)):  # kept as it is stored
+            self.proto = ir.to_proto(tensor)
+            self.proto.name = value.name or ""
+            self.raw = False
+            return
+        self.proto = onnx.TensorProto(dims=tensor.shape.numpy(), data_type=int(tensor.dtype), name=value.name)
+        if tensor.doc_string:
+            self.proto.doc_string = tensor.doc_string
+        for key, text in tensor.metadata_props.items():
+            self.proto.metadata_props.add(key=key, value=text)
+        self.raw = True
+
+    @property
+    def movable(self) -> bool:
+        """Whether its bytes may be in another file."""
+        return self.nbytes > EMBEDDED and (self.raw or self.proto.HasField("raw_data"))
+
+    @property
+    def size(self) -> int:
+        """The bytes that it will take in the model file, as the content of a field."""
+        return int(self.proto.ByteSize()) + (wire.framed(wire.RAW_DATA, self.nbytes) if self.raw else 0)
+
+    def move(self, data: IO[bytes], location: str) -> None:
+        """Put its bytes into an external file, unless they are few."""
+        if not self.movable:
+            return
+        data.write(bytes(-data.tell() % ALIGNMENT))
+        offset = data.tell()
+        self._put(data)
+        self.proto.ClearField("raw_data")
+        self.proto.data_location = onnx.TensorProto.EXTERNAL
+        for key, text in (("location", location), ("offset", str(offset)), ("length", str(self.nbytes))):
+            self.proto.external_data.add(key=key, value=text)
+        self.raw = False
+
+    def write(self, out: IO[bytes]) -> None:
+        """Write it as the content of a field, `size` bytes."""
+        out.write(self.proto.SerializeToString())
+        if self.raw:
+            out.write(wire.opening(wire.RAW_DATA, self.nbytes))
+            self._put(out)
+
+    def _put(self, file: IO[bytes]) -> None:
+        start = file.tell()
+        self.tensor.tofile(file)  # type: ignore[attr-defined]  # onnx_ir's protocol leaves it out
+        if file.tell() - start != self.nbytes:
+            raise RuntimeError(f"weight {self.proto.name} has {file.tell() - start} bytes, {self.nbytes} were announced")
+
+
+def _write(skeleton: onnx.ModelProto, weights: list[_Weight], out: IO[bytes]) -> None:
+    graph = skeleton.graph.SerializeToString()
+    functions = onnx.ModelProto(functions=skeleton.functions).SerializeToString()
+    skeleton.ClearField("graph")
+    skeleton.ClearField("functions")
+    head = skeleton.SerializeToString()
+    sizes = [weight.size for weight in weights]
+    length = len(graph) + sum(wire.framed(wire.INITIALIZER, size) for size in sizes)
+    if len(head) + length + len(functions) > ONE_FILE + (1 << 27):
+        raise UnsupportedError("the weights within subgraphs pass 2 GB, which a file can't hold; make them weights of the graph")
+    out.write(head + wire.opening(wire.GRAPH, length) + graph)
+    for weight, size in zip(weights, sizes, strict=True):
+        out.write(wire.opening(wire.INITIALIZER, size))
+        weight.write(out)
+    out.write(functions)
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model without its initializers, but with what is said about them elsewhere. The model isn't changed."""
+    graph = model.graph
+    nothing = ir.Tensor(np.zeros(0, np.float32))
+    shadows = []
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        plain = value.type == ir.TensorType(tensor.dtype) and value.shape == tensor.shape
+        shadow = ir.Value(name=value.name, type=None if plain else value.type, shape=None if plain else value.shape)
+        shadow.doc_string = value.doc_string
+        shadow.metadata_props.update(value.metadata_props)
+        shadow.meta.update(value.meta)
+        shadow.const_value = nothing
+        shadows.append(shadow)
+    view = ir.GraphView(
+        graph.inputs,
+        graph.outputs,
+        nodes=graph,
+        initializers=shadows,
+        doc_string=graph.doc_string,
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+        metadata_props=graph.metadata_props,
+    )
+    proto = ir.to_proto(
+        ir.Model(
+            view,  # type: ignore[arg-type]  # documented to work
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+            domain=model.domain,
+            model_version=model.model_version,
+            doc_string=model.doc_string,
+            functions=list(model.functions.values()),
+            metadata_props=model.metadata_props,
+            device_configurations=model.device_configurations,
+        )
+    )
+    del proto.graph.initializer[:]
+    return with_maps(proto, graph.meta.get(MAPS) or {})
+
+
+@contextlib.contextmanager
+def _replacing(target: Path, data_target: Path | None) -> Iterator[tuple[IO[bytes], IO[bytes] | None]]:
+    """Files that take the places of a model and of its data once both are whole; on any error all is as before."""
+    mark = f".{secrets.token_hex(4)}"
+    part = target.with_name(f".{target.name}{mark}.part")
+    data_part = data_target and data_target.with_name(f".{data_target.name}{mark}.part")
+    before = data_target and data_target.with_name(f".{data_target.name}{mark}.before")
+    try:
+        with contextlib.ExitStack() as stack:
+            data = stack.enter_context(open(data_part, "xb")) if data_part else None
+            out = stack.enter_context(open(part, "xb"))
+            yield out, data
+            for file in (data, out):
+                if file is not None:
+                    file.flush()
+                    os.fsync(file.fileno())
+        if data_target and data_part and before:
+            if data_target.exists():
+                os.replace(data_target, before)  # it belongs to the model that is still there
+            try:
+                os.replace(data_part, data_target)
+                os.replace(part, target)
+            except BaseException:
+                if before.exists():
+                    os.replace(before, data_target)
+                else:
+                    data_target.unlink(missing_ok=True)
+                raise
+        else:
+            os.replace(part, target)
+    finally:
+        for leftover in (part, data_part, before):
+            if leftover:
+                leftover.unlink(missing_ok=True)

@@ -1,0 +1,377 @@
+"""Whether each operator of a proto is what its specification says, as far as all later code takes it for granted.
+
+ONNX's own schemas know how many inputs and outputs an operator has, which may be left out, and the types of its attributes. Real files are
+sloppy, so what nobody reads may be odd: an attribute that this version of an operator has no more, an operator that is in no schema.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, defs
+
+from bnfold.errors import ModelError, UnsupportedError
+
+from .validate import domain_of, inner_graphs, label, nodes
+
+Dims = tuple[int, ...]
+FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data")
+SMALL = 128  # numbers: larger weights are no sizes or axes
+# What ONNX Runtime says of a model whose operators or versions it doesn't have, which tells nothing of the model.
+LACKS = ("No Op registered", "is not a registered", "opset", "IR version", "mport domain", "can't be loaded")
+LARGEST = 1 << 30  # numbers that an input may hold by the sizes that it states
+KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
+CHOICES = {  # of attributes that are one of a few words
+    "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
+    "direction": {"forward", "reverse", "bidirectional"},
+}
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+POOLS = ("MaxPool", "AveragePool", "LpPool")
+
+
+def check_operators(proto: ModelProto) -> None:
+    """Raises ModelError for a node, a function or an input that makes no sense, UnsupportedError for operators newer than is known."""
+    opsets = _opsets(proto, "the model")
+    for function in proto.functions:
+        _Scope(_opsets(function, f"function {_name(function)}"), True).check(function.node, {})
+    _check_calls(proto, opsets)
+    _Scope(opsets, False).check_graph(proto.graph, {})
+    inputs = {info.name: info for info in proto.graph.input}
+    for info in inputs.values():
+        _check_size(info)
+    for info in proto.graph.output:
+        if info.name in inputs and info.type != inputs[info.name].type:
+            raise ModelError(f"value '{info.name}' is an input and an output, of different types or shapes; export the model again")
+
+
+def _opsets(proto: ModelProto | FunctionProto, where: str) -> dict[str, int]:
+    opsets = {domain_of(entry.domain): entry.version for entry in proto.opset_import}
+    version, newest = opsets.get("", 1), defs.onnx_opset_version()
+    if version < 1:
+        raise ModelError(f"{where} says that it uses opset {version}, which there is none of; export it again")
+    if version > newest:
+        raise UnsupportedError(
+            f"{where} uses opset {version}, and onnx {onnx.__version__} knows none beyond {newest}; install a newer onnx"
+        )
+    return opsets
+
+
+class _Scope:
+    """The nodes that share their operator sets: those of the model, or those of a function."""
+
+    def __init__(self, opsets: Mapping[str, int], in_function: bool) -> None:
+        self.opsets, self.in_function = opsets, in_function
+
+    def check_graph(self, graph: GraphProto, outer: Mapping[str, Dims]) -> None:
+        self.check(graph.node, {**outer, **{t.name: tuple(t.dims) for t in graph.initializer}})
+
+    def check(self, nodes: Any, shapes: dict[str, Dims]) -> None:
+        """shapes: of the constants that are known by now, by name."""
+        for node in nodes:
+            texts = (node.op_type, node.domain, node.name, *node.input, *node.output, *(a.name for a in node.attribute))
+            if not all(isinstance(text, str) for text in texts):  # protocol buffers give bytes for what is no UTF-8
+                raise ModelError(f"a name of {label(node)} is no text; the file is damaged, get it again")
+            attributes = {a.name: a for a in node.attribute}
+            if len(attributes) < len(node.attribute):
+                name = Counter(a.name for a in node.attribute).most_common(1)[0][0]
+                raise ModelError(f"{label(node)} has its attribute '{name}' twice; export the model again")
+            if not self.in_function and (reference := next((a for a in node.attribute if a.ref_attr_name), None)):
+                raise ModelError(
+                    f"{label(node)} takes its attribute '{reference.name}' from a function, and is in none; export the model again"
+                )
+            if domain_of(node.domain) == "":
+                self._check_standard(node, attributes, shapes)
+            for inner in inner_graphs(node):
+                self.check_graph(inner, shapes)
+
+    def _check_standard(self, node: NodeProto, attributes: dict[str, AttributeProto], shapes: dict[str, Dims]) -> None:
+        if "" not in self.opsets and node.op_type != "Constant":
+            raise ModelError(f"{label(node)} is of the standard operators, whose version nothing states; export the model again")
+        version = self.opsets.get("", 1)
+        schema = _schema(node.op_type, version)
+        if schema is not None:
+            _check_arity(node, schema, version)
+        types = _types(node.op_type, version)
+        for name, attribute in attributes.items():
+            if name in types and attribute.type not in types[name]:
+                asked = " or ".join(KINDS[kind] for kind in types[name])
+                raise _wrong(node, f"its attribute '{name}' is of type {KINDS.get(attribute.type, '?')}, not {asked}")
+            if attribute.type == AttributeProto.STRING and not attribute.ref_attr_name:
+                _check_word(node, name, attribute.s)
+        if schema is not None:
+            for name, each in schema.attributes.items():
+                if each.required and name not in attributes:
+                    raise _wrong(node, f"its attribute '{name}' is missing, which opset {version} requires")
+        if node.op_type == "Constant":
+            _check_constant(node, shapes)
+        elif not any(a.ref_attr_name for a in attributes.values()):  # of which only the call knows the values
+            values = {name: _value(a) for name, a in attributes.items()}
+            dims = [shapes.get(name) if name else None for name in node.input]
+            if trouble := next(_troubles(node.op_type, values, dims, version), None):
+                raise _wrong(node, trouble)
+
+
+@cache
+def _schema(op_type: str, version: int) -> Any:
+    """The specification of a standard operator; None where there is none."""
+    try:
+        return defs.get_schema(op_type, version, "")
+    except defs.SchemaError:
+        return None
+
+
+@cache
+def _history() -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for schema in defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            found.setdefault(schema.name, []).append(schema)
+    return found
+
+
+@cache
+def _types(op_type: str, version: int) -> dict[str, tuple[int, ...]]:
+    """The types of an operator's attributes; of those that this version lacks, the types in others, since later code may read them."""
+    found: dict[str, set[int]] = {}
+    for schema in _history().get(op_type, ()):
+        for name, each in schema.attributes.items():
+            found.setdefault(name, set()).add(int(each.type.value))
+    schema = _schema(op_type, version)
+    own = {} if schema is None else {name: {int(each.type.value)} for name, each in schema.attributes.items()}
+    return {name: tuple(sorted(kinds)) for name, kinds in (found | own).items()}
+
+
+def _check_arity(node: NodeProto, schema: Any, version: int) -> None:
+    for what, given, low, high, formal in (
+        ("input", node.input, schema.min_input, schema.max_input, schema.inputs),
+        ("output", node.output, schema.min_output, schema.max_output, schema.outputs),
+    ):
+        if not low <= len(given) <= high:
+            asked = f"{low}" if low == high else f"at least {low}" if len(given) < low else f"at most {high}"
+            raise _wrong(node, f"it has {len(given)} {what}s, and opset {version} asks for {asked}")
+        for i, name in enumerate(given):
+            if not name and i < len(formal) and formal[i].option == defs.OpSchema.FormalParameterOption.Single:
+                raise _wrong(node, f"its {what} {formal[i].name} (number {i}) is left out, which opset {version} requires")
+
+
+def _check_word(node: NodeProto, name: str, word: bytes) -> None:
+    try:
+        text = word.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _wrong(node, f"its attribute '{name}' is no text") from None
+    if name in CHOICES and text not in CHOICES[name]:
+        raise _wrong(node, f"its attribute '{name}' is '{text[:40]}', which is none of {', '.join(sorted(CHOICES[name] - {''}))}")
+
+
+def _check_constant(node: NodeProto, shapes: dict[str, Dims]) -> None:
+    values = [a for a in node.attribute if a.name == "sparse_value" or a.name.startswith("value")]
+    if len(values) != 1:
+        raise _wrong(node, f"it states {len(values)} values, where it must be one")
+    if values[0].name == "value" and node.output and not values[0].ref_attr_name:
+        shapes[node.output[0]] = tuple(values[0].t.dims)
+
+
+def _troubles(op_type: str, values: dict[str, Any], dims: list[Dims | None], version: int) -> Iterator[str]:
+    """What is wrong with the parameters of an operator. dims: of the inputs that are constant, None for the others."""
+
+    def shape(i: int) -> Dims | None:
+        return dims[i] if i < len(dims) else None
+
+    if op_type == "BatchNormalization":
+        yield from _alike([shape(i) for i in range(1, 5)], ("scale", "bias", "mean", "variance"), spatial=bool(values.get("spatial", 1)))
+    elif op_type == "InstanceNormalization" or (op_type == "GroupNormalization" and version >= 21):
+        yield from _alike([shape(1), shape(2)], ("scale", "bias"), spatial=True)
+    elif op_type in ("Conv", "ConvTranspose"):
+        yield from _convolution(op_type, values, shape(1))
+    elif op_type in POOLS:
+        yield from _window(values, tuple(values.get("kernel_shape", ())))
+    elif op_type == "Gemm":
+        yield from (
+            f"its matrix {name} has the shape {found}" for name, i in (("A", 0), ("B", 1)) if (found := shape(i)) and len(found) != 2
+        )
+        if (found := shape(2)) is not None and len(found) > 2:
+            yield f"its C has the shape {found}, which is larger than a matrix"
+        if found and (matrix := shape(1)) is not None and len(matrix) == 2:
+            columns = matrix[0 if values.get("transB") else 1]
+            if found[-1] not in (1, columns):
+                yield f"its C has the shape {found}, and its product {columns} columns"
+    elif op_type in GATES:
+        yield from _recurrent(values, GATES[op_type], shape(1), shape(2), shape(3))
+    elif op_type == "Transpose" and "perm" in values:
+        if sorted(values["perm"]) != list(range(len(values["perm"]))):
+            yield f"its perm {list(values['perm'])} is no order of axes"
+    elif op_type == "Einsum":
+        left = values.get("equation", "").partition("->")[0]
+        if len(left.split(",")) != len(dims):
+            yield f"its equation '{values.get('equation', '')}' is not one of {len(dims)} operands"
+
+
+def _alike(found: list[Dims | None], names: tuple[str, ...], *, spatial: bool) -> Iterator[str]:
+    known = {name: dims for name, dims in zip(names, found, strict=True) if dims is not None}
+    odd = next((f"{name} has the shape {dims}" for name, dims in known.items() if spatial and len(dims) != 1), "")
+    if odd:
+        yield f"its {odd}, where it must be a vector"
+    if len(set(known.values())) > 1:
+        yield "its parameters differ in shape: " + ", ".join(f"{name} {dims}" for name, dims in known.items())
+
+
+def _convolution(op_type: str, values: dict[str, Any], weight: Dims | None) -> Iterator[str]:
+    groups, kernel = values.get("group", 1), tuple(values.get("kernel_shape", ()))
+    if groups < 1:
+        yield f"it has {groups} groups"
+    if weight is None:
+        yield from _window(values, kernel)
+        return
+    if len(weight) < 3:
+        yield f"its weight has the shape {weight}, which has no kernel"
+    elif groups > 0 and weight[0] % groups:
+        what = "output" if op_type == "Conv" else "input"
+        yield f"its {weight[0]} {what} channels aren't divided by its {groups} groups"
+    if kernel and kernel != weight[2:]:
+        yield f"its kernel_shape {kernel} isn't that of its weight, {weight[2:]}"
+    yield from _window(values, weight[2:])
+
+
+def _window(values: dict[str, Any], kernel: Dims) -> Iterator[str]:
+    if not kernel:
+        return
+    if min(kernel) < 1:
+        yield f"its kernel {kernel} is empty"
+    for name, count, least in (("strides", 1, 1), ("dilations", 1, 1), ("pads", 2, None), ("output_padding", 1, 0), ("output_shape", 1, 1)):
+        found = values.get(name, ())
+        if found and len(found) != count * len(kernel):
+            yield f"its {name} are {len(found)} numbers, and its kernel has {len(kernel)} axes"
+        if least is not None and found and min(found) < least:
+            yield f"its {name} {tuple(found)} hold a number below {least}"
+
+
+def _recurrent(values: dict[str, Any], gates: int, weight: Dims | None, again: Dims | None, bias: Dims | None) -> Iterator[str]:
+    directions = 2 if values.get("direction") == "bidirectional" else 1
+    for name, found, rank in (("input weight", weight, 3), ("recurrent weight", again, 3), ("bias", bias, 2)):
+        if found is not None and (len(found) != rank or found[0] != directions):
+            yield f"its {name} has the shape {found}, where it must have {rank} axes, the first for {directions} directions"
+            return
+    if weight is not None and again is not None and (weight[1] != again[1] or again[1] != gates * again[2]):
+        yield f"its weights {weight} and {again} don't fit each other"
+    if weight is not None and bias is not None and bias[1] != 2 * weight[1]:
+        yield f"its bias {bias} doesn't fit its weight {weight}"
+    if again is not None and values.get("hidden_size", again[2]) != again[2]:
+        yield f"its hidden_size is {values['hidden_size']}, and its weights have {again[2]}"
+
+
+def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
+    """Functions that call themselves, or are called with more than they take."""
+    by_name = {(domain_of(f.domain), f.name, f.overload): i for i, f in enumerate(proto.functions)}
+
+    def calls(nodes: Any) -> Iterator[int]:
+        for node in nodes:
+            index = by_name.get((domain_of(node.domain), node.op_type, node.overload))
+            if index is not None:
+                callee = proto.functions[index]
+                for what, given, takes in (("inputs", node.input, callee.input), ("outputs", node.output, callee.output)):
+                    if len(given) > len(takes):
+                        raise _wrong(node, f"it has {len(given)} {what}, and the function that it calls {len(takes)}")
+                yield index
+            for inner in inner_graphs(node):
+                yield from calls(inner.node)
+
+    callees = [set(calls(function.node)) for function in proto.functions]
+    left = set(range(len(callees)))
+    while ready := {i for i in left if not callees[i] & left}:
+        left -= ready
+    if left:
+        circle = ", ".join(sorted(_name(proto.functions[i]) for i in left)[:3])
+        raise ModelError(f"functions call each other in a circle ({circle}); export the model again")
+    called = [*calls(proto.graph.node)]
+    seen = set(called)
+    while called:
+        function = proto.functions[index := called.pop()]
+        for entry in function.opset_import:
+            domain = domain_of(entry.domain)
+            if opsets.get(domain, entry.version) != entry.version:
+                raise UnsupportedError(
+                    f"function {_name(function)} uses version {entry.version} of the operators '{domain or 'ai.onnx'}', and the model "
+                    f"{opsets[domain]}; export the model with one version"
+                )
+        called += callees[index] - seen
+        seen |= callees[index]
+
+
+def forget_unknown(proto: ModelProto) -> None:
+    """Take out the attributes that no version of a standard operator has, which mean nothing."""
+    for node in nodes(proto):
+        schemas = _history().get(node.op_type) if domain_of(node.domain) == "" else None
+        known = {name for schema in schemas or () for name in schema.attributes}
+        if schemas is not None and not known.issuperset(attribute.name for attribute in node.attribute):
+            kept = [attribute for attribute in node.attribute if attribute.name in known]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def misfit(proto: ModelProto) -> str:
+    """Why operators don't fit each other, by ONNX's own inference of types and shapes; "" if they do.
+
+    What the file says of inner values is not asked. Large weights tell their types and shapes alone.
+    """
+    graph = proto.graph
+    skeleton = ModelProto(ir_version=max(proto.ir_version, 4), opset_import=proto.opset_import, functions=proto.functions)
+    skeleton.graph.node.extend(graph.node)
+    skeleton.graph.input.extend(graph.input)
+    stated = {info.name for info in graph.input}
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) <= SMALL and any(tensor.HasField("raw_data") or getattr(tensor, field) for field in FIELDS):
+            skeleton.graph.initializer.append(tensor)
+        elif tensor.name not in stated:
+            skeleton.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    own = {name for node in graph.node if domain_of(node.domain) for name in node.output}
+    skeleton.graph.value_info.extend(info for info in graph.value_info if info.name in own)
+    for info in graph.output:
+        made = skeleton.graph.output.add()
+        made.CopyFrom(info)
+        if info.name not in own:
+            made.type.tensor_type.ClearField("shape")
+    try:
+        onnx.shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True, data_prop=True)
+    except Exception as error:  # it raises its own kind, and others for what it can't read
+        return " ".join(str(error).split()).removeprefix("[ShapeInferenceError] ")[:300]
+    return ""
+
+
+def refused(model: ir.Model) -> bool:
+    """Whether ONNX Runtime refuses a model for what it is, not because it lacks an operator or a version."""
+    from ..runtime.session import Session
+
+    try:
+        Session(model)
+    except UnsupportedError as error:
+        return not any(text in str(error) for text in LACKS)
+    except Exception:
+        return False
+    return False
+
+
+def _check_size(info: onnx.ValueInfoProto) -> None:
+    """An input that no machine holds: its sizes are wrong, and whoever feeds it would run out of memory."""
+    kind = info.type.tensor_type
+    dims = [dim.dim_value for dim in kind.shape.dim if dim.dim_value > 0]
+    if math.prod(dims) > LARGEST:
+        raise ModelError(f"input '{info.name}' states the sizes {dims}, more than {LARGEST:,} numbers; export the model with its true ones")
+
+
+def _value(attribute: AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(attribute)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _name(function: FunctionProto) -> str:
+    return f"{function.domain}::{function.name}"
+
+
+def _wrong(node: NodeProto, what: str) -> ModelError:
+    return ModelError(f"{label(node)} is not valid: {what}; export the model again")

@@ -1,0 +1,1 @@
+"""What an ONNX graph says of its values: constants, shapes, ranks, integers, uses."""

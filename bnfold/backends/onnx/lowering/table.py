@@ -1,0 +1,71 @@
+"""The table of this front-end: each ONNX operator in the terms of the rules.
+
+Every function lowers one node and returns None, or returns the clause that says why no map may cross it. What isn't in the
+table is a barrier. Specification: https://onnx.ai/onnx/operators, all opsets from 6.
+"""
+
+from __future__ import annotations
+
+from .absorbing import conv, einsum, gather, gemm, matmul, normalisation, recurrent
+from .affine import arithmetic, batchnorm, negation
+from .commuting import Lower, cast, clip, dropout, elementwise, identity, maximum, pad, prelu, reduced, resize, several, where, windowed
+from .movement import MOVES, sequence, taken
+
+OPERATORS: dict[str, Lower] = {
+    "BatchNormalization": batchnorm,
+    "Conv": conv,
+    "ConvTranspose": conv,
+    "DeformConv": conv,
+    "Gemm": gemm,
+    "MatMul": matmul,
+    "Einsum": einsum,
+    "Gather": gather,
+    "LSTM": recurrent,
+    "GRU": recurrent,
+    "RNN": recurrent,
+    "InstanceNormalization": normalisation,
+    "LayerNormalization": normalisation,
+    "GroupNormalization": normalisation,
+    "Add": arithmetic,
+    "Sub": arithmetic,
+    "Mul": arithmetic,
+    "Div": arithmetic,
+    "Neg": negation,
+    "Sum": several("Add"),
+    "Mean": several("Mean"),
+    "Max": maximum,
+    "Min": several("Maximum"),
+    "Where": where,
+    "Identity": identity,
+    "Dropout": dropout,
+    "Cast": cast,
+    "CastLike": cast,
+    "Relu": elementwise("Relu"),
+    "LeakyRelu": elementwise("Relu"),
+    "PRelu": prelu,
+    "Abs": elementwise("Relu"),
+    "Clip": clip,
+    "MaxPool": windowed("Max"),
+    "GlobalMaxPool": windowed("Max"),
+    "AveragePool": windowed("Average"),
+    "GlobalAveragePool": windowed("Average"),
+    "LpPool": windowed("Relu"),
+    "GlobalLpPool": windowed("Relu"),
+    "ReduceMean": reduced("Average"),
+    "ReduceSum": reduced("Sum"),
+    "ReduceMax": reduced("Max"),
+    "ReduceMin": reduced("Max"),
+    "ReduceL1": reduced("Relu"),
+    "ReduceL2": reduced("Relu"),
+    "Resize": resize,
+    "Upsample": resize,
+    "Pad": pad,
+    "SplitToSequence": sequence,
+    "SequenceConstruct": sequence,
+    "SequenceEmpty": sequence,
+    "SequenceInsert": sequence,
+    "SequenceErase": sequence,
+    "SequenceAt": taken,
+    "ConcatFromSequence": taken,
+    **{name: lower for name, lower in MOVES.items() if name not in ("Pad", "Gather")},
+}

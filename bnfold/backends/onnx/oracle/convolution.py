@@ -1,0 +1,353 @@
+"""Convolution and pooling of the float64 oracle: exact for all attributes, fast through BLAS, and within a bounded workspace.
+
+Shapes are [N, C, D1, ...] for 1 to 3 (or more) spatial axes. A window starts at `output * stride` on the padded input and
+steps by the dilation. Output sizes follow docs/Operators.md of the onnx repository (Conv, ConvTranspose, AveragePool, MaxPool).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .registry import Array, operator
+
+WORKSPACE = 1 << 26  # bytes of unfolded input at a time
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where windows lie, one number per spatial axis. before, after: padding (`after` is what the last window needs)."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[slice[int, int, int], ...]]]:
+        """Each element of the kernel, and the slice of the padded input that all windows together see there."""
+        for tap in itertools.product(*map(range, self.kernel)):
+            starts = [k * d for k, d in zip(tap, self.dilations, strict=True)]
+            yield tap, tuple(slice(a, a + (o - 1) * s + 1, s) for a, o, s in zip(starts, self.out, self.strides, strict=True))
+
+
+def windows(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int] | None,
+    dilations: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    auto_pad: str,
+    ceil_mode: int = 0,
+) -> Windows:
+    n = len(sizes)
+    strides, dilations = tuple(strides or (1,) * n), tuple(dilations or (1,) * n)
+    pads = tuple(pads or (0,) * 2 * n) if auto_pad in ("NOTSET", "") else (0,) * 2 * n
+    before, after, out = [], [], []
+    for i, (size, k, s, d) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
+        extent = (k - 1) * d + 1
+        begin, end = pads[i], pads[n + i]
+        if auto_pad.startswith("SAME"):
+            count = -(-size // s)
+            total = max(0, (count - 1) * s + extent - size)
+            begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
+            end = total - begin
+        else:
+            room = size + begin + end - extent
+            count = room // s + 1
+            # A window may be cut off by the end, but none may start behind the input and its leading padding.
+            if ceil_mode and room % s and count * s < size + begin:
+                count += 1
+        if count <= 0:
+            raise ValueError(f"a window of {extent} doesn't fit into {size} elements padded by {begin} and {end}")
+        before.append(begin)
+        after.append(max(end, (count - 1) * s + extent - size - begin))
+        out.append(count)
+    return Windows(tuple(kernel), strides, dilations, tuple(before), tuple(after), tuple(out))
+
+
+def _padded(x: Array, at: Windows, fill: float) -> Array:
+    """The input with its padding; a negative one cuts."""
+    sides = list(zip(at.before, at.after, strict=True))
+    cut: Any = (slice(None), slice(None), *(slice(max(0, -b), s - max(0, -a)) for (b, a), s in zip(sides, x.shape[2:], strict=True)))
+    widths = [(0, 0), (0, 0), *((max(0, b), max(0, a)) for b, a in sides)]
+    x = x[cut]
+    return np.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
+
+
+def _spread(bias: Array | None, rank: int) -> Array | float:
+    return 0.0 if bias is None else bias.reshape((-1,) + (1,) * (rank - 2))
+
+
+@operator("Conv")
+def conv(
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap; any other unfolds the input and multiplies matrices."""
+    at = windows(x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
+    n, c = x.shape[:2]
+    o, per_group = w.shape[:2]
+    if c != per_group * group or o % group:
+        raise ValueError(f"weights {w.shape} in {group} groups don't go with an input {x.shape}")
+    y = np.empty((n, o, *at.out))
+    if per_group == 1 and o == group:
+        for image in range(n):
+            padded = _padded(x[image : image + 1], at, 0)[0]
+            y[image] = 0
+            for tap, place in at.taps():
+                kernel_tap: Any = (slice(None), 0, *tap)
+                y[image] += w[kernel_tap].reshape(-1, *(1,) * len(at.out)) * padded[(slice(None), *place)]
+    else:
+        weights = w.reshape(group, o // group, -1)
+        for image in range(n):
+            padded = _padded(x[image : image + 1], at, 0)[0]
+            _unfolded_product(
+                weights, padded.reshape(group, per_group, *padded.shape[1:]), at, y[image].reshape(group, o // group, *at.out)
+            )
+    return (y + _spread(b, x.ndim) if b is not None else y,)
+
+
+def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
+    """y [G, O/G, *out] = weights [G, O/G, K] @ unfolded x [G, C/G, *padded], over as many output rows at a time as the workspace holds."""
+    group, per_group = x.shape[:2]
+    if math.prod(at.kernel) == 1 and set(at.strides) == {1}:
+        np.matmul(weights, x.reshape(group, per_group, -1), out=y.reshape(group, y.shape[1], -1))
+        return
+    row_bytes = 8 * group * weights.shape[2] * math.prod(at.out[1:])
+    rows = max(1, WORKSPACE // max(1, row_bytes))
+    for first in range(0, at.out[0], rows):
+        count = min(rows, at.out[0] - first)
+        columns = np.empty((group, per_group, *at.kernel, count, *at.out[1:]))
+        for tap, place in at.taps():
+            start = place[0].start + first * at.strides[0]
+            band = slice(start, start + (count - 1) * at.strides[0] + 1, at.strides[0])
+            under: Any = (slice(None), slice(None), *tap)
+            columns[under] = x[(slice(None), slice(None), band, *place[1:])]
+        y[:, :, first : first + count] = (weights @ columns.reshape(group, weights.shape[2], -1)).reshape(group, -1, count, *at.out[1:])
+
+
+@operator("ConvTranspose")
+def conv_transpose(
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    output_padding: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """Weights [C, O/group, *kernel]. Every input element adds its kernel to the output; then the padding is cut off."""
+    n, c = x.shape[:2]
+    kernel, spatial = w.shape[2:], x.ndim - 2
+    strides, dilations = tuple(strides or (1,) * spatial), tuple(dilations or (1,) * spatial)
+    extra = tuple(output_padding or (0,) * spatial)
+    natural = [(i - 1) * s + (k - 1) * d + 1 for i, s, k, d in zip(x.shape[2:], strides, kernel, dilations, strict=True)]
+    begins, out = [], []
+    for i, (size, full, s) in enumerate(zip(x.shape[2:], natural, strides, strict=True)):
+        if output_shape or auto_pad.startswith("SAME"):
+            wanted = output_shape[i - spatial] if output_shape else size * s
+            total = max(0, full + extra[i] - wanted)
+            begins.append(total // 2 if auto_pad == "SAME_UPPER" else total - total // 2)
+            out.append(wanted)
+        else:
+            begin, end = (pads[i], pads[spatial + i]) if pads and auto_pad != "VALID" else (0, 0)
+            begins.append(begin)
+            out.append(full + extra[i] - begin - end)
+    if min(begins) < 0:
+        raise NotImplementedError(f"negative padding {begins}")
+    per_group = w.shape[1]
+    weights = w.reshape(group, c // group, per_group, *kernel)
+    y = np.empty((n, group * per_group, *out))
+    at = Windows(tuple(kernel), strides, dilations, (), (), tuple(x.shape[2:]))
+    canvas = [max(f, a + o) for f, a, o in zip(natural, begins, out, strict=True)]
+    for image in range(n):
+        full_image = np.zeros((group, per_group, *canvas))
+        flat = x[image].reshape(group, c // group, -1)
+        for tap, place in at.taps():
+            one_tap: Any = (slice(None), slice(None), slice(None), *tap)
+            product = weights[one_tap].transpose(0, 2, 1) @ flat
+            full_image[(slice(None), slice(None), *place)] += product.reshape(group, per_group, *x.shape[2:])
+        kept = full_image[(slice(None), slice(None), *(slice(a, a + o) for a, o in zip(begins, out, strict=True)))]
+        y[image] = kept.reshape(-1, *out)
+    return (y + _spread(b, x.ndim) if b is not None else y,)
+
+
+@operator("AveragePool")
+def average_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """The divisor counts the elements of the window that lie on the input, or with `count_include_pad` on the input and its stated padding;
+    what `ceil_mode` adds at the end never counts."""
+    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    stated = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad)
+    total = _summed(x, at)
+    count: Array = np.ones(())
+    for i, size in enumerate(x.shape[2:]):
+        first, last = (-at.before[i], size + _stated_end(stated, i, pads, auto_pad)) if count_include_pad else (0, size)
+        places = np.arange(at.out[i])[:, None] * at.strides[i] - at.before[i] + np.arange(at.kernel[i]) * at.dilations[i]
+        count = np.multiply.outer(count, ((places >= first) & (places < last)).sum(1))
+    return (total / count,)
+
+
+def _stated_end(at: Windows, axis: int, pads: Sequence[int] | None, auto_pad: str) -> int:
+    """The padding at the end that the node asks for, be it in numbers or as SAME."""
+    if auto_pad.startswith("SAME"):
+        return at.after[axis]
+    return pads[len(at.out) + axis] if pads and auto_pad != "VALID" else 0
+
+
+def _summed(x: Array, at: Windows) -> Array:
+    padded = _padded(x, at, 0)
+    total = np.zeros((*x.shape[:2], *at.out))
+    for _, place in at.taps():
+        total += padded[(slice(None), slice(None), *place)]
+    return total
+
+
+@operator("LpPool", since=2)
+def lp_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    p: int = 2,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    return (_summed(np.abs(x) ** p, at) ** (1.0 / p),)
+
+
+@operator("MaxPool", counts_outputs=True)
+def max_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    storage_order: int = 0,
+    strides: Sequence[int] | None = None,
+    outputs: int = 1,
+) -> tuple[Array, ...]:
+    """Second output: where each maximum (its first, in order of the taps) lies in the flattened input, of the unpadded size."""
+    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    padded = _padded(x, at, -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min)
+    y: Array | None = None
+    where = np.zeros((*x.shape[:2], *at.out), np.int64)
+    if outputs > 1:
+        numbers = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:], order="F" if storage_order else "C")
+        numbers = _padded(numbers[None, None], at, 0)[0, 0]
+        images = np.arange(math.prod(x.shape[:2])).reshape(*x.shape[:2], *(1,) * len(at.out)) * math.prod(x.shape[2:])
+    for _, place in at.taps():
+        seen = padded[(slice(None), slice(None), *place)]
+        if outputs > 1:
+            better = np.ones(seen.shape, bool) if y is None else seen > y
+            where = np.where(better, images + numbers[place], where)
+        y = seen.copy() if y is None else np.maximum(y, seen, out=y)
+    assert y is not None
+    return (y, where)[:outputs]
+
+
+@operator("GlobalMaxPool")
+def global_max_pool(x: Array) -> tuple[Array, ...]:
+    return (x.max(tuple(range(2, x.ndim)), keepdims=True),)
+
+
+@operator("GlobalAveragePool")
+def global_average_pool(x: Array) -> tuple[Array, ...]:
+    return (x.mean(tuple(range(2, x.ndim)), keepdims=True),)
+
+
+@operator("GlobalLpPool")
+def global_lp_pool(x: Array, *, p: int = 2) -> tuple[Array, ...]:
+    return ((np.abs(x) ** p).sum(tuple(range(2, x.ndim)), keepdims=True) ** (1.0 / p),)
+
+
+# --- a convolution whose taps are moved by data ------------------------------------------------------------------------------------
+
+
+@operator("DeformConv", since=19)
+def deform_conv(
+    x: Array,
+    w: Array,
+    offset: Array,
+    b: Array | None = None,
+    mask: Array | None = None,
+    *,
+    dilations: Any = None,
+    group: int = 1,
+    kernel_shape: Any = None,
+    offset_group: int = 1,
+    pads: Any = None,
+    strides: Any = None,
+) -> tuple[Array, ...]:
+    """In two dimensions: each tap is read between four elements, by weights that are linear in its place; beyond the border lie zeros."""
+    if x.ndim != 4:
+        raise NotImplementedError(f"DeformConv in {x.ndim - 2} dimensions")
+    (count, channels, *_), (out, _, *kernel), size = x.shape, w.shape, offset.shape[2:]
+    taps = int(np.prod(kernel))
+    steps, spread, start = strides or (1, 1), dilations or (1, 1), (pads or (0, 0, 0, 0))[:2]
+    moved = offset.reshape(count, offset_group, taps, 2, *size)
+    weights = None if mask is None else mask.reshape(count, offset_group, taps, *size)
+    places = []
+    for axis in (0, 1):
+        along = [-1 if i == axis else 1 for i in (0, 1)]
+        at = (np.arange(size[axis]) * steps[axis] - start[axis]).reshape(along)
+        tap = (np.indices(kernel)[axis] * spread[axis]).reshape(taps, 1, 1)
+        places.append(at + tap + moved[:, :, :, axis])
+    y = np.empty((count, out, *size))
+    for n in range(count):
+        parts = x[n].reshape(offset_group, channels // offset_group, *x.shape[2:])
+        read = np.concatenate([_between(part, places[0][n, i], places[1][n, i]) for i, part in enumerate(parts)])
+        if weights is not None:
+            read *= np.repeat(weights[n], channels // offset_group, axis=0)
+        y[n] = np.einsum("gcthw,goct->gohw", read.reshape(group, -1, taps, *size), w.reshape(group, out // group, -1, taps)).reshape(
+            y[n].shape
+        )
+    return (y if b is None else y + b.reshape(-1, 1, 1),)
+
+
+def _between(x: Array, rows: Array, columns: Array) -> Array:
+    """[channels, ...] of an image [channels, height, width] at places between its elements."""
+    found = np.zeros((len(x), *rows.shape))
+    for step in itertools.product((0, 1), (0, 1)):
+        share, inside, index = np.ones(rows.shape), np.ones(rows.shape, bool), []
+        for place, up, size in zip((rows, columns), step, x.shape[1:], strict=True):
+            near = np.floor(place) + up
+            share = share * (1 - np.abs(place - near))
+            inside &= (near >= 0) & (near < size)
+            index.append(np.clip(near, 0, size - 1).astype(np.int64))
+        found += np.where(inside, share, 0.0) * x[:, index[0], index[1]]
+    return found

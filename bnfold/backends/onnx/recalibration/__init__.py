@@ -1,0 +1,1 @@
+"""Lockstep over an ONNX graph."""

@@ -1,0 +1,326 @@
+"""One stage of a model as an ONNX Runtime session of its own, with just its weights."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from bnfold.capture import overhearing
+from bnfold.data.types import shape_text
+from bnfold.errors import BnfoldError, DataError, DeviceError, UnsupportedError
+from bnfold.recalibration.distributed import threads
+from bnfold.recalibration.lockstep import NOTHING, Reading, Values
+from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure_samples, measure_through
+
+from ..graph.sequences import parts_of, without_sequences
+from ..graph.walk import attribute, open_axes
+from ..runtime.providers import assigned, honoured, name_nodes, one_line, resolve, runtime, start
+from .operations import OnnxCut, sources
+
+OLDEST = 7  # the first opset that ONNX Runtime has kernels for
+LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
+# Types that ONNX Runtime's Python interface takes by their bits only.
+BITS: dict[int, np.dtype[Any]] = {TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+Replaced = Mapping[ir.Node, Mapping[int, npt.NDArray[Any]]]
+Told = Mapping[ir.Node, tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]
+
+
+class OnnxStage:
+    """A session over the nodes of a `Cut` (none where there are no nodes: a BatchNorm right at the model's input).
+
+    kinds: the type of each value, as ONNX's number, as far as it is known; what the stage makes is added. replaced: for some
+    BatchNormalization nodes, arrays that stand in for the parameters at some inputs. told: for those that are normalised with what `run`
+    is told, the place of the call and its stored mean and variance. lacks: empty where ONNX Runtime runs the stage; where
+    it has no kernel for an operator in its type (float64 and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the
+    stage then runs in the float64 oracle, which is slow, and its results are rounded to their own types.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        cut: OnnxCut,
+        readings: list[Reading],
+        replaced: Replaced,
+        kinds: dict[str, int],
+        provider: str,
+        told: Told,
+    ) -> None:
+        self.readings = readings
+        self.needs = [_name(value) for value in cut.reads]
+        self.keeps = dict.fromkeys(_name(value) for value in cut.keeps)
+        self.lacks = ""
+        self._run: Callable[[dict[str, npt.NDArray[Any]]], Values] = lambda _: {}
+        self._takes: list[str] = []
+        self._told: dict[tuple[str | None, int], tuple[int, npt.NDArray[Any], npt.NDArray[Any]]] = {}
+        if not cut.nodes:
+            return
+        proto, lent = _proto(model, cut, replaced, kinds, told)
+        self._instead = partial(_evaluator, proto, lent, kinds)
+        self._told = {(node.outputs[0].name, index): told[node] for node in cut.nodes if node in told for index in (3, 4)}
+        of_calls = {_told_name(name, index) for name, index in self._told}
+        self._takes = [info.name for info in proto.graph.input if info.name not in of_calls]
+        self.lacks = "" if _opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
+        if not self.lacks:
+            try:
+                self._run = _Session(proto, lent, provider, kinds)
+                return
+            except _NoKernelError as error:
+                self.lacks = str(error)
+        resolve(provider)
+        self._run = self._instead()
+
+    def measure(self, array: npt.NDArray[Any], through: Pointwise | None = None) -> Moments | Samples:
+        return measure_samples(array) if through is None else measure_through(array, through)
+
+    def held(self, array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
+        return array
+
+    def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
+        feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
+        for (name, index), (call, *stored) in self._told.items():
+            fresh = own[call].mean if index == 3 else own[call].variance()
+            feeds[_told_name(name, index)] = fresh.astype(stored[index - 3].dtype).reshape(stored[index - 3].shape)
+        try:
+            return self._run(feeds)
+        except BnfoldError:
+            raise
+        except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
+            text = one_line(error)
+            if (
+                "does not support" in text or "not implemented" in text.lower()
+            ):  # some kernels say so only when they run (recurrent ones in float64)
+                self.lacks, self._run = text, self._instead()
+                return self._run(feeds)
+            shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
+            if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
+                raise DeviceError(f"not enough memory for {shapes}: {text}; use a smaller batch size") from None
+            raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+
+
+class _NoKernelError(Exception):
+    """ONNX Runtime knows the operator, but not in this type."""
+
+
+class _Session:
+    """ONNX Runtime over one stage, without graph optimisation."""
+
+    def __init__(self, proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], provider: str, kinds: dict[str, int]) -> None:
+        ort = runtime()
+
+        self._ort = ort
+        self._kinds = kinds
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.use_deterministic_compute = True
+        options.intra_op_num_threads = threads()
+        options.enable_cpu_mem_arena = False  # an arena gives nothing back while one of its values is held
+        # Threads that spin between two runs take the cores from whoever measures the results.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        name_nodes(proto.graph)
+        self._lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]  # the session reads the weights where they are
+        if lent:
+            options.add_external_initializers(list(lent), self._lent)
+        try:
+            self._session = start(proto.SerializeToString(), options, provider)
+        except UnsupportedError as error:
+            text = str(error).partition(": ")[2]
+            if "Could not find an implementation" in text:
+                raise _NoKernelError(text) from None
+            raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {text}") from None
+        honoured(assigned(self._session, provider), provider, lambda: proto)
+        outputs = self._session.get_outputs()
+        self._results = [output.name for output in outputs]
+        kinds.update({output.name: _kind(output.type, output.name) for output in outputs})
+        self._by_bits = any(kinds[info.name] in BITS for info in (*proto.graph.input, *outputs))
+
+    def __call__(self, feeds: dict[str, npt.NDArray[Any]]) -> Values:
+        with overhearing():
+            if not self._by_bits:
+                return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
+            lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
+            return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
+
+    def _lend(self, array: npt.NDArray[Any], kind: int) -> Any:
+        if kind in BITS:
+            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _evaluator(proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], kinds: dict[str, int]) -> Callable[..., Values]:
+    """The stage in the float64 oracle. Raises UnsupportedError, naming the operator, where that lacks one too."""
+    from ..oracle.evaluator import Oracle
+
+    for tensor in proto.graph.initializer:
+        if tensor.name in lent:
+            tensor.CopyFrom(_tensor(tensor.name, lent[tensor.name]))
+    oracle = Oracle(ir.from_proto(proto))
+
+    def run(feeds: dict[str, npt.NDArray[Any]]) -> Values:
+        made = oracle.run(feeds)
+        for name, array in made.items():
+            own = onnx.helper.tensor_dtype_to_np_dtype(kinds[name]) if name in kinds else array.dtype
+            made[name] = array.astype(own, copy=False)
+            kinds[name] = onnx.helper.np_dtype_to_tensor_dtype(own)
+        return made
+
+    return run
+
+
+def _proto(
+    model: ir.Model, cut: OnnxCut, replaced: Replaced, kinds: dict[str, int], told: Told
+) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+    """The stage as a model, and the large weights that go to the session beside it."""
+    nodes, leaves = _with_constants(cut, {**replaced, **{node: {3: mean, 4: variance} for node, (_, mean, variance) in told.items()}})
+    graph = onnx.GraphProto(name="stage")
+    names: set[str] = set()
+    for node in nodes:
+        made = ir.to_proto(node)
+        if made.name in names:  # ONNX Runtime refuses it
+            made.name = f"{made.name}:{_name(node.outputs[0])}"
+        names.add(made.name)
+        for index, array in replaced.get(node, {}).items():
+            made.input[index] = f"{node.outputs[0].name}:measured:{index}"
+            graph.initializer.append(_tensor(made.input[index], array))
+        if node in told:
+            for index, array in zip((3, 4), told[node][1:], strict=True):
+                name = made.input[index] = _told_name(node.outputs[0].name, index)
+                kinds[name] = ir.DataType.from_numpy(array.dtype).value
+                graph.input.append(onnx.helper.make_tensor_value_info(name, kinds[name], array.shape))
+        if node.op_type == "BatchNormalization":
+            _as_it_runs(node, made, _opset(model), given=node in told or node in replaced)
+        graph.node.append(made)
+    taken = set(cut.reads)
+    for value in cut.reads:
+        if not any(value in sources(node) for node in cut.nodes):
+            continue  # it is only measured
+        info = onnx.ValueInfoProto(name=_name(value))
+        if value.is_graph_input() and value.type is not None:
+            info = ir.to_proto(value)
+        else:
+            info.type.tensor_type.elem_type = kinds[_name(value)]
+        graph.input.append(info)
+    open_axes(graph)
+    without_sequences(graph, {_name(node.outputs[0]): parts for node in nodes if (parts := parts_of(node))}, _opset(model))
+    for value in cut.makes:
+        graph.output.append(onnx.ValueInfoProto(name=_name(value)))
+    lent: dict[str, npt.NDArray[Any]] = {}
+    for value in leaves:
+        if value in taken:
+            continue
+        tensor = value.const_value
+        if tensor is None:
+            raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
+        if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16) and tensor.nbytes >= LARGE:
+            entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+            entry.data_location = TensorProto.EXTERNAL
+            entry.external_data.add(key="location", value="in-memory")
+            lent[_name(value)] = np.require(tensor.numpy(), requirements=["C", "A"])
+        else:
+            entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+            if tensor.dtype == ir.DataType.STRING:
+                entry = ir.to_proto(tensor)
+                entry.name = _name(value)
+            else:
+                entry.raw_data = tensor.tobytes()
+        graph.initializer.append(entry)
+    proto = onnx.ModelProto(ir_version=max(model.ir_version or 8, 4), graph=graph)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
+    return proto, lent
+
+
+def _with_constants(cut: OnnxCut, replaced: Replaced) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The stage's nodes after those that compute the constants they read, and the stored values that all of these read."""
+    order: dict[ir.Node, None] = {}
+    leaves: dict[ir.Value, None] = {}
+    taken = set(cut.reads)
+    for node in cut.nodes:
+        stack = [(node, False)]
+        while stack:
+            current, ready = stack.pop()
+            if current in order:
+                continue
+            if ready:
+                order[current] = None
+                continue
+            stack.append((current, True))
+            out_of_use = replaced.get(current, {})
+            for value in (v for i, v in enumerate(sources(current)) if i not in out_of_use):
+                maker = value.producer()
+                if value in taken:
+                    continue
+                if maker is None:
+                    leaves[value] = None
+                elif maker not in order:
+                    stack.append((maker, False))
+    return list(order), list(leaves)
+
+
+def _tensor(name: str, array: npt.NDArray[Any]) -> TensorProto:
+    kind = ir.DataType.from_numpy(array.dtype)
+    return TensorProto(name=name, data_type=kind.value, dims=list(array.shape), raw_data=array.tobytes())
+
+
+def _as_it_runs(node: ir.Node, made: onnx.NodeProto, opset: int, given: bool) -> None:
+    """given: whether it has its statistics from outside, and so is out of training mode here.
+
+    Opset 7 and 8: spatial = 0 with one parameter per channel is a known malformation, which means spatial = 1.
+    """
+    mean = node.inputs[3].shape if node.inputs[3] is not None else None
+    drop = {"spatial"} if mean is not None and mean.rank() == 1 else set()
+    if given:
+        drop |= {"training_mode", "is_test"}
+        del made.output[1:]
+    kept = [a for a in made.attribute if a.name not in drop]
+    del made.attribute[:]
+    made.attribute.extend(kept)
+    if not given and attribute(node, "training_mode", 0):  # ONNX Runtime wants all outputs of it
+        made.output.extend(f"{made.output[0]}:unused:{i}" for i in range(len(made.output), 3))
+    if given and opset < 7:
+        made.attribute.append(onnx.helper.make_attribute("is_test", 1))
+
+
+def _told_name(name: str | None, index: int) -> str:
+    return f"{name}:told:{index}"
+
+
+def _kind(text: str, name: str) -> int:
+    """ONNX's number of ONNX Runtime's "tensor(float16)"."""
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    if f"tensor({inner})" != text:
+        raise UnsupportedError(f"{name!r} is a {text} that would have to wait between two BatchNorms; only tensors can")
+    names = {"float": "FLOAT", "double": "DOUBLE"}
+    return int(TensorProto.DataType.Value(names.get(inner, inner.upper())))
+
+
+def _borrow(value: Any) -> npt.NDArray[Any]:
+    """An array over the memory of an OrtValue, which lives as long as the array."""
+    kind = value.element_type()
+    if kind not in BITS:
+        array: npt.NDArray[Any] = value.numpy()
+        return array
+    shape = tuple(value.shape())
+    buffer = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    buffer.owner = value
+    bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
+    return bits.view(BITS[kind]).reshape(shape)
+
+
+def _opset(model: ir.Model) -> int:
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name
+    return value.name

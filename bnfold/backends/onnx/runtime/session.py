@@ -1,0 +1,264 @@
+"""A model on ONNX Runtime: what it takes, and a session on a named execution provider (see `providers`)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from bnfold.capture import overhearing
+from bnfold.data.random import check_feeds, random_feeds
+from bnfold.data.types import shape_text
+from bnfold.errors import DataError, DeviceError, UsageError
+from bnfold.model import Placement
+
+from ..files.save import to_proto
+from ..graph.inputs import inputs
+from ..graph.walk import nbytes, open_axes
+from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
+
+if TYPE_CHECKING:
+    from bnfold.data import Batch, InputSpec
+
+__all__ = ["Session", "check_feeds", "inputs", "random_feeds", "resolve", "self_contained", "stored_bytes"]
+
+# Protocol buffers can't hold more; the margin is for the graph around the weights.
+PROTO_LIMIT = 2**31 - 2**24
+# numpy has these types only through ml_dtypes, which ONNX Runtime's Python interface doesn't take.
+WIDENED: set[int] = {
+    TensorProto.BFLOAT16,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+}
+
+
+class Session:
+    """A model loaded into ONNX Runtime on one execution provider. The model itself isn't touched.
+
+    provider: "cpu", "cuda", "tensorrt", "openvino", "coreml", "dml" and so on, or ONNX Runtime's own name, with options as
+    "openvino:device_type=CPU". optimise: all of ONNX Runtime's graph optimisations, or none. precision: "full", or "as deployed", with the
+    coarser arithmetic that is the provider's default, such as TF32. outputs: inner values to return besides the model's outputs. threads:
+    per operator; 0 leaves it to ONNX Runtime. placement: which nodes run there; for ONNX Runtime before 1.24 known after the first run.
+    Raises UsageError (no such provider), DeviceError (not built in, not loadable or not honoured) or UnsupportedError (ONNX Runtime
+    refuses the model).
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        provider: str = "cpu",
+        optimise: bool = False,
+        outputs: Iterable[str] = (),
+        threads: int = 0,
+        precision: str = "full",
+    ) -> None:
+        ort = runtime()
+
+        self._asked = provider
+        self.provider = resolve(provider)
+        self._model = model
+        self._optional = set(model.graph.initializers)
+        self._widened: dict[str, np.dtype[Any]] = {}
+
+        options = ort.SessionOptions()
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+        options.use_deterministic_compute = True
+        options.intra_op_num_threads = threads
+
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # ONNX Runtime may map the weights: they live as long as the session
+        source = self._source(model, tuple(outputs))
+        self._profiling = self.provider != CPU and not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+        if self._profiling:
+            self._profile = tempfile.TemporaryDirectory(prefix="bnfold-", ignore_cleanup_errors=True)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._profile.name, "run"))
+        self._session = start(source, options, provider, precision=precision)
+        self.placement: Placement | None = assigned(self._session, provider)
+        honoured(self.placement, provider, lambda: _skeleton(model))
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    @property
+    def specs(self) -> list[InputSpec]:
+        """What the model is fed."""
+        return inputs(self._model)
+
+    def run(self, feeds: Batch) -> dict[str, np.ndarray]:
+        """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""
+        check_feeds(feeds, inputs(self._model, feeds), self._optional)
+        given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
+        with overhearing():
+            try:
+                results = self._session.run(self._outputs, given)
+            except Exception as error:
+                shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
+                text = one_line(error)
+                if "llocate memory" in text or "out of memory" in text.lower():
+                    raise DeviceError(f"not enough memory on {short(self.provider)} for {shapes}: {text}; use a smaller batch") from None
+                raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+        if self._profiling:
+            self._profiling = False
+            self.placement = profiled(self._session.end_profiling(), self._asked)
+            honoured(self.placement, self._asked, lambda: _skeleton(self._model))
+        named = zip(self._outputs, results, strict=True)
+        return {k: v.astype(self._widened[k]) if k in self._widened else v for k, v in named}
+
+    def _source(self, model: ir.Model, extra: tuple[str, ...]) -> bytes | str:
+        """What ONNX Runtime loads: bytes, or past the limit of protocol buffers a file with external data."""
+        large = stored_bytes(model) > PROTO_LIMIT
+        proto = self_contained(model, initializers=not large)
+        name_nodes(proto.graph)
+        _expose(proto, model, extra)
+        self._widened = _widen_interface(proto)
+        if not large:
+            return bytes(proto.SerializeToString())
+        self._folder = tempfile.TemporaryDirectory(prefix="bnfold-", ignore_cleanup_errors=True)
+        path = Path(self._folder.name, "model.onnx")
+        with open(path.with_suffix(".data"), "wb") as file:
+            for name, value in model.graph.initializers.items():
+                tensor = value.const_value
+                assert tensor is not None
+                data = tensor.tobytes()
+                file.write(b"\0" * (-file.tell() % 4096))  # aligned to pages, so that it can be mapped
+                entry = TensorProto(
+                    name=name, data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), data_location=TensorProto.EXTERNAL
+                )
+                for key, text in (("location", "model.data"), ("offset", file.tell()), ("length", len(data))):
+                    entry.external_data.add(key=key, value=str(text))
+                proto.graph.initializer.append(entry)
+                file.write(data)
+        path.write_bytes(proto.SerializeToString())
+        return str(path)
+
+
+def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
+    """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
+    proto = to_proto(model)
+    del proto.graph.initializer[:]
+    open_axes(proto.graph)
+    if initializers:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            assert tensor is not None
+            entry = ir.to_proto(tensor)
+            if entry.data_location == TensorProto.EXTERNAL:
+                entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
+            entry.name = name
+            proto.graph.initializer.append(entry)
+    else:
+        lean = onnx.ModelProto()
+        lean.CopyFrom(proto)  # what is deleted from a proto stays in its memory
+        proto = lean
+    base = next((str(t.base_dir) for t in _tensors(model) if isinstance(t, ir.ExternalTensor)), "")
+    for tensor in _tensor_protos(proto.graph):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, base)
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return proto
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model with the types of its initializers in place of these."""
+    proto = self_contained(model, initializers=False)
+    there = {info.name for info in proto.graph.input}
+    for name, value in model.graph.initializers.items():
+        if name not in there and (tensor := value.const_value) is not None:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.dtype.value, tensor.shape.numpy()))
+    return proto
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, those of subgraphs too."""
+    return sum(nbytes(t) for t in _tensors(model))
+
+
+def _tensors(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+
+
+def _tensor_protos(graph: onnx.GraphProto) -> Iterable[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _tensor_protos(body)
+
+
+def _expose(proto: onnx.ModelProto, model: ir.Model, names: tuple[str, ...]) -> None:
+    """Make inner values outputs. ONNX Runtime infers their types; those that must pass as another type are inferred here."""
+    inner = {value.name: value for node in model.graph for value in node.outputs}
+    there = {info.name for info in proto.graph.output}
+    infos = {}
+    for name in dict.fromkeys(names):
+        if name not in inner:
+            raise UsageError(f"the model computes no value {name!r}")
+        if name not in there:
+            infos[name] = onnx.ValueInfoProto(name=name)
+            dtype = inner[name].dtype
+            if dtype is not None and isinstance(inner[name].type, ir.TensorType):
+                infos[name].type.tensor_type.elem_type = dtype.value
+    if any(not info.HasField("type") for info in infos.values()) and _uses(proto, WIDENED):
+        bare = onnx.ModelProto()
+        bare.CopyFrom(proto)
+        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=False).graph.value_info
+        infos.update({info.name: info for info in inferred if info.name in infos})
+    proto.graph.output.extend(infos.values())
+
+
+def _uses(proto: onnx.ModelProto, types: set[int]) -> bool:
+    return any(i.type.tensor_type.elem_type in types for i in proto.graph.input) or any(
+        t.data_type in types for t in _tensor_protos(proto.graph)
+    )
+
+
+def _widen_interface(proto: onnx.ModelProto) -> dict[str, np.dtype[Any]]:
+    """Let inputs and outputs of types that numpy hasn't got pass as float32, which holds them exactly. Returns their own types by name."""
+    graph, own = proto.graph, {}
+    casts: tuple[list[onnx.NodeProto], list[onnx.NodeProto]] = ([], [])
+    filled = {t.name for t in graph.initializer}
+    for values, is_output in ((graph.input, False), (graph.output, True)):
+        for info in values:
+            kind = info.type.tensor_type.elem_type
+            if kind not in WIDENED or (not is_output and info.name in filled):
+                continue
+            own[info.name] = onnx.helper.tensor_dtype_to_np_dtype(kind)
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+            inner = info.name + ":stored"
+            _rename(graph, info.name, inner)
+            ends = (inner, info.name) if is_output else (info.name, inner)
+            casts[is_output].append(onnx.helper.make_node("Cast", ends[:1], ends[1:], to=TensorProto.FLOAT if is_output else kind))
+    for node in reversed(casts[0]):
+        graph.node.insert(0, node)
+    graph.node.extend(casts[1])
+    return own
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Rename a value in all nodes that write or read it, in subgraphs too."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name == old:
+                    names[i] = new
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _rename(body, old, new)
+                for info in body.output:
+                    if info.name == old:
+                        info.name = new

@@ -1,0 +1,160 @@
+"""What is constant in an exported program, and its value in float64.
+
+A constant is a parameter, a buffer that nothing writes to, a lifted tensor, or anything deterministic computed from these alone (weight
+normalisation, weight standardisation, a scale made of frozen statistics). Computed ones are evaluated in float64, so that what is folded
+is the function that the model states, not its rounding on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..runtime.widen import call, widened
+from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, overload, value_of, written
+
+KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor that the program holds. target: its qualified name; kind: PARAMETER, BUFFER or CONSTANT_TENSOR."""
+
+    target: str
+    kind: str
+    tensor: Tensor
+
+
+class Constants:
+    """written_to: whether what somebody writes into, without storing it, is no constant."""
+
+    def __init__(self, program: ExportedProgram, *, written_to: bool = True) -> None:
+        self._program = program
+        touched = {node for each in program.graph.nodes if mutates(each) for node in written(each)} if written_to else set()
+        changed = set(program.graph_signature.buffers_to_mutate.values())
+        self._stored: dict[str, Stored] = {}
+        for spec in program.graph_signature.input_specs:
+            target = spec.target
+            if spec.kind.name not in KINDS or target is None or target in changed:
+                continue
+            tensor = program.state_dict.get(target)
+            tensor = program.constants.get(target) if tensor is None else tensor
+            if isinstance(tensor, Tensor):
+                self._stored[spec.arg.name] = Stored(target, spec.kind.name, tensor)
+        self._known: dict[Node, bool] = {}
+        for node in program.graph.nodes:
+            self._known[node] = node not in touched and self._decide(node)
+        self._values: dict[Node, Any] = {}
+
+    def _decide(self, node: Node) -> bool:
+        if node.op == "placeholder":
+            return node.name in self._stored
+        if node.op == "get_attr":
+            return isinstance(self._attribute(node), Tensor)
+        if node.op != "call_function" or mutates(node) or not isinstance(value_of(node), (Tensor, list, tuple)):
+            return False
+        name = operator_name(node)
+        if FAKE_QUANTISERS.search(str(node.target)):  # what is folded would no longer be one of the few numbers
+            return False
+        if not name and getattr(node.target, "__name__", "") != "getitem":
+            return False
+        if RANDOM.search(name) or name.startswith(("empty", "new_empty")):
+            return False
+        sizes = value_of(node).shape if isinstance(value_of(node), Tensor) else ()
+        if any(isinstance(n, torch.SymInt) for n in sizes):
+            return False
+        return all(self._known.get(source, False) for source in _read(node))
+
+    def is_constant(self, node: Any) -> bool:
+        return isinstance(node, Node) and self._known.get(node, False)
+
+    def rounded_by(self, node: Any) -> str:
+        """The fake quantiser among the makers of a value that no input reaches; "" without one."""
+        by, stack, seen = "", [node] if isinstance(node, Node) else [], set[Node]()
+        while stack:
+            maker = stack.pop()
+            if maker.name in self._program.graph_signature.user_inputs:
+                return ""
+            if maker.op == "call_function" and FAKE_QUANTISERS.search(str(maker.target)):
+                by = str(maker.target).split(".")[1]
+            stack.extend(source for source in maker.all_input_nodes if source not in seen)
+            seen.update(maker.all_input_nodes)
+        return by
+
+    def stored(self, node: Any) -> Stored | None:
+        """The tensor of a constant that isn't computed."""
+        return self._stored.get(node.name) if isinstance(node, Node) and self.is_constant(node) else None
+
+    def roots(self, node: Node) -> list[Node]:
+        """The stored tensors that a constant is computed from."""
+        found: dict[Node, None] = {}
+        seen, stack = {node}, [node]
+        while stack:
+            each = stack.pop()
+            if self.stored(each) is not None:
+                found[each] = None
+            stack += [source for source in _read(each) if source not in seen]
+            seen.update(_read(each))
+        return list(found)
+
+    def ends(self, node: Node) -> list[tuple[Node, Node]]:
+        """Who reads a constant, and what they read: the constant itself or what is computed from it alone."""
+        found, seen, stack = [], {node}, [node]
+        while stack:
+            each = stack.pop()
+            for user in each.users:
+                if self.is_constant(user):
+                    stack += [user] * (user not in seen)
+                    seen.add(user)
+                else:
+                    found.append((user, each))
+        return found
+
+    def get(self, node: Any) -> npt.NDArray[Any] | None:
+        """The constant's array, floats in float64; None for what isn't a constant tensor, or that can't be evaluated."""
+        if not self.is_constant(node):
+            return None
+        tensor = self.tensor(node)
+        return tensor.numpy() if isinstance(tensor, Tensor) else None
+
+    def tensor(self, node: Node) -> Any:
+        """The same as a tensor on the CPU, or as the list or tuple that some operators give."""
+        if node not in self._values:
+            stored = self.stored(node)
+            if stored is not None:
+                return widened(stored.tensor)  # not kept: the weights of a large model would be held twice
+            self._values[node] = widened(self._attribute(node)) if node.op == "get_attr" else self._computed(node)
+        return self._values[node]
+
+    def _attribute(self, node: Node) -> Any:
+        found: Any = self._program.graph_module
+        for name in str(node.target).split("."):
+            found = getattr(found, name, None)
+        return found
+
+    def _computed(self, node: Node) -> Any:
+        if len(_read(node)) < len(node.all_input_nodes):
+            return self.tensor(_read(node)[0])
+        try:
+            return call(node, self.tensor)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return None
+
+
+def _read(node: Node) -> list[Node]:
+    """The tensors whose numbers an operator reads: a cast to another tensor's type reads only what it casts."""
+    cast = operator_name(node) == "type_as" or (operator_name(node) == "to" and overload(node) == "other")
+    return node.all_input_nodes[:1] if cast else node.all_input_nodes
+
+
+def as_float64(tensor: Tensor) -> npt.NDArray[np.float64]:
+    """A stored tensor as an array."""
+    array: npt.NDArray[np.float64] = widened(tensor).numpy()
+    return array

@@ -1,0 +1,96 @@
+"""Exported programs without operators that write into their arguments, whose order would matter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node as Op
+
+from ..lowering.lowering import entangled, functional
+from ..writing.program import graph_copy
+from .constants import Constants
+from .trace import quiet
+from .walk import mutates, viewed, written
+
+
+def without_writing(program: ExportedProgram) -> ExportedProgram:
+    """The same program with `relu` for `relu_`: who reads a tensor after it was written to reads what was written.
+
+    By renaming where the data flow shows all readers, which costs nothing; else by torch's own functionalisation.
+    """
+    if not any(mutates(op) for op in program.graph.nodes):
+        return program
+    if entangled(program):
+        return functional(program)
+    module, copies = graph_copy(program)
+    writers = [op for op in copies.values() if mutates(op)]
+    if any(_functional(op) is None for op in writers):
+        return functional(program)
+    for op in writers:
+        _rewrite(op)
+    module.recompile()
+    with quiet():
+        found: ExportedProgram = program._update(module, program.graph_signature)
+    return found
+
+
+def settled(program: ExportedProgram) -> ExportedProgram:
+    """The same program without writing into what is computed from its weights alone, such as `(variance + epsilon).rsqrt_()`.
+
+    So that these are constants too. What somebody writes into a stored tensor stays: the next call reads it.
+    """
+    if not any(mutates(op) for op in program.graph.nodes) or entangled(program):
+        return program
+    module: torch.fx.GraphModule | None = None
+    found = program
+    while ops := list(_on_constants(found)):
+        if module is None:
+            module, copies = graph_copy(program)
+            ops = [copies[op] for op in ops]
+        for op in ops:
+            _rewrite(op)
+        module.recompile()
+        with quiet():
+            found = program._update(module, program.graph_signature)
+    return found
+
+
+def _on_constants(program: ExportedProgram) -> Iterator[Op]:
+    """The operators that write into what is computed from weights alone, by what is too."""
+    constants = Constants(program, written_to=False)
+    for op in program.graph.nodes:
+        if not mutates(op) or not all(map(constants.is_constant, op.all_input_nodes)) or _functional(op) is None:
+            continue
+        root = op.args[0]
+        while (source := viewed(root)) is not None:
+            root = source
+        if constants.stored(root) is None and root.op == "call_function":
+            yield op
+
+
+def _rewrite(op: Op) -> None:
+    """Let an operator that writes into its first argument give a new tensor, which all behind it read."""
+    other = _functional(op)
+    assert other is not None
+    behind = set(itertools.takewhile(lambda each: each is not op, reversed(op.graph.nodes)))
+    target = op.args[0]
+    assert isinstance(target, Op)
+    target.replace_all_uses_with(op, delete_user_cb=behind.__contains__)
+    op.target = other
+
+
+def _functional(op: Op) -> torch._ops.OpOverload | None:
+    """The form of an operator that writes into its first argument, and nowhere else, that gives a new tensor."""
+    target = op.target
+    assert isinstance(target, torch._ops.OpOverload)
+    if written(op) != [op.args[0]]:
+        return None
+    packet = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
+    forms = (
+        [] if packet is None else [getattr(packet, name) for name in (target._overloadname, *packet.overloads()) if hasattr(packet, name)]
+    )
+    taken = [(a.name, str(a.type)) for a in target._schema.arguments]  # pow.Scalar takes other arguments than pow_.Scalar
+    return next((form for form in forms if [(a.name, str(a.type)) for a in form._schema.arguments] == taken), None)

@@ -1,0 +1,1 @@
+"""Files of PyTorch: what they hold, reading and writing them."""

@@ -1,0 +1,76 @@
+"""The network that a checkpoint's weights belong to: a function that the user names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bnfold.errors import UsageError
+
+Arch = str | Callable[..., nn.Module]
+
+
+def build(arch: Arch, args: Mapping[str, Any] | None) -> nn.Module:
+    """The network in evaluation mode. arch: "package.module:factory", "FILE.py:FACTORY", or the factory itself; args: by name.
+
+    Raises UsageError where there is no such factory, where it fails, or where it gives no module.
+    """
+    name = arch if isinstance(arch, str) else getattr(arch, "__qualname__", repr(arch))
+    factory = _found(arch) if isinstance(arch, str) else arch
+    try:
+        module = factory(**dict(args or {}))
+    except Exception as error:  # the user's code may raise anything
+        raise UsageError(
+            f"--arch {name}: it fails with {type(error).__name__}: {_one_line(error)}; see --arch-args for its arguments"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"--arch {name}: it gives an object of type {type(module).__name__}, not a torch.nn.Module")
+    return module.eval()
+
+
+def _found(arch: str) -> Callable[..., nn.Module]:
+    place, colon, name = arch.rpartition(":")
+    if not colon or not place or not name:
+        raise UsageError(f"--arch {arch}: write it as package.module:factory or FILE.py:FACTORY")
+    try:
+        found: Any = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--arch {arch}: there is no module {error.name!r}; install it, or give the path of a file") from None
+    except UsageError:
+        raise
+    except Exception as error:  # importing runs the user's code
+        raise UsageError(f"--arch {arch}: importing it fails with {type(error).__name__}: {_one_line(error)}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"--arch {arch}: {place} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"--arch {arch}: {name!r} is of type {type(found).__name__}, which can't be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"--arch {path}: no such file")
+    name = f"bnfold_arch_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # classes of the file can then be pickled and inspected
+    sys.path.insert(0, str(path.resolve().parent))  # what stands beside it can be imported
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,0 +1,186 @@
+"""The state dict in what training scripts save, and putting it into a network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnfold.errors import ModelError
+
+from ..writing.surgery import Surgery, rebuild
+
+RECORD = "bnfold"  # where a folded state dict keeps what was folded
+# Where training scripts nest the state dict, what they mean by default first.
+NESTS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+    "generator",
+    "backbone",
+    "model_ema",
+    "ema_state_dict",
+    "state_dict_ema",
+    "ema",
+    "ema_model",
+    "student",
+    "teacher",
+    "shadow",
+)
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "net.",
+    "network.",
+    "backbone.",
+    "encoder.",
+    "ema.",
+    "student.",
+    "teacher.",
+    "_forward_module.",
+)
+COUNTERS = ("total_ops", "total_params")  # buffers that a profiler (thop) leaves in each module
+SHOWN = 3  # names of each kind in an error
+
+Say = Callable[[str], None]
+
+
+def state_of(found: Any, where: str, say: Say) -> tuple[dict[str, Tensor], Surgery | None]:
+    """The state dict in a checkpoint, and what was folded in it. Raises ModelError where there is none."""
+    surgery = None
+    path: list[str] = []
+    while isinstance(found, Mapping) and not _is_state(found):
+        if isinstance(record := found.get(RECORD), Mapping):
+            surgery = Surgery.from_dict(record)
+        nests = [key for key in NESTS if isinstance(found.get(key), Mapping) and _holds_tensors(found[key])]
+        if not nests:
+            break
+        if len(nests) > 1:
+            say(f"{where} also holds {', '.join(map(repr, nests[1:]))}, which isn't used")
+        path.append(nests[0])
+        found = found[nests[0]]
+    if not isinstance(found, Mapping) or not _is_state(found):
+        held = ", ".join(map(repr, list(found)[:6])) if isinstance(found, Mapping) else type(found).__name__
+        raise ModelError(f"{where}: no state dict in it (it holds {held}); save model.state_dict()")
+    if path:
+        say(f"{where}: the weights are those under {'.'.join(path)!r}")
+    return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}, surgery
+
+
+def _is_state(found: Mapping[Any, Any]) -> bool:
+    """Weights by name; beside them a training script's own numbers may stand, but no deeper dicts of tensors."""
+    tensors = [key for key, value in found.items() if isinstance(value, Tensor)]
+    others = [value for value in found.values() if isinstance(value, Mapping) and _holds_tensors(value)]
+    return bool(tensors) and not others and len(tensors) >= len(found) / 2
+
+
+def _holds_tensors(found: Any) -> bool:
+    return isinstance(found, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in found.values())
+
+
+def surgery_of(metadata: Mapping[str, str] | None) -> Surgery | None:
+    """What was folded, from the metadata of a safetensors file."""
+    text = (metadata or {}).get(RECORD)
+    if text is None:
+        return None
+    try:
+        return Surgery.from_dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the file's record of what was folded is damaged: {error}") from None
+
+
+def put(
+    state: dict[str, Tensor], module: nn.Module, surgery: Surgery | None, where: str, say: Say, ignore: Sequence[str] = ()
+) -> nn.Module:
+    """The network with these weights, in their types. ignore: patterns of names that may be there and mean nothing.
+
+    Raises ModelError with a short list where they don't fit.
+    """
+    if surgery is not None:
+        module = rebuild(module, surgery)
+        say(f"{where}: the weights are of a network that bnfold folded, and so is the network now")
+    wanted = module.state_dict()
+    state = _without_ignored(state, wanted, ignore, where, say)
+    state, prefix = _without_prefixes(state, wanted)
+    if prefix:
+        say(f"{where}: the names of the weights begin with {prefix!r}, which was left out")
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = [name for name in wanted if name not in state and name not in counters]
+    extra = [name for name in state if name not in wanted and not name.endswith("num_batches_tracked") and name != "n_averaged"]
+    odd = [name for name in state if name in wanted and not is_lazy(wanted[name]) and state[name].shape != wanted[name].shape]
+    if missing or extra or odd:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} of {len(wanted)} are missing ({_few(missing)})")
+        if extra:
+            parts.append(f"{len(extra)} aren't in the architecture ({_few(extra)})")
+        if odd:
+            shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in odd]
+            parts.append(f"{len(odd)} have another shape ({_few(shapes)})")
+        remedy = "give the --arch that they were trained with"
+        if extra:
+            remedy += f", or pass over what means nothing to it with --ignore-keys PATTERN, such as {shlex.quote(_pattern(extra[0]))}"
+        raise ModelError(f"{where}: the weights don't fit the architecture: {'; '.join(parts)}; {remedy}")
+    fitting = {name: tensor for name, tensor in state.items() if name in wanted}
+    module.load_state_dict(fitting, strict=False, assign=True)
+    return module
+
+
+def _without_ignored(
+    state: dict[str, Tensor], wanted: Mapping[str, Any], patterns: Sequence[str], where: str, say: Say
+) -> dict[str, Tensor]:
+    """The state without what the user passes over, and without profilers' counters, which the architecture lacks as it stands."""
+    counters = {name for name in COUNTERS if not any(key.rpartition(".")[2] == name for key in wanted)}
+    asked = [key for key in state if any(fnmatchcase(key, pattern) for pattern in patterns) and not _is_wanted(key, wanted)]
+    found = [key for key in state if key not in asked and key.rpartition(".")[2] in counters]
+    for keys, what in ((asked, "passed over, as asked"), (found, "counters of a profiler, passed over")):
+        if keys:
+            say(f"{where}: {what}: {_few(keys)}")
+    if unused := [pattern for pattern in patterns if not any(fnmatchcase(key, pattern) for key in state)]:
+        say(f"{where}: no key matches {', '.join(map(repr, unused))}")
+    return {key: tensor for key, tensor in state.items() if key not in {*asked, *found}}
+
+
+def _is_wanted(key: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a weight of this name, perhaps behind a wrapper's prefix."""
+    parts = key.split(".")
+    return any(".".join(parts[i:]) in wanted for i in range(len(parts)))
+
+
+def _pattern(key: str) -> str:
+    """What matches all keys of a layer."""
+    layer = key.rpartition(".")[0]
+    return f"*{layer}.*" if layer else key
+
+
+def _without_prefixes(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Prefixes of wrappers go, as long as more names fit without them."""
+    gone = ""
+    while True:
+        for prefix in PREFIXES:
+            inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            rest = [name for name in state if not name.startswith(prefix) and name != "n_averaged"]
+            if inside and not rest and _fit(inside, wanted) >= _fit(state, wanted) and not _fit(state, wanted):
+                state, gone = inside, gone + prefix
+                break
+        else:
+            return state, gone
+
+
+def _fit(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
+    return sum(name in wanted for name in state)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

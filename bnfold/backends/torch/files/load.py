@@ -1,0 +1,149 @@
+"""Read a PyTorch model: a checkpoint with its architecture, a pickled module, or an exported program. Nothing is unpickled unasked."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from bnfold.certificate import KEY, attach, text_in_archive
+from bnfold.errors import ModelError, UnsupportedError, UsageError
+
+from ..export.trace import quiet
+from .architecture import Arch, build
+from .archive import check_archive
+from .checkpoint import Say, put, state_of, surgery_of
+
+NEEDS_ARCH = "weights without a network; say what builds it, with --arch package.module:factory or --arch FILE.py:FACTORY"
+
+
+def load(
+    path: str | Path,
+    kind: str,
+    *,
+    arch: Arch | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    ignore_keys: Sequence[str] = (),
+    say: Say = lambda text: None,
+) -> nn.Module | ExportedProgram:
+    """The model in a file. kind: what `kinds.kind_of` found; ignore_keys: see `api.load`; say: told of what was found where.
+
+    Raises ModelError where the file can't be read, is unsafe, or doesn't fit its architecture; UsageError where that is missing or fails;
+    UnsupportedError for TorchScript.
+    """
+    path = Path(path)
+    if kind == "torchscript":
+        raise UnsupportedError(
+            f"{path}: a TorchScript archive, whose network can't be changed; give the checkpoint with --arch, or export the module to ONNX "
+            f"or with torch.export"
+        )
+    if kind == "pt2":
+        return _certified(_program(path, trust_pickle), text_in_archive(path))
+    if kind == "safetensors":
+        return _safetensors(path, arch, arch_args, ignore_keys, say)
+    found = _unpickled(path, trust_pickle)
+    if isinstance(found, Mapping) and not isinstance(found, nn.Module):
+        inner = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), None)
+        if inner is not None:
+            found = inner
+    if isinstance(found, nn.Module):
+        if arch is not None:
+            say(f"{path}: a whole module, so --arch isn't used")
+        return found.eval()
+    if isinstance(found, ExportedProgram):
+        raise ModelError(f"{path}: a pickled exported program; write it with torch.export.save")
+    if arch is None:
+        state_of(found, str(path), say)
+        raise UsageError(f"{path}: {NEEDS_ARCH}")
+    state, surgery = state_of(found, str(path), say)
+    return _certified(put(state, build(arch, arch_args), surgery, str(path), say, ignore_keys).eval(), _text_beside(found))
+
+
+def text_in_pickle(path: Path) -> str | None:
+    """The text of the certificate in a checkpoint. Raises ModelError as `load` does."""
+    found = _unpickled(path, False)
+    return _text_beside(found) if isinstance(found, Mapping) else None
+
+
+def _text_beside(found: Mapping[str, Any]) -> str | None:
+    text = found.get(KEY)
+    return text if isinstance(text, str) else None
+
+
+T = TypeVar("T", nn.Module, ExportedProgram)
+
+
+def _certified(model: T, text: str | None) -> T:
+    """The model with the certificate of its file, and with no other: a factory may give a network that has one."""
+    attach(model, text)
+    return model
+
+
+def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | None, ignore: Sequence[str], say: Say) -> nn.Module:
+    from safetensors import SafetensorError, safe_open
+
+    if arch is None:
+        raise UsageError(f"{path}: {NEEDS_ARCH}")
+    module = build(arch, arch_args)
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            metadata = file.metadata() or {}
+            surgery = surgery_of(metadata)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: a damaged safetensors file ({error}); download or save it again") from None
+    return _certified(put(state, module, surgery, str(path), say, ignore).eval(), metadata.get(KEY))
+
+
+def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
+    if not trust_pickle:
+        check_archive(path)
+    try:
+        with quiet():
+            return torch.export.load(path)
+    except Exception as error:  # loading raises whatever the parts of an archive raise
+        text = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{path}: torch {torch.__version__} can't load this exported program: {text}; export it again with this version"
+        ) from error
+
+
+def _unpickled(path: Path, trust_pickle: bool) -> Any:
+    """The object in a pickle. Without trust, of plain types and tensors alone."""
+    mapped = zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if not trust_pickle:
+            what = _what(str(error))
+            raise ModelError(
+                f"{path}: a pickle that holds more than weights{what}, and could run code when it is loaded; give --trust-pickle if you "
+                f"trust where it comes from, or save model.state_dict() and give --arch"
+            ) from None
+    except Exception as error:  # a damaged file raises anything
+        raise ModelError(f"{path}: can't be read as a PyTorch file ({_line(error)}); download or save it again") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling runs any code
+        raise ModelError(
+            f"{path}: can't be unpickled ({type(error).__name__}: {_line(error)}); is what it was saved with installed?"
+        ) from error
+
+
+def _what(text: str) -> str:
+    """The class that the unpickler refused, from its message."""
+    import re
+
+    found = re.search(r"(?:GLOBAL|global) ([\w.]+)", text)
+    return "" if found is None else f" ({found[1]})"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__

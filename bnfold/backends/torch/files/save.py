@@ -1,0 +1,156 @@
+"""Write a PyTorch model, whole or not at all, in the form that the file's name asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bnfold.certificate import KEY, attach, text_of
+from bnfold.errors import CheckError, InputError, UnsupportedError, UsageError
+
+from ..export.open_axes import fixed_axes, substituted
+from ..export.trace import quiet, trace
+from ..writing.surgery import ATTRIBUTE, Surgery
+from .checkpoint import RECORD
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SUFFIXES = (".pt2", ".onnx", ".safetensors", ".pth", ".bin", ".ckpt", ".pt")
+STATES = (".pth", ".bin", ".ckpt")
+
+
+def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
+    """Write a model. By the suffix: .pt2 an exported program; .onnx, checked against the model; .safetensors, .pth, .bin and .ckpt a state
+    dict, which of a folded network says what was folded; .pt the pickled module, or with `as_state` a state dict too.
+
+    example: how a module is called, for .pt2 and .onnx. Raises UsageError for another suffix, where the file exists without `force`, and
+    where an exported program shall become a state dict; CheckError where the ONNX model isn't equivalent; InputError where it can't
+    be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; name a file in it")
+    target = path.resolve() if path.is_symlink() else path
+    if target.exists() and not force:
+        raise UsageError(f"{target}: the file exists; give another name, or --force to overwrite it")
+    if isinstance(model, ExportedProgram) and suffix not in (".pt2", ".onnx"):
+        raise UsageError(f"{path}: an exported program is written as .pt2 or .onnx; for a state dict give the module")
+    if suffix == ".pt2":
+        program = model if isinstance(model, ExportedProgram) else trace(model, example, patient=True).runnable
+        _replacing(target, lambda part: _write_program(program, _stated(model), part))
+    elif suffix == ".onnx":
+        _replacing(target, lambda part: _write_onnx(model, example, part))
+    elif suffix == ".pt" and not as_state:
+        _replacing(target, lambda part: _write_pickle(model, part))
+    else:
+        assert isinstance(model, nn.Module)
+        surgery = getattr(model, ATTRIBUTE, None)
+        dense = torch.contiguous_format if suffix == ".safetensors" else torch.preserve_format
+        state = {
+            name: tensor.detach().cpu().clone(memory_format=dense) for name, tensor in model.state_dict().items()
+        }  # none share storage
+        if suffix == ".safetensors":
+            _replacing(target, lambda part: _write_safetensors(state, surgery, text_of(model), part))
+        else:
+            beside = ({} if surgery is None else {RECORD: surgery.to_dict()}) | _stated(model)
+            whole = {"state_dict": state, **beside} if beside else state
+            _replacing(target, lambda part: torch.save(whole, part))
+
+
+def _replacing(target: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the target, and put it in place when it is whole."""
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        write(part)
+        os.replace(part, target)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "write" not in str(error) and "open" not in str(error):
+            raise
+        raise InputError(f"{target}: can't be written ({error}); choose another folder") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
+    """The certificate by its key, where there is one."""
+    text = text_of(model)
+    return {} if text is None else {KEY: text}
+
+
+def _write_program(program: ExportedProgram, stated: dict[str, str], part: Path) -> None:
+    with quiet():
+        torch.export.save(program, part, extra_files=stated or None)
+
+
+def _write_pickle(model: nn.Module | ExportedProgram, part: Path) -> None:
+    try:
+        torch.save(model, part)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle says of a function in a function, of a lock
+        text = " ".join(str(error).split())[:200]
+        raise UnsupportedError(f"the module can't be pickled ({text}); write its state dict (.safetensors, .pth) or a .pt2") from None
+
+
+def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: str | None, part: Path) -> None:
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt"} | ({} if surgery is None else {RECORD: json.dumps(surgery.to_dict())})
+    metadata |= {} if text is None else {KEY: text}
+    save_file(state, part, metadata=metadata)
+
+
+def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) -> None:
+    """By torch's own exporter, without its optimiser, which would fold by rules of its own; then checked."""
+    import onnx
+
+    from bnfold.backends.onnx.files.load import from_proto, load
+    from bnfold.backends.onnx.files.save import save as save_onnx
+    from bnfold.backends.onnx.write import drop_void_biases
+    from bnfold.verification.verify import check_fold
+
+    traced = trace(model, example, patient=True)
+    try:
+        with quiet():
+            made = torch.onnx.export(traced.runnable, dynamo=True, optimize=False, verbose=False)
+    except ImportError as error:
+        raise UsageError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install onnxscript, or write .pt2") from None
+    except Exception as error:  # the exporter raises whatever its parts raise
+        text = " ".join(str(error).split())[:200]
+        raise UnsupportedError(f"torch.onnx.export can't write this model: {text}; write .pt2 instead") from error
+    assert made is not None
+    proto = made.model_proto
+    assert isinstance(proto, onnx.ModelProto)
+    converted = from_proto(proto)
+    drop_void_biases(converted)
+    _fix_axes(converted, fixed_axes(traced.program))
+    attach(converted, text_of(model))
+    checked = check_fold(traced, converted)
+    if checked.verdict == "different":
+        raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")
+    save_onnx(converted, part, force=True)
+    load(part)
+
+
+def _fix_axes(model: ir.Model, sizes: dict[str, int]) -> None:
+    """State the size of axes that have one only (see `open_axes`). sizes: by the axis's symbol."""
+    import onnx_ir as ir
+
+    from bnfold.backends.onnx.graph.walk import all_nodes
+
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs, *(v for node in all_nodes(graph) for v in node.outputs)):
+        if value.shape is not None:
+            axes = [n if isinstance(n, int) else n.value for n in value.shape]
+            value.shape = ir.Shape([substituted(n, sizes) if isinstance(n, str) else n for n in axes])

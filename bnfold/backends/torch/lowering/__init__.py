@@ -1,0 +1,1 @@
+"""ATen operators as nodes of the neutral graph."""

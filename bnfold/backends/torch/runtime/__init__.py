@@ -1,0 +1,1 @@
+"""Running an exported program, as it is and in float64."""

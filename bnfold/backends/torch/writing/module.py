@@ -1,0 +1,230 @@
+"""Write a plan into a copy of the user's module: new tensors by their qualified names, and modules in the place of BatchNorms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node as Op
+
+from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Graph, Node, Site
+from bnfold.algebra.rounding import lost, rounded
+from bnfold.folding.branches import Merge
+
+from ..export.constants import Constants
+from ..export.trace import NUMPY, duplicate, laid_out, to_tensor
+from ..export.walk import arguments, frame, writes_into_shared
+from ..lowering.lowering import Lowering, Native
+from ..lowering.places import ModuleHost, Place
+from .removal import Removal, fills, unit_variance
+from .surgery import Surgery, restructure
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What is folded on one path through a module: its planned graph, and how the BatchNorms that fold are taken out."""
+
+    ctx: Lowering
+    graph: Graph
+    removed: Mapping[Site, Removal]
+    merges: Sequence[Merge]
+
+    def updates(self) -> Iterator[Update]:
+        for node, role, param in self.graph.updates():
+            native: Native = node.native
+            slot = native.slots.get(role)
+            if slot is None or not isinstance(slot.place, Place):
+                raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+            exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
+            dtype = native.dtype if param.tensor is None else param.tensor.dtype
+            yield Update(node, slot.place, exact, dtype, param.tensor is None)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A tensor that changes. exact: in float64; dtype: of the stored one; grows: whether there was none."""
+
+    node: Node
+    place: Place
+    exact: Array
+    dtype: torch.dtype
+    grows: bool
+
+
+def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = False) -> tuple[nn.Module, dict[Node, str], int]:
+    """A folded copy of the module, a note for each node whose weights lost precision, and the bytes that untied weights add.
+
+    folds: what is folded on each path through the module that is known; where two of them change the same, they change it alike. exact:
+    all of it in float64 and on the CPU. Raises RuntimeError on an update that nothing here can write: it must never be lost.
+    """
+    result = duplicate(module)
+    if exact:
+        result = result.cpu().double()
+    surgery = Surgery()
+    notes: dict[Node, str] = {}
+    made: dict[str, Tensor] = {}
+    for ctx, update in ((each.ctx, update) for each in folds for update in each.updates()):
+        node, place = update.node, update.place
+        array = update.exact if exact else rounded(update.exact, NUMPY[update.dtype])
+        if count := lost(update.exact, array):
+            notes[node] = f"{count} of the {array.size} coefficients of {node.name} are too small for {array.dtype}"
+        if place.how == "plain":
+            surgery.plain += [place.owner] * (place.owner not in surgery.plain)
+            native: Native = node.native
+            computed = ctx.const(arguments(native.op)["weight"])
+            assert computed is not None
+            made.setdefault(f"{place.owner}.weight", to_tensor(computed.copy() if exact else rounded(computed, NUMPY[native.dtype])))
+        elif place.how != "stored" and not update.grows:
+            surgery.fixed[place.target] = place.how
+        if update.grows:
+            surgery.biases[place.owner] = list(array.shape)
+        made[place.target] = to_tensor(np.ascontiguousarray(array))
+    hosts = [fold.ctx.host for fold in folds if isinstance(fold.ctx.host, ModuleHost)]
+    made = _divided(hosts[0], surgery, made)
+    for site, removal in (each for fold in folds for each in fold.removed.items()):
+        if removal.path is not None:
+            surgery.replaced[removal.path] = list(removal.kept)
+            copies = any(writes_into_shared(_output(node), node.native.operands[0]) for node in site.nodes)
+            if copies and removal.path not in surgery.copied:
+                surgery.copied.append(removal.path)
+    for m in (each for fold in folds for each in fold.merges):
+        if m.branch is not None:
+            surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
+    changed = [*made, *(name for fold in folds for each in fold.removed.values() for call in each.calls for name in _own(fold, call))]
+    surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(result, Place(name))]
+    tied = _tied(module)
+    before = list(result.state_dict())
+    restructure(result, surgery)
+    after = set(result.state_dict())
+    for name in before:
+        stands = re.sub(r"(?:(^|\.)parametrizations\.(\w+)\.original\d*|(^|\.)(\w+)_(?:g|v|u|orig))$", r"\1\2\3\4", name)
+        surgery.keys[name] = name if name in after else stands if stands in after else None
+    held = {name for host in hosts for name in host.held}
+    for target, tensor in made.items():
+        _set(result, target, tensor, inside=target in held)
+    surgery.untied, added = _tie_again(result, tied, made)
+    for fold in folds:
+        for call in (call for removal in fold.removed.values() for call in removal.calls):
+            _make_identity(fold.ctx.constants, result, call, held)
+    return result, notes, added
+
+
+def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:
+    """The coefficients with which a host gives the merged sum by way of the code, in which the additions stay.
+
+    Branches that are modules give zeros there. A value that is added itself is still added, so the host goes without it.
+    """
+    for m in reversed(merges):
+        signs = m.add.attrs.get("signs", (1, 1))
+        if m.branch is None and role == "weight":
+            exact = exact - signs[1 - m.kept_input] * m.delta
+        exact = signs[m.kept_input] * exact
+    return exact
+
+
+def _output(node: Node) -> Op:
+    native: Native = node.native
+    return native.output if native.output is not None else native.op
+
+
+def _divided(host: ModuleHost, surgery: Surgery, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new tensors by name, where the names of one layer that change alike are one, and the others are to get copies of their own."""
+    found = dict(made)
+    layers: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for target, tensor in made.items():
+        path, attribute = Place(target).owner, Place(target).attribute
+        if host.own(path) == path and (path != host.canonical(path) or len(host.called(path)) > 1):
+            layers.setdefault(host.canonical(path), {}).setdefault(path, {})[attribute] = tensor
+    for first, by_name in layers.items():
+        one, *others = by_name.values()
+        if by_name.keys() == host.called(first) and all(_alike(one, other) for other in others):
+            for path in by_name:
+                for attribute in one:
+                    del found[f"{path}.{attribute}"]
+                size = surgery.biases.pop(path, None)
+                if size is not None:
+                    surgery.biases[first] = size
+            found |= {f"{first}.{attribute}": tensor for attribute, tensor in one.items()}
+        else:
+            surgery.divided += by_name
+    return found
+
+
+def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[k].shape == other[k].shape and torch.equal(one[k], other[k]) for k in one)
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _tie_again(root: nn.Module, tied: Sequence[Sequence[str]], made: Mapping[str, Tensor]) -> tuple[list[str], int]:
+    """Let names that shared a parameter share the new one where it is the same for them; who no longer does, and the bytes added."""
+    untied: list[str] = []
+    added = 0
+    for names in tied:
+        left: dict[int, nn.Parameter] = {}
+        for name in names:
+            owner = root.get_submodule(Place(name).owner)
+            new = owner._parameters.get(Place(name).attribute)
+            if new is None:
+                continue
+            same = next((p for p in left.values() if name in made and p.shape == new.shape and torch.equal(p, new)), new)
+            owner._parameters[Place(name).attribute] = same
+            left[id(same)] = same
+            untied += [name] if same is not next(iter(left.values())) else []
+        added += sum(p.nbytes for p in list(left.values())[1:])
+    return untied, added
+
+
+def _set(root: nn.Module, target: str, tensor: Tensor, *, inside: bool) -> None:
+    """Put a tensor in the place of a parameter or buffer, on its device and in its memory format; where others share it, for itself.
+
+    inside: whether its numbers are written into the one that is there, since the code holds that one.
+    """
+    place = Place(target)
+    owner = root.get_submodule(place.owner)
+    old = getattr(owner, place.attribute)
+    if inside:
+        with torch.no_grad():
+            old.copy_(tensor)
+        return
+    tensor = laid_out(tensor.to(old.device), old)
+    if place.attribute in owner._buffers:
+        owner._buffers[place.attribute] = tensor
+    else:
+        owner._parameters[place.attribute] = nn.Parameter(tensor, old.requires_grad)
+
+
+def _own(fold: Fold, call: Op) -> list[str]:
+    """The names of what a functional batch_norm reads."""
+    given = arguments(call)
+    found = (fold.ctx.constants.stored(given[name]) for name in ("weight", "bias", "running_mean", "running_var"))
+    return [stored.target for stored in found if stored is not None]
+
+
+def _is_left_out(root: nn.Module, place: Place) -> bool:
+    """Whether it is a buffer that state dicts don't hold."""
+    return place.attribute in root.get_submodule(place.owner)._non_persistent_buffers_set
+
+
+def _make_identity(constants: Constants, root: nn.Module, call: Op, held: Collection[str]) -> None:
+    """Give a functional batch_norm parameters with which it does nothing."""
+    given = arguments(call)
+    for name, number in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", None)):
+        stored = constants.stored(given[name])
+        if stored is None:
+            continue
+        place = Place(stored.target)
+        old = getattr(root.get_submodule(place.owner), place.attribute)
+        value = unit_variance(float(given["eps"]), old.dtype) if number is None else torch.tensor(number)
+        _set(root, stored.target, torch.full_like(old.detach(), 0) + value.to(old), inside=stored.target in held)

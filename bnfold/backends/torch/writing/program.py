@@ -1,0 +1,287 @@
+"""Write a plan into a copy of an exported program: new parameters, operators taken out, everything else untouched."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx import Node as Op
+
+from bnfold.algebra.graph import Graph, Node
+from bnfold.algebra.rounding import lost, rounded
+from bnfold.folding.branches import Merge
+
+from ..export.constants import KINDS
+from ..export.trace import NUMPY, laid_out, quiet, to_tensor
+from ..export.walk import arguments, mutates, set_argument, writes_into_shared
+from ..lowering.lowering import Lowering, Native, Slot
+
+
+def write_program(
+    ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = (), computed: Iterable[Op] = ()
+) -> tuple[ExportedProgram, dict[Node, str], int]:
+    """A folded copy of the program that was lowered, notes, and the bytes that copies of shared weights add.
+
+    computed: operators of constants alone, in whose places what they give is stored.
+    The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: none may be lost.
+    """
+    writer = _Writer(ctx)
+    writer.write(graph, removed, merges)
+    for op in computed:
+        writer.compute(op)
+    return writer.finish(), writer.notes, writer.bytes_added
+
+
+def copy_program(program: ExportedProgram) -> ExportedProgram:
+    """The program with tensors of its own."""
+    memo: dict[int, Tensor] = {}
+
+    def own(held: dict[str, Any]) -> dict[str, Any]:
+        return {name: memo.setdefault(id(t), copy.deepcopy(t)) if isinstance(t, Tensor) else t for name, t in held.items()}
+
+    module, signature = graph_copy(program)[0], copy.deepcopy(program.graph_signature)
+    with quiet():
+        found: ExportedProgram = program._update(module, signature, state_dict=own(program.state_dict), constants=own(program.constants))
+    return found
+
+
+def graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
+    """A copy of the graph, and for each operator its own copy."""
+    with quiet():
+        module = copy.deepcopy(program.graph_module)
+    copies = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
+    for old, new in copies.items():
+        new.name = old.name  # fx renames in a copy what Python has a name for, such as `input`
+    module.recompile()
+    return module, copies
+
+
+class _Writer:
+    def __init__(self, ctx: Lowering) -> None:
+        self.ctx, self.program = ctx, ctx.program
+        self.module, self.copies = graph_copy(ctx.program)
+        self.graph = self.module.graph
+        self.signature = copy.deepcopy(ctx.program.graph_signature)
+        written = set(self.signature.buffers_to_mutate.values())  # to which each of the two programs must have its own
+        self.state, self.constants = (
+            {name: held.clone() if name in written and isinstance(held, Tensor) else held for name, held in each.items()}
+            for each in (ctx.program.state_dict, ctx.program.constants)
+        )
+        self.idle = {op for op in self.graph.nodes if not op.users}
+        self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
+        self.notes: dict[Node, str] = {}
+        self.made: dict[str, list[int]] = {}  # bytes of the new tensors made of an old one
+        self.bytes_added = 0
+
+    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
+        self._make_clones(graph.clones)
+        alike: dict[tuple[Any, tuple[int, ...], bytes], Op] = {}  # equal copies of one weight are one weight
+        for node, role, param in list(graph.updates()):
+            native: Native = node.native
+            slot = native.slots.get(role)
+            if slot is None:
+                raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+            exact = param.layout.stored(param.read())
+            op = self.copies[native.op]
+            if slot.argument == "value" and param.tensor is None:
+                set_argument(op, "value", float(exact))
+                continue
+            dtype = native.dtype if param.tensor is None else param.tensor.dtype
+            array = rounded(exact, NUMPY[dtype])
+            if count := lost(exact, array):
+                self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+            old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
+            key = (old, array.shape, array.tobytes() if old is not None and self._shared(old) else b"")
+            if old is None or key not in alike:
+                device = None if old is None else self._device(old)
+                alike[key] = self._parameter(
+                    old, native, role, to_tensor(np.ascontiguousarray(array)).to(device or self._device(native.op))
+                )
+            self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
+        for node in removed:
+            self._remove(node.native)
+        for m in merges:
+            self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
+
+    def _shared(self, op: Op) -> bool:
+        """Whether several operators read it, those that were doubled included."""
+        return len(self.copies[op].users) > 1
+
+    def _device(self, op: Op) -> torch.device:
+        value = op.meta.get("val")
+        device: torch.device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+        return device
+
+    def _make_clones(self, clones: list[Node]) -> None:
+        """Make the operators that were doubled, and let those who want the copy read it."""
+        for node in clones:
+            native: Native = node.native
+            old = self.copies[native.op]
+            with self.graph.inserting_after(old):
+                made = self.graph.node_copy(old)
+            self.copies[made] = made
+            native.op, native.clone_of = made, None
+        for node in clones:
+            for reader, i in node.native.readers:
+                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), node.native.op)
+                reader.operands = [node.native.op if k == i else op for k, op in enumerate(reader.operands)]
+
+    def _parameter(self, old: Op | None, native: Native, role: str, tensor: Tensor) -> Op:
+        """A placeholder for a new tensor; the old one's own where nothing else reads it."""
+        stored = None if old is None else self.ctx.constants.stored(old)
+        if stored is not None and old is not None and not self._shared(old) and tensor.shape == stored.tensor.shape:
+            holder = self.state if stored.target in self.state else self.constants
+            again = [s for s in self.signature.input_specs if s.target == stored.target]
+            if len(again) == 1:
+                holder[stored.target] = _like(laid_out(tensor, stored.tensor), stored.tensor)
+                return self.copies[old]
+        if old is not None:
+            tensor = laid_out(tensor, old.meta["val"])
+        stem = stored.target if stored is not None else f"{_path(native)}.{role}"
+        target = _free(stem, {*self.state, *self.constants})
+        made = placeholder(self.graph, self.signature, tensor, target, InputKind.PARAMETER)
+        trained = stored.tensor.requires_grad if stored is not None and isinstance(stored.tensor, torch.nn.Parameter) else True
+        self.state[target] = torch.nn.Parameter(tensor, requires_grad=trained and tensor.is_floating_point())
+        if stored is not None:
+            self.made.setdefault(stored.target, []).append(tensor.nbytes)
+        self.copies[made] = made
+        return made
+
+    def _cast(self, op: Op, value: Op, dtype: torch.dtype) -> Op:
+        """A parameter in the type that the operator is given."""
+        if value.meta["val"].dtype == dtype:
+            return value
+        with self.graph.inserting_before(op):
+            made: Op = self.graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype})
+        made.meta = {"val": value.meta["val"].to(dtype), "tensor_meta": {}}
+        return made
+
+    def _give(self, op: Op, slot: Slot, value: Op) -> None:
+        if slot.argument == "Add":
+            with self.graph.inserting_after(op):
+                made = self.graph.call_function(torch.ops.aten.add.Tensor, (op, value))
+            made.meta = dict(op.meta)
+            op.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+            self.moved[op] = made
+            self._rename_output(op, made)
+            return
+        name, _, index = slot.argument.partition(".")
+        if not index:
+            set_argument(op, name, value)
+            return
+        items = list(arguments(op)[name])
+        items[int(index)] = value
+        set_argument(op, name, items)
+
+    def _remove(self, native: Native) -> None:
+        output = native.output if native.output is not None else (native.group or [native.op])[-1]
+        self._replace(self.copies[output], self._current(native.operands[0]))
+        for op in map(self.copies.__getitem__, reversed(native.group[:-1])):
+            if mutates(op) and not op.users:
+                self.graph.erase_node(op)
+
+    def _current(self, op: Op) -> Op:
+        """Who gives now what an operator gave."""
+        found = self.copies[op]
+        while found in self.moved:
+            found = self.moved[found]
+        return found
+
+    def _replace(self, old: Op, new: Op) -> None:
+        """Let the users of one operator read another's output; a copy of it where somebody would write into what others still read."""
+        if writes_into_shared(old, new):
+            with self.graph.inserting_after(old):
+                made = self.graph.call_function(torch.ops.aten.clone.default, (new,))
+            made.meta = dict(old.meta)
+            new = made
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.moved[old] = new
+        self._rename_output(old, new)
+        if mutates(old):  # nobody reads it, and it must not write either
+            self.graph.erase_node(old)
+
+    def _rename_output(self, old: Op, new: Op) -> None:
+        for spec in self.signature.output_specs:
+            if isinstance(spec.arg, TensorArgument) and spec.arg.name == old.name:
+                spec.arg = TensorArgument(new.name)
+
+    def compute(self, op: Op) -> None:
+        """Store what an operator of constants gives, unless nobody reads it any more."""
+        for old in [op] if isinstance(op.meta["val"], Tensor) else list(op.users):
+            new, tensor = self.copies[old], self.ctx.constants.tensor(old)
+            if new.users and isinstance(tensor, Tensor):
+                exact = tensor.to(old.meta["val"].dtype).to(self._device(old))
+                target = _free(old.name, {*self.state, *self.constants})
+                made = placeholder(self.graph, self.signature, exact, target, InputKind.PARAMETER)
+                self.state[target] = torch.nn.Parameter(exact, exact.is_floating_point())
+                self._replace(new, made)
+
+    def _sweep(self) -> None:
+        """Drop what nobody reads any more, weights and what computed them; what nobody read before stays."""
+        held = {s.arg.name: s.target for s in self.signature.input_specs if s.kind.name in KINDS and s.target is not None}
+        gone = set()
+        for op in reversed(list(self.graph.nodes)):
+            if op.users or op in self.idle or op.op == "output" or mutates(op) or (op.op == "placeholder" and op.name not in held):
+                continue
+            if op.op == "placeholder":
+                gone.add(op.name)
+            self.graph.erase_node(op)
+        owners = {held[name].rpartition(".")[0] for name in gone if held[name].endswith("running_mean")}
+        for op in list(self.graph.nodes):  # the counters of BatchNorms that are gone, which nothing reads in evaluation
+            owner, _, attribute = held.get(op.name, "").rpartition(".")
+            if op.op == "placeholder" and attribute == "num_batches_tracked" and owner in owners and not op.users:
+                gone.add(op.name)
+                self.graph.erase_node(op)
+        self.signature.input_specs = [s for s in self.signature.input_specs if s.arg.name not in gone]
+        left = {s.target for s in self.signature.input_specs if s.target is not None}
+        self.bytes_added = sum(sum(sizes) - (target not in left) * sizes[0] for target, sizes in self.made.items())
+        for tensors in (self.state, self.constants):
+            for target in {held[name] for name in gone} - left:
+                tensors.pop(target, None)
+
+    def finish(self) -> ExportedProgram:
+        self._sweep()
+        self.graph.lint()
+        self.module.recompile()
+        with quiet():
+            found: ExportedProgram = self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
+        return found
+
+
+def placeholder(graph: torch.fx.Graph, signature: ExportGraphSignature, tensor: Tensor, target: str, kind: InputKind) -> Op:
+    """A new input of a graph, for a tensor that its program is to hold under this name."""
+    stem = ("p_" if kind == InputKind.PARAMETER else "b_") + re.sub(r"\W", "_", target)
+    values = [op.meta.get("val") for op in graph.nodes]
+    with graph.inserting_before(next(op for op in graph.nodes if op.op == "placeholder")):
+        made: Op = graph.placeholder(_free(stem, {op.name for op in graph.nodes}))
+    mode = next(v.fake_mode for v in values if isinstance(v, Tensor) and hasattr(v, "fake_mode"))
+    made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    made.meta["tensor_meta"] = {}
+    order = [op.name for op in graph.nodes if op.op == "placeholder"]
+    spec = InputSpec(kind, TensorArgument(made.name), target, True if kind == InputKind.BUFFER else None)
+    signature.input_specs.insert(order.index(made.name), spec)
+    return made
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    return torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
+
+
+def _path(native: Native) -> str:
+    stack = native.op.meta.get("nn_module_stack") or {}
+    return next((entry[0] for entry in reversed(stack.values()) if entry[0]), native.op.name)
+
+
+def _free(stem: str, taken: set[str]) -> str:
+    name, count = stem, 1
+    while name in taken:
+        count += 1
+        name = f"{stem}_{count}"
+    return name

@@ -1,0 +1,245 @@
+"""Which BatchNorms can be taken out of a module whose code stays as it is, and what stays in their place.
+
+A module that is nothing but its BatchNorm becomes an Identity; one with an activation of its own (timm's BatchNormAct2d) keeps that. Both
+are tried on random data before they are believed. A functional call in somebody's forward can't go: its parameters are made those of the
+identity, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node as Op
+
+from bnfold.algebra.absorbing import coefficients
+from bnfold.algebra.graph import Node, Site
+from bnfold.folding.branches import May
+
+from ..export.regions import kind_of
+from ..export.trace import Call, duplicate
+from ..export.walk import arguments, frame, frames, mutates, operator_name
+from ..lowering.lowering import Lowering
+from ..lowering.places import CONVOLUTIONS, ModuleHost
+from .surgery import remains
+from .trials import Trial, outputs, same, tried
+
+SIDE = 8  # the spatial sizes of what a module is tried on
+CLOSE = 1e-9
+IMMOVABLE = "it is computed in the forward of {}, which stays as it is"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """path: the module that makes way, for those of its own modules in `kept`; None for a call whose parameters become the identity's."""
+
+    path: str | None
+    kept: tuple[str, ...] = ()
+    calls: tuple[Op, ...] = ()
+
+
+def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
+    """How each site is taken out. A BatchNorm that can't be is refused; a constant operator that can't be is no site at all."""
+    assert isinstance(ctx.host, ModuleHost)
+    found: dict[Site, Removal] = {}
+    readers = _readers(ctx, ctx.host)
+    for site in list(sites):
+        if site.refusal is not None:
+            continue
+        removal = _removal(ctx, ctx.host, site)
+        others = _others(ctx.host, readers.get(removal.path or "", ()), removal.path, site) if removal is not None else []
+        if others:
+            site.refusal = f"its parameters are also read by a {kind_of(others[0]) or operator_name(others[0])}"
+        elif removal is not None:
+            found[site] = removal
+        elif site.is_batchnorm:
+            path = frame(site.nodes[0].native.op)
+            site.refusal = IMMOVABLE.format(path or type(ctx.traced.model).__name__)
+        else:
+            sites.remove(site)
+    return found | _whole(ctx, ctx.host, found, readers)
+
+
+def _whole(ctx: Lowering, host: ModuleHost, found: Mapping[Site, Removal], readers: Mapping[str, list[Op]]) -> dict[Site, Removal]:
+    """Of the modules whose call would stay, those that can go: with the identity's parameters they do what is left without them."""
+    wanted: dict[tuple[str], tuple[Site, tuple[str, ...]]] = {}
+    for site, removal in found.items():
+        paths = {host.canonical(frame(op)) for op in removal.calls}
+        path = next(iter(paths)) if len(paths) == 1 else ""
+        if path and isinstance(host.module(path), nn.modules.batchnorm._BatchNorm) and not _others(host, readers.get(path, ()), path, site):
+            others = [op for op in host.inside(path) if op not in removal.calls and not ctx.constants.is_constant(op)]
+            wanted[(path,)] = site, _candidates(path, others)[0]
+    answers = tried(host.root, host.example, {key: _stays_alike(kept) for key, (_, kept) in wanted.items()}) if wanted else {}
+    gone = {site: Removal(key[0], kept) for key, (site, kept) in wanted.items() if answers.get(key)}
+    for site in gone:
+        site.note = ""
+    return gone
+
+
+def _stays_alike(kept: tuple[str, ...]) -> Trial:
+    """Whether a BatchNorm that does nothing leaves what those of its own modules do that are kept."""
+
+    def trial(module: nn.Module, call: Call) -> bool:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        before = outputs(module, call)
+        ones = ((module.weight, 1.0), (module.bias, 0.0), (module.running_mean, 0.0), (module.running_var, 1.0 - module.eps))
+        for tensor, number in ones:
+            if tensor is not None:
+                tensor.fill_(number)
+        after = outputs(module, call)
+        return not same(before, after) and same(after, outputs(remains(module, list(kept)), call))
+
+    return trial
+
+
+def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
+    calls = [op for node in site.nodes for op in (node.native.group or [node.native.op])]
+    paths = {host.canonical(frame(op)) for op in calls}
+    path = next(iter(paths))
+    module = host.module(path)
+    if len(paths) == 1 and path and module is not None:
+        others = [op for op in host.inside(path) if op not in calls and not ctx.constants.is_constant(op) and op not in _items(ctx, calls)]
+        if not others and type(module).__module__.startswith("torch.nn.modules."):
+            return Removal(path)
+        for kept in _candidates(path, others):
+            if all(_behaves(module, kept, node) for node in site.nodes[:1]):
+                return Removal(path, kept)
+    if not site.is_batchnorm or not all(_neutral(ctx, host, op) for op in calls):
+        return None
+    site.note = "its call stays in the forward, where it now does nothing"
+    return Removal(None, calls=tuple(calls))
+
+
+def _readers(ctx: Lowering, host: ModuleHost) -> dict[str, list[Op]]:
+    """Who reads the tensors that each module holds itself."""
+    found: dict[str, list[Op]] = {}
+    for op in ctx.program.graph.nodes:
+        if (stored := ctx.constants.stored(op)) is not None:
+            found.setdefault(host.canonical(stored.target.rpartition(".")[0]), []).extend(op.users)
+    return found
+
+
+def _others(host: ModuleHost, readers: Iterable[Op], path: str | None, site: Site) -> list[Op]:
+    """Those of the readers of the module at a path that aren't the site's calls: a branch that calls it too, say."""
+    if path is None:
+        return []
+    own = {*host.inside(path), *(op for node in site.nodes for op in (node.native.group or [node.native.op]))}
+    return [reader for reader in readers if reader not in own and not operator_name(reader).startswith("_assert")]
+
+
+def _items(ctx: Lowering, calls: list[Op]) -> set[Op]:
+    return {item for op in calls for item in ctx.items(op).values()}
+
+
+def _candidates(path: str, others: list[Op]) -> list[tuple[str, ...]]:
+    prefix = f"{path}."
+    inner = [f for op in others for f in frames(op)[::-1] if f.startswith(prefix)]
+    children = tuple(dict.fromkeys(f.removeprefix(prefix).partition(".")[0] for f in inner))
+    return [children] if others else [()]
+
+
+def _behaves(module: nn.Module, kept: tuple[str, ...], node: Node) -> bool:
+    """Whether the module computes what is left of it, behind the BatchNorm's map."""
+    probes = node.inputs[0].probes
+    if probes is None or any(n is None for n in probes[0]):
+        return False
+    shape: list[int] = [n or 1 if axis == 1 else 2 if axis == 0 else min(n or 1, SIDE) for axis, n in enumerate(probes[0])]
+    x = np.random.default_rng(0).standard_normal(shape)
+    try:
+        with torch.no_grad():
+            whole = duplicate(module).cpu().double()
+            left = duplicate(remains(module, list(kept))).cpu().double()
+            want = whole(torch.from_numpy(x.copy()))
+            got = left(torch.from_numpy(np.asarray(coefficients(node)(x))))
+    except Exception:  # the user's code may raise anything; a module that can't be tried isn't replaced
+        return False
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor) or want.shape != got.shape:
+        return False
+    return bool((want - got).abs().max() <= CLOSE * max(float(want.abs().max()), 1e-30))
+
+
+def may_merge(ctx: Lowering, ways: Mapping[Site, Removal]) -> May:
+    """Whether a branch can go: its module, which is nothing else and is called once, then gives zeros to a sum that stays."""
+    host = ctx.host
+    assert isinstance(host, ModuleHost)
+    whole = {site.nodes[0]: way for site, way in ways.items() if len(site.nodes) == 1}
+
+    gone = {
+        node.native.output or node.native.op: node.native.operands[0]
+        for site, way in ways.items()
+        for node in site.nodes
+        if way.path is not None and not way.kept
+    }
+
+    with_itself: set[Node | None] = set()  # hosts beside which their input is added: they can't become a branch themselves
+
+    def may(add: Node, branch: Node | None, kept: int) -> bool:
+        if len(add.native.operands) != 2 or branch in with_itself:
+            return False
+        if branch is None:  # the value itself stays in the sum, where the host is added to it
+            if fills(add, kept):
+                return False
+            with_itself.add(add.inputs[kept].producer)
+            gone[add.native.op] = add.native.operands[kept]
+            return True
+        op: Op = add.native.operands[1 - kept]
+        end: Op = branch.native.op if branch.op == "Conv" else branch.native.output or branch.native.op
+        while op is not end:  # what stays between the branch and the sum must take the zeros for a tensor
+            if op in gone:
+                op = gone[op]
+            elif op in ctx.idle:
+                op = ctx.idle[op]
+            else:
+                return False
+        if fills(add, kept) and branch.inputs[0].probes != branch.output.probes:
+            return False  # who is added to in place must have the sum's shape
+        if not _is_module(branch):
+            return False
+        gone[add.native.op] = add.native.operands[kept]
+        return True
+
+    def _is_module(branch: Node) -> bool:
+        if branch.op == "Affine":
+            way = whole.get(branch)
+            return way is not None and way.path is not None and not way.kept
+        path = frame(branch.native.op)
+        others = [each for each in host.inside(path) if each is not branch.native.op and not ctx.constants.is_constant(each)]
+        return bool(path) and isinstance(host.module(path), CONVOLUTIONS) and not others
+
+    return may
+
+
+def fills(add: Node, kept: int) -> bool:
+    """Whether the host is added to its branch in place."""
+    return mutates(add.native.op) and kept == 1
+
+
+# --- functional calls ----------------------------------------------------------------------------------------------------------
+
+
+def _neutral(ctx: Lowering, host: ModuleHost, op: Op) -> bool:
+    """Whether a call's statistics can be made the identity's: they are stored by name, and nothing else reads them."""
+    if operator_name(op) != "batch_norm":
+        return False
+    given = arguments(op)
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        argument = given[name]
+        if argument is None:
+            continue
+        if host.weight(op, argument) is None or ctx.constants.stored(argument) is None:
+            return False
+        if any(operator_name(user) != "batch_norm" for user in argument.users):
+            return False
+    return True
+
+
+def unit_variance(epsilon: float, dtype: torch.dtype) -> Tensor:
+    """The stored variance that gives 1 with epsilon added, in the arithmetic of the kernels (float32, or float64 for float64)."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    one, eps = torch.ones((), dtype=work), torch.tensor(epsilon, dtype=work)
+    near = (one - eps).to(dtype)
+    candidates = [near, torch.nextafter(near, torch.full_like(near, 2)), torch.nextafter(near, torch.zeros_like(near))]
+    return next((v for v in candidates if bool(v.to(work) + eps == one)), near)

@@ -1,0 +1,123 @@
+"""What a module's own code does, tried: a copy of the module by itself, on the arguments that it gets in the model's example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..export.trace import Call, duplicate, quiet
+from ..export.walk import operator_name
+
+Trial = Callable[[nn.Module, Call], bool]
+Key = TypeVar("Key", bound=tuple[str, ...])
+
+CLOSE = 1e-9
+CONVOLUTIONS = tuple(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3))
+WITH_BIAS = (*CONVOLUTIONS, "convolution", "linear", "layer_norm", "group_norm")
+
+
+def tried(model: nn.Module, example: Call | None, trials: Mapping[Key, Trial]) -> dict[Key, bool]:
+    """The model is run once on its example, in evaluation mode: whether each trial says yes at every call of its module.
+
+    A key begins with the module's name. A trial gets a copy of the module and its arguments in float64. A module that isn't called, or
+    whose copy can't be run, says no.
+    """
+    found: dict[Key, bool] = {}
+    if example is None:
+        return found
+    busy: list[Key] = []
+
+    def watch(key: Key, trial: Trial, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if busy or not found.get(key, True):
+            return
+        busy.append(key)
+        try:
+            found[key] = trial(duplicate(module).double(), Call(*_copied((args, kwargs), double=True)))
+        except Exception:  # the user's code may raise anything
+            found[key] = False
+        finally:
+            busy.clear()
+
+    try:
+        with quiet(), torch.no_grad():
+            copy = duplicate(model).eval()
+            for key, trial in trials.items():
+
+                def hook(module: nn.Module, args: Any, kwargs: Any, key: Key = key, trial: Trial = trial) -> None:
+                    watch(key, trial, module, args, kwargs)
+
+                copy.get_submodule(key[0]).register_forward_pre_hook(hook, with_kwargs=True)
+            args, kwargs = _copied((example.args, example.kwargs))
+            copy(*args, **kwargs)
+    except Exception:  # likewise
+        return dict.fromkeys(trials, False)
+    return found
+
+
+def _copied(tree: Any, *, double: bool = False) -> Any:
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().double() if double and leaf.is_floating_point() and leaf.dtype != torch.float64 else leaf.detach().clone()
+
+    return pytree.tree_map(own, tree)
+
+
+def outputs(module: nn.Module, call: Call) -> list[Tensor]:
+    args, kwargs = _copied((call.args, call.kwargs))
+    return [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether two lists of outputs agree, but for rounding."""
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return False
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
+    return all(bool((a - b).abs().max() <= CLOSE * max(float(a.abs().max()), 1e-30)) for a, b in pairs)
+
+
+def bias_trial(owner: str, weight: str | None, shape: tuple[int, ...], op: Node) -> Trial:
+    """Whether a bias given to the module `owner` inside the tried one is added to what the operator gives, and does nothing else.
+
+    weight: the name of the owner's weight, None where that is computed: then the operator must be called once. shape: the weight's.
+    """
+    name = operator_name(op)
+    spatial = len(shape) - 2 if name in (*CONVOLUTIONS, "convolution") else 0
+    size = shape if name == "layer_norm" else (op.meta["val"].shape[1],) if spatial or name != "linear" else shape[:1]
+
+    def trial(module: nn.Module, call: Call) -> bool:
+        holder = module.get_submodule(owner) if owner else module
+        bias = torch.linspace(0.5, 1.5, int(torch.Size(size).numel()), dtype=torch.float64).reshape(size)
+        given = next(module.parameters())
+        bias = bias.to(given.device)
+        own = None if weight is None else getattr(holder, weight)
+        adding = _Adding(CONVOLUTIONS if spatial else (name,), own, bias.reshape(-1, *(1,) * spatial) if spatial else bias)
+        with adding:
+            want = outputs(module, call)
+        holder.bias = nn.Parameter(bias)
+        got = outputs(module, call)
+        return adding.calls > 0 and (own is not None or adding.calls == 1) and same(want, got)
+
+    return trial
+
+
+class _Adding(TorchFunctionMode):
+    """Adds a bias to what the named functions give, where they read a weight (any, for None)."""
+
+    def __init__(self, names: tuple[str, ...], weight: Any, bias: Tensor) -> None:
+        super().__init__()
+        self.names, self.weight, self.bias, self.calls = names, weight, bias, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        reads = self.weight is None or any(each is self.weight for each in (*args, *(kwargs or {}).values()))
+        if getattr(func, "__name__", "") in self.names and reads:
+            self.calls += 1
+            return found + self.bias
+        return found

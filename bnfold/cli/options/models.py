@@ -1,0 +1,121 @@
+"""The options of models: how their files are read, and where they run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from bnfold.errors import UsageError
+
+from ..job import Job
+from . import parse
+from .common import MODELS, option
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How model files are read."""
+
+    arch: Annotated[
+        str | None,
+        option("--arch", panel=MODELS, metavar="MODULE:FACTORY", help="What builds the network of a checkpoint; FILE.py:FACTORY too."),
+    ] = None
+    arch_args: Annotated[str | None, option("--arch-args", panel=MODELS, metavar="JSON", help="The arguments of --arch.")] = None
+    trust_pickle: Annotated[bool, option("--trust-pickle", panel=MODELS, help="Load files that can run code.")] = False
+    ignore_keys: Annotated[
+        list[str] | None,
+        option(
+            "--ignore-keys",
+            panel=MODELS,
+            metavar="PATTERN",
+            help="Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.",
+        ),
+    ] = None
+
+    def load(self, path: Path, job: Job) -> Any:
+        """The model in a file, which goes into the report."""
+        from bnfold import api
+
+        args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
+        ignored = tuple(self.ignore_keys or ())
+        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark)
+        if job.reports:
+            from bnfold.certificate import files_of
+
+            job.came_in(*files_of(model, path))
+        return model
+
+    def suffixes(self, path: Path) -> tuple[str, ...]:
+        """How the name of what is made of this model may end."""
+        from bnfold.backends.kinds import kind_of
+
+        kind = kind_of(path)
+        weights = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+        if kind == "onnx" and (path.is_file() or self.arch is None) and path.suffix.lower() not in (*weights, ".pt2"):
+            return (".onnx",)  # a missing or damaged file of PyTorch's is for the loader to explain
+        return (".pt2", ".onnx") if kind == "pt2" else (".pt2", ".onnx", *weights)
+
+    def save(self, model: Any, path: Path, *, force: bool, example: Any) -> None:
+        """Write a model; a .pt file is a whole module only where one came in."""
+        from bnfold import api
+
+        api.save(model, path, force=force, example=example, as_state=self.arch is not None)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where models run."""
+
+    device: Annotated[str | None, option("--device", panel=MODELS, metavar="cpu|cuda", help="For PyTorch models.")] = None
+    provider: Annotated[
+        list[str] | None,
+        option(
+            "--provider",
+            panel=MODELS,
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
+        ),
+    ] = None
+    allow_cpu_fallback: Annotated[
+        list[str] | None,
+        option(
+            "--allow-cpu-fallback",
+            panel=MODELS,
+            metavar="OPERATOR|NODE",
+            help="What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
+        ),
+    ] = None
+
+    def providers(self, *paths: Path) -> tuple[str, ...]:
+        """Where the models in these files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""
+        from bnfold.backends.kinds import kind_of
+
+        kinds = {kind_of(path) == "onnx" for path in paths}
+        if self.device is not None and False not in kinds:
+            raise UsageError(f"--device {self.device}: that is for PyTorch models; for ONNX give --provider")
+        if self.provider and True not in kinds:
+            raise UsageError(f"--provider {self.provider[0]}: that is for ONNX models; for PyTorch give --device")
+        if True in kinds:
+            from bnfold.backends.onnx.runtime.providers import resolve
+
+            for name in self.provider or ("cpu",):
+                resolve(name)
+        if self.device is not None:
+            from bnfold.backends.torch.runtime.session import device_of
+
+            device_of(self.device)
+        return tuple(dict.fromkeys([*(self.provider or ()), *([self.device] if self.device else [])])) or ("cpu",)
+
+    def fallback(self) -> AbstractContextManager[None]:
+        """What of a model may run on the CPU, while this lasts."""
+        from bnfold.api import cpu_fallback
+
+        return cpu_fallback(self.allow_cpu_fallback or ())
+
+    def one_provider(self, *paths: Path) -> str:
+        """The same, where there can be only one."""
+        if len(self.provider or ()) > 1:
+            raise UsageError(f"--provider {' --provider '.join(self.provider or ())}: this command takes one")
+        return self.providers(*paths)[-1]

@@ -1,0 +1,1 @@
+"""Reports for readers: a terminal, Markdown, HTML, JUnit, GitHub."""

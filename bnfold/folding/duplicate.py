@@ -1,0 +1,99 @@
+"""Double an operator whose output has other users too, so that a BatchNorm behind it can fold into the copy.
+
+It costs the operator's work a second time, so it is done on request only. Clones are made in the graph at once and undone where the
+fold comes to nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from bnfold.algebra.affine import Blocked
+from bnfold.algebra.graph import Graph, Node, Param, Value
+
+LIMIT = 4  # operators doubled for one site
+
+
+class Shared(Blocked):
+    """Blocked by another user of a value; `uses` are the uses that want the map."""
+
+    def __init__(self, reason: str, value: Value, uses: list[tuple[Node, int]]) -> None:
+        super().__init__(reason)
+        self.value = value
+        self.uses = uses
+
+
+class Clones:
+    """The clones made for one site."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.made: list[tuple[Node, Node]] = []  # (original, copy)
+
+    def add(self, shared: Shared) -> bool:
+        """Double the producer of a shared value for those who want the map; False where that can't be."""
+        node = shared.value.producer
+        if node is None or len(self.made) == LIMIT or not node.attrs.get("cloneable") or not shared.uses:
+            return False
+        if node.op == "Affine" or not all(user.attrs.get("cloneable", True) for user, _ in shared.uses):
+            return False  # a second BatchNorm for the sake of one is nothing won; a Split is several moves in one operator
+        if any(v.producer is not None and v.producer.op == "Constant" for v in node.inputs):
+            return False
+        value = Value(f"{shared.value.name}.clone", shared.value.probes, shared.value.rank)
+        params = {role: Param(p.tensor, p.shape, p.layout, p.default, p.update) for role, p in node.params.items()}
+        readers = [(user.native, i) for user, i in shared.uses]
+        native = dataclasses.replace(node.native, clone_of=node.native, readers=readers)
+        copy = Node(node.op, f"{node.name}.clone", list(node.inputs), [value], dict(node.attrs), params, native, label=node.label)
+        self._move_uses(shared.uses, shared.value, value)
+        self.graph.nodes.insert(self.graph.nodes.index(node) + 1, copy)
+        self.graph.number()
+        self.made.append((node, copy))
+        return True
+
+    @staticmethod
+    def _move_uses(uses: list[tuple[Node, int]], old: Value, new: Value) -> None:
+        for user, i in uses:
+            user.inputs[i] = new
+            old.users.remove((user, i))
+            new.users.append((user, i))
+
+    def undo(self) -> None:
+        for node, copy in reversed(self.made):
+            self._move_uses(list(copy.output.users), copy.output, node.output)
+            for i, value in enumerate(copy.inputs):
+                value.users.remove((copy, i))
+            for role, param in copy.params.items():
+                if param.tensor is not None:
+                    param.tensor.users.remove((copy, role))
+            self.graph.nodes.remove(copy)
+        self.made.clear()
+        self.graph.number()
+
+    @property
+    def note(self) -> str:
+        """What the clones cost."""
+        names = ", ".join(f"{node.label} {node.name}" for node, _ in self.made)
+        work = [multiply_adds(node) for node, _ in self.made]
+        cost = "" if None in work else f", {sum(n for n in work if n is not None):,} multiply-adds more for each sample"
+        return f"doubles {names}{cost}"
+
+
+def multiply_adds(node: Node) -> int | None:
+    """Multiplications that an operator with weights does for one sample, at the first probe's sizes; None where they aren't known."""
+    if "weight" not in node.params:
+        return 0
+    sizes = None if node.output.probes is None else node.output.probes[0]
+    if sizes is None or None in sizes:
+        return None
+    shape = node.params["weight"].shape
+    fan_in = (
+        int(np.prod(shape[1:])) if node.op == "Conv" else shape[node.attrs["w"].index(_summed(node))] if node.op == "Contraction" else 1
+    )
+    return int(np.prod([n for n in sizes[1:] if n is not None])) * fan_in
+
+
+def _summed(node: Node) -> str:
+    letters: str = node.attrs["w"]
+    return next(name for name in letters if name not in node.attrs["y"])

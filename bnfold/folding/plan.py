@@ -1,0 +1,133 @@
+"""What becomes of a network's BatchNorms: fold, then merge parallel branches, then fold what was in their way; and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from bnfold import model as subject
+from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Graph, Node, Site, Value
+from bnfold.report import Counts, FuseReport, Layer, Merged
+
+from .branches import May, Merge, always, merge
+from .search import Outcome, fold
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch."""
+
+    outcomes: tuple[Outcome, ...]
+    merges: tuple[Merge, ...]
+    removed: tuple[Node, ...]
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.merges) or any(outcome.folded for outcome in self.outcomes)
+
+    @property
+    def folded_sites(self) -> list[Site]:
+        return [outcome.site for outcome in self.outcomes if outcome.folded]
+
+    def report(
+        self, notes: Mapping[Node, str], *, bytes_added: int, others: Iterable[Layer] = (), said: tuple[str, ...] = ()
+    ) -> FuseReport:
+        """The report, with all BatchNorms that the model holds, and calls of them before and after.
+
+        notes: on nodes that absorbed something. others: the model's BatchNorms that the plan didn't see. said: the report's notes.
+        """
+        others = tuple(others)
+        layers = (*(_layer(o, notes) for o in self.outcomes if o.site.is_batchnorm or o.folded), *others)
+        calls = [(len(o.site.nodes), o.folded) for o in self.outcomes if o.site.is_batchnorm]
+        calls += [(1, layer.verdict == "folded") for layer in others]
+        counts = Counts(sum(n for n, _ in calls), sum(n for n, folded in calls if not folded))
+        merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
+        return FuseReport(batchnorms=counts, layers=layers, merged=merged, bytes_added=bytes_added, notes=said)
+
+
+def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Planned:
+    """Decide what folds. clone: whether an operator that something else reads too may be doubled. may: which branches may merge, if any."""
+    affine = [node for site in graph.sites for node in site.nodes]
+    outcomes = fold(graph, clone=clone)
+    merges = merge(graph, may) if may is not None else []
+    into_host = {m.branch: m.host for m in merges if m.branch is not None}
+    if merges:
+        outcomes = _after_merging(graph, outcomes, into_host, clone)
+    left = set(graph.nodes)
+    removed = tuple(node for node in affine if node not in left and node not in into_host)
+    return Planned(tuple(outcomes), tuple(merges), removed)
+
+
+def normal_form(
+    graph: Graph,
+    outputs: Mapping[str, Value],
+    *,
+    clone: bool = False,
+    inputs: Iterable[Value] = (),
+    constants: Mapping[str, Array] = MappingProxyType({}),
+) -> subject.Plan:
+    """A graph with all planned that can be folded, for `verify`: without operators that do nothing, which other tools take out.
+
+    outputs: the values that a caller gets, by name. inputs, constants: see `subject.Plan`.
+    """
+    limits = [(float(node.attrs["limit"]), f"{node.label} {node.name}") for node in graph.nodes if "limit" in node.attrs and node.inputs]
+    for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
+        graph.bypass(node)  # it may stand in the way of a merge
+    planned = plan(graph, clone=clone)
+    left = set(graph.nodes)
+    ends = {name: graph.end(value, left) for name, value in outputs.items()}
+    narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
+    return subject.Plan(graph, ends, planned.outcomes, frozenset(inputs), constants, narrowest)
+
+
+def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:
+    """The outcomes, now that some BatchNorms went into the host of their branch, and some sums that were in the way are gone."""
+    found: list[Outcome] = []
+    for outcome in outcomes:
+        site = outcome.site
+        if outcome.folded or site.refusal is not None:
+            found.append(outcome)
+            continue
+        left = [node for node in site.nodes if node not in into_host]
+        for node in (node for node in site.nodes if node in into_host):
+            found.append(Outcome(Site(node.name, [node], site.channels, site.is_batchnorm, note=site.note), True, (into_host[node],)))
+        if left:
+            name = site.name if len(left) == len(site.nodes) else left[0].name
+            graph.sites = [Site(name, left, site.channels, site.is_batchnorm, site.separable, note=site.note)]
+            found += fold(graph, clone=clone)
+    return found
+
+
+def _by_host(merges: Iterable[Merge]) -> dict[Node, tuple[str, ...]]:
+    """For each operator that is left, the names of all branches that ended in it."""
+    into: dict[Node, list[str]] = {}
+    for m in merges:
+        names = into.pop(m.branch, []) if m.branch is not None else []
+        into.setdefault(m.host, [m.host.name]).extend([m.branch.name if m.branch is not None else "identity", *names[1:]])
+    return {host: tuple(names) for host, names in into.items()}
+
+
+def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
+    site = outcome.site
+    said = [notes[node] for node in outcome.into if node in notes]
+    if dead := site.nodes[0].attrs.get("dead"):
+        said.append(f"{dead} of its {site.channels} channels are dead (gamma is 0)")
+    if len(site.nodes) > 1:
+        said.append(f"called {len(site.nodes)} times")
+    if (norm := site.nodes[0].attrs.get("norm")) is not None and (odd := norm.unmeasured):
+        said.append(odd)
+    if site.note:
+        said.append(site.note)
+    if outcome.note:
+        said.append(outcome.note)
+    if not site.is_batchnorm:
+        said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
+    into = tuple(dict.fromkeys(node.name for node in outcome.into))
+    reason = "" if outcome.folded else outcome.reason
+    verdict: Literal["folded", "kept"] = "folded" if outcome.folded else "kept"
+    return Layer(site.name, site.channels, verdict, into, reason, tuple(said), site.is_batchnorm)

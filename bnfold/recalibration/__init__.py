@@ -1,0 +1,1 @@
+"""New running statistics, measured on the user's data."""

@@ -1,0 +1,125 @@
+"""Several processes that share the work, as `torchrun` starts them.
+
+All of them run the same stages, each over its own share of the micro-batches, and put together what they measured before any goes on. What
+goes from one to another is a few numbers per channel, so it goes through the host's memory, whichever device computes.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any, Protocol
+
+from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
+
+
+class Processes(Protocol):
+    """rank: which of `size` processes this one is, from 0 on."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, found: Any) -> list[Any]:
+        """What each process gave, in the order of ranks, the same list for all. All must call it equally often."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, found: Any) -> list[Any]:
+        return [found]
+
+
+class Group:
+    """A process group of torch.distributed (https://docs.pytorch.org/docs/stable/distributed.html): gloo, or nccl where the caller
+    started one; made here from the environment that torchrun sets, unless there is one.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import torch.distributed as dist
+        except ImportError:
+            raise UnsupportedError("several processes need PyTorch to talk to each other: pip install 'bnfold[torch]'") from None
+        self._dist = dist
+        self._mine = not dist.is_initialized()
+        if self._mine:
+            try:
+                dist.init_process_group("gloo")
+            except (RuntimeError, ValueError, OSError) as error:
+                raise UsageError(
+                    f"the processes can't find each other: {str(error).strip().splitlines()[0]}; start them with torchrun"
+                ) from None
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, found: Any) -> list[Any]:
+        every: list[Any] = [None] * self.size
+        try:
+            self._dist.all_gather_object(every, found)
+        except RuntimeError as error:
+            raise DataError(f"another process has stopped ({str(error).strip().splitlines()[0]}): look at its message") from None
+        return every
+
+    def close(self) -> None:
+        """Let the group go, where it was made here."""
+        if self._mine:
+            with suppress(RuntimeError):
+                self._dist.destroy_process_group()
+
+
+_group: Group | None = None
+
+
+def processes() -> Processes:
+    """The processes that this one belongs to: those that torchrun started, those of the caller's own process group, or itself."""
+    global _group
+    if _group is None and _several():
+        _group = Group()
+    return _group or Alone()
+
+
+def rank() -> int:
+    """This process's rank, before any group is made."""
+    return int(os.environ.get("RANK", "0")) if _several() else 0
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this one is; 0 where it is alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _several() else 0
+
+
+def threads() -> int:
+    """This process's share of the processor's cores, or 0 for all of them."""
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _several() else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // mine) if mine > 1 else 0
+
+
+def _several() -> bool:
+    world = os.environ.get("WORLD_SIZE", "1")
+    return world.isdigit() and int(world) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def close() -> None:
+    """Let the group go that `processes` made."""
+    global _group
+    if _group is not None:
+        _group.close()
+        _group = None
+
+
+def together(group: Processes, found: Any, failed: BnfoldError | None = None) -> list[Any]:
+    """What each process gave; where one failed, all do: that one with its own error, the others with its message."""
+    every = group.gather((found, None if failed is None else (type(failed), str(failed))))
+    if failed is not None:
+        raise failed
+    for number, (_, error) in enumerate(every):
+        if error is not None:
+            kind, text = error
+            raise kind(text if group.size == 1 else f"process {number}: {text}")
+    return [each for each, _ in every]

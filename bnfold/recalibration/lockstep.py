@@ -1,0 +1,396 @@
+"""Measure the statistics of all BatchNorms of a network, by any method, over any back-end.
+
+In lockstep, the data go through the network in step: all micro-batches advance to a BatchNorm, the moments of its input are pooled, its
+statistics are final, and only then does anything behind it run. Every operator runs once per micro-batch, so the work is that of one
+forward pass, and of a few cheap operators that run again (see `stages`); what is held meanwhile is the values alive at the frontier. The
+outcome of the exact method is that of one batch of the whole data set, so it doesn't depend on the size of the micro-batches, on their
+order, or on how many processes share them.
+
+Where a pointwise convolution makes many channels out of few, the moments behind it follow from the covariance of what it reads. So the
+few are measured, and are what waits (see `moments.Pointwise`).
+
+The methods that normalise each micro-batch by itself need no waiting: one micro-batch after the other goes through all stages.
+
+A backend cuts its network into stages (`Plan`), `methods` knows what statistics are made of the measurements; everything else is here.
+
+All this is about networks that treat their samples one by one. One that mixes them (a mean along the batch axis) is another function at
+each size of the micro-batches, and so are its statistics. A micro-batch that can't be cut, such as a graph, is one sample: its nodes are
+pooled with those of the others as if they all stood in one list, but for standard errors and a prior's weight it counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from bnfold.algebra.affine import Array
+from bnfold.data import Counted
+from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
+from bnfold.report import LayerStatistics, RecalibrateReport
+
+from .data_checks import Hints
+from .distributed import Alone, Processes, together
+from .methods import Method, Statistics, Tally
+from .methods import method as chosen
+from .moments import Moments, Pointwise, Samples, pool
+from .spill import Frontier
+
+Values = Mapping[str, Any]  # arrays, of numpy or of the framework that computes
+NOTHING: Mapping[int, Moments] = {}
+Progress = Callable[[str, int, "int | None"], None]
+DEAD = 1e-12  # of the channels' mean variance: at or below it, a channel says nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A BatchNorm as it came. mean, variance: float64 [channels], the old statistics."""
+
+    name: str
+    mean: Array
+    variance: Array
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The input of one call of a layer. per_activation: each element of a sample is a channel (ONNX's spatial = 0).
+
+    through: None, or a pointwise convolution, in the stage's own arrays, that takes the value to the input.
+    """
+
+    value: str
+    layer: int  # its place in Plan.layers
+    call: int  # its place among all calls
+    per_activation: bool = False
+    through: Pointwise | None = None
+
+
+class Stage(Protocol):
+    """A part of the network that ends at the inputs of some BatchNorms.
+
+    readings: what is measured in this stage: values that `run` gives, or that it needs. needs: the values that were left by earlier
+    stages, or that are the data's, and are asked for here. keeps: the values that later stages need, of those from before, the data's and
+    this stage's own; all others are dropped.
+    """
+
+    @property
+    def readings(self) -> Sequence[Reading]: ...
+    @property
+    def needs(self) -> Collection[str]: ...
+    @property
+    def keeps(self) -> Collection[str]: ...
+
+    def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
+        """One micro-batch: from the values that it needs to those that it computes. Raises DataError where they don't fit the network.
+
+        own: by call, the moments with which it is normalised in this micro-batch, in a plan whose stages were asked for so.
+        """
+        ...
+
+    def measure(self, array: Any, through: Pointwise | None = None) -> Moments | Samples:
+        """A value of its own, [samples, channels, ...], or what is made of it: arrays may lie on a device."""
+        ...
+
+    def held(self, array: Any, room: int) -> Any:
+        """A value of its own as it waits for a later stage: on its device, where that has room for so many bytes, else as numpy's array."""
+        ...
+
+
+class Plan(Protocol):
+    """A network, cut into stages."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+    @property
+    def stage_count(self) -> int: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def device_room(self) -> int:
+        """The bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
+        ...
+
+    def stages(self, own: bool = False) -> Iterator[Stage]:
+        """The stages in order; the next is made after the statistics that this one measured were set.
+
+        own: each call that is measured is normalised with what `Stage.run` is told, and all stages are made before the first runs.
+        """
+        ...
+
+    def set(self, layer: int, statistics: Statistics) -> str | None:
+        """Take over the statistics of a layer, which is normalised with them from now on. Returns why not, where they can't be stored."""
+        ...
+
+
+@dataclass(eq=False)
+class Measured:
+    """What the data said. tallies: one for each layer. samples, batches: how many there were, in all processes together."""
+
+    tallies: list[Tally]
+    samples: int = 0
+    batches: int = 0
+    held: int = 0
+    spilled: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def recalibrate(
+    plan: Plan,
+    batches: Iterable[Values],
+    *,
+    method: str | Method = "exact",
+    memory_budget: int = 1 << 30,
+    progress: Progress | None = None,
+    group: Processes | None = None,
+) -> RecalibrateReport:
+    """Measure the statistics of all layers of a plan and set them.
+
+    batches: micro-batches by input name, read once; where several processes share the work, this one's. memory_budget: bytes of activations
+    to hold in memory; the rest goes to a temporary file. Raises DataError for data that hold no batch, that don't fit, or that drive a
+    BatchNorm's input to NaN or infinity; UnsupportedError for a moving average over several processes, which would depend on their order.
+    """
+    how, group = chosen(method), group or Alone()
+    if memory_budget < 0:
+        raise UsageError(f"the memory budget is {memory_budget} bytes; it can't be negative")
+    if group.size > 1 and not (how.lockstep or how.additive):
+        raise UnsupportedError(f"the method {how} depends on the order of the data, so several processes can't share it; use one")
+    measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group) if how.lockstep else (None, {})
+    if measured is None:
+        measured = measure(plan, batches, how, progress=progress, group=group)
+        kept = settle(plan, measured, how)
+    return report(plan, measured, how, kept)
+
+
+def measure(
+    plan: Plan, batches: Iterable[Values], method: Method, *, progress: Progress | None = None, group: Processes | None = None
+) -> Measured:
+    """Measure while each micro-batch is normalised by itself; nothing is set. The sum of what parts of the data give is that of all data.
+
+    With a plan of one stage, nothing that is measured stands behind a BatchNorm, so that holds for every method but the moving average.
+    """
+    group = group or Alone()
+    layers = plan.layers
+    tallies = [method.start(layer.mean, layer.variance) for layer in layers]
+    found, hints, failed, skipped = Measured(tallies), Hints(), None, 0
+    try:
+        stages = list(plan.stages(own=True))
+        for index, data in enumerate(batches):
+            seen = _through(stages, data, layers, index)
+            if seen is None:
+                if not found.batches:
+                    raise DataError(
+                        f"the micro-batches bring one value per channel to a BatchNorm, and the method {method} normalises each by itself: "
+                        f"take a larger batch size, or the exact method"
+                    )
+                skipped += _samples(data)
+                continue
+            for reading, moments, first in seen:
+                method.add(tallies[reading.layer], moments)
+                if first:
+                    hints.see(reading.layer, moments)
+            found.samples += _samples(data)
+            found.batches += 1
+            if progress is not None:
+                progress("recalibrate", found.batches, None)
+    except BnfoldError as error:
+        failed = error
+    every = together(group, (tallies, found.samples, found.batches), failed)
+    found.tallies = [_sum(parts) for parts in zip(*(part[0] for part in every), strict=True)] if group.size > 1 else tallies
+    found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
+    _some(found)
+    found.notes = [*hints.order(), *hints.scale(layers, found.tallies)]
+    if skipped:
+        found.notes.append(f"{skipped} sample{'s' * (skipped > 1)} left out, in micro-batches too small to be normalised by themselves")
+    return found
+
+
+def _through(stages: Sequence[Stage], data: Values, layers: Sequence[Layer], index: int) -> list[tuple[Reading, Moments, bool]] | None:
+    """One micro-batch through all stages, normalised by itself: what each call saw, and whether it stands first.
+
+    None where a BatchNorm sees one value per channel, which has no variance.
+    """
+    values: dict[str, Any] = dict(data)
+    samples = _samples(data)
+    own: dict[int, Moments] = {}
+    seen = []
+    for number, stage in enumerate(stages):
+        made = stage.run({name: values[name] for name in stage.needs}, own)
+        for reading in stage.readings:
+            array = made[reading.value] if reading.value in made else values[reading.value]
+            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index, samples)])
+            if moments.count < 2:
+                return None
+            seen.append((reading, moments, number == 0))
+        values = {name: made.get(name, values.get(name)) for name in stage.keeps}
+    return seen
+
+
+def settle(plan: Plan, measured: Measured, method: Method) -> dict[int, str]:
+    """Set the statistics that the measurements make; the layers that keep theirs, and why."""
+    kept = {}
+    for index, (layer, tally) in enumerate(zip(plan.layers, measured.tallies, strict=True)):
+        why = _settle(plan, index, layer, tally, method, measured.samples)
+        if why is not None:
+            kept[index] = why
+    return kept
+
+
+def _settle(plan: Plan, index: int, layer: Layer, tally: Tally, method: Method, samples: int) -> str | None:
+    return _unusable(tally.moments) or plan.set(index, method.statistics(tally, (layer.mean, layer.variance), samples))
+
+
+def _in_lockstep(
+    plan: Plan, batches: Iterable[Values], method: Method, memory_budget: int, progress: Progress | None, group: Processes
+) -> tuple[Measured, dict[int, str]]:
+    layers = plan.layers
+    found = Measured([method.start(layer.mean, layer.variance) for layer in layers])
+    kept: dict[int, str] = {}
+    hints = Hints()
+    count: int | None = None  # this process's micro-batches, known after the first stage
+    sizes: list[int] = []  # the samples of each
+    with Frontier(memory_budget, plan.device_room) as frontier:
+        for number, stage in enumerate(plan.stages()):
+            mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
+            failed = None
+            try:
+                source = iter(batches) if number == 0 else None
+                index = 0
+                while source is not None or index != count:
+                    data: Values = {}
+                    if source is not None:
+                        given = next(source, None)
+                        if given is None:
+                            break
+                        data = given
+                        sizes.append(_samples(data))
+                        found.samples += sizes[-1]
+                    needed = {name: data[name] if source is not None else frontier.get(index, name) for name in stage.needs}
+                    made = stage.run(needed)
+                    for reading in stage.readings:
+                        array = made[reading.value] if reading.value in made else needed[reading.value]
+                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index, sizes[index]))
+                    for name in frontier.names(index):
+                        if name not in stage.keeps:
+                            frontier.drop(index, name)
+                    for name in stage.keeps:
+                        if name in made:
+                            frontier.put(index, name, stage.held(made[name], frontier.room))
+                        elif name in data:
+                            frontier.put(index, name, np.array(data[name]))  # a copy: a loader may use its buffer again
+                    index += 1
+                    if progress is not None:
+                        progress("recalibrate", number * (count or 0) + index, None if count is None else count * plan.stage_count)
+                count = index
+            except BnfoldError as error:
+                failed = error
+            every = together(group, (mine, found.samples, count), failed)
+            if number == 0:
+                found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
+                _some(found)
+            for layer in mine:
+                found.tallies[layer] = _sum([found.tallies[layer], *(part[0][layer] for part in every)])
+                why = _settle(plan, layer, layers[layer], found.tallies[layer], method, found.samples)
+                kept.pop(layer, None)
+                if why is not None:
+                    kept[layer] = why
+            if number == 0:
+                found.notes = hints.scale([layers[layer] for layer in mine], [found.tallies[layer] for layer in mine])
+    found.held, found.spilled = frontier.peak, frontier.spilled
+    return found, kept
+
+
+def report(plan: Plan, measured: Measured, method: Method, kept: Mapping[int, str]) -> RecalibrateReport:
+    """What became of each layer. kept: those that keep their statistics, and why."""
+    layers, tallies = plan.layers, measured.tallies
+    statistics = [
+        (layer.mean, layer.variance) if i in kept else method.statistics(tally, (layer.mean, layer.variance), measured.samples)
+        for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
+    ]
+    return RecalibrateReport(
+        method=method.name,
+        variance=method.variance,
+        samples=measured.samples,
+        layers=tuple(_changes(layers[i], tally.moments, statistics[i]) for i, tally in enumerate(tallies)),
+        held_bytes=measured.held,
+        spilled_bytes=measured.spilled,
+        notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(kept.items())), *measured.notes),
+        before={layer.name: (layer.mean, layer.variance) for layer in layers},
+    )
+
+
+def _sum(parts: Sequence[Tally]) -> Tally:
+    first, *rest = parts
+    return sum(rest, first)
+
+
+def _samples(data: Values) -> int:
+    """How many samples a micro-batch holds: it says so, or all its arrays do."""
+    return data.samples if isinstance(data, Counted) else max((len(array) for array in data.values() if array.ndim), default=1)
+
+
+def _some(measured: Measured) -> None:
+    if not measured.batches:
+        raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
+
+
+def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, samples: int) -> Moments | Samples:
+    """One micro-batch at one call of a layer. samples: how many it holds; each may have several rows here (words, nodes, windows)."""
+    if array.ndim == 1:
+        array = array[:, None]  # samples of one channel
+    if reading.per_activation:
+        array = array.reshape(len(array), -1)
+    elif len(array) > samples and len(array) % samples == 0:
+        array = array.reshape(samples, len(array) // samples, *array.shape[1:]).swapaxes(1, 2)
+    brought = array.shape[1]
+    if reading.through is not None:
+        out, into = reading.through.weight.shape
+        if brought != into:
+            raise DataError(f"micro-batch {batch + 1} brings {brought} channels to the convolution before {layer.name}, which takes {into}")
+        brought = out
+    if brought != layer.mean.size:
+        raise DataError(f"micro-batch {batch + 1} brings {brought} channels to {layer.name}, which has {layer.mean.size}")
+    with np.errstate(invalid="ignore", over="ignore"):
+        seen = stage.measure(array, reading.through)
+    if not (np.isfinite(seen.mean).all() and np.isfinite(seen.m2).all()):
+        wrong = ~(np.isfinite(seen.mean) & np.isfinite(seen.m2)).reshape(-1, layer.mean.size).all(0)
+        channel = int(np.flatnonzero(wrong)[0])
+        raise DataError(
+            f"micro-batch {batch + 1} brings NaN, infinity or an overflow to channel {channel} of {layer.name}: look at these samples "
+            f"and at how they are scaled, or leave them out"
+        )
+    return seen
+
+
+def _unusable(moments: Moments) -> str | None:
+    if moments.count == 0:
+        return "no data reach it"
+    if moments.count == 1:
+        return "the data bring one value per channel, which has no variance; give more samples"
+    return None
+
+
+def _changes(layer: Layer, seen: Moments, new: Statistics) -> LayerStatistics:
+    """The worst channel's figures. A deviation of 0 makes the first two infinite where there is a change at all."""
+    mean, variance = new
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = seen.variance()
+        of_mean = np.nan_to_num(seen.standard_error() / np.sqrt(own), nan=0.0, posinf=np.inf)
+        of_variance = np.nan_to_num(seen.variance_error() / own, nan=0.0, posinf=np.inf)
+        change = np.abs(mean - layer.mean)
+        shift = np.where(change == 0, 0.0, change / np.sqrt(layer.variance))
+        ratio = np.where(variance == layer.variance, 1.0, variance / layer.variance)
+        distance = np.nan_to_num(np.abs(np.log(ratio)), nan=np.inf, posinf=np.inf)
+    nothing = not seen.count
+    return LayerStatistics(
+        name=layer.name,
+        count=seen.count,
+        mean_shift=float(shift.max(initial=0.0)),
+        var_ratio=float(ratio[np.argmax(distance)]) if ratio.size else 1.0,
+        stderr=float("inf") if nothing else float(of_mean.max(initial=0.0)),
+        var_stderr=float("inf") if nothing else float(of_variance.max(initial=0.0)),
+        channels=layer.mean.size,
+        worst_channel=int(np.argmax(np.maximum(np.nan_to_num(shift, nan=np.inf), distance))) if shift.size else 0,
+        dead=0 if nothing else int((own <= DEAD * np.maximum(own.mean(), np.finfo(float).tiny)).sum()),
+    )

@@ -1,0 +1,361 @@
+"""What stands between the verb `recalibrate` and its plan: whose model it is, which data and processes, and how many samples are enough."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bnfold.backends import as_given, as_ir, family, is_module
+from bnfold.certificate import recalibrated
+from bnfold.data import WHOLE
+from bnfold.data.random import check_feeds
+from bnfold.errors import DataError, NothingToDoError, UnsupportedError, UsageError
+from bnfold.report import RecalibrateReport
+
+from . import statistics_file as kept_statistics
+from .distributed import Processes, processes
+from .lockstep import Plan, Progress, measure, report, settle
+from .lockstep import recalibrate as run_plan
+from .methods import Method
+from .scoring import Scores, effect, score, score_if_fits
+from .selection import Selection, every
+
+if TYPE_CHECKING:
+    from bnfold.data import Batch, Data, InputSpec
+
+PILOT = 64  # samples of the first trial of `until`
+GROWTH = 16  # times as many samples, at most, in the next trial
+MARGIN = 1.1  # more samples than the last trial says are needed
+
+
+class ModelPlan(Plan, Protocol):
+    """A plan that knows its model. frozen: the layers that came without statistics."""
+
+    @property
+    def specs(self) -> Sequence[InputSpec]: ...
+    @property
+    def frozen(self) -> set[int]: ...
+
+    def outputs(self, batch: Batch) -> Mapping[str, Any]:
+        """What the model gives as it came, by output name; none of it where it mixes the samples of a batch."""
+        ...
+
+    def write(self) -> Any:
+        """A copy of the model with the statistics that were set."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model that is measured, and how. example: how a PyTorch module is called. device: of PyTorch, or ONNX Runtime's provider."""
+
+    model: Any
+    example: Any = None
+    layers: Sequence[str] = ()
+    skipped: Sequence[str] = ()
+    freeze: bool = False
+    device: str = "cpu"
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the data flow is still to be read, which a module's is by calling it."""
+        if not is_module(self.model):
+            return False
+        from bnfold.backends.torch.export.trace import Traced
+
+        return not isinstance(self.example, Traced)
+
+    def plan(self, *, one_size: bool = False) -> ModelPlan:
+        """The model, cut into stages. one_size: a module is read for samples of one size."""
+        select = Selection(self.layers, self.skipped)
+        chosen = every if select.is_all else select
+        plan: ModelPlan
+        try:
+            if family(self.model) == "torch":
+                from bnfold.backends.torch.recalibration.plan import plan_of as torch_plan
+
+                given: dict[str, Any] = {"select": chosen, "freeze": self.freeze, "device": self.device}
+                plan = torch_plan(self.model, self.example, one_size=one_size, **given)
+            else:
+                from bnfold.backends.onnx.recalibration.plan import plan_of as onnx_plan
+
+                plan = onnx_plan(as_ir(self.model), select=chosen, freeze=self.freeze, provider=self.device)
+        except NothingToDoError:
+            select.check()
+            raise
+        select.check()
+        return plan
+
+    def written(self, plan: ModelPlan) -> Any:
+        """A copy of the model with the statistics that were set in its plan, of the kind that came in."""
+        fresh = recalibrated(self.model, plan.write())
+        return fresh if family(self.model) == "torch" else as_given(fresh, self.model)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """How the device computes meanwhile: with float32 in full."""
+        if family(self.model) == "torch":
+            from bnfold.backends.torch.runtime.session import precise
+
+            return precise()
+        return nullcontext()
+
+
+def recalibrate(
+    subject: Subject,
+    batches: Any,
+    method: Method,
+    *,
+    until: float | None = None,
+    labelled: Any = None,
+    memory_budget: int = 1 << 30,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, RecalibrateReport]:
+    """A copy of the model with new statistics, and what changed (see `api.recalibrate`)."""
+    start = time.perf_counter()
+    group = processes()
+    run = _Run(subject, batches, method, memory_budget, batch_size, group, progress)
+    scores: Scores | None = None
+    notes: tuple[str, ...] = ()
+    if labelled is not None and not group.rank:
+        scores, notes = score_if_fits(subject.model, labelled, batches, example=run.example, provider=subject.device)
+    fresh, found = run(samples) if until is None else _until(run, until, samples)
+    if scores is not None:
+        after = score(fresh, labelled, example=run.example, provider=subject.device)
+        assert after is not None
+        found = dataclasses.replace(found, accuracy_before=scores.summary(), accuracy_after=after.summary(), effect=effect(scores, after))
+    return fresh, dataclasses.replace(found, notes=(*found.notes, *notes), seconds=time.perf_counter() - start)
+
+
+class _Run:
+    """Recalibration on the first samples of the data, as often as it is asked for."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        batches: Any,
+        method: Method,
+        memory_budget: int,
+        batch_size: int | None,
+        group: Processes,
+        progress: Progress | None,
+    ) -> None:
+        self._subject, self.batches, _ = called(subject, batches, batch_size)
+        self.example = self._subject.example
+        self._method, self._budget, self._batch_size, self._group = method, memory_budget, batch_size, group
+        self._progress = progress
+
+    @property
+    def again(self) -> bool:
+        """Whether the data can be read more than once."""
+        from bnfold.data import Data
+
+        return self.batches.again if isinstance(self.batches, Data) else not isinstance(self.batches, Iterator)
+
+    def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Any, RecalibrateReport]:
+        # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
+        quick = self._subject.is_unread and self.again and self._group.size == 1
+        for one_size in (True, False) if quick else (False,):
+            plan = self._subject.plan(one_size=one_size)
+            if one_size and _counts_elsewhere(plan.specs):
+                continue
+            try:
+                data = data_of(self.batches, plan, one_size, self._batch_size, samples, spread)
+                mine = data.sharded(self._group.rank, self._group.size) if self._group.size > 1 else data
+                batches = fitting(mine, plan.specs, one_size)
+                with self._subject.computing():
+                    found = run_plan(
+                        plan, batches, method=self._method, memory_budget=self._budget, progress=self._progress, group=self._group
+                    )
+                break
+            except (_OtherSizeError, DataError) as error:
+                if not one_size:
+                    raise error
+        if self._group.size > 1:
+            data.know_bad(mine, self._group.gather)
+        notes = (*found.notes, *(note for note in data.notes if note == WHOLE))
+        return self._subject.written(plan), dataclasses.replace(found, notes=notes)
+
+
+class _OtherSizeError(Exception):
+    """A micro-batch of another size than the network was read for."""
+
+
+def _counts_elsewhere(specs: Sequence[InputSpec]) -> bool:
+    """Whether one of several inputs, read for samples of one size, has a first axis that is tied to another axis."""
+    first = [spec.shape[0] for spec in specs if spec.shape]
+    return len(first) > 1 and any(isinstance(n, int) and n > 1 for n in first)
+
+
+def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subject, Any, Any]:
+    """The subject with an example of its input, taken from the data where there is none; the data; their first batch."""
+    if family(subject.model) != "torch":
+        return subject, batches, None
+    from bnfold.backends.torch.export.trace import example_of, shortened_call
+    from bnfold.data import BATCH_SIZE
+    from bnfold.verification.interface import peeked
+
+    first, batches = peeked(batches)
+    whole = first is batches  # all samples at once
+    if whole:
+        first = _few(first, batch_size or BATCH_SIZE)
+    if subject.example is None and first is not None:
+        example = example_of(subject.model, first)
+        if whole and is_module(subject.model):
+            example = shortened_call(subject.model, example, batch_size or BATCH_SIZE)
+        subject = dataclasses.replace(subject, example=example)
+    return subject, batches, first
+
+
+def data_of(
+    batches: Any,
+    plan: ModelPlan,
+    one_size: bool,
+    batch_size: int | None,
+    samples: int | None,
+    spread: bool = False,
+) -> Data:
+    """The data as the plan's network takes them. one_size: axes behind the first may differ from the example's.
+
+    spread: samples are taken from all over the data, not the first ones.
+    """
+    from bnfold.data import as_batches
+
+    specs = plan.specs
+    taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
+    flat = getattr(plan, "flat", None)
+    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples, run=plan.outputs, flat=flat)
+    if spread and samples is not None:
+        data = data.spread(samples)
+    return data
+
+
+def fitting(data: Data, specs: Sequence[InputSpec], one_size: bool = False) -> Iterator[Batch]:
+    """The micro-batches; with one_size, one whose axes behind the first differ from the example's doesn't go through."""
+    for batch in data:
+        if one_size and any(batch[spec.name].shape[1:] != spec.shape[1:] for spec in specs):
+            raise _OtherSizeError
+        check_feeds(batch, specs)
+        yield batch
+
+
+def _until(run: _Run, limit: float, samples: int | None) -> tuple[Any, RecalibrateReport]:
+    """As many samples as bring every channel's standard error of the mean down to `limit` standard deviations, found by a few trials.
+
+    A standard error falls with the root of the number of samples, so a trial tells how many the next one takes.
+    """
+    if not 0 < limit < 1:
+        raise UsageError(f"the standard error asked for is {limit} standard deviations; give a number between 0 and 1")
+    if not run.again:
+        raise UsageError("to find out how many samples are enough takes several passes, and these data can be read only once")
+    count = PILOT if samples is None else min(PILOT, samples)
+    while True:
+        fresh, found = run(count, spread=True)
+        worst = max((layer.stderr for layer in found.layers if layer.count), default=0.0)
+        reached = worst <= limit
+        if reached or found.samples < count or count == samples:
+            break
+        wanted = math.ceil(found.samples * (worst / limit) ** 2 * MARGIN) if math.isfinite(worst) else count * GROWTH
+        count = min(max(wanted, count + 1), count * GROWTH)
+        count = count if samples is None else min(count, samples)
+    told = (
+        f"{found.samples:,} samples were enough: the worst channel's mean is known to {worst:.2g} standard deviations"
+        if reached
+        else f"{found.samples:,} samples, all that there are, were not enough: the worst channel's mean is known to {worst:.2g} standard "
+        f"deviations, and {limit:g} was asked for"
+    )
+    return fresh, dataclasses.replace(found, until=limit, reached=reached, notes=(told, *found.notes))
+
+
+# --- parts of the data, measured apart ----------------------------------------------------------------------------------------
+
+
+def measure_part(
+    subject: Subject,
+    batches: Any,
+    method: Method,
+    part: tuple[int, int],
+    path: Path,
+    *,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> RecalibrateReport:
+    """Measure one of several parts of the data, and write what was found to a file; `merge` puts the parts together.
+
+    part: which of how many, from 0 on; every process is given the same data, and measures its own micro-batches. The report says nothing of
+    changes. Raises UnsupportedError where the parts would not add up to the whole.
+    """
+    start = time.perf_counter()
+    index, count = part
+    if not 0 <= index < count:
+        raise UsageError(f"there is no part {index} of {count}; the parts are 0 to {count - 1}")
+    subject, batches, _ = called(subject, batches, batch_size)
+    plan = subject.plan()
+    if not method.additive and (plan.stage_count > 1 or method.name == "moving-average"):
+        raise UnsupportedError(
+            f"parts of the data that are measured apart don't add up with the method {method}: "
+            + (
+                "a moving average depends on the order"
+                if method.name == "moving-average"
+                else "what a BatchNorm sees depends on the statistics of those before it, which need all data"
+            )
+            + "; share the work with torchrun, or take the method precise or ioffe-szegedy"
+        )
+    data = data_of(batches, plan, False, batch_size, samples).sharded(index, count)
+    with subject.computing():
+        measured = measure(plan, fitting(data, plan.specs), method, progress=progress)
+    kept_statistics.write_part(path, plan.layers, measured, method, part, kept_statistics.fingerprint(plan.layers))
+    found = report(plan, measured, method, dict.fromkeys(range(len(plan.layers)), "only a part of the data was measured"))
+    notes = (f"part {index} of {count}: nothing has changed; bnfold merge-stats puts the parts together", *measured.notes)
+    return dataclasses.replace(found, notes=notes, seconds=time.perf_counter() - start)
+
+
+def merge(subject: Subject, paths: Iterable[str | Path]) -> tuple[Any, RecalibrateReport]:
+    """A copy of the model with the statistics of all parts together (see `measure_part`)."""
+    start = time.perf_counter()
+    plan = subject.plan()
+    measured, method = kept_statistics.read_parts([Path(path) for path in paths], plan.layers)
+    kept = settle(plan, measured, method)
+    found = report(plan, measured, method, kept)
+    return subject.written(plan), dataclasses.replace(found, seconds=time.perf_counter() - start)
+
+
+def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """A copy of the model with old statistics put back, and the layers that they were put back into.
+
+    before: float64 means and variances by layer, as `kept_statistics.read` gives them. Raises DataError where they are another model's.
+    """
+    plan = subject.plan()
+    done = []
+    for index, layer in enumerate(plan.layers):
+        if layer.name not in before:
+            continue
+        mean, variance = before[layer.name]
+        if mean.size != layer.mean.size:
+            raise DataError(
+                f"{layer.name} has {layer.mean.size} channels, and the statistics kept for it {mean.size}: they are another model's"
+            )
+        why = plan.set(index, (mean, variance))
+        if why is not None:
+            raise DataError(f"{layer.name}: {why}")
+        done.append(layer.name)
+    if missing := [name for name in before if name not in done]:
+        raise DataError(f"the model has no BatchNorm {missing[0]!r}, whose statistics were kept: they are another model's")
+    return subject.written(plan), done
+
+
+def _few(samples: Any, count: int) -> Any:
+    """The first samples of an array, or of each in a mapping or tuple of arrays, where these are plainly samples."""
+    from bnfold.data import few
+
+    if isinstance(samples, Mapping):
+        return few(dict(samples), count)
+    arrays = few({str(i): array for i, array in enumerate(samples if isinstance(samples, tuple) else (samples,))}, count)
+    return tuple(arrays.values()) if isinstance(samples, tuple) else arrays["0"]

@@ -1,0 +1,158 @@
+"""Accuracy and loss on labelled data, and whether a change improved them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfold.backends import as_ir, family
+from bnfold.errors import DataError
+from bnfold.report import Accuracy, Effect, Word
+
+if TYPE_CHECKING:
+    from bnfold.data import Array
+
+    from .lockstep import Progress
+
+SURE = 2.0  # standard errors from which on a difference counts
+SUM = 1e-3  # how far probabilities in half precision miss a sum of 1
+
+
+class UnfitError(DataError):
+    """Labels that aren't classes of the network's output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How each sample fared, in the data's order. right: bool [samples]; loss: float64 [samples], cross-entropy of its label in nats."""
+
+    right: npt.NDArray[np.bool_]
+    loss: Array
+
+    def summary(self) -> Accuracy:
+        """With the standard errors sqrt(p (1 - p) / n) of the accuracy, and deviation / sqrt(n) of the mean loss."""
+        n, share = len(self.right), float(self.right.mean())
+        return Accuracy(
+            accuracy=share,
+            stderr=math.sqrt(share * (1 - share) / n),
+            samples=n,
+            loss=float(self.loss.mean()),
+            loss_stderr=float(self.loss.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf,
+        )
+
+
+def deployed(model: Any, provider: str, *, example: Any = None, optimise: bool = False) -> Any:
+    """The model on an execution provider of ONNX Runtime, or on a device of PyTorch."""
+    if family(model) == "torch":
+        from bnfold.backends.torch.export.trace import trace
+        from bnfold.backends.torch.runtime.session import Session as TorchSession
+
+        return TorchSession(trace(model, example), device=provider)
+    from bnfold.backends.onnx.runtime.session import Session
+
+    return Session(as_ir(model), provider=provider, optimise=optimise)
+
+
+def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:
+    """Score every labelled sample; None where there are no labels, or where the data can be read only once.
+
+    The first output counts, [samples, classes] or [samples, classes, 1, ...]; where each row holds probabilities (none below 0, their sum
+    1) the loss is -log of the label's, else the output is taken for logits. Raises DataError where labels and output don't fit.
+    """
+    from bnfold.data import Data, as_batches
+
+    if data is None:
+        return None
+    session = cache(lambda: deployed(model, provider, example=example))
+    if not isinstance(data, Data):
+        data = as_batches(data, session().specs, run=session().run, flat=getattr(session(), "flat", None))
+    else:
+        data = data.asking(lambda batch: session().run(batch))
+    if not data.again:
+        return None
+    found: list[tuple[Array, Array]] = []
+    seen = 0
+    for batch, labels in data.labelled():
+        if labels is None:
+            return None
+        scores = next(iter(session().run(batch).values()))
+        if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
+            raise UnfitError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
+        if len(scores) != len(labels):
+            raise UnfitError(f"accuracy needs a label for each sample; a batch has {len(labels)} labels, and the output {len(scores)} rows")
+        found.append((scores.reshape(scores.shape[:2]).astype(np.float64), labels))
+        seen += len(scores)
+        if progress is not None:
+            progress("score", seen, data.samples)
+    if not seen:  # an empty shard
+        return None
+    outputs, wanted = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Scores(outputs.argmax(axis=1) == wanted, cross_entropy(outputs, wanted))
+
+
+def score_if_fits(model: Any, labelled: Any, batches: Any, **options: Any) -> tuple[Scores | None, tuple[str, ...]]:
+    """The scores, and notes.
+
+    Labels that only happened to come with the data needn't be classes of this network, or be there at all: that is said, and no error. Data
+    that were given to be scored must have labels that fit (DataError).
+    """
+    try:
+        found = score(model, labelled, **options)
+        if found is None and labelled is not None and labelled is not batches:
+            raise DataError("the data to score on have no labels, or can be read only once: give integers, one for each sample")
+        return found, ()
+    except UnfitError as error:
+        if labelled is not batches:
+            raise
+        return None, (f"the labels aren't used: {error}",)
+
+
+def cross_entropy(outputs: Array, labels: Array) -> Array:
+    """-log of each label's probability, [samples], in nats; infinite for a label that is no class of the network's.
+
+    outputs: float64 [samples, classes], probabilities or logits.
+    """
+    known = (labels >= 0) & (labels < outputs.shape[1])
+    own = outputs[np.arange(len(labels)), np.where(known, labels, 0)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if outputs.min(initial=0.0) >= 0 and np.abs(outputs.sum(1) - 1).max(initial=0.0) <= SUM:
+            loss = -np.log(own)
+        else:
+            top = outputs.max(axis=1)
+            loss = np.log(np.exp(outputs - top[:, None]).sum(1)) + top - own
+    return np.where(known, loss, np.inf)
+
+
+def effect(before: Scores, after: Scores) -> Effect:
+    """What changed, from the same samples: their differences' means, with the standard errors of those means.
+
+    Paired samples tell smaller changes than two independent scores would: what a sample's difficulty adds to both falls out.
+    """
+    if len(before.right) != len(after.right):
+        raise DataError(
+            f"the data gave {len(before.right)} labelled samples before and {len(after.right)} after; they must be the same ones"
+        )
+    right = after.right.astype(np.float64) - before.right
+    with np.errstate(invalid="ignore"):
+        loss = after.loss - before.loss
+    loss = np.where(np.isfinite(loss), loss, 0.0)
+    accuracy, accuracy_error = _mean(right)
+    moved, loss_error = _mean(loss)
+    verdict: Word
+    if abs(accuracy) > SURE * accuracy_error:
+        verdict = "improved" if accuracy > 0 else "harmed"
+    elif abs(moved) > SURE * loss_error:
+        verdict = "improved" if moved < 0 else "harmed"
+    else:
+        verdict = "no effect"
+    return Effect(verdict, accuracy, accuracy_error, moved, loss_error)
+
+
+def _mean(values: Array) -> tuple[float, float]:
+    """The mean, and its standard error; of one sample nothing is known."""
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf

@@ -1,0 +1,145 @@
+"""The values that wait between two stages of a network: in memory up to a budget, and past it in a temporary file.
+
+A device that computes has memory of its own, in which values wait first, as far as there is room.
+
+The file has no name (or goes with its last handle), so nothing is left behind however the process ends.
+"""
+
+from __future__ import annotations
+
+import bisect
+import tempfile
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfold.errors import UsageError
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """An array that lies in the file. nbytes from offset on are its own."""
+
+    offset: int
+    nbytes: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class Frontier:
+    """Arrays by (micro-batch, name). What doesn't fit into `memory_budget` bytes lies on disk.
+
+    A value that isn't one of numpy's arrays lies on a device, which has room for `device_room` bytes: `room` is what is left of it.
+    Micro-batches are visited in the same order stage after stage, so of all values the newest is the one that is needed last:
+    it goes to disk, and nothing is ever moved. peak: the most bytes held at once, wherever they lay; spilled: bytes written to disk.
+    Use as a context manager.
+    """
+
+    def __init__(self, memory_budget: int, device_room: int = 0) -> None:
+        self._budget = memory_budget
+        self.room = device_room
+        self._values: dict[int, dict[str, Any]] = {}
+        self._file = _Scratch()
+        self._in_memory = self._held = self.peak = self.spilled = 0
+
+    def __enter__(self) -> Frontier:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._values.clear()
+        self._file.close()
+
+    def names(self, batch: int) -> list[str]:
+        return list(self._values.get(batch, ()))
+
+    def put(self, batch: int, name: str, array: Any) -> None:
+        """Hold an array, which nobody may write to from then on. array: numpy's, or one of a device, with its `nbytes`."""
+        self._held += array.nbytes
+        self.peak = max(self.peak, self._held)
+        entry = array
+        if not isinstance(array, np.ndarray):
+            self.room -= array.nbytes
+        elif self._in_memory + array.nbytes > self._budget and array.nbytes and not array.dtype.hasobject:
+            entry = self._file.write(array)
+            self.spilled += array.nbytes
+        else:
+            self._in_memory += array.nbytes
+        self._values.setdefault(batch, {})[name] = entry
+
+    def get(self, batch: int, name: str) -> Any:
+        entry = self._values[batch][name]
+        return self._file.read(entry) if isinstance(entry, _Slot) else entry
+
+    def drop(self, batch: int, name: str) -> None:
+        entry = self._values[batch].pop(name)
+        self._held -= entry.nbytes
+        if isinstance(entry, _Slot):
+            self._file.free(entry)
+        elif not isinstance(entry, np.ndarray):
+            self.room += entry.nbytes
+        else:
+            self._in_memory -= entry.nbytes
+
+
+class _Scratch:
+    """A temporary file in which room that was freed is used again, first fit."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._end = 0
+        self._gaps: list[tuple[int, int]] = []  # [start, end), sorted, never touching each other
+
+    def write(self, array: npt.NDArray[Any]) -> _Slot:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="bnfold-", buffering=0)  # noqa: SIM115 (it lives as long as this object)
+        slot = _Slot(self._room(array.nbytes), array.nbytes, array.dtype, array.shape)
+        left = _bytes(np.ascontiguousarray(array))
+        try:
+            self._file.seek(slot.offset)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise UsageError(
+                f"no room for {array.nbytes / 2**20:.0f} MiB more of held activations in {tempfile.gettempdir()} ({error.strerror}): "
+                f"raise the memory budget, use fewer samples, or let TMPDIR name a folder on a larger disk"
+            ) from None
+        return slot
+
+    def read(self, slot: _Slot) -> npt.NDArray[Any]:
+        assert self._file is not None
+        array = np.empty(slot.shape, slot.dtype)
+        left = _bytes(array)
+        self._file.seek(slot.offset)
+        while left:
+            left = left[self._file.readinto(left) :]  # type: ignore[attr-defined]
+        return array
+
+    def free(self, slot: _Slot) -> None:
+        start, end = slot.offset, slot.offset + slot.nbytes
+        at = bisect.bisect(self._gaps, (start, end))
+        if at < len(self._gaps) and self._gaps[at][0] == end:
+            end = self._gaps.pop(at)[1]
+        if at and self._gaps[at - 1][1] == start:
+            at -= 1
+            start = self._gaps.pop(at)[0]
+        self._gaps.insert(at, (start, end))
+
+    def _room(self, nbytes: int) -> int:
+        for i, (start, end) in enumerate(self._gaps):
+            if end - start >= nbytes:
+                self._gaps[i : i + 1] = [(start + nbytes, end)] if end - start > nbytes else []
+                return start
+        self._end += nbytes
+        return self._end - nbytes
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data

@@ -1,0 +1,142 @@
+"""Statistics in files: the old ones beside a recalibrated model, and what parts of the data gave.
+
+Both are .npz files without Python objects: arrays in float64, and a JSON text that says what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnfold._version import __version__
+from bnfold.algebra.affine import Array
+from bnfold.errors import DataError, InputError, UsageError
+
+from .methods import METHODS, Method, Tally
+from .moments import Moments
+
+if TYPE_CHECKING:
+    from .lockstep import Layer, Measured
+
+OLD, PART = "bnfold.statistics/1", "bnfold.part/1"
+MOMENTS = ("count", "mean", "m2", "samples", "weight", "spread")
+
+
+def write(path: Path, before: Mapping[str, tuple[Array, Array]]) -> None:
+    """Keep means and variances by layer, float64 [C] each: every narrower type fits into them exactly."""
+    arrays = {
+        f"{i}/{role}": array for i, pair in enumerate(before.values()) for role, array in zip(("mean", "variance"), pair, strict=True)
+    }
+    _write(path, {"schema": OLD, "bnfold": __version__, "layers": list(before)}, arrays)
+
+
+def read(path: Path) -> dict[str, tuple[Array, Array]]:
+    """What `write` kept. DataError for another file."""
+    head, arrays = _read(path, OLD)
+    try:
+        return {name: (arrays[f"{i}/mean"], arrays[f"{i}/variance"]) for i, name in enumerate(head["layers"])}
+    except KeyError as error:
+        raise DataError(f"{path}: {error} is missing; the file is damaged") from None
+
+
+def fingerprint(layers: Sequence[Layer]) -> str:
+    """Of the layers' names and old statistics: parts of the data must have been measured on one model."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        digest.update(repr(layer.name).encode())
+        digest.update(layer.mean.tobytes() + layer.variance.tobytes())
+    return digest.hexdigest()
+
+
+def write_part(path: Path, layers: Sequence[Layer], measured: Measured, method: Method, part: tuple[int, int], model: str) -> None:
+    """Keep what one part of the data gave."""
+    head = {
+        "schema": PART,
+        "bnfold": __version__,
+        "method": method.name,
+        "settings": dataclasses.asdict(method),
+        "part": part,
+        "model": model,
+        "layers": [layer.name for layer in layers],
+        "samples": measured.samples,
+        "batches": measured.batches,
+    }
+    arrays: dict[str, Any] = {}
+    for i, tally in enumerate(measured.tallies):
+        arrays |= {f"{i}/{name}": np.asarray(getattr(tally.moments, name)) for name in MOMENTS}
+        arrays[f"{i}/batches"] = tally.batches
+    _write(path, head, arrays)
+
+
+def read_parts(paths: Sequence[Path], layers: Sequence[Layer]) -> tuple[Measured, Method]:
+    """All parts together. UsageError unless they are just the parts of one measurement of this model."""
+    from .lockstep import Measured
+
+    if not paths:
+        raise UsageError("name the files that the parts were written to")
+    found = [_read(path, PART) for path in paths]
+    first, model = found[0][0], fingerprint(layers)
+    seen: dict[int, Path] = {}
+    for path, (head, _) in zip(paths, found, strict=True):
+        for key, word in (("method", "method"), ("settings", "settings")):
+            if head[key] != first[key]:
+                raise UsageError(f"{path}: measured with other {word} ({head[key]}) than {paths[0]} ({first[key]})")
+        if head["part"][1] != first["part"][1]:
+            raise UsageError(f"{path}: one of {head['part'][1]} parts, and {paths[0]} is one of {first['part'][1]}")
+        if head["model"] != model:
+            raise UsageError(f"{path}: measured on another model, or on other layers of it")
+        if (index := head["part"][0]) in seen:
+            raise UsageError(f"{path}: part {index} was given already, by {seen[index]}; no sample may count twice")
+        seen[index] = path
+    if missing := [i for i in range(first["part"][1]) if i not in seen]:
+        raise UsageError(f"of {first['part'][1]} parts, {', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing")
+    method = METHODS[first["method"]](**first["settings"])
+    tallies = []
+    for i, layer in enumerate(layers):
+        total = method.start(layer.mean, layer.variance)
+        for number in sorted(seen):
+            arrays = found[paths.index(seen[number])][1]
+            values = {name: arrays[f"{i}/{name}"] for name in MOMENTS}
+            moments = Moments(**{name: value if value.ndim else value.item() for name, value in values.items()})
+            total = total + Tally(moments, arrays[f"{i}/batches"], total.running)
+        tallies.append(total)
+    samples, batches = (sum(head[key] for head, _ in found) for key in ("samples", "batches"))
+    return Measured(tallies, samples, batches), method
+
+
+def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, head=np.array(json.dumps(head)), **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror}); choose another folder") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    what = "the old statistics of a recalibrated model" if schema == OLD else "what a part of the data gave (--stats)"
+    try:
+        with zipfile.ZipFile(path):  # numpy takes what is no archive for a pickle, and says that
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        head = json.loads(str(arrays.pop("head")))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; it should hold {what}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: this isn't {what} ({text})") from None
+    if head.get("schema") != schema:
+        raise DataError(f"{path}: this isn't {what}, but {head.get('schema')!r}")
+    return head, arrays

@@ -1,0 +1,124 @@
+"""Level 3 of `verify`: both models in their stored types on each provider, against the float64 oracle of the reference (see `levels`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bnfold.errors import DataError, UnsupportedError
+from bnfold.model import Runner
+from bnfold.report import Deployment
+
+from .comparison import Comparison
+from .determinism import unsteady
+from .yardstick import DEPLOYED_LIMIT, HALF_LIMIT, Tally, Truth, chance, deployed_ratio
+
+STEADY = 100.0  # units of roundoff within which two runs of one model agree, whatever the order of their sums
+
+
+class Deployments:
+    """One row for each provider, precision and optimisation.
+
+    ratios: the worst error of each output over the reference's; unsteady: why the reference is no function of its inputs, "" where it is.
+    """
+
+    def __init__(self, both: Comparison, truth: Truth | None, lacking: str) -> None:
+        """truth: None where none can be had. lacking: why."""
+        self.both, self.truth, self.lacking = both, truth, lacking
+        self.limit = HALF_LIMIT if both.unit > 2.0**-20 else DEPLOYED_LIMIT
+        self.rows: list[Deployment] = []
+        self.ratios: dict[str, float] = {}
+        self.unsteady = ""
+
+    def run(self, provider: str) -> None:
+        """Add the rows of a provider. Where there are two precisions, the first decides, and the other is for the user to know."""
+        first, *more = max((side.precisions(provider) for side in (self.both.candidate, self.both.reference)), key=len)
+        self.rows += self._rows(provider, first)
+        for precision in more:
+            self.rows += map(_told_only, Deployments(self.both, self.truth, self.lacking)._rows(provider, precision))
+
+    def _rows(self, provider: str, precision: str) -> list[Deployment]:
+        both, truth = self.both, self.truth
+        options = both.candidate.optimisations
+        try:
+            reference = both.reference.deployed(provider, both.reference.optimisations[0], precision=precision)
+            if truth is None:
+                raise UnsupportedError(self.lacking)
+            both.progress(f"{provider}: reference", 0, None)
+            own = truth.compare(reference.run)
+        except (UnsupportedError, DataError) as error:
+            return [Deployment(provider, option, 0.0, "skipped", str(error), precision) for option in options]
+        if reason := unsteady(reference.run, reference.run, truth, STEADY * both.unit):
+            self.unsteady = reason
+            return [Deployment(provider, option, 0.0, "inconclusive", reason, precision) for option in options]
+        return [self._row(truth, own, provider, option, precision) for option in options]
+
+    def _row(self, truth: Truth, own: Mapping[str, Tally], provider: str, option: str, precision: str) -> Deployment:
+        self.both.progress(f"{provider}: candidate, optimisation {option}", 0, None)
+        try:
+            candidate = self.both.candidate.deployed(provider, option, precision=precision)
+            tallies = truth.compare(candidate.run)
+        except (UnsupportedError, DataError) as error:
+            return Deployment(provider, option, np.inf, "different", f"the reference runs, the candidate doesn't: {error}", precision)
+        row = dataclasses.replace(self._judged(truth, provider, option, tallies, own), precision=precision, **_placed(candidate, provider))
+        if row.verdict == "different" and option in self.both.reference.optimisations[1:]:
+            return self._excused(truth, row)
+        return row
+
+    def _judged(self, truth: Truth, provider: str, option: str, tallies: Mapping[str, Tally], own: Mapping[str, Tally]) -> Deployment:
+        worst, reason = 0.0, ""
+        for name, tally in tallies.items():
+            if own[name].problem:  # the reference itself doesn't give what it should there
+                continue
+            ratio = np.inf if tally.problem else self._ratio(truth, name, tally, own[name])
+            self.ratios[name] = max(self.ratios.get(name, 0.0), ratio)
+            if ratio > worst:
+                worst = ratio
+                reason = tally.problem or f"output {name} errs {ratio:.3g} times as much as the reference (at most {self.limit:g})"
+        broken = [t.problem for t in own.values() if t.problem]
+        if len(broken) == len(own):
+            return Deployment(provider, option, 0.0, "inconclusive", f"the reference itself fails there: {broken[0]}")
+        return Deployment(provider, option, worst, *(("different", reason) if worst > self.limit else ("equivalent", "")))
+
+    def _excused(self, truth: Truth, row: Deployment) -> Deployment:
+        """Where the runtime's optimisation does as much harm to the reference, the candidate isn't to blame, and the row says nothing."""
+        try:
+            same, tallies = (
+                truth.compare(side.deployed(row.provider, row.optimisation, precision=row.precision).run)
+                for side in (self.both.reference, self.both.candidate)
+            )
+        except (UnsupportedError, DataError):
+            return row
+        for name, tally in tallies.items():
+            if self._ratio(truth, name, tally, same[name]) > self.limit or tally.problem:
+                return row
+        reason = (
+            f"the runtime's optimisation changes the reference itself by as much ({row.ratio:.3g} times its error without): switch it off"
+        )
+        return dataclasses.replace(row, verdict="skipped", reason=reason)
+
+    def _ratio(self, truth: Truth, name: str, candidate: Tally, reference: Tally) -> float:
+        noise, scale = truth.noise[name], truth.scale(name, self.both.unit)
+        ratio = deployed_ratio(candidate, reference, noise, scale)
+        if ratio <= self.limit or candidate.problem:
+            return ratio
+        # In a deep network a few more roundings are no defect, and few numbers may err much more or less than usual by chance.
+        return deployed_ratio(candidate, reference, noise, scale, truth.roundings()) / chance(scale.count)
+
+
+def _placed(runner: Runner, provider: str) -> dict[str, Any]:
+    """Of a row, what its runner says of where it ran; asked for the CPU, there is nowhere else."""
+    placement = getattr(runner, "placement", None)
+    if placement is None or not placement.of:
+        return {"share": 1.0} if provider == "cpu" else {}
+    return {"share": placement.nodes / placement.of, "nodes": placement.nodes, "of": placement.of, "counted": placement.source}
+
+
+def _told_only(row: Deployment) -> Deployment:
+    """A row that doesn't decide: what is wrong with it is said, and no more."""
+    if row.verdict not in ("different", "inconclusive"):
+        return row
+    return dataclasses.replace(row, verdict="skipped", reason=f"{row.reason}; float32 in full decides, see the other rows")

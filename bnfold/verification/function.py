@@ -1,0 +1,195 @@
+"""Level 2 of `verify`: both models in float64 on the same inputs, against what rounded weights explain (see `levels`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnfold.errors import DataError, UnsupportedError
+from bnfold.model import Runner
+from bnfold.report import Function
+
+from .comparison import Comparison
+from .inputs import moved, sample_count
+from .yardstick import FEW, FUNCTION_LIMIT, MANY, Noise, Run, Scale, Tally, Truth, function_ratio
+
+if TYPE_CHECKING:
+    from bnfold.data import Batch
+
+PLENTY = 256  # numbers of an output, from which one run with moved weights tells the noise well enough for a quick check
+MOVED = 2  # runs with moved weights at each of the other sizes
+ELSEWHERE = 10.0  # another path errs by far more, and one sample's yardstick is rough
+ENOUGH = 64  # numbers of an output; with fewer, the same samples are fed again, slightly moved,
+SOME = 4  # until there are so many: each costs a run for every yardstick
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One output: the candidate's errors, the yardstick, and the ratio of the two."""
+
+    tally: Tally
+    noise: Noise
+    scale: Scale
+    ratio: float
+
+    @property
+    def error(self) -> float:
+        """The largest, relatively to the largest number."""
+        return self.tally.peak / (self.scale.largest or 1.0)
+
+    @property
+    def yardstick(self) -> float:
+        """What rounded weights explain, likewise."""
+        return max(self.noise.peak, self.scale.floor) / (self.scale.largest or 1.0)
+
+
+def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], provider: str, seed: int) -> tuple[Truth | None, str]:
+    """The reference in float64 with its yardstick, or in its stored type on a provider and why; None where it runs in neither.
+
+    others: data of other sizes.
+    """
+    feeds, others, reference = list(feeds), list(others), both.reference
+    lacking: list[str] = []
+    unfit = False
+    for make in (reference.oracle, partial(reference.deployed, provider, reference.optimisations[0])):
+        try:
+            return _truth(both, make, feeds, others, seed, exact=not lacking), "; ".join(lacking)
+        except UnsupportedError as error:
+            lacking.append(str(error))
+        except DataError as error:
+            if not both.made_up:
+                raise
+            lacking.append(str(error))
+            unfit = True
+    return None, "; ".join(lacking) + (f" ({_remedy(both)})" if unfit else "")
+
+
+def _remedy(both: Comparison) -> str:
+    """What helps where random data don't fit the reference; who checks a fold takes no data."""
+    if both.thorough:
+        return "these are random data: say which shapes fit, by --input-shape or input_shapes, or give data"
+    return "these are random data: say which shapes fit, by --input-shape, or give an example of the input in Python"
+
+
+def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], seed: int, *, exact: bool) -> Truth:
+    both.progress("reference", 0, None)
+
+    def truth(feeds: list[Batch]) -> Truth:
+        found = Truth(make().run, feeds, others=others, depth=lambda: both.depth)
+        if not exact:
+            found.slack = found.roundings()
+        return found
+
+    found = truth(feeds)
+    sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in found.expected]
+    samples = sum(sample_count(batch) for batch in feeds)
+    if both.thorough and 0 < sum(sizes) < ENOUGH and samples < SOME:
+        found = truth([*feeds, *moved(feeds, -(-SOME // samples) - 1, seed)])
+    both.progress("yardstick", 0, None)
+    least = FEW if both.thorough or sum(sizes) < PLENTY else 1
+    found.measure(lambda k: make(jitter=seed + k + 1).run, least=least, settle=both.thorough)
+
+    def again() -> Truth:
+        other = truth(list(moved(feeds, 1, seed + 1)))
+        other.measure(lambda k: make(jitter=seed + MANY + k + 1).run, least=MANY)
+        return other
+
+    found.again = again
+    return found
+
+
+def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tuple[Function, dict[str, Measured]]:
+    """The candidate against the truth, and its outputs by name. lacking: why the truth isn't in float64, "" where it is."""
+    if truth is None:
+        return Function("inconclusive", reason=lacking), {}
+    both.progress("candidate", 0, None)
+    candidate = both.candidate
+    how = f"by the noise of the stored type, since {lacking}" if lacking else ""
+    try:
+        run = (candidate.deployed("cpu", candidate.optimisations[0]) if lacking else candidate.oracle()).run
+        measured = _measured(both, truth, run)
+        found = _judged(measured, truth, how)
+        if found.verdict == "different" and truth.again is not None and not any(m.tally.problem for m in measured.values()):
+            # Before a fold is refused, the yardstick is measured anew, with more runs and on other data.
+            other = truth.again()
+            second = _measured(both, other, run)
+            if (doubt := _judged(second, other, how)).verdict == "equivalent":
+                return doubt, second
+    except UnsupportedError as error:
+        return Function("skipped", reason=str(error)), {}
+    except DataError as error:
+        return Function("different", np.inf, reason=f"the candidate doesn't run on what the reference takes: {error}"), {}
+    return found, measured
+
+
+def _measured(both: Comparison, truth: Truth, run: Run) -> dict[str, Measured]:
+    measured = {}
+    for name, tally in truth.compare(run, both.unit).items():
+        noise, scale = truth.noise[name], truth.scale(name, both.unit)
+        measured[name] = Measured(tally, noise, scale, function_ratio(tally, noise, scale))
+    return measured
+
+
+def compare_elsewhere(both: Comparison, seed: int) -> str:
+    """Where two modules part at other sizes than those that were fed, where their code may take another path; "" where they don't."""
+    elsewhere = getattr(both.reference, "elsewhere", None)
+    tried = None if elsewhere is None else elsewhere(both.candidate)
+    if tried is None:
+        return ""
+    both.progress("other sizes", 0, None)
+    reference, candidate, moved, calls = tried
+    noisy: list[Any] = []
+    for text, call in calls:
+        try:
+            truth = Truth(reference, [call])
+        except (DataError, UnsupportedError):
+            continue
+        noisy = noisy or [moved(seed + k + 1) for k in range(MOVED)]
+        try:
+            truth.measure(noisy.__getitem__, least=MOVED, most=MOVED)
+            measured = _measured(both, truth, candidate)
+        except (DataError, UnsupportedError) as error:
+            return f"with {text} the candidate doesn't run, where the reference does: {error}"
+        for name, found in measured.items():
+            if found.tally.problem:
+                return f"with {text} {found.tally.problem}"
+            if found.ratio > ELSEWHERE * FUNCTION_LIMIT:
+                return f"with {text} output {name} is off by {found.ratio:.3g} times what rounded weights explain"
+    return ""
+
+
+def _judged(measured: dict[str, Measured], truth: Truth, how: str) -> Function:
+    if not measured:
+        return Function("inconclusive", reason="the model has no outputs")
+    name, worst = max(measured.items(), key=lambda item: item[1].ratio)
+    if problems := [m for m in measured.values() if m.tally.problem]:
+        if all(m.noise.problem for m in problems):
+            text = f"{problems[0].tally.problem}; but so it is with the reference's own weights, moved within their rounding"
+            return Function("inconclusive", reason=text)
+        return Function("different", np.inf, worst.yardstick, next(m.tally.problem for m in problems if not m.noise.problem))
+    if worst.ratio > FUNCTION_LIMIT:
+        where = f" ({worst.tally.where})" if worst.tally.where and worst.tally.part >= worst.ratio else ""
+        text = f"output {name}{where} is off by {worst.ratio:.3g} times what rounded weights explain"
+        return Function("different", worst.error, worst.yardstick, text)
+    if reason := _numberless(truth):
+        return Function("inconclusive", reason=reason)
+    return Function("equivalent", worst.error, worst.yardstick, how)
+
+
+def _numberless(truth: Truth) -> str:
+    """Why outputs that agree say nothing."""
+    sizes, counts = dict.fromkeys(truth.names, 0), dict.fromkeys(truth.names, 0)
+    for outputs in truth.expected:
+        for name, a in outputs.items():
+            sizes[name] += a.size
+            counts[name] += int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size
+    if not any(sizes.values()):
+        return "all outputs are empty"
+    if numberless := [name for name in sizes if sizes[name] and not counts[name]]:
+        which = "all outputs" if len(numberless) == len(sizes) else f"all numbers of output {numberless[0]}"
+        return f"{which} of both models are NaN or infinite"
+    return ""

@@ -1,0 +1,22 @@
+"""Inner values by the names that a `Subject` has for them, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnfold.model import Subject
+
+from .yardstick import Run
+
+CHUNK = 64  # values looked at in one run, so that they needn't all be held
+
+
+def chunks(names: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(names), CHUNK):
+        yield names[start : start + CHUNK]
+
+
+def only(subject: Subject, names: list[str], jitter: int | None = None) -> Run:
+    """A run in float64 that gives some values and no others. jitter: as for `Subject.oracle`."""
+    run = subject.oracle(jitter=jitter, outputs=names).run
+    return lambda feeds: {name: value for name, value in run(feeds).items() if name in names}

@@ -1,0 +1,224 @@
+"""What `verify` feeds two models, and whether they take and give the same kinds of things at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnfold.data.random import whole_numbers
+from bnfold.errors import UnsupportedError, UsageError
+from bnfold.model import Port, Subject
+
+from .interface import Renamed, kind_of, last_name
+
+if TYPE_CHECKING:
+    from bnfold.data import Batch
+    from bnfold.data.samples import Run
+
+SAMPLES = 32  # compared where nobody says how many
+LARGE = 1 << 17  # numbers in one sample; of samples as large as a photograph a few are enough, since they give many outputs
+FEW_SAMPLES = 2
+BATCH = 8
+OTHER_SEED = 2**31 - 1  # of data that differ from what anybody asks for
+
+
+def interface_difference(reference: Subject, candidate: Subject) -> str:
+    """How what callers see of the two differs, "" where it doesn't."""
+    mine, theirs = reference.ports(), candidate.ports()
+    for what, want, have in (("input", mine[0], theirs[0]), ("output", mine[2], theirs[2])):
+        by_name = {port.name: port for port in have}
+        for port in want:
+            if port.name not in by_name:
+                return f"{what} {port.name!r} is missing; the candidate has {', '.join(map(repr, by_name)) or 'none'}"
+            if reason := _ports(what, port, by_name[port.name]):
+                return reason
+        if more := by_name.keys() - {port.name for port in want}:
+            return f"the candidate has an {what} more, {min(more)!r}"
+        if kind_of(reference) == kind_of(candidate) and [port.name for port in want] != [port.name for port in have]:
+            return f"the {what}s come in another order: {', '.join(port.name for port in have)}"
+    defaults = {port.name: port for port in theirs[1]}
+    for port in mine[1]:
+        if port.name not in defaults:
+            return f"input {port.name!r}, whose default callers may override, is missing"
+        if reason := _ports("input", port, defaults[port.name]):
+            return reason
+    return ""
+
+
+def interface_notes(reference: Subject, candidate: Subject) -> tuple[str, ...]:
+    """What a caller of the candidate has to know, though it computes the same."""
+    notes = []
+    own = [candidate.own_inputs, candidate.own_outputs] if isinstance(candidate, Renamed) else [{}, {}]
+    mine, theirs = reference.ports(), candidate.ports()
+    for what, names, want, have in (("input", own[0], mine[0], theirs[0]), ("output", own[1], mine[2], theirs[2])):
+        said = {name: last_name(name) for pair in names.items() for name in pair}
+        moved = [(name, other) for name, other in names.items() if name != other and not (said[name] and said[name] == said[other])]
+        if moved and (len(names) > 1 or moved[0][0] != "output"):
+            pairs = ", ".join(f"{name!r} with {other!r}" for name, other in moved)
+            notes.append(f"the candidate's {what}s have other names, and are paired by their places: {pairs}")
+        if [port.name for port in want] != [port.name for port in have]:
+            order = ", ".join(names.get(port.name, port.name) for port in have)
+            notes.append(f"the candidate's {what}s come in another order, and are paired by their names: {order}")
+    by_name = {port.name: port.shape for port in theirs[0]}
+    for port in mine[0]:
+        axes = list(enumerate(zip(port.shape or (), by_name.get(port.name) or (), strict=False)))
+        for fixed, opened, place in (("candidate", "reference", 1), ("reference", "candidate", 0)):
+            known = [(axis, sizes[place], sizes[1 - place]) for axis, sizes in axes]
+            found = [(axis, size) for axis, size, other in known if isinstance(size, int) and not isinstance(other, int)]
+            if found:
+                told = ", ".join(f"axis {axis} to {size}" for axis, size in found)
+                notes.append(f"input {port.name!r} is open in the {opened}, and fixed in the {fixed}: {told}")
+    return tuple(notes)
+
+
+def _ports(what: str, want: Port, have: Port) -> str:
+    if want.dtype != have.dtype:
+        return f"{what} {want.name!r} is {have.dtype} instead of {want.dtype}"
+    if want.shape is None or have.shape is None:
+        return ""
+    fixed = [isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(want.shape, have.shape, strict=False)]
+    if len(want.shape) != len(have.shape) or any(fixed):
+        texts = ["(" + ", ".join("?" if d is None else str(d) for d in shape) + ")" for shape in (have.shape, want.shape)]
+        return f"{what} {want.name!r} has shape {texts[0]} instead of {texts[1]}"
+    return ""
+
+
+def is_several(example: Any) -> bool:
+    """Whether an example is several calls of a model: a list of nothing but tuples of arguments and dicts of them by name."""
+    return isinstance(example, list) and bool(example) and all(isinstance(each, (tuple, Mapping)) for each in example)
+
+
+def given(reference: Subject, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
+    """The user's data, as many batches as it takes for the number of samples."""
+    from bnfold.data import as_batches
+
+    if samples is not None and samples < 1:
+        raise UsageError(f"samples must be at least 1, not {samples}")
+    seen, flat = 0, getattr(reference, "flat", None)
+    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples, run=outputs_of(reference), flat=flat):
+        yield batch
+        seen += batch.samples
+        large = sum(array.size for array in batch.values()) > LARGE * batch.samples
+        if seen >= (samples or (FEW_SAMPLES if large else SAMPLES)):
+            return
+
+
+def outputs_of(subject: Subject) -> Run:
+    """What gives a model's outputs, in float64 where that can be had; the model is made ready for it when it is first asked for them."""
+    oracle, deployed = cache(subject.oracle), cache(partial(subject.deployed, "cpu", subject.optimisations[0]))
+
+    def run(batch: Batch) -> Batch:
+        try:
+            return oracle().run(batch)
+        except UnsupportedError:  # ONNX's evaluator says no more of an index that points at nothing
+            return deployed().run(batch)
+
+    return run
+
+
+def shortened(subject: Subject, example: Batch) -> Batch:
+    """Two samples of an example for a quick check, where a trial shows that they can be cut out of it; else the example as it was given."""
+    from bnfold.data.samples import ROWS, holding
+
+    specs = subject.inputs()
+    if max((array.shape[0] for array in example.values() if array.ndim), default=0) <= ROWS:
+        return example
+    samples, _ = holding(specs, example, outputs_of(subject), sure=True)
+    return {name: array[:FEW_SAMPLES] if name in samples else array for name, array in example.items()}
+
+
+def random(
+    reference: Subject,
+    candidate: Subject,
+    samples: int | None,
+    batch_size: int | None,
+    seed: int,
+    input_shapes: Mapping[str, tuple[int, ...]] | None,
+) -> list[Batch]:
+    """Random data: in more than one batch where there is more than one sample, so that it shows whether outputs depend on them."""
+    shapes = _fixed_shapes(reference, candidate, seed, input_shapes)
+    one = reference.random(batch=1, seed=seed, input_shapes=shapes)
+    wanted = samples or (FEW_SAMPLES if sum(a.size for a in one.values()) > LARGE else SAMPLES)
+    specs = reference.inputs()
+    dynamic = all(s.shape and not isinstance(s.shape[0], int) for s in specs) and not shapes
+    batch = min(batch_size or BATCH, -(-wanted // 2) if wanted > 1 else 1) if dynamic else 1
+    size = batch if dynamic else sample_count(one)
+    made = [reference.random(batch=batch, seed=seed + k, input_shapes=shapes) for k in range(max(1, -(-wanted // size)))]
+    return [_taken_by_both(reference, candidate, each, seed + k) for k, each in enumerate(made)]
+
+
+def _taken_by_both(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> Batch:
+    """The batch with other integers in the inputs of which the candidate takes fewer."""
+    theirs = {spec.name: spec.takes for spec in candidate.inputs()}
+    rng = np.random.default_rng(seed)
+    found = dict(batch)
+    for spec in reference.inputs():
+        takes = theirs.get(spec.name)
+        if takes is None or spec.name not in batch or spec.dtype.kind not in "iu":
+            continue
+        both = takes if spec.takes is None else spec.takes.and_(takes)
+        if both != spec.takes:
+            sizes = {d: n for d, n in zip(spec.shape, batch[spec.name].shape, strict=False) if isinstance(d, str)}
+            found[spec.name] = whole_numbers(rng, dataclasses.replace(spec, takes=both), batch[spec.name].shape, sizes)
+    return found
+
+
+def _fixed_shapes(
+    reference: Subject, candidate: Subject, seed: int, given: Mapping[str, tuple[int, ...]] | None
+) -> Mapping[str, tuple[int, ...]] | None:
+    """Shapes that suit both models: a candidate may have fixed what the reference leaves open."""
+    pairs = list(zip(reference.inputs(), candidate.inputs(), strict=False))
+    fixed = any(isinstance(n, int) and not isinstance(m, int) for a, b in pairs for m, n in zip(a.shape, b.shape, strict=False))
+    if not fixed or given:
+        return given
+    return {name: array.shape for name, array in candidate.random(batch=1, seed=seed, input_shapes=None).items()}
+
+
+def resized(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> list[Batch]:
+    """One sample each of two other sizes, half as large again and an odd one, where both models leave axes open besides the first."""
+    specs = reference.inputs()
+    theirs = {spec.name: spec.shape for spec in candidate.inputs()}
+    open_axes = [
+        (spec.name, axis)
+        for spec in specs
+        for axis, d in enumerate(spec.shape)
+        if axis and not isinstance(d, int) and not isinstance(theirs.get(spec.name, spec.shape)[axis], int)
+    ]
+    if not open_axes or any(spec.name not in batch for spec in specs):
+        return []
+    found = []
+    for times, odd in ((1.5, 0), (0.75, 1)):
+        shapes = {name: list(array.shape) for name, array in batch.items()}
+        for name, axis in open_axes:
+            shapes[name][axis] = max(1, int(times * shapes[name][axis])) | odd
+        for spec in specs:
+            if spec.shape and not isinstance(spec.shape[0], int):
+                shapes[spec.name][0] = 1
+        made = reference.random(batch=1, seed=seed, input_shapes={name: tuple(shape) for name, shape in shapes.items()})
+        found.append(_taken_by_both(reference, candidate, made, seed))
+    return found
+
+
+def another(subject: Subject, batch: Batch) -> Batch:
+    """Other data of the same shapes."""
+    return subject.random(batch=1, seed=OTHER_SEED, input_shapes={name: array.shape for name, array in batch.items()})
+
+
+def sample_count(batch: Batch) -> int:
+    """How many samples a batch holds, as far as its arrays tell."""
+    return max((array.shape[0] for array in batch.values() if array.ndim), default=1) or 1
+
+
+def moved(feeds: list[Batch], times: int, seed: int) -> Iterator[Batch]:
+    """The samples again, their floats moved by a thousandth: new rounding errors of the same size."""
+    rng = np.random.default_rng(seed)
+    for _ in range(times):
+        for batch in feeds:
+            yield {
+                name: (array * (1 + 1e-3 * rng.standard_normal(array.shape))).astype(array.dtype) if array.dtype.kind in "fV" else array
+                for name, array in batch.items()
+            }

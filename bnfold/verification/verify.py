@@ -1,0 +1,201 @@
+"""Whether two models compute the same function, decided without a tolerance, on three levels.
+
+1. Coefficients (`correspondence`): every coefficient that a fold could change, against float64, in units of roundoff.
+2. Function (`function`): both models in float64. What rounded weights explain is measured on the reference itself.
+3. Deployment (`deployment`): both in their stored types on each provider, against the float64 oracle of the reference.
+
+Each finds what the others can't: an epsilon of 1.1e-5 for 1e-5 shows in no output, a transposed matrix product in no coefficient, and what
+a runtime's optimiser makes of a right model shows only there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnfold.errors import UnsupportedError
+from bnfold.report import Coefficients, Function, Levels, VerifyReport
+
+from .coefficients import Correspondence, correspond
+from .comparison import Comparison
+from .deployment import Deployments
+from .diagnosis.bundle import ready, with_bundle
+from .diagnosis.first_difference import first_difference
+from .diagnosis.localise import Located
+from .function import compare_elsewhere, compare_functions, truth_of
+from .inputs import given, interface_difference, interface_notes, is_several, random, resized, shortened
+from .interface import sides
+from .verdict import Findings, summary, verdict
+
+if TYPE_CHECKING:
+    from bnfold.data import Batch
+    from bnfold.recalibration.lockstep import Progress
+
+
+def verify(
+    reference: Any,
+    candidate: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    providers: Iterable[str] = ("cpu",),
+    samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    example: Any = None,
+    progress: Progress | None = None,
+    oracle_only: bool = False,
+    bundle: Path | None = None,
+    force: bool = False,
+    coefficients_only: bool = False,
+) -> VerifyReport:
+    """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
+
+    batches: what to feed; random data where it is None. samples: how many; 2, or 32 of small ones, where it is None, and whole batches
+    of them: this is about rounding, of which each sample shows as much as the next.
+    example: how a PyTorch module is called, where neither the other side nor the data show it.
+    oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
+    the first difference by itself (see `bundle`); force: also where it exists and isn't empty.
+    Raises DeviceError where a provider isn't there, DataError where the data don't fit.
+    """
+    start = time.perf_counter()
+    if bundle is not None:
+        ready(bundle, force=force)
+    first, second, batches = sides(reference, candidate, batches, input_shapes, example)
+    both = Comparison(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
+    notes = interface_notes(first, second)
+    if coefficients_only:
+        return _timed(_coefficients_alone(both), start, notes)
+    feeds: Iterable[Batch]
+    others: list[Batch] = []
+    if batches is None:
+        feeds = made = random(first, second, samples, batch_size, seed, input_shapes)
+        others = resized(first, second, made[0], seed) if input_shapes is None else []
+    else:
+        feeds = given(first, batches, samples, batch_size)
+    report, parted = _compared(both, feeds, others, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
+    if bundle is not None:
+        report = with_bundle(report, parted, bundle, force=force)
+    return _timed(report, start, notes)
+
+
+def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
+    """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample of each call that the example states."""
+    start = time.perf_counter()
+    paths = [reference, *getattr(reference, "others", ())]
+    reports = [_checked(path, fused, example if len(paths) == 1 else path.example) for path in paths]
+    worst = max(reports, key=lambda report: ("equivalent", "inconclusive", "different").index(report.verdict))
+    return _timed(worst, start)
+
+
+def _checked(reference: Any, fused: Any, example: Any) -> VerifyReport:
+    first, second, _ = sides(reference, fused)
+    both = Comparison(first, second, lambda stage, done, total: None, made_up=example is None, thorough=False)
+    feeds: Iterable[Batch]
+    if (known := first.example()) is not None:
+        feeds = [shortened(first, known)]
+    elif example is not None:
+        calls = example if is_several(example) else [example]
+        feeds = [shortened(first, batch) for call in calls for batch in given(first, [call], None, None)]
+    else:
+        feeds = random(first, second, 1, None, 0, None)
+    return _compared(both, feeds)[0]
+
+
+def _timed(report: VerifyReport, start: float, notes: tuple[str, ...] = ()) -> VerifyReport:
+    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *notes))
+
+
+def _compared(
+    both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch] = (), providers: tuple[str, ...] = (), seed: int = 0
+) -> tuple[VerifyReport, Located | None]:
+    """All levels in their order, and where the two part. others: data of other sizes."""
+    if (report := _uncallable(both)) is not None:
+        return report, None
+    for provider in providers:
+        for side in (both.reference, both.candidate):
+            side.require(provider)
+    coefficients, found = _coefficients(both)
+    truth, lacking = truth_of(both, feeds, others, providers[0] if providers else "cpu", seed)
+    function, measured = compare_functions(both, truth, lacking)
+    elsewhere = compare_elsewhere(both, seed) if both.thorough and function.verdict != "different" else ""
+    if elsewhere:
+        function = dataclasses.replace(function, verdict="different", error=math.inf, reason=elsewhere)
+    deployed = Deployments(both, truth, lacking)
+    for provider in providers:
+        deployed.run(provider)
+    if found is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and found.may_be_another_form:
+        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=_another_form(found))
+    same = _same(both, found)
+    findings = Findings(coefficients, found, same, function, truth, measured, tuple(deployed.rows), deployed.ratios, deployed.unsteady)
+    decided, reason = verdict(both, findings)
+    first, parted = first_difference(both, findings) if decided == "different" and not elsewhere else (None, None)
+    report = VerifyReport(
+        verdict=decided,
+        levels=findings.levels,
+        outputs=findings.outputs,
+        first_difference=first,
+        reason=reason,
+        difference=None if parted is None else parted.difference,
+    )
+    return report, parted
+
+
+def _another_form(found: Correspondence) -> str:
+    """Why what differs on level 1 isn't a difference."""
+    if settings := [m.text for m in found.mismatches if m.setting]:
+        return f"the outputs agree to rounding, although {settings[0]}"
+    if found.narrower and not found.mismatches:
+        return found.narrower
+    return "the outputs agree to rounding while most coefficients differ: the same function in another form"
+
+
+def _coefficients_alone(both: Comparison) -> VerifyReport:
+    """Level 1 alone."""
+    if (report := _uncallable(both)) is not None:
+        return report
+    coefficients, found = _coefficients(both)
+    findings = Findings(coefficients, found, _same(both, found), Function("skipped", reason="only the coefficients were asked for"))
+    if coefficients.verdict == "different":
+        first = found.mismatches[0].node.name if found is not None and found.mismatches else None
+        return VerifyReport(verdict="different", levels=findings.levels, first_difference=first, reason=coefficients.reason)
+    if coefficients.verdict == "skipped":
+        return VerifyReport(verdict="inconclusive", levels=findings.levels, reason=coefficients.reason)
+    alike = "" if found is None else f"; all {found.paired} operators are set alike"
+    reason = f"{summary(findings)}{alike}; neither model was run"
+    return VerifyReport(verdict="inconclusive" if findings.same else "equivalent", levels=findings.levels, reason=reason)
+
+
+def _uncallable(both: Comparison) -> VerifyReport | None:
+    """The report where the two can't even be called alike."""
+    if not (reason := interface_difference(both.reference, both.candidate)):
+        return None
+    skipped = "the interfaces differ"
+    levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
+    return VerifyReport(verdict="different", levels=levels, reason=reason)
+
+
+def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None]:
+    both.progress("coefficients", 0, 1)
+    found = None
+    for clone in (False, True):
+        try:
+            found = correspond(both.reference.plan(clone=clone), both.candidate.plan(clone=clone))
+        except UnsupportedError as error:
+            return Coefficients("skipped", reason=str(error)), None
+        if not found.unpaired:
+            break
+    assert found is not None
+    return found.report(), found
+
+
+def _same(both: Comparison, found: Correspondence | None) -> bool:
+    """Whether both sides are one and the same model, whatever its names: who compares that has compared nothing."""
+    if found is None or not found.unfolded or found.worst != 0:
+        return False
+    identity = both.reference.identity()
+    return identity is not None and identity == both.candidate.identity()
