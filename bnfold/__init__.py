@@ -20,7 +20,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import fuse, inspect, load, measure_part, merge_parts, recalibrate, restore, save, verify
-    from .certificate import certificate
+    from .certificates import certificate
     from .errors import (
         BnfoldError,
         CheckError,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "measure_part", "merge_parts", "restore", "fuse", "verify"), ".api") | {
-    "certificate": ".certificate"
+    "certificate": ".certificates"
 }
 _HOME |= dict.fromkeys(
     (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import as_given, as_ir, family
-from .certificate import certificate, folded, loaded
+from .certificates import certificate, folded, loaded
 from .errors import ALREADY_FOLDED, NO_BATCHNORM, CheckError, ModelError, NothingToDoError, UnsupportedError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import api
 from .backends import is_module
-from .certificate import verified
+from .certificates import verified
 from .errors import NothingToDoError
 from .recalibration.scoring import effect, score, score_if_fits
 from .report import PipelineReport

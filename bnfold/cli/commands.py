@@ -233,7 +233,7 @@ def verify(
     folded model was made from the original that its certificate states, and whether its verdict still holds.
     """
     from bnfold import api
-    from bnfold.certificate import claim
+    from bnfold.certificates import claim
 
     if (candidate is None) == (against is None):
         raise UsageError("verify takes two models, REFERENCE CANDIDATE, or a folded one with --against ORIGINAL")

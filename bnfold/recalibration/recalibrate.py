@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bnfold.backends import as_given, as_ir, family, is_module
-from bnfold.certificate import recalibrated
+from bnfold.certificates import recalibrated
 from bnfold.data import WHOLE
 from bnfold.data.random import check_feeds
 from bnfold.errors import DataError, NothingToDoError, UnsupportedError, UsageError

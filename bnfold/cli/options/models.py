@@ -42,7 +42,7 @@ class Loading:
         ignored = tuple(self.ignore_keys or ())
         model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark)
         if job.reports:
-            from bnfold.certificate import files_of
+            from bnfold.certificates import files_of
 
             job.came_in(*files_of(model, path))
         return model

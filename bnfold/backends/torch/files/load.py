@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bnfold.certificate import KEY, attach, text_in_archive
+from bnfold.certificates import KEY, attach, text_in_archive
 from bnfold.errors import ModelError, UnsupportedError, UsageError
 
 from ..export.trace import quiet

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bnfold.certificate import KEY, attach, text_of
+from bnfold.certificates import KEY, attach, text_of
 from bnfold.errors import CheckError, InputError, UnsupportedError, UsageError
 
 from ..export.open_axes import fixed_axes, substituted
