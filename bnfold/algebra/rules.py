@@ -6,7 +6,7 @@ A rule is the proof of one equation about its operator f, read in two directions
     down  f(a(x)) = b(f'(x))     the maps a stand before f's inputs: the map b that comes out behind it
 
 f' is f with updated parameters. A rule returns its options, the best first, each a `Step` with the maps that go on and the
-updates; or it raises `Blocked` with the reason. The proofs themselves are in `crossing`, `moves` and `absorbing`.
+updates; or it raises `Blocked` with the reason. The proofs themselves are in `commuting`, `movement` and `absorbing`.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ def _guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
 def _random(
     inputs: Sequence[InputSpec], batch_size: int | None, samples: int | None, seed: int, input_shapes: Mapping[str, Sequence[int]] | None
 ) -> Source:
-    """Batches of `feeds.random_feeds`, each from a seed of its own; two batches unless a number of samples is given."""
+    """Batches of `random.random_feeds`, each from a seed of its own; two batches unless a number of samples is given."""
     from .random import random_feeds
 
     if (batch_size is not None and batch_size < 1) or (samples is not None and samples < 1):

@@ -2,7 +2,7 @@
 
 In lockstep, the data go through the network in step: all micro-batches advance to a BatchNorm, the moments of its input are pooled, its
 statistics are final, and only then does anything behind it run. Every operator runs once per micro-batch, so the work is that of one
-forward pass, and of a few cheap operators that run again (see `stages`); what is held meanwhile is the values alive at the frontier. The
+forward pass, and of a few cheap operators that run again (see `schedule`); what is held meanwhile is the values alive at the frontier. The
 outcome of the exact method is that of one batch of the whole data set, so it doesn't depend on the size of the micro-batches, on their
 order, or on how many processes share them.
 

@@ -330,7 +330,7 @@ def merge(subject: Subject, paths: Iterable[str | Path]) -> tuple[Any, Recalibra
 def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """A copy of the model with old statistics put back, and the layers that they were put back into.
 
-    before: float64 means and variances by layer, as `kept_statistics.read` gives them. Raises DataError where they are another model's.
+    before: float64 means and variances by layer, as `statistics_file.read` gives them. Raises DataError where they are another model's.
     """
     plan = subject.plan()
     done = []

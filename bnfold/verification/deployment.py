@@ -1,4 +1,4 @@
-"""Level 3 of `verify`: both models in their stored types on each provider, against the float64 oracle of the reference (see `levels`)."""
+"""Level 3 of `verify`: both models in their stored types on each provider, against the reference's float64 oracle (see `yardstick`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Level 2 of `verify`: both models in float64 on the same inputs, against what rounded weights explain (see `levels`)."""
+"""Level 2 of `verify`: both models in float64 on the same inputs, against what rounded weights explain (see `yardstick`)."""
 
 from __future__ import annotations
 

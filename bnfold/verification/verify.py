@@ -1,6 +1,6 @@
 """Whether two models compute the same function, decided without a tolerance, on three levels.
 
-1. Coefficients (`correspondence`): every coefficient that a fold could change, against float64, in units of roundoff.
+1. Coefficients (`coefficients`): every coefficient that a fold could change, against float64, in units of roundoff.
 2. Function (`function`): both models in float64. What rounded weights explain is measured on the reference itself.
 3. Deployment (`deployment`): both in their stored types on each provider, against the float64 oracle of the reference.
 

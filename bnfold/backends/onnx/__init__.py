@@ -1,1 +1,1 @@
-"""The ONNX back-end: `load` and `save`, `lower`, `write`, `run`."""
+"""ONNX models, on ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""An ONNX model as `verify` sees it (see `bnfold.subject`)."""
+"""An ONNX model as `verify` sees it (see `bnfold.model`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOVED = 1 / 12
 
 
 class OnnxSubject:
-    """See `bnfold.subject.Subject`. The model is never changed."""
+    """See `bnfold.model.Subject`. The model is never changed."""
 
     kind = "onnx"
     optimisations = ("off", "on")
@@ -133,7 +133,7 @@ class OnnxSubject:
         return {v.name: name_of(node) for node in self.model.graph for v in node.outputs if v.name}
 
     def network(self) -> OnnxNetwork:
-        """See `bnfold.inside`."""
+        """See `bnfold.verification.normal_form`."""
         from .network import OnnxNetwork
 
         return OnnxNetwork(self)

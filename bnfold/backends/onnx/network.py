@@ -1,4 +1,4 @@
-"""The inner values of an ONNX model (see `bnfold.inside`)."""
+"""The inner values of an ONNX model (see `bnfold.verification.normal_form`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHUNK = 8  # values that one run in the stored types gives out, for ONNX Runtime
 
 
 class OnnxNetwork:
-    """See `bnfold.inside.Network`. Functions are put in the places of their calls."""
+    """See `bnfold.verification.normal_form.Network`. Functions are put in the places of their calls."""
 
     kind = "onnx"
 
@@ -92,7 +92,7 @@ class OnnxNetwork:
         return Part(".onnx", proto.SerializeToString())
 
     def culprit(self, feeds: Batch, provider: str, unit: float) -> Culprit | None:
-        """Which optimisation of ONNX Runtime harms the model (see `optimisers`)."""
+        """Which optimisation of ONNX Runtime harms the model (see `bisect`)."""
         from .runtime.bisect import culprit
 
         return culprit(self.model, feeds, provider, unit)

@@ -1,4 +1,4 @@
-"""A PyTorch model as `verify` sees it (see `bnfold.subject`)."""
+"""A PyTorch model as `verify` sees it (see `bnfold.model`)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = {
 
 
 class TorchSubject:
-    """See `bnfold.subject.Subject`. The model is never changed. beside_onnx: whether it is held against an ONNX model.
+    """See `bnfold.model.Subject`. The model is never changed. beside_onnx: whether it is held against an ONNX model.
 
     Then the providers that are asked for are ONNX Runtime's, and this model runs on the CPU where they name no device of PyTorch's.
     """
@@ -149,7 +149,7 @@ class TorchSubject:
         return {op.name: frame(op) or op.name for op in inner(self.traced)}
 
     def network(self) -> TorchNetwork:
-        """See `bnfold.inside`."""
+        """See `bnfold.verification.normal_form`."""
         from .network import TorchNetwork
 
         return TorchNetwork(self)

@@ -1,4 +1,4 @@
-"""The inner values of a PyTorch model (see `bnfold.inside`)."""
+"""The inner values of a PyTorch model (see `bnfold.verification.normal_form`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class TorchNetwork:
-    """See `bnfold.inside.Network`. The names are those of the exported graph that `lower` reads."""
+    """See `bnfold.verification.normal_form.Network`. The names are those of the exported graph that `lower` reads."""
 
     kind = "torch"
 

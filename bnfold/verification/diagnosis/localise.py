@@ -1,7 +1,7 @@
 """Where two models part: the first layer, in the reference's order, whose value differs by more than rounded weights explain.
 
 Both models are computed side by side, and each value is compared as soon as both have it, then dropped. The yardstick of a value is the
-reference with moved weights, computed along with them (see `levels`).
+reference with moved weights, computed along with them (see `yardstick`).
 """
 
 from __future__ import annotations

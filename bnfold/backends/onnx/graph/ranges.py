@@ -1,4 +1,4 @@
-"""Which integers the inputs of an ONNX model take (see `bnfold.ranges`): where they go, and what is done with them there."""
+"""Which integers the inputs of an ONNX model take (see `bnfold.data.ranges`): where they go, and what is done with them there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX operators in which maps end, in the terms of the rules. Each function is as `ops` describes it."""
+"""ONNX operators in which maps end, in the terms of the rules. Each function is as `table` describes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX operators that let maps cross, in the terms of the rules. Each function is as `ops` describes it."""
+"""ONNX operators that let maps cross, in the terms of the rules. Each function is as `table` describes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX model as the neutral graph that the rules see. The operators themselves are in `ops`, the table of this front-end."""
+"""An ONNX model as the neutral graph that the rules see. The operators themselves are in `table`, the table of this front-end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Native:
 
 
 class Lowering:
-    """The state of one lowering; the operators' functions in `ops` work on it."""
+    """The state of one lowering; the operators' functions in `table` work on it."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""What an ONNX operator is set to (see `bnfold.settings`), in one form for all opsets."""
+"""What an ONNX operator is set to (see `bnfold.algebra.settings`), in one form for all opsets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The float64 oracle: what a model computes before rounding.
 
-The reference evaluator of the onnx package runs the model widened to float64 (`oracle_convert`), with operators of our own where
-it is wrong, slow or lacks one (`oracle_ops`). ONNX Runtime can't be the oracle: its CPU provider has no convolution in float64.
+The reference evaluator of the onnx package runs the model widened to float64 (`widen`), with operators of our own where
+it is wrong, slow or lacks one (`registry`). ONNX Runtime can't be the oracle: its CPU provider has no convolution in float64.
 Values are dropped after their last use.
 """
 
@@ -36,7 +36,7 @@ class Oracle:
     """A model in float64. The model itself isn't touched.
 
     jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type (see
-    `oracle_convert.jittered`), which is what rounding may have done to it. outputs: inner values to return besides the model's outputs.
+    `widen.jittered`), which is what rounding may have done to it. outputs: inner values to return besides the model's outputs.
     Raises UnsupportedError, naming the operator, where the evaluator lacks one or can't run it.
     """
 

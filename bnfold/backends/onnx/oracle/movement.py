@@ -64,7 +64,7 @@ def zip_map(x: Array, *, classlabels_int64s: Any = (), classlabels_strings: Any 
 
 @operator("BitCast", since=26)
 def bit_cast(x: Array, *, to: int, stored: int) -> tuple[Array, ...]:
-    """stored: the type of the input in the file (see `oracle_convert.state_bits`)."""
+    """stored: the type of the input in the file (see `widen.state_bits`)."""
     kind = tensor_dtype_to_np_dtype(stored)
     return ((rounded(x, kind) if x.dtype == np.float64 else x.astype(kind)).view(tensor_dtype_to_np_dtype(to)),)
 

@@ -2,8 +2,8 @@
 
 The evaluator of the onnx package takes the attribute defaults of the newest version of each operator, blends batch statistics into
 the BatchNormalization of opsets 7 to 13, rounds Erf and DequantizeLinear to float32, loops LRN over the wrong axis, knows no
-broadcasting of opset 6, and more. What stands in `oracle_norms`, `oracle_activations`, `oracle_arithmetic`, `oracle_moves`,
-`oracle_windows`, `oracle_resize` and `oracle_rnn` follows the operator specifications (github.com/onnx/onnx, docs/Operators.md and
+broadcasting of opset 6, and more. What stands in `normalisation`, `activation`, `arithmetic`, `movement`,
+`convolution`, `resize` and `recurrent` follows the operator specifications (github.com/onnx/onnx, docs/Operators.md and
 docs/Changelog.md) version by version.
 
 Every function takes the inputs in their order (None for an omitted one) and the node's attributes as keywords, and returns a tuple.

@@ -1,4 +1,4 @@
-"""An ONNX graph as the operations that are cut into stages (see `bnfold.stages`)."""
+"""An ONNX graph as the operations that are cut into stages (see `bnfold.recalibration.schedule`)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The provider that was asked for is the one that runs, or there is a `DeviceError`: ONNX Runtime itself drops a provider that it can't load
 and carries on on the CPU, and so it does with every node that the provider has no kernel for. What it prints meanwhile becomes part of
-the reason (see `overheard`).
+the reason (see `capture`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A PyTorch model as the neutral graph that the rules see. The operators themselves are in `ops`, the table of this front-end."""
+"""A PyTorch model as the neutral graph that the rules see. The operators themselves are in `table`, the table of this front-end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Native:
 
 
 class Lowering:
-    """The state of one lowering; the operators' functions in `ops` work on it.
+    """The state of one lowering; the operators' functions in `table` work on it.
 
     program: the graph that is lowered: the traced one, or, where writing in place and views make its data flow hard to see, the same
     without writing in place. outputs: the values that a caller gets, by the name of the output.

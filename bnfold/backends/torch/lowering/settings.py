@@ -1,4 +1,4 @@
-"""What an ATen operator is set to (see `bnfold.settings`), and the same in ONNX's terms where ONNX has the operator."""
+"""What an ATen operator is set to (see `bnfold.algebra.settings`), and the same in ONNX's terms where ONNX has the operator."""
 
 from __future__ import annotations
 

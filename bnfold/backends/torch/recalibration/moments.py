@@ -1,4 +1,4 @@
-"""Moments of a tensor where it lies, by PyTorch's own reductions (see `bnfold.moments` for what they are and how they pool)."""
+"""Moments of a tensor where it lies, by PyTorch's own reductions (see `bnfold.recalibration.moments`)."""
 
 from __future__ import annotations
 

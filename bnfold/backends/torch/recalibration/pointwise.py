@@ -1,4 +1,4 @@
-"""Pointwise convolutions, whose moments are known without running them (see `bnfold.moments.Pointwise`)."""
+"""Pointwise convolutions, whose moments are known without running them (see `bnfold.recalibration.moments.Pointwise`)."""
 
 from __future__ import annotations
 

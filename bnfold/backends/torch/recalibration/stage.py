@@ -147,7 +147,7 @@ class TorchStage:
     """The operators of a `Cut`. With the values that wait between stages wait the sizes of the micro-batch.
 
     first, last: its place among the stages. calls: those that run here and may be normalised with what `run` or `stands_in` tells, and
-    their layers; names: of each layer's mean and variance, for those that are no operator (see `ops_affine.frozen_chains`).
+    their layers; names: of each layer's mean and variance, for those that are no operator (see `lowering.affine.frozen_chains`).
     """
 
     def __init__(

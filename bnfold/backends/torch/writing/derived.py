@@ -1,7 +1,7 @@
 """Weights that the code computes from one stored tensor in steps that can be undone: `weight * scale`, `weight.t()`, `weight.to(x.dtype)`.
 
 Such a weight is rewritten through its steps: the stored tensor becomes the one from which the code computes the new weight. Every step
-is read off by running it, as `bnfold.moves` does: one that moves elements, on their numbers; a product, by its factor.
+is read off by running it, as `bnfold.algebra.movement` does: one that moves elements, on their numbers; a product, by its factor.
 """
 
 from __future__ import annotations
