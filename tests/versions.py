@@ -25,9 +25,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-SHORT = ("test_affine", "test_catalogue", "test_rules")
-CORE = (*SHORT, "test_bad_models", "test_cli", "test_load_save", "test_merge", "test_recalibrate", "test_verify")
-TORCH = ("test_torch_archive", "test_torch_cli", "test_torch_files", "test_torch_fuse", "test_torch_verify")
+SHORT = ("algebra/test_affine", "algebra/test_rules", "folding/test_catalogue")
+CORE = (
+    *SHORT,
+    "backends/onnx/test_bad_models",
+    "backends/onnx/test_load_save",
+    "cli/test_cli",
+    "folding/test_branches",
+    "recalibration/test_recalibrate",
+    "verification/test_verify",
+)
+TORCH = (
+    *(f"backends/torch/test_torch_{name}" for name in ("archive", "files", "fuse")),
+    "cli/test_torch_cli",
+    "verification/test_torch_verify",
+)
 RUNNERS = ("pytest>=8", "hypothesis>=6.100")  # for the tests; they are no promise of bnfold's
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
 OPTIONS = """

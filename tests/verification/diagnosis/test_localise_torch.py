@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from modules import lively, norm
-from test_localise import reproduce
-from test_torch_verify import exported
 from torch import nn
 from torch.fx.experimental import optimization
 from vision import package
@@ -29,6 +27,8 @@ from bnfold.verification.coefficients import correspond
 from bnfold.verification.diagnosis.localise import Located, localise
 from bnfold.verification.interface import sides
 from bnfold.verification.normal_form import Normal
+from tests.verification.diagnosis.test_localise import reproduce
+from tests.verification.test_torch_verify import exported
 
 X = torch.randn(4, 3, 12, 11, generator=torch.Generator().manual_seed(5))
 

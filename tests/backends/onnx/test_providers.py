@@ -18,7 +18,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
-from test_verify_backends import Computes, Doubled
 
 import bnfold
 from bnfold.backends.onnx.runtime import providers
@@ -30,6 +29,7 @@ from bnfold.errors import DeviceError, UsageError
 from bnfold.model import Placement
 from bnfold.report import Deployment
 from bnfold.verification.verify import verify
+from tests.verification.test_verify_backends import Computes, Doubled
 
 CUDA = "CUDAExecutionProvider"
 FULL = [CUDA, "CPUExecutionProvider"]
@@ -508,7 +508,7 @@ def test_tf32_shows_in_the_row_as_deployed(ort_cuda: None) -> None:
 
 # --- OpenVINO, in an environment of its own ----------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ import pytest
 from bnfold.backends.onnx.files import save as saving
 from bnfold.backends.onnx.files.load import from_proto, load, save
 from bnfold.errors import InputError, ModelError, UnsupportedError, UsageError
+from tests.backends.onnx.test_round_trip import everything
 from tests.conftest import small_model
-from tests.test_round_trip import everything
 
 
 def megabytes(count: int) -> ir.Model:

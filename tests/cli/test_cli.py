@@ -20,7 +20,7 @@ import bnfold
 from bnfold.cli import run
 from bnfold.cli.commands import EXAMPLES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("inspect", "recalibrate", "fuse", "verify", "pipeline", "bench")
 
 

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from conftest import small_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FUSE = "fuse model.onnx -o out.onnx"
 RECALIBRATE = "recalibrate model.onnx --data DATA -o out.onnx"
 

@@ -46,7 +46,7 @@ from bnfold.report import (
     VerifyReport,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples" / "ci"
 ANY = st.text(st.characters(exclude_categories=()), max_size=30)  # surrogates and control characters too
 ODD = 'a|b\n::error::x\r"<&>\x00\x1b[31m`*_\ud800\ufffe]]>'

@@ -30,7 +30,7 @@ from bnfold.recalibration.methods import Exact, MovingAverage
 from bnfold.recalibration.moments import measure
 from bnfold.recalibration.scoring import Scores, cross_entropy, effect
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = np.random.default_rng(0).normal(1, 2, (37, 3, 8, 7)).astype(np.float32)
 
 

@@ -14,14 +14,14 @@ import onnx
 import pytest
 import torch
 from modules import lively
-from test_torch_files import FACTORY
 
 import bnfold
 from bnfold.backends.torch.export.trace import duplicate, random_example, trace
 from bnfold.backends.torch.files.architecture import build
 from bnfold.cli import run
+from tests.backends.torch.test_torch_files import FACTORY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from bnfold.cli import run
 from bnfold.verification.coefficients import correspond
 from bnfold.verification.verify import verify
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # --- coefficients in half precision ---------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import pytest
 import bnfold
 from bnfold.cli import run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(folder: Path) -> set[str]:
