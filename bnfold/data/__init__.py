@@ -8,7 +8,8 @@ from .batches import BATCH_SIZE, Data
 from .forms import Flat, as_batches, from_object, from_stream, open_data
 from .inputs import WHOLE
 from .samples import few
-from .source import LABELS, Array, Batch, Chunk, Counted, InputSpec, Source, counted
+from .source import LABELS, Chunk, Counted, Source
+from .spec import Array, Batch, InputSpec
 
 __all__ = [
     "BATCH_SIZE",
@@ -23,7 +24,6 @@ __all__ = [
     "InputSpec",
     "Source",
     "as_batches",
-    "counted",
     "few",
     "from_object",
     "from_stream",

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from bnfold.errors import DataError, UsageError
+from bnfold.text import counted
 
 from .corrupt import MAX_BAD, Bad, BadSample, CorruptError
 from .inputs import Inputs, joined
 from .prefetch import in_pool, read_ahead
 from .samples import Run
-from .source import Array, Chunk, Counted, InputSpec, Source, counted
+from .source import Chunk, Counted, Source
+from .spec import Array, InputSpec
 
 BATCH_SIZE = 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from bnfold.errors import DataError
 from .batches import Data
 from .corrupt import MAX_BAD
 from .samples import Run
-from .source import LABELS, Array, Chunk, InputSpec, Source
+from .source import LABELS, Chunk, Source
+from .spec import Array, InputSpec
 
 if TYPE_CHECKING:
     from .images import ImageOptions
@@ -80,6 +82,18 @@ def open_data(
         spec, inputs, batch_size=batch_size, samples=samples, seed=seed, images=images, input_shapes=input_shapes, column=column, flat=flat
     )
     return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
+
+
+def peek(batches: Any) -> tuple[Any, Any]:
+    """The first batch, and all of them, which an iterator has to give again."""
+    if isinstance(batches, Mapping) or _is_array(batches) or (isinstance(batches, tuple) and any(map(_is_array, batches))):
+        return batches, batches
+    if callable(batches) and not hasattr(batches, "__iter__"):
+        return peek(batches())[0], batches
+    if isinstance(batches, Iterator):
+        first = next(batches, None)
+        return first, batches if first is None else itertools.chain([first], batches)
+    return next(iter(batches), None), batches
 
 
 def from_object(obj: Any, inputs: Sequence[InputSpec], where: str, flat: Flat | None = None) -> Source:
@@ -161,10 +175,14 @@ def as_array(obj: Any, where: str) -> Array:
 def _holds_samples(obj: Any, inputs: Sequence[InputSpec], flat: Flat | None = None) -> bool:
     """Whether the object is samples, rather than an iterable of batches."""
     if isinstance(obj, tuple):
-        arrays = [hasattr(o, "__array__") or hasattr(o, "detach") for o in obj]
+        arrays = [_is_array(o) for o in obj]
         nested = flat is not None and any(arrays) and not all(arrays)
         return nested or (len(obj) in (len(inputs), len(inputs) + 1) and all(arrays))
-    return isinstance(obj, Mapping) or hasattr(obj, "__array__") or hasattr(obj, "detach")
+    return isinstance(obj, Mapping) or _is_array(obj)
+
+
+def _is_array(obj: Any) -> bool:
+    return hasattr(obj, "__array__") or hasattr(obj, "detach")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from bnfold.errors import DataError
+from bnfold.text import listed
 
 from .samples import Run, differing, fixed_size, holding, open_first
-from .source import Array, Batch, Chunk, Counted, InputSpec
-from .types import check_type, convert, shape_text
+from .source import Chunk, Counted
+from .spec import Array, Batch, InputSpec, is_float, shape_text
 
 WHOLE = "the rows of the inputs aren't samples of their own, so nothing is cut: each batch goes through as it is, and counts as one sample"
 
@@ -128,3 +130,66 @@ def joined(parts: list[Array], where: str) -> Array:
         return np.concatenate(parts)
     except ValueError as error:
         raise DataError(f"{where}: samples of different shapes ({error}); make them alike") from None
+
+
+def check_type(dtype: np.dtype[Any], spec: InputSpec, where: str) -> None:
+    """DataError unless the type converts without loss of meaning: float to float, integer to integer, text to text."""
+    if dtype == spec.dtype or (is_float(dtype) and is_float(spec.dtype)) or (dtype.kind in "OUS" and spec.dtype.kind in "OUS"):
+        return
+    if dtype.kind in "iu" and spec.dtype.kind in "iu":
+        return  # if the values fit, which `convert` checks
+    advice = f"convert them with .astype({spec.dtype.name!r}) if that is right"
+    if dtype.kind in "iub" and is_float(spec.dtype):
+        advice = f"scale and normalise them as in training, say x.astype({spec.dtype.name!r}) / 255 for pixels"
+    elif spec.dtype.kind in "iu" and is_float(dtype):
+        advice = f"give the integers (pixels, tokens) before any scaling, as {spec.dtype}"
+    elif np.can_cast(dtype, spec.dtype, "safe") and dtype.kind != "b":
+        return
+    raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, the data are {dtype}; {advice}")
+
+
+def convert(array: Array, spec: InputSpec, where: str, start: int) -> Array:
+    """The array in the input's type; DataError for NaN, infinity and values that the type can't hold."""
+    finite = spec.dtype.kind == "V" or spec.dtype.kind in "fc"
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = np.ascontiguousarray(array, dtype=spec.dtype).reshape(array.shape)
+    for values, what in (
+        (array, "holds NaN or infinity; clean the data"),
+        (made, f"holds values beyond the range of {spec.dtype}, which the model takes; scale the data"),
+    ):
+        if finite and not (good := np.isfinite(values)).all():
+            at = np.argwhere(~good)
+            raise DataError(f"{where}: input {spec.name!r}{f', sample {start + at[0][0]},' if array.ndim else ''} {what}")
+        if array.dtype == made.dtype:
+            break
+    if array.dtype.kind in "iu" and array.dtype != made.dtype and not np.array_equal(array, made):
+        raise DataError(f"{where}: input {spec.name!r} takes {spec.dtype}, and the data hold {array.dtype} values beyond its range")
+    return made
+
+
+def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str] = (), *, any_float: bool = False) -> None:
+    """DataError unless the feeds are just what the inputs ask for: names, types (any floating-point one with `any_float`) and shapes.
+
+    optional: initializers that the caller may override (IR version 4 and later).
+    """
+    missing = [spec.name for spec in specs if spec.name not in feeds]
+    if missing:
+        raise DataError(f"no data for input {listed(map(repr, missing))}; the data have {listed(map(repr, feeds)) or 'nothing'}")
+    extra = feeds.keys() - {spec.name for spec in specs} - set(optional)
+    if extra:
+        raise DataError(
+            f"the data name {listed(map(repr, sorted(extra)))}, but the model's inputs are {listed(repr(s.name) for s in specs)}"
+        )
+    symbols: dict[str, tuple[str, int]] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        floats = any_float and is_float(array.dtype) and is_float(spec.dtype)
+        if array.dtype != spec.dtype and not floats and not (spec.dtype.kind in "OUS" and array.dtype.kind in "OUS"):
+            raise DataError(f"input {spec.name!r} takes {spec.dtype}, the data are {array.dtype}")
+        if len(array.shape) != len(spec.shape) or any(isinstance(d, int) and d != n for d, n in zip(spec.shape, array.shape, strict=True)):
+            raise DataError(f"input {spec.name!r} has shape {shape_text(spec.shape)}, the data have {shape_text(array.shape)}")
+        for axis, (d, n) in enumerate(zip(spec.shape, array.shape, strict=True)):
+            if isinstance(d, str):
+                where, before = symbols.setdefault(d, (f"axis {axis} of {spec.name!r}", n))
+                if before != n:
+                    raise DataError(f"{d!r} is {before} on {where} but {n} on axis {axis} of {spec.name!r}")

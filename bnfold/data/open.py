@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnfold.errors import DataError, UsageError
+from bnfold.text import counted, first_line
 
-from . import BATCH_SIZE, Array, Chunk, Flat, InputSpec, Source, counted, few, from_object, from_stream, tables
+from . import tables
+from .batches import BATCH_SIZE
+from .forms import Flat, from_object, from_stream
+from .samples import few
+from .source import Chunk, Source
+from .spec import Array, InputSpec
 
 if TYPE_CHECKING:
     from .images import ImageOptions
@@ -138,7 +144,7 @@ def _beginning(path: Path) -> None:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise DataError(f"{path}: can't be read as {form} ({_reason(error)})") from None
+        raise DataError(f"{path}: can't be read as {form} ({first_line(error)})") from None
     if not head:
         raise DataError(f"{path}: the file is empty")
     if head.startswith(b"version https://git-lfs"):
@@ -158,12 +164,12 @@ def _read(path: Path) -> Any:
     except DataError:
         raise
     except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        reason = _reason(error)
+        reason = first_line(error)
     except Exception as error:
         # safetensors' and pickle's own errors derive from Exception alone
         if type(error).__module__.partition(".")[0] not in ("safetensors", "pickle", "_pickle"):
             raise
-        reason = _reason(error)
+        reason = first_line(error)
     if any(sign in reason for sign in ("allow_pickle", "Python objects", "weights_only", "Weights only")):
         reason = "it holds Python objects, which could run code when read; save plain arrays"
     raise DataError(f"{path}: can't be read as {form} ({reason})")
@@ -213,7 +219,7 @@ def _function(target: str, name: str, spec: str) -> Callable[[], Any]:
             with _importable(Path.cwd()):
                 module = importlib.import_module(target)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit, even with status 0
-        raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {_reason(error)})") from error
+        raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {first_line(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
         has = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -236,7 +242,7 @@ def _guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
     """The function, whose errors (and those of the iterator that it returns) become DataErrors with its name."""
 
     def failed(error: BaseException) -> DataError:
-        return DataError(f"{spec} raised {type(error).__name__}: {_reason(error)}")
+        return DataError(f"{spec} raised {type(error).__name__}: {first_line(error)}")
 
     def items(iterator: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -295,8 +301,3 @@ def _random(
             notes.append(f"input {s.name!r} has dynamic axes; {taken} is taken (--input-shape {s.name}=... gives another)")
     # Of several inputs it may show only when they are fed which of them hold samples, and how many.
     return Source(chunks, f"random, seed {seed}", tuple(notes), count * size if len(inputs) == 1 else None, keep=True)
-
-
-def _reason(error: BaseException) -> str:
-    """An error's first line."""
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,18 +1,15 @@
-"""Feeds for a model's inputs: random data that fit, and whether given data do."""
+"""Random data that fit a model's inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bnfold.errors import DataError, UnsupportedError, UsageError
+from bnfold.errors import UnsupportedError, UsageError
+from bnfold.text import listed
 
-from .types import is_float, shape_text
-
-if TYPE_CHECKING:
-    from . import Batch, InputSpec
+from .spec import Batch, InputSpec, is_float, shape_text
 
 
 def random_feeds(
@@ -63,34 +60,6 @@ def check_shapes(wanted: Mapping[str, Sequence[int]], specs: Sequence[InputSpec]
             raise UsageError(f"input {name!r} has shape {shape_text(stated)}; {shape_text(tuple(asked))} doesn't fit it")
 
 
-def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str] = (), *, any_float: bool = False) -> None:
-    """DataError unless the feeds are just what the inputs ask for: names, types (any floating-point one with `any_float`) and shapes.
-
-    optional: initializers that the caller may override (IR version 4 and later).
-    """
-    missing = [spec.name for spec in specs if spec.name not in feeds]
-    if missing:
-        raise DataError(f"no data for input {listed(map(repr, missing))}; the data have {listed(map(repr, feeds)) or 'nothing'}")
-    extra = feeds.keys() - {spec.name for spec in specs} - set(optional)
-    if extra:
-        raise DataError(
-            f"the data name {listed(map(repr, sorted(extra)))}, but the model's inputs are {listed(repr(s.name) for s in specs)}"
-        )
-    symbols: dict[str, tuple[str, int]] = {}
-    for spec in specs:
-        array = feeds[spec.name]
-        floats = any_float and is_float(array.dtype) and is_float(spec.dtype)
-        if array.dtype != spec.dtype and not floats and not (spec.dtype.kind in "OUS" and array.dtype.kind in "OUS"):
-            raise DataError(f"input {spec.name!r} takes {spec.dtype}, the data are {array.dtype}")
-        if len(array.shape) != len(spec.shape) or any(isinstance(d, int) and d != n for d, n in zip(spec.shape, array.shape, strict=True)):
-            raise DataError(f"input {spec.name!r} has shape {shape_text(spec.shape)}, the data have {shape_text(array.shape)}")
-        for axis, (d, n) in enumerate(zip(spec.shape, array.shape, strict=True)):
-            if isinstance(d, str):
-                where, before = symbols.setdefault(d, (f"axis {axis} of {spec.name!r}", n))
-                if before != n:
-                    raise DataError(f"{d!r} is {before} on {where} but {n} on axis {axis} of {spec.name!r}")
-
-
 def whole_numbers(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> np.ndarray:
     """Integers that an input is known to take. sizes: by symbol."""
     assert spec.takes is not None
@@ -115,8 +84,3 @@ def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], s
     if spec.dtype.kind == "c":
         return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(spec.dtype)
     raise UnsupportedError(f"input {spec.name!r} takes {spec.dtype}: there are no random data of that type; give --data")
-
-
-def listed(names: Iterable[object], word: str = "and") -> str:
-    texts = [str(n) for n in names]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}" if texts else ""

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .spec import Range
+
 LARGEST = 1 << 31
-
-
-@dataclass(frozen=True)
-class Range:
-    """low to high, both included. below: symbols of sizes under which a number stays as well, as an index does.
-
-    copies: it is a shape, in which 0 stands for the size that there is, and -1 for what is left.
-    """
-
-    low: int = 0
-    high: int = 1
-    below: frozenset[str] = frozenset()
-    copies: bool = False
-
-    def within(self, sizes: Mapping[str, int]) -> tuple[int, int]:
-        """The ends, once the sizes are known; of a size that isn't, no more is taken for granted than that it is 2."""
-        known = [sizes.get(name, 2) - 1 for name in self.below]
-        high = min([self.high, *known])
-        return min(self.low, high), high
-
-    def and_(self, other: Range) -> Range:
-        """What both take; this one where nothing is left."""
-        low, high = max(self.low, other.low), min(self.high, other.high)
-        return replace(self, low=low, high=high, below=self.below | other.below) if low <= high else self
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bnfold.errors import BnfoldError, DataError, UnsupportedError
 
-from .source import Array, Batch, InputSpec
+from .spec import Array, Batch, InputSpec
 
 Run = Callable[[Batch], Mapping[str, Array]]  # a model's outputs by name, from its inputs by name
 ROWS = 4  # of a batch that are tried

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from .ranges import Range
-from .types import shape_text
-
-Array = npt.NDArray[Any]
-Batch = dict[str, Array]
+from .spec import Array, Batch
 
 LABELS = ("labels", "label", "y", "targets", "target")
 
@@ -24,19 +16,6 @@ class Counted(dict[str, Array]):
     def __init__(self, arrays: Batch, samples: int) -> None:
         super().__init__(arrays)
         self.samples = samples
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """A model's input; a dynamic axis is its symbol, or None when it has none. takes: which integers, where that is known."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]
-    takes: Range | None = None
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {shape_text(self.shape)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +55,3 @@ class Source:
     ahead: bool = True
     count: Callable[[], int] | None = None
     held: Chunk | None = None
-
-
-def counted(n: int, what: str) -> str:
-    """`1 sample`, `2 samples`."""
-    return f"{n} {what}{'s' * (n != 1)}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bnfold.backends import as_given, as_ir, family, is_module
 from bnfold.certificates import recalibrated
 from bnfold.data import WHOLE
-from bnfold.data.random import check_feeds
+from bnfold.data.inputs import check_feeds
 from bnfold.errors import DataError, NothingToDoError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
 
@@ -199,9 +199,9 @@ def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subj
         return subject, batches, None
     from bnfold.backends.torch.export.trace import example_of, shortened_call
     from bnfold.data import BATCH_SIZE
-    from bnfold.verification.interface import peeked
+    from bnfold.data.forms import peek
 
-    first, batches = peeked(batches)
+    first, batches = peek(batches)
     whole = first is batches  # all samples at once
     if whole:
         first = _few(first, batch_size or BATCH_SIZE)

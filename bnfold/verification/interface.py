@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bnfold.backends import family, is_module
+from bnfold.data.forms import peek
 from bnfold.errors import UnsupportedError
 from bnfold.model import Placement, Plan, Port, Runner, Subject
 
@@ -30,7 +30,7 @@ def sides(
     mixed = len(set(kinds)) > 1
     call, example = example, None
     if "torch" in kinds and batches is not None and call is None:
-        example, batches = peeked(batches)
+        example, batches = peek(batches)
     made: list[Subject | None] = [None, None]
 
     def asks(side: int) -> tuple[bool, bool]:
@@ -91,24 +91,6 @@ def _torch(
     elif shapes and is_module(model):
         example = random_example(model, shapes)
     return TorchSubject(trace(model, example), beside_onnx=mixed)
-
-
-def peeked(batches: Any) -> tuple[Any, Any]:
-    """The first batch, and all of them."""
-    from bnfold.data import Data
-
-    if isinstance(batches, Data):
-        return next(iter(batches), None), batches
-    if isinstance(batches, Mapping) or hasattr(batches, "__array__") or hasattr(batches, "detach"):
-        return batches, batches
-    if isinstance(batches, tuple) and any(hasattr(b, "__array__") or hasattr(b, "detach") for b in batches):  # no tuple of batches
-        return batches, batches
-    if callable(batches) and not hasattr(batches, "__iter__"):
-        return peeked(batches())[0], batches
-    if isinstance(batches, Iterator):
-        first = next(batches, None)
-        return first, batches if first is None else itertools.chain([first], batches)
-    return next(iter(batches), None), batches
 
 
 def _paired(mine: list[Port], theirs: list[Port]) -> dict[str, str]:

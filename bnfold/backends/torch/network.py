@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as Op
 
 from bnfold.algebra.graph import Graph, Value
-from bnfold.data.random import check_feeds
+from bnfold.data.inputs import check_feeds
 from bnfold.errors import UnsupportedError
 from bnfold.verification.normal_form import Part, Stream
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from bnfold.errors import DataError
+from bnfold.text import counted
 
-from .. import Array, Batch, Chunk, InputSpec, Source, counted
+from ..source import Chunk, Source
+from ..spec import Array, Batch, InputSpec
 from .options import ImageOptions
 from .pipeline import resolve, shaped
 

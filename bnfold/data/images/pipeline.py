@@ -17,9 +17,8 @@ import numpy as np
 
 from bnfold.errors import DataError, UsageError
 
-from .. import Array, InputSpec
 from ..corrupt import CorruptError
-from ..types import is_float, shape_text
+from ..spec import Array, InputSpec, is_float, shape_text
 from .options import CROP_PCT, INTERPOLATIONS, ImageOptions
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import DataError
 
-from .. import Array, Batch, Chunk
 from ..corrupt import CorruptError
+from ..source import Chunk
+from ..spec import Array, Batch
 from .table import Table
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any
 
 from bnfold.errors import DataError
 
-from .. import LABELS, InputSpec
+from ..source import LABELS
+from ..spec import InputSpec
 from .tars import KEYS
 
 CLASSES = ("label", "labels", "cls", "target", "targets", "class", "y", "fine_label", "coarse_label", "category", *KEYS)

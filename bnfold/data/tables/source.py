@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from bnfold.errors import DataError
 
-from .. import InputSpec, Source
 from ..images import resolve, shaped
+from ..source import Source
+from ..spec import InputSpec
 from . import chunks, columns
 from .library import Library
 from .table import parquet, saved

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from bnfold.errors import DataError
+from bnfold.text import counted
 
-from .. import counted
 from .library import ROWS, Library
 
 

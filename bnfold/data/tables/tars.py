@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from bnfold.errors import DataError
+from bnfold.text import counted
 
-from .. import counted
 from .library import Library
 from .table import Table
 

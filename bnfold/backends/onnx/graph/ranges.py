@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.data.ranges import Found, Range, Traced
+from bnfold.data.ranges import Found, Traced
+from bnfold.data.spec import Range
 
 from .shapes import symbolic
 from .walk import attribute, held_tensor, is_standard, whole

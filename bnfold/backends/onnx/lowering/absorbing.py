@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.algebra.graph import Layout, Param
-from bnfold.data.types import shape_text
+from bnfold.data.spec import shape_text
 from bnfold.errors import ModelError
 from bnfold.folding.branches import Window
 

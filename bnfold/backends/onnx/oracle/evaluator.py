@@ -17,8 +17,9 @@ from onnx import inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpFunction, OpRun, RuntimeContextError
 
-from bnfold.data.random import check_feeds, listed
+from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, UnsupportedError, UsageError
+from bnfold.text import listed
 
 from ..files.schemas import forget_unknown
 from ..graph.inputs import inputs

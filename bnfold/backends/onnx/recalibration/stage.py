@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
-from bnfold.data.types import shape_text
+from bnfold.data.spec import shape_text
 from bnfold.errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from bnfold.recalibration.distributed import threads
 from bnfold.recalibration.lockstep import NOTHING, Reading, Values

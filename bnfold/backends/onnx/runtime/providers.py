@@ -24,9 +24,9 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
-from bnfold.data.random import listed
 from bnfold.errors import DeviceError, UnsupportedError, UsageError
 from bnfold.model import Placement
+from bnfold.text import listed
 
 CPU = "CPUExecutionProvider"
 SHOWN = 3  # nodes that a message names

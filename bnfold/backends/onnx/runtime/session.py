@@ -13,8 +13,9 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
-from bnfold.data.random import check_feeds, random_feeds
-from bnfold.data.types import shape_text
+from bnfold.data.inputs import check_feeds
+from bnfold.data.random import random_feeds
+from bnfold.data.spec import shape_text
 from bnfold.errors import DataError, DeviceError, UsageError
 from bnfold.model import Placement
 

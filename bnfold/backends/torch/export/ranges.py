@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.data.ranges import Found, Range, Traced
+from bnfold.data.ranges import Found, Traced
+from bnfold.data.spec import Range
 
 from .walk import arguments, dtype_of, is_tensor, operator_name, value_of
 

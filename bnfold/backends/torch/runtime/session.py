@@ -20,7 +20,7 @@ from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfold.data.random import check_feeds
+from bnfold.data.inputs import check_feeds
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.model import Placement
 
