@@ -1,4 +1,4 @@
-"""Which integers the inputs of an ONNX model take (see `bnfold.data.ranges`): where they go, and what is done with them there."""
+"""Which integers the inputs of an ONNX model take (see `bnfold.backends.ranges`): where they go, and what is done with them there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.data.ranges import Found, Traced
+from bnfold.backends.ranges import Found, Traced
 from bnfold.data.spec import Range
 
 from .shapes import symbolic

@@ -1,4 +1,4 @@
-"""Which integers the inputs of an exported program take (see `bnfold.data.ranges`): where they go, and what is done with them there."""
+"""Which integers the inputs of an exported program take (see `bnfold.backends.ranges`): where they go, and what is done with them there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.data.ranges import Found, Traced
+from bnfold.backends.ranges import Found, Traced
 from bnfold.data.spec import Range
 
 from .walk import arguments, dtype_of, is_tensor, operator_name, value_of

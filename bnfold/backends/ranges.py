@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .spec import Range
+from bnfold.data.spec import Range
 
 LARGEST = 1 << 31
 
