@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +10,7 @@ from bnfold.algebra.affine import Array
 
 from .methods import Tally
 from .moments import Moments
-
-if TYPE_CHECKING:
-    from .lockstep import Layer
+from .protocol import Layer
 
 BATCHES = 4  # micro-batches from which on their order can be told
 SORTED = 3.0  # times the spread of the micro-batches' means that shuffled samples give

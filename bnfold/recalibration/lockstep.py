@@ -20,120 +20,23 @@ pooled with those of the others as if they all stood in one list, but for standa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from bnfold.algebra.affine import Array
 from bnfold.data import Counted
 from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
-from bnfold.report import LayerStatistics, RecalibrateReport
+from bnfold.report import RecalibrateReport
 
+from .changes import report
 from .data_checks import Hints
 from .distributed import Alone, Processes, together
-from .methods import Method, Statistics, Tally
+from .methods import Method, Tally
 from .methods import method as chosen
-from .moments import Moments, Pointwise, Samples, pool
+from .moments import Moments, Samples, pool
+from .protocol import Layer, Measured, Plan, Progress, Reading, Stage, Values
 from .spill import Frontier
-
-Values = Mapping[str, Any]  # arrays, of numpy or of the framework that computes
-NOTHING: Mapping[int, Moments] = {}
-Progress = Callable[[str, int, "int | None"], None]
-DEAD = 1e-12  # of the channels' mean variance: at or below it, a channel says nothing
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A BatchNorm as it came. mean, variance: float64 [channels], the old statistics."""
-
-    name: str
-    mean: Array
-    variance: Array
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The input of one call of a layer. per_activation: each element of a sample is a channel (ONNX's spatial = 0).
-
-    through: None, or a pointwise convolution, in the stage's own arrays, that takes the value to the input.
-    """
-
-    value: str
-    layer: int  # its place in Plan.layers
-    call: int  # its place among all calls
-    per_activation: bool = False
-    through: Pointwise | None = None
-
-
-class Stage(Protocol):
-    """A part of the network that ends at the inputs of some BatchNorms.
-
-    readings: what is measured in this stage: values that `run` gives, or that it needs. needs: the values that were left by earlier
-    stages, or that are the data's, and are asked for here. keeps: the values that later stages need, of those from before, the data's and
-    this stage's own; all others are dropped.
-    """
-
-    @property
-    def readings(self) -> Sequence[Reading]: ...
-    @property
-    def needs(self) -> Collection[str]: ...
-    @property
-    def keeps(self) -> Collection[str]: ...
-
-    def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
-        """One micro-batch: from the values that it needs to those that it computes. Raises DataError where they don't fit the network.
-
-        own: by call, the moments with which it is normalised in this micro-batch, in a plan whose stages were asked for so.
-        """
-        ...
-
-    def measure(self, array: Any, through: Pointwise | None = None) -> Moments | Samples:
-        """A value of its own, [samples, channels, ...], or what is made of it: arrays may lie on a device."""
-        ...
-
-    def held(self, array: Any, room: int) -> Any:
-        """A value of its own as it waits for a later stage: on its device, where that has room for so many bytes, else as numpy's array."""
-        ...
-
-
-class Plan(Protocol):
-    """A network, cut into stages."""
-
-    @property
-    def layers(self) -> Sequence[Layer]: ...
-    @property
-    def stage_count(self) -> int: ...
-    @property
-    def notes(self) -> Sequence[str]: ...
-    @property
-    def device_room(self) -> int:
-        """The bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
-        ...
-
-    def stages(self, own: bool = False) -> Iterator[Stage]:
-        """The stages in order; the next is made after the statistics that this one measured were set.
-
-        own: each call that is measured is normalised with what `Stage.run` is told, and all stages are made before the first runs.
-        """
-        ...
-
-    def set(self, layer: int, statistics: Statistics) -> str | None:
-        """Take over the statistics of a layer, which is normalised with them from now on. Returns why not, where they can't be stored."""
-        ...
-
-
-@dataclass(eq=False)
-class Measured:
-    """What the data said. tallies: one for each layer. samples, batches: how many there were, in all processes together."""
-
-    tallies: list[Tally]
-    samples: int = 0
-    batches: int = 0
-    held: int = 0
-    spilled: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def recalibrate(
@@ -301,25 +204,6 @@ def _in_lockstep(
     return found, kept
 
 
-def report(plan: Plan, measured: Measured, method: Method, kept: Mapping[int, str]) -> RecalibrateReport:
-    """What became of each layer. kept: those that keep their statistics, and why."""
-    layers, tallies = plan.layers, measured.tallies
-    statistics = [
-        (layer.mean, layer.variance) if i in kept else method.statistics(tally, (layer.mean, layer.variance), measured.samples)
-        for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
-    ]
-    return RecalibrateReport(
-        method=method.name,
-        variance=method.variance,
-        samples=measured.samples,
-        layers=tuple(_changes(layers[i], tally.moments, statistics[i]) for i, tally in enumerate(tallies)),
-        held_bytes=measured.held,
-        spilled_bytes=measured.spilled,
-        notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(kept.items())), *measured.notes),
-        before={layer.name: (layer.mean, layer.variance) for layer in layers},
-    )
-
-
 def _sum(parts: Sequence[Tally]) -> Tally:
     first, *rest = parts
     return sum(rest, first)
@@ -369,28 +253,3 @@ def _unusable(moments: Moments) -> str | None:
     if moments.count == 1:
         return "the data bring one value per channel, which has no variance; give more samples"
     return None
-
-
-def _changes(layer: Layer, seen: Moments, new: Statistics) -> LayerStatistics:
-    """The worst channel's figures. A deviation of 0 makes the first two infinite where there is a change at all."""
-    mean, variance = new
-    with np.errstate(divide="ignore", invalid="ignore"):
-        own = seen.variance()
-        of_mean = np.nan_to_num(seen.standard_error() / np.sqrt(own), nan=0.0, posinf=np.inf)
-        of_variance = np.nan_to_num(seen.variance_error() / own, nan=0.0, posinf=np.inf)
-        change = np.abs(mean - layer.mean)
-        shift = np.where(change == 0, 0.0, change / np.sqrt(layer.variance))
-        ratio = np.where(variance == layer.variance, 1.0, variance / layer.variance)
-        distance = np.nan_to_num(np.abs(np.log(ratio)), nan=np.inf, posinf=np.inf)
-    nothing = not seen.count
-    return LayerStatistics(
-        name=layer.name,
-        count=seen.count,
-        mean_shift=float(shift.max(initial=0.0)),
-        var_ratio=float(ratio[np.argmax(distance)]) if ratio.size else 1.0,
-        stderr=float("inf") if nothing else float(of_mean.max(initial=0.0)),
-        var_stderr=float("inf") if nothing else float(of_variance.max(initial=0.0)),
-        channels=layer.mean.size,
-        worst_channel=int(np.argmax(np.maximum(np.nan_to_num(shift, nan=np.inf), distance))) if shift.size else 0,
-        dead=0 if nothing else int((own <= DEAD * np.maximum(own.mean(), np.finfo(float).tiny)).sum()),
-    )

@@ -18,10 +18,12 @@ from bnfold.errors import DataError, NothingToDoError, UnsupportedError, UsageEr
 from bnfold.report import RecalibrateReport
 
 from . import statistics_file as kept_statistics
+from .changes import report
 from .distributed import Processes, processes
-from .lockstep import Plan, Progress, measure, report, settle
+from .lockstep import measure, settle
 from .lockstep import recalibrate as run_plan
 from .methods import Method
+from .protocol import Plan, Progress
 from .scoring import Scores, effect, score, score_if_fits
 from .selection import Selection, every
 

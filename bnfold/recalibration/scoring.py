@@ -17,7 +17,7 @@ from bnfold.report import Accuracy, Effect, Word
 if TYPE_CHECKING:
     from bnfold.data import Array
 
-    from .lockstep import Progress
+    from .protocol import Progress
 
 SURE = 2.0  # standard errors from which on a difference counts
 SUM = 1e-3  # how far probabilities in half precision miss a sum of 1

@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,7 @@ from bnfold.errors import DataError, InputError, UsageError
 
 from .methods import METHODS, Method, Tally
 from .moments import Moments
-
-if TYPE_CHECKING:
-    from .lockstep import Layer, Measured
+from .protocol import Layer, Measured
 
 OLD, PART = "bnfold.statistics/1", "bnfold.part/1"
 MOMENTS = ("count", "mean", "m2", "samples", "weight", "spread")
@@ -78,8 +76,6 @@ def write_part(path: Path, layers: Sequence[Layer], measured: Measured, method: 
 
 def read_parts(paths: Sequence[Path], layers: Sequence[Layer]) -> tuple[Measured, Method]:
     """All parts together. UsageError unless they are just the parts of one measurement of this model."""
-    from .lockstep import Measured
-
     if not paths:
         raise UsageError("name the files that the parts were written to")
     found = [_read(path, PART) for path in paths]

@@ -10,7 +10,7 @@ from bnfold.errors import UnsupportedError
 from bnfold.model import Subject
 
 if TYPE_CHECKING:
-    from bnfold.recalibration.lockstep import Progress
+    from bnfold.recalibration.protocol import Progress
 
 
 @dataclass(frozen=True)

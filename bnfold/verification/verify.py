@@ -33,7 +33,7 @@ from .verdict import Findings, summary, verdict
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
-    from bnfold.recalibration.lockstep import Progress
+    from bnfold.recalibration.protocol import Progress
 
 
 def verify(

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from bnfold.algebra.rounding import narrowed
 from bnfold.errors import HOW_TO_KEEP, NothingToDoError
-from bnfold.recalibration.lockstep import Layer, Reading
 from bnfold.recalibration.methods import Statistics
+from bnfold.recalibration.protocol import Layer, Reading
 from bnfold.recalibration.selection import Select, every
 
 from ..graph.constants import Constants

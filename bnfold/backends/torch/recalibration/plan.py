@@ -23,9 +23,9 @@ from torch.fx import Node as Op
 from bnfold.algebra.rounding import narrowed
 from bnfold.errors import NothingToDoError
 from bnfold.folding.census import missed
-from bnfold.recalibration.lockstep import Layer, Reading
 from bnfold.recalibration.methods import Statistics
 from bnfold.recalibration.moments import Moments
+from bnfold.recalibration.protocol import Layer, Reading
 from bnfold.recalibration.schedule import Call, Operation, cut
 from bnfold.recalibration.selection import Select, every
 

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from bnfold.errors import BnfoldError, DataError, DeviceError, UnsupportedError
-from bnfold.recalibration.lockstep import NOTHING, Reading, Values
 from bnfold.recalibration.moments import Moments, Pointwise, Samples
+from bnfold.recalibration.protocol import NOTHING, Reading, Values
 from bnfold.recalibration.schedule import Cut
 
 from ..export.constants import Constants
