@@ -21,7 +21,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Array, Blocked
 from bnfold.algebra.graph import Graph, Node, Value
 
-from .search import fits_type
+from .feasible import fits_type
 
 
 @dataclass(frozen=True)

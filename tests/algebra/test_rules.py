@@ -157,7 +157,7 @@ def test_an_operator_without_a_row_is_a_barrier() -> None:
 
 
 def test_every_operator_of_the_cases_is_lowered_to_a_row() -> None:
-    from bnfold.backends.onnx.lowering.lowering import lower
+    from bnfold.backends.onnx.lowering.table import lower
 
     found = {node.op for case in ALL for node in lower(onnx_ir.from_proto(case.build())).nodes}
     assert found - {"Barrier"} == set(RULES)

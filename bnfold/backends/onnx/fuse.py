@@ -11,7 +11,7 @@ from bnfold.folding.plan import plan
 from bnfold.report import FuseReport, Layer
 
 from .graph.walk import batchnorms, name_of
-from .lowering.lowering import Lowering
+from .lowering.table import lowering as lowering_of
 from .write import inlined, write
 
 
@@ -19,7 +19,7 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
     fused = inlined(model)
     held = list(batchnorms(fused))
-    lowering = Lowering(fused)
+    lowering = lowering_of(fused)
     graph = lowering.graph()
     met = {node.native.node for site in graph.sites for node in site.nodes} | set(lowering.computed)
     others = kept([Held(node, name_of(node), _channels(node), why) for node, why in held], met)

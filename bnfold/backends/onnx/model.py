@@ -17,7 +17,7 @@ from bnfold.model import Plan, Port, roundoff
 from .graph.constants import FLOATS
 from .graph.inputs import inputs
 from .graph.walk import all_graphs, all_nodes, axes, held_tensor, name_of
-from .lowering.lowering import Lowering
+from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
 from .runtime.providers import precisions, resolve
 from .runtime.session import Session
@@ -86,7 +86,7 @@ class OnnxSubject:
 
     def plan(self, *, clone: bool = False) -> Plan:
         model = inlined(self.model)
-        lowering = Lowering(model)
+        lowering = lowering_of(model)
         graph, known = lowering.graph(), lowering.constants
         outputs = {str(v.name): lowering.value(v) for v in model.graph.outputs if not known.is_constant(v)}
         constants = {f"output {v.name}": array for v in model.graph.outputs if (array := known.get(v)) is not None}

@@ -15,7 +15,7 @@ from bnfold.errors import UnsupportedError
 from bnfold.verification.normal_form import Part, Stream
 
 from .graph.walk import all_graphs
-from .lowering.lowering import lower
+from .lowering.table import lower
 from .oracle.evaluator import Oracle
 from .runtime.session import Session, self_contained
 from .write import inlined

@@ -18,7 +18,7 @@ from bnfold.folding.branches import Merge
 from .graph.constants import Constants
 from .graph.shapes import Shapes
 from .graph.walk import all_graphs, all_nodes, nbytes, stored_tensor
-from .lowering.lowering import Native
+from .lowering.lowering import OnnxNative
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -100,10 +100,10 @@ class _Writer:
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
         for node, role, _ in updates:
-            if not isinstance(node.native, Native) or role not in node.native.slots:
+            if not isinstance(node.native, OnnxNative) or role not in node.native.slots:
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
         for node, role, param in updates:
-            native: Native = node.native
+            native: OnnxNative = node.native
             slot = native.slots[role]
             exact = param.layout.stored(param.read())
             old: ir.Value | None = None if param.tensor is None else param.tensor.native
@@ -145,7 +145,7 @@ class _Writer:
     def _make_clones(self, clones: list[Node]) -> None:
         """Make the ONNX nodes of doubled operators, and let those who want the copy read it."""
         for node in clones:
-            native: Native = node.native
+            native: OnnxNative = node.native
             old = native.node
             copy = ir.Node(
                 old.domain,

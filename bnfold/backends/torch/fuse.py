@@ -24,7 +24,7 @@ from .export.census import computed, held, of_constants, operators
 from .export.other_calls import Other, Trial, own_call, shown
 from .export.regions import has_regions
 from .export.trace import Traced, at_its_sizes, duplicate, require_copies
-from .lowering.lowering import Lowering
+from .lowering.table import lowering
 from .writing.module import write_module
 from .writing.paths import Path, conflict, path_of, plain_name
 from .writing.program import copy_program, write_program
@@ -42,7 +42,7 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
     """
     if isinstance(traced.model, nn.Module):
         return _Folding(traced, traced.model).result()
-    ctx = Lowering(traced)
+    ctx = lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
     others = kept(held(ctx, met), met)

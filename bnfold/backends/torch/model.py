@@ -20,7 +20,7 @@ from bnfold.model import Plan, Port, roundoff
 from .export.sizes import Sizes
 from .export.trace import NUMPY, Traced, to_numpy, trace
 from .export.walk import FLOATS, frame
-from .lowering.lowering import Lowering
+from .lowering.table import lowering as lowering_of
 from .runtime.session import Oracle, Session, device_of, inner, precisions
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class TorchSubject:
 
     def plan(self, *, clone: bool = False) -> Plan:
         # As a program, not as a module: what can be folded is a matter of the function, not of who wrote the code.
-        lowering = Lowering(Traced(self.traced.program, self.traced.program))
+        lowering = lowering_of(Traced(self.traced.program, self.traced.program))
         graph = lowering.graph()
         by_name = {op.name: op for op in lowering.program.graph.nodes}
         fed = [lowering.value(by_name[op.name]) for op in self.traced.input_nodes]

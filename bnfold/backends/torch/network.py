@@ -21,10 +21,11 @@ from bnfold.data.inputs import check_feeds
 from bnfold.errors import UnsupportedError
 from bnfold.verification.normal_form import Part, Stream
 
+from .export.functional import entangled, functional
 from .export.regions import under
 from .export.trace import NUMPY, Traced, quiet, to_numpy, to_tensor
 from .export.walk import dtype_of, function, mutates
-from .lowering.lowering import Lowering, entangled, functional
+from .lowering.table import lowering as lowering_of
 from .runtime.session import Oracle, Session, precise
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TorchNetwork:
         return Traced(self.program, self.program)
 
     def lowered(self) -> tuple[Graph, Mapping[str, Value]]:
-        lowering = Lowering(self._traced)
+        lowering = lowering_of(self._traced)
         graph = lowering.graph()
         for op in self._traced.input_nodes:
             lowering.value(op).name = op.name

@@ -14,7 +14,7 @@ from bnfold.folding.branches import Window
 
 from ..graph.walk import arg, attribute, name_of, number, whole, wholes
 from .commuting import pads
-from .lowering import Lowering, given
+from .lowering import OnnxLowering, given
 from .movement import MOVES
 
 WRONG_BIAS = (
@@ -23,7 +23,7 @@ WRONG_BIAS = (
 )
 
 
-def conv(ctx: Lowering, node: ir.Node) -> str | None:
+def conv(ctx: OnnxLowering, node: ir.Node) -> str | None:
     weight = ctx.param(node, 1)
     if weight is None:
         return ctx.no_tensor(node, 1, "weight")
@@ -78,7 +78,7 @@ def _window(node: ir.Node, kernel: tuple[int, ...]) -> Window | None:
     return Window(stride, dilation, padding[: len(kernel)], padding[len(kernel) :])
 
 
-def _bias_trouble(ctx: Lowering, node: ir.Node, index: int) -> str | None:
+def _bias_trouble(ctx: OnnxLowering, node: ir.Node, index: int) -> str | None:
     v = given(node, index)
     if v is not None and ctx.tensor(v) is None:
         return ctx.no_tensor(node, index, "bias")
@@ -98,7 +98,7 @@ def _transposed(stored: tuple[int, ...], canonical: tuple[int, ...], groups: int
     return Layout(f"transposed in {groups} groups", to, back)
 
 
-def gemm(ctx: Lowering, node: ir.Node) -> str | None:
+def gemm(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """alpha * A' @ B' + beta * C with one of A and B constant."""
     which = next((i for i in (1, 0) if ctx.is_const(node, i)), None)
     param = None if which is None else ctx.param(node, which)
@@ -141,7 +141,7 @@ def gemm(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def matmul(ctx: Lowering, node: ir.Node) -> str | None:
+def matmul(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """Matrix product by a constant on either side, batched or not; of two activations otherwise.
 
     ONNX Runtime's FusedMatMul multiplies by `alpha` too, and may transpose its operands.
@@ -183,7 +183,7 @@ def matmul(ctx: Lowering, node: ir.Node) -> str | None:
     return _contraction(ctx, node, x, weight, which, xs, ws, letters + "mo")
 
 
-def einsum(ctx: Lowering, node: ir.Node) -> str | None:
+def einsum(ctx: OnnxLowering, node: ir.Node) -> str | None:
     if len(node.inputs) != 2 or sum(ctx.is_const(node, i) for i in (0, 1)) != 1:
         return "it isn't the product of one activation and one constant"
     equation = str(attribute(node, "equation", "")).replace(" ", "")
@@ -203,7 +203,7 @@ def einsum(ctx: Lowering, node: ir.Node) -> str | None:
     return _contraction(ctx, node, arg(node, 1 - which), weight, which, x, w, y)
 
 
-def _contraction(ctx: Lowering, node: ir.Node, x: ir.Value, weight: Param, which: int, xs: str, ws: str, ys: str) -> str | None:
+def _contraction(ctx: OnnxLowering, node: ir.Node, x: ir.Value, weight: Param, which: int, xs: str, ws: str, ys: str) -> str | None:
     """A product without a bias of its own: where it needs one, an Add grows behind it."""
     ctx.set_rank(node.outputs[0], len(ys))
     if ctx.rank(node.outputs[0]) != len(ys) or ctx.rank(x) != len(xs):
@@ -214,7 +214,7 @@ def _contraction(ctx: Lowering, node: ir.Node, x: ir.Value, weight: Param, which
     return None
 
 
-def gather(ctx: Lowering, node: ir.Node) -> str | None:
+def gather(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """A table looked up by an activation (Embedding); an activation at constant places is a move."""
     if not ctx.is_const(node, 0):
         return MOVES["Gather"](ctx, node)
@@ -229,7 +229,7 @@ def gather(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def recurrent(ctx: Lowering, node: ir.Node) -> str | None:
+def recurrent(ctx: OnnxLowering, node: ir.Node) -> str | None:
     weight = ctx.param(node, 1)
     if weight is None:
         return ctx.no_tensor(node, 1, "input weight")
@@ -246,7 +246,7 @@ def recurrent(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def normalisation(ctx: Lowering, node: ir.Node) -> str | None:
+def normalisation(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """InstanceNormalization, LayerNormalization, GroupNormalization (opset 21 on): their own scale and bias."""
     x, tensor = arg(node), None if given(node, 1) is None else ctx.tensor(arg(node, 1))
     rank = ctx.rank(x)

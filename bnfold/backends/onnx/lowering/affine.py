@@ -13,12 +13,12 @@ from bnfold.algebra.graph import Layout, Norm, Param
 
 from ..graph.walk import arg, attribute, in_training, number, whole
 from .commuting import several, used
-from .lowering import Lowering
+from .lowering import OnnxLowering
 
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 
 
-def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
+def batchnorm(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """gamma*(x - mean)/sqrt(var + epsilon) + beta along axis 1; `spatial=0` (opset < 9) has parameters [C, H, W]."""
     x = arg(node)
     constants = [ctx.constants.get(v) for v in node.inputs[1:5]]
@@ -68,7 +68,7 @@ def batchnorm(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _inferred(ctx: Lowering, node: ir.Node) -> int:
+def _inferred(ctx: OnnxLowering, node: ir.Node) -> int:
     """The channels of a BatchNorm without a constant parameter, as its input or its gamma tells them; 0 where neither does."""
     sizes = [shape[axis] for v, axis in ((arg(node), 1), (arg(node, 1), 0)) if (shape := ctx.value(v).sizes) and len(shape) > axis]
     return next((size for size in sizes if size is not None), 0)
@@ -93,7 +93,7 @@ def _sick(constants: list[Any], epsilon: float) -> str | None:
     return None
 
 
-def negation(ctx: Lowering, node: ir.Node) -> str | None:
+def negation(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """-x, the affine map that no parameter can change."""
     ctx.set_rank(node.outputs[0], ctx.rank(arg(node)))
     if ctx.rank(arg(node)) is None:
@@ -102,7 +102,7 @@ def negation(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def arithmetic(ctx: Lowering, node: ir.Node) -> str | None:
+def arithmetic(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """Add, Sub, Mul, Div: of two activations, or by a constant, which makes an affine operator."""
     constant = [ctx.is_const(node, i) for i in (0, 1)]
     if not ctx.floating(arg(node)) or not ctx.floating(arg(node, 1)):
@@ -148,7 +148,7 @@ def arithmetic(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _aligned(ctx: Lowering, node: ir.Node, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+def _aligned(ctx: OnnxLowering, node: ir.Node, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """The constant's shape in the rank of the tensor; before opset 7 an attribute says where it aligns."""
     if ctx.opset < 7 and attribute(node, "broadcast", 0) and "axis" in node.attributes:
         lead = whole(node, "axis", 0) % rank

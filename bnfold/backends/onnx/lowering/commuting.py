@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,8 @@ from bnfold.algebra.graph import Layout, Param
 
 from ..graph.constants import FLOATS
 from ..graph.walk import arg, attribute, number, wholes
-from .lowering import Lowering, given
+from .lowering import Lower, OnnxLowering, given
 from .movement import MOVES, sequence
-
-Lower = Callable[[Lowering, ir.Node], "str | None"]
 
 
 def used(node: ir.Node, index: int) -> bool:
@@ -32,7 +29,7 @@ def used(node: ir.Node, index: int) -> bool:
 
 
 def elementwise(op: str) -> Lower:
-    def lower(ctx: Lowering, node: ir.Node) -> str | None:
+    def lower(ctx: OnnxLowering, node: ir.Node) -> str | None:
         ctx.set_rank(node.outputs[0], ctx.rank(arg(node)))
         ctx.emit(op, node, [arg(node)])
         return None
@@ -40,11 +37,11 @@ def elementwise(op: str) -> Lower:
     return lower
 
 
-def identity(ctx: Lowering, node: ir.Node) -> str | None:
+def identity(ctx: OnnxLowering, node: ir.Node) -> str | None:
     return sequence(ctx, node) if ctx.sequences.makes(node) else elementwise("Identity")(ctx, node)
 
 
-def dropout(ctx: Lowering, node: ir.Node) -> str | None:
+def dropout(ctx: OnnxLowering, node: ir.Node) -> str | None:
     if ctx.opset < 7 and not attribute(node, "is_test", 0):
         return "it is in training mode"
     if given(node, 2) is not None:
@@ -54,13 +51,13 @@ def dropout(ctx: Lowering, node: ir.Node) -> str | None:
     return elementwise("Identity")(ctx, node)
 
 
-def cast(ctx: Lowering, node: ir.Node) -> str | None:
+def cast(ctx: OnnxLowering, node: ir.Node) -> str | None:
     if not all(ctx.shapes.dtype(v) in FLOATS for v in (arg(node), node.outputs[0])):
         return "it casts from or to a type that isn't floating point"
     return elementwise("Identity")(ctx, node)
 
 
-def clip(ctx: Lowering, node: ir.Node) -> str | None:
+def clip(ctx: OnnxLowering, node: ir.Node) -> str | None:
     low = ctx.static(node, "min", 1, [-np.inf])
     high = ctx.static(node, "max", 2, [np.inf])
     if low is None or high is None:
@@ -70,11 +67,11 @@ def clip(ctx: Lowering, node: ir.Node) -> str | None:
     return "it clips at a bound other than zero"
 
 
-def prelu(ctx: Lowering, node: ir.Node) -> str | None:
+def prelu(ctx: OnnxLowering, node: ir.Node) -> str | None:
     return elementwise("Relu")(ctx, node) if ctx.is_const(node, 1) else "its slope is computed"
 
 
-def _space(ctx: Lowering, node: ir.Node) -> tuple[int, ...] | None:
+def _space(ctx: OnnxLowering, node: ir.Node) -> tuple[int, ...] | None:
     rank = ctx.rank(arg(node)) or ctx.rank(node.outputs[0])
     if rank is None and "kernel_shape" in node.attributes:
         rank = len(wholes(node, "kernel_shape")) + 2
@@ -86,7 +83,7 @@ def _space(ctx: Lowering, node: ir.Node) -> tuple[int, ...] | None:
 
 
 def windowed(op: str) -> Lower:
-    def lower(ctx: Lowering, node: ir.Node) -> str | None:
+    def lower(ctx: OnnxLowering, node: ir.Node) -> str | None:
         mixes = _space(ctx, node)
         if mixes is None:
             return "the rank of its input isn't known"
@@ -102,7 +99,7 @@ def windowed(op: str) -> Lower:
     return lower
 
 
-def _picks(ctx: Lowering, node: ir.Node, axes: tuple[int, ...]) -> bool:
+def _picks(ctx: OnnxLowering, node: ir.Node, axes: tuple[int, ...]) -> bool:
     """Whether each window of a maximum holds one element."""
     sizes = ctx.value(arg(node)).sizes
     along = [None if sizes is None else sizes[axis] for axis in axes]
@@ -121,7 +118,7 @@ def pads(node: ir.Node, kernel: tuple[int, ...] | None = None) -> bool:
 
 
 def reduced(op: str) -> Lower:
-    def lower(ctx: Lowering, node: ir.Node) -> str | None:
+    def lower(ctx: OnnxLowering, node: ir.Node) -> str | None:
         rank = ctx.rank(arg(node))
         if rank is None:
             return "the rank of its input isn't known"
@@ -140,7 +137,7 @@ def reduced(op: str) -> Lower:
     return lower
 
 
-def resize(ctx: Lowering, node: ir.Node) -> str | None:
+def resize(ctx: OnnxLowering, node: ir.Node) -> str | None:
     if attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
         return "it extrapolates"
     x, y = ctx.value(arg(node)), ctx.value(node.outputs[0])
@@ -157,7 +154,7 @@ def resize(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def pad(ctx: Lowering, node: ir.Node) -> str | None:
+def pad(ctx: OnnxLowering, node: ir.Node) -> str | None:
     mode = attribute(node, "mode", "constant")
     if mode != "constant":
         return MOVES["Pad"](ctx, node)
@@ -192,7 +189,7 @@ def pad(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def rectifies(ctx: Lowering, node: ir.Node) -> bool:
+def rectifies(ctx: OnnxLowering, node: ir.Node) -> bool:
     """Whether a Max is a Relu in other words, as ONNX Runtime writes it: of one activation and one zero."""
     constant = [v for v in node.inputs if v is not None and ctx.constants.is_constant(v)]
     if node.op_type != "Max" or len(node.inputs) != 2 or len(constant) != 1:
@@ -201,7 +198,7 @@ def rectifies(ctx: Lowering, node: ir.Node) -> bool:
     return zero is not None and zero.size == 1 and not zero.any() and rank is not None and zero.ndim <= rank
 
 
-def maximum(ctx: Lowering, node: ir.Node) -> str | None:
+def maximum(ctx: OnnxLowering, node: ir.Node) -> str | None:
     if not rectifies(ctx, node):
         return several("Maximum")(ctx, node)
     x = next(v for v in node.inputs if v is not None and not ctx.constants.is_constant(v))
@@ -211,7 +208,7 @@ def maximum(ctx: Lowering, node: ir.Node) -> str | None:
 
 
 def several(op: str, **attrs: Any) -> Lower:
-    def lower(ctx: Lowering, node: ir.Node) -> str | None:
+    def lower(ctx: OnnxLowering, node: ir.Node) -> str | None:
         inputs = [v for v in node.inputs if v is not None]
         ranks = [ctx.rank(v) for v in inputs if not ctx.constants.is_constant(v)]
         if None not in ranks and ranks:
@@ -222,7 +219,7 @@ def several(op: str, **attrs: Any) -> Lower:
     return lower
 
 
-def where(ctx: Lowering, node: ir.Node) -> str | None:
+def where(ctx: OnnxLowering, node: ir.Node) -> str | None:
     if not ctx.is_const(node, 0):
         return several("Where", selectors=1)(ctx, node)
     return "its condition is a constant"

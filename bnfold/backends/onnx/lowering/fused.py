@@ -11,16 +11,16 @@ from bnfold.algebra.graph import Node, Value
 
 from ..graph.walk import arg, attribute, name_of
 from .absorbing import conv, gemm, matmul
-from .lowering import Lowering, Native, given
+from .lowering import OnnxLowering, OnnxNative, given
 from .settings import fused
 
 STRETCHING = ("Relu", "LeakyRelu")
 
 
-def activated(lower: Callable[[Lowering, ir.Node], str | None]) -> Callable[[Lowering, ir.Node], str | None]:
+def activated(lower: Callable[[OnnxLowering, ir.Node], str | None]) -> Callable[[OnnxLowering, ir.Node], str | None]:
     """The linear operator, what is added to it, and the activation behind: each a node of its own to the rules, none of them to double."""
 
-    def run(ctx: Lowering, node: ir.Node) -> str | None:
+    def run(ctx: OnnxLowering, node: ir.Node) -> str | None:
         made = ctx.value(node.outputs[0])
         inner = Value(f"{made.name}:linear", made.probes, made.rank)
         with ctx.standing_in(node.outputs[0], inner):
@@ -35,13 +35,13 @@ def activated(lower: Callable[[Lowering, ir.Node], str | None]) -> Callable[[Low
             added = Value(f"{made.name}:sum", made.probes, made.rank)
             stated = {**attrs, "settings": partial(fused, node, "Add")}
             ctx.nodes.append(
-                Node("Add", name_of(node), [inner, ctx.value(arg(node, 3))], [added], stated, {}, Native(node, positions=[0, 3]))
+                Node("Add", name_of(node), [inner, ctx.value(arg(node, 3))], [added], stated, {}, OnnxNative(node, positions=[0, 3]))
             )
             inner = added
         kind, why_not = _activation(node)
         label = _name(node) or node.op_type
         attrs |= {"why": why_not, "settings": partial(fused, node, label)}
-        ctx.nodes.append(Node(kind, name_of(node), [inner], [made], attrs, {}, Native(node), label=label))
+        ctx.nodes.append(Node(kind, name_of(node), [inner], [made], attrs, {}, OnnxNative(node), label=label))
         return None
 
     return run

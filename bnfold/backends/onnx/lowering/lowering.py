@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,18 +14,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.graph import AS_STORED, Graph, Layout, Node, Param, Quantised, Site, Tensor, Value
+from bnfold.algebra.settings import Settings
 
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
 from ..graph.sequences import Part, Sequences, without_sequences
 from ..graph.shapes import Shapes
-from ..graph.walk import MICROSOFT, all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
-from .settings import settings
+from ..graph.walk import all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
 
 COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 
 
 @dataclass(eq=False)
-class Native:
+class OnnxNative:
     """Where a neutral node's parameters live in its ONNX node: by role, the input's index or the attribute's name."""
 
     node: ir.Node
@@ -33,15 +33,18 @@ class Native:
     dtype: ir.DataType | None = None  # the type that a parameter without a tensor gets
     reset: dict[str, ir.Attr] = field(default_factory=dict)  # attributes to set once the bias is rewritten (Gemm's beta)
     positions: list[int] = field(default_factory=list)  # for each activation, which of the node's inputs it is
-    clone_of: Native | None = None  # the original, where the ONNX node has still to be made
-    readers: list[tuple[Native, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
+    clone_of: OnnxNative | None = None  # the original, where the ONNX node has still to be made
+    readers: list[tuple[OnnxNative, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
 
-class Lowering:
-    """The state of one lowering; the operators' functions in `table` work on it."""
+Lower = Callable[["OnnxLowering", ir.Node], "str | None"]
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+
+class OnnxLowering:
+    """The state of one lowering. operators: the function of each, by name; settings: what verify's first level compares."""
+
+    def __init__(self, model: ir.Model, operators: Mapping[str, Lower], settings: Callable[..., Settings]) -> None:
+        self.model, self._operators, self._settings = model, operators, settings
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
         self.shapes = Shapes(model)
         self.constants = Constants(model, self.shapes)
@@ -80,9 +83,6 @@ class Lowering:
         return Graph(nodes, list(self.sites.values()))
 
     def _lower(self, graph: ir.Graph) -> None:
-        from .fused import FUSED  # they need this module's names
-        from .table import OPERATORS
-
         for node in graph:
             for _, inner in subgraphs(node):
                 self._lower(inner)
@@ -94,7 +94,7 @@ class Lowering:
             if kinds and all(kind is not None and kind not in FLOATS for kind in kinds):
                 self.barrier(node, "it isn't floating point")
                 continue
-            lower = OPERATORS.get(node.op_type) if is_standard(node) else FUSED.get(node.op_type) if node.domain == MICROSOFT else None
+            lower = self._operators.get(node.op_type if is_standard(node) else f"{node.domain}::{node.op_type}")
             why = "no rule lets a map cross it" if lower is None else lower(self, node)
             if why is not None:
                 self.barrier(node, why)
@@ -263,18 +263,18 @@ class Lowering:
         positions: list[int] = []
         for v in inputs:  # a value may stand twice
             positions.append(next(i for i, x in enumerate(node.inputs) if x is v and i not in positions))
-        native = Native(node, slots or {}, dtype, reset or {}, positions)
+        native = OnnxNative(node, slots or {}, dtype, reset or {}, positions)
         sources = [self._operand(node, v, i) for v, i in zip(inputs, positions, strict=True)]
         made = Node(op, name_of(node), sources, [self.value(out)], attrs, params or {}, native, label=node.op_type)
         held = {i for role, i in native.slots.items() if isinstance(i, int) and role != "fill"}
-        made.attrs["settings"] = partial(settings, self, node, positions, held)
+        made.attrs["settings"] = partial(self._settings, self, node, positions, held)
         self.nodes.append(made)
         return made
 
     def emit_parts(self, node: ir.Node, parts: tuple[Part, ...], attrs: dict[str, Any]) -> None:
         """Add a move of tensors that come in a sequence. It can't be doubled, nor read a double: its inputs are another operator's."""
         sources = [self._operand(part.node, part.source, part.index) for part in parts]
-        native = Native(node, dtype=self.shapes.dtype(node.outputs[0]), positions=[part.index for part in parts])
+        native = OnnxNative(node, dtype=self.shapes.dtype(node.outputs[0]), positions=[part.index for part in parts])
         attrs = {"limit": largest(native.dtype), "cloneable": False, **attrs}
         self.nodes.append(Node("Move", name_of(node), sources, [self.value(node.outputs[0])], attrs, {}, native, label=node.op_type))
 
@@ -286,7 +286,7 @@ class Lowering:
         shape = self.constants.get(v).shape if tensor is None else tensor.shape  # type: ignore[union-attr]
         value = Value(v.name or "", (shape,), len(shape), fixed=tensor is None)
         if tensor is not None:
-            native = Native(node, {"value": index}, self.constants.dtype(v))
+            native = OnnxNative(node, {"value": index}, self.constants.dtype(v))
             self.nodes.append(
                 Node(
                     "Constant",
@@ -308,8 +308,8 @@ class Lowering:
         inputs = [self.value(v) for i, v in enumerate(node.inputs) if i in positions and v is not None]
         outputs = [self.value(v) for v in node.outputs]
         if outputs:
-            attrs = {"why": why, "settings": partial(settings, self, node, positions, set())}
-            native = Native(node, positions=positions)
+            attrs = {"why": why, "settings": partial(self._settings, self, node, positions, set())}
+            native = OnnxNative(node, positions=positions)
             self.nodes.append(Node("Barrier", name_of(node), inputs, outputs, attrs, native=native, label=node.op_type))
 
     def site(self, key: Any, node: Node, channels: int, *, is_batchnorm: bool, refusal: str | None = None, note: str = "") -> None:
@@ -320,16 +320,6 @@ class Lowering:
         if key in self.sites:
             key = node
         self.sites[key] = Site(node.name, [node], channels, is_batchnorm, refusal=refusal, note=note)
-
-
-def lower(model: ir.Model) -> Graph:
-    """The neutral graph of a model (see `Lowering` for what else is found out on the way).
-
-    It holds the model's operators in topological order, those of subgraphs before the node that holds them.
-
-    Functions are a barrier here; `write.inlined` puts their bodies in the calls' places first.
-    """
-    return Lowering(model).graph()
 
 
 def given(node: ir.Node, index: int) -> ir.Value | None:

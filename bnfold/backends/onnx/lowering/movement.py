@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..graph.walk import arg, attribute, whole, wholes
-from .lowering import Lowering
+from .lowering import OnnxLowering
 
 Ids = npt.NDArray[np.int64]
 Run = Callable[[list[Ids], tuple[int, ...]], Ids]
@@ -19,7 +19,7 @@ COMPUTED = "how it moves data is computed"
 
 
 def _move(
-    ctx: Lowering,
+    ctx: OnnxLowering,
     node: ir.Node,
     run: Run,
     kept: dict[int, int],
@@ -37,7 +37,7 @@ def _same(rank: int, but: Any = ()) -> dict[int, int]:
     return {i: i for i in range(rank) if i not in but}
 
 
-def _reshape(ctx: Lowering, node: ir.Node) -> str | None:
+def _reshape(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """Reshape and Flatten: axes at the front and at the back whose sizes agree, at every probe, are left alone."""
     x, y = ctx.value(arg(node)), ctx.value(node.outputs[0])
     if x.probes is None or y.probes is None:
@@ -57,7 +57,7 @@ def _agreeing(pairs: list[tuple[Any, Any]]) -> int:
     return count
 
 
-def _squeeze(ctx: Lowering, node: ir.Node) -> str | None:
+def _squeeze(ctx: OnnxLowering, node: ir.Node) -> str | None:
     x, rank = arg(node), ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
@@ -76,7 +76,7 @@ def _squeeze(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _unsqueeze(ctx: Lowering, node: ir.Node) -> str | None:
+def _unsqueeze(ctx: OnnxLowering, node: ir.Node) -> str | None:
     rank = ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
@@ -91,7 +91,7 @@ def _unsqueeze(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _transpose(ctx: Lowering, node: ir.Node) -> str | None:
+def _transpose(ctx: OnnxLowering, node: ir.Node) -> str | None:
     rank = ctx.rank(arg(node))
     perm = wholes(node, "perm") or None
     if perm is None and rank is None:
@@ -103,7 +103,7 @@ def _transpose(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _concat(ctx: Lowering, node: ir.Node) -> str | None:
+def _concat(ctx: OnnxLowering, node: ir.Node) -> str | None:
     inputs = [v for v in node.inputs if v is not None]
     rank = next((r for r in map(ctx.rank, [*inputs, node.outputs[0]]) if r is not None), None)
     if rank is None:
@@ -120,7 +120,7 @@ def _concat(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _slice(ctx: Lowering, node: ir.Node) -> str | None:
+def _slice(ctx: OnnxLowering, node: ir.Node) -> str | None:
     rank = ctx.rank(arg(node))
     if rank is None:
         return UNKNOWN
@@ -141,7 +141,7 @@ def _slice(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _split(ctx: Lowering, node: ir.Node) -> str | None:
+def _split(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """One move for each output."""
     rank = ctx.rank(arg(node))
     if rank is None:
@@ -167,7 +167,7 @@ def _cut(where: tuple[slice, ...]) -> Run:
     return lambda xs, _: xs[0][where]
 
 
-def _gather(ctx: Lowering, node: ir.Node) -> str | None:
+def _gather(ctx: OnnxLowering, node: ir.Node) -> str | None:
     rank, indices = ctx.rank(arg(node)), ctx.const(node, 1)
     if rank is None:
         return UNKNOWN
@@ -180,7 +180,7 @@ def _gather(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _lookup(ctx: Lowering, node: ir.Node, axis: int, taken: int, new: int | None) -> str | None:
+def _lookup(ctx: OnnxLowering, node: ir.Node, axis: int, taken: int, new: int | None) -> str | None:
     """Data at computed places, which stand for `taken` axes from `axis` on; `new` axes of the output are theirs."""
     rank = ctx.rank(arg(node))
     if rank is None or new is None:
@@ -190,7 +190,7 @@ def _lookup(ctx: Lowering, node: ir.Node, axis: int, taken: int, new: int | None
     return None
 
 
-def _gather_elements(ctx: Lowering, node: ir.Node) -> str | None:
+def _gather_elements(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """Each element from another place along the axis, and from its own along all axes of the same size."""
     rank, fixed = ctx.rank(arg(node)), ctx.const(node, 1)
     if rank is None:
@@ -213,7 +213,7 @@ def _gather_elements(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _gather_nd(ctx: Lowering, node: ir.Node) -> str | None:
+def _gather_nd(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """x[i] by the vectors along the last axis of the places, behind the axes that both have in common."""
     places, fixed, rank = ctx.value(arg(node, 1)), ctx.const(node, 1), ctx.rank(arg(node))
     if fixed is not None and rank is not None and not whole(node, "batch_dims", 0):
@@ -226,7 +226,7 @@ def _gather_nd(ctx: Lowering, node: ir.Node) -> str | None:
     return COMPUTED if taken is None or places.rank is None else _lookup(ctx, node, lead, taken, places.rank - 1 - lead)
 
 
-def _expand(ctx: Lowering, node: ir.Node) -> str | None:
+def _expand(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """Expand and Tile: axes that keep their size at every probe are left alone."""
     x, y = ctx.value(arg(node)), ctx.value(node.outputs[0])
     if x.probes is None or y.probes is None:
@@ -247,7 +247,7 @@ def _expand(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _depth_to_space(ctx: Lowering, node: ir.Node) -> str | None:
+def _depth_to_space(ctx: OnnxLowering, node: ir.Node) -> str | None:
     b = whole(node, "blocksize", 1)
     column_first = attribute(node, "mode", "DCR") == "CRD"
 
@@ -262,7 +262,7 @@ def _depth_to_space(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _space_to_depth(ctx: Lowering, node: ir.Node) -> str | None:
+def _space_to_depth(ctx: OnnxLowering, node: ir.Node) -> str | None:
     b = whole(node, "blocksize", 1)
 
     def run(xs: list[Ids], shape: tuple[int, ...]) -> Ids:
@@ -274,7 +274,7 @@ def _space_to_depth(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def _mirror_pad(ctx: Lowering, node: ir.Node) -> str | None:
+def _mirror_pad(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """Pad in mode reflect, edge or wrap."""
     rank = ctx.rank(arg(node))
     if rank is None:
@@ -294,12 +294,12 @@ def _mirror_pad(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-def sequence(ctx: Lowering, node: ir.Node) -> str | None:
+def sequence(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """A sequence is nothing to the rules where all that is done with it is taking its parts out again."""
     return None if ctx.sequences.follows(node) else "it makes a sequence that isn't only taken apart again"
 
 
-def taken(ctx: Lowering, node: ir.Node) -> str | None:
+def taken(ctx: OnnxLowering, node: ir.Node) -> str | None:
     """SequenceAt and ConcatFromSequence: a move of the tensors that the parts are cut from."""
     parts = ctx.sequences.parts(node)
     if parts is None:
@@ -327,7 +327,7 @@ def taken(ctx: Lowering, node: ir.Node) -> str | None:
     return None
 
 
-MOVES: dict[str, Callable[[Lowering, ir.Node], str | None]] = {
+MOVES: dict[str, Callable[[OnnxLowering, ir.Node], str | None]] = {
     "Reshape": _reshape,
     "Flatten": _reshape,
     "Squeeze": _squeeze,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +14,7 @@ from bnfold.algebra.settings import Body, Settings
 
 from ..graph.constants import FLOATS
 from ..graph.walk import attribute, is_standard
-
-if TYPE_CHECKING:
-    from .lowering import Lowering
+from .lowering import OnnxLowering
 
 # They say nothing about the function: of training, of what else is stated, or of how precisely it is computed.
 IDLE = {"consumed_inputs", "momentum", "stash_type", "ratio", "seed", "is_test", "broadcast", "saturate"}
@@ -32,7 +30,7 @@ MODES = {"bilinear": "linear", "bicubic": "cubic"}  # of GridSample, whose words
 SHAPES = ("Shape", "Size")
 
 
-def settings(ctx: Lowering, node: ir.Node, activations: Collection[int], held: Collection[int]) -> Settings:
+def settings(ctx: OnnxLowering, node: ir.Node, activations: Collection[int], held: Collection[int]) -> Settings:
     """activations, held: which inputs are those, and which are coefficients. What else goes in is a setting."""
     op, standard = (node.op_type, is_standard(node)) if node.op_type not in FUSED else (node.op_type.removeprefix("Fused"), True)
     values, bodies = _attributes(ctx, node, op, standard=standard)
@@ -83,7 +81,7 @@ def wholly(node: ir.Node, name: str) -> tuple[float, ...]:
     return tuple(float(n) for n in found or ())
 
 
-def _attributes(ctx: Lowering, node: ir.Node, op: str, *, standard: bool) -> tuple[dict[str, Any], tuple[Body, ...]]:
+def _attributes(ctx: OnnxLowering, node: ir.Node, op: str, *, standard: bool) -> tuple[dict[str, Any], tuple[Body, ...]]:
     values: dict[str, Any] = dict(_defaults(op, ctx.opset)) if standard else {}
     bodies = []
     for name, given in node.attributes.items():
@@ -102,7 +100,7 @@ def _attributes(ctx: Lowering, node: ir.Node, op: str, *, standard: bool) -> tup
     return {name: value for name, value in values.items() if name not in IDLE}, tuple(sorted(bodies, key=lambda body: body.name))
 
 
-def _body(ctx: Lowering, name: str, graph: ir.Graph) -> Body:
+def _body(ctx: OnnxLowering, name: str, graph: ir.Graph) -> Body:
     outputs: list[Any] = []
     for v in graph.outputs:
         array = ctx.constants.get(v)
@@ -127,7 +125,7 @@ def _defaults(op_type: str, opset: int) -> dict[str, Any]:
     return found
 
 
-def _input_names(ctx: Lowering, node: ir.Node) -> list[str]:
+def _input_names(ctx: OnnxLowering, node: ir.Node) -> list[str]:
     try:
         schema = onnx.defs.get_schema(node.op_type, ctx.opset, "" if is_standard(node) else node.domain)
     except onnx.defs.SchemaError:
@@ -139,7 +137,7 @@ def _input_names(ctx: Lowering, node: ir.Node) -> list[str]:
 # --- one form -------------------------------------------------------------------------------------------------------------------------
 
 
-def _settle(ctx: Lowering, node: ir.Node, op: str, values: dict[str, Any]) -> None:
+def _settle(ctx: OnnxLowering, node: ir.Node, op: str, values: dict[str, Any]) -> None:
     """Put what is said in several ways in one of them."""
     values.pop("activation", None)
     values.pop("activation_params", None)
@@ -218,7 +216,7 @@ def _spread(values: dict[str, Any], rank: int | None) -> None:
     values["pads"] = tuple(widths)
 
 
-def _resize(ctx: Lowering, values: dict[str, Any]) -> None:
+def _resize(ctx: OnnxLowering, values: dict[str, Any]) -> None:
     if ctx.opset < 11:  # there was no word for it yet
         values.update(coordinate_transformation_mode="asymmetric", nearest_mode="floor")
     if values.get("mode") != "nearest":
@@ -231,7 +229,7 @@ def _resize(ctx: Lowering, values: dict[str, Any]) -> None:
         values.pop("roi", None)
 
 
-def _window(ctx: Lowering, node: ir.Node, values: dict[str, Any]) -> None:
+def _window(ctx: OnnxLowering, node: ir.Node, values: dict[str, Any]) -> None:
     """Strides, dilations and padding of every axis; SAME as the widths that it comes to, where the sizes are known."""
     weight = ctx.constants.get(node.inputs[1]) if "Conv" in node.op_type and len(node.inputs) > 1 else None
     kernel = tuple(values.get("kernel_shape") or (() if weight is None else weight.shape[2:]))
@@ -252,7 +250,7 @@ def _window(ctx: Lowering, node: ir.Node, values: dict[str, Any]) -> None:
     values["pads"] = _same(ctx, node, values, kernel, lower=mode == "SAME_LOWER") or mode
 
 
-def _same(ctx: Lowering, node: ir.Node, values: dict[str, Any], kernel: tuple[int, ...], *, lower: bool) -> tuple[int, ...] | None:
+def _same(ctx: OnnxLowering, node: ir.Node, values: dict[str, Any], kernel: tuple[int, ...], *, lower: bool) -> tuple[int, ...] | None:
     """What SAME pads, None where it depends on sizes that aren't known."""
     source = node.inputs[0]
     probes = None if source is None else ctx.value(source).probes

@@ -6,10 +6,18 @@ table is a barrier. Specification: https://onnx.ai/onnx/operators, all opsets fr
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
+from bnfold.algebra.graph import Graph
+
+from ..graph.walk import MICROSOFT
 from .absorbing import conv, einsum, gather, gemm, matmul, normalisation, recurrent
 from .affine import arithmetic, batchnorm, negation
-from .commuting import Lower, cast, clip, dropout, elementwise, identity, maximum, pad, prelu, reduced, resize, several, where, windowed
+from .commuting import cast, clip, dropout, elementwise, identity, maximum, pad, prelu, reduced, resize, several, where, windowed
+from .fused import FUSED
+from .lowering import Lower, OnnxLowering
 from .movement import MOVES, sequence, taken
+from .settings import settings
 
 OPERATORS: dict[str, Lower] = {
     "BatchNormalization": batchnorm,
@@ -69,3 +77,13 @@ OPERATORS: dict[str, Lower] = {
     "ConcatFromSequence": taken,
     **{name: lower for name, lower in MOVES.items() if name not in ("Pad", "Gather")},
 }
+
+
+def lowering(model: ir.Model) -> OnnxLowering:
+    """The lowering of a model. Functions are a barrier; `write.inlined` puts their bodies in the calls' places first."""
+    return OnnxLowering(model, {**OPERATORS, **{f"{MICROSOFT}::{name}": lower for name, lower in FUSED.items()}}, settings)
+
+
+def lower(model: ir.Model) -> Graph:
+    """The neutral graph of a model, its operators in topological order, those of subgraphs before the node that holds them."""
+    return lowering(model).graph()

@@ -12,7 +12,7 @@ from bnfold.algebra.graph import Site
 from bnfold.folding.census import Held
 from bnfold.report import Layer
 
-from ..lowering.lowering import Lowering
+from ..lowering.lowering import TorchLowering
 from ..lowering.places import ModuleHost
 from .regions import inner_operators, kind_of
 from .walk import arguments, frame, is_batchnorm
@@ -26,7 +26,7 @@ BODIES = {
 }
 
 
-def of_constants(ctx: Lowering) -> list[Op]:
+def of_constants(ctx: TorchLowering) -> list[Op]:
     """The operators that normalise constants alone: a weight, mostly."""
     return [op for op in ctx.program.graph.nodes if is_batchnorm(op) and ctx.constants.is_constant(op)]
 
@@ -36,7 +36,7 @@ def computed(op: Op) -> Layer:
     return Layer(frame(op) or op.name, _channels(op), "folded", (), "", ("it normalises constants alone, so it was computed once",))
 
 
-def held(ctx: Lowering, met: Collection[Op]) -> list[Held]:
+def held(ctx: TorchLowering, met: Collection[Op]) -> list[Held]:
     """All of them: by their operators, and those modules to which no such operator belongs by their names. met: who was met already."""
     inner = list(inner_operators(ctx.program))
     found = [
@@ -59,12 +59,12 @@ def operators(sites: Iterable[Site]) -> set[Op]:
     return {op for site in sites for node in site.nodes for op in (node.native.group or [node.native.op])}
 
 
-def _operators(ctx: Lowering) -> list[Op]:
+def _operators(ctx: TorchLowering) -> list[Op]:
     """Those of the outermost graph; one that normalises a weight is a part of that weight."""
     return [op for op in ctx.program.graph.nodes if is_batchnorm(op) and not ctx.constants.is_constant(op)]
 
 
-def _modules(ctx: Lowering, host: ModuleHost, met: Collection[str]) -> Iterator[Held]:
+def _modules(ctx: TorchLowering, host: ModuleHost, met: Collection[str]) -> Iterator[Held]:
     statistics = (ctx.constants.stored(each) for op in _operators(ctx) for each in op.all_input_nodes)
     used = {stored.tensor.data_ptr() for stored in statistics if stored is not None}  # by code that holds them under no name
     read = {owner for op in ctx.program.graph.nodes if op.users and (owner := ctx.target(op).rpartition(".")[0])}
@@ -88,7 +88,7 @@ def _inside(holder: Op) -> str:
     return f"it stands in {BODIES.get(kind, f'the graph of a {kind}')}, which runs as a whole"
 
 
-def _owner(ctx: Lowering, op: Op, outer: dict[Op, Any] | None = None) -> str:
+def _owner(ctx: TorchLowering, op: Op, outer: dict[Op, Any] | None = None) -> str:
     """The qualified name of whom an operator's statistics, or else its gamma, belong to."""
     for argument in map(arguments(op).get, ("running_mean", "weight")) if is_batchnorm(op) else ():
         stored = ctx.constants.stored(argument if outer is None or argument is None else outer.get(argument))

@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import operator
 from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from ..lowering.lowering import entangled, functional
-from ..writing.program import graph_copy
 from .constants import Constants
 from .trace import quiet
-from .walk import mutates, viewed, written
+from .walk import is_float, mutates, viewed, written
+
+
+def graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
+    """A copy of the graph, and for each operator its own copy."""
+    with quiet():
+        module = copy.deepcopy(program.graph_module)
+    copies = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
+    for old, new in copies.items():
+        new.name = old.name  # fx renames in a copy what Python has a name for, such as `input`
+    module.recompile()
+    return module, copies
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The same program without operators that write into their arguments. Nobody may change it: while nothing of the program is another,
+    it is the same object, since torch takes its time."""
+    held = (*program.state_dict.values(), *program.constants.values())
+    state = str(program.graph), held
+    known = _known.get(program)
+    if known is not None and known[0][0] == state[0] and len(held) == len(known[0][1]) and all(map(operator.is_, held, known[0][1])):
+        return known[1]
+    with quiet():
+        found: ExportedProgram = program.run_decompositions({})
+    _known[program] = state, found
+    return found
+
+
+_known: WeakKeyDictionary[ExportedProgram, tuple[tuple[str, tuple[Any, ...]], ExportedProgram]] = WeakKeyDictionary()
+
+
+def entangled(program: ExportedProgram) -> bool:
+    """Whether a tensor is read under another name after its storage was written to: then the data flow isn't the graph's edges."""
+    if not any(mutates(op) for op in program.graph.nodes):
+        return False
+    root: dict[Op, Op] = {}
+    place = {op: i for i, op in enumerate(program.graph.nodes)}
+    members: dict[Op, list[Op]] = {}
+    for op in program.graph.nodes:
+        source = viewed(op)
+        root[op] = root[source] if source is not None else op
+        members.setdefault(root[op], []).append(op)
+    for op in program.graph.nodes:
+        for target in written(op) if mutates(op) else ():
+            if root[target].op == "placeholder" and is_float(target):
+                return True
+            for other in members[root[target]]:
+                if other is target or place[other] >= place[op]:
+                    continue
+                if any(place[user] > place[op] for user in other.users):
+                    return True
+    return False
 
 
 def without_writing(program: ExportedProgram) -> ExportedProgram:

@@ -63,7 +63,7 @@ def written_out(program: ExportedProgram, *, casts: bool) -> ExportedProgram:
     """
     if not has_regions(program):
         return program
-    from ..lowering.lowering import entangled, functional  # they read graphs that were written out
+    from .functional import entangled, functional  # they read graphs that were written out
 
     flat = _flat(program)
     if any(AUTOCAST in op.meta for op in flat.graph.nodes) and (casts or entangled(flat)):
@@ -80,7 +80,7 @@ def _writable(op: Op, autocast: bool) -> bool:
 
 
 def _flat(program: ExportedProgram, *, autocast: bool = True) -> ExportedProgram:
-    from ..writing.program import graph_copy
+    from .functional import graph_copy
     from .trace import quiet
 
     module = graph_copy(program)[0]

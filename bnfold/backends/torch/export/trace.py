@@ -242,7 +242,7 @@ def _by_name(program: ExportedProgram, model: nn.Module) -> tuple[ExportedProgra
 
     And for each name of such a tensor the one by which it is read: it can't be replaced by its name, but others can be written into it.
     """
-    from ..writing.program import graph_copy
+    from .functional import graph_copy
 
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names: dict[Any, list[str]] = {}

@@ -13,10 +13,10 @@ from bnfold.algebra.graph import Layout, Param
 from bnfold.folding.branches import Window
 
 from ..export.walk import arguments, is_float, operator_name
-from .lowering import Lowering, Slot, each
+from .lowering import Slot, TorchLowering, each
 
 
-def conv(ctx: Lowering, op: Op) -> str | None:
+def conv(ctx: TorchLowering, op: Op) -> str | None:
     """conv1d to conv3d, conv_transpose1d to 3d, and convolution, which is all of them."""
     given, name = arguments(op), operator_name(op)
     x, weight = given["input"], ctx.param(op, given["weight"], computed=True)
@@ -82,7 +82,7 @@ def _swapped(stored: tuple[int, ...], canonical: tuple[int, ...], groups: int) -
 LETTERS = "abcdefgh"
 
 
-def linear(ctx: Lowering, op: Op) -> str | None:
+def linear(ctx: TorchLowering, op: Op) -> str | None:
     """x @ W.T + b over the last axis; a vector of features is a barrier's affair."""
     given = arguments(op)
     x, weight = given["input"], ctx.param(op, given["weight"], computed=True)
@@ -96,7 +96,7 @@ def linear(ctx: Lowering, op: Op) -> str | None:
     return _contraction(ctx, op, x, weight, "weight", f"{lead}k", "ok", f"{lead}o", bias_shape=shape, bias=given["bias"])
 
 
-def addmm(ctx: Lowering, op: Op) -> str | None:
+def addmm(ctx: TorchLowering, op: Op) -> str | None:
     """beta*self + alpha*(mat1 @ mat2), with one of the matrices constant."""
     given = arguments(op)
     which = next((name for name in ("mat2", "mat1") if ctx.constants.is_constant(given[name])), None)
@@ -132,7 +132,7 @@ def _back(c: Array, canonical: tuple[int, ...], stored: tuple[int, ...]) -> Arra
     return c.reshape(stored) if c.shape == canonical else c
 
 
-def matmul(ctx: Lowering, op: Op) -> str | None:
+def matmul(ctx: TorchLowering, op: Op) -> str | None:
     """matmul, mm, bmm: by a constant on either side, batched or not; of two activations otherwise."""
     names = [name for name in arguments(op) if name in ("self", "other", "mat2")]
     given = [arguments(op)[name] for name in names]
@@ -157,7 +157,7 @@ def matmul(ctx: Lowering, op: Op) -> str | None:
     return _contraction(ctx, op, x, weight, names[which], xs, ws, letters + "mo")
 
 
-def einsum(ctx: Lowering, op: Op) -> str | None:
+def einsum(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     equation, operands = str(given["equation"]).replace(" ", ""), given["tensors"]
     left, arrow, y = equation.partition("->")
@@ -177,7 +177,7 @@ def einsum(ctx: Lowering, op: Op) -> str | None:
 
 
 def _contraction(
-    ctx: Lowering,
+    ctx: TorchLowering,
     op: Op,
     x: Op,
     weight: Param,
@@ -205,7 +205,7 @@ def _contraction(
     return None
 
 
-def embedding(ctx: Lowering, op: Op) -> str | None:
+def embedding(ctx: TorchLowering, op: Op) -> str | None:
     """Rows of a table; padding_idx and the like matter in training alone."""
     given = arguments(op)
     table = ctx.param(op, given["weight"], computed=True)
@@ -216,7 +216,7 @@ def embedding(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def normalisation(ctx: Lowering, op: Op) -> str | None:
+def normalisation(ctx: TorchLowering, op: Op) -> str | None:
     """layer_norm, group_norm and instance_norm by the data's own statistics: their own scale and bias."""
     given, name = arguments(op), operator_name(op).removeprefix("native_")
     x = given["input"]
@@ -241,7 +241,7 @@ def normalisation(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def recurrent(ctx: Lowering, op: Op) -> str | None:
+def recurrent(ctx: TorchLowering, op: Op) -> str | None:
     """lstm, gru and rnn: the input weights of the first layer, one set for each direction (LSTM's order of gates doesn't matter here)."""
     given = arguments(op)
     if "params" not in given:

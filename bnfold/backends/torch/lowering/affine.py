@@ -24,13 +24,13 @@ from ..export.walk import (
     operator_name,
     written,
 )
-from .lowering import Lowering, Slot, vector
+from .lowering import Slot, TorchLowering, vector
 
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 STATISTICS = ("running_mean", "running_var")
 
 
-def batchnorm(ctx: Lowering, op: Op) -> str | None:
+def batchnorm(ctx: TorchLowering, op: Op) -> str | None:
     """gamma*(x - mean)/sqrt(var + eps) + beta along axis 1. The native forms give a tuple, of which the first item counts."""
     given = arguments(op)
     x = given["input"]
@@ -94,7 +94,7 @@ def batchnorm(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def _identity(ctx: Lowering, op: Op, stats: list[Any]) -> tuple[Any, str]:
+def _identity(ctx: TorchLowering, op: Op, stats: list[Any]) -> tuple[Any, str]:
     """What makes two calls one layer, and its name: the qualified name of its statistics, or its own module's."""
     stored = [ctx.constants.stored(s) for s in stats]
     owner = stored[0].target.rpartition(".")[0] if stored[0] is not None and stored[0].target.endswith("running_mean") else frame(op)
@@ -122,13 +122,13 @@ def _sick(constants: list[Array | None], epsilon: float) -> str | None:
 # --- a BatchNorm written out: frozen statistics, a scale and a shift ------------------------------------------------------------
 
 
-def frozen(ctx: Lowering) -> None:
+def frozen(ctx: TorchLowering) -> None:
     """Lower each BatchNorm whose forward is plain arithmetic (FrozenBatchNorm2d) as one map."""
     for chain in frozen_chains(ctx):
         _lower_chain(ctx, chain)
 
 
-def frozen_chains(ctx: Lowering) -> list[list[Op]]:
+def frozen_chains(ctx: TorchLowering) -> list[list[Op]]:
     """The operators of each such call, in order: of a module with running statistics, or with a scale made of the root of a variance."""
     named = {s.target for s in map(ctx.constants.stored, ctx.program.graph.nodes) if s is not None}
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] == "running_mean"}
@@ -147,13 +147,13 @@ def frozen_chains(ctx: Lowering) -> list[list[Op]]:
     return [chain for chain in chains if frame(chain[0]) in owners or (any(_has_root(ctx, op) for op in chain) and _is_all(ctx, chain))]
 
 
-def _is_all(ctx: Lowering, chain: list[Op]) -> bool:
+def _is_all(ctx: TorchLowering, chain: list[Op]) -> bool:
     """Whether a module's forward holds nothing else, so that the module is a BatchNorm; in a program there are no modules."""
     others = set(ctx.host.inside(frame(chain[0]))) - set(chain)
     return all(ctx.constants.is_constant(op) or not is_tensor(op) for op in others)
 
 
-def _has_root(ctx: Lowering, op: Op) -> bool:
+def _has_root(ctx: TorchLowering, op: Op) -> bool:
     """Whether the constant of an operator is made of the root of a vector to which a number was added, as a variance and an epsilon."""
     stack = [source for source in op.all_input_nodes if ctx.constants.is_constant(source)]
     while stack:
@@ -166,11 +166,11 @@ def _has_root(ctx: Lowering, op: Op) -> bool:
     return False
 
 
-def _source(ctx: Lowering, op: Op) -> Op:
+def _source(ctx: TorchLowering, op: Op) -> Op:
     return next(source for source in op.all_input_nodes if not ctx.constants.is_constant(source))
 
 
-def _step(ctx: Lowering, op: Op) -> tuple[Array, Array] | None:
+def _step(ctx: TorchLowering, op: Op) -> tuple[Array, Array] | None:
     """Scale and shift of an operator that is arithmetic with a constant; None of another."""
     name = operator_name(op)
     if name not in ("add", "sub", "mul", "div", "neg") or not is_float(op) or len(op.all_input_nodes) == 0:
@@ -203,14 +203,14 @@ def _multiple(given: dict[str, Any]) -> float | None:
     return float(alpha) if isinstance(alpha, (int, float)) else None
 
 
-def _number(ctx: Lowering, argument: Any) -> Array | None:
+def _number(ctx: TorchLowering, argument: Any) -> Array | None:
     """A constant tensor or a number."""
     if isinstance(argument, Op):
         return ctx.const(argument)
     return np.asarray(float(argument)) if isinstance(argument, (int, float)) else None
 
 
-def _lower_chain(ctx: Lowering, chain: list[Op]) -> None:
+def _lower_chain(ctx: TorchLowering, chain: list[Op]) -> None:
     x, rank = _source(ctx, chain[0]), ctx.rank(chain[-1])
     whole = Affine.identity(rank)
     for op in chain:
@@ -239,13 +239,13 @@ def _lower_chain(ctx: Lowering, chain: list[Op]) -> None:
 # --- arithmetic ----------------------------------------------------------------------------------------------------------------
 
 
-def negation(ctx: Lowering, op: Op) -> str | None:
+def negation(ctx: TorchLowering, op: Op) -> str | None:
     """-x, the affine map that no parameter can change."""
     ctx.emit("Affine", op, [arguments(op)["self"]], {"gain": -1.0})
     return None
 
 
-def reversed_sub(ctx: Lowering, op: Op) -> str | None:
+def reversed_sub(ctx: TorchLowering, op: Op) -> str | None:
     """rsub(self, other, alpha) is other - alpha*self."""
     given = arguments(op)
     alpha = _multiple(given)
@@ -267,13 +267,13 @@ def _ranked(c: Array, rank: int) -> Array:
     return c.reshape((1,) * (rank - c.ndim) + c.shape)
 
 
-def _beside_zeros(ctx: Lowering, op: Op, x: Op, zeros: Op) -> Op | None:
+def _beside_zeros(ctx: TorchLowering, op: Op, x: Op, zeros: Op) -> Op | None:
     """x, where all that is added to it are zeros: what a branch still gives that was merged into another."""
     same = ctx.value(x).probes == ctx.value(op).probes and dtype_of(x) == dtype_of(op)
     return x if same and operator_name(zeros) in ("new_zeros", "zeros_like") else None
 
 
-def arithmetic(ctx: Lowering, op: Op) -> str | None:
+def arithmetic(ctx: TorchLowering, op: Op) -> str | None:
     """add, sub, mul, div: of two activations, or by a constant, which makes an affine operator."""
     name, given = operator_name(op), arguments(op)
     one, other = given["self"], given["other"]

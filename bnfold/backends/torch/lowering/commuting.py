@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Node as Op
@@ -12,10 +11,8 @@ from bnfold.algebra.commuting import picks
 from bnfold.algebra.graph import Param
 
 from ..export.walk import arguments, is_float, operator_name
-from .lowering import Lowering, Slot, each
+from .lowering import Lower, Slot, TorchLowering, each
 from .movement import mirror_pad
-
-Lower = Callable[[Lowering, Op], "str | None"]
 
 
 def first(op: Op) -> Op:
@@ -25,7 +22,7 @@ def first(op: Op) -> Op:
 
 
 def elementwise(kind: str) -> Lower:
-    def lower(ctx: Lowering, op: Op) -> str | None:
+    def lower(ctx: TorchLowering, op: Op) -> str | None:
         if not is_float(first(op)):
             return "its input isn't floating point"
         ctx.emit(kind, op, [first(op)])
@@ -34,7 +31,7 @@ def elementwise(kind: str) -> Lower:
     return lower
 
 
-def dropout(ctx: Lowering, op: Op) -> str | None:
+def dropout(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     if given.get("train", given.get("training", True)):
         return "it is in training mode"
@@ -44,7 +41,7 @@ def dropout(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def clamp(ctx: Lowering, op: Op) -> str | None:
+def clamp(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     low, high = (given.get(name) for name in ("min", "max"))
     if operator_name(op) == "hardtanh":
@@ -54,24 +51,24 @@ def clamp(ctx: Lowering, op: Op) -> str | None:
     return "it clips at a bound other than zero"
 
 
-def threshold(ctx: Lowering, op: Op) -> str | None:
+def threshold(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     return elementwise("Relu")(ctx, op) if given["threshold"] == 0 and given["value"] == 0 else "it cuts at a bound other than zero"
 
 
-def prelu(ctx: Lowering, op: Op) -> str | None:
+def prelu(ctx: TorchLowering, op: Op) -> str | None:
     slope = next(value for name, value in arguments(op).items() if name != "self")
     return elementwise("Relu")(ctx, op) if ctx.constants.is_constant(slope) else "its slope is computed"
 
 
-def rrelu(ctx: Lowering, op: Op) -> str | None:
+def rrelu(ctx: TorchLowering, op: Op) -> str | None:
     return "it is in training mode" if arguments(op)["training"] else elementwise("Relu")(ctx, op)
 
 
 def windowed(kind: str) -> Lower:
     """Pools over the last one, two or three axes."""
 
-    def lower(ctx: Lowering, op: Op) -> str | None:
+    def lower(ctx: TorchLowering, op: Op) -> str | None:
         given, name, rank = arguments(op), operator_name(op), ctx.rank(first(op))
         dims = next(n for n in (1, 2, 3) if f"{n}d" in name)
         items = ctx.items(op)
@@ -95,7 +92,7 @@ def windowed(kind: str) -> Lower:
     return lower
 
 
-def _picks(ctx: Lowering, op: Op, out: Op, dims: int, *, padded: bool) -> bool:
+def _picks(ctx: TorchLowering, op: Op, out: Op, dims: int, *, padded: bool) -> bool:
     """Whether each window of a maximum holds one element."""
     given, before, after = arguments(op), ctx.value(first(op)), ctx.value(out)
     if "kernel_size" not in given:  # adaptive: as many windows as elements
@@ -110,7 +107,7 @@ def _picks(ctx: Lowering, op: Op, out: Op, dims: int, *, padded: bool) -> bool:
 def reduced(kind: str) -> Lower:
     """mean, sum, amax, amin, max.dim and the norms, along axes."""
 
-    def lower(ctx: Lowering, op: Op) -> str | None:
+    def lower(ctx: TorchLowering, op: Op) -> str | None:
         given, x = arguments(op), first(op)
         rank = ctx.rank(x)
         if not is_float(x):
@@ -134,13 +131,13 @@ def reduced(kind: str) -> Lower:
     return lower
 
 
-def norm(ctx: Lowering, op: Op) -> str | None:
+def norm(ctx: TorchLowering, op: Op) -> str | None:
     """A norm is a stretching if its order is positive: the zeroth counts."""
     order = arguments(op).get("ord", arguments(op).get("p", 2))
     return reduced("Relu")(ctx, op) if isinstance(order, (int, float)) and order > 0 else "its order isn't positive"
 
 
-def resize(ctx: Lowering, op: Op) -> str | None:
+def resize(ctx: TorchLowering, op: Op) -> str | None:
     """nearest, linear and cubic interpolation: their weights sum to 1."""
     x = first(op)
     rank = ctx.rank(x)
@@ -148,7 +145,7 @@ def resize(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def pad(ctx: Lowering, op: Op) -> str | None:
+def pad(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     if given.get("mode", "constant") != "constant":
         return mirror_pad(ctx, op)
@@ -172,14 +169,14 @@ def pad(ctx: Lowering, op: Op) -> str | None:
 
 
 def several(kind: str, **attrs: Any) -> Lower:
-    def lower(ctx: Lowering, op: Op) -> str | None:
+    def lower(ctx: TorchLowering, op: Op) -> str | None:
         ctx.emit(kind, op, list(op.all_input_nodes if len(op.all_input_nodes) > 1 else [v for v in op.args if isinstance(v, Op)]), attrs)
         return None
 
     return lower
 
 
-def where(ctx: Lowering, op: Op) -> str | None:
+def where(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     if not all(isinstance(given.get(name), Op) for name in ("condition", "self", "other")):
         return "it chooses between a tensor and a number"
@@ -189,7 +186,7 @@ def where(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def maximum(ctx: Lowering, op: Op) -> str | None:
+def maximum(ctx: TorchLowering, op: Op) -> str | None:
     given = [value for value in arguments(op).values() if isinstance(value, Op)]
     if len(given) != 2:
         return "it compares with a number"
@@ -197,7 +194,7 @@ def maximum(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def cast(ctx: Lowering, op: Op) -> str | None:
+def cast(ctx: TorchLowering, op: Op) -> str | None:
     if not is_float(first(op)) or not is_float(op):
         return "it casts from or to a type that isn't floating point"
     ctx.emit("Identity", op, [first(op)])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,13 +15,14 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import AS_STORED, Graph, Layout, Node, Param, Site, Tensor, Value
+from bnfold.algebra.settings import Settings
 
 from ..export.constants import Constants, as_float64
+from ..export.functional import entangled, functional
 from ..export.sizes import Sizes
-from ..export.trace import Traced, quiet
-from ..export.walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, mutates, operator_name, value_of, viewed, written
+from ..export.trace import Traced
+from ..export.walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, mutates, operator_name, value_of, written
 from .places import Host, ModuleHost, Place, ProgramHost
-from .settings import settings
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
 COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
@@ -37,7 +37,7 @@ class Slot:
 
 
 @dataclass(eq=False)
-class Native:
+class TorchNative:
     """A neutral node's operator in the exported graph, the arguments that are its activations, and where its parameters live."""
 
     op: Op
@@ -46,19 +46,23 @@ class Native:
     dtype: torch.dtype = torch.float32  # that a parameter without a tensor gets
     output: Op | None = None  # the node of its first output where that isn't the operator itself (an item of a tuple)
     group: list[Op] = field(default_factory=list)  # all operators that it stands for, where these are several
-    clone_of: Native | None = None  # the original, where the operator has still to be made
-    readers: list[tuple[Native, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
+    clone_of: TorchNative | None = None  # the original, where the operator has still to be made
+    readers: list[tuple[TorchNative, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
 
-class Lowering:
+Lower = Callable[["TorchLowering", Op], "str | None"]
+
+
+class TorchLowering:
     """The state of one lowering; the operators' functions in `table` work on it.
 
     program: the graph that is lowered: the traced one, or, where writing in place and views make its data flow hard to see, the same
-    without writing in place. outputs: the values that a caller gets, by the name of the output.
+    without writing in place. operators: the function of each, by name; settings: what
+    verify's first level compares. outputs: the values that a caller gets, by the name of the output.
     """
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
+    def __init__(self, traced: Traced, operators: Mapping[str, Lower], settings: Callable[..., Settings]) -> None:
+        self.traced, self._operators, self._settings = traced, operators, settings
         self.program = traced.program if not entangled(traced.program) else functional(traced.program)
         self.sizes = Sizes(self.program)
         self.constants = Constants(self.program)
@@ -75,16 +79,12 @@ class Lowering:
         self._leaves = _leaf_frames(self.program)
 
     def graph(self) -> Graph:
-        from .affine import frozen
-        from .table import OPERATORS
-
-        frozen(self)
         for op in self.program.graph.nodes:
             if op.op == "output":
                 self._finish(op)
             if op.op != "call_function" or op in self.done or self.constants.is_constant(op):
                 continue  # constants are parameters of those who read them
-            lower = OPERATORS.get(operator_name(op))
+            lower = self._operators.get(operator_name(op))
             why = "no rule lets a map cross it" if lower is None else None
             if why is None and is_tensor(op) and not is_float(op):
                 why = "it isn't floating point"
@@ -224,14 +224,14 @@ class Lowering:
             role: slot if isinstance(slot, Slot) else Slot(slot, (params or {})[role].tensor.native)  # type: ignore[union-attr]
             for role, slot in (slots or {}).items()
         }
-        native = Native(op, inputs, places, dtype, None if output is None else output)
+        native = TorchNative(op, inputs, places, dtype, None if output is None else output)
         attrs = {"limit": largest(dtype), "cloneable": self.host.copies_weights and output is None and not mutates(op), **(attrs or {})}
         sources = [self._operand(op, source) for source in inputs]
         target = self.value(out)
         made = Node(kind, self.name(op), sources, [target], attrs, params or {}, native, label=operator_name(op) or str(op.target))
         held = {slot.argument for role, slot in places.items() if role != "fill"}
         item = next((i for i, each in self.items(op).items() if each is out), 0)
-        made.attrs["settings"] = partial(settings, self, op, inputs, held, {target: item})
+        made.attrs["settings"] = partial(self._settings, self, op, inputs, held, {target: item})
         self.nodes.append(made)
         return made
 
@@ -246,7 +246,7 @@ class Lowering:
             argument = next((name for name, given in arguments(op).items() if given is source), "")
             if argument:  # not where it stands in a list of tensors
                 slots = {"value": Slot(argument, param.tensor.native)}
-                native = Native(op, [], slots, dtype_of(source) or torch.float32)
+                native = TorchNative(op, [], slots, dtype_of(source) or torch.float32)
                 attrs = {"limit": param.tensor.limit}
                 self.nodes.append(Node("Constant", self.target(source), [], [value], attrs, {"value": param}, native))
         value.fixed = value.producer is None
@@ -274,8 +274,10 @@ class Lowering:
             values = [Value(f"{op.name}.written")]
         items = self.items(op)
         places = {value: next((i for i, each in items.items() if each is op_), 0) for value, op_ in zip(values, outputs, strict=False)}
-        attrs = {"why": why, "settings": partial(settings, self, op, inputs, (), places)}
-        self.nodes.append(Node("Barrier", self.name(op), sources, values, attrs, native=Native(op, inputs), label=name or str(op.target)))
+        attrs = {"why": why, "settings": partial(self._settings, self, op, inputs, (), places)}
+        self.nodes.append(
+            Node("Barrier", self.name(op), sources, values, attrs, native=TorchNative(op, inputs), label=name or str(op.target))
+        )
 
     def name(self, op: Op) -> str:
         """The module in whose forward the operator stands, if it is a leaf; else the operator's own name behind the module's."""
@@ -297,51 +299,6 @@ class Lowering:
             key = node
         separable = self.host.copies_weights
         self.sites[key] = Site(name or node.name, [node], channels, is_batchnorm, separable, refusal, note)
-
-
-def lower(traced: Traced) -> Graph:
-    """The neutral graph of a model, its operators in topological order."""
-    return Lowering(traced).graph()
-
-
-def functional(program: ExportedProgram) -> ExportedProgram:
-    """The same program without operators that write into their arguments. Nobody may change it: while nothing of the program is another,
-    it is the same object, since torch takes its time."""
-    held = (*program.state_dict.values(), *program.constants.values())
-    state = str(program.graph), held
-    known = _functional.get(program)
-    if known is not None and known[0][0] == state[0] and len(held) == len(known[0][1]) and all(map(operator.is_, held, known[0][1])):
-        return known[1]
-    with quiet():
-        found: ExportedProgram = program.run_decompositions({})
-    _functional[program] = state, found
-    return found
-
-
-_functional: WeakKeyDictionary[ExportedProgram, tuple[tuple[str, tuple[Any, ...]], ExportedProgram]] = WeakKeyDictionary()
-
-
-def entangled(program: ExportedProgram) -> bool:
-    """Whether a tensor is read under another name after its storage was written to: then the data flow isn't the graph's edges."""
-    if not any(mutates(op) for op in program.graph.nodes):
-        return False
-    root: dict[Op, Op] = {}
-    place = {op: i for i, op in enumerate(program.graph.nodes)}
-    members: dict[Op, list[Op]] = {}
-    for op in program.graph.nodes:
-        source = viewed(op)
-        root[op] = root[source] if source is not None else op
-        members.setdefault(root[op], []).append(op)
-    for op in program.graph.nodes:
-        for target in written(op) if mutates(op) else ():
-            if root[target].op == "placeholder" and is_float(target):
-                return True
-            for other in members[root[target]]:
-                if other is target or place[other] >= place[op]:
-                    continue
-                if any(place[user] > place[op] for user in other.users):
-                    return True
-    return False
 
 
 def _at(op: Op, argument: str) -> Any:

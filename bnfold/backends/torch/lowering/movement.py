@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node as Op
 
 from ..export.walk import arguments, dtype_of, operator_name, value_of
-from .lowering import Lowering
+from .lowering import TorchLowering
 
 Ids = npt.NDArray[np.int64]
 Run = Callable[[list[Ids], tuple[int, ...]], Ids]
@@ -19,7 +19,7 @@ COMPUTED = "how it moves data is computed"
 
 
 def _move(
-    ctx: Lowering,
+    ctx: TorchLowering,
     op: Op,
     run: Run,
     kept: dict[int, int],
@@ -37,12 +37,12 @@ def _same(rank: int, but: Any = ()) -> dict[int, int]:
     return {i: i for i in range(rank) if i not in but}
 
 
-def _axis(ctx: Lowering, op: Op, name: str = "dim", rank: int | None = None) -> int:
+def _axis(ctx: TorchLowering, op: Op, name: str = "dim", rank: int | None = None) -> int:
     rank = ctx.rank(arguments(op)["self"]) if rank is None else rank
     return int(arguments(op)[name]) % rank
 
 
-def reshape(ctx: Lowering, op: Op) -> str | None:
+def reshape(ctx: TorchLowering, op: Op) -> str | None:
     """view, reshape, flatten, unflatten: axes at the front and at the back whose sizes agree, at every probe, are left alone."""
     x = arguments(op)["self"]
     if dtype_of(x) != dtype_of(op):
@@ -65,7 +65,7 @@ def _agreeing(pairs: list[tuple[Any, Any]]) -> int:
     return count
 
 
-def squeeze(ctx: Lowering, op: Op) -> str | None:
+def squeeze(ctx: TorchLowering, op: Op) -> str | None:
     x = arguments(op)["self"]
     rank, axes = ctx.rank(x), arguments(op).get("dim")
     sizes = ctx.value(x).sizes or ()
@@ -78,7 +78,7 @@ def squeeze(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def unsqueeze(ctx: Lowering, op: Op) -> str | None:
+def unsqueeze(ctx: TorchLowering, op: Op) -> str | None:
     rank = ctx.rank(op)
     new = _axis(ctx, op, rank=rank)
     old = [o for o in range(rank) if o != new]
@@ -86,7 +86,7 @@ def unsqueeze(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def transpose(ctx: Lowering, op: Op) -> str | None:
+def transpose(ctx: TorchLowering, op: Op) -> str | None:
     """permute, transpose, t, and the attributes T and mT."""
     given, name = arguments(op), operator_name(op)
     rank = ctx.rank(given["self"])
@@ -114,7 +114,7 @@ def _permutation(rank: int, source: Any, destination: Any) -> list[int]:
     return order
 
 
-def cat(ctx: Lowering, op: Op) -> str | None:
+def cat(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     inputs, rank = list(given["tensors"]), ctx.rank(op)
     inputs = [v for v in inputs if ctx.rank(v) == rank]  # torch lets an empty vector stand among them
@@ -127,7 +127,7 @@ def cat(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def stack(ctx: Lowering, op: Op) -> str | None:
+def stack(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     inputs, rank = list(given["tensors"]), ctx.rank(op)
     axis = int(given["dim"]) % rank
@@ -137,7 +137,7 @@ def stack(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def _slice(ctx: Lowering, op: Op) -> str | None:
+def _slice(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     x = given["self"]
     rank, axis = ctx.rank(x), _axis(ctx, op)
@@ -163,7 +163,7 @@ def _cut(where: tuple[Any, ...]) -> Run:
     return lambda xs, _: xs[0][where]
 
 
-def select(ctx: Lowering, op: Op) -> str | None:
+def select(ctx: TorchLowering, op: Op) -> str | None:
     rank, axis = ctx.rank(arguments(op)["self"]), _axis(ctx, op)
     index = ctx.sizes.static(arguments(op)["index"], None)
     if index is None:
@@ -173,7 +173,7 @@ def select(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def split(ctx: Lowering, op: Op) -> str | None:
+def split(ctx: TorchLowering, op: Op) -> str | None:
     """split, split_with_sizes, chunk, tensor_split, hsplit, vsplit, dsplit, unbind: one move for each item that somebody takes.
 
     Where an item lies at bounds that are computed, it is a crop, which every map crosses that is constant along the axis.
@@ -199,7 +199,7 @@ def split(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def expand(ctx: Lowering, op: Op) -> str | None:
+def expand(ctx: TorchLowering, op: Op) -> str | None:
     """expand and repeat: axes that keep their size at every probe are left alone."""
     x, name = arguments(op)["self"], operator_name(op)
     before, after = ctx.value(x).probes, ctx.value(op).probes
@@ -222,7 +222,7 @@ def expand(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def interleave(ctx: Lowering, op: Op) -> str | None:
+def interleave(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     times, rank = given.get("repeats"), ctx.rank(given["self"])
     if not isinstance(times, int) or given.get("dim") is None:
@@ -232,7 +232,7 @@ def interleave(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def index(ctx: Lowering, op: Op) -> str | None:
+def index(ctx: TorchLowering, op: Op) -> str | None:
     """x[..., places, ...]: a move by a constant vector or array; a lookup by computed places, by several arrays, or by a mask."""
     given = arguments(op)
     x, places = given["self"], list(given["indices"])
@@ -247,20 +247,20 @@ def index(ctx: Lowering, op: Op) -> str | None:
     return _lookup(ctx, op, x, wanted[0], taken, 1 if masks else max(ctx.rank(places[i]) for i in wanted))
 
 
-def _lookup(ctx: Lowering, op: Op, x: Op, axis: int, taken: int, new: int) -> str | None:
+def _lookup(ctx: TorchLowering, op: Op, x: Op, axis: int, taken: int, new: int) -> str | None:
     if ctx.rank(x) - taken + new != ctx.rank(op):
         return COMPUTED
     ctx.emit("Lookup", op, [x], {"axis": axis, "taken": taken, "given": new})
     return None
 
 
-def index_select(ctx: Lowering, op: Op) -> str | None:
+def index_select(ctx: TorchLowering, op: Op) -> str | None:
     given = arguments(op)
     array, axis = ctx.const(given["index"]), _axis(ctx, op)
     return _lookup(ctx, op, given["self"], axis, 1, 1) if array is None else _take(ctx, op, given["self"], axis, array)
 
 
-def gather(ctx: Lowering, op: Op) -> str | None:
+def gather(ctx: TorchLowering, op: Op) -> str | None:
     """gather and take_along_dim: each element from another place along the axis, and from its own along all axes of the same size."""
     x = arguments(op)["self"]
     before, after = ctx.value(x).probes, ctx.value(op).probes
@@ -274,7 +274,7 @@ def gather(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def _same_everywhere(ctx: Lowering, places: Any, axis: int) -> npt.NDArray[Any] | None:
+def _same_everywhere(ctx: TorchLowering, places: Any, axis: int) -> npt.NDArray[Any] | None:
     """The constant places along an axis, where they are the same along all the others."""
     source = arguments(places)["self"] if operator_name(places) == "expand" else places
     array = ctx.const(source)
@@ -284,21 +284,21 @@ def _same_everywhere(ctx: Lowering, places: Any, axis: int) -> npt.NDArray[Any] 
     return vector[:, 0].copy() if (vector == vector[:, :1]).all() else None
 
 
-def _take(ctx: Lowering, op: Op, x: Op, axis: int, places: npt.NDArray[Any]) -> str | None:
+def _take(ctx: TorchLowering, op: Op, x: Op, axis: int, places: npt.NDArray[Any]) -> str | None:
     rank = ctx.rank(x)
     kept = {i: i if i < axis else i - 1 + places.ndim for i in range(rank) if i != axis}
     _move(ctx, op, lambda xs, _: np.take(xs[0], places, axis), kept, inputs=[x])
     return None
 
 
-def flip(ctx: Lowering, op: Op) -> str | None:
+def flip(ctx: TorchLowering, op: Op) -> str | None:
     rank = ctx.rank(op)
     axes = tuple(int(axis) % rank for axis in arguments(op)["dims"])
     _move(ctx, op, lambda xs, _: np.flip(xs[0], axes), _same(rank, axes))
     return None
 
 
-def roll(ctx: Lowering, op: Op) -> str | None:
+def roll(ctx: TorchLowering, op: Op) -> str | None:
     given, rank = arguments(op), ctx.rank(op)
     shifts = ctx.sizes.static(given["shifts"], None)
     axes = tuple(int(axis) % rank for axis in given["dims"])
@@ -308,7 +308,7 @@ def roll(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def shuffle(ctx: Lowering, op: Op) -> str | None:
+def shuffle(ctx: TorchLowering, op: Op) -> str | None:
     """pixel_shuffle, pixel_unshuffle and channel_shuffle."""
     given, name, rank = arguments(op), operator_name(op), ctx.rank(op)
     r = int(next(value for key, value in given.items() if key != "self"))
@@ -334,7 +334,7 @@ def shuffle(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-def mirror_pad(ctx: Lowering, op: Op) -> str | None:
+def mirror_pad(ctx: TorchLowering, op: Op) -> str | None:
     """Padding by reflection, by the edge, or around the corner; torch names the axes from the last one on."""
     given, name, rank = arguments(op), operator_name(op), ctx.rank(op)
     widths = ctx.sizes.static(given.get("pad", given.get("padding")), None)
@@ -353,7 +353,7 @@ def mirror_pad(ctx: Lowering, op: Op) -> str | None:
     return None
 
 
-MOVES: dict[str, Callable[[Lowering, Op], str | None]] = {
+MOVES: dict[str, Callable[[TorchLowering, Op], str | None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias"), reshape),
     "view_copy": reshape,
     "squeeze": squeeze,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from bnfold.algebra.graph import Value
 from bnfold.algebra.settings import Settings
 
 from ..export.walk import FLOATS, arguments, dtype_of, is_tensor, operator_name, value_of
-
-if TYPE_CHECKING:
-    from .lowering import Lowering
+from .lowering import TorchLowering
 
 # They say nothing about the function: where and how a tensor is held, how something is computed, and what counts in training.
 IDLE = {"device", "layout", "memory_format", "pin_memory", "non_blocking", "copy", "inplace", "generator", "cudnn_enable", "cudnn_enabled"}
@@ -29,7 +27,7 @@ SIZED = {"stride", "padding", "dilation", "kernel_size", "output_padding"}
 TYPES = {kind: str(kind).removeprefix("torch.") for kind in FLOATS}
 
 
-def settings(ctx: Lowering, op: Op, activations: Collection[Op], held: Collection[Any], outputs: Mapping[Value, int]) -> Settings:
+def settings(ctx: TorchLowering, op: Op, activations: Collection[Op], held: Collection[Any], outputs: Mapping[Value, int]) -> Settings:
     """activations: what flows in; held: the names of the arguments that are coefficients; outputs: which item each value is."""
     name = _name(op)
     if not isinstance(op.target, torch._ops.OpOverload):
@@ -70,7 +68,7 @@ def _name(op: Op) -> str:
     return name
 
 
-def _plain(ctx: Lowering, given: Any) -> tuple[Any, bool]:
+def _plain(ctx: TorchLowering, given: Any) -> tuple[Any, bool]:
     """An argument as numbers, words and arrays, and whether that says all of it."""
     if isinstance(given, Op):
         if ctx.constants.is_constant(given):
@@ -89,7 +87,7 @@ def _plain(ctx: Lowering, given: Any) -> tuple[Any, bool]:
     return given, given is None or isinstance(given, (bool, int, float, complex, str))
 
 
-def _counted(ctx: Lowering, op: Op, key: str, value: Any) -> Any:
+def _counted(ctx: TorchLowering, op: Op, key: str, value: Any) -> Any:
     """Axes from the front, and windows with a size for every dimension."""
     first = next((given for given in arguments(op).values() if isinstance(given, Op) and is_tensor(given)), None)
     rank = 0 if first is None else ctx.rank(first)
@@ -107,7 +105,7 @@ def _counted(ctx: Lowering, op: Op, key: str, value: Any) -> Any:
     return value
 
 
-def _held_graphs(ctx: Lowering, op: Op) -> tuple[dict[str, Any], str]:
+def _held_graphs(ctx: TorchLowering, op: Op) -> tuple[dict[str, Any], str]:
     """A higher-order operator's graphs, as one text each, and its constants."""
     values: dict[str, Any] = {}
     for i, given in enumerate((*op.args, *op.kwargs.values())):
@@ -181,7 +179,7 @@ PLAIN = {  # operators without settings
 }
 
 
-def _in_onnx(ctx: Lowering, op: Op, name: str, values: dict[str, Any]) -> Common | None:
+def _in_onnx(ctx: TorchLowering, op: Op, name: str, values: dict[str, Any]) -> Common | None:
     if name in PLAIN and not {key for key, value in values.items() if value is not None}:
         return PLAIN[name], {}
     made = TERMS.get(name)
@@ -192,7 +190,7 @@ def _sum(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
     return lambda ctx, op, values: (operator, {}) if set(values) == {"alpha"} and float(values["alpha"]) == 1 else None
 
 
-def _conv(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+def _conv(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
     padding, transposed = values["padding"], values.get("transposed", "transpose" in operator_name(op))
     if isinstance(padding, str):
         return None
@@ -200,7 +198,7 @@ def _conv(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
     return ("ConvTranspose", {**found, "output_padding": values["output_padding"]}) if transposed else ("Conv", found)
 
 
-def _pool(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+def _pool(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
     pads = (*values["padding"], *values["padding"])
     found = {"kernel_shape": values["kernel_size"], "strides": values["stride"], "pads": pads, "ceil_mode": int(values["ceil_mode"])}
     count = len(values["kernel_size"])
@@ -213,7 +211,7 @@ def _pool(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
 
 
 def _global(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    def of(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+    def of(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
         rank, size = ctx.rank(arguments(op)["self"]), np.ravel(values["output_size"])
         axes = tuple(range(rank - size.size if size.size > 1 else 2, rank))
         return (operator, {"axes": axes, "keepdims": 1}) if set(size.tolist()) == {1} else None
@@ -222,7 +220,7 @@ def _global(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]
 
 
 def _reduced(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    def of(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+    def of(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
         rank, dim = ctx.rank(arguments(op)["self"]), values.get("dim")
         axes = range(rank) if dim is None or dim == () else dim if isinstance(dim, tuple) else (dim,)
         if values.get("dtype") is not None:
@@ -236,7 +234,7 @@ def _softmax(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None
     return lambda ctx, op, values: (operator, {"axis": values["dim"]})
 
 
-def _clip(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+def _clip(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
     low, high = (values.get(name, values.get(f"{name}_val")) for name in ("min", "max"))
     if low == 0 and (high is None or high == math.inf):
         return "Relu", {}
@@ -244,7 +242,7 @@ def _clip(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
 
 
 def _normalised(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    def of(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+    def of(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
         if operator == "LayerNormalization":
             return operator, {"epsilon": values["eps"], "axis": ctx.rank(arguments(op)["input"]) - len(values["normalized_shape"])}
         return operator, {"epsilon": values["eps"]} | ({"num_groups": values["num_groups"]} if "num_groups" in values else {})
@@ -252,12 +250,12 @@ def _normalised(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | N
     return of
 
 
-def _flatten(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+def _flatten(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
     rank = ctx.rank(arguments(op)["self"])
     return ("Flatten", {"axis": 1}) if values["start_dim"] == 1 and values["end_dim"] == rank - 1 else None
 
 
-def _transpose(ctx: Lowering, op: Op, values: dict[str, Any]) -> Common | None:
+def _transpose(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
     if "dims" in values:
         return "Transpose", {"perm": values["dims"]}
     order = list(range(ctx.rank(op)))

@@ -7,11 +7,13 @@ difference (`relu_` is `relu`). Reference: https://docs.pytorch.org/docs/stable/
 
 from __future__ import annotations
 
+from bnfold.algebra.graph import Graph
+
+from ..export.trace import Traced
 from ..export.walk import BATCHNORMS
 from .absorbing import addmm, conv, einsum, embedding, linear, matmul, normalisation, recurrent
-from .affine import arithmetic, batchnorm, negation, reversed_sub
+from .affine import arithmetic, batchnorm, frozen, negation, reversed_sub
 from .commuting import (
-    Lower,
     cast,
     clamp,
     dropout,
@@ -27,7 +29,9 @@ from .commuting import (
     where,
     windowed,
 )
+from .lowering import Lower, TorchLowering
 from .movement import MOVES
+from .settings import settings
 
 DIMS = ("1d", "2d", "3d")
 
@@ -90,3 +94,15 @@ OPERATORS: dict[str, Lower] = {
     "where": where,
     **MOVES,
 }
+
+
+def lowering(traced: Traced) -> TorchLowering:
+    """The lowering of a model, each BatchNorm that is written out as one map."""
+    found = TorchLowering(traced, OPERATORS, settings)
+    frozen(found)
+    return found
+
+
+def lower(traced: Traced) -> Graph:
+    """The neutral graph of a model, its operators in topological order."""
+    return lowering(traced).graph()

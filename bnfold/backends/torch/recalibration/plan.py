@@ -35,7 +35,7 @@ from ..export.functional import without_writing
 from ..export.trace import NUMPY, Traced, duplicate, to_tensor, trace
 from ..export.walk import arguments, elements, frame, in_training, is_batchnorm, is_float, is_tensor, operator_name
 from ..lowering.affine import frozen_chains
-from ..lowering.lowering import Lowering
+from ..lowering.table import lowering as lowering_of
 from ..runtime.session import Oracle, device_of
 from ..writing.freeze import frozen
 from ..writing.program import copy_program
@@ -164,7 +164,7 @@ class TorchPlan:
     # --- what there is to measure -------------------------------------------------------------------------------------------------
 
     def _find(self, traced: Traced) -> None:
-        lowering = Lowering(Traced(traced.model, self.program))
+        lowering = lowering_of(Traced(traced.model, self.program))
         chains = [chain for chain in frozen_chains(lowering) if self._select(frame(chain[0]) or chain[-1].name)]
         for chain in chains:
             if not self._is_stored(f"{frame(chain[0])}.running_mean".lstrip(".")):

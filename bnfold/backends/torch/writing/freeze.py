@@ -10,9 +10,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node as Op
 
+from ..export.functional import graph_copy
 from ..export.trace import quiet
 from ..export.walk import arguments, epsilon, frame, in_training, is_batchnorm, is_tensor, mutates, operator_name, set_argument
-from .program import graph_copy, placeholder
+from .program import placeholder
 
 MOMENTUM = 0.1  # of an operator that no longer uses it
 ITEMS = {"_native_batch_norm_legit_functional": 3, "_batch_norm_with_update_functional": 4}  # from which on come the new statistics

@@ -19,7 +19,7 @@ from bnfold.folding.branches import Merge
 from ..export.constants import Constants
 from ..export.trace import NUMPY, duplicate, laid_out, to_tensor
 from ..export.walk import arguments, frame, writes_into_shared
-from ..lowering.lowering import Lowering, Native
+from ..lowering.lowering import TorchLowering, TorchNative
 from ..lowering.places import ModuleHost, Place
 from .removal import Removal, fills, unit_variance
 from .surgery import Surgery, restructure
@@ -29,14 +29,14 @@ from .surgery import Surgery, restructure
 class Fold:
     """What is folded on one path through a module: its planned graph, and how the BatchNorms that fold are taken out."""
 
-    ctx: Lowering
+    ctx: TorchLowering
     graph: Graph
     removed: Mapping[Site, Removal]
     merges: Sequence[Merge]
 
     def updates(self) -> Iterator[Update]:
         for node, role, param in self.graph.updates():
-            native: Native = node.native
+            native: TorchNative = node.native
             slot = native.slots.get(role)
             if slot is None or not isinstance(slot.place, Place):
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
@@ -75,7 +75,7 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
             notes[node] = f"{count} of the {array.size} coefficients of {node.name} are too small for {array.dtype}"
         if place.how == "plain":
             surgery.plain += [place.owner] * (place.owner not in surgery.plain)
-            native: Native = node.native
+            native: TorchNative = node.native
             computed = ctx.const(arguments(native.op)["weight"])
             assert computed is not None
             made.setdefault(f"{place.owner}.weight", to_tensor(computed.copy() if exact else rounded(computed, NUMPY[native.dtype])))
@@ -128,7 +128,7 @@ def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:
 
 
 def _output(node: Node) -> Op:
-    native: Native = node.native
+    native: TorchNative = node.native
     return native.output if native.output is not None else native.op
 
 

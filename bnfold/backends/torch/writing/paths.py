@@ -18,8 +18,8 @@ from bnfold.folding.search import Outcome
 
 from ..export.trace import Traced
 from ..export.walk import arguments, frame
-from ..lowering.lowering import Lowering
 from ..lowering.places import ModuleHost, Place
+from ..lowering.table import lowering
 from .module import Fold
 from .removal import may_merge, removals
 
@@ -106,7 +106,7 @@ class Conflict:
 
 def path_of(text: str, traced: Traced, refused: Mapping[str, str], merging: bool) -> Path:
     """The plan for one path. refused: sites that may not fold, and why. merging: whether parallel branches may merge."""
-    ctx = Lowering(traced)
+    ctx = lowering(traced)
     graph = ctx.graph()
     for site in graph.sites:
         site.refusal = site.refusal or refused.get(plain_name(site.name))

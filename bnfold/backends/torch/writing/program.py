@@ -19,13 +19,14 @@ from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
 
 from ..export.constants import KINDS
+from ..export.functional import graph_copy
 from ..export.trace import NUMPY, laid_out, quiet, to_tensor
 from ..export.walk import arguments, mutates, set_argument, writes_into_shared
-from ..lowering.lowering import Lowering, Native, Slot
+from ..lowering.lowering import Slot, TorchLowering, TorchNative
 
 
 def write_program(
-    ctx: Lowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = (), computed: Iterable[Op] = ()
+    ctx: TorchLowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = (), computed: Iterable[Op] = ()
 ) -> tuple[ExportedProgram, dict[Node, str], int]:
     """A folded copy of the program that was lowered, notes, and the bytes that copies of shared weights add.
 
@@ -52,19 +53,8 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     return found
 
 
-def graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
-    """A copy of the graph, and for each operator its own copy."""
-    with quiet():
-        module = copy.deepcopy(program.graph_module)
-    copies = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
-    for old, new in copies.items():
-        new.name = old.name  # fx renames in a copy what Python has a name for, such as `input`
-    module.recompile()
-    return module, copies
-
-
 class _Writer:
-    def __init__(self, ctx: Lowering) -> None:
+    def __init__(self, ctx: TorchLowering) -> None:
         self.ctx, self.program = ctx, ctx.program
         self.module, self.copies = graph_copy(ctx.program)
         self.graph = self.module.graph
@@ -84,7 +74,7 @@ class _Writer:
         self._make_clones(graph.clones)
         alike: dict[tuple[Any, tuple[int, ...], bytes], Op] = {}  # equal copies of one weight are one weight
         for node, role, param in list(graph.updates()):
-            native: Native = node.native
+            native: TorchNative = node.native
             slot = native.slots.get(role)
             if slot is None:
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
@@ -122,7 +112,7 @@ class _Writer:
     def _make_clones(self, clones: list[Node]) -> None:
         """Make the operators that were doubled, and let those who want the copy read it."""
         for node in clones:
-            native: Native = node.native
+            native: TorchNative = node.native
             old = self.copies[native.op]
             with self.graph.inserting_after(old):
                 made = self.graph.node_copy(old)
@@ -133,7 +123,7 @@ class _Writer:
                 self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), node.native.op)
                 reader.operands = [node.native.op if k == i else op for k, op in enumerate(reader.operands)]
 
-    def _parameter(self, old: Op | None, native: Native, role: str, tensor: Tensor) -> Op:
+    def _parameter(self, old: Op | None, native: TorchNative, role: str, tensor: Tensor) -> Op:
         """A placeholder for a new tensor; the old one's own where nothing else reads it."""
         stored = None if old is None else self.ctx.constants.stored(old)
         if stored is not None and old is not None and not self._shared(old) and tensor.shape == stored.tensor.shape:
@@ -180,7 +170,7 @@ class _Writer:
         items[int(index)] = value
         set_argument(op, name, items)
 
-    def _remove(self, native: Native) -> None:
+    def _remove(self, native: TorchNative) -> None:
         output = native.output if native.output is not None else (native.group or [native.op])[-1]
         self._replace(self.copies[output], self._current(native.operands[0]))
         for op in map(self.copies.__getitem__, reversed(native.group[:-1])):
@@ -274,7 +264,7 @@ def _like(tensor: Tensor, old: Tensor) -> Tensor:
     return torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
 
 
-def _path(native: Native) -> str:
+def _path(native: TorchNative) -> str:
     stack = native.op.meta.get("nn_module_stack") or {}
     return next((entry[0] for entry in reversed(stack.values()) if entry[0]), native.op.name)
 

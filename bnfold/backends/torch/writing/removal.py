@@ -22,7 +22,7 @@ from bnfold.folding.branches import May
 from ..export.regions import kind_of
 from ..export.trace import Call, duplicate
 from ..export.walk import arguments, frame, frames, mutates, operator_name
-from ..lowering.lowering import Lowering
+from ..lowering.lowering import TorchLowering
 from ..lowering.places import CONVOLUTIONS, ModuleHost
 from .surgery import remains
 from .trials import Trial, outputs, same, tried
@@ -41,7 +41,7 @@ class Removal:
     calls: tuple[Op, ...] = ()
 
 
-def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
+def removals(ctx: TorchLowering, sites: list[Site]) -> dict[Site, Removal]:
     """How each site is taken out. A BatchNorm that can't be is refused; a constant operator that can't be is no site at all."""
     assert isinstance(ctx.host, ModuleHost)
     found: dict[Site, Removal] = {}
@@ -63,7 +63,7 @@ def removals(ctx: Lowering, sites: list[Site]) -> dict[Site, Removal]:
     return found | _whole(ctx, ctx.host, found, readers)
 
 
-def _whole(ctx: Lowering, host: ModuleHost, found: Mapping[Site, Removal], readers: Mapping[str, list[Op]]) -> dict[Site, Removal]:
+def _whole(ctx: TorchLowering, host: ModuleHost, found: Mapping[Site, Removal], readers: Mapping[str, list[Op]]) -> dict[Site, Removal]:
     """Of the modules whose call would stay, those that can go: with the identity's parameters they do what is left without them."""
     wanted: dict[tuple[str], tuple[Site, tuple[str, ...]]] = {}
     for site, removal in found.items():
@@ -95,7 +95,7 @@ def _stays_alike(kept: tuple[str, ...]) -> Trial:
     return trial
 
 
-def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
+def _removal(ctx: TorchLowering, host: ModuleHost, site: Site) -> Removal | None:
     calls = [op for node in site.nodes for op in (node.native.group or [node.native.op])]
     paths = {host.canonical(frame(op)) for op in calls}
     path = next(iter(paths))
@@ -113,7 +113,7 @@ def _removal(ctx: Lowering, host: ModuleHost, site: Site) -> Removal | None:
     return Removal(None, calls=tuple(calls))
 
 
-def _readers(ctx: Lowering, host: ModuleHost) -> dict[str, list[Op]]:
+def _readers(ctx: TorchLowering, host: ModuleHost) -> dict[str, list[Op]]:
     """Who reads the tensors that each module holds itself."""
     found: dict[str, list[Op]] = {}
     for op in ctx.program.graph.nodes:
@@ -130,7 +130,7 @@ def _others(host: ModuleHost, readers: Iterable[Op], path: str | None, site: Sit
     return [reader for reader in readers if reader not in own and not operator_name(reader).startswith("_assert")]
 
 
-def _items(ctx: Lowering, calls: list[Op]) -> set[Op]:
+def _items(ctx: TorchLowering, calls: list[Op]) -> set[Op]:
     return {item for op in calls for item in ctx.items(op).values()}
 
 
@@ -161,7 +161,7 @@ def _behaves(module: nn.Module, kept: tuple[str, ...], node: Node) -> bool:
     return bool((want - got).abs().max() <= CLOSE * max(float(want.abs().max()), 1e-30))
 
 
-def may_merge(ctx: Lowering, ways: Mapping[Site, Removal]) -> May:
+def may_merge(ctx: TorchLowering, ways: Mapping[Site, Removal]) -> May:
     """Whether a branch can go: its module, which is nothing else and is called once, then gives zeros to a sum that stays."""
     host = ctx.host
     assert isinstance(host, ModuleHost)
@@ -220,7 +220,7 @@ def fills(add: Node, kept: int) -> bool:
 # --- functional calls ----------------------------------------------------------------------------------------------------------
 
 
-def _neutral(ctx: Lowering, host: ModuleHost, op: Op) -> bool:
+def _neutral(ctx: TorchLowering, host: ModuleHost, op: Op) -> bool:
     """Whether a call's statistics can be made the identity's: they are stored by name, and nothing else reads them."""
     if operator_name(op) != "batch_norm":
         return False

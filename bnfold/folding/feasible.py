@@ -1,0 +1,94 @@
+"""Whether a draft can be written: what sharing, integers and stored types allow."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bnfold.algebra.affine import Affine, Array, Blocked
+from bnfold.algebra.graph import Graph, Node, Param, Quantised, Site, Tensor
+
+Draft = dict[tuple[Node, str], Affine]
+
+
+def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
+    """The draft without its empty updates; Blocked where it can't be written. The one place where sharing is decided.
+
+    A weight that several operators use may change only if it changes alike for all of them, or if the front-end can give
+    each its own copy.
+    """
+    draft = {key: update for key, update in draft.items() if not _is_empty(key[0].params[key[1]], update)}
+    for (node, role), update in draft.items():
+        param = node.params[role]
+        if node.attrs.get("grows_add") and role == "bias" and param.tensor is None and not site.is_batchnorm:
+            raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
+        if param.tensor is None and role == "bias" and "no_bias" in node.attrs:
+            raise Blocked(f"{node.name} has no bias, and {node.attrs['no_bias']}")
+        if not graph.copies_weights:
+            _fits_sharers(node, role, draft)
+        if param.tensor is not None and param.tensor.quantised is not None:
+            _fits_integers(param.tensor.name, param.tensor.quantised, param.rescaling(param.updated(update)))
+        fits_type(node, role, param, update)
+    return draft
+
+
+def _fits_sharers(node: Node, role: str, draft: Draft) -> None:
+    """Blocked unless all who read a parameter get it changed alike. One that isn't there yet is read wherever the layer's others are."""
+    param, update = node.params[role], draft[node, role]
+    if param.tensor is not None:
+        name, uses = param.tensor.name, param.tensor.users
+    else:
+        name = f"the {role}"
+        held = [(other, each.tensor) for other, each in node.params.items() if each.tensor is not None]
+        uses = [(user, role) for other, tensor in held for user, theirs in tensor.users if theirs == other]
+    for user, other in uses:
+        twin = draft.get((user, other))
+        if twin is None or user.params[other].layout.name != param.layout.name or not twin.same_as(update):
+            raise Blocked(f"{name} of {node.name} is shared with {user.name}")
+
+
+def _is_empty(param: Param, update: Affine) -> bool:
+    if param.tensor is None and param.update is None:
+        return bool((update(param.default) == param.default).all())
+    return update.is_identity
+
+
+def _fits_integers(name: str, stored: Quantised, rescaling: tuple[int, Array] | None) -> None:
+    """Blocked unless a quantised weight stays what its integers say, up to a scale for each channel."""
+    if rescaling is None:
+        where = "any one axis" if stored.axis is None else f"axis {stored.axis}"
+        raise Blocked(f"{name} is quantised, and can be scaled along {where} alone")
+    axis, scales = rescaling
+    if stuck := [k for k, (s, able) in enumerate(zip(scales, stored.negatable(axis), strict=True)) if s < 0 and not able]:
+        raise Blocked(f"{name} is quantised, and channel {stuck[0]} would need the negative of an integer that has none")
+
+
+def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
+    """Blocked where a coefficient would overflow its stored type, or would be no number."""
+    limit = node.attrs["limit"] if param.tensor is None else param.tensor.limit
+    total = param.updated(update)
+    if param.tensor is not None and param.layout.linear:
+        bound = _magnitude(param.tensor) * param.layout.gain * np.abs(total.scale).max(initial=0) + np.abs(total.shift).max(initial=0)
+        if bound < limit:
+            return
+    with np.errstate(all="ignore"):
+        stored = param.layout.stored(total(_source(param)))
+    bad = ~(np.abs(stored) <= limit)
+    if bad.any():
+        name = param.tensor.name if param.tensor is not None else f"the {role} of {node.name}"
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        value = stored[where]
+        what = "would be no number" if np.isnan(value) else f"would be {value:.3g}, beyond the largest {limit:.3g} of its type"
+        raise Blocked(f"element {list(where)} of {name} {what}")
+
+
+def _source(param: Param) -> Array:
+    return np.full(param.shape, param.default) if param.tensor is None else param.layout.canonical(param.tensor.read())
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """The largest absolute value of a stored tensor, remembered; infinite where one is not finite."""
+    if tensor.magnitude is None:
+        array = tensor.read()
+        largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
+        tensor.magnitude = largest if np.isfinite(largest) else float("inf")
+    return tensor.magnitude
