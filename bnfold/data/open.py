@@ -17,12 +17,13 @@ import numpy as np
 from bnfold.errors import DataError, UsageError
 from bnfold.text import counted, first_line
 
-from . import tables
 from .batches import BATCH_SIZE
 from .forms import Flat, from_object, from_stream
 from .samples import few
 from .source import Chunk, Source
 from .spec import Array, InputSpec
+from .tables.files import files_in_table
+from .tables.source import table_source
 
 if TYPE_CHECKING:
     from .images import ImageOptions
@@ -48,15 +49,13 @@ def open_source(
     """The source that `spec` names (see `data.open_data`). DataError for what isn't there, can't be read or isn't one of the forms."""
     if seed < 0:
         raise UsageError(f"the seed is {seed}; it must be 0 or more")
-    files = tables.files_in_table(spec) if spec != "random" else None
+    files = files_in_table(spec) if spec != "random" else None
     if spec == "random":
         source = _random(inputs, batch_size, samples, seed, input_shapes)
     elif files is not None:
         for file in files:
             _beginning(file)
-        source = tables.table_source(
-            spec, files, inputs, samples=samples, seed=seed, options=images, input_shapes=input_shapes, column=column
-        )
+        source = table_source(spec, files, inputs, samples=samples, seed=seed, options=images, input_shapes=input_shapes, column=column)
     elif Path(spec).is_dir():
         source = _folder(Path(spec), inputs, samples, seed, images, input_shapes)
     else:

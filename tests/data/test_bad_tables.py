@@ -127,10 +127,32 @@ def test_folders_of_several_kinds_and_splits(tmp_path):
     refused("test: can't be read (FileNotFoundError", lambda: open_data(str(tmp_path / "saved" / "test"), PICTURES))
 
 
+def test_a_saved_data_set_whose_lists_end_behind_its_file(tmp_path):
+    """A file that is mapped into memory is looked at before it is believed."""
+    datasets.Dataset.from_dict({"x": A.tolist()}).save_to_disk(tmp_path / "d")
+    (path,) = (tmp_path / "d").glob("*.arrow")
+    ends = np.arange(0, 63, 3, dtype=np.int32)
+    whole, spoilt = path.read_bytes(), ends.copy()
+    assert whole.count(ends.tobytes()) == 1
+    spoilt[-1] = 1 << 30
+    path.write_bytes(whole.replace(ends.tobytes(), spoilt.tobytes()))
+    refused("d: can't be read (ArrowInvalid", lambda: open_data(str(tmp_path / "d"), ROWS))
+
+
+def test_whole_numbers_that_are_too_large(tmp_path):
+    path = str(tar(tmp_path / "a.tar", 0, 3, cls=str(2**70).encode()))
+    refused("a.tar, from row 0: some rows hold no numbers, or larger ones than 64 bits can", lambda: open_data(path, PICTURES))
+
+
 def test_a_missing_library(tmp_path, monkeypatch):
-    tar(tmp_path / "a.tar", 0, 1)
+    tar(tmp_path / "a.tar", 0, 2)
+    write(tmp_path / "a.parquet", x=A)
+    images(0, 3).save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused(
-        "a.tar: reading it needs the datasets library, which isn't installed; install bnfold[datasets]",
-        lambda: open_data(str(tmp_path / "a.tar"), PICTURES),
-    )
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("a.parquet", "saved"):
+        refused(
+            f"{name}: reading it needs the pyarrow library, which isn't installed; install bnfold[datasets]",
+            lambda name=name: open_data(str(tmp_path / name), PICTURES),
+        )
+    assert shades(open_data(str(tmp_path / "a.tar"), PICTURES)) == [0, 1]

@@ -1,10 +1,5 @@
-"""Tar shards, Parquet files and data sets that were saved to disk, read by the `datasets` library, without a network.
+"""Tables of samples: tar shards, Parquet files and the folders that Hugging Face's `datasets` writes with save_to_disk.
 
-`files` finds them; `library`, `table` and `tars` read them; `columns` says which columns are inputs and which one holds the labels; and
-`chunks` makes samples of rows.
+`files` finds them; `arrow` and `tars` read them, without that library and without a network; `columns` says which columns are inputs and
+which one holds the labels; and `source` makes samples of rows.
 """
-
-from .files import files_in_table
-from .source import table_source
-
-__all__ = ["files_in_table", "table_source"]

@@ -1,24 +1,22 @@
-"""A table as a source of samples: a row is one."""
+"""A table as a source of samples, a row each: images are decoded when they are needed, numbers and lists of them go in as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bnfold.errors import DataError
 
-from ..images import resolve, shaped
-from ..source import Source
-from ..spec import InputSpec
-from . import chunks, columns
-from .library import Library
-from .table import parquet, saved
+from ..corrupt import CorruptError
+from ..images import ImageOptions, Pipeline, resolve, shaped
+from ..source import Chunk, Source
+from ..spec import Array, Batch, InputSpec
+from . import arrow, columns
+from .table import Rows, Table, missing, numbers
 from .tars import tars
-
-if TYPE_CHECKING:
-    from ..images import ImageOptions
 
 
 def table_source(
@@ -37,26 +35,65 @@ def table_source(
     samples: that many by a shuffle from `seed` of a folder of save_to_disk; the first ones of shards, which are read in order. column: the
     one for a model's only input, where several could be it. DataError where the library is missing or what it reads doesn't fit.
     """
-    library = Library(spec)
     if not files:
-        table = saved(library, samples, seed)
-    elif files[0].suffix.lower() == ".parquet":
-        table = parquet(library, files)
+        table = arrow.saved(spec, samples, seed)
     else:
-        table = tars(library, files)
-    chosen = columns.of_inputs(table.features, inputs, spec, column)
-    label, notes = columns.of_labels(table.features, chosen)
-    wanted = list(dict.fromkeys([*chosen.values(), *([] if label is None else [label])]))
-    names = ", ".join(f"column {name!r}" for name in chosen.values())
+        table = (arrow.parquet if files[0].suffix.lower() == ".parquet" else tars)(spec, files)
+    chosen = columns.of_inputs(table.columns, inputs, spec, column)
+    label, notes = columns.of_labels(table.columns, chosen)
     if samples is not None and files and (table.total is None or samples < table.total):
         notes.append(f"{spec}: the first {samples} samples are taken, in the order of the files")
-    described = f"{spec}: {table.what}, {names}"
-    pictures = [name for name in chosen.values() if columns.is_image(table.features[name])]
+    described = f"{spec}: {table.what}, {', '.join(f'column {name!r}' for name in chosen.values())}"
+    pictures = [name for name in chosen.values() if table.columns[name] == "image"]
     if not pictures:
-        arrays = partial(chunks.of_arrays, table, wanted, chosen, label, spec)
+        arrays = partial(_arrays, table, chosen, label, spec)
         return Source(arrays, described, tuple(notes), table.total, count=table.count)
     if len(inputs) != 1:
         raise DataError(f"{spec}: images serve a model with one input, and this one has {len(inputs)}; give arrays, or FILE.py:FUNCTION")
     pipeline, assumed = resolve(shaped(inputs[0], input_shapes), options)
-    images = partial(chunks.of_images, table, wanted, pictures[0], inputs[0].name, label, pipeline)
+    images = partial(_images, table, pictures[0], inputs[0].name, label, pipeline, spec)
     return Source(images, f"{described}: {pipeline}", (*notes, *assumed), table.total, pictures=True, count=table.count)
+
+
+def _images(table: Table, column: str, name: str, label: str | None, pipeline: Pipeline, spec: str) -> Iterator[Chunk]:
+    """One chunk for each row, which is decoded when it is needed."""
+
+    def make(cell: Any, where: str) -> Batch:
+        found = cell.as_py() if hasattr(cell, "as_py") else cell
+        content, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, None)
+        if content is None and path and os.path.isfile(path):
+            content = Path(path)
+        if not content:
+            raise CorruptError(where, "there is no image")
+        return {name: pipeline(content, where)[None]}
+
+    for _, rows, labels in _parts(table, [column], label, spec):
+        for place, (of, cell) in enumerate(zip(rows.names, rows.columns[column], strict=True)):
+            yield Chunk({}, None if labels is None else labels[place : place + 1], of, single=True, make=partial(make, cell, of))
+
+
+def _arrays(table: Table, chosen: Mapping[str, str], label: str | None, spec: str) -> Iterator[Chunk]:
+    """One chunk for the rows that were read at once, or, where their shapes differ, for each row."""
+    for where, rows, labels in _parts(table, list(chosen.values()), label, spec):
+        found = {name: numbers(rows.columns[column], f"{where}, column {column!r}") for name, column in chosen.items()}
+        arrays = {name: values for name, values in found.items() if not isinstance(values, list)}
+        if len(arrays) == len(found):
+            yield Chunk(arrays, labels, where)
+            continue
+        for place, of in enumerate(rows.names):
+            one = {name: values[place][None] for name, values in found.items()}
+            yield Chunk(one, None if labels is None else labels[place : place + 1], of, single=True)
+
+
+def _parts(table: Table, wanted: list[str], label: str | None, spec: str) -> Iterator[tuple[str, Rows, Array | None]]:
+    """The rows that were read at once, what an error calls them, and their labels."""
+    start = 0
+    for rows in table.read(list(dict.fromkeys([*wanted, *([] if label is None else [label])]))):
+        where = f"{spec}, from row {start}"
+        labels: Any = None
+        start += len(rows.names)
+        if label is not None:
+            if missing(rows.columns[label]):
+                raise DataError(f"{where}: some rows have no label in column {label!r}; give all of them one, or leave the column out")
+            labels = numbers(rows.columns[label], where)
+        yield where, rows, labels

@@ -1,83 +1,92 @@
-"""Tables of rows: Parquet files, and folders that save_to_disk wrote."""
+"""A table: rows in named columns, read in parts by whoever knows its form."""
 
 from __future__ import annotations
 
-import bisect
-import importlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnfold.errors import DataError
-from bnfold.text import counted
 
-from .library import ROWS, Library
+from ..spec import Array
+
+ROWS = 64  # that are read at once
+
+
+class Rows(NamedTuple):
+    """Some neighbours. names: what an error calls each. columns: an arrow array each, or a list, in which None is nothing."""
+
+    names: list[str]
+    columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in arrow tables, opened anew for every pass.
+    """Rows, read anew for every pass. columns: what each holds, in words: `image`, `list of float32`, `string`.
 
-    features: what `datasets` takes the columns for. total: the number of rows, where that is known; count: what finds it out otherwise.
-    row: what a row is called, by its place and the columns that it was read with. extras: columns to be read for that.
+    read: the rows in parts, of the columns that are asked for; what stands in one of images is bytes, or a dict of bytes and path.
+    total: the number of rows, where that is known; count: what finds it out otherwise.
     """
 
-    open: Callable[[list[str]], Iterator[Any]]
-    features: Mapping[str, Any]
+    columns: Mapping[str, str]
     what: str
-    row: Callable[[int, Mapping[str, Any]], str]
+    read: Callable[[list[str]], Iterator[Rows]]
     total: int | None = None
     count: Callable[[], int] | None = None
-    extras: tuple[str, ...] = ()
 
 
-def saved(library: Library, samples: int | None, seed: int) -> Table:
-    """A folder of save_to_disk; `samples` of it, when that is fewer, by a shuffle from `seed`."""
-    spec = library.spec
-    with library.reading():
-        states = [json.loads(path.read_text("utf-8")) for path in Path(spec).glob("state.json")]
-        if states and not states[0]["_data_files"]:  # which the library can't read
-            raise DataError(f"{spec}: there are no samples; give at least one")
-        dataset = library.datasets.load_from_disk(spec)
-        if hasattr(dataset, "keys"):
-            names = sorted(dataset.keys())
-            if len(names) != 1:
-                raise DataError(
-                    f"{spec}: it holds the splits {', '.join(names) or 'of none'}; name one, say {Path(spec) / (names or ['x'])[0]}"
-                )
-            dataset = dataset[names[0]]
-        total = len(dataset)
-        chosen = None
-        if samples is not None and 0 < samples < total:
-            chosen = np.random.default_rng(seed).permutation(total)[:samples]
-            dataset = dataset.select(chosen)
-
-    def name(place: int, row: Mapping[str, Any]) -> str:
-        return f"{spec}, row {place if chosen is None else chosen[place]}"
-
-    what = counted(total, "row") if chosen is None else f"{samples} of {counted(total, 'row')}"
-    return Table(lambda wanted: library.rows(dataset.select_columns(wanted)), dataset.features, what, name, len(dataset))
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """A reader's errors as DataErrors of one line."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: each reader has its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise DataError(f"{where}: can't be read ({type(error).__name__}: {lines[0][:300].rstrip('.')})") from None
 
 
-def parquet(library: Library, files: Sequence[Path]) -> Table:
-    """The rows of Parquet files, in the order of the files."""
-    reader = importlib.import_module("pyarrow.parquet")
-    ends: list[int] = []
-    for path in files:
-        with library.reading(str(path)):
-            ends.append((ends[-1] if ends else 0) + reader.read_metadata(path).num_rows)
-    with library.reading(str(files[0])):
-        features = library.datasets.Features.from_arrow_schema(reader.read_schema(files[0]))
+def missing(column: Any) -> bool:
+    """Whether some rows hold nothing."""
+    return any(value is None for value in column) if isinstance(column, list) else column.null_count > 0
 
-    def name(place: int, row: Mapping[str, Any]) -> str:
-        number = bisect.bisect_right(ends, place)
-        return f"{files[number]}, row {place - (ends[number - 1] if number else 0)}"
 
-    def open_(wanted: list[str]) -> Iterator[Any]:
-        return library.rows(library.streamed("parquet", files, columns=wanted, batch_size=ROWS))
+def numbers(column: Any, where: str) -> Array | list[Array]:
+    """A column as one array, without a copy where that can be; a list of arrays where their shapes differ."""
+    if missing(column):
+        raise DataError(f"{where}: some rows hold nothing; fill them or leave them out")
+    if isinstance(column, list):
+        try:
+            rows = [np.asarray(value) for value in column]
+        except ValueError:
+            raise _ragged(where) from None
+        if any(row.dtype.kind not in "biufc" for row in rows):
+            raise DataError(f"{where}: some rows hold no numbers, or larger ones than 64 bits can; mend them or leave them out")
+        return rows if len({row.shape for row in rows}) > 1 else np.stack(rows)
+    if hasattr(column, "to_numpy_ndarray"):  # a tensor of one shape
+        made: Array = column.to_numpy_ndarray()
+        return made
+    if hasattr(column, "storage"):
+        return numbers(column.storage, where)
+    if hasattr(column, "dictionary_decode"):
+        return numbers(column.dictionary_decode(), where)
+    if not hasattr(column.type, "value_type"):
+        flat: Array = column.to_numpy(zero_copy_only=False)
+        return flat
+    sizes = {len(column[0])} if hasattr(column.type, "list_size") and len(column) else set(column.value_lengths().to_pylist())
+    inner = numbers(column.flatten(), where) if len(sizes) == 1 else []
+    if not isinstance(inner, list):
+        return inner.reshape(len(column), *sizes, *inner.shape[1:])
+    found = [numbers(row.values, where) for row in column]
+    alike = [row for row in found if not isinstance(row, list)]
+    if len(alike) < len(found):
+        raise _ragged(where)
+    return alike
 
-    return Table(open_, features, f"{counted(ends[-1], 'row')} in {counted(len(files), 'file')}", name, ends[-1])
+
+def _ragged(where: str) -> DataError:
+    return DataError(f"{where}: the lists in a row are of different lengths; make them alike")

@@ -2,85 +2,80 @@
 
 from __future__ import annotations
 
-import importlib
+import bz2
+import gzip
+import io
 import itertools
 import json
+import lzma
 import os
+import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
+
+import numpy as np
 
 from bnfold.errors import DataError
 from bnfold.text import counted
 
-from .library import Library
-from .table import Table
+from .table import ROWS, Rows, Table, reading
 
-EXTRAS = ("__key__", "__url__")
+TRIED = 5  # samples that show what all hold
 KEYS = {f"json.{key}": key for key in ("label", "cls", "class", "class_id")}  # of the .json files, as columns that may hold labels
+PACKED: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress}
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(("txt", "text", "transcript"), bytes.decode),
+    **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), int),
+    **dict.fromkeys(("json", "jsn"), json.loads),
+    "npy": lambda content: np.lib.format.read_array(io.BytesIO(content), allow_pickle=False),
+    "pth": lambda content: _tensor(content),
+}
+# Bytes are images, but for these: sounds, films, meshes and what needs a decoder of its own.
+OTHERS = re.compile(
+    "aiff|au|avr|caf|flac|htk|svx|mat4|mat5|mpc2k|ogg|paf|pvf|raw|rf64|sd2|sds|ircam|voc|w64|wav|nist|wavex|wve|mp3|opus|"
+    "mkv|mp4|avi|mpeg|mov|glb|ply|stl|ten|tb|mp|msg|cbor|npz"
+)
 
 
-def tars(library: Library, files: Sequence[Path]) -> Table:
+def tars(spec: str, files: Sequence[Path]) -> Table:
     """The samples of shards, in the order of the files."""
-    sizes: dict[str, int] = {}
+    files = [Path(os.path.abspath(path)) for path in files]
+    sizes: dict[Path, int] = {}
 
-    def samples_in(path: str | Path) -> int:
-        path = os.path.abspath(path)
+    def count(path: Path) -> int:
         if path not in sizes:
-            sizes[path] = _samples_in(path)
+            sizes[path] = _count(path)
         return sizes[path]
 
-    held = list(itertools.dropwhile(lambda path: not samples_in(path), files))
-    if not held:
-        raise DataError(f"{library.spec}: there are no samples; give at least one")
-    dataset = library.streamed("webdataset", held)
-    features = dict(dataset.features or {})
-    document = features.get("json")
-    if isinstance(document, dict):
-        features |= {name: document[key] for name, key in KEYS.items() if key in document}
+    first = next((path for path in files if count(path)), None)
+    if first is None:
+        raise DataError(f"{spec}: there are no samples; give at least one")
+    with reading(first):
+        columns = _columns([sample for _, sample in itertools.islice(_samples(first), TRIED)])
 
-    def open_(wanted: list[str]) -> Iterator[Any]:
-        """Every shard is looked over before it is used: the library takes one that is cut or damaged for one that ends there."""
-        arrow = importlib.import_module("pyarrow")
-        classes = {name: _classes_in(held, KEYS[name]) for name in wanted if name in KEYS}
-        whole = dataset.select_columns([*(name for name in wanted if name not in classes), *EXTRAS])
-        for table in _blamed(library.rows(whole), held, samples_in):
-            start = 0
-            for url, rows in itertools.groupby(table["__url__"].to_pylist()):
-                samples_in(url)
-                part = table.slice(start, length := len(list(rows)))
-                for name, values in classes.items():
-                    part = part.append_column(name, arrow.array(itertools.islice(values, length), arrow.int64()))
-                yield part
-                start += length
+    def read(wanted: list[str]) -> Iterator[Rows]:
+        """Every shard is looked over before it is used: one that is cut or damaged would seem to end there."""
+        fields = {"json" if name in KEYS else name for name in wanted}
         for path in files:
-            samples_in(path)
+            count(path)
+            with reading(path):
+                samples = _samples(path, fields)
+                while part := list(itertools.islice(samples, ROWS)):
+                    names = [f"{path}: {key}" for key, _ in part]
+                    yield Rows(
+                        names,
+                        {
+                            column: [_value(sample, column, name) for name, (_, sample) in zip(names, part, strict=True)]
+                            for column in wanted
+                        },
+                    )
 
-    def name(place: int, row: Mapping[str, Any]) -> str:
-        return f"{row['__url__']}: {row['__key__']}"
-
-    return Table(
-        open_,
-        features,
-        counted(len(files), "tar file"),
-        name,
-        count=lambda: sum(map(samples_in, files)),
-        extras=EXTRAS,
-    )
-
-
-def _blamed(rows: Iterator[Any], files: Sequence[Path], check: Callable[[Path], int]) -> Iterator[Any]:
-    """The rows; an error is that of the file that is to blame, where one is cut or damaged."""
-    try:
-        yield from rows
-    except DataError:
-        for path in files:
-            check(path)
-        raise
+    return Table(columns, counted(len(files), "tar file"), read, count=lambda: sum(map(count, files)))
 
 
-def _samples_in(path: str) -> int:
+def _count(path: Path) -> int:
     """The number of samples in a tar file. DataError unless it is whole."""
     samples, last = 0, None
     try:
@@ -93,30 +88,10 @@ def _samples_in(path: str) -> int:
             block = file.read(tarfile.BLOCKSIZE)
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(f"{path}: can't be read as .tar ({error}); fetch or make it again") from None
-    if not block:
-        raise DataError(f"{path}: the archive is cut off after {counted(samples, 'sample')}; fetch or make it again")
-    if any(block):
-        raise DataError(f"{path}: the archive is damaged behind {counted(samples, 'sample')}; fetch or make it again")
+    if not block or any(block):
+        what = "damaged behind" if block else "cut off after"
+        raise DataError(f"{path}: the archive is {what} {counted(samples, 'sample')}; fetch or make it again")
     return samples
-
-
-def _classes_in(paths: Sequence[Path], key: str) -> Iterator[int]:
-    """What the samples' .json files hold under a key, read here since the library wants all these files to be alike in every other key too.
-
-    DataError for anything but an integer.
-    """
-    for path in paths:
-        with tarfile.open(path, "r:") as archive:
-            for sample, files in itertools.groupby(_files_in(archive), lambda file: file[0]):
-                found = None
-                for _, suffix, member in files:
-                    if suffix == "json":
-                        document = json.load(cast(IO[bytes], archive.extractfile(member)))
-                        found = document.get(key) if isinstance(document, dict) else None
-                if not isinstance(found, int) or isinstance(found, bool) or not -(2**63) <= found < 2**63:
-                    what = f"there is no {key!r} in its .json file" if found is None else f"{key!r} in its .json file is {found!r:.40}"
-                    raise DataError(f"{path}: {sample}: {what}; classes are integers: give every sample one, or leave that key out of all")
-                yield found
 
 
 def _files_in(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -127,3 +102,68 @@ def _files_in(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarI
         stem, dot, suffix = base.partition(".")
         if member.isreg() and dot and not base.startswith((".", "__")):
             yield f"{folder}{slash}{stem}", suffix, member
+
+
+def _samples(path: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of each sample, and what its files hold, by what stands behind the first dot: those that are wanted, or all of them."""
+    with tarfile.open(path, "r:") as archive:
+        for key, files in itertools.groupby(_files_in(archive), lambda file: file[0]):
+            sample: dict[str, Any] = {}
+            for _, field, member in files:
+                if field in sample:
+                    raise ValueError(f"Duplicate field {field!r} for sample {key!r} in TAR archive {str(path)!r}")
+                file = cast(IO[bytes], archive.extractfile(member))
+                sample[field] = _decoded(field, file.read()) if wanted is None or field in wanted else None
+            yield key, sample
+
+
+def _decoded(field: str, content: bytes) -> Any:
+    *_, inner, kind = ["", *field.lower().split(".")]
+    if kind in PACKED:
+        kind, content = inner, PACKED[kind](content)
+    return DECODERS[kind](content) if kind in DECODERS else content
+
+
+def _tensor(content: bytes) -> Any:
+    import torch
+
+    found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return found.numpy() if hasattr(found, "numpy") else found
+
+
+def _columns(samples: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What each column holds, as the first samples show."""
+    if any(sample.keys() != samples[0].keys() for sample in samples):
+        raise ValueError(
+            "The TAR archives of the dataset should be in WebDataset format, but the files in the archive don't share the same prefix or "
+            "the same types."
+        )
+    found: dict[str, list[str]] = {}
+    for sample in samples:
+        for field, value in sample.items():
+            found.setdefault(field, []).append("dict" if OTHERS.fullmatch(field.rpartition(".")[2].lower()) else _kind(value))
+        document = sample.get("json")
+        if isinstance(document, dict):
+            for column in KEYS.keys() & {f"json.{key}" for key in document}:
+                found.setdefault(column, []).append(_kind(document[KEYS[column]]))
+    return {column: next((kind for kind in kinds if "null" not in kind), kinds[0]) for column, kinds in found.items()}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return "list of " * value.ndim + str(value.dtype)
+    if isinstance(value, list):
+        return f"list of {_kind(value[0] if value else None)}"
+    return {bytes: "image", str: "string", bool: "bool", int: "int64", float: "float64", dict: "dict"}.get(type(value), "null")
+
+
+def _value(sample: dict[str, Any], column: str, where: str) -> Any:
+    """What a sample holds in a column. DataError for a class in its .json file that is no integer."""
+    if column not in KEYS:
+        return sample.get(column)
+    document, key = sample.get("json"), KEYS[column]
+    found = document.get(key) if isinstance(document, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or not -(2**63) <= found < 2**63:
+        what = f"there is no {key!r} in its .json file" if found is None else f"{key!r} in its .json file is {found!r:.40}"
+        raise DataError(f"{where}: {what}; classes are integers: give every sample one, or leave that key out of all")
+    return found
