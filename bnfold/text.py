@@ -1,13 +1,20 @@
-"""Small texts: numbers of things, lists of names, and what an error says in a line."""
+"""Small texts: numbers of things, lists of names, an error in a line, names that are free, and what others wrote made harmless."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Container, Iterable
+from itertools import chain, count
+
+# What XML 1.0 can't hold, not even escaped; half a pair of UTF-16 (a path that isn't UTF-8 has them) can't be encoded at all.
+UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# GitHub's runner takes a line that begins with `::`, whatever stands before of blanks, and `##[` anywhere, for a command.
+COMMAND = re.compile(r"^(\s*):(?=:)|(?<=#)#(?=\[)")
 
 
-def counted(n: int, what: str) -> str:
-    """`1 sample`, `2 samples`."""
-    return f"{n} {what}{'s' * (n != 1)}"
+def counted(n: int, what: str, form: str = "") -> str:
+    """`1 sample`, `2 samples`; with the form ",", `1,000 samples`."""
+    return f"{n:{form}} {what}{'s' * (n != 1)}"
 
 
 def listed(names: Iterable[object], word: str = "and") -> str:
@@ -16,7 +23,32 @@ def listed(names: Iterable[object], word: str = "and") -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}" if texts else ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop; the error's type where it says nothing."""
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of what an error says, at most so long and without its full stop; the error's type where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return lines[0].strip()[:most].rstrip(".")
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """All that an error says on one line, otherwise as `first_line`."""
+    return " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__
+
+
+def unused(stem: str, taken: Container[str], form: str = "{}_{}", first: int = 1) -> str:
+    """The stem, or else the first of the names numbered from it that isn't taken."""
+    return next(name for name in chain([stem], (form.format(stem, i) for i in count(first))) if name not in taken)
+
+
+def printable(text: str) -> str:
+    """The text with a replacement character for what no file of text should hold."""
+    return UNPRINTABLE.sub("\ufffd", text)
+
+
+def visible(text: str) -> str:
+    """The text as a terminal or the log of a CI job may show it: on one line, seen and doing nothing.
+
+    What can't be printed, line breaks and controls among it, becomes the escapes that Python has for them.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return COMMAND.sub(lambda found: f"{found[1]}\\x3a" if found[0].endswith(":") else "\\x23", text)

@@ -9,9 +9,7 @@ import sys
 import warnings
 
 from bnfold.capture import COLOUR, heard, own_stderr
-
-from .render.escape import visible
-from .render.github import annotate, wanted
+from bnfold.text import visible
 
 __all__ = ["main", "run"]
 
@@ -99,8 +97,11 @@ def _explain(error: Exception) -> int:
 def _say(text: str, status: int) -> int:
     try:
         print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
-        if text.startswith("error: ") and wanted():
-            annotate("error", "bnfold", text.removeprefix("error: "))
+        if text.startswith("error: "):
+            from .render.ci import annotate, on_github
+
+            if on_github():
+                annotate("error", "bnfold", text.removeprefix("error: "))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status

@@ -12,16 +12,45 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bnfold.errors import InputError
-from bnfold.report import Accuracy, PipelineReport, Report, VerifyReport, deployment_name
+from bnfold.report import PipelineReport, Report, deployment_name
 
-from .render.rows import Row, levels, verified
+from .render import Row
 
+T = TypeVar("T")
 TIMES, HARMLESS = 1.5, 1.0
 ERRORS = 2.0  # standard errors of the difference by which accuracy may fall
 RANK = {"equivalent": 0, "inconclusive": 1, "different": 2}
+
+
+class Figures:
+    """What is compared, of a report as JSON. Raises KeyError, TypeError, ValueError or AttributeError where it isn't one.
+
+    levels: the verdict, and that of the two levels. rows: verdict and ratio by what was deployed; outputs likewise, where they were
+    measured.
+    """
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        scores = found.get("accuracy_after")
+        self.accuracy = None if scores is None else (_number(scores["accuracy"]), _number(scores["stderr"]))
+        verdict = found["verify"] if found["schema"] == PipelineReport.schema else found
+        self.levels: dict[str, str] = {}
+        self.rows: dict[str, tuple[str, float]] = {}
+        self.outputs: dict[str, tuple[str, float]] = {}
+        if verdict is None:
+            return
+        if verdict["verdict"] not in RANK:
+            raise ValueError(verdict["verdict"])
+        self.levels["verdict"] = verdict["verdict"]
+        for name, level in (("coefficients", "coefficients"), ("function, in float64", "function")):
+            self.levels[name] = _text(verdict["levels"][level]["verdict"])
+        for row in verdict["levels"]["deployment"]:
+            name = deployment_name(_text(row["provider"]), _text(row["optimisation"]), _text(row.get("precision", "full")))
+            self.rows[name] = (_text(row["verdict"]), _ratio(row["ratio"]))
+        outputs = {_text(o["name"]): ("", _ratio(o["error_ratio"])) for o in verdict["outputs"]}
+        self.outputs = outputs if not self.rows or any(ratio for _, ratio in self.rows.values()) else {}
 
 
 class Baseline:
@@ -40,109 +69,67 @@ class Baseline:
             what = f"its schema is {actual}, not {schema}" if isinstance(actual, str) else "it has no schema"
             raise InputError(f"{path}: not a baseline for this command, for {what}; give a file that --report of the same command wrote")
         try:
-            self._read(found)
+            self.then = Figures(found)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(f"{path}: the baseline is damaged; give a file that --report wrote") from None
 
-    def _read(self, found: dict[str, Any]) -> None:
-        """What is compared later, taken apart now, so that a damaged file shows before any work is done."""
-        self.accuracy = _accuracy(found.get("accuracy_after"))
-        verdict: dict[str, Any] | None = found["verify"] if found["schema"] == PipelineReport.schema else found
-        self.verdict = None if verdict is None else _verdict(verdict["verdict"])
-        self.levels: dict[str, str] = {}
-        self.rows: dict[str, tuple[str, float]] = {}
-        self.outputs: dict[str, float] = {}
-        if verdict is None:
-            return
-        self.levels["coefficients"] = _text(verdict["levels"]["coefficients"]["verdict"])
-        self.levels["function, in float64"] = _text(verdict["levels"]["function"]["verdict"])
-        for row in verdict["levels"]["deployment"]:
-            name = deployment_name(_text(row["provider"]), _text(row["optimisation"]), _text(row.get("precision", "full")))
-            self.rows[name] = (_text(row["verdict"]), _ratio(row["ratio"]))
-        measured = not self.rows or any(ratio for _, ratio in self.rows.values())
-        self.outputs = {_text(o["name"]): _ratio(o["error_ratio"]) for o in verdict["outputs"]} if measured else {}
-
     def compare(self, report: Report) -> list[Row]:
         """A row for each thing compared: equivalent (no worse), worse, or skipped (new, or gone). InputError: nothing is the same."""
-        return [*self._verdicts(verified(report)), *(self._accuracy(report) if isinstance(report, PipelineReport) else ())]
-
-    def _verdicts(self, report: VerifyReport | None) -> Iterator[Row]:
-        if report is None or self.verdict is None:
-            if report is not None or self.verdict is not None:
-                yield _skipped("verdict", "gone" if report is None else "new")
-            return
-        yield _ranked("verdict", report.verdict, self.verdict)
-        for row in levels(report):
-            if row.suite != "deployment" and {row.verdict, self.levels[row.name]} <= RANK.keys():
-                yield _ranked(row.name, row.verdict, self.levels[row.name])
-        rows = {row.name: row for row in report.levels.deployment}
-        measured = not rows or any(row.ratio for row in rows.values())
-        outputs = {output.name: output.error_ratio for output in report.outputs} if measured else {}
-        for what, ours, theirs in (("output", outputs, self.outputs), ("provider", rows, self.rows)):
+        now, then = Figures(report.to_dict()), self.then
+        for what, ours, theirs in (("output", now.outputs, then.outputs), ("provider", now.rows, then.rows)):
             if ours and theirs and not ours.keys() & theirs.keys():
                 raise InputError(
-                    f"{self.path}: the baseline is for other rows: its {what}s are {_some(theirs)}, here they are {_some(ours)}; "
+                    f"{self.path}: the baseline is for other rows: its {what}s are {_names(theirs)}, here they are {_names(ours)}; "
                     "compare like with like, or make a new one with --report"
                 )
-        now = {name: (row.verdict, row.ratio) for name, row in rows.items()}
-        yield from _ratios(now, self.rows)
-        as_rows = [{f"output {name}": ("", ratio) for name, ratio in each.items()} for each in (outputs, self.outputs)]
-        yield from _ratios(*as_rows)
-
-    def _accuracy(self, report: PipelineReport) -> Iterator[Row]:
-        now, then = report.accuracy_after, self.accuracy
-        if now is None or then is None:
-            if now is not then:
-                yield _skipped("accuracy", "gone" if now is None else "new")
-            return
-        allowed = ERRORS * math.hypot(now.stderr, then.stderr)
-        text = f"{now.accuracy:.2%}, {then.accuracy:.2%} in the baseline"
-        worse = then.accuracy - now.accuracy > allowed
-        more = f": lower by {(then.accuracy - now.accuracy) * 100:.2g} points, more than two standard errors ({allowed * 100:.2g})"
-        yield Row("baseline", "accuracy", "worse" if worse else "equivalent", reason=text + more * worse)
+        found = list(_verdicts(now.levels, then.levels))
+        if now.levels and then.levels:
+            found += [*_ratios(now.rows, then.rows), *_ratios(now.outputs, then.outputs, "output ")]
+        return found + list(_accuracy(now.accuracy, then.accuracy))
 
 
-def _ranked(name: str, now: str, then: str) -> Row:
-    text = now if now == then else f"{now}, {then} in the baseline"
-    return Row("baseline", name, "worse" if RANK[now] > RANK[then] else "equivalent", reason=text)
+def _verdicts(now: Mapping[str, str], then: Mapping[str, str]) -> Iterator[Row]:
+    yield from _new_or_gone("verdict", now or None, then or None)
+    for name, one in now.items():
+        other = then.get(name)
+        if one in RANK and other in RANK:
+            text = one if one == other else f"{one}, {other} in the baseline"
+            yield Row("baseline", name, "worse" if RANK[one] > RANK[other] else "equivalent", reason=text)
 
 
-def _ratios(now: Mapping[str, tuple[str, float]], then: Mapping[str, tuple[str, float]]) -> Iterator[Row]:
-    for name, (verdict, ratio) in now.items():
-        if name not in then:
-            yield _skipped(name, "new")
-        elif unmeasured := [
-            where for where, v in (("here", verdict), ("in the baseline", then[name][0])) if v in ("skipped", "inconclusive")
-        ]:
-            yield Row("baseline", name, "skipped", reason=f"not measured {' nor '.join(unmeasured)}")
-        else:
-            before = then[name][1]
-            worse = ratio > HARMLESS and ratio > TIMES * before
-            by = f", {ratio / before:.3g} times that" if worse and before and math.isfinite(ratio) else ""
-            text = f"errs {ratio:.3g} times as much as the reference, {before:.3g} in the baseline{by}"
-            yield Row("baseline", name, "worse" if worse else "equivalent", reason=text)
-    for name in [name for name in then if name not in now]:
-        yield _skipped(name, "gone")
+def _ratios(now: Mapping[str, tuple[str, float]], then: Mapping[str, tuple[str, float]], what: str = "") -> Iterator[Row]:
+    for name in [*now, *(name for name in then if name not in now)]:
+        one, other = now.get(name), then.get(name)
+        yield from _new_or_gone(what + name, one, other)
+        if one is None or other is None:
+            continue
+        where = [where for where, (word, _) in (("here", one), ("in the baseline", other)) if word in ("skipped", "inconclusive")]
+        if where:
+            yield Row("baseline", what + name, "skipped", reason=f"not measured {' nor '.join(where)}")
+            continue
+        ratio, before = one[1], other[1]
+        worse = ratio > HARMLESS and ratio > TIMES * before
+        by = f", {ratio / before:.3g} times that" if worse and before and math.isfinite(ratio) else ""
+        text = f"errs {ratio:.3g} times as much as the reference, {before:.3g} in the baseline{by}"
+        yield Row("baseline", what + name, "worse" if worse else "equivalent", reason=text)
 
 
-def _skipped(name: str, why: str) -> Row:
-    return Row("baseline", name, "skipped", reason={"new": "new: not in the baseline", "gone": "gone: only in the baseline"}[why])
+def _accuracy(now: tuple[float, float] | None, then: tuple[float, float] | None) -> Iterator[Row]:
+    yield from _new_or_gone("accuracy", now, then)
+    if now is not None and then is not None:
+        allowed, fell = ERRORS * math.hypot(now[1], then[1]), then[0] - now[0]
+        more = f": lower by {fell * 100:.2g} points, more than two standard errors ({allowed * 100:.2g})" if fell > allowed else ""
+        text = f"{now[0]:.2%}, {then[0]:.2%} in the baseline{more}"
+        yield Row("baseline", "accuracy", "worse" if fell > allowed else "equivalent", reason=text)
 
 
-def _some(names: Mapping[str, object]) -> str:
+def _new_or_gone(name: str, now: T | None, then: T | None) -> Iterator[Row]:
+    if (now is None) != (then is None):
+        yield Row("baseline", name, "skipped", reason="gone: only in the baseline" if now is None else "new: not in the baseline")
+
+
+def _names(names: Mapping[str, object]) -> str:
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _accuracy(found: Any) -> Accuracy | None:
-    if found is None:
-        return None
-    return Accuracy(_number(found["accuracy"]), _number(found["stderr"]), int(_number(found["samples"])))
-
-
-def _verdict(found: Any) -> str:
-    if found not in RANK:
-        raise ValueError(found)
-    return _text(found)
 
 
 def _text(found: Any) -> str:

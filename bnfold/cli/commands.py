@@ -9,7 +9,7 @@ import typer
 
 from bnfold._version import __version__
 from bnfold.errors import UsageError
-from bnfold.files import ready_to_write
+from bnfold.files import ready_to_write, write_text
 
 from . import tasks as recalibration
 from .options import common as o
@@ -19,7 +19,6 @@ from .options.groups import grouped
 from .options.models import Loading, Running
 from .options.output import Checking, Reporting
 from .options.statistics import Calibrating, Choosing
-from .render import terminal as show
 
 STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
 # One for each command; they run as they stand in a clone of the repository.
@@ -72,7 +71,7 @@ def inspect(model: o.ModelFile, loading: Loading, shaping: Shaping, reporting: R
 
     with reporting.job() as job:
         loaded = loading.load(model, job)
-        job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone), show.fuse)
+        job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone))
     return 0
 
 
@@ -102,7 +101,7 @@ def recalibrate(
     """
     from bnfold import api
 
-    from .render.html import write_page
+    from .render.pages import html as page
 
     asked = recalibration.asked(data, out, restore, shard, stats)
     settings = calibrating.settings(of_part=isinstance(asked, recalibration.Part)) | choosing.settings()
@@ -124,7 +123,7 @@ def recalibrate(
         given = {"example": example, "provider": provider, "batch_size": calibrating.batch_size(feeding), "progress": job.progress}
         if isinstance(asked, recalibration.Part):
             report = api.measure_part(loaded, batches, asked.part, asked.stats, **settings, **given)
-            job.finish(report, show.recalibrate)
+            job.finish(report)
             job.say(f"written: {asked.stats}")
             return 0
         labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping, example)
@@ -132,8 +131,8 @@ def recalibrate(
         if job.main:
             recalibration.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
             if html is not None:
-                write_page(html, report, str(model))
-        job.finish(report, show.recalibrate)
+                write_text(html, page(report, str(model)))
+        job.finish(report)
         job.say(f"written: {asked.out}, and the old statistics to {recalibration.beside(asked.out)}")
     return 0
 
@@ -161,7 +160,7 @@ def merge_stats(
         example = shaping.call(loaded)
         fresh, report = api.merge_parts(loaded, parts, example=example, **choosing.settings())
         recalibration.save(loading, fresh, report, out, force=reporting.force, example=example)
-        job.finish(report, show.recalibrate)
+        job.finish(report)
         job.say(f"written: {out}, and the old statistics to {recalibration.beside(out)}")
     return 0
 
@@ -198,7 +197,7 @@ def fuse(
         failed = strict and kept > 0
         if out is not None and not dry_run and not failed:
             loading.save(fused, out, force=reporting.force, example=example)
-        job.finish(report, show.fuse)
+        job.finish(report)
         if failed:
             job.fail(f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}; nothing was written")
         elif out is not None and not dry_run:
@@ -261,12 +260,12 @@ def verify(
         )
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
-        job.finish(report, show.verify)
+        job.finish(report)
         if report.bundle:
             job.say(f"written: {report.bundle}")
-        check.tell(job)
+        job.compared(check)
         if worse:
-            job.fail(check.problem)
+            job.fail(worse)
     return check.status(STATUS[report.verdict])
 
 
@@ -320,12 +319,12 @@ def pipeline(
         written = ready is not None and not worse
         if written and job.main:
             loading.save(ready, out, force=reporting.force, example=example)
-        job.finish(report, show.pipeline)
-        check.tell(job)
+        job.finish(report)
+        job.compared(check)
         if written:
             job.say(f"written: {out}")
         else:
-            job.fail(f"{check.problem or report.notes[-1]}; nothing was written")
+            job.fail(f"{worse or report.notes[-1]}; nothing was written")
     return 0 if written else 1 if worse or report.verify is None else STATUS[report.verify.verdict]
 
 
@@ -361,5 +360,5 @@ def bench(
             optimise=not unoptimised,
             progress=job.progress,
         )
-        job.finish(report, show.bench)
+        job.finish(report)
     return 0

@@ -8,10 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
@@ -19,16 +18,15 @@ from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
 from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
-
-from .ci import Check
-from .render.escape import visible
+from bnfold.text import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from bnfold.data import Data
 
-R = TypeVar("R", bound=Report)
+    from .check import Check
+
 UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
 EVERY = 10.0  # seconds between two plain lines of progress
 
@@ -49,11 +47,10 @@ class Job:
         self.quiet = quiet or not self.main
         self._inputs: list[InputFile] = []
         self._start = time.perf_counter()
-        self._err = _Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
+        self._err = _console(_Console, sys.stderr)
         self._bar: Progress | None = None
-        self._stage = ""
         self._data: list[Data] = []
-        self._notes: list[str] = []
+        self._notes: set[str] = set()
         self._said: dict[str, float] = {}
         self._began: dict[str, tuple[int, float]] = {}
         self._check = check
@@ -68,18 +65,7 @@ class Job:
         if self._check is not None and isinstance(error, Exception):
             self._check.ended(error, self.remark)
 
-    def feed(self, data: Data) -> None:
-        """Say what data go in, and what there is to know about them."""
-        self.remark(f"data: {data.description}")
-        self._data.append(data)
-        self._say_notes()
-
-    def _say_notes(self) -> None:
-        """What data tell about themselves, some of it only when they were read."""
-        for note in (note for data in self._data for note in data.notes):
-            if note not in self._notes:
-                self._notes.append(note)
-                self.remark(note)
+    # --- what went in -----------------------------------------------------------------------------------------------------------
 
     @property
     def reports(self) -> bool:
@@ -90,49 +76,56 @@ class Job:
         """Files that were read, for the report."""
         self._inputs += [InputFile(str(path), sha256(path)) for path in paths]
 
+    def feed(self, data: Data) -> None:
+        """Say what data go in, and what there is to know about them."""
+        self.remark(f"data: {data.description}")
+        self._data.append(data)
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        """What data tell about themselves, some of it only when they were read."""
+        for note in (note for data in self._data for note in data.notes):
+            if note not in self._notes:
+                self._notes.add(note)
+                self.remark(note)
+
+    # --- while it runs ----------------------------------------------------------------------------------------------------------
+
     def progress(self, stage: str, done: int, total: int | None) -> None:
         """On a terminal a bar for the stage; elsewhere a line when a stage begins, and then every ten seconds."""
         if self.quiet:
             return
-        rate = self._rate(stage, done)
-        if not self._err.is_terminal:
-            now = time.monotonic()
-            if stage not in self._said:
-                self.remark(stage)
-            elif now - self._said[stage] >= EVERY:
-                self.remark(f"{stage}: {done:,}" + ("" if total is None else f" of {total:,}") + (f", {rate}" if rate else ""))
-            else:
-                return
+        now = time.monotonic()
+        first, begun = self._began.setdefault(stage, (done, now))
+        rate = f"{(done - first) / (now - begun):.3g}/s" if done > first and now > begun else ""
+        count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        if self._err.is_terminal:
+            self._show_bar(stage, done, total, count=count, rate=rate)
+        elif stage not in self._said or now - self._said[stage] >= EVERY:
+            self.remark(f"{stage}: {count}{f', {rate}' if rate else ''}" if stage in self._said else stage)
             self._said[stage] = now
-            return
+
+    def _show_bar(self, stage: str, done: int, total: int | None, **fields: Any) -> None:
+        """The bar of the stage, alone; the first makes the display."""
         if self._bar is None:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(20),
-                TextColumn("{task.fields[count]}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._err, transient=True)
+            count, rate, left = TextColumn("{task.fields[count]}"), TextColumn("{task.fields[rate]}"), TextColumn("left")
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), count, TimeElapsedColumn(), rate, left)
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._err, transient=True)
             self._bar.start()
-        count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-        if stage != self._stage:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._stage = stage
-            self._bar.add_task(stage, total=total, completed=done, count=count, rate=rate)
-        else:
-            self._bar.update(self._bar.task_ids[0], total=total, completed=done, count=count, rate=rate)
+        tasks = self._bar.tasks
+        if tasks and tasks[0].description == stage:
+            self._bar.update(tasks[0].id, total=total, completed=done, **fields)
+            return
+        for task in tasks:
+            self._bar.remove_task(task.id)
+        self._bar.add_task(stage, total=total, completed=done, **fields)
 
-    def _rate(self, stage: str, done: int) -> str:
-        """Steps per second of a stage so far; empty while nothing can be said."""
-        now = time.monotonic()
-        first, begun = self._began.setdefault(stage, (done, now))
-        return f"{(done - first) / (now - begun):.3g}/s" if done > first and now > begun else ""
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def remark(self, text: str) -> None:
         """A line on standard error."""
@@ -143,8 +136,13 @@ class Job:
         """An error on standard error, whose report is given out all the same."""
         self._err.print(f"bnfold: error: {visible(text)}", soft_wrap=True)
 
-    def finish(self, report: R, show: Callable[[Console, R], None]) -> None:
-        """Give out the report: as a table or as JSON, and to a file where one was asked for."""
+    # --- what comes out ---------------------------------------------------------------------------------------------------------
+
+    def finish(self, report: Report) -> None:
+        """Give out the report: as tables or as JSON, and to a file where one was asked for."""
+        from .render.documents import document
+        from .render.terminal import show
+
         self._stop()
         self._say_notes()
         if not self.main:
@@ -159,13 +157,13 @@ class Job:
             if self.as_json:
                 _write(sys.stdout, text.replace("##[", "#\\u0023["))  # which is the same JSON, and no command of a CI job's
                 return
-        out = _Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+        out = _console(_Console, sys.stdout)
         if out.is_terminal:
-            show(out, report)
+            show(out, document(report))
             return
-        page = Console(file=io.StringIO(), width=UNBOUNDED, markup=False, highlight=False, emoji=False)
+        page = _console(Console, io.StringIO(), width=UNBOUNDED)
         with page.capture() as capture:
-            show(page, report)
+            show(page, document(report))
         _write(sys.stdout, "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
     def say(self, text: str) -> None:
@@ -173,10 +171,12 @@ class Job:
         if not self.as_json and self.main:
             _write(sys.stdout, visible(text) + "\n")
 
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def compared(self, check: Check) -> None:
+        """Say what the comparison with a baseline found."""
+        for text in check.outcome():
+            (self.remark if self.as_json else self.say)(text)
+        for row in check.worse:
+            self.say(f"baseline: {row.name} is worse: {row.reason}")
 
 
 class _Console(Console):
@@ -185,6 +185,10 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         _silence(self.file)
+
+
+def _console(kind: type[Console], file: Any, **more: Any) -> Console:
+    return kind(file=file, markup=False, highlight=False, emoji=False, **more)
 
 
 def _write(stream: TextIO, text: str) -> None:

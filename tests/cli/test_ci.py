@@ -28,10 +28,9 @@ import bnfold
 from bnfold import api
 from bnfold.cli import run
 from bnfold.cli.baseline import Baseline
-from bnfold.cli.render.github import line
-from bnfold.cli.render.junit import junit
-from bnfold.cli.render.markdown import MOST, Table, append, escape, render
-from bnfold.cli.render.rows import Row
+from bnfold.cli.render import Line, Part, Row, Table
+from bnfold.cli.render.ci import annotation, junit
+from bnfold.cli.render.pages import MOST, append, escape, markdown
 from bnfold.report import (
     Accuracy,
     Coefficients,
@@ -218,7 +217,7 @@ def seen(text: str) -> str:
 
 @given(name=ANY, reason=st.text(st.sampled_from("\\|`*_[]<>~&$!-\n:# a"), max_size=20))
 def test_a_cell_shows_any_text_as_it_is(name: str, reason: str) -> None:
-    (table,) = tables(render([Table("T", ("a", "b", "c"), [(name, "x", reason), ("y", reason, name)])]))
+    (table,) = tables(markdown([Table("T", ("a", "b", "c"), [(name, "x", reason), ("y", reason, name)])]))
     assert table[1:] == [[seen(name).strip(), "x", seen(reason)], ["y", seen(reason), seen(name).strip()]]
 
 
@@ -274,7 +273,8 @@ def test_the_summary_stays_within_the_limit_and_says_what_is_left_out(there: int
     path = tmp_path / "summary.md"
     path.write_bytes(b"x" * there)
     rows = [(f"läyer|{i}", "8", f"reason {i}") for i in range(40_000)]
-    append(path, ["## title", Table("Levels", ("level", "verdict"), [("one", "same")]), Table("Stay", ("a", "b", "c"), rows), "the end"])
+    listed = [Table("Levels", ("level", "verdict"), [("one", "same")]), Table("Stay", ("a", "b", "c"), rows)]
+    append(path, [Line("title", title=True), *listed, Line("the end")])
     size = path.stat().st_size
     assert size <= max(MOST, there)
     text = path.read_bytes()[there:].decode()
@@ -291,10 +291,10 @@ def test_the_summary_stays_within_the_limit_and_says_what_is_left_out(there: int
 
 @given(most=st.integers(0, 700), sizes=st.lists(st.integers(0, 8), max_size=3))
 def test_a_page_is_never_longer_than_it_may_be(most: int, sizes: list[int]) -> None:
-    parts: list[str | Table] = ["## title", *(Table("T", ("a", "b"), [(ODD, str(i)) for i in range(n)]) for n in sizes)]
-    text = render(parts, most)
+    parts: list[Part] = [Line("title", title=True), *(Table("T", ("a", "b"), [(ODD, str(i)) for i in range(n)]) for n in sizes)]
+    text = markdown(parts, most)
     assert len(text.encode()) <= most
-    whole = render(parts)
+    whole = markdown(parts)
     assert (text == whole) == (len(whole.encode()) <= most)
 
 
@@ -316,7 +316,7 @@ def annotations(err: str) -> list[tuple[str, str, str]]:
 
 @given(title=ANY, text=ANY)
 def test_an_annotation_is_one_line_whatever_it_says(title: str, text: str) -> None:
-    command = line("error", title, text)
+    command = annotation("error", title, text)
     assert "\n" not in command
     assert "\r" not in command
     assert annotations(command)[0][1:] == (title, text) or "\x85" in command or {"\u2028", "\u2029"} & set(command)

@@ -136,7 +136,8 @@ def test_a_narrow_terminal_gets_every_name_whole(columns: int) -> None:
 
     from rich.console import Console
 
-    from bnfold.cli.render import terminal as show
+    from bnfold.cli.render.documents import document
+    from bnfold.cli.render.terminal import show
     from bnfold.report import Counts, FuseReport, Layer
 
     layers = tuple(
@@ -146,7 +147,8 @@ def test_a_narrow_terminal_gets_every_name_whole(columns: int) -> None:
         )
     )
     page = io.StringIO()
-    show.fuse(Console(file=page, width=columns, markup=False, highlight=False), FuseReport(batchnorms=Counts(2, 1), layers=layers))
+    report = FuseReport(batchnorms=Counts(2, 1), layers=layers)
+    show(Console(file=page, width=columns, markup=False, highlight=False), document(report))
     text = page.getvalue()
     assert "…" not in text
     for name in ("features.0.bn[x]", "features.1.bn[x]", "features.0.conv"):

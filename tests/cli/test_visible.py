@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from bnfold.cli import run
-from bnfold.cli.render.escape import visible
+from bnfold.text import visible
 
 
 @pytest.mark.parametrize(

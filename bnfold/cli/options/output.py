@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..ci import Check
+from ..check import Check
 from ..job import Job
 from .common import OUTPUT, option
 

@@ -1,1 +1,90 @@
-"""Reports for readers: a terminal, Markdown, HTML, JUnit, GitHub."""
+"""Reports for readers, and for other programs: what a report comes to, once for every rendering.
+
+A rendering (`terminal`, `pages`, `ci`) knows nothing of reports: it shows rows (one finding each), or lines and tables (`documents`), and
+escapes what stands in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bnfold.report import FuseReport, PipelineReport, Report, VerifyReport
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding. suite: the level that it is of; found: its figures; reason: what there is to say about the verdict."""
+
+    suite: str
+    name: str
+    verdict: str  # a level's or a BatchNorm's; or "worse", "failed" or "broken"
+    found: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of plain text, before which a verdict may stand, and before that what it is about. title: of what follows."""
+
+    text: str = ""
+    verdict: str = ""
+    about: str = ""
+    title: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """In a cell: a bar of so much of the longest; infinity is longer."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain text in cells. prose: whether the last column holds sentences. Without rows there is no table."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Bar]]
+    prose: bool = True
+
+
+Part = Line | Table
+
+
+def verified(report: Report) -> VerifyReport | None:
+    """The verdict in a report, where there is one."""
+    return report if isinstance(report, VerifyReport) else getattr(report, "verify", None)
+
+
+def folded(report: Report) -> FuseReport | None:
+    """What became of the BatchNorms, where a report says so."""
+    return report.fuse if isinstance(report, PipelineReport) else report if isinstance(report, FuseReport) else None
+
+
+def rows(report: Report) -> Iterator[Row]:
+    """The verdict, the levels that it comes from, and the BatchNorms."""
+    if (verdict := verified(report)) is not None:
+        yield Row("verdict", "verdict", verdict.verdict, reason=verdict.reason)
+        yield from levels(verdict)
+    if (fused := folded(report)) is not None:
+        for layer in fused.layers:
+            yield Row("BatchNorms", layer.name or "(no name)", layer.verdict, ", ".join(layer.into), layer.reason)
+
+
+def levels(report: VerifyReport) -> Iterator[Row]:
+    """The three levels: what each measured, and what it says."""
+    c, f = report.levels.coefficients, report.levels.function
+    found = f"worst of {c.checked} arrays off by {c.worst:.2g} units of roundoff" if c.checked else ""
+    yield Row("coefficients", "coefficients", c.verdict, found, c.reason)
+    found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
+    yield Row("function", "function, in float64", f.verdict, found, f.reason)
+    for row in report.levels.deployment:
+        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
+        yield Row("deployment", row.name, row.verdict, joined(erred, row.placed), row.reason)
+
+
+def joined(*texts: str) -> str:
+    """Those of the texts that say something."""
+    return "; ".join(filter(None, texts))

@@ -1,14 +1,19 @@
-"""A verdict as JUnit XML, as GitLab and Jenkins read it: a test suite for each level, a test case for each row."""
+"""Rows as CI reads them: JUnit XML for GitLab and Jenkins (a suite for each level, a case for each row), annotations for GitHub."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain, count
+from typing import Literal
 from xml.etree import ElementTree as ET
 
-from .rows import Row, printable
+from bnfold.text import printable, unused
 
+from . import Row, joined
+
+MOST = 10  # annotations of one step that GitHub shows
 # What is no success: the element in a test case, and where it is counted.
 ELEMENTS = {
     "different": "failure",
@@ -29,16 +34,15 @@ def junit(command: str, model: str, rows: Iterable[Row], seconds: float = 0.0) -
         suites.setdefault(row.suite, []).append(row)
     top = ET.Element("testsuites", name="bnfold")
     for suite, cases in suites.items():
-        place = f"bnfold.{command}.{_part(model)}.{suite}"
+        place = f"bnfold.{command}.{printable(model).replace('.', '_')}.{suite}"  # a dot would begin another part
         element = ET.SubElement(top, "testsuite", name=place)
         _count(element, cases)
         seen: set[str] = set()
         for row in cases:
-            name = printable(row.name)
-            name = next(n for n in chain([name], (f"{name} ({i})" for i in count(2))) if n not in seen)
+            name = unused(printable(row.name), seen, "{} ({})", 2)
             seen.add(name)
             case = ET.SubElement(element, "testcase", classname=place, name=name, time="0")
-            text = printable("; ".join(part for part in (row.reason, row.found) if part)) or row.verdict
+            text = printable(joined(row.reason, row.found)) or row.verdict
             if kind := ELEMENTS.get(row.verdict):
                 ET.SubElement(case, kind, {"message": text} | ({} if kind == "skipped" else {"type": row.verdict})).text = text
             elif row.found or row.reason:
@@ -58,6 +62,17 @@ def _count(element: ET.Element, cases: list[Row]) -> None:
     element.set("time", "0")
 
 
-def _part(name: str) -> str:
-    """A name as a part of a class's, in which a dot would begin another."""
-    return printable(name).replace(".", "_")
+def on_github() -> bool:
+    """Whether this runs in GitHub Actions."""
+    return os.environ.get("GITHUB_ACTIONS") == "true"
+
+
+def annotate(level: Literal["error", "warning"], title: str, text: str) -> None:
+    """One annotation: a workflow command on standard error, where the runner reads it as it does on standard output."""
+    print(annotation(level, title, text), file=sys.stderr, flush=True)
+
+
+def annotation(level: str, title: str, text: str) -> str:
+    """The workflow command, see https://docs.github.com/actions/reference/workflow-commands-for-github-actions."""
+    title, text = (s.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A") for s in (title, text))
+    return f"::{level} title={title.replace(':', '%3A').replace(',', '%2C')}::{text}"

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from bnfold.errors import CheckError, InputError
 from bnfold.files import ready_to_write, write_text
 from bnfold.report import Report
+from bnfold.text import printable
 
-from .render.github import MOST, annotate, wanted
-from .render.rows import Row, folded, printable, rows, verified
+from .render import Row, folded, rows, verified
 
 if TYPE_CHECKING:
     from .baseline import Baseline
-    from .job import Job
-    from .render.markdown import Table
+    from .render import Part
 
 Say = Callable[[str], None]
 
@@ -47,8 +46,7 @@ class Check:
         for path, suffix in ((junit, ".xml"), (markdown, ".md")):
             if path is not None:
                 ready_to_write(path, suffixes=[suffix], force=force, inputs=files)
-        summary = os.environ.get("GITHUB_STEP_SUMMARY")
-        self.summary = Path(summary) if summary else None
+        self.summary = os.environ.get("GITHUB_STEP_SUMMARY")
         self.baseline: Baseline | None = None
         if baseline is not None:
             from .baseline import Baseline
@@ -59,62 +57,55 @@ class Check:
 
     # --- an earlier report ------------------------------------------------------------------------------------------------------
 
-    def compare(self, report: Report) -> bool:
-        """Whether something is worse than in the baseline. Raises InputError where the two have nothing in common."""
+    def compare(self, report: Report) -> str:
+        """What is worse than in the baseline, in one line; empty where nothing is. InputError: the two have nothing in common."""
         self.compared = [] if self.baseline is None else self.baseline.compare(report)
-        return bool(self._worse)
-
-    @property
-    def _worse(self) -> list[Row]:
-        return [row for row in self.compared if row.verdict == "worse"]
-
-    @property
-    def problem(self) -> str:
-        """What got worse, in one line; empty where nothing did."""
-        found = "; ".join(f"{row.name}: {row.reason}" for row in self._worse)
+        found = "; ".join(f"{row.name}: {row.reason}" for row in self.worse)
         return f"worse than the baseline: {found}" if found else ""
 
-    def tell(self, job: Job) -> None:
-        """Say what the comparison found, and what couldn't be compared."""
+    @property
+    def worse(self) -> list[Row]:
+        return [row for row in self.compared if row.verdict == "worse"]
+
+    def outcome(self) -> list[str]:
+        """What couldn't be compared, and how much is no worse."""
         if self.baseline is None:
-            return
+            return []
         same = sum(row.verdict == "equivalent" for row in self.compared)
-        lines = [f"baseline: {row.name}: {row.reason}" for row in self.compared if row.verdict == "skipped"]
-        lines.append(f"baseline: {same} of {len(self.compared)} rows are no worse than in {self.baseline.path}")
-        for text in lines:
-            (job.remark if job.as_json else job.say)(text)
-        for row in self._worse:
-            job.say(f"baseline: {row.name} is worse: {row.reason}")
+        skipped = [f"baseline: {row.name}: {row.reason}" for row in self.compared if row.verdict == "skipped"]
+        return [*skipped, f"baseline: {same} of {len(self.compared)} rows are no worse than in {self.baseline.path}"]
 
     def status(self, status: int) -> int:
         """The exit status of `verify`, whose own is `status`."""
-        return status if self.baseline is None else 1 if self._worse else 0
+        return status if self.baseline is None else int(bool(self.worse))
 
     # --- files and annotations ---------------------------------------------------------------------------------------------------
 
     def finished(self, report: Report, say: Say) -> None:
         """Give out what a report says, whatever its verdict. say: told if the job summary, which nobody asked for, can't be written."""
-        from .render.markdown import page
+        from .render.ci import on_github
+        from .render.documents import summary
 
         self._given = True
-        found = [*map(self._judged, rows(report)), *self.compared]
         fused = folded(report)
-        kept = 0 if fused is None or not self.strict else sum(layer.verdict == "kept" for layer in fused.layers)
-        failed = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}" if kept else ""
-        self._write(found, page(self.command, self.files, report, self.compared, failed), report.seconds, say)
-        if wanted():
-            self._annotate(report, failed)
+        kept = [] if fused is None else [layer for layer in fused.layers if layer.verdict == "kept"]
+        failed = f"--strict: {len(kept)} BatchNorm{'s stay' if len(kept) > 1 else ' stays'}" if kept and self.strict else ""
+        page = summary(self.command, self.files, report, self.compared, failed)
+        self._write([*map(self._judged, rows(report)), *self.compared], page, report.seconds, say)
+        if on_github():
+            stay = [(False, f"{layer.name or '(no name)'} stays", layer.reason or "it stays") for layer in kept]
+            self._annotate([*([(True, "a BatchNorm stays", failed)] if failed else []), *self._verdict(report), *stay])
 
     def ended(self, error: Exception, say: Say) -> None:
         """The same for a run that an error ended before there was a report. What can't be written then is said too."""
-        from .render.markdown import error_page
+        from .render.documents import failure
 
         if self._given:
             return
         text = str(error) if hasattr(error, "exit_status") else f"{type(error).__name__}: {str(error)[:300]}".rstrip(": ")
         row = Row("run", "run", "failed" if isinstance(error, CheckError) else "broken", reason=" ".join(text.split()))
         try:
-            self._write([row], error_page(self.command, self.files, row.reason), 0.0, say)
+            self._write([row], failure(self.command, self.files, row.reason), 0.0, say)
         except InputError as second:
             say(str(second))
 
@@ -131,35 +122,34 @@ class Check:
     def _excused(self) -> bool:
         return self.command == "verify" and self.baseline is not None
 
-    def _write(self, found: list[Row], page: list[str | Table], seconds: float, say: Say) -> None:
-        from .render.markdown import append, render
+    def _write(self, found: list[Row], page: list[Part], seconds: float, say: Say) -> None:
+        from .render.pages import append, markdown
 
         if self.junit is not None:
-            from .render.junit import junit
+            from .render.ci import junit
 
             write_text(self.junit, junit(self.command, Path(self.files[-1]).stem, found, seconds))
         if self.markdown is not None:
-            write_text(self.markdown, render(page))
-        if self.summary is not None:
+            write_text(self.markdown, markdown(page))
+        if self.summary:
             try:
-                append(self.summary, page)
+                append(Path(self.summary), page)
             except InputError as error:
                 say(str(error))
 
-    def _annotate(self, report: Report, failed: str) -> None:
-        """At most MOST annotations, of which one is left for an error that may come yet."""
-        verdict, fused, model = verified(report), folded(report), self.files[-1]
-        found: list[tuple[bool, str, str]] = []
-        if failed:
-            found.append((True, f"{model}: a BatchNorm stays", failed))
+    def _verdict(self, report: Report) -> list[tuple[bool, str, str]]:
+        """Whether it is an error, title and text of what is to be said of the verdict, and of each row that got worse."""
+        found, verdict = [], verified(report)
         if verdict is not None and verdict.verdict in DOUBTFUL:
-            wrong = verdict.verdict == "different" and not self._excused
-            found.append((wrong, f"{model}: {verdict.verdict}", verdict.reason or verdict.verdict))
-        found += [(True, f"{model}: worse than the baseline", f"{row.name}: {row.reason}") for row in self._worse]
-        kept = [] if fused is None else [layer for layer in fused.layers if layer.verdict == "kept"]
-        found += [(False, f"{model}: {layer.name or '(no name)'} stays", layer.reason or "it stays") for layer in kept]
+            found.append((verdict.verdict == "different" and not self._excused, verdict.verdict, verdict.reason or verdict.verdict))
+        return [*found, *((True, "worse than the baseline", f"{row.name}: {row.reason}") for row in self.worse)]
+
+    def _annotate(self, found: Sequence[tuple[bool, str, str]]) -> None:
+        """At most MOST annotations, of which one is left for an error that may come yet."""
+        from .render.ci import MOST, annotate
+
         shown = found if len(found) < MOST else found[: MOST - 2]
         for wrong, title, text in shown:
-            annotate("error" if wrong else "warning", title, text)
+            annotate("error" if wrong else "warning", f"{self.files[-1]}: {title}", text)
         if len(found) > len(shown):
-            annotate("warning", f"{model}: more", f"{len(found) - len(shown):,} more findings; the report names them all")
+            annotate("warning", f"{self.files[-1]}: more", f"{len(found) - len(shown):,} more findings; the report names them all")
