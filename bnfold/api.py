@@ -317,9 +317,9 @@ def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None
     """What of a model may run on the CPU, whatever the provider, while this lasts."""
     if not (names := tuple(names)):
         return contextlib.nullcontext()
-    from .backends.onnx.runtime import providers
+    from .backends.onnx.runtime.placement import cpu_fallback as allowed
 
-    return providers.cpu_fallback(names)
+    return allowed(names)
 
 
 def _native(model: Any) -> Any:

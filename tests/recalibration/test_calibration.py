@@ -495,7 +495,7 @@ def test_no_effect_where_nothing_changes() -> None:
 
 def _labelled(model: Any) -> Any:
     from bnfold.backends.onnx.files.load import from_proto
-    from bnfold.backends.onnx.runtime.session import inputs
+    from bnfold.backends.onnx.graph.inputs import inputs
     from bnfold.data import as_batches
 
     return as_batches((DATA, np.arange(37) % 4), inputs(from_proto(model)))

@@ -10,9 +10,10 @@ from bnfold.folding.census import Held, kept
 from bnfold.folding.plan import plan
 from bnfold.report import FuseReport, Layer
 
+from .graph.inline import inlined
 from .graph.walk import batchnorms, name_of
 from .lowering.table import lowering as lowering_of
-from .write import inlined, write
+from .write import write
 
 
 def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]:

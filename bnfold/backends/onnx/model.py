@@ -15,13 +15,13 @@ from bnfold.folding.plan import normal_form
 from bnfold.model import Plan, Port, roundoff
 
 from .graph.constants import FLOATS
+from .graph.inline import inlined
 from .graph.inputs import inputs
 from .graph.walk import all_graphs, all_nodes, axes, held_tensor, name_of
 from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
 from .runtime.providers import precisions, resolve
 from .runtime.session import Session
-from .write import inlined
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec

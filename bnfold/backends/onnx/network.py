@@ -14,11 +14,12 @@ from bnfold.algebra.graph import Graph, Value
 from bnfold.errors import UnsupportedError
 from bnfold.verification.normal_form import Part, Stream
 
+from .graph.inline import inlined
+from .graph.proto import self_contained
 from .graph.walk import all_graphs
 from .lowering.table import lower
 from .oracle.evaluator import Oracle
-from .runtime.session import Session, self_contained
-from .write import inlined
+from .runtime.session import Session
 
 if TYPE_CHECKING:
     from bnfold.data import Batch

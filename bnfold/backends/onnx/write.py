@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,25 +15,11 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
 from bnfold.folding.branches import Merge
 
-from .graph.constants import Constants
-from .graph.shapes import Shapes
-from .graph.walk import all_graphs, all_nodes, nbytes, stored_tensor
+from .graph.edit import idle, inner_first, is_read
+from .graph.walk import all_graphs, nbytes, stored_tensor
 from .lowering.lowering import OnnxNative
 
 SHAPE_ONLY = ("Shape", "Size")
-
-
-def inlined(model: ir.Model) -> ir.Model:
-    """A copy of the model; local functions are put in the places of their calls, where there are any."""
-    copy = model.clone()
-    if copy.functions:
-        from onnx_ir.passes.common import InlinePass
-
-        for function in copy.functions.values():
-            for value in (v for node in all_nodes(function.graph) for v in node.outputs):
-                value.const_value = None  # the pass renames values, and a name would reach the tensor that the caller's model holds too
-        copy = InlinePass()(copy).model
-    return copy
 
 
 def write(
@@ -60,19 +46,6 @@ def write(
     return writer.notes, writer.bytes_added
 
 
-def drop_void_biases(model: ir.Model) -> None:
-    """Take out biases of zeros that aren't vectors, which runtimes refuse: torch's exporter makes them for a Conv3d without bias."""
-    constants = Constants(model, Shapes(model))
-    for node in list(model.graph):
-        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
-        array = None if bias is None else constants.get(bias)
-        if array is not None and array.ndim != 1 and not array.any():
-            node.resize_inputs(2)
-    for node in reversed(model.graph):
-        if not _is_read(node):
-            model.graph.remove(node, safe=True)
-
-
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
     """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
     return rounding.rounded(array, numpy_type(dtype))
@@ -89,7 +62,7 @@ class _Writer:
         graphs = list(all_graphs(model.graph))
         self.names = {v.name for g in graphs for v in chain(g.inputs, g.initializers.values(), *(n.outputs for n in g)) if v.name}
         self.node_names = {node.name for g in graphs for node in g if node.name}
-        self.idle_nodes = _idle(model.graph)
+        self.idle_nodes = idle(model.graph)
         self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
         self.notes: dict[Node, str] = {}
@@ -281,9 +254,9 @@ class _Writer:
 
     def sweep(self) -> None:
         """Drop what nobody reads any more, weights and the nodes that computed them; what nobody read before stays."""
-        for graph in _inner_first(self.model.graph):
+        for graph in inner_first(self.model.graph):
             for node in reversed(graph):
-                if node not in self.idle_nodes and not _is_read(node):
+                if node not in self.idle_nodes and not is_read(node):
                     graph.remove(node, safe=True)
         required = (self.model.ir_version or 8) < 4  # initializers are inputs because they must be, not for callers
         for graph in all_graphs(self.model.graph):
@@ -317,24 +290,6 @@ class _Writer:
 
 def _nbytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else nbytes(value.const_value)
-
-
-def _idle(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that no output of the model needs."""
-    found: set[ir.Node] = set()
-    for inner in _inner_first(graph):
-        for node in reversed(inner):
-            if not any(v.is_graph_output() or any(user not in found for user, _ in v.uses()) for v in node.outputs):
-                found.add(node)
-    return found
-
-
-def _is_read(node: ir.Node) -> bool:
-    return any(v.uses() or v.is_graph_output() for v in node.outputs)
-
-
-def _inner_first(graph: ir.Graph) -> Iterator[ir.Graph]:
-    yield from reversed(list(all_graphs(graph)))
 
 
 def _replace_outputs(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

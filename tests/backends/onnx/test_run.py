@@ -12,10 +12,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from bnfold.backends.onnx.graph.inputs import inputs
 from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.backends.onnx.runtime import session as run
-from bnfold.backends.onnx.runtime.session import Session, inputs, random_feeds
+from bnfold.backends.onnx.runtime.session import Session
 from bnfold.data import InputSpec
+from bnfold.data.random import random_feeds
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 
 info = helper.make_tensor_value_info

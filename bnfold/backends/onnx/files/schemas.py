@@ -18,9 +18,9 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from bnfold.errors import ModelError, UnsupportedError
 
+from .parameters import Dims, troubles
 from .validate import domain_of, inner_graphs, label, nodes
 
-Dims = tuple[int, ...]
 FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data")
 SMALL = 128  # numbers: larger weights are no sizes or axes
 # What ONNX Runtime says of a model whose operators or versions it doesn't have, which tells nothing of the model.
@@ -31,8 +31,6 @@ CHOICES = {  # of attributes that are one of a few words
     "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
     "direction": {"forward", "reverse", "bidirectional"},
 }
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-POOLS = ("MaxPool", "AveragePool", "LpPool")
 
 
 def check_operators(proto: ModelProto) -> None:
@@ -113,7 +111,7 @@ class _Scope:
         elif not any(a.ref_attr_name for a in attributes.values()):  # of which only the call knows the values
             values = {name: _value(a) for name, a in attributes.items()}
             dims = [shapes.get(name) if name else None for name in node.input]
-            if trouble := next(_troubles(node.op_type, values, dims, version), None):
+            if trouble := next(troubles(node.op_type, values, dims, version), None):
                 raise _wrong(node, trouble)
 
 
@@ -175,94 +173,6 @@ def _check_constant(node: NodeProto, shapes: dict[str, Dims]) -> None:
         raise _wrong(node, f"it states {len(values)} values, where it must be one")
     if values[0].name == "value" and node.output and not values[0].ref_attr_name:
         shapes[node.output[0]] = tuple(values[0].t.dims)
-
-
-def _troubles(op_type: str, values: dict[str, Any], dims: list[Dims | None], version: int) -> Iterator[str]:
-    """What is wrong with the parameters of an operator. dims: of the inputs that are constant, None for the others."""
-
-    def shape(i: int) -> Dims | None:
-        return dims[i] if i < len(dims) else None
-
-    if op_type == "BatchNormalization":
-        yield from _alike([shape(i) for i in range(1, 5)], ("scale", "bias", "mean", "variance"), spatial=bool(values.get("spatial", 1)))
-    elif op_type == "InstanceNormalization" or (op_type == "GroupNormalization" and version >= 21):
-        yield from _alike([shape(1), shape(2)], ("scale", "bias"), spatial=True)
-    elif op_type in ("Conv", "ConvTranspose"):
-        yield from _convolution(op_type, values, shape(1))
-    elif op_type in POOLS:
-        yield from _window(values, tuple(values.get("kernel_shape", ())))
-    elif op_type == "Gemm":
-        yield from (
-            f"its matrix {name} has the shape {found}" for name, i in (("A", 0), ("B", 1)) if (found := shape(i)) and len(found) != 2
-        )
-        if (found := shape(2)) is not None and len(found) > 2:
-            yield f"its C has the shape {found}, which is larger than a matrix"
-        if found and (matrix := shape(1)) is not None and len(matrix) == 2:
-            columns = matrix[0 if values.get("transB") else 1]
-            if found[-1] not in (1, columns):
-                yield f"its C has the shape {found}, and its product {columns} columns"
-    elif op_type in GATES:
-        yield from _recurrent(values, GATES[op_type], shape(1), shape(2), shape(3))
-    elif op_type == "Transpose" and "perm" in values:
-        if sorted(values["perm"]) != list(range(len(values["perm"]))):
-            yield f"its perm {list(values['perm'])} is no order of axes"
-    elif op_type == "Einsum":
-        left = values.get("equation", "").partition("->")[0]
-        if len(left.split(",")) != len(dims):
-            yield f"its equation '{values.get('equation', '')}' is not one of {len(dims)} operands"
-
-
-def _alike(found: list[Dims | None], names: tuple[str, ...], *, spatial: bool) -> Iterator[str]:
-    known = {name: dims for name, dims in zip(names, found, strict=True) if dims is not None}
-    odd = next((f"{name} has the shape {dims}" for name, dims in known.items() if spatial and len(dims) != 1), "")
-    if odd:
-        yield f"its {odd}, where it must be a vector"
-    if len(set(known.values())) > 1:
-        yield "its parameters differ in shape: " + ", ".join(f"{name} {dims}" for name, dims in known.items())
-
-
-def _convolution(op_type: str, values: dict[str, Any], weight: Dims | None) -> Iterator[str]:
-    groups, kernel = values.get("group", 1), tuple(values.get("kernel_shape", ()))
-    if groups < 1:
-        yield f"it has {groups} groups"
-    if weight is None:
-        yield from _window(values, kernel)
-        return
-    if len(weight) < 3:
-        yield f"its weight has the shape {weight}, which has no kernel"
-    elif groups > 0 and weight[0] % groups:
-        what = "output" if op_type == "Conv" else "input"
-        yield f"its {weight[0]} {what} channels aren't divided by its {groups} groups"
-    if kernel and kernel != weight[2:]:
-        yield f"its kernel_shape {kernel} isn't that of its weight, {weight[2:]}"
-    yield from _window(values, weight[2:])
-
-
-def _window(values: dict[str, Any], kernel: Dims) -> Iterator[str]:
-    if not kernel:
-        return
-    if min(kernel) < 1:
-        yield f"its kernel {kernel} is empty"
-    for name, count, least in (("strides", 1, 1), ("dilations", 1, 1), ("pads", 2, None), ("output_padding", 1, 0), ("output_shape", 1, 1)):
-        found = values.get(name, ())
-        if found and len(found) != count * len(kernel):
-            yield f"its {name} are {len(found)} numbers, and its kernel has {len(kernel)} axes"
-        if least is not None and found and min(found) < least:
-            yield f"its {name} {tuple(found)} hold a number below {least}"
-
-
-def _recurrent(values: dict[str, Any], gates: int, weight: Dims | None, again: Dims | None, bias: Dims | None) -> Iterator[str]:
-    directions = 2 if values.get("direction") == "bidirectional" else 1
-    for name, found, rank in (("input weight", weight, 3), ("recurrent weight", again, 3), ("bias", bias, 2)):
-        if found is not None and (len(found) != rank or found[0] != directions):
-            yield f"its {name} has the shape {found}, where it must have {rank} axes, the first for {directions} directions"
-            return
-    if weight is not None and again is not None and (weight[1] != again[1] or again[1] != gates * again[2]):
-        yield f"its weights {weight} and {again} don't fit each other"
-    if weight is not None and bias is not None and bias[1] != 2 * weight[1]:
-        yield f"its bias {bias} doesn't fit its weight {weight}"
-    if again is not None and values.get("hidden_size", again[2]) != again[2]:
-        yield f"its hidden_size is {values['hidden_size']}, and its weights have {again[2]}"
 
 
 def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:

@@ -23,9 +23,9 @@ from bnfold.text import listed
 
 from ..files.schemas import forget_unknown
 from ..graph.inputs import inputs
+from ..graph.proto import self_contained
 from ..graph.weights import weights
-from ..runtime.session import self_contained
-from . import activation, arithmetic, convolution, fused, movement, normalisation, recurrent, resize  # noqa: F401 - they enter their operators into the table
+from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
 from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
 

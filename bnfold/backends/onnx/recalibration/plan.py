@@ -18,12 +18,13 @@ from bnfold.recalibration.protocol import Layer, Reading
 from bnfold.recalibration.selection import Select, every
 
 from ..graph.constants import Constants
+from ..graph.inline import inlined
 from ..graph.inputs import inputs
 from ..graph.sequences import Sequences
 from ..graph.shapes import Shapes
 from ..graph.walk import all_graphs, all_nodes, arg, attribute, batchnorms, in_training, is_batchnorm, is_standard, name_of, number
 from ..runtime.session import Session
-from ..write import inlined, numpy_type
+from ..write import numpy_type
 from .operations import OnnxCall, cut
 from .pointwise import passes, read
 from .stage import OnnxStage

@@ -24,7 +24,8 @@ from bnfold.recalibration.protocol import NOTHING, Reading, Values
 
 from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes
-from ..runtime.providers import assigned, honoured, name_nodes, one_line, resolve, runtime, start
+from ..runtime.placement import assigned, honoured, name_nodes
+from ..runtime.providers import one_line, resolve, runtime, start
 from .operations import OnnxCut, sources
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for

@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from bnfold.errors import UnsupportedError
 
+from ..graph.inline import inlined
+from ..graph.proto import self_contained, stored_bytes
 from ..network import extract
-from ..write import inlined
-from .session import resolve, self_contained, stored_bytes
+from .providers import resolve
 
 if TYPE_CHECKING:
     from bnfold.data import Batch

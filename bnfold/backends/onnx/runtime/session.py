@@ -14,20 +14,19 @@ from onnx import TensorProto
 
 from bnfold.capture import overhearing
 from bnfold.data.inputs import check_feeds
-from bnfold.data.random import random_feeds
 from bnfold.data.spec import shape_text
 from bnfold.errors import DataError, DeviceError, UsageError
 from bnfold.model import Placement
 
-from ..files.save import to_proto
+from ..files.validate import tensors
 from ..graph.inputs import inputs
-from ..graph.walk import nbytes, open_axes
-from .providers import CPU, assigned, honoured, name_nodes, one_line, profiled, resolve, runtime, short, start
+from ..graph.proto import self_contained, skeleton, stored_bytes
+from .placement import assigned, honoured, name_nodes, profiled
+from .providers import CPU, one_line, resolve, runtime, short, start
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec
 
-__all__ = ["Session", "check_feeds", "inputs", "random_feeds", "resolve", "self_contained", "stored_bytes"]
 
 # Protocol buffers can't hold more; the margin is for the graph around the weights.
 PROTO_LIMIT = 2**31 - 2**24
@@ -85,7 +84,7 @@ class Session:
             options.profile_file_prefix = str(Path(self._profile.name, "run"))
         self._session = start(source, options, provider, precision=precision)
         self.placement: Placement | None = assigned(self._session, provider)
-        honoured(self.placement, provider, lambda: _skeleton(model))
+        honoured(self.placement, provider, lambda: skeleton(model))
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     @property
@@ -109,7 +108,7 @@ class Session:
         if self._profiling:
             self._profiling = False
             self.placement = profiled(self._session.end_profiling(), self._asked)
-            honoured(self.placement, self._asked, lambda: _skeleton(self._model))
+            honoured(self.placement, self._asked, lambda: skeleton(self._model))
         named = zip(self._outputs, results, strict=True)
         return {k: v.astype(self._widened[k]) if k in self._widened else v for k, v in named}
 
@@ -141,66 +140,6 @@ class Session:
         return str(path)
 
 
-def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
-    """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
-    proto = to_proto(model)
-    del proto.graph.initializer[:]
-    open_axes(proto.graph)
-    if initializers:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            assert tensor is not None
-            entry = ir.to_proto(tensor)
-            if entry.data_location == TensorProto.EXTERNAL:
-                entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
-            entry.name = name
-            proto.graph.initializer.append(entry)
-    else:
-        lean = onnx.ModelProto()
-        lean.CopyFrom(proto)  # what is deleted from a proto stays in its memory
-        proto = lean
-    base = next((str(t.base_dir) for t in _tensors(model) if isinstance(t, ir.ExternalTensor)), "")
-    for tensor in _tensor_protos(proto.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, base)
-            tensor.data_location = TensorProto.DEFAULT
-            del tensor.external_data[:]
-    return proto
-
-
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model with the types of its initializers in place of these."""
-    proto = self_contained(model, initializers=False)
-    there = {info.name for info in proto.graph.input}
-    for name, value in model.graph.initializers.items():
-        if name not in there and (tensor := value.const_value) is not None:
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.dtype.value, tensor.shape.numpy()))
-    return proto
-
-
-def stored_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, those of subgraphs too."""
-    return sum(nbytes(t) for t in _tensors(model))
-
-
-def _tensors(model: ir.Model) -> Iterable[ir.TensorProtocol]:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value.const_value
-
-
-def _tensor_protos(graph: onnx.GraphProto) -> Iterable[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _tensor_protos(body)
-
-
 def _expose(proto: onnx.ModelProto, model: ir.Model, names: tuple[str, ...]) -> None:
     """Make inner values outputs. ONNX Runtime infers their types; those that must pass as another type are inferred here."""
     inner = {value.name: value for node in model.graph for value in node.outputs}
@@ -223,9 +162,7 @@ def _expose(proto: onnx.ModelProto, model: ir.Model, names: tuple[str, ...]) -> 
 
 
 def _uses(proto: onnx.ModelProto, types: set[int]) -> bool:
-    return any(i.type.tensor_type.elem_type in types for i in proto.graph.input) or any(
-        t.data_type in types for t in _tensor_protos(proto.graph)
-    )
+    return any(i.type.tensor_type.elem_type in types for i in proto.graph.input) or any(t.data_type in types for t in tensors(proto))
 
 
 def _widen_interface(proto: onnx.ModelProto) -> dict[str, np.dtype[Any]]:

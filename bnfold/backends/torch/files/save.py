@@ -117,7 +117,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
 
     from bnfold.backends.onnx.files.load import from_proto, load
     from bnfold.backends.onnx.files.save import save as save_onnx
-    from bnfold.backends.onnx.write import drop_void_biases
+    from bnfold.backends.onnx.graph.edit import drop_void_biases
     from bnfold.verification.verify import check_fold
 
     traced = trace(model, example, patient=True)

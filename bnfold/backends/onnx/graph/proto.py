@@ -1,0 +1,62 @@
+"""A model as a proto, for those who read that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from ..files.save import to_proto
+from ..files.validate import tensors
+from .walk import nbytes, open_axes
+
+
+def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
+    """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
+    proto = to_proto(model)
+    del proto.graph.initializer[:]
+    open_axes(proto.graph)
+    if initializers:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            assert tensor is not None
+            entry = ir.to_proto(tensor)
+            if entry.data_location == TensorProto.EXTERNAL:
+                entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
+            entry.name = name
+            proto.graph.initializer.append(entry)
+    else:
+        lean = onnx.ModelProto()
+        lean.CopyFrom(proto)  # what is deleted from a proto stays in its memory
+        proto = lean
+    base = next((str(t.base_dir) for t in stored_tensors(model) if isinstance(t, ir.ExternalTensor)), "")
+    for tensor in tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, base)
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return proto
+
+
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model with the types of its initializers in place of these."""
+    proto = self_contained(model, initializers=False)
+    there = {info.name for info in proto.graph.input}
+    for name, value in model.graph.initializers.items():
+        if name not in there and (tensor := value.const_value) is not None:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.dtype.value, tensor.shape.numpy()))
+    return proto
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, those of subgraphs too."""
+    return sum(nbytes(t) for t in stored_tensors(model))
+
+
+def stored_tensors(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
