@@ -198,13 +198,12 @@ class _Writer:
         new.type, new.shape = old.type, None if old.shape is None else old.shape.copy()
         if self.model.opset_imports.get("", 7) < 7:
             add.attributes["broadcast"] = ir.AttrInt64("broadcast", 1)
-        for user, index in old.uses():
-            user.replace_input_with(index, new)
+        output = old.is_graph_output()
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         add.replace_input_with(0, old)
         graph.insert_after(node, add)
-        if old.is_graph_output():
+        if output:
             name = old.name
-            _replace_outputs(graph, old, new)
             old.name = self._free(f"{name}.product", self.names)
             new.name = name
         else:
@@ -221,15 +220,9 @@ class _Writer:
             if producer is None or producer.graph is not graph or source.is_graph_output():
                 self._make_identity(node, source)
                 return
-            name = output.name
-            for user, index in output.uses():
-                user.replace_input_with(index, source)
-            _replace_outputs(graph, output, source)
-            output.name = self._free(f"{name}.removed", self.names)
+            name, output.name = output.name, self._free(f"{output.name}.removed", self.names)
             source.name, source.type, source.shape = name, output.type or source.type, output.shape or source.shape
-        else:
-            for user, index in output.uses():
-                user.replace_input_with(index, source)
+        ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
     @staticmethod
@@ -249,8 +242,7 @@ class _Writer:
         if node.graph is None or not output.uses() or output.is_graph_output():
             return
         value = self._initializer(output.name or node.op_type, array)
-        for user, index in output.uses():
-            user.replace_input_with(index, value)
+        ir.convenience.replace_all_uses_with(output, value)
 
     def sweep(self) -> None:
         """Drop what nobody reads any more, weights and the nodes that computed them; what nobody read before stays."""
@@ -277,8 +269,7 @@ class _Writer:
             if graph is not None and old.producer() is None and not interface and old.shape == new.shape:
                 uses = old.uses()
                 if all(user.op_type in SHAPE_ONLY or (user.op_type == "CastLike" and i == 1) for user, i in uses):
-                    for user, i in uses:
-                        user.replace_input_with(i, new)
+                    ir.convenience.replace_all_uses_with(old, new)
                     del graph.initializers[old.name]  # type: ignore[arg-type]
             gone = not old.is_initializer() if old.producer() is None else old.producer().graph is None  # type: ignore[union-attr]
             self.bytes_added += _nbytes(new)
@@ -290,9 +281,3 @@ class _Writer:
 
 def _nbytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else nbytes(value.const_value)
-
-
-def _replace_outputs(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    for i, v in enumerate(graph.outputs):
-        if v is old:
-            graph.outputs[i] = new
