@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bnfold.recalibration import lockstep as recalibrate
+from bnfold import recalibrate
 
 
 def resnet18(folder: Path) -> ir.Model:

@@ -15,11 +15,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from bnfold import recalibrate
 from bnfold.cli import run
 from bnfold.data import InputSpec, as_batches, open_data
 from bnfold.data.corrupt import Bad, CorruptError
 from bnfold.errors import DataError, UsageError
-from bnfold.recalibration import lockstep as recalibrate
 from bnfold.recalibration.scoring import score
 
 PICTURES = [InputSpec("x", np.dtype(np.float32), ("n", 3, 8, 8))]
