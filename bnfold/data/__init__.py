@@ -1,14 +1,13 @@
 """What the user's data can be, as batches: files, folders, functions, arrays and loaders.
 
-Every form (`forms`) becomes a `Source` of chunks (`source`); `Data` fits the chunks to the model's inputs (`inputs`) and cuts them into
-batches (`batches`).
+Every form becomes a `Source` of chunks (`source`, and by name `files`, `functions`, `random`, `images` and `tables`); `Data` fits the
+chunks to the model's inputs (`spec`, `inputs`) and cuts them into batches (`batches`). `open` has the doors.
 """
 
-from .batches import BATCH_SIZE, Data
-from .forms import Flat, as_batches, from_object, from_stream, open_data
-from .inputs import WHOLE
-from .samples import few
-from .source import LABELS, Chunk, Counted, Source
+from .batches import Data
+from .inputs import WHOLE, Counted
+from .open import as_batches, open_data
+from .source import BATCH_SIZE, LABELS, Chunk
 from .spec import Array, Batch, InputSpec
 
 __all__ = [
@@ -20,12 +19,7 @@ __all__ = [
     "Chunk",
     "Counted",
     "Data",
-    "Flat",
     "InputSpec",
-    "Source",
     "as_batches",
-    "few",
-    "from_object",
-    "from_stream",
     "open_data",
 ]

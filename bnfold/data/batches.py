@@ -17,13 +17,11 @@ from bnfold.errors import DataError, UsageError
 from bnfold.text import counted
 
 from .corrupt import MAX_BAD, Bad, BadSample, CorruptError
-from .inputs import Inputs, joined
+from .inputs import Counted, Inputs, joined
 from .prefetch import in_pool, read_ahead
 from .samples import Run
-from .source import Chunk, Counted, Source
+from .source import BATCH_SIZE, Chunk, Source
 from .spec import Array, InputSpec
-
-BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +66,16 @@ class Data:
                 raise UsageError(f"the {option} is {value}; it must be 1 or more")
         if not 0 <= shard[0] < shard[1]:
             raise UsageError(f"the shard is {shard[0]} of {shard[1]}; it must be one of 0 to n - 1, of n")
-        self._notes: list[str] = []
+        self._settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "shard": shard, "max_bad": max_bad, "run": run}
+        self._notes: dict[str, None] = {}
         self._inputs = Inputs(inputs, self._note, batches=source.keep, copy=source.keep and source.ahead, run=run)
-        if source.held is not None:
-            fitted, total = self._inputs.fitted(source.held)  # what can't fit is refused at once
+        if source.whole is not None:
+            fitted, total = self._inputs.fitted(source.whole)  # what can't fit is refused at once
             source = replace(source, open=lambda: iter((fitted,)), total=total, labels=fitted.labels)
-        self._source, self._asked, self._limit = source, batch_size, samples
-        self._fixed = self._inputs.size
+        self._source, self._limit, self._fixed = source, samples, self._inputs.size
         self._keep = source.keep and batch_size is None and self._fixed is None
         self._size = self._fixed or batch_size or BATCH_SIZE
-        self.description = source.description
-        self.shard = shard
+        self.description, self.shard, self.again = source.description, shard, source.again
         self._bad = Bad(max_bad)
         self._labels: Array | None = None
         self._passed = False
@@ -92,11 +89,6 @@ class Data:
             self._settle(min(source.total, samples or source.total), source.total)
 
     @property
-    def again(self) -> bool:
-        """Whether a second pass is possible: a generator can be read only once."""
-        return self._source.again
-
-    @property
     def notes(self) -> list[str]:
         return [*self._notes, *self._bad.notes]
 
@@ -106,7 +98,7 @@ class Data:
 
     @property
     def labels(self) -> Array | None:
-        if self._labels is None and not self._passed and self._source.again:
+        if self._labels is None and not self._passed and self.again:
             first = next(iter(self._source.open()), None)
             if first is not None and first.labels is not None:
                 for _ in self._plan(make=False):
@@ -123,15 +115,8 @@ class Data:
         run: Run | None = None,
     ) -> Data:
         """The same data for other inputs; what isn't given stays as it is. The bad images that are found are known to both."""
-        made = Data(
-            self._source,
-            inputs,
-            batch_size=batch_size or self._asked,
-            samples=samples or self._limit,
-            shard=shard or self.shard,
-            max_bad=self._bad.limit,
-            run=run or self._inputs.run,
-        )
+        given = {"batch_size": batch_size, "samples": samples, "shard": shard, "run": run}
+        made = self._with(self._source, inputs, **{name: value for name, value in given.items() if value})
         made._bad = self._bad
         return made
 
@@ -141,26 +126,25 @@ class Data:
 
     def sharded(self, index: int, count: int) -> Data:
         """The same data as process `index` of `count` reads them."""
-        return self._cut_from(self._source, self._limit, (index, count))
-
-    def know_bad(self, shard: Data, gather: Callable[[Any], list[Any]]) -> None:
-        """Know the bad images of all processes, after a pass over each one's shard (see `Bad.know`)."""
-        if self._source.pictures:
-            self._bad.know(gather(shard._bad), self._total())
+        return self._with(self._source, shard=(index, count))
 
     def spread(self, count: int) -> Data:
         """So many samples, evenly spaced, where it is known how many there are: the first ones of sorted data say nothing of the others."""
         total = self._source.total
         if total is None or total <= count:
-            return self._cut_from(self._source, count, self.shard)
+            return self._with(self._source, samples=count)
         places = np.arange(count) * total // count
         labels = None if self._source.labels is None else self._source.labels[places]
-        fewer = replace(self._source, open=lambda: self._at(places), total=count, labels=labels, held=None)
-        return self._cut_from(fewer, None, self.shard)
+        fewer = replace(self._source, open=lambda: self._at(places), total=count, labels=labels, whole=None)
+        return self._with(fewer, samples=None)
 
-    def _cut_from(self, source: Source, samples: int | None, shard: tuple[int, int]) -> Data:
-        given: dict[str, Any] = {"batch_size": self._asked, "max_bad": self._bad.limit, "run": self._inputs.run}
-        return Data(source, self._inputs.specs, samples=samples, shard=shard, **given)
+    def _with(self, source: Source, inputs: Sequence[InputSpec] | None = None, **changes: Any) -> Data:
+        return Data(source, inputs or self._inputs.specs, **(self._settings | changes))
+
+    def know_bad(self, shard: Data, gather: Callable[[Any], list[Any]]) -> None:
+        """Know the bad images of all processes, after a pass over each one's shard (see `Bad.know`)."""
+        if self._source.images:
+            self._bad.know(gather(shard._bad), self._total())
 
     def _at(self, places: Array) -> Iterator[Chunk]:
         """The samples at these places, in rising order."""
@@ -169,12 +153,11 @@ class Data:
             fitted, count = self._inputs.fitted(chunk)
             mine = places[(places >= start) & (places < start + count)] - start
             start += count
-            if len(mine) in (0, count):
-                if len(mine):
-                    yield chunk
-                continue
-            arrays = {name: array[mine] if name in self._inputs.batched else array for name, array in fitted.arrays.items()}
-            yield replace(fitted, arrays=arrays, labels=None if fitted.labels is None else fitted.labels[mine])
+            if len(mine) == count:
+                yield chunk
+            elif len(mine):
+                arrays = {name: array[mine] if name in self._inputs.batched else array for name, array in fitted.arrays.items()}
+                yield replace(fitted, arrays=arrays, labels=None if fitted.labels is None else fitted.labels[mine])
 
     def __iter__(self) -> Iterator[Counted]:
         for batch, _ in self.labelled():
@@ -183,12 +166,12 @@ class Data:
     def labelled(self) -> Iterator[tuple[Counted, Array | None]]:
         """Every batch with its labels, one for each of its samples, or None."""
         batches = self._batches()
-        yield from read_ahead(batches) if self._source.ahead and self._source.again else batches
+        yield from read_ahead(batches) if self._source.ahead and self.again else batches
 
     def _batches(self) -> Iterator[tuple[Counted, Array | None]]:
         """The shard's batches."""
         plan = ((number, parts) for number, parts in self._plan() if self._mine(number))
-        if not self._source.pictures:
+        if not self._source.images:
             for _, parts in plan:
                 yield self._inputs.batch([part.chunk for part in parts])
             return
@@ -237,14 +220,14 @@ class Data:
         The samples of the shard's own are cut out and converted (unless `make` is False); of other batches only the labels are to be used.
         At the end of a pass it is known how many samples there are.
         """
-        held: list[Part] = []
+        open_: list[Part] = []  # the batch that isn't full yet
         seen = number = fed = 0
         labels: list[Array] = []
         bare: bool | None = None
 
         def cut() -> tuple[int, list[Part]]:
-            nonlocal held, number, fed
-            done, held, number = (number, held), [], number + 1
+            nonlocal open_, number, fed
+            done, open_, number = (number, open_), [], number + 1
             fed += sum(part.count for part in done[1])
             labels.extend(part.chunk.labels for part in done[1] if part.chunk.labels is not None)
             return done
@@ -256,26 +239,26 @@ class Data:
             bare = chunk.labels is None
             whole = self._keep and not chunk.single
             size = count if whole or not self._inputs.batched else self._size
-            apart = bool(held) and not self._inputs.alike(held[-1].chunk, chunk)
-            if held and (whole or apart) and self._fixed is None:
+            apart = bool(open_) and not self._inputs.alike(open_[-1].chunk, chunk)
+            if open_ and (whole or apart) and self._fixed is None:
                 yield cut()
             elif apart:
                 raise DataError(f"{chunk.where}: a batch of {self._fixed} can't hold samples of different shapes or types; make them alike")
             start = 0
             while start < count and seen != self._limit:
-                stop = min(count, start + size - sum(part.count for part in held))
+                stop = min(count, start + size - sum(part.count for part in open_))
                 stop = stop if self._limit is None else min(stop, start + self._limit - seen)
                 if chunk.make is None and make and self._mine(number):
                     piece = self._inputs.cut(chunk, start, stop)
                 else:
                     piece = replace(chunk, labels=self._inputs.labels(chunk, start, stop))
-                held.append(Part(piece, seen, stop - start))
+                open_.append(Part(piece, seen, stop - start))
                 seen, start = seen + stop - start, stop
-                if sum(part.count for part in held) == size:
+                if sum(part.count for part in open_) == size:
                     yield cut()
             if seen == self._limit:
                 break
-        if held and self._fixed is None:
+        if open_ and self._fixed is None:
             yield cut()
         if self._source.total is None:
             self._settle(seen, seen)
@@ -306,5 +289,4 @@ class Data:
             self._labels = None if self._source.labels is None else self._source.labels[:cut]
 
     def _note(self, text: str) -> None:
-        if text not in self._notes:
-            self._notes.append(text)
+        self._notes.setdefault(text)

@@ -1,4 +1,4 @@
-"""How samples go into a model's inputs."""
+"""How samples go into a model's inputs: their types, shapes and counts, and which values an input can take."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from bnfold.errors import DataError
 from bnfold.text import listed
 
 from .samples import Run, differing, fixed_size, holding, open_first
-from .source import Chunk, Counted
+from .source import Chunk
 from .spec import Array, Batch, InputSpec, is_float, shape_text
 
 WHOLE = "the rows of the inputs aren't samples of their own, so nothing is cut: each batch goes through as it is, and counts as one sample"
+
+
+class Counted(dict[str, Array]):
+    """A batch by input name that knows how many samples it holds. One that can't be cut into any is one itself."""
+
+    def __init__(self, arrays: Batch, samples: int) -> None:
+        super().__init__(arrays)
+        self.samples = samples
 
 
 class Inputs:
@@ -23,7 +31,7 @@ class Inputs:
 
     size: the only batch size that the model takes, or None. batched: the inputs that hold samples, as far as the last chunk shows; the
     others are the same for all. None does where a batch can't be cut (see `samples`).
-    note: is told what the user should know. batches: the chunks are batches of the user's own making. copy: their arrays don't go in as
+    note: is given what the user should know. batches: the chunks are batches of the user's own making. copy: their arrays don't go in as
     they are, since a loader may use its buffer again. run: the model, which is asked where the inputs' shapes don't tell.
     Raises DataError for a model without inputs.
     """
@@ -50,22 +58,21 @@ class Inputs:
 
     def fitted(self, chunk: Chunk) -> tuple[Chunk, int]:
         """The chunk with a sample axis on everything, and its number of samples; DataError unless names, types, shapes and counts fit."""
-        arrays, single = {}, chunk.single
-        for spec in self.specs if chunk.make is None else ():
-            given = arrays[spec.name] = chunk.arrays[spec.name]
-            check_type(given.dtype, spec, chunk.where)
-            if spec.name in self._open and given.ndim == len(spec.shape) - 1:
-                arrays[spec.name], single = given[None], True
-            axes = tuple(None if axis == 0 and spec.name in self._open else n for axis, n in enumerate(spec.shape))
-            shape = arrays[spec.name].shape
-            if len(shape) != len(axes) or any(isinstance(a, int) and a != n for a, n in zip(axes, shape, strict=True)):
-                raise DataError(
-                    f"{chunk.where}: input {spec.name!r} takes {shape_text(spec.shape)}, the data are {shape_text(given.shape)}; "
-                    f"reshape or transpose them"
-                )
+        arrays, single, counts = {}, chunk.single, {}
+        if chunk.make is None:
+            for spec in self.specs:
+                given = arrays[spec.name] = chunk.arrays[spec.name]
+                check_type(given.dtype, spec, chunk.where)
+                if spec.name in self._open and given.ndim == len(spec.shape) - 1:
+                    arrays[spec.name], single = given[None], True
+                if not _fits(arrays[spec.name].shape, (None, *spec.shape[1:]) if spec.name in self._open else spec.shape):
+                    raise DataError(
+                        f"{chunk.where}: input {spec.name!r} takes {shape_text(spec.shape)}, the data are {shape_text(given.shape)}; "
+                        f"reshape or transpose them"
+                    )
+            counts = self._counts(arrays, chunk.where)
         if single and not chunk.single and not self._batches:
             self._note(f"{chunk.where}: one sample without a batch axis; the axis was added")
-        counts = self._counts(arrays, chunk.where) if chunk.make is None else {}
         count = next(iter(counts.values()), 1)
         labels = chunk.labels
         if labels is not None and (labels.dtype.kind not in "iu" or labels.size != (len(labels) if labels.ndim else 1)):
@@ -112,6 +119,7 @@ class Inputs:
         return True
 
     def batch(self, parts: list[Chunk]) -> tuple[Counted, Array | None]:
+        """One batch of all parts, and its labels."""
         where = parts[0].where
         batch = {
             spec.name: joined([p.arrays[spec.name] for p in parts], where) if spec.name in self.batched else parts[0].arrays[spec.name]
@@ -133,11 +141,9 @@ def joined(parts: list[Array], where: str) -> Array:
 
 
 def check_type(dtype: np.dtype[Any], spec: InputSpec, where: str) -> None:
-    """DataError unless the type converts without loss of meaning: float to float, integer to integer, text to text."""
-    if dtype == spec.dtype or (is_float(dtype) and is_float(spec.dtype)) or (dtype.kind in "OUS" and spec.dtype.kind in "OUS"):
+    """DataError unless the type converts without loss of meaning: float to float, text to text, and integers if they fit (`convert`)."""
+    if dtype == spec.dtype or _same_kind(dtype, spec.dtype) or (dtype.kind in "iu" and spec.dtype.kind in "iu"):
         return
-    if dtype.kind in "iu" and spec.dtype.kind in "iu":
-        return  # if the values fit, which `convert` checks
     advice = f"convert them with .astype({spec.dtype.name!r}) if that is right"
     if dtype.kind in "iub" and is_float(spec.dtype):
         advice = f"scale and normalise them as in training, say x.astype({spec.dtype.name!r}) / 255 for pixels"
@@ -183,13 +189,21 @@ def check_feeds(feeds: Batch, specs: Sequence[InputSpec], optional: Iterable[str
     symbols: dict[str, tuple[str, int]] = {}
     for spec in specs:
         array = feeds[spec.name]
-        floats = any_float and is_float(array.dtype) and is_float(spec.dtype)
-        if array.dtype != spec.dtype and not floats and not (spec.dtype.kind in "OUS" and array.dtype.kind in "OUS"):
+        if array.dtype != spec.dtype and not (_same_kind(array.dtype, spec.dtype) and (any_float or array.dtype.kind in "OUS")):
             raise DataError(f"input {spec.name!r} takes {spec.dtype}, the data are {array.dtype}")
-        if len(array.shape) != len(spec.shape) or any(isinstance(d, int) and d != n for d, n in zip(spec.shape, array.shape, strict=True)):
+        if not _fits(array.shape, spec.shape):
             raise DataError(f"input {spec.name!r} has shape {shape_text(spec.shape)}, the data have {shape_text(array.shape)}")
         for axis, (d, n) in enumerate(zip(spec.shape, array.shape, strict=True)):
             if isinstance(d, str):
                 where, before = symbols.setdefault(d, (f"axis {axis} of {spec.name!r}", n))
                 if before != n:
                     raise DataError(f"{d!r} is {before} on {where} but {n} on axis {axis} of {spec.name!r}")
+
+
+def _same_kind(a: np.dtype[Any], b: np.dtype[Any]) -> bool:
+    """Whether both are floating-point types, or both text."""
+    return (is_float(a) and is_float(b)) or (a.kind in "OUS" and b.kind in "OUS")
+
+
+def _fits(shape: Sequence[int], axes: Sequence[int | str | None]) -> bool:
+    return len(shape) == len(axes) and all(n == d or not isinstance(d, int) for n, d in zip(shape, axes, strict=True))

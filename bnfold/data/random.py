@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from bnfold.errors import UnsupportedError, UsageError
 from bnfold.text import listed
 
-from .spec import Batch, InputSpec, is_float, shape_text
+from .source import BATCH_SIZE, Chunk, Request, Source
+from .spec import Array, Batch, InputSpec, is_float, shape_text
 
 
 def random_feeds(
@@ -33,8 +34,7 @@ def random_feeds(
     known: dict[str, int] = dict(sizes or {})
     for spec in specs:
         if spec.name in wanted:
-            shape = tuple(wanted[spec.name])
-            known.update({d: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, str)})
+            known.update({d: n for d, n in zip(spec.shape, wanted[spec.name], strict=True) if isinstance(d, str)})
         elif spec.shape and isinstance(spec.shape[0], str):
             known.setdefault(spec.shape[0], batch)
 
@@ -60,27 +60,60 @@ def check_shapes(wanted: Mapping[str, Sequence[int]], specs: Sequence[InputSpec]
             raise UsageError(f"input {name!r} has shape {shape_text(stated)}; {shape_text(tuple(asked))} doesn't fit it")
 
 
-def whole_numbers(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> np.ndarray:
+def whole_numbers(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
     """Integers that an input is known to take. sizes: by symbol."""
     assert spec.takes is not None
     kind = np.iinfo(spec.dtype)
     low, high = spec.takes.within(sizes)
-    found = rng.integers(max(low, kind.min), min(high, kind.max), shape, dtype=spec.dtype, endpoint=True)
+    found: Array = rng.integers(max(low, kind.min), min(high, kind.max), shape, dtype=spec.dtype, endpoint=True)
     if spec.takes.copies and found.ndim == 1 and found.size:
         found[-1] = -1
     return found
 
 
-def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> np.ndarray:
+def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
+    kind = spec.dtype.kind
     if is_float(spec.dtype):
         return rng.standard_normal(shape).astype(spec.dtype)
-    if spec.dtype.kind in "iu" and spec.takes is not None:
+    if kind in "iu" and spec.takes is not None:
         return whole_numbers(rng, spec, shape, sizes)
-    if spec.dtype.kind in "iu":
+    if kind in "iu":
         low, high = (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max) if spec.dtype.itemsize == 1 else (0, 1)
         return rng.integers(low, high, shape, dtype=spec.dtype, endpoint=True)
-    if spec.dtype.kind == "b":
+    if kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
-    if spec.dtype.kind == "c":
+    if kind == "c":
         return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(spec.dtype)
     raise UnsupportedError(f"input {spec.name!r} takes {spec.dtype}: there are no random data of that type; give --data")
+
+
+def random_source(asked: Request) -> Source:
+    """Batches of `random_feeds`, each from a seed of its own; two batches unless a number of samples is given."""
+    inputs, samples, shapes = asked.inputs, asked.samples, {name: tuple(shape) for name, shape in asked.input_shapes.items()}
+    if (asked.batch_size is not None and asked.batch_size < 1) or (samples is not None and samples < 1):
+        raise UsageError("the batch size and the number of samples must be 1 or more")
+    given = [shapes[s.name][0] for s in inputs if shapes.get(s.name) and s.shape]
+    fixed = [s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], int)]
+    dynamic = len(fixed) < sum(bool(s.shape) for s in inputs)
+    usual = asked.batch_size or min(samples or BATCH_SIZE, BATCH_SIZE)
+    size = max(given) if given else usual if dynamic or not fixed else fixed[0]
+    count = -(-samples // size) if samples is not None else 2
+
+    def chunks() -> Iterator[Chunk]:
+        shared: dict[str, Array] = {}
+        for number in range(count):
+            state = int(np.random.SeedSequence([asked.seed, number]).generate_state(1)[0])
+            feeds = random_feeds(inputs, batch=size, seed=state, input_shapes=shapes)
+            for s in inputs:
+                if not s.shape or (dynamic and isinstance(s.shape[0], int)):
+                    feeds[s.name] = shared.setdefault(s.name, feeds[s.name])
+            yield Chunk(feeds, None, f"random batch {number + 1}")
+
+    example = next(chunks())
+    notes = []
+    for s in inputs:
+        if s.name not in shapes and any(not isinstance(n, int) for n in s.shape[1:]):
+            taken = "x".join(str(n) for n in example.arrays[s.name].shape)
+            notes.append(f"input {s.name!r} has dynamic axes; {taken} is taken (--input-shape {s.name}=... gives another)")
+    # Of several inputs it may show only when they are fed which of them hold samples, and how many.
+    return Source(chunks, f"random, seed {asked.seed}", tuple(notes), count * size if len(inputs) == 1 else None, keep=True)

@@ -201,7 +201,7 @@ def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subj
         return subject, batches, None
     from bnfold.backends.torch.export.trace import example_of, shortened_call
     from bnfold.data import BATCH_SIZE
-    from bnfold.data.forms import peek
+    from bnfold.data.source import peek
 
     first, batches = peek(batches)
     whole = first is batches  # all samples at once
@@ -355,7 +355,7 @@ def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]
 
 def _few(samples: Any, count: int) -> Any:
     """The first samples of an array, or of each in a mapping or tuple of arrays, where these are plainly samples."""
-    from bnfold.data import few
+    from bnfold.data.samples import few
 
     if isinstance(samples, Mapping):
         return few(dict(samples), count)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold.backends import family, is_module
-from bnfold.data.forms import peek
+from bnfold.data.source import peek
 from bnfold.errors import UnsupportedError
 from bnfold.model import Placement, Plan, Port, Runner, Subject
 

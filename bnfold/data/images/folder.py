@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,22 +11,27 @@ import numpy as np
 from bnfold.errors import DataError
 from bnfold.text import counted
 
-from ..source import Chunk, Source
-from ..spec import Array, Batch, InputSpec
-from .options import ImageOptions
+from ..source import Chunk, Request, Source
+from ..spec import Array, Batch
 from .pipeline import resolve, shaped
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def has_images(folder: Path) -> bool:
-    """Whether there is an image below a folder."""
-    return any(p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)) for p in folder.rglob("*"))
+def find(folder: Path) -> Iterator[Path]:
+    """The images below a folder, but for those that are hidden or lie in a folder that is."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not _hidden(path.relative_to(folder)):
+            yield path
 
 
-def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _labelled(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
     """The images below a folder in sorted order; their labels, the places of their sub-folders in sorted order; notes."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p.relative_to(folder)))
+    paths = sorted(find(folder))
     if not paths:
         raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) and no .npy files in it")
     inside = [p.relative_to(folder).parts for p in paths]
@@ -38,27 +43,15 @@ def find_images(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
     return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), []
 
 
-def folder_source(
-    folder: Path,
-    inputs: Sequence[InputSpec],
-    *,
-    samples: int | None,
-    seed: int,
-    options: ImageOptions | None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-) -> Source:
-    """A folder of images; `samples` of them, when that is fewer, by a shuffle from `seed`."""
-    if len(inputs) != 1:
-        raise DataError(
-            f"{folder}: images serve a model with one input, and this one has {len(inputs)}; give an .npz file or FILE.py:FUNCTION"
-        )
-    spec = inputs[0]
-    spec = shaped(spec, input_shapes)
-    paths, labels, notes = find_images(folder)
-    pipeline, assumed = resolve(spec, options)
+def folder_source(asked: Request) -> Source:
+    """A folder of images; as many as are asked for, when that is fewer, by a shuffle from the seed."""
+    folder, samples = Path(asked.spec), asked.samples
+    spec = shaped(asked.only_input("images serve", "an .npz file or FILE.py:FUNCTION"), asked.input_shapes)
+    paths, labels, notes = _labelled(folder)
+    pipeline, assumed = resolve(spec, asked.images)
     total = len(paths)
     if samples is not None and 0 < samples < total:
-        chosen = np.random.default_rng(seed).permutation(total)[:samples]
+        chosen = np.random.default_rng(asked.seed).permutation(total)[:samples]
         paths, labels = [paths[i] for i in chosen], None if labels is None else labels[chosen]
 
     def make(path: Path) -> Batch:
@@ -70,8 +63,4 @@ def folder_source(
             yield Chunk({}, label, str(path), single=True, make=partial(make, path))
 
     of = f"{len(paths)} of {total} images" if len(paths) < total else counted(total, "image")
-    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, pictures=True)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, images=True)

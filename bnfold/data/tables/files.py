@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bnfold.errors import DataError
 
-from ..images import has_images
+from ..images.folder import find
 
 FORMS = (".tar", ".parquet")
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val"}
@@ -22,7 +22,7 @@ def files_in_table(spec: str) -> list[Path] | None:
         return files_of(spec)
     if is_saved(folder):
         return []
-    others = any(folder.glob("*.npy")) or not any(p.suffix.lower() in FORMS for p in folder.iterdir()) or has_images(folder)
+    others = any(folder.glob("*.npy")) or not any(p.suffix.lower() in FORMS for p in folder.iterdir()) or any(find(folder))
     return None if others else files_in(folder) or None
 
 

@@ -11,35 +11,26 @@ from typing import Any
 from bnfold.errors import DataError
 
 from ..corrupt import CorruptError
-from ..images import ImageOptions, Pipeline, resolve, shaped
-from ..source import Chunk, Source
-from ..spec import Array, Batch, InputSpec
+from ..images.pipeline import Pipeline, resolve, shaped
+from ..source import Chunk, Request, Source
+from ..spec import Array, Batch
 from . import arrow, columns
 from .table import Rows, Table, missing, numbers
 from .tars import tars
 
 
-def table_source(
-    spec: str,
-    files: Sequence[Path],
-    inputs: Sequence[InputSpec],
-    *,
-    samples: int | None,
-    seed: int,
-    options: ImageOptions | None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    column: str | None = None,
-) -> Source:
+def table_source(asked: Request, files: Sequence[Path]) -> Source:
     """Samples of shards, or, where there are no `files`, of the folder that save_to_disk wrote.
 
-    samples: that many by a shuffle from `seed` of a folder of save_to_disk; the first ones of shards, which are read in order. column: the
-    one for a model's only input, where several could be it. DataError where the library is missing or what it reads doesn't fit.
+    As many as are asked for: the first ones of shards, which are read in order, and a choice by the seed of a folder of save_to_disk.
+    DataError where pyarrow is missing or what it reads doesn't fit.
     """
+    spec, samples = asked.spec, asked.samples
     if not files:
-        table = arrow.saved(spec, samples, seed)
+        table = arrow.saved(spec, samples, asked.seed)
     else:
         table = (arrow.parquet if files[0].suffix.lower() == ".parquet" else tars)(spec, files)
-    chosen = columns.of_inputs(table.columns, inputs, spec, column)
+    chosen = columns.of_inputs(table.columns, asked.inputs, spec, asked.column)
     label, notes = columns.of_labels(table.columns, chosen)
     if samples is not None and files and (table.total is None or samples < table.total):
         notes.append(f"{spec}: the first {samples} samples are taken, in the order of the files")
@@ -48,11 +39,10 @@ def table_source(
     if not pictures:
         arrays = partial(_arrays, table, chosen, label, spec)
         return Source(arrays, described, tuple(notes), table.total, count=table.count)
-    if len(inputs) != 1:
-        raise DataError(f"{spec}: images serve a model with one input, and this one has {len(inputs)}; give arrays, or FILE.py:FUNCTION")
-    pipeline, assumed = resolve(shaped(inputs[0], input_shapes), options)
-    images = partial(_images, table, pictures[0], inputs[0].name, label, pipeline, spec)
-    return Source(images, f"{described}: {pipeline}", (*notes, *assumed), table.total, pictures=True, count=table.count)
+    one = asked.only_input("images serve", "arrays, or FILE.py:FUNCTION")
+    pipeline, assumed = resolve(shaped(one, asked.input_shapes), asked.images)
+    images = partial(_images, table, pictures[0], one.name, label, pipeline, spec)
+    return Source(images, f"{described}: {pipeline}", (*notes, *assumed), table.total, images=True, count=table.count)
 
 
 def _images(table: Table, column: str, name: str, label: str | None, pipeline: Pipeline, spec: str) -> Iterator[Chunk]:

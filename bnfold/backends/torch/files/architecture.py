@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bnfold.data.functions import module_of
 from bnfold.errors import UsageError
 
 Arch = str | Callable[..., nn.Module]
@@ -39,7 +38,9 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     if not colon or not place or not name:
         raise UsageError(f"--arch {arch}: write it as package.module:factory or FILE.py:FACTORY")
     try:
-        found: Any = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        if place.endswith(".py") and not Path(place).is_file():
+            raise UsageError(f"--arch {place}: no such file")
+        found: Any = module_of(Path(place), "bnfold_arch") if place.endswith(".py") else importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise UsageError(f"--arch {arch}: there is no module {error.name!r}; install it, or give the path of a file") from None
     except UsageError:
@@ -53,23 +54,6 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     if not callable(found):
         raise UsageError(f"--arch {arch}: {name!r} is of type {type(found).__name__}, which can't be called")
     return found  # type: ignore[no-any-return]
-
-
-def _file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"--arch {path}: no such file")
-    name = f"bnfold_arch_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # classes of the file can then be pickled and inspected
-    sys.path.insert(0, str(path.resolve().parent))  # what stands beside it can be imported
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
 
 
 def _one_line(error: Exception) -> str:
