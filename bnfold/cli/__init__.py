@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     from bnfold.recalibration.distributed import close
 
     from .commands import app
-    from .options.groups import Interrupted
+    from .options import Interrupted
 
     debug = "--debug" in arguments
     heard.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from bnfold.files import ready_to_write, write_text
 from bnfold.report import Report
 from bnfold.text import printable
 
+from .options import OUTPUT, option
 from .render import Row, folded, rows, verified
 
 if TYPE_CHECKING:
@@ -24,6 +26,14 @@ Say = Callable[[str], None]
 DOUBTFUL = ("different", "inconclusive")
 
 
+@dataclass(frozen=True)
+class Checking:
+    """Where a verdict goes besides."""
+
+    junit: Path | None = option("--junit", "Write the verdict as JUnit XML.", OUTPUT, "FILE.xml")
+    markdown: Path | None = option("--markdown", "Write the verdict as Markdown.", OUTPUT, "FILE.md")
+
+
 class Check:
     """One run's. files: the models, of which the last is the one in question. strict: whether a BatchNorm that stays is a failure.
 
@@ -31,19 +41,10 @@ class Check:
     """
 
     def __init__(
-        self,
-        command: str,
-        files: Sequence[Path],
-        *,
-        junit: Path | None = None,
-        markdown: Path | None = None,
-        force: bool = False,
-        strict: bool = False,
-        baseline: Path | None = None,
+        self, command: str, where: Checking, *files: Path, force: bool, strict: bool = False, baseline: Path | None = None
     ) -> None:
-        self.command, self.files, self.strict = command, [printable(str(path)) for path in files], strict
-        self.junit, self.markdown = junit, markdown
-        for path, suffix in ((junit, ".xml"), (markdown, ".md")):
+        self.command, self.where, self.files, self.strict = command, where, [printable(str(path)) for path in files], strict
+        for path, suffix in ((where.junit, ".xml"), (where.markdown, ".md")):
             if path is not None:
                 ready_to_write(path, suffixes=[suffix], force=force, inputs=files)
         self.summary = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -125,12 +126,12 @@ class Check:
     def _write(self, found: list[Row], page: list[Part], seconds: float, say: Say) -> None:
         from .render.pages import append, markdown
 
-        if self.junit is not None:
+        if self.where.junit is not None:
             from .render.ci import junit
 
-            write_text(self.junit, junit(self.command, Path(self.files[-1]).stem, found, seconds))
-        if self.markdown is not None:
-            write_text(self.markdown, markdown(page))
+            write_text(self.where.junit, junit(self.command, Path(self.files[-1]).stem, found, seconds))
+        if self.where.markdown is not None:
+            write_text(self.where.markdown, markdown(page))
         if self.summary:
             try:
                 append(Path(self.summary), page)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,14 +12,12 @@ from bnfold._version import __version__
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write, write_text
 
-from . import tasks as recalibration
-from .options import common as o
-from .options import parse
+from . import options as o
+from .check import Check, Checking
+from .job import Job, Reporting
 from .options.data import Feeding, Shaping
-from .options.groups import grouped
 from .options.models import Loading, Running
-from .options.output import Checking, Reporting
-from .options.statistics import Calibrating, Choosing
+from .options.recalibration import Choosing, Measuring, Task, beside, save
 
 STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
 # One for each command; they run as they stand in a clone of the repository.
@@ -47,7 +46,7 @@ app = typer.Typer(
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
     """A command of the application, with its example under its help."""
-    app.command(epilog=f"Example: {EXAMPLES[function.__name__]}")(grouped(function))
+    app.command(epilog=f"Example: {EXAMPLES[function.__name__]}")(o.grouped(function))
     return function
 
 
@@ -62,14 +61,14 @@ def _main(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 
 
 @command
-def inspect(model: o.ModelFile, loading: Loading, shaping: Shaping, reporting: Reporting, clone: o.Clone = False) -> int:
+def inspect(*, model: Path = o.MODEL, loading: Loading, shaping: Shaping, reporting: Reporting, clone: bool = o.CLONE) -> int:
     """List every BatchNorm, and where it would fold to, or why it can't.
 
     Nothing is changed.
     """
     from bnfold import api
 
-    with reporting.job() as job:
+    with Job(reporting) as job:
         loaded = loading.load(model, job)
         job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone))
     return 0
@@ -77,22 +76,11 @@ def inspect(model: o.ModelFile, loading: Loading, shaping: Shaping, reporting: R
 
 @command
 def recalibrate(
-    model: o.ModelFile,
-    loading: Loading,
-    running: Running,
-    shaping: Shaping,
-    feeding: Feeding,
-    calibrating: Calibrating,
-    choosing: Choosing,
+    *,
+    model: Path = o.MODEL,
+    task: Task,
     reporting: Reporting,
-    data: o.DataOrNot = None,
-    out: o.MaybeOut = None,
-    evaluate: o.Evaluate = None,
-    memory_budget: o.MemoryBudget = "1G",
-    html: o.Html = None,
-    restore: o.Restore = None,
-    shard: o.Shard = None,
-    stats: o.Stats = None,
+    html: Path | None = o.option("--html", "The report as a page: a table and a chart of the drift.", o.OUTPUT, "FILE.html"),
 ) -> int:
     """Measure every BatchNorm's mean and variance afresh on your data.
 
@@ -103,45 +91,48 @@ def recalibrate(
 
     from .render.pages import html as page
 
-    asked = recalibration.asked(data, out, restore, shard, stats)
-    settings = calibrating.settings(of_part=isinstance(asked, recalibration.Part)) | choosing.settings()
-    budget = parse.size_in_bytes(memory_budget, "--memory-budget")
-    for path, kind in (recalibration.written(asked) | ({html: ".html"} if html is not None else {})).items():
-        ready_to_write(path, suffixes=loading.suffixes(model) if kind == "model" else [kind], force=reporting.force, inputs=[model])
-    with reporting.job() as job, running.fallback():
-        provider = running.one_provider(model)
-        loaded = loading.load(model, job)
-        if isinstance(asked, recalibration.Restore):
-            example = shaping.call(loaded)
-            old, names = api.restore(loaded, asked.before, example=example)
-            loading.save(old, asked.out, force=reporting.force, example=example)
+    how, data, out, force = task.measuring, task.data, task.out, reporting.force
+    settings = how.calibrating.settings(of_part=task.shard is not None) | how.choosing.settings()
+    before = beside(out) if out is not None and data is not None else None
+    _ready({out: how.loading.suffixes(model), before: [".npz"], task.stats: [".npz"], html: [".html"]}, reporting, model)
+    with Job(reporting) as job, how.running.fallback():
+        settings |= {"provider": how.running.one_provider(model), "progress": job.progress}
+        loaded = how.loading.load(model, job)
+        if data is None:
+            assert task.restore is not None
+            assert out is not None
+            example = how.feeding.call(loaded)
+            old, names = api.restore(loaded, task.restore, example=example)
+            how.loading.save(old, out, force=force, example=example)
             job.say(f"{len(names)} BatchNorm{'s have their' if len(names) != 1 else ' has its'} old statistics again")
-            job.say(f"written: {asked.out}")
+            job.say(f"written: {out}")
             return 0
-        example = shaping.read(loaded, asked.data)
-        batches = feeding.open(asked.data, loaded, job, shaping, example, samples=feeding.samples)
-        given = {"example": example, "provider": provider, "batch_size": calibrating.batch_size(feeding), "progress": job.progress}
-        if isinstance(asked, recalibration.Part):
-            report = api.measure_part(loaded, batches, asked.part, asked.stats, **settings, **given)
-            job.finish(report)
-            job.say(f"written: {asked.stats}")
+        example = how.feeding.read(loaded, data)
+        batches = how.feeding.open(data, loaded, job, example, samples=how.feeding.samples)
+        settings |= {"example": example, "batch_size": how.calibrating.batch_size(how.feeding)}
+        if out is None:
+            assert task.shard is not None
+            assert task.stats is not None
+            job.finish(api.measure_part(loaded, batches, task.shard, task.stats, **settings))
+            job.say(f"written: {task.stats}")
             return 0
-        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping, example)
-        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=budget, **settings, **given)
+        labelled = how.labelled(batches, loaded, job, example)
+        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=how.memory_budget, **settings)
         if job.main:
-            recalibration.save(loading, fresh, report, asked.out, force=reporting.force, example=example)
+            save(how.loading, fresh, report, out, force=force, example=example)
             if html is not None:
                 write_text(html, page(report, str(model)))
         job.finish(report)
-        job.say(f"written: {asked.out}, and the old statistics to {recalibration.beside(asked.out)}")
+        job.say(f"written: {out}, and the old statistics to {before}")
     return 0
 
 
 @command
 def merge_stats(
-    model: o.ModelFile,
-    parts: o.Parts,
-    out: o.Out,
+    *,
+    model: Path = o.MODEL,
+    parts: list[Path] = o.argument("STATS...", "What recalibrate --shard wrote."),
+    out: Path = o.OUT,
     loading: Loading,
     shaping: Shaping,
     reporting: Reporting,
@@ -153,30 +144,30 @@ def merge_stats(
     """
     from bnfold import api
 
-    for path, suffixes in ((out, loading.suffixes(model)), (recalibration.beside(out), [".npz"])):
-        ready_to_write(path, suffixes=suffixes, force=reporting.force, inputs=[model, *parts])
-    with reporting.job() as job:
+    _ready({out: loading.suffixes(model), beside(out): [".npz"]}, reporting, model, *parts)
+    with Job(reporting) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
         fresh, report = api.merge_parts(loaded, parts, example=example, **choosing.settings())
-        recalibration.save(loading, fresh, report, out, force=reporting.force, example=example)
+        save(loading, fresh, report, out, force=reporting.force, example=example)
         job.finish(report)
-        job.say(f"written: {out}, and the old statistics to {recalibration.beside(out)}")
+        job.say(f"written: {out}, and the old statistics to {beside(out)}")
     return 0
 
 
 @command
 def fuse(
-    model: o.ModelFile,
+    *,
+    model: Path = o.MODEL,
     loading: Loading,
     shaping: Shaping,
     reporting: Reporting,
     checking: Checking,
-    out: o.MaybeOut = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do it all, but write nothing.")] = False,
-    strict: o.Strict = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave out the check of the result.")] = False,
-    clone: o.Clone = False,
+    out: Path | None = o.OUT,
+    dry_run: bool = o.option("--dry-run", "Do it all, but write nothing."),
+    strict: bool = o.STRICT,
+    no_verify: bool = o.option("--no-verify", "Leave out the check of the result."),
+    clone: bool = o.CLONE,
 ) -> int:
     """Fold BatchNorms into the weights around them.
 
@@ -186,45 +177,44 @@ def fuse(
 
     if out is None and not dry_run:
         raise UsageError("-o OUT is missing: name the file to write, or give --dry-run")
-    if out is not None and not dry_run:
-        ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
-    with reporting.job(checking.check("fuse", model, force=reporting.force, strict=strict)) as job:
+    target = None if dry_run else out
+    _ready({target: loading.suffixes(model)}, reporting, model)
+    with Job(reporting, Check("fuse", checking, model, force=reporting.force, strict=strict)) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
         fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone)
         kept = sum(layer.verdict == "kept" for layer in report.layers)
         failed = strict and kept > 0
-        if out is not None and not dry_run and not failed:
-            loading.save(fused, out, force=reporting.force, example=example)
+        if target is not None and not failed:
+            loading.save(fused, target, force=reporting.force, example=example)
         job.finish(report)
         if failed:
             job.fail(f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}; nothing was written")
-        elif out is not None and not dry_run:
-            job.say(f"written: {out}")
-    return 1 if failed else 0
+        elif target is not None:
+            job.say(f"written: {target}")
+    return int(failed)
 
 
 @command
 def verify(
-    reference: o.Reference,
+    *,
+    reference: Path = o.REFERENCE,
     loading: Loading,
     running: Running,
-    shaping: Shaping,
     feeding: Feeding,
     reporting: Reporting,
     checking: Checking,
-    candidate: o.MaybeCandidate = None,
-    against: o.Against = None,
-    data: o.MaybeData = None,
-    baseline: o.Baseline = None,
-    bundle: o.Bundle = None,
-    coefficients_only: Annotated[
-        bool,
-        typer.Option(
-            "--coefficients-only", help="Compare operators, settings and coefficients alone, which takes no data and runs neither model."
-        ),
-    ] = False,
+    candidate: Path | None = o.CANDIDATE,
+    against: Path | None = o.option(
+        "--against", "In place of CANDIDATE: hold a folded model, given alone, against this by its certificate.", o.MODELS, "ORIGINAL"
+    ),
+    data: str | None = o.SPEC_OR_RANDOM,
+    baseline: Path | None = o.BASELINE,
+    bundle: Path | None = o.option("--bundle", "Where the models differ, write the part that shows it, with a script.", o.OUTPUT, "DIR"),
+    coefficients_only: bool = o.option(
+        "--coefficients-only", "Compare operators, settings and coefficients alone, which takes no data and runs neither model."
+    ),
 ) -> int:
     """Decide whether two models compute the same function.
 
@@ -241,15 +231,15 @@ def verify(
     assert candidate is not None
     if coefficients_only and data is not None:
         raise UsageError("--data and --coefficients-only exclude each other: coefficients are compared without data")
-    check = checking.check("verify", reference, candidate, force=reporting.force, baseline=baseline)
-    with reporting.job(check) as job, running.fallback():
+    check = Check("verify", checking, reference, candidate, force=reporting.force, baseline=baseline)
+    with Job(reporting, check) as job, running.fallback():
         providers = ("cpu",) if coefficients_only else running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         claimed = None if against is None else claim(other, candidate, one, reference)
         report = api.verify(
             one,
             other,
-            **feeding.compared(data, one, job, shaping),
+            **feeding.compared(data, one, job),
             providers=providers,
             samples=feeding.samples,
             batch_size=feeding.batch_size,
@@ -271,21 +261,15 @@ def verify(
 
 @command
 def pipeline(
-    model: o.ModelFile,
-    data: o.Data,
-    out: o.Out,
-    loading: Loading,
-    running: Running,
-    shaping: Shaping,
-    feeding: Feeding,
-    calibrating: Calibrating,
-    choosing: Choosing,
+    *,
+    model: Path = o.MODEL,
+    data: str = o.SPEC,
+    out: Path = o.OUT,
+    measuring: Measuring,
     reporting: Reporting,
     checking: Checking,
-    evaluate: o.Evaluate = None,
-    strict: o.Strict = False,
-    memory_budget: o.MemoryBudget = "1G",
-    baseline: o.Baseline = None,
+    strict: bool = o.STRICT,
+    baseline: Path | None = o.BASELINE,
 ) -> int:
     """Recalibrate, then fuse, then verify.
 
@@ -293,28 +277,17 @@ def pipeline(
     """
     from bnfold.pipeline import pipeline as run
 
-    ready_to_write(out, suffixes=loading.suffixes(model), force=reporting.force, inputs=[model])
-    settings = calibrating.settings() | choosing.settings()
-    budget = parse.size_in_bytes(memory_budget, "--memory-budget")
-    check = checking.check("pipeline", model, force=reporting.force, strict=strict, baseline=baseline)
-    with reporting.job(check) as job, running.fallback():
-        providers = running.providers(model)
+    how, feeding, loading = measuring, measuring.feeding, measuring.loading
+    _ready({out: loading.suffixes(model)}, reporting, model)
+    settings = how.calibrating.settings() | how.choosing.settings()
+    check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
+    with Job(reporting, check) as job, how.running.fallback():
+        settings |= {"providers": how.running.providers(model), "progress": job.progress, "memory_budget": how.memory_budget}
         loaded = loading.load(model, job)
-        example = shaping.read(loaded, data)
-        batches = feeding.open(data, loaded, job, shaping, example, samples=feeding.samples)
-        labelled = batches if evaluate is None else feeding.open(evaluate, loaded, job, shaping, example)
-        ready, report = run(
-            loaded,
-            batches,
-            labelled=labelled,
-            example=example,
-            strict=strict,
-            providers=providers,
-            memory_budget=budget,
-            batch_size=calibrating.batch_size(feeding),
-            **settings,
-            progress=job.progress,
-        )
+        example = feeding.read(loaded, data)
+        batches = feeding.open(data, loaded, job, example, samples=feeding.samples)
+        settings |= {"batch_size": how.calibrating.batch_size(feeding), "labelled": how.labelled(batches, loaded, job, example)}
+        ready, report = run(loaded, batches, example=example, strict=strict, **settings)
         worse = check.compare(report)
         written = ready is not None and not worse
         if written and job.main:
@@ -330,16 +303,16 @@ def pipeline(
 
 @command
 def bench(
-    reference: o.Reference,
-    candidate: o.Candidate,
+    *,
+    reference: Path = o.REFERENCE,
+    candidate: Path = o.CANDIDATE,
     running: Running,
     loading: Loading,
-    shaping: Shaping,
     feeding: Feeding,
     reporting: Reporting,
-    data: o.MaybeData = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=5, help="How often each is timed.")] = 21,
-    unoptimised: Annotated[bool, typer.Option("--unoptimised", help="With ONNX Runtime's own optimisations off, which fold too.")] = False,
+    data: str | None = o.SPEC_OR_RANDOM,
+    rounds: int = o.option("--rounds", "How often each is timed.", min=5, default=21, show_default=True),
+    unoptimised: bool = o.option("--unoptimised", "With ONNX Runtime's own optimisations off, which fold too."),
 ) -> int:
     """Time two models side by side.
 
@@ -347,18 +320,26 @@ def bench(
     """
     from bnfold.bench import bench as run
 
-    with reporting.job() as job, running.fallback():
+    with Job(reporting) as job, running.fallback():
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
-        report = run(
-            one,
-            other,
-            **feeding.compared(data, one, job, shaping),
-            provider=provider,
-            rounds=rounds,
-            batch_size=feeding.batch_size or 1,
-            optimise=not unoptimised,
-            progress=job.progress,
+        job.finish(
+            run(
+                one,
+                other,
+                **feeding.compared(data, one, job),
+                provider=provider,
+                rounds=rounds,
+                batch_size=feeding.batch_size or 1,
+                optimise=not unoptimised,
+                progress=job.progress,
+            )
         )
-        job.finish(report)
     return 0
+
+
+def _ready(paths: dict[Path | None, Sequence[str]], reporting: Reporting, *inputs: Path) -> None:
+    """Fail now where one of the files couldn't be written in the end. paths: how each may be called."""
+    for path, suffixes in paths.items():
+        if path is not None:
+            ready_to_write(path, suffixes=suffixes, force=reporting.force, inputs=inputs)

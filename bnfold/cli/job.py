@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,6 +21,8 @@ from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
 from bnfold.text import visible
 
+from .options import OUTPUT, option
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -31,20 +34,25 @@ UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
 EVERY = 10.0  # seconds between two plain lines of progress
 
 
+@dataclass(frozen=True)
+class Reporting:
+    """Where the report goes."""
+
+    as_json: bool = option("--json", "The report as JSON on standard output, and nothing else there.", OUTPUT)
+    report: Path | None = option("--report", "Write the report to a file too.", OUTPUT, "FILE.json")
+    force: bool = option("--force", "Overwrite files that exist.", OUTPUT)
+    quiet: bool = option("-q --quiet", "No progress and no remarks.", OUTPUT)
+    debug: bool = option("--debug", "Show the traceback of an error.", OUTPUT)
+
+
 class Job:
-    """Results go to standard output; progress, remarks and errors to standard error.
+    """Results go to standard output; progress, remarks and errors to standard error. check: where a verdict goes besides."""
 
-    report: where the report is written too. as_json: whether it is all that goes to standard output. quiet: no progress, no remarks.
-    check: where a verdict goes besides.
-    """
-
-    def __init__(
-        self, *, as_json: bool = False, report: Path | None = None, force: bool = False, quiet: bool = False, check: Check | None = None
-    ) -> None:
-        self.as_json = as_json
+    def __init__(self, where: Reporting, check: Check | None = None) -> None:
+        self.as_json = where.as_json
         self.main = rank() == 0  # of several processes, one speaks and writes
-        self.report_path = report if self.main else None
-        self.quiet = quiet or not self.main
+        self.report_path = where.report if self.main else None
+        self.quiet = where.quiet or not self.main
         self._inputs: list[InputFile] = []
         self._start = time.perf_counter()
         self._err = _console(_Console, sys.stderr)
@@ -55,7 +63,7 @@ class Job:
         self._began: dict[str, tuple[int, float]] = {}
         self._check = check
         if self.report_path is not None:
-            ready_to_write(self.report_path, suffixes=[".json"], force=force, inputs=())
+            ready_to_write(self.report_path, suffixes=[".json"], force=where.force, inputs=())
 
     def __enter__(self) -> Job:
         return self

@@ -5,42 +5,33 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from bnfold.errors import UsageError
 
 from ..job import Job
-from . import parse
-from .common import MODELS, option
+from . import MODELS, json_object, option
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loading:
     """How model files are read."""
 
-    arch: Annotated[
-        str | None,
-        option("--arch", panel=MODELS, metavar="MODULE:FACTORY", help="What builds the network of a checkpoint; FILE.py:FACTORY too."),
-    ] = None
-    arch_args: Annotated[str | None, option("--arch-args", panel=MODELS, metavar="JSON", help="The arguments of --arch.")] = None
-    trust_pickle: Annotated[bool, option("--trust-pickle", panel=MODELS, help="Load files that can run code.")] = False
-    ignore_keys: Annotated[
-        list[str] | None,
-        option(
-            "--ignore-keys",
-            panel=MODELS,
-            metavar="PATTERN",
-            help="Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.",
-        ),
-    ] = None
+    arch: str | None = option("--arch", "What builds the network of a checkpoint; FILE.py:FACTORY too.", MODELS, "MODULE:FACTORY")
+    arch_args: dict[str, Any] | None = option("--arch-args", "The arguments of --arch.", MODELS, "JSON", read=json_object)
+    trust_pickle: bool = option("--trust-pickle", "Load files that can run code.", MODELS)
+    ignore_keys: list[str] | None = option(
+        "--ignore-keys", "Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.", MODELS, "PATTERN"
+    )
 
     def load(self, path: Path, job: Job) -> Any:
         """The model in a file, which goes into the report."""
         from bnfold import api
 
-        args = None if self.arch_args is None else parse.json_object(self.arch_args, "--arch-args")
         ignored = tuple(self.ignore_keys or ())
-        model = api.load(path, arch=self.arch, arch_args=args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark)
+        model = api.load(
+            path, arch=self.arch, arch_args=self.arch_args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark
+        )
         if job.reports:
             from bnfold.certificates import files_of
 
@@ -64,29 +55,23 @@ class Loading:
         api.save(model, path, force=force, example=example, as_state=self.arch is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Running:
     """Where models run."""
 
-    device: Annotated[str | None, option("--device", panel=MODELS, metavar="cpu|cuda", help="For PyTorch models.")] = None
-    provider: Annotated[
-        list[str] | None,
-        option(
-            "--provider",
-            panel=MODELS,
-            metavar="NAME[:OPTION=VALUE,...]",
-            help="ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
-        ),
-    ] = None
-    allow_cpu_fallback: Annotated[
-        list[str] | None,
-        option(
-            "--allow-cpu-fallback",
-            panel=MODELS,
-            metavar="OPERATOR|NODE",
-            help="What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
-        ),
-    ] = None
+    device: str | None = option("--device", "For PyTorch models.", MODELS, "cpu|cuda")
+    provider: list[str] | None = option(
+        "--provider",
+        "ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
+        MODELS,
+        "NAME[:OPTION=VALUE,...]",
+    )
+    allow_cpu_fallback: list[str] | None = option(
+        "--allow-cpu-fallback",
+        "What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
+        MODELS,
+        "OPERATOR|NODE",
+    )
 
     def providers(self, *paths: Path) -> tuple[str, ...]:
         """Where the models in these files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""

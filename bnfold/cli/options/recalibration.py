@@ -1,0 +1,154 @@
+"""The options of recalibration: how statistics are measured, whose, and what is done with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnfold.errors import UsageError
+
+from ..job import Job
+from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes
+from .data import Feeding
+from .models import Loading, Running
+
+if TYPE_CHECKING:
+    from bnfold.recalibration.methods import Method
+    from bnfold.report import RecalibrateReport
+
+OWN_BATCH = 32  # samples
+METHODS = "exact, precise, ioffe-szegedy, moving-average or prior"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrating:
+    """How statistics are measured."""
+
+    method: str = option("--method", f"{METHODS}. Default: exact.", STATISTICS, "NAME", default="exact")
+    variance: str | None = option("--variance", "M2/n or M2/(n-1). Default: as the method's source has it.", STATISTICS, "biased|unbiased")
+    momentum: str | None = option(
+        "--momentum", "moving-average: weight of the newest batch; none for the plain mean.", STATISTICS, "M|none"
+    )
+    prior: float | None = option("--prior", "prior: the old statistics count as N samples (16).", STATISTICS, "N", min=0)
+    mean_shift: bool = option("--mean-shift", "prior: the variance of the mixture, means being apart.", STATISTICS)
+    until: float | None = option("--until", "As many samples as bring each mean's standard error to E deviations.", STATISTICS, "E")
+
+    def chosen(self) -> Method:
+        """The method with its settings."""
+        from bnfold.recalibration.methods import MovingAverage, method
+
+        if self.variance not in (None, "biased", "unbiased"):
+            raise UsageError(f"--variance {self.variance}: it is biased or unbiased")
+        for name, given, owner in (
+            ("--momentum", self.momentum is not None, "moving-average"),
+            ("--prior", self.prior is not None, "prior"),
+            ("--mean-shift", self.mean_shift, "prior"),
+        ):
+            if given and self.method != owner:
+                raise UsageError(f"{name} is for the method {owner}, not for {self.method}")
+        unbiased = None if self.variance is None else self.variance == "unbiased"
+        made = method(self.method, unbiased=unbiased, strength=self.prior, mean_shift=self.mean_shift or None)
+        if not isinstance(made, MovingAverage) or self.momentum is None:
+            return made
+        return dataclasses.replace(made, momentum=None if self.momentum == "none" else numbers(self.momentum, "--momentum")[0])
+
+    def batch_size(self, feeding: Feeding) -> int | None:
+        """Where each micro-batch is normalised by itself, its size is a part of the method: 32 unless another is asked for."""
+        return feeding.batch_size or (None if self.chosen().lockstep else OWN_BATCH)
+
+    def settings(self, *, of_part: bool = False) -> dict[str, Any]:
+        """The arguments of `api.recalibrate`, or of `api.measure_part`."""
+        if of_part and self.until is not None:
+            raise UsageError("--until looks at all data, and --shard measures a part of them; leave one out")
+        return {"method": self.chosen()} | ({} if of_part else {"until": self.until})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """Whose statistics are measured."""
+
+    layers: list[str] | None = option("--layers", "Only BatchNorms of such names; repeatable.", STATISTICS, "PATTERN")
+    skip_layers: list[str] | None = option("--skip-layers", "None of such names; repeatable.", STATISTICS, "PATTERN")
+    freeze: bool = option("--freeze", "Give BatchNorms in training mode statistics of their own, so that they can fold.", STATISTICS)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `api.recalibrate` and its kin."""
+        return {"layers": self.layers or (), "skip_layers": self.skip_layers or (), "freeze": self.freeze}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What statistics are measured on, how, and whose."""
+
+    loading: Loading
+    running: Running
+    feeding: Feeding
+    calibrating: Calibrating
+    choosing: Choosing
+    evaluate: str | None = option(
+        "--eval", "Labelled data to score before and after. Default: --data, where it has labels.", metavar="DATA"
+    )
+    memory_budget: int = option(
+        "--memory-budget",
+        "Activations held in memory before they spill to disk.",
+        DATA,
+        "SIZE",
+        default="1G",
+        show_default=True,
+        read=size_in_bytes,
+    )
+
+    def labelled(self, batches: Any, model: Any, job: Job, example: Any) -> Any:
+        """The data to score."""
+        return batches if self.evaluate is None else self.feeding.open(self.evaluate, model, job, example)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the command recalibrate does: measure on all the data and write the model; measure one of several parts (`shard`) and write
+    what was measured (`stats`); or put old statistics back (`restore`).
+    """
+
+    data: str | None = SPEC
+    out: Path | None = OUT
+    measuring: Measuring
+    restore: Path | None = option("--restore", "Put the old statistics back that a recalibration kept.", STATISTICS, "OUT.before.npz")
+    shard: tuple[int, int] | None = option(
+        "--shard", "Measure part I (from 0) of N only, for merge-stats; with --stats.", STATISTICS, "I/N", read=part
+    )
+    stats: Path | None = option("--stats", "Where a part's measurements go.", STATISTICS, "FILE.npz")
+
+    def __post_init__(self) -> None:
+        """UsageError where what is needed is missing or too much."""
+        if self.restore is not None:
+            wrong = {"--data": self.data, "--shard": self.shard, "--stats": self.stats}
+            if too_much := [name for name, value in wrong.items() if value is not None]:
+                raise UsageError(f"--restore puts old statistics back and measures none; leave out {too_much[0]}")
+        elif self.data is None:
+            raise UsageError("--data DATA is missing: say what to measure on")
+        elif (self.shard is None) != (self.stats is None):
+            raise UsageError("--shard I/N and --stats FILE.npz go together: a part's measurements are written to that file")
+        elif self.shard is not None and self.out is not None:
+            raise UsageError("-o OUT: a part of the data makes no model; bnfold merge-stats makes it from all parts")
+        if self.out is None and self.shard is None:
+            raise UsageError("-o OUT is missing: name the file to write")
+
+
+def beside(path: Path) -> Path:
+    """Where the old statistics of what is written to `path` are kept."""
+    return path.with_name(path.name + ".before.npz")
+
+
+def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, *, force: bool, example: Any) -> None:
+    """The model, and beside it the statistics that it had; first those, so that nothing is lost where the second fails."""
+    from bnfold.recalibration.statistics_file import write
+
+    side = beside(path)
+    write(side, report.before)
+    try:
+        loading.save(model, path, force=force, example=example)
+    except BaseException:
+        side.unlink(missing_ok=True)
+        raise
