@@ -6,19 +6,19 @@ A verb never changes the model that it is given, and gives back the same kind.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backends import as_given, as_ir, family
-from .certificates import certificate, folded, loaded
-from .errors import ALREADY_FOLDED, NO_BATCHNORM, CheckError, ModelError, NothingToDoError, UnsupportedError
+from .backends import open as backends
+from .certificates import certificate, folded, loaded, recalibrated
+from .errors import NO_BATCHNORM, CheckError, ModelError, NothingToDoError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
+    from .model import Model
     from .recalibration.methods import Method
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -40,25 +40,8 @@ def load(
     checkpoint may hold though its architecture has no such weights. say: told what was found in a checkpoint, and where.
     Raises ModelError where the file can't be read, is unsafe, or doesn't fit; UnsupportedError for what isn't served.
     """
-    from .backends.kinds import kind_of
-
-    kind = kind_of(path)
-    if kind == "onnx":
-        from .backends.onnx.files.load import load as load_onnx
-
-        model = loaded(load_onnx(path), Path(path))
-        if arch is not None and say is not None:
-            say(f"{path}: an ONNX file holds its network, so --arch isn't used")
-        return model
-    try:
-        from .backends.torch.files.load import load as load_torch
-    except ImportError as error:
-        if error.name != "torch":
-            raise
-        raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install 'bnfold[torch]'") from None
-    say = say or (lambda text: None)
     how: dict[str, Any] = {"arch": arch, "arch_args": arch_args, "trust_pickle": trust_pickle, "ignore_keys": tuple(ignore_keys)}
-    return loaded(load_torch(path, kind, **how, say=say), Path(path))
+    return loaded(backends.load(Path(path), **how, say=say or (lambda text: None)), Path(path))
 
 
 def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
@@ -67,14 +50,7 @@ def save(model: Any, path: str | Path, *, force: bool = False, example: Any = No
     An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt (see `backends.torch.save`), for some of
     which a module needs an example of its input.
     """
-    if family(model) == "torch":
-        from .backends.torch.files.save import save as save_torch
-
-        save_torch(model, path, force=force, example=example, as_state=as_state)
-        return
-    from .backends.onnx.files.load import save as save_onnx
-
-    save_onnx(as_ir(model), path, force=force)
+    backends.open_model(model, example).save(path, force=force, as_state=as_state)
 
 
 def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:
@@ -83,14 +59,15 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectR
     example: as for `fuse`.
     """
     start = time.perf_counter()
-    report = _fused(model, example, clone)[2]
+    opened = backends.open_model(model, example)
+    report = opened.folded(clone=clone)[1]
     notes: tuple[str, ...] = ()
     try:
         found = certificate(model)
     except ModelError as error:
         found, notes = None, (str(error),)
     if not report.layers and not report.batchnorms.before:
-        notes += (NO_BATCHNORM if found is not None else no_batchnorm(model),)
+        notes += (NO_BATCHNORM if found is not None else opened.nothing_to_fold,)
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
@@ -106,42 +83,27 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
+    opened = backends.open_model(model, example)
+    fused, report = fold(opened, example=example, check=check, clone=clone)
+    return opened.in_source_form(fused.source, changed=report.changes), report
+
+
+def fold(model: Model, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Model, FuseReport]:
+    """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
-    original, fused, report = _fused(model, example, clone)
+    fused, report = model.folded(clone=clone)
     if report.batchnorms.before == 0 and not report.layers:
-        raise NothingToDoError(no_batchnorm(model))
+        raise NothingToDoError(model.nothing_to_fold)
     if check and any(layer.verdict == "folded" for layer in report.layers):
         from .verification.verify import check_fold
 
-        checked = check_fold(original, fused, example)
+        checked = check_fold(model, fused, example)
         if checked.verdict == "different":
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
         report = dataclasses.replace(report, verify=checked)
-    unchanged = not report.merged and all(layer.verdict == "kept" for layer in report.layers)
-    if not unchanged:
-        folded(model, fused, report)
-    if family(model) == "onnx":
-        fused = copy.deepcopy(model) if unchanged and not isinstance(model, type(fused)) else as_given(fused, model)
+    if report.changes:
+        folded(model.source, fused.source, report)
     return fused, dataclasses.replace(report, seconds=time.perf_counter() - start)
-
-
-def _fused(model: Any, example: Any, clone: bool) -> tuple[Any, Any, FuseReport]:
-    """The model as its back-end sees it, the folded one, and the report."""
-    if family(model) == "torch":
-        from .backends.torch.export.trace import trace
-        from .backends.torch.fuse import fuse as fuse_torch
-
-        traced = trace(model, example)
-        return traced, *fuse_torch(traced, clone=clone)
-    from .backends.onnx.fuse import fuse as fuse_onnx
-
-    original = as_ir(model)
-    return original, *fuse_onnx(original, clone=clone)
-
-
-def no_batchnorm(model: Any) -> str:
-    """What to say of a model that holds none; an ONNX model may have lost them where it was exported."""
-    return ALREADY_FOLDED if family(model) == "onnx" else NO_BATCHNORM
 
 
 def recalibrate(
@@ -182,12 +144,14 @@ def recalibrate(
     from .recalibration import recalibrate as calibration
     from .recalibration.methods import method as chosen
 
-    subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
+    opened = backends.open_model(model, example)
+    target = calibration.Target(layers, skip_layers, freeze, _place(opened, provider, device))
     with cpu_fallback(allow_cpu_fallback):
-        return calibration.recalibrate(
-            subject,
+        fresh, report = calibration.recalibrate(
+            opened,
             batches,
             chosen(method),
+            target,
             until=until,
             labelled=labelled,
             memory_budget=memory_budget,
@@ -195,6 +159,7 @@ def recalibrate(
             samples=samples,
             progress=progress,
         )
+    return _made(opened, fresh), report
 
 
 def measure_part(
@@ -224,9 +189,10 @@ def measure_part(
     from .recalibration import recalibrate as calibration
     from .recalibration.methods import method as chosen
 
-    subject = calibration.Subject(model, example, layers, skip_layers, freeze, _device(model, provider, device))
+    opened = backends.open_model(model, example)
+    target = calibration.Target(layers, skip_layers, freeze, _place(opened, provider, device))
     return calibration.measure_part(
-        subject, batches, chosen(method), part, Path(path), batch_size=batch_size, samples=samples, progress=progress
+        opened, batches, chosen(method), target, part, Path(path), batch_size=batch_size, samples=samples, progress=progress
     )
 
 
@@ -245,7 +211,9 @@ def merge_parts(
     """
     from .recalibration import recalibrate as calibration
 
-    return calibration.merge(calibration.Subject(model, example, layers, skip_layers, freeze), paths)
+    opened = backends.open_model(model, example)
+    fresh, report = calibration.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
+    return _made(opened, fresh), report
 
 
 def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any = None) -> tuple[Any, list[str]]:
@@ -258,15 +226,22 @@ def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any 
     from .recalibration import statistics_file as kept_statistics
 
     old = kept_statistics.read(Path(before)) if isinstance(before, (str, Path)) else before
-    return calibration.restore(calibration.Subject(model, example), old)
+    opened = backends.open_model(model, example)
+    fresh, names = calibration.restore(opened, old)
+    return _made(opened, fresh), names
 
 
-def _device(model: Any, provider: str, device: str | None) -> str:
+def _place(model: Model, provider: str, device: str | None) -> str:
     """Where it runs; of several processes on a machine with several GPUs, each on its own."""
     from .recalibration.distributed import local_rank
 
-    chosen = device or provider if family(model) == "torch" else provider
+    chosen = model.place(provider, device)
     return f"{chosen}:{local_rank()}" if chosen == "cuda" and local_rank() else chosen
+
+
+def _made(model: Model, fresh: Model) -> Any:
+    """The copy with new statistics, in the form in which the model came in."""
+    return model.in_source_form(recalibrated(model.source, fresh.source))
 
 
 def verify(
@@ -295,17 +270,17 @@ def verify(
     """
     from .verification.verify import verify as verify_models
 
+    first, second, batches = backends.open_both(reference, candidate, batches, input_shapes, example)
     with cpu_fallback(allow_cpu_fallback):
         return verify_models(
-            _native(reference),
-            _native(candidate),
+            first,
+            second,
             batches,
             providers=tuple(providers),
             samples=samples,
             batch_size=batch_size,
             seed=seed,
             input_shapes=None if input_shapes is None else dict(input_shapes),
-            example=example,
             progress=progress,
             bundle=None if bundle is None else Path(bundle),
             force=force,
@@ -315,13 +290,4 @@ def verify(
 
 def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
     """What of a model may run on the CPU, whatever the provider, while this lasts."""
-    if not (names := tuple(names)):
-        return contextlib.nullcontext()
-    from .backends.onnx.runtime.placement import cpu_fallback as allowed
-
-    return allowed(names)
-
-
-def _native(model: Any) -> Any:
-    """The model as its back-end has it."""
-    return as_ir(model) if family(model) == "onnx" else model
+    return backends.cpu_fallback(names) if (names := tuple(names)) else contextlib.nullcontext()

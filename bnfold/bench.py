@@ -37,11 +37,13 @@ def bench(
     optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
     median over the rounds, and its range holds the middle half of them.
     """
-    from .verification.interface import sides
+    from .backends.open import open_both
+    from .verification.interface import alike
 
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")
-    first, second, batches = sides(reference, candidate, batches, input_shapes, example)
+    first, second, batches = open_both(reference, candidate, batches, input_shapes, example)
+    first, second = alike(first, second)
     if batches is None:
         feeds = first.random(batch=batch_size, seed=seed, input_shapes=input_shapes)
     else:
@@ -52,7 +54,7 @@ def bench(
     for side in (first, second):
         side.require(provider)
         setting = "on" if optimise and "on" in side.optimisations else "off"
-        calls.append(_call(side.deployed(provider, setting, precision="as deployed"), feeds))
+        calls.append(_call(side.session(provider, setting, precision="as deployed"), feeds))
     repeats = [max(1, round(ROUND / max(call(1), 1e-9))) for call in calls]
     times: list[list[float]] = [[], []]
     for number in range(rounds):

@@ -1,19 +1,31 @@
-"""What `verify` asks of a model, whatever framework it comes from."""
+"""What every verb asks of a model, whatever its framework: a kind of model is one class of these methods (see `backends.open`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import copy
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .algebra.graph import Graph, Value
+from .data.random import random_feeds
+from .errors import UnsupportedError
+from .folding.plan import NormalForm
 
 if TYPE_CHECKING:
+    from .algebra.graph import Graph, Value
     from .data import Batch, InputSpec
-    from .folding.search import Outcome
+    from .data.source import Flat
+    from .report import FuseReport
+
+Shapes = Mapping[str, tuple[int, ...]]
+Stream = Iterator[tuple[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -23,23 +35,6 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str | None, ...] | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A model in normal form: all that can be folded is planned, nothing is written.
-
-    outputs: those of the model, by name. inputs: the values that a caller feeds. constants: outputs that are the same whatever goes in,
-    and what inputs are where nobody feeds them. narrowest: the largest number of the narrowest floating-point type in which it computes,
-    and the operator that gives it.
-    """
-
-    graph: Graph
-    outputs: Mapping[str, Value]
-    outcomes: tuple[Outcome, ...]
-    inputs: frozenset[Value] = frozenset()
-    constants: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-    narrowest: tuple[float, str] = (np.inf, "")
 
 
 @dataclass(frozen=True)
@@ -56,65 +51,286 @@ class Placement:
     on_cpu: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class Extract:
+    """A piece of a model that runs by itself. suffix: of the file that holds it; data: the file's content."""
+
+    suffix: str
+    data: bytes
+
+
 class Runner(Protocol):
     """Something that computes outputs by name from inputs by name. It may have a `placement`, complete after a run."""
 
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]: ...
 
 
-@runtime_checkable
-class Subject(Protocol):
-    """One model.
+class Model:
+    """One model. What it gives is its caller's: nothing that a method does changes the model itself.
 
-    roundoff: unit roundoff of its coarsest floating-point type, 2**-24 for float32.
-    optimisations: with what settings of the runtime a candidate is tried; a reference runs with the first.
+    A kind of model says what stands under "what a kind gives", by the model's own names; the rest follows from it. Where two models are
+    compared, the candidate is called by the reference's names (`renamed`).
+
+    source: the object that a caller gave. kind: the framework, "" for one that bnfold doesn't know. optimisations: with what settings
+    of the runtime a candidate is tried; a reference runs with the first. own_inputs, own_outputs: the model's own names by those that a
+    caller uses, where these are others.
     """
 
-    @property
-    def roundoff(self) -> float: ...
+    kind: ClassVar[str] = ""
+    optimisations: ClassVar[tuple[str, ...]] = ("off",)
+    nothing_to_fold: ClassVar[str] = ""  # what to say of a model that holds no BatchNorm
+    source: Any = None
+    own_inputs: Mapping[str, str] = {}
+    own_outputs: Mapping[str, str] = {}
+
+    # --- what a kind gives: what it is -----------------------------------------------------------------------------------------------
 
     @property
-    def optimisations(self) -> tuple[str, ...]: ...
+    def roundoff(self) -> float:
+        """Unit roundoff of its coarsest floating-point type, 2**-24 for float32."""
+        raise NotImplementedError
+
+    @property
+    def specs(self) -> list[InputSpec]:
+        """What a caller must feed."""
+        raise NotImplementedError
+
+    def interface(self) -> tuple[list[Port], list[Port], list[Port]]:
+        """Inputs, inputs with a default that callers may override, and outputs, each in order."""
+        raise NotImplementedError
 
     def identity(self) -> str | None:
         """The same for two models of the same operators and numbers, whatever their names; None where that can't be told."""
+        return None
 
-    def inputs(self) -> list[InputSpec]:
-        """What a caller must feed."""
-
-    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
-        """Inputs, inputs with a default that callers may override, and outputs, each in order."""
-
-    def example(self) -> Batch | None:
+    def sample(self) -> Batch | None:
         """A few samples that came with the model; None where none did."""
+        return None
 
-    def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
-        """Random data that the model takes."""
+    def sizes(self) -> Mapping[str, int] | None:
+        """The sizes of its dynamic axes, by their names, at which it is known to run."""
+        return None
 
-    def plan(self, *, clone: bool = False) -> Plan:
-        """The normal form. clone: with operators doubled for a BatchNorm's sake."""
+    @property
+    def flat(self) -> Flat | None:
+        """What takes an item of somebody's data that is nested as the model's arguments are; None where these are plain tensors."""
+        return None
+
+    def layers(self) -> dict[str, str]:
+        """The inner values, in topological order, and the name of the layer that computes each."""
+        raise NotImplementedError
+
+    # --- what a kind gives: how it is called -------------------------------------------------------------------------------------------
+
+    @property
+    def states_inputs(self) -> bool:
+        """Whether it says by itself what it takes: a file does, code doesn't."""
+        return True
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it says nothing of what it takes, and hasn't been called yet."""
+        return False
+
+    @property
+    def needs_example(self) -> bool:
+        """Whether nothing at all says how it is called."""
+        return False
+
+    @property
+    def brings_example(self) -> bool:
+        """Whether one came with it."""
+        return False
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of what it is called with, as far as they are known before it is."""
+        return [spec.name for spec in self.specs]
+
+    def called(self, like: Any = None, shapes: Shapes | None = None, types: Mapping[str, str] | None = None) -> Model:
+        """The model, called as in an example or as another model is, or with random data of some shapes and types; itself where it says
+        how it is called."""
+        return self
+
+    def by_position(self) -> Model:
+        """The model, called with as many of its arguments by position as can be: what is written of it is called so."""
+        return self
+
+    def fed(self, item: Any, count: int | None = None) -> Model:
+        """The model, called as with an item of somebody's data. count: how many samples of it are enough, where it may hold many."""
+        return self
+
+    def beside(self, other: Model) -> Model:
+        """The model, as it is held against one of another framework, whose providers are asked for."""
+        return self
+
+    @property
+    def calls(self) -> Sequence[Model]:
+        """The model in each of the calls that its example states."""
+        return (self,)
+
+    # --- what a kind gives: what it computes -------------------------------------------------------------------------------------------
+
+    def normal_form(self, *, clone: bool = False) -> NormalForm:
+        """See `plan`. UnsupportedError: it has none."""
+        raise UnsupportedError("the model has no graph that bnfold can read")
+
+    def lowered(self) -> tuple[Graph, Mapping[str, Value]]:
+        """The neutral graph as it stands, and the outputs by name. UnsupportedError: there is none."""
+        raise UnsupportedError("the model has no graph that bnfold can read")
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
-        """The model in float64; with a seed, every weight moved by up to half a unit in the last place. UnsupportedError: can't be had."""
+        """The model in float64; with a seed, every weight moved by up to half a unit in the last place. outputs: inner values to give
+        out too. UnsupportedError: can't be had."""
+        raise NotImplementedError
 
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
         """The model in its stored types on a provider or device; jitter as above. UnsupportedError, DeviceError."""
+        raise NotImplementedError
 
-    def precisions(self, provider: str) -> tuple[str, ...]:
-        """In which it is tried there: "full", or "as deployed" (TF32, say), or both, of which the first decides."""
+    def place(self, provider: str, device: str | None) -> str:
+        """Which of a provider of ONNX Runtime and a device of PyTorch it runs on."""
+        return provider
 
     def require(self, provider: str) -> None:
         """Raise DeviceError or UsageError where there is no such provider or device."""
 
-    def layers(self) -> dict[str, str]:
-        """The inner values, in topological order, and the name of the layer that computes each."""
+    def precisions(self, provider: str) -> tuple[str, ...]:
+        """In which it is tried there: "full", or "as deployed" (TF32, say), or both, of which the first decides."""
+        return ("full",)
 
-    def folded(self) -> Subject | None:
-        """The model with its BatchNorms folded; None where that can't be."""
+    def computing(self) -> AbstractContextManager[Any]:
+        """How the device computes while statistics are measured: with float32 in full."""
+        return nullcontext()
+
+    def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
+        """What two models of code give in other calls than those that were read: functions of a call for this one, for the candidate, and
+        for this one with moved weights by a seed; and the calls with a text each. None where either is no code."""
+        return None
+
+    # --- what a kind gives: its inner values -------------------------------------------------------------------------------------------
+
+    def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
+        """The wanted inner values in the order in which they are computed, none held longer than the model needs it.
+
+        exact: in float64; else in the stored types. jitter: as for `oracle`. Raises UnsupportedError.
+        """
+        raise UnsupportedError("the inner values of the model can't be seen")
+
+    def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Extract:
+        """What computes one value from others, with its weights. inputs: these, in their stored types; also: other values to give out."""
+        raise UnsupportedError("no part can be cut out of the model")
+
+    def edge(self, output: str, stops: Collection[str]) -> list[str]:
+        """Which of some values, or of the model's inputs, another is computed from."""
+        raise UnsupportedError("the inner values of the model can't be seen")
+
+    def types(self, names: Iterable[str]) -> dict[str, Any]:
+        """The numpy types in which inner values are stored, as far as they are known."""
+        return {}
+
+    def culprit(self, feeds: Batch, provider: str, unit: float) -> Any:
+        """Which optimisation of the runtime harms the model; None where none does."""
+        return None
+
+    # --- what a kind gives: what is made of it -----------------------------------------------------------------------------------------
+
+    def folded(self, *, clone: bool = False) -> tuple[Model, FuseReport]:
+        """A copy with every BatchNorm folded that can be, called as this one is, and what became of each. clone: an operator that something
+        else reads too may be doubled. UnsupportedError: it can't be folded."""
+        raise UnsupportedError("the model can't be folded")
+
+    def lockstep(self, **options: Any) -> Any:
+        """The model cut into stages, for recalibration (`recalibration.lockstep.Plan`). NothingToDoError: it holds no BatchNorm."""
+        raise UnsupportedError("the statistics of the model can't be measured")
+
+    def remade(self, made: Any) -> Model:
+        """What was made of the model, called as this one is."""
+        raise NotImplementedError
+
+    def in_source_form(self, made: Any, *, changed: bool = True) -> Any:
+        """What was made of the model, in the form in which the model came in. changed: whether it says anything else than the model."""
+        return made
+
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
+        """Write it atomically; as_state: a state dict where the name leaves that open."""
+        raise UnsupportedError("the model can't be written")
+
+    # --- the names by which it is called -----------------------------------------------------------------------------------------------
+
+    def renamed(self, own_inputs: Mapping[str, str], own_outputs: Mapping[str, str]) -> Model:
+        """The same model under other names of its inputs and outputs. own_inputs, own_outputs: its own, by those."""
+        made = copy.copy(self)
+        made.own_inputs, made.own_outputs = dict(own_inputs), dict(own_outputs)
+        vars(made).pop("_plans", None)
+        return made
+
+    def own(self, feeds: Batch) -> Batch:
+        """What a caller feeds, by the model's own names."""
+        return {self.own_inputs.get(name, name): array for name, array in feeds.items()}
+
+    def inputs(self) -> list[InputSpec]:
+        """What a caller must feed."""
+        specs = self.specs
+        return [dataclasses.replace(spec, name=name) for spec, name in zip(specs, self._given(s.name for s in specs), strict=True)]
+
+    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
+        """See `interface`."""
+        inputs, defaults, outputs = self.interface()
+        named = _by_value(self.own_outputs)
+        given = [dataclasses.replace(port, name=name) for port, name in zip(inputs, self._given(p.name for p in inputs), strict=True)]
+        return given, defaults, [dataclasses.replace(port, name=named.get(port.name, port.name)) for port in outputs]
+
+    def example(self) -> Batch | None:
+        """A few samples that came with the model; None where none did."""
+        found = self.sample()
+        return None if found is None else dict(zip(self._given(found), found.values(), strict=True))
+
+    def random(self, *, batch: int, seed: int, input_shapes: Shapes | None) -> Batch:
+        """Random data that the model takes."""
+        shapes = None if input_shapes is None else {self.own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
+        made = random_feeds(self.specs, batch=batch, seed=seed, input_shapes=shapes, sizes=self.sizes())
+        return dict(zip(self._given(made), made.values(), strict=True))
+
+    def plan(self, *, clone: bool = False) -> NormalForm:
+        """The normal form, worked out once: all that can be folded is decided, nothing is written. clone: with operators doubled for a
+        BatchNorm's sake. UnsupportedError: it has none."""
+        if clone not in self._plans:
+            self._plans[clone] = self.normal_form(clone=clone).renamed(_by_value(self.own_inputs), _by_value(self.own_outputs))
+        return self._plans[clone]
+
+    @cached_property
+    def _plans(self) -> dict[bool, NormalForm]:
+        return {}
+
+    def exact(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
+        """The float64 oracle (see `oracle`)."""
+        return self._renaming(self.oracle(jitter=jitter, outputs=outputs))
+
+    def session(self, provider: str, optimisation: str = "off", *, jitter: int | None = None, precision: str = "full") -> Runner:
+        """The model as it runs on a provider (see `deployed`)."""
+        return self._renaming(self.deployed(provider, optimisation, jitter=jitter, precision=precision))
+
+    def _renaming(self, runner: Runner) -> Runner:
+        return _Renaming(runner, self.own_inputs, _by_value(self.own_outputs)) if self.own_inputs or self.own_outputs else runner
+
+    def _given(self, names: Iterable[str]) -> list[str]:
+        known = _by_value(self.own_inputs)
+        return [known.get(name, name) for name in names]
 
 
-def roundoff(dtype: np.dtype[Any]) -> float:
-    """Unit roundoff of a floating-point type: half the distance from 1 to the next number."""
-    import ml_dtypes
+class _Renaming:
+    def __init__(self, runner: Runner, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        self._runner, self._inputs, self._outputs = runner, inputs, outputs
 
-    return float(ml_dtypes.finfo(dtype).eps) / 2  # type: ignore[no-untyped-call]
+    @property
+    def placement(self) -> Placement | None:
+        return getattr(self._runner, "placement", None)
+
+    def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
+        found = self._runner.run({self._inputs.get(name, name): np.asarray(array) for name, array in feeds.items()})
+        return {self._outputs.get(name, name): array for name, array in found.items()}
+
+
+def _by_value(names: Mapping[str, str]) -> dict[str, str]:
+    return {own: name for name, own in names.items()}

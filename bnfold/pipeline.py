@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import api
-from .backends import is_module
+from .backends.open import open_model
 from .certificates import verified
 from .errors import NothingToDoError
 from .recalibration.scoring import effect, score, score_if_fits
@@ -31,31 +31,34 @@ def pipeline(
     verdict is for all of them. calibration: further arguments of `api.recalibrate`. Raises what the steps raise.
     """
     providers = tuple(providers)
-    example = _read(model, example) or example
+    opened = open_model(model, example)
+    if not opened.states_inputs:
+        opened.specs  # it is read once, and called so in all further steps  # noqa: B018
+        example = opened
     if not api.inspect(model, example=example).layers:
-        raise NothingToDoError(api.no_batchnorm(model))
-    before, notes = score_if_fits(model, labelled, batches, example=example, provider=providers[0], progress=progress)
+        raise NothingToDoError(opened.nothing_to_fold)
+    before, notes = score_if_fits(opened, labelled, batches, provider=providers[0], progress=progress)
     scored = None if before is None else before.summary()
     fresh, recalibrated = api.recalibrate(model, batches, example=example, provider=providers[0], progress=progress, **calibration)
     if progress is not None:
         progress("fold and check", 0, None)
-    example = _read(fresh, example) or example
-    fused, folded = api.fuse(fresh, example=example)
+    reference = open_model(fresh, example)
+    candidate, folded = api.fold(reference, example=example)
     kept = sum(layer.verdict == "kept" for layer in folded.layers)
     if strict and kept:
         note = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}"
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, note))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
-    read = _read(fused, example)
-    verdict = api.verify(fresh, read or fused, batches, example=example, providers=providers, progress=checking)
+    verdict = api.verify(reference, candidate, batches, providers=providers, progress=checking)
     unfolded = kept == len(folded.layers)
     proven = verdict.verdict == "equivalent" or (unfolded and verdict.verdict == "inconclusive")
     if unfolded and proven:
         notes += ("no BatchNorm folds, so there is no fold for the verdict to judge: the recalibrated model is given out",)
+    fused = reference.in_source_form(candidate.source, changed=folded.changes)
     verified(fused, verdict)
     after = None
     if proven and before is not None:
-        after = score(fused, labelled, example=read or example, provider=providers[0], progress=progress)
+        after = score(candidate, labelled, provider=providers[0], progress=progress)
     return (fused if proven else None), PipelineReport(
         recalibrate=recalibrated,
         fuse=folded,
@@ -70,12 +73,3 @@ def pipeline(
             f"the verdict is {verdict.verdict}: {verdict.reason}",
         ),
     )
-
-
-def _read(model: Any, example: Any) -> Any:
-    """A module's data flow, an example for all further steps, none of which reads it again; None for other models, which show theirs."""
-    if not is_module(model):
-        return None
-    from .backends.torch.export.trace import trace
-
-    return trace(model, example)

@@ -96,6 +96,11 @@ class FuseReport(Report):
     verify: VerifyReport | None = None  # the check before writing; None with check=False
     notes: tuple[str, ...] = ()
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything folds or merges."""
+        return bool(self.merged) or any(layer.verdict == "folded" for layer in self.layers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectReport(FuseReport):

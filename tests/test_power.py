@@ -11,6 +11,7 @@ import onnx
 import power.sweep
 import pytest
 import torch
+from opened import verify
 from power.__main__ import error, errors, main, table
 from power.defects import DEFECTS
 from power.list import AS_MODULES, IN_HALF, NAMES
@@ -22,7 +23,6 @@ from torch import nn
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto
 from bnfold.report import VerifyReport
-from bnfold.verification.verify import verify
 
 
 @pytest.fixture(scope="module")

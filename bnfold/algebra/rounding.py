@@ -53,3 +53,10 @@ def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
         return 0
     exact, stored = np.ravel(exact)[small], np.ravel(stored)[small]
     return int((np.abs(stored.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact)).sum())
+
+
+def roundoff(dtype: np.dtype[Any]) -> float:
+    """Unit roundoff of a floating-point type: half the distance from 1 to the next number."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype).eps) / 2  # type: ignore[no-untyped-call]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
-from bnfold import model as subject
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.report import Counts, FuseReport, Layer, Merged
@@ -50,6 +49,35 @@ class Planned:
         return FuseReport(batchnorms=counts, layers=layers, merged=merged, bytes_added=bytes_added, notes=said)
 
 
+@dataclass(frozen=True)
+class NormalForm:
+    """A model of which all is planned that can be folded; nothing is written.
+
+    outputs: those of the model, by name. inputs: the values that a caller feeds. constants: outputs that are the same whatever goes in,
+    and what inputs are where nobody feeds them. narrowest: the largest number of the narrowest floating-point type in which it computes,
+    and the operator that gives it.
+    """
+
+    graph: Graph
+    outputs: Mapping[str, Value]
+    outcomes: tuple[Outcome, ...]
+    inputs: frozenset[Value] = frozenset()
+    constants: Mapping[str, Array] = field(default_factory=dict)
+    narrowest: tuple[float, str] = (np.inf, "")
+
+    def renamed(self, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> NormalForm:
+        """The same under other names, by those that it has."""
+        for node in self.graph.nodes:
+            for value in node.inputs:
+                if value.producer is None:
+                    value.name = inputs.get(value.name, value.name)
+        constants = {
+            f"output {outputs.get(name[7:], name[7:])}" if name.startswith("output ") else name: array
+            for name, array in self.constants.items()
+        }
+        return replace(self, outputs={outputs.get(name, name): value for name, value in self.outputs.items()}, constants=constants)
+
+
 def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Planned:
     """Decide what folds. clone: whether an operator that something else reads too may be doubled. may: which branches may merge, if any."""
     affine = [node for site in graph.sites for node in site.nodes]
@@ -70,10 +98,10 @@ def normal_form(
     clone: bool = False,
     inputs: Iterable[Value] = (),
     constants: Mapping[str, Array] = MappingProxyType({}),
-) -> subject.Plan:
+) -> NormalForm:
     """A graph with all planned that can be folded, for `verify`: without operators that do nothing, which other tools take out.
 
-    outputs: the values that a caller gets, by name. inputs, constants: see `subject.Plan`.
+    outputs: the values that a caller gets, by name. inputs, constants: see `NormalForm`.
     """
     limits = [(float(node.attrs["limit"]), f"{node.label} {node.name}") for node in graph.nodes if "limit" in node.attrs and node.inputs]
     for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
@@ -82,7 +110,7 @@ def normal_form(
     left = set(graph.nodes)
     ends = {name: graph.end(value, left) for name, value in outputs.items()}
     narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
-    return subject.Plan(graph, ends, planned.outcomes, frozenset(inputs), constants, narrowest)
+    return NormalForm(graph, ends, planned.outcomes, frozenset(inputs), constants, narrowest)
 
 
 def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:

@@ -6,12 +6,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bnfold.backends import as_given, as_ir, family, is_module
-from bnfold.certificates import recalibrated
 from bnfold.data import WHOLE
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import DataError, NothingToDoError, UnsupportedError, UsageError
@@ -29,6 +26,7 @@ from .selection import Selection, every
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, Data, InputSpec
+    from bnfold.model import Model
 
 PILOT = 64  # samples of the first trial of `until`
 GROWTH = 16  # times as many samples, at most, in the next trial
@@ -53,64 +51,33 @@ class ModelPlan(Plan, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model that is measured, and how. example: how a PyTorch module is called. device: of PyTorch, or ONNX Runtime's provider."""
+class Target:
+    """Which BatchNorms are measured, and where. freeze: those in training mode too. device: of PyTorch, or ONNX Runtime's provider."""
 
-    model: Any
-    example: Any = None
     layers: Sequence[str] = ()
     skipped: Sequence[str] = ()
     freeze: bool = False
     device: str = "cpu"
 
-    @property
-    def is_unread(self) -> bool:
-        """Whether the data flow is still to be read, which a module's is by calling it."""
-        if not is_module(self.model):
-            return False
-        from bnfold.backends.torch.export.trace import Traced
-
-        return not isinstance(self.example, Traced)
-
-    def plan(self, *, one_size: bool = False) -> ModelPlan:
-        """The model, cut into stages. one_size: a module is read for samples of one size."""
+    def plan(self, model: Model, *, one_size: bool = False) -> ModelPlan:
+        """The model, cut into stages. one_size: what must be called to be read is read for samples of one size."""
         select = Selection(self.layers, self.skipped)
-        chosen = every if select.is_all else select
-        plan: ModelPlan
         try:
-            if family(self.model) == "torch":
-                from bnfold.backends.torch.recalibration.plan import plan_of as torch_plan
-
-                given: dict[str, Any] = {"select": chosen, "freeze": self.freeze, "device": self.device}
-                plan = torch_plan(self.model, self.example, one_size=one_size, **given)
-            else:
-                from bnfold.backends.onnx.recalibration.plan import plan_of as onnx_plan
-
-                plan = onnx_plan(as_ir(self.model), select=chosen, freeze=self.freeze, provider=self.device)
+            plan: ModelPlan = model.lockstep(
+                select=every if select.is_all else select, freeze=self.freeze, device=self.device, one_size=one_size
+            )
         except NothingToDoError:
             select.check()
             raise
         select.check()
         return plan
 
-    def written(self, plan: ModelPlan) -> Any:
-        """A copy of the model with the statistics that were set in its plan, of the kind that came in."""
-        fresh = recalibrated(self.model, plan.write())
-        return fresh if family(self.model) == "torch" else as_given(fresh, self.model)
-
-    def computing(self) -> AbstractContextManager[Any]:
-        """How the device computes meanwhile: with float32 in full."""
-        if family(self.model) == "torch":
-            from bnfold.backends.torch.runtime.session import precise
-
-            return precise()
-        return nullcontext()
-
 
 def recalibrate(
-    subject: Subject,
+    model: Model,
     batches: Any,
     method: Method,
+    target: Target,
     *,
     until: float | None = None,
     labelled: Any = None,
@@ -118,18 +85,18 @@ def recalibrate(
     batch_size: int | None = None,
     samples: int | None = None,
     progress: Progress | None = None,
-) -> tuple[Any, RecalibrateReport]:
+) -> tuple[Model, RecalibrateReport]:
     """A copy of the model with new statistics, and what changed (see `api.recalibrate`)."""
     start = time.perf_counter()
     group = processes()
-    run = _Run(subject, batches, method, memory_budget, batch_size, group, progress)
+    run = _Run(model, target, batches, method, memory_budget, batch_size, group, progress)
     scores: Scores | None = None
     notes: tuple[str, ...] = ()
     if labelled is not None and not group.rank:
-        scores, notes = score_if_fits(subject.model, labelled, batches, example=run.example, provider=subject.device)
+        scores, notes = score_if_fits(run.model, labelled, batches, provider=target.device)
     fresh, found = run(samples) if until is None else _until(run, until, samples)
     if scores is not None:
-        after = score(fresh, labelled, example=run.example, provider=subject.device)
+        after = score(fresh, labelled, provider=target.device)
         assert after is not None
         found = dataclasses.replace(found, accuracy_before=scores.summary(), accuracy_after=after.summary(), effect=effect(scores, after))
     return fresh, dataclasses.replace(found, notes=(*found.notes, *notes), seconds=time.perf_counter() - start)
@@ -140,7 +107,8 @@ class _Run:
 
     def __init__(
         self,
-        subject: Subject,
+        model: Model,
+        target: Target,
         batches: Any,
         method: Method,
         memory_budget: int,
@@ -148,8 +116,8 @@ class _Run:
         group: Processes,
         progress: Progress | None,
     ) -> None:
-        self._subject, self.batches, _ = called(subject, batches, batch_size)
-        self.example = self._subject.example
+        self.model, self.batches = called(model, batches, batch_size)
+        self._target = target
         self._method, self._budget, self._batch_size, self._group = method, memory_budget, batch_size, group
         self._progress = progress
 
@@ -160,18 +128,18 @@ class _Run:
 
         return self.batches.again if isinstance(self.batches, Data) else not isinstance(self.batches, Iterator)
 
-    def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Any, RecalibrateReport]:
+    def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Model, RecalibrateReport]:
         # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
-        quick = self._subject.is_unread and self.again and self._group.size == 1
+        quick = self.model.is_unread and self.again and self._group.size == 1
         for one_size in (True, False) if quick else (False,):
-            plan = self._subject.plan(one_size=one_size)
+            plan = self._target.plan(self.model, one_size=one_size)
             if one_size and _counts_elsewhere(plan.specs):
                 continue
             try:
                 data = data_of(self.batches, plan, one_size, self._batch_size, samples, spread)
                 mine = data.sharded(self._group.rank, self._group.size) if self._group.size > 1 else data
                 batches = fitting(mine, plan.specs, one_size)
-                with self._subject.computing():
+                with self.model.computing():
                     found = run_plan(
                         plan, batches, method=self._method, memory_budget=self._budget, progress=self._progress, group=self._group
                     )
@@ -182,7 +150,7 @@ class _Run:
         if self._group.size > 1:
             data.know_bad(mine, self._group.gather)
         notes = (*found.notes, *(note for note in data.notes if note == WHOLE))
-        return self._subject.written(plan), dataclasses.replace(found, notes=notes)
+        return self.model.remade(plan.write()), dataclasses.replace(found, notes=notes)
 
 
 class _OtherSizeError(Exception):
@@ -195,24 +163,18 @@ def _counts_elsewhere(specs: Sequence[InputSpec]) -> bool:
     return len(first) > 1 and any(isinstance(n, int) and n > 1 for n in first)
 
 
-def called(subject: Subject, batches: Any, batch_size: int | None) -> tuple[Subject, Any, Any]:
-    """The subject with an example of its input, taken from the data where there is none; the data; their first batch."""
-    if family(subject.model) != "torch":
-        return subject, batches, None
-    from bnfold.backends.torch.export.trace import example_of, shortened_call
+def called(model: Model, batches: Any, batch_size: int | None) -> tuple[Model, Any]:
+    """The model, called as the data show where nothing else does; and the data."""
     from bnfold.data import BATCH_SIZE
     from bnfold.data.source import peek
 
+    if not model.needs_example:
+        return model, batches
     first, batches = peek(batches)
-    whole = first is batches  # all samples at once
-    if whole:
-        first = _few(first, batch_size or BATCH_SIZE)
-    if subject.example is None and first is not None:
-        example = example_of(subject.model, first)
-        if whole and is_module(subject.model):
-            example = shortened_call(subject.model, example, batch_size or BATCH_SIZE)
-        subject = dataclasses.replace(subject, example=example)
-    return subject, batches, first
+    if first is batches:  # all samples at once
+        count = batch_size or BATCH_SIZE
+        return model.fed(_few(first, count), count), batches
+    return model if first is None else model.fed(first), batches
 
 
 def data_of(
@@ -247,7 +209,7 @@ def fitting(data: Data, specs: Sequence[InputSpec], one_size: bool = False) -> I
         yield batch
 
 
-def _until(run: _Run, limit: float, samples: int | None) -> tuple[Any, RecalibrateReport]:
+def _until(run: _Run, limit: float, samples: int | None) -> tuple[Model, RecalibrateReport]:
     """As many samples as bring every channel's standard error of the mean down to `limit` standard deviations, found by a few trials.
 
     A standard error falls with the root of the number of samples, so a trial tells how many the next one takes.
@@ -279,9 +241,10 @@ def _until(run: _Run, limit: float, samples: int | None) -> tuple[Any, Recalibra
 
 
 def measure_part(
-    subject: Subject,
+    model: Model,
     batches: Any,
     method: Method,
+    target: Target,
     part: tuple[int, int],
     path: Path,
     *,
@@ -298,8 +261,8 @@ def measure_part(
     index, count = part
     if not 0 <= index < count:
         raise UsageError(f"there is no part {index} of {count}; the parts are 0 to {count - 1}")
-    subject, batches, _ = called(subject, batches, batch_size)
-    plan = subject.plan()
+    model, batches = called(model, batches, batch_size)
+    plan = target.plan(model)
     if not method.additive and (plan.stage_count > 1 or method.name == "moving-average"):
         raise UnsupportedError(
             f"parts of the data that are measured apart don't add up with the method {method}: "
@@ -311,7 +274,7 @@ def measure_part(
             + "; share the work with torchrun, or take the method precise or ioffe-szegedy"
         )
     data = data_of(batches, plan, False, batch_size, samples).sharded(index, count)
-    with subject.computing():
+    with model.computing():
         measured = measure(plan, fitting(data, plan.specs), method, progress=progress)
     kept_statistics.write_part(path, plan.layers, measured, method, part, kept_statistics.fingerprint(plan.layers))
     found = report(plan, measured, method, dict.fromkeys(range(len(plan.layers)), "only a part of the data was measured"))
@@ -319,22 +282,22 @@ def measure_part(
     return dataclasses.replace(found, notes=notes, seconds=time.perf_counter() - start)
 
 
-def merge(subject: Subject, paths: Iterable[str | Path]) -> tuple[Any, RecalibrateReport]:
+def merge(model: Model, paths: Iterable[str | Path], target: Target) -> tuple[Model, RecalibrateReport]:
     """A copy of the model with the statistics of all parts together (see `measure_part`)."""
     start = time.perf_counter()
-    plan = subject.plan()
+    plan = target.plan(model)
     measured, method = kept_statistics.read_parts([Path(path) for path in paths], plan.layers)
     kept = settle(plan, measured, method)
     found = report(plan, measured, method, kept)
-    return subject.written(plan), dataclasses.replace(found, seconds=time.perf_counter() - start)
+    return model.remade(plan.write()), dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
-def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]]:
+def restore(model: Model, before: Mapping[str, Any]) -> tuple[Model, list[str]]:
     """A copy of the model with old statistics put back, and the layers that they were put back into.
 
     before: float64 means and variances by layer, as `statistics_file.read` gives them. Raises DataError where they are another model's.
     """
-    plan = subject.plan()
+    plan = Target().plan(model)
     done = []
     for index, layer in enumerate(plan.layers):
         if layer.name not in before:
@@ -350,7 +313,7 @@ def restore(subject: Subject, before: Mapping[str, Any]) -> tuple[Any, list[str]
         done.append(layer.name)
     if missing := [name for name in before if name not in done]:
         raise DataError(f"the model has no BatchNorm {missing[0]!r}, whose statistics were kept: they are another model's")
-    return subject.written(plan), done
+    return model.remade(plan.write()), done
 
 
 def _few(samples: Any, count: int) -> Any:

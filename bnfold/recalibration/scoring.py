@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bnfold.backends import as_ir, family
 from bnfold.errors import DataError
 from bnfold.report import Accuracy, Effect, Word
 
 if TYPE_CHECKING:
     from bnfold.data import Array
+    from bnfold.model import Model
 
     from .protocol import Progress
 
@@ -46,19 +46,7 @@ class Scores:
         )
 
 
-def deployed(model: Any, provider: str, *, example: Any = None, optimise: bool = False) -> Any:
-    """The model on an execution provider of ONNX Runtime, or on a device of PyTorch."""
-    if family(model) == "torch":
-        from bnfold.backends.torch.export.trace import trace
-        from bnfold.backends.torch.runtime.session import Session as TorchSession
-
-        return TorchSession(trace(model, example), device=provider)
-    from bnfold.backends.onnx.runtime.session import Session
-
-    return Session(as_ir(model), provider=provider, optimise=optimise)
-
-
-def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:
+def score(model: Model, data: Any, *, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:
     """Score every labelled sample; None where there are no labels, or where the data can be read only once.
 
     The first output counts, [samples, classes] or [samples, classes, 1, ...]; where each row holds probabilities (none below 0, their sum
@@ -68,9 +56,9 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
 
     if data is None:
         return None
-    session = cache(lambda: deployed(model, provider, example=example))
+    session = cache(lambda: model.session(provider))
     if not isinstance(data, Data):
-        data = as_batches(data, session().specs, run=session().run, flat=getattr(session(), "flat", None))
+        data = as_batches(data, model.specs, run=lambda batch: session().run(batch), flat=model.flat)
     else:
         data = data.asking(lambda batch: session().run(batch))
     if not data.again:
@@ -95,7 +83,7 @@ def score(model: Any, data: Any, *, example: Any = None, provider: str = "cpu", 
     return Scores(outputs.argmax(axis=1) == wanted, cross_entropy(outputs, wanted))
 
 
-def score_if_fits(model: Any, labelled: Any, batches: Any, **options: Any) -> tuple[Scores | None, tuple[str, ...]]:
+def score_if_fits(model: Model, labelled: Any, batches: Any, **options: Any) -> tuple[Scores | None, tuple[str, ...]]:
     """The scores, and notes.
 
     Labels that only happened to come with the data needn't be classes of this network, or be there at all: that is said, and no error. Data

@@ -21,8 +21,8 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Norm, Param, Tensor, Value
 from bnfold.algebra.settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, Setting, differing, differing_moves, operator, place, same, settings
+from bnfold.folding.plan import NormalForm
 from bnfold.folding.search import Outcome
-from bnfold.model import Plan
 from bnfold.report import Coefficients
 
 LIMIT = 4.0  # units of roundoff
@@ -107,7 +107,7 @@ class Correspondence:
         return (len({m.node for m in numbers}) > 1 or not numbers) and all(m.widespread for m in numbers)
 
 
-def correspond(reference: Plan, candidate: Plan) -> Correspondence:
+def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
     """Pair the operators of two plans and compare their coefficients."""
     pairing = _Pairing(reference, candidate).run()
     pairs, unpaired = list(pairing.pairs), pairing.trouble()
@@ -173,7 +173,7 @@ def correspond(reference: Plan, candidate: Plan) -> Correspondence:
     )
 
 
-def _narrower(reference: Plan, candidate: Plan) -> str:
+def _narrower(reference: NormalForm, candidate: NormalForm) -> str:
     (mine, _), (theirs, where) = reference.narrowest, candidate.narrowest
     if theirs >= mine:
         return ""
@@ -206,7 +206,7 @@ def _scaled(want: Array, have: Array, units: Array, axis: int, limit: float) -> 
     return bool(np.nan_to_num(left, nan=0.0, posinf=0.0).max(initial=0.0) <= 2 * limit)
 
 
-def _remark(reference: Plan, candidate: Plan, mismatches: list[Mismatch]) -> str:
+def _remark(reference: NormalForm, candidate: NormalForm, mismatches: list[Mismatch]) -> str:
     """Whether all that differs is statistics, as a recalibration leaves them: no defect of a fold."""
     mine, theirs = ([o for o in plan.outcomes if o.site.is_batchnorm] for plan in (reference, candidate))
     if mismatches and len(mine) == len(theirs):
@@ -289,7 +289,7 @@ class _Pairing:
     nodes, pairs: operators and parameters that correspond; settings: those that differ, each with its operator.
     """
 
-    def __init__(self, reference: Plan, candidate: Plan) -> None:
+    def __init__(self, reference: NormalForm, candidate: NormalForm) -> None:
         self.plans = reference, candidate
         self.keys = _keys(reference) | _keys(candidate)
         self.nodes: dict[tuple[Node, Node], None] = {}
@@ -476,7 +476,7 @@ def through(value: Value) -> Value:
     return value
 
 
-def _keys(plan: Plan) -> dict[Value, int]:
+def _keys(plan: NormalForm) -> dict[Value, int]:
     """What each value is computed by, as a hash: alike in two models where their structures are."""
     keys: dict[Value, int] = {}
     for node in plan.graph.nodes:

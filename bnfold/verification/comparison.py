@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from bnfold.errors import UnsupportedError
-from bnfold.model import Subject
+from bnfold.model import Model
 
 if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress
@@ -20,8 +20,8 @@ class Comparison:
     thorough: with several runs for the yardstick, and a look at whether the reference is a function of its inputs at all.
     """
 
-    reference: Subject
-    candidate: Subject
+    reference: Model
+    candidate: Model
     progress: Progress
     made_up: bool
     thorough: bool = True

@@ -44,7 +44,7 @@ class Deployments:
         both, truth = self.both, self.truth
         options = both.candidate.optimisations
         try:
-            reference = both.reference.deployed(provider, both.reference.optimisations[0], precision=precision)
+            reference = both.reference.session(provider, both.reference.optimisations[0], precision=precision)
             if truth is None:
                 raise UnsupportedError(self.lacking)
             both.progress(f"{provider}: reference", 0, None)
@@ -59,7 +59,7 @@ class Deployments:
     def _row(self, truth: Truth, own: Mapping[str, Tally], provider: str, option: str, precision: str) -> Deployment:
         self.both.progress(f"{provider}: candidate, optimisation {option}", 0, None)
         try:
-            candidate = self.both.candidate.deployed(provider, option, precision=precision)
+            candidate = self.both.candidate.session(provider, option, precision=precision)
             tallies = truth.compare(candidate.run)
         except (UnsupportedError, DataError) as error:
             return Deployment(provider, option, np.inf, "different", f"the reference runs, the candidate doesn't: {error}", precision)
@@ -87,7 +87,7 @@ class Deployments:
         """Where the runtime's optimisation does as much harm to the reference, the candidate isn't to blame, and the row says nothing."""
         try:
             same, tallies = (
-                truth.compare(side.deployed(row.provider, row.optimisation, precision=row.precision).run)
+                truth.compare(side.session(row.provider, row.optimisation, precision=row.precision).run)
                 for side in (self.both.reference, self.both.candidate)
             )
         except (UnsupportedError, DataError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnfold.errors import UnsupportedError
-from bnfold.model import Subject
+from bnfold.model import Model
 
 from .yardstick import Run, Truth
 
@@ -18,9 +18,9 @@ def unsteady(first: Run, second: Run, truth: Truth, slack: float) -> str:
     return ""
 
 
-def unsteady_oracle(reference: Subject, truth: Truth) -> str:
+def unsteady_oracle(reference: Model, truth: Truth) -> str:
     """The same of the reference in float64, made anew for each run."""
     try:
-        return unsteady(reference.oracle().run, reference.oracle().run, truth, EXACT)
+        return unsteady(reference.exact().run, reference.exact().run, truth, EXACT)
     except UnsupportedError:
         return ""

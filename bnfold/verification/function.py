@@ -55,7 +55,7 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], 
     feeds, others, reference = list(feeds), list(others), both.reference
     lacking: list[str] = []
     unfit = False
-    for make in (reference.oracle, partial(reference.deployed, provider, reference.optimisations[0])):
+    for make in (reference.exact, partial(reference.session, provider, reference.optimisations[0])):
         try:
             return _truth(both, make, feeds, others, seed, exact=not lacking), "; ".join(lacking)
         except UnsupportedError as error:
@@ -110,7 +110,7 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     candidate = both.candidate
     how = f"by the noise of the stored type, since {lacking}" if lacking else ""
     try:
-        run = (candidate.deployed("cpu", candidate.optimisations[0]) if lacking else candidate.oracle()).run
+        run = (candidate.session("cpu", candidate.optimisations[0]) if lacking else candidate.exact()).run
         measured = _measured(both, truth, run)
         found = _judged(measured, truth, how)
         if found.verdict == "different" and truth.again is not None and not any(m.tally.problem for m in measured.values()):
@@ -136,8 +136,7 @@ def _measured(both: Comparison, truth: Truth, run: Run) -> dict[str, Measured]:
 
 def compare_elsewhere(both: Comparison, seed: int) -> str:
     """Where two modules part at other sizes than those that were fed, where their code may take another path; "" where they don't."""
-    elsewhere = getattr(both.reference, "elsewhere", None)
-    tried = None if elsewhere is None else elsewhere(both.candidate)
+    tried = both.reference.elsewhere(both.candidate)
     if tried is None:
         return ""
     both.progress("other sizes", 0, None)

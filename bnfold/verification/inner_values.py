@@ -1,10 +1,10 @@
-"""Inner values by the names that a `Subject` has for them, a few at a time."""
+"""Inner values by the names that a `Model` has for them, a few at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfold.model import Subject
+from bnfold.model import Model
 
 from .yardstick import Run
 
@@ -16,7 +16,7 @@ def chunks(names: list[str]) -> Iterator[list[str]]:
         yield names[start : start + CHUNK]
 
 
-def only(subject: Subject, names: list[str], jitter: int | None = None) -> Run:
-    """A run in float64 that gives some values and no others. jitter: as for `Subject.oracle`."""
-    run = subject.oracle(jitter=jitter, outputs=names).run
+def only(subject: Model, names: list[str], jitter: int | None = None) -> Run:
+    """A run in float64 that gives some values and no others. jitter: as for `Model.oracle`."""
+    run = subject.exact(jitter=jitter, outputs=names).run
     return lambda feeds: {name: value for name, value in run(feeds).items() if name in names}

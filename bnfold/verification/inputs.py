@@ -11,9 +11,9 @@ import numpy as np
 
 from bnfold.data.random import whole_numbers
 from bnfold.errors import UnsupportedError, UsageError
-from bnfold.model import Port, Subject
+from bnfold.model import Model, Port
 
-from .interface import Renamed, kind_of, last_name
+from .interface import last_name
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -26,7 +26,7 @@ BATCH = 8
 OTHER_SEED = 2**31 - 1  # of data that differ from what anybody asks for
 
 
-def interface_difference(reference: Subject, candidate: Subject) -> str:
+def interface_difference(reference: Model, candidate: Model) -> str:
     """How what callers see of the two differs, "" where it doesn't."""
     mine, theirs = reference.ports(), candidate.ports()
     for what, want, have in (("input", mine[0], theirs[0]), ("output", mine[2], theirs[2])):
@@ -38,7 +38,7 @@ def interface_difference(reference: Subject, candidate: Subject) -> str:
                 return reason
         if more := by_name.keys() - {port.name for port in want}:
             return f"the candidate has an {what} more, {min(more)!r}"
-        if kind_of(reference) == kind_of(candidate) and [port.name for port in want] != [port.name for port in have]:
+        if reference.kind == candidate.kind and [port.name for port in want] != [port.name for port in have]:
             return f"the {what}s come in another order: {', '.join(port.name for port in have)}"
     defaults = {port.name: port for port in theirs[1]}
     for port in mine[1]:
@@ -49,12 +49,14 @@ def interface_difference(reference: Subject, candidate: Subject) -> str:
     return ""
 
 
-def interface_notes(reference: Subject, candidate: Subject) -> tuple[str, ...]:
+def interface_notes(reference: Model, candidate: Model) -> tuple[str, ...]:
     """What a caller of the candidate has to know, though it computes the same."""
     notes = []
-    own = [candidate.own_inputs, candidate.own_outputs] if isinstance(candidate, Renamed) else [{}, {}]
     mine, theirs = reference.ports(), candidate.ports()
-    for what, names, want, have in (("input", own[0], mine[0], theirs[0]), ("output", own[1], mine[2], theirs[2])):
+    for what, names, want, have in (
+        ("input", candidate.own_inputs, mine[0], theirs[0]),
+        ("output", candidate.own_outputs, mine[2], theirs[2]),
+    ):
         said = {name: last_name(name) for pair in names.items() for name in pair}
         moved = [(name, other) for name, other in names.items() if name != other and not (said[name] and said[name] == said[other])]
         if moved and (len(names) > 1 or moved[0][0] != "output"):
@@ -92,14 +94,15 @@ def is_several(example: Any) -> bool:
     return isinstance(example, list) and bool(example) and all(isinstance(each, (tuple, Mapping)) for each in example)
 
 
-def given(reference: Subject, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
+def given(reference: Model, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
     """The user's data, as many batches as it takes for the number of samples."""
     from bnfold.data import as_batches
 
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
-    seen, flat = 0, getattr(reference, "flat", None)
-    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples, run=outputs_of(reference), flat=flat):
+    seen = 0
+    run = outputs_of(reference)
+    for batch in as_batches(batches, reference.inputs(), batch_size=batch_size, samples=samples, run=run, flat=reference.flat):
         yield batch
         seen += batch.samples
         large = sum(array.size for array in batch.values()) > LARGE * batch.samples
@@ -107,9 +110,9 @@ def given(reference: Subject, batches: Any, samples: int | None, batch_size: int
             return
 
 
-def outputs_of(subject: Subject) -> Run:
+def outputs_of(subject: Model) -> Run:
     """What gives a model's outputs, in float64 where that can be had; the model is made ready for it when it is first asked for them."""
-    oracle, deployed = cache(subject.oracle), cache(partial(subject.deployed, "cpu", subject.optimisations[0]))
+    oracle, deployed = cache(subject.exact), cache(partial(subject.session, "cpu", subject.optimisations[0]))
 
     def run(batch: Batch) -> Batch:
         try:
@@ -120,7 +123,7 @@ def outputs_of(subject: Subject) -> Run:
     return run
 
 
-def shortened(subject: Subject, example: Batch) -> Batch:
+def shortened(subject: Model, example: Batch) -> Batch:
     """Two samples of an example for a quick check, where a trial shows that they can be cut out of it; else the example as it was given."""
     from bnfold.data.samples import ROWS, holding
 
@@ -132,8 +135,8 @@ def shortened(subject: Subject, example: Batch) -> Batch:
 
 
 def random(
-    reference: Subject,
-    candidate: Subject,
+    reference: Model,
+    candidate: Model,
     samples: int | None,
     batch_size: int | None,
     seed: int,
@@ -151,7 +154,7 @@ def random(
     return [_taken_by_both(reference, candidate, each, seed + k) for k, each in enumerate(made)]
 
 
-def _taken_by_both(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> Batch:
+def _taken_by_both(reference: Model, candidate: Model, batch: Batch, seed: int) -> Batch:
     """The batch with other integers in the inputs of which the candidate takes fewer."""
     theirs = {spec.name: spec.takes for spec in candidate.inputs()}
     rng = np.random.default_rng(seed)
@@ -168,7 +171,7 @@ def _taken_by_both(reference: Subject, candidate: Subject, batch: Batch, seed: i
 
 
 def _fixed_shapes(
-    reference: Subject, candidate: Subject, seed: int, given: Mapping[str, tuple[int, ...]] | None
+    reference: Model, candidate: Model, seed: int, given: Mapping[str, tuple[int, ...]] | None
 ) -> Mapping[str, tuple[int, ...]] | None:
     """Shapes that suit both models: a candidate may have fixed what the reference leaves open."""
     pairs = list(zip(reference.inputs(), candidate.inputs(), strict=False))
@@ -178,7 +181,7 @@ def _fixed_shapes(
     return {name: array.shape for name, array in candidate.random(batch=1, seed=seed, input_shapes=None).items()}
 
 
-def resized(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> list[Batch]:
+def resized(reference: Model, candidate: Model, batch: Batch, seed: int) -> list[Batch]:
     """One sample each of two other sizes, half as large again and an odd one, where both models leave axes open besides the first."""
     specs = reference.inputs()
     theirs = {spec.name: spec.shape for spec in candidate.inputs()}
@@ -203,7 +206,7 @@ def resized(reference: Subject, candidate: Subject, batch: Batch, seed: int) -> 
     return found
 
 
-def another(subject: Subject, batch: Batch) -> Batch:
+def another(subject: Model, batch: Batch) -> Batch:
     """Other data of the same shapes."""
     return subject.random(batch=1, seed=OTHER_SEED, input_shapes={name: array.shape for name, array in batch.items()})
 

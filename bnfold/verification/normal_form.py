@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-import numpy.typing as npt
-
-from bnfold.algebra.graph import Graph, Node, Value
+from bnfold.algebra.graph import Node, Value
 from bnfold.folding.plan import normal_form
 from bnfold.folding.search import Outcome
-from bnfold.model import Subject
-
-from .interface import Renamed
+from bnfold.model import Model, Stream
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
 
-Stream = Iterator[tuple[str, npt.NDArray[Any]]]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a model that runs by itself. suffix: of the file that holds it; data: the file's content."""
-
-    suffix: str
-    data: bytes
-
-
-class Network(Protocol):
-    """A model whose inner values can be seen, in the names of its own graph."""
-
-    kind: str  # "onnx" or "torch"
-
-    def lowered(self) -> tuple[Graph, Mapping[str, Value]]:
-        """The neutral graph, and the outputs by name."""
-
-    def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
-        """The wanted values in the order in which they are computed, none held longer than the network needs it.
-
-        exact: in float64; else in the stored types. jitter: as for `Subject.oracle`. Raises UnsupportedError.
-        """
-
-    def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Part:
-        """What computes one value from others, with its weights. inputs: these, in their stored types; also: other values to give out."""
-
-    def edge(self, output: str, stops: Collection[str]) -> list[str]:
-        """Which of some values, or of the model's inputs, another is computed from."""
-
-    def types(self, names: Iterable[str]) -> dict[str, Any]:
-        """The numpy types in which values are stored, as far as they are known."""
-
 
 class Normal:
-    """A network's normal form. stands: for a value of it, the name of the network's own value that equals it; none where a map that
+    """A model's normal form. stands: for a value of it, the name of the model's own value that equals it; none where a map that
     moved has left no such value.
     """
 
-    def __init__(self, network: Network, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-        """inputs, outputs: the names by which others know them, by the network's own."""
-        self.network = network
-        self.fed = {name: own for own, name in inputs.items()}  # its inputs by the names that others know, where these are others
-        graph, named = network.lowered()
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.fed = model.own_inputs
+        inputs, outputs = ({own: name for name, own in names.items()} for names in (model.own_inputs, model.own_outputs))
+        graph, named = model.lowered()
         self._sites = list(graph.sites)
         steps = [_Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
         given = list(dict.fromkeys(v for step in steps for v in step.inputs if v.producer is None))
@@ -92,12 +54,8 @@ class Normal:
         return next((site.name for site in self._sites if node in site.nodes), node.name)
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
-        """As `Network.stream`, of feeds by the names that others know."""
-        return self.network.stream(self.own(feeds), wanted, jitter=jitter, exact=exact)
-
-    def own(self, feeds: Batch) -> Batch:
-        """Feeds by the network's own names."""
-        return {self.fed.get(name, name): array for name, array in feeds.items()}
+        """As `Model.stream`, of feeds by the names that callers use."""
+        return self.model.stream(self.model.own(feeds), wanted, jitter=jitter, exact=exact)
 
 
 @dataclass(frozen=True)
@@ -158,14 +116,3 @@ def _end(value: Value, left: set[Node]) -> Value | None:
             return None
         value = value.producer.inputs[0]
     return value
-
-
-def network_of(subject: Subject) -> tuple[Network | None, dict[str, str], dict[str, str]]:
-    """The network of a subject, or None where its kind has none, and its inputs and outputs by the names that others know."""
-    inputs: dict[str, str] = {}
-    outputs: dict[str, str] = {}
-    if isinstance(subject, Renamed):
-        inputs, outputs, subject = dict(subject.own_inputs), dict(subject.own_outputs), subject.subject
-    make = getattr(subject, "network", None)
-    network: Network | None = None if make is None else make()
-    return network, inputs, outputs

@@ -13,11 +13,10 @@ import numpy as np
 from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.settings import settings
 from bnfold.errors import BnfoldError
-from bnfold.model import Subject
+from bnfold.model import Model
 
 from .inner_values import chunks, only
 from .inputs import another
-from .interface import Renamed
 from .yardstick import Truth, plain, varies
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ MOST = 512  # values that are looked at
 SHOWN = 4  # channels or rows, in a sentence
 
 
-def dead_layer(reference: Subject, truth: Truth) -> str:
+def dead_layer(reference: Model, truth: Truth) -> str:
     """The first layer whose output is the same on different data though data reach it; "" where there is none."""
     try:
         graph, layers = reference.plan().graph, reference.layers()
@@ -107,12 +106,11 @@ def _which(what: str, found: Any) -> str:
     return f"{what}{'s' * (len(found) > 1)} {', '.join(map(str, found[:SHOWN]))}{more}"
 
 
-def unreached(subject: Subject, graph: Graph, left: Collection[Node], feeds: Sequence[Batch]) -> str:
+def unreached(subject: Model, graph: Graph, left: Collection[Node], feeds: Sequence[Batch]) -> str:
     """What the data didn't reach of the operators that level 1 left open, "" where there is none."""
     watched = _watched(graph, left)
-    own, fed = (subject.subject, subject.own_inputs) if isinstance(subject, Renamed) else (subject, {})
     try:
-        layers = own.layers()
+        layers = subject.layers()
         for value, seen in watched.items():
             if value.producer is None:
                 for batch in feeds:
@@ -120,9 +118,9 @@ def unreached(subject: Subject, graph: Graph, left: Collection[Node], feeds: Seq
                         seen.add(batch[value.name])
         inner = {value.name: seen for value, seen in watched.items() if value.producer is not None and value.name in layers}
         for chunk in chunks(list(inner)[:MOST]):
-            run = only(own, chunk)
+            run = only(subject.renamed({}, {}), chunk)
             for batch in feeds:
-                for name, array in run({fed.get(key, key): each for key, each in batch.items()}).items():
+                for name, array in run(subject.own(batch)).items():
                     inner[name].add(array)
     except BnfoldError:
         return ""

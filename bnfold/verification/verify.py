@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import UnsupportedError
+from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
 from .coefficients import Correspondence, correspond
@@ -28,7 +29,7 @@ from .diagnosis.first_difference import first_difference
 from .diagnosis.localise import Located
 from .function import compare_elsewhere, compare_functions, truth_of
 from .inputs import given, interface_difference, interface_notes, is_several, random, resized, shortened
-from .interface import sides
+from .interface import alike
 from .verdict import Findings, summary, verdict
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 
 def verify(
-    reference: Any,
-    candidate: Any,
+    reference: Model,
+    candidate: Model,
     batches: Iterable[Any] | None = None,
     *,
     providers: Iterable[str] = ("cpu",),
@@ -46,18 +47,16 @@ def verify(
     batch_size: int | None = None,
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
-    example: Any = None,
     progress: Progress | None = None,
     oracle_only: bool = False,
     bundle: Path | None = None,
     force: bool = False,
     coefficients_only: bool = False,
 ) -> VerifyReport:
-    """Compare a candidate with its reference. Both are `subject.Subject`s or models of one framework or the other.
+    """Compare a candidate with its reference.
 
     batches: what to feed; random data where it is None. samples: how many; 2, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
-    example: how a PyTorch module is called, where neither the other side nor the data show it.
     oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
     the first difference by itself (see `bundle`); force: also where it exists and isn't empty.
     Raises DeviceError where a provider isn't there, DataError where the data don't fit.
@@ -65,7 +64,7 @@ def verify(
     start = time.perf_counter()
     if bundle is not None:
         ready(bundle, force=force)
-    first, second, batches = sides(reference, candidate, batches, input_shapes, example)
+    first, second = alike(reference, candidate)
     both = Comparison(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
     notes = interface_notes(first, second)
     if coefficients_only:
@@ -83,17 +82,17 @@ def verify(
     return _timed(report, start, notes)
 
 
-def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
+def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyReport:
     """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample of each call that the example states."""
     start = time.perf_counter()
-    paths = [reference, *getattr(reference, "others", ())]
-    reports = [_checked(path, fused, example if len(paths) == 1 else path.example) for path in paths]
+    calls = reference.calls
+    reports = [_checked(reference, fused, example)] if len(calls) == 1 else [_checked(call, fused.called(call), call) for call in calls]
     worst = max(reports, key=lambda report: ("equivalent", "inconclusive", "different").index(report.verdict))
     return _timed(worst, start)
 
 
-def _checked(reference: Any, fused: Any, example: Any) -> VerifyReport:
-    first, second, _ = sides(reference, fused)
+def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
+    first, second = alike(reference, fused)
     both = Comparison(first, second, lambda stage, done, total: None, made_up=example is None, thorough=False)
     feeds: Iterable[Batch]
     if (known := first.example()) is not None:

@@ -47,7 +47,7 @@ def main() -> None:
 
 def measured(kind: str, depth: int) -> dict[str, Any]:
     reference, candidate, data = (onnx_pair if kind == "onnx" else torch_pair)(depth)
-    from bnfold.verification.verify import verify
+    from opened import verify
 
     seconds: dict[str, float] = {}
     start, used = time.perf_counter(), time.process_time()

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from opened import score
 from PIL import Image
 
 from bnfold import recalibrate
@@ -20,7 +21,6 @@ from bnfold.cli import run
 from bnfold.data import InputSpec, as_batches, open_data
 from bnfold.data.corrupt import Bad, CorruptError
 from bnfold.errors import DataError, UsageError
-from bnfold.recalibration.scoring import score
 
 PICTURES = [InputSpec("x", np.dtype(np.float32), ("n", 3, 8, 8))]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from modules import Net, norm
+from opened import score
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.recalibration.scoring import score
 
 
 class Pair(NamedTuple):

@@ -20,9 +20,9 @@ from torch import nn
 
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto
-from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.model import OnnxModel
 from bnfold.backends.torch.export.trace import quiet, trace
-from bnfold.backends.torch.model import TorchSubject
+from bnfold.backends.torch.model import TorchModel
 from bnfold.model import Runner
 
 OPSET = 18
@@ -175,17 +175,17 @@ class _Recalled:
         return self.answers[key]
 
 
-class RememberedOnnx(_Remembering, OnnxSubject):
+class RememberedOnnx(_Remembering, OnnxModel):
     """Of an `onnx_ir.Model`."""
 
-    def beside(self, model: onnx.ModelProto) -> OnnxSubject:
+    def beside(self, model: onnx.ModelProto) -> OnnxModel:
         """What `verify` makes of a model that is held against this one."""
-        return OnnxSubject(from_proto(model))
+        return OnnxModel(from_proto(model))
 
 
-class RememberedTorch(_Remembering, TorchSubject):
+class RememberedTorch(_Remembering, TorchModel):
     """Of a traced module."""
 
-    def beside(self, module: nn.Module) -> TorchSubject:
+    def beside(self, module: nn.Module) -> TorchModel:
         """The same; given a subject and a module, `verify` would take them for models of two frameworks."""
-        return TorchSubject(trace(module, self.traced))
+        return TorchModel(trace(module, self.traced))

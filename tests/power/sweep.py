@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from opened import verify
 
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto
-from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.model import OnnxModel
 from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.backends.onnx.runtime.session import Session
 from bnfold.backends.torch.export.trace import flat_outputs, to_numpy, trace
-from bnfold.backends.torch.model import TorchSubject
+from bnfold.backends.torch.model import TorchModel
 from bnfold.backends.torch.runtime.session import precise
 from bnfold.report import VerifyReport
 from bnfold.verification.coefficients import LIMIT
-from bnfold.verification.verify import verify
 from tests.power.defects import DEFECTS, Net, OnnxNet, Site, TorchNet
 from tests.power.list import AS_MODULES, FUSES, IN_HALF, LIGHT
 from tests.power.models import ONNX_FOLDS, TORCH_FOLDS, RememberedOnnx, RememberedTorch, exported, light, network, own
@@ -38,7 +38,7 @@ SAMPLES, BATCH = 4, 2
 RIGHT = 1e-4  # of the largest output, in float64: rounding of float32 weights changes less, a wrong fold more
 DTYPES = {"onnx": ("float32", "float16"), "torch": ("float32", "float16", "bfloat16")}
 Outputs = dict[str, np.ndarray]
-Side = OnnxSubject | TorchSubject
+Side = OnnxModel | TorchModel
 
 
 def main(arguments: list[str]) -> None:

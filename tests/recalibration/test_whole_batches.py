@@ -14,16 +14,16 @@ import pytest
 import torch
 from modules import Net, norm
 from onnx import TensorProto, helper, numpy_helper
+from opened import score
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends import as_ir
+from bnfold.backends.open import open_model
 from bnfold.bench import bench
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, holding
 from bnfold.recalibration.methods import Prior
 from bnfold.recalibration.moments import measure
-from bnfold.recalibration.scoring import score
 
 RNG = np.random.default_rng(0)
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -346,4 +346,4 @@ def test_labels_of_nodes_go_along_whole() -> None:
 def test_what_is_timed_says_how_many_samples_it_was(order: tuple[str, str]) -> None:
     for model, size in ((scaled(order), 5), (scaled(order, 1, 8), 8)):
         feeds = {"k": np.ones(1, np.float32), "x": PICTURES[:size]}
-        assert bench(as_ir(model), as_ir(model), [feeds], rounds=2).batch_size == size
+        assert bench(open_model(model), open_model(model), [feeds], rounds=2).batch_size == size

@@ -9,8 +9,7 @@ import onnx
 import onnx_ir as ir
 from networks import folded, model, small, weights
 from onnx import helper, numpy_helper
-
-from bnfold.verification.verify import verify
+from opened import verify
 
 
 def test_a_network_that_answers_a_constant():

@@ -11,8 +11,7 @@ import onnx_ir as ir
 import pytest
 from networks import EPSILON, INPUTS, NETWORKS, STEPS, folded, model, small, weights
 from onnx import helper
-
-from bnfold.verification.verify import check_fold, verify
+from opened import check_fold, verify
 
 FOLDED = {"residual": ("stem", "body", "grouped"), "tabular": ("first", "second"), "decoder": ("up", "y_conv")}
 PLACES = [(network, layer) for network, layers in FOLDED.items() for layer in layers]

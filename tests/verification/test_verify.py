@@ -10,14 +10,14 @@ import onnx_ir as ir
 import pytest
 from networks import INPUTS, NETWORKS, NO_FAULT, folded, model, weights
 from onnx import TensorProto, helper, numpy_helper
+from opened import check_fold, verify
 
 import bnfold
+from bnfold.algebra.rounding import roundoff
 from bnfold.backends.onnx.fuse import fuse
-from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.model import OnnxModel
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
-from bnfold.model import roundoff
 from bnfold.verification.coefficients import correspond, precision
-from bnfold.verification.verify import check_fold, verify
 from bnfold.verification.yardstick import Noise, Scale, Tally, Truth, deployed_ratio, deviation, function_ratio, varies, worst_part
 
 
@@ -38,7 +38,7 @@ def test_precision_of_a_type_follows_from_its_largest_number(dtype):
 
 
 def plans(*models):
-    return [OnnxSubject(m).plan() for m in models]
+    return [OnnxModel(m).plan() for m in models]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -194,7 +194,7 @@ def test_what_is_held_of_the_reference_is_bounded():
 
 
 def test_weights_move_by_whole_units_in_the_last_place():
-    subject = OnnxSubject(model("residual", weights("residual")))
+    subject = OnnxModel(model("residual", weights("residual")))
     before = {name: v.const_value.numpy() for name, v in subject.model.graph.initializers.items()}
     after = {name: v.const_value.numpy() for name, v in subject._moved(3).graph.initializers.items()}
     moved = np.concatenate([(after[name] != before[name]).ravel() for name in before])

@@ -16,12 +16,12 @@ import pytest
 from cases.builder import Net
 from networks import folded, model, small, weights
 from onnx import helper, numpy_helper
+from opened import verify
 
 import bnfold
-from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.model import OnnxModel
 from bnfold.cli import run
 from bnfold.verification.coefficients import correspond
-from bnfold.verification.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,7 +76,7 @@ def _half(nodes: list[Any], arrays: dict[str, np.ndarray], channels: int) -> ir.
 
 
 def plans(*models: ir.Model) -> list[Any]:
-    return [OnnxSubject(m).plan() for m in models]
+    return [OnnxModel(m).plan() for m in models]
 
 
 @pytest.mark.parametrize("channel", [0, 13, 31])

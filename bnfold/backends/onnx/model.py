@@ -1,46 +1,61 @@
-"""An ONNX model as `verify` sees it (see `bnfold.model`)."""
+"""An ONNX model (see `bnfold.model`)."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
-from bnfold.data.random import random_feeds
-from bnfold.folding.plan import normal_form
-from bnfold.model import Plan, Port, roundoff
+from bnfold.algebra.rounding import roundoff
+from bnfold.errors import ALREADY_FOLDED
+from bnfold.folding.plan import NormalForm, normal_form
+from bnfold.model import Extract, Model, Port, Stream
 
+from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS
+from .graph.extract import extract, reads
 from .graph.inline import inlined
 from .graph.inputs import inputs
+from .graph.proto import self_contained
 from .graph.walk import all_graphs, all_nodes, axes, held_tensor, name_of
+from .lowering.table import lower
 from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
 from .runtime.providers import precisions, resolve
 from .runtime.session import Session
 
 if TYPE_CHECKING:
+    from bnfold.algebra.graph import Graph, Value
     from bnfold.data import Batch, InputSpec
+    from bnfold.report import FuseReport
 
-    from .network import OnnxNetwork
+    from .recalibration.plan import OnnxPlan
+    from .runtime.bisect import Culprit
 
+CHUNK = 8  # values that one run in the stored types gives out, for ONNX Runtime gives all of them at the end
 # Rounding spreads an error evenly over one unit in the last place: variance 1/12. A stored number can only move by whole units, so
 # one in twelve moves by one: the same variance.
 MOVED = 1 / 12
 
 
-class OnnxSubject:
-    """See `bnfold.model.Subject`. The model is never changed."""
+class OnnxModel(Model):
+    """See `bnfold.model.Model`. model: as onnx_ir has it; a proto is read once, here."""
 
     kind = "onnx"
     optimisations = ("off", "on")
+    nothing_to_fold = ALREADY_FOLDED  # where it was exported, say
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model | onnx.ModelProto) -> None:
+        self.source = model
+        self.model = model if isinstance(model, ir.Model) else from_proto(model)
 
     @cached_property
     def roundoff(self) -> float:
@@ -68,23 +83,18 @@ class OnnxSubject:
             digest.update(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes())
         return digest.hexdigest()
 
-    def inputs(self) -> list[InputSpec]:
+    @property
+    def specs(self) -> list[InputSpec]:
         return inputs(self.model)
 
-    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
+    def interface(self) -> tuple[list[Port], list[Port], list[Port]]:
         graph = self.model.graph
         fed = [v for v in graph.inputs if v.name not in graph.initializers]
         # Below IR version 4 every initializer is listed as an input, and none is meant to be fed.
         defaults = [v for v in graph.inputs if v.name in graph.initializers] if (self.model.ir_version or 0) >= 4 else []
         return [_port(v) for v in fed], [_port(v) for v in defaults], [_port(v) for v in graph.outputs]
 
-    def example(self) -> Batch | None:
-        return None
-
-    def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
-        return random_feeds(self.inputs(), batch=batch, seed=seed, input_shapes=input_shapes)
-
-    def plan(self, *, clone: bool = False) -> Plan:
+    def normal_form(self, *, clone: bool = False) -> NormalForm:
         model = inlined(self.model)
         lowering = lowering_of(model)
         graph, known = lowering.graph(), lowering.constants
@@ -107,7 +117,7 @@ class OnnxSubject:
 
     def _moved(self, seed: int) -> ir.Model:
         """The model with one in twelve of its weights moved to the next stored number, up or down (see MOVED)."""
-        copy = OnnxSubject(self.model.clone())
+        copy = OnnxModel(self.model.clone())
         rng, names = np.random.default_rng(seed), moving(self.model)
         for value, tensor in copy._weights().items():
             array = tensor.numpy()
@@ -132,17 +142,93 @@ class OnnxSubject:
     def layers(self) -> dict[str, str]:
         return {v.name: name_of(node) for node in self.model.graph for v in node.outputs if v.name}
 
-    def network(self) -> OnnxNetwork:
-        """See `bnfold.verification.normal_form`."""
-        from .network import OnnxNetwork
+    # --- inner values --------------------------------------------------------------------------------------------------------------
 
-        return OnnxNetwork(self)
+    def lowered(self) -> tuple[Graph, Mapping[str, Value]]:
+        graph = lower(self._inlined)
+        named = {v.name: v for node in graph.nodes for v in node.outputs}
+        outputs = {str(v.name): named[v.name] for g in all_graphs(self._inlined.graph) for v in g.outputs if v.name in named}
+        return graph, outputs
 
-    def folded(self) -> OnnxSubject | None:
+    def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
+        known = {v.name for node in self._inlined.graph for v in node.outputs}
+        names = [name for name in wanted if name in known]
+        if exact:
+            yield from Oracle(self._inlined, jitter=jitter).stream(feeds, names)
+            return
+        order = [v.name for node in self._inlined.graph for v in node.outputs if v.name in set(names)]
+        model = self._inlined if jitter is None else OnnxModel(self._inlined)._moved(jitter)
+        for start in range(0, len(order), CHUNK):
+            chunk = order[start : start + CHUNK]
+            found = Session(model, outputs=[name for name in chunk if name]).run(feeds)
+            for name in chunk:
+                if name:
+                    yield name, found.pop(name)
+
+    def edge(self, output: str, stops: Collection[str]) -> list[str]:
+        graph = self._skeleton.graph
+        made = {name: node for node in graph.node for name in node.output if name}
+        stored = set(self._inlined.graph.initializers)
+        found: dict[str, None] = {}
+        seen, stack = {output}, [output]
+        while stack:
+            for name in sorted(reads(made[stack.pop()])):
+                if name and name not in seen and name not in stored:
+                    seen.add(name)
+                    if name in stops or name not in made:
+                        found[name] = None
+                    else:
+                        stack.append(name)
+        return list(found)
+
+    @cached_property
+    def _inlined(self) -> ir.Model:
+        """With functions in the places of their calls."""
+        return inlined(self.model)
+
+    @cached_property
+    def _skeleton(self) -> onnx.ModelProto:
+        return self_contained(self._inlined, initializers=False)
+
+    def types(self, names: Iterable[str]) -> dict[str, Any]:
+        wanted = set(names)
+        values = [*self._inlined.graph.inputs, *(v for node in self._inlined.graph for v in node.outputs)]
+        return {str(v.name): v.dtype.numpy() for v in values if v.name in wanted and v.dtype is not None}
+
+    def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Extract:
+        proto = extract(self_contained(self._inlined), inputs, [output, *also])
+        return Extract(".onnx", proto.SerializeToString())
+
+    def culprit(self, feeds: Batch, provider: str, unit: float) -> Culprit | None:
+        """Which optimisation of ONNX Runtime harms the model (see `bisect`)."""
+        from .runtime.bisect import culprit
+
+        return culprit(self._inlined, feeds, provider, unit)
+
+    # --- what is made of it --------------------------------------------------------------------------------------------------------
+
+    def folded(self, *, clone: bool = False) -> tuple[OnnxModel, FuseReport]:
         from .fuse import fuse
 
-        model, report = fuse(self.model)
-        return OnnxSubject(model) if any(layer.verdict == "folded" for layer in report.layers) else None
+        made, report = fuse(self.model, clone=clone)
+        return OnnxModel(made), report
+
+    def remade(self, made: ir.Model) -> OnnxModel:
+        return OnnxModel(made)
+
+    def lockstep(self, *, device: str = "cpu", **options: Any) -> OnnxPlan:
+        from .recalibration.plan import plan_of
+
+        options.pop("one_size", None)  # all axes are open, or none
+        return plan_of(self.model, provider=device, **options)
+
+    def in_source_form(self, made: ir.Model, *, changed: bool = True) -> ir.Model | onnx.ModelProto:
+        if isinstance(self.source, ir.Model):
+            return made
+        return to_proto(made) if changed else copy.deepcopy(self.source)
+
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
+        save(self.model, path, force=force)
 
 
 def _port(value: ir.Value) -> Port:

@@ -1,32 +1,60 @@
-"""A PyTorch model as `verify` sees it (see `bnfold.model`)."""
+"""A PyTorch model (see `bnfold.model`)."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
+from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph as Ops
+from torch.fx import GraphModule
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
-from bnfold.data.random import random_feeds
-from bnfold.errors import BnfoldError
-from bnfold.folding.plan import normal_form
-from bnfold.model import Plan, Port, roundoff
+from bnfold.algebra.rounding import roundoff
+from bnfold.data.inputs import check_feeds
+from bnfold.errors import NO_BATCHNORM, UnsupportedError
+from bnfold.folding.plan import NormalForm, normal_form
+from bnfold.model import Extract, Model, Port, Shapes, Stream
 
+from .export.functional import entangled, functional
 from .export.sizes import Sizes
-from .export.trace import NUMPY, Traced, to_numpy, trace
-from .export.walk import FLOATS, frame
+from .export.trace import (
+    NUMPY,
+    Call,
+    Traced,
+    example_of,
+    forward_names,
+    in_places,
+    quiet,
+    random_example,
+    shortened_call,
+    to_numpy,
+    to_tensor,
+    trace,
+)
+from .export.walk import FLOATS, dtype_of, frame, mutates
 from .lowering.table import lowering as lowering_of
-from .runtime.session import Oracle, Session, device_of, inner, precisions
+from .runtime.interpreter import Exact, Stored, held_tensors, last_uses
+from .runtime.session import Oracle, Session, device_of, inner, precise, precisions
 
 if TYPE_CHECKING:
+    from bnfold.algebra.graph import Graph, Value
     from bnfold.data import Batch, InputSpec
+    from bnfold.data.source import Flat
+    from bnfold.report import FuseReport
 
-    from .network import TorchNetwork
+    from .recalibration.plan import TorchPlan
 
 # The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
 NAMES = {
@@ -40,18 +68,82 @@ NAMES = {
 }
 
 
-class TorchSubject:
-    """See `bnfold.model.Subject`. The model is never changed. beside_onnx: whether it is held against an ONNX model.
+class TorchModel(Model):
+    """See `bnfold.model.Model`. A module's data flow is read when it is first asked for.
 
-    Then the providers that are asked for are ONNX Runtime's, and this model runs on the CPU where they name no device of PyTorch's.
+    model: a module, an exported program, or the data flow of either. example: how a module is called (see `export.trace.trace`), or
+    another model, as which it is called.
     """
 
     kind = "torch"
-    optimisations = ("off",)
+    nothing_to_fold = NO_BATCHNORM
+    _beside_onnx = False
 
-    def __init__(self, traced: Traced, *, beside_onnx: bool = False) -> None:
-        self.traced = traced
-        self._beside_onnx = beside_onnx
+    def __init__(self, model: nn.Module | ExportedProgram | Traced, example: Any = None) -> None:
+        self.source = model
+        if isinstance(example, TorchModel):
+            example = example.traced if example.states_inputs else example._call
+        self._example = example
+        if isinstance(model, Traced):
+            self.source, self.traced = model.model, model
+
+    @cached_property
+    def traced(self) -> Traced:
+        return trace(self.source, self._example)
+
+    @property
+    def _call(self) -> Any:
+        """How it is called: its data flow, where that was read already."""
+        return vars(self).get("traced", self._example)
+
+    @property
+    def states_inputs(self) -> bool:
+        return not isinstance(self.source, nn.Module)
+
+    @property
+    def is_unread(self) -> bool:
+        return not self.states_inputs and not isinstance(self._call, Traced)
+
+    @property
+    def needs_example(self) -> bool:
+        return not self.states_inputs and self._call is None
+
+    @property
+    def brings_example(self) -> bool:
+        return bool(getattr(self.source, "pretrained_cfg", None)) or getattr(self.source, "example_input_array", None) is not None
+
+    @property
+    def arguments(self) -> list[str]:
+        return super().arguments if self.states_inputs else forward_names(self.source)
+
+    def called(self, like: Any = None, shapes: Shapes | None = None, types: Mapping[str, str] | None = None) -> TorchModel:
+        if isinstance(like, Model) and not isinstance(like, TorchModel):  # it gives its inputs in their order
+            like = tuple(map(to_tensor, like.random(batch=2, seed=0, input_shapes=shapes).values()))
+        elif like is None and shapes and not self.states_inputs:
+            like = random_example(self.source, shapes, types or {})
+        return TorchModel(self.source, like)
+
+    def fed(self, item: Any, count: int | None = None) -> TorchModel:
+        example = example_of(self.source, item)
+        if count is not None and not self.states_inputs:
+            example = shortened_call(self.source, example, count)
+        return TorchModel(self.source, example)
+
+    def by_position(self) -> TorchModel:
+        call = self._call
+        if isinstance(call, Mapping):
+            call = Call((), dict(call))
+        return TorchModel(self.source, in_places(self.source, call)) if isinstance(call, Call) else self
+
+    def beside(self, other: Model) -> TorchModel:
+        """Then providers of ONNX Runtime are asked for, and this model runs on the CPU where they name no device of PyTorch's."""
+        made = copy.copy(self)
+        made._beside_onnx = True
+        return made
+
+    @property
+    def calls(self) -> Sequence[TorchModel]:
+        return (self, *map(TorchModel, self.traced.others))
 
     @cached_property
     def roundoff(self) -> float:
@@ -74,18 +166,19 @@ class TorchSubject:
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + found.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def inputs(self) -> list[InputSpec]:
+    @property
+    def specs(self) -> list[InputSpec]:
         return self.traced.specs
 
-    def flat(self, item: Any) -> dict[str, Any] | None:
-        """See `Traced.flat`."""
-        return self.traced.flat(item)
+    @property
+    def flat(self) -> Flat:
+        return self.traced.flat
 
-    def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
+    def interface(self) -> tuple[list[Port], list[Port], list[Port]]:
         inputs = [_port(op.name, op) for op in self.traced.input_nodes]
         return inputs, [], [_port(name, op) for name, op in self.traced.output_nodes.items()]
 
-    def example(self) -> Batch | None:
+    def sample(self) -> Batch | None:
         """What the model was traced with."""
         given = self.traced.program.example_inputs
         if given is None:
@@ -93,14 +186,14 @@ class TorchSubject:
         found = dict(zip(self.traced.flat_names, pytree.tree_leaves(given), strict=True))
         return {spec.name: to_numpy(found[spec.name]) for spec in self.traced.specs}
 
-    def random(self, *, batch: int, seed: int, input_shapes: Mapping[str, tuple[int, ...]] | None) -> Batch:
+    def sizes(self) -> dict[str, int]:
         sizes = {str(symbol): size for symbol, size in Sizes(self.traced.program).probes[0].items()}
         for spec in self.traced.specs:
             if spec.shape and isinstance(spec.shape[0], str):
                 sizes.pop(spec.shape[0], None)
-        return random_feeds(self.traced.specs, batch=batch, seed=seed, input_shapes=input_shapes, sizes=sizes)
+        return sizes
 
-    def plan(self, *, clone: bool = False) -> Plan:
+    def normal_form(self, *, clone: bool = False) -> NormalForm:
         # As a program, not as a module: what can be folded is a matter of the function, not of who wrote the code.
         lowering = lowering_of(Traced(self.traced.program, self.traced.program))
         graph = lowering.graph()
@@ -124,13 +217,13 @@ class TorchSubject:
     def precisions(self, provider: str) -> tuple[str, ...]:
         return precisions(self._device(provider))
 
-    def elsewhere(self, candidate: Any) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        """What two modules give at other sizes than the traced ones: functions of a call for this one, for the candidate, and for this one
-        with moved weights by a seed; and the calls with a text each. None where either is no module."""
+    def computing(self) -> AbstractContextManager[None]:
+        return precise()
+
+    def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
         from .export.other_calls import compared
 
-        other = getattr(candidate, "subject", candidate)
-        return compared(self.traced, other.traced) if isinstance(other, TorchSubject) else None
+        return compared(self.traced, candidate.traced) if isinstance(candidate, TorchModel) else None
 
     def _device(self, provider: str) -> str:
         """Where it runs for a provider, of whose options only the number of the device counts here."""
@@ -142,28 +235,121 @@ class TorchSubject:
         number = rest if rest.isdigit() else next((text[10:] for text in rest.split(",") if text.startswith("device_id=")), "")
         return f"cuda:{number}" if number and kind.lower() == "cuda" else kind.lower()
 
+    def place(self, provider: str, device: str | None) -> str:
+        return device or provider
+
     def require(self, provider: str) -> None:
         device_of(self._device(provider))
 
     def layers(self) -> dict[str, str]:
         return {op.name: frame(op) or op.name for op in inner(self.traced)}
 
-    def network(self) -> TorchNetwork:
-        """See `bnfold.verification.normal_form`."""
-        from .network import TorchNetwork
+    # --- inner values, by the names of the exported graph that is lowered --------------------------------------------------------------
 
-        return TorchNetwork(self)
+    @cached_property
+    def _functional(self) -> Traced:
+        program = self.traced.program
+        program = functional(program) if entangled(program) else program
+        return Traced(program, program)
 
-    def folded(self) -> TorchSubject | None:
+    def lowered(self) -> tuple[Graph, Mapping[str, Value]]:
+        lowering = lowering_of(self._functional)
+        graph = lowering.graph()
+        for op in self._functional.input_nodes:
+            lowering.value(op).name = op.name
+        return graph, lowering.outputs
+
+    def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
+        steps = Exact(self._functional, jitter=jitter) if exact else Stored(self._functional, jitter=jitter)
+        check_feeds(feeds, self._functional.specs, any_float=exact)
+        names = set(wanted)
+        last = last_uses(self._functional.program.graph)
+        values: dict[Op, Any] = {}
+        for op in self._functional.program.graph.nodes:
+            with precise():
+                steps.step(op, values, feeds)
+            if op.name in names and isinstance(values.get(op), Tensor):
+                written = any(mutates(user) for user in op.users) or mutates(op)
+                yield op.name, to_numpy(values[op].clone() if written else values[op])
+            for dead in last.get(op, ()):
+                values.pop(dead, None)
+
+    def edge(self, output: str, stops: Collection[str]) -> list[str]:
+        by_name = {op.name: op for op in self._functional.program.graph.nodes}
+        inputs = {op.name for op in self._functional.input_nodes}
+        found: dict[str, None] = {}
+        seen, stack = {output}, [by_name[output]]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source.name not in seen:
+                    seen.add(source.name)
+                    if source.name in stops or source.name in inputs:
+                        found[source.name] = None
+                    else:
+                        stack.append(source)
+        return list(found)
+
+    def types(self, names: Iterable[str]) -> dict[str, Any]:
+        wanted = set(names)
+        return {
+            op.name: NUMPY[kind] for op in self._functional.program.graph.nodes if op.name in wanted and (kind := dtype_of(op)) in NUMPY
+        }
+
+    def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Extract:
+        """As an exported program."""
+        by_name = {op.name: op for op in self._functional.program.graph.nodes}
+        held, root, ops, made = held_tensors(self._functional.program), nn.Module(), Ops(), dict[Op, Op]()
+        for name in inputs:
+            made[by_name[name]] = ops.placeholder(name)
+        wanted: set[Op] = set()
+        stack = [by_name[name] for name in (output, *also)]
+        while stack:
+            op = stack.pop()
+            if op not in wanted and op not in made:
+                wanted.add(op)
+                stack.extend(op.all_input_nodes)
+        for op in self._functional.program.graph.nodes:
+            if op not in wanted:
+                continue
+            if op.op in ("placeholder", "get_attr"):
+                tensor = held.get(op.name) if op.op == "placeholder" else attrgetter(str(op.target))(self._functional.program.graph_module)
+                if not isinstance(tensor, Tensor):
+                    raise UnsupportedError(f"value {op.name!r} of the model comes from outside the part")
+                root.register_buffer(op.name, tensor.detach().cpu().clone())
+                made[op] = ops.get_attr(op.name)
+            else:
+                made[op] = ops.node_copy(op, lambda source: made[source])
+        ops.output(tuple(made[by_name[name]] for name in (output, *also)))
+        module = GraphModule(root, ops)
+        file = io.BytesIO()
+        with quiet(), torch.no_grad():
+            try:
+                program = torch.export.export(module, tuple(to_tensor(a.copy()) for a in inputs.values()), strict=False)
+                torch.export.save(program, file)
+            except Exception as error:  # torch.export raises what it likes
+                raise UnsupportedError(f"torch.export can't write the part: {str(error).splitlines()[0]}") from None
+        return Extract(".pt2", file.getvalue())
+
+    # --- what is made of it --------------------------------------------------------------------------------------------------------------
+
+    def folded(self, *, clone: bool = False) -> tuple[TorchModel, FuseReport]:
         from .fuse import fuse
 
-        try:
-            model, report = fuse(self.traced)
-            if not any(layer.verdict == "folded" for layer in report.layers):
-                return None
-            return TorchSubject(trace(model, self.traced), beside_onnx=self._beside_onnx)
-        except BnfoldError:
-            return None
+        made, report = fuse(self.traced, clone=clone)
+        return TorchModel(made, self), report
+
+    def remade(self, made: nn.Module | ExportedProgram) -> TorchModel:
+        return TorchModel(made, self)
+
+    def lockstep(self, **options: Any) -> TorchPlan:
+        from .recalibration.plan import plan_of
+
+        return plan_of(self.source, self._call, **options)
+
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
+        from .files.save import save
+
+        save(self.source, path, force=force, example=self._call, as_state=as_state)
 
 
 def _port(name: str, op: torch.fx.Node) -> Port:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,81 +30,72 @@ class Shaping:
     seed: int = option("--seed", "For everything random.", DATA, default=0)
 
     def specs(self, model: Any, example: Any = None) -> list[InputSpec]:
-        """What the model is fed. example: how a module is called, as `read` gives it."""
-        from bnfold.backends import family
+        """What the model is fed. example: how it is called, as `read` gives it."""
+        from bnfold.backends.open import open_model
 
-        if family(model) == "onnx":
-            from bnfold.backends.onnx.graph.inputs import inputs
-
-            return inputs(model)
-        from bnfold.backends.torch.export.trace import trace
-
-        return trace(model, example).specs
+        return open_model(model, example).specs
 
     def shapes(self, model: Any, example: Any = None) -> dict[str, tuple[int, ...]] | None:
         """The shapes asked for, by input name."""
         if not self.input_shape:
             return None
-        from bnfold.backends import is_module
+        from bnfold.backends.open import open_model
         from bnfold.data.random import check_shapes
 
-        specs = self.specs(model, example)
-        taken = {spec.name: spec.dtype.name for spec in specs}
+        opened = open_model(model, example)
+        taken = {spec.name: spec.dtype.name for spec in opened.specs}
         asked = shapes(self.input_shape, list(taken), "--input-shape")
-        for name, shape in asked.items():
-            if shape.dtype not in (None, taken[name]) and not is_module(model):
-                raise UsageError(f"--input-shape {name}=...:{shape.dtype}: the model takes {taken[name]} there")
         found = {name: shape.sizes for name, shape in asked.items()}
-        if not is_module(model):  # a module is read for the shape that is asked for
-            check_shapes(found, specs)
+        if opened.states_inputs:  # what doesn't is read for the shape that is asked for
+            for name, shape in asked.items():
+                if shape.dtype not in (None, taken[name]):
+                    raise UsageError(f"--input-shape {name}=...:{shape.dtype}: the model takes {taken[name]} there")
+            check_shapes(found, opened.specs)
         return found
 
     def read(self, model: Any, spec: str | None) -> Any:
-        """As `call`, for several steps: the module is read at once, and by none of them again. With nothing to call it with, it isn't."""
-        from bnfold.backends import is_module
+        """As `call`, for several steps: what must be called to be read is read at once. With nothing to call it with, it isn't."""
+        from bnfold.backends.open import open_model
 
         call = self.call(model, spec)
-        if not is_module(model) or (call is None and spec is None):
+        opened = open_model(model, call)
+        if opened.states_inputs or (call is None and spec is None):
             return call
-        from bnfold.backends.torch.export.trace import trace
-
-        return trace(model, call)
+        opened.specs  # noqa: B018
+        return opened
 
     def call(self, model: Any, spec: str | None = None) -> Any:
-        """How a PyTorch module is called: with the shapes asked for, as the data show, or as the model itself says (None)."""
-        from bnfold.backends import is_module
+        """The model, called with the shapes asked for, or as the data show; None where it says itself how."""
+        from bnfold.backends.open import open_model
 
-        if not is_module(model):
+        opened = open_model(model)
+        if opened.states_inputs:
             self.shapes(model)  # shapes that don't fit are refused, whoever asks for them
             return None
-        from bnfold.backends.torch.export.trace import Call, example_of, forward_names, in_places, random_example, shortened_call
-
         if self.input_shape:
-            asked = shapes(self.input_shape, forward_names(model), "--input-shape")
+            asked = shapes(self.input_shape, opened.arguments, "--input-shape")
             types = {name: shape.dtype for name, shape in asked.items() if shape.dtype is not None}
-            return in_places(model, random_example(model, {name: shape.sizes for name, shape in asked.items()}, types))
-        if spec in (None, "random") or getattr(model, "pretrained_cfg", None) or getattr(model, "example_input_array", None) is not None:
+            return opened.called(shapes={name: shape.sizes for name, shape in asked.items()}, types=types).by_position()
+        if spec in (None, "random") or opened.brings_example:
             return None
         from bnfold.data.open import first_of
 
         found = first_of(str(spec))
-        if found is None:
-            return None
-        call = example_of(model, found)
-        return shortened_call(model, in_places(model, Call((), dict(call))) if isinstance(call, Mapping) else call)
+        return None if found is None else opened.fed(found, 2).by_position()
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""
-        from bnfold.backends import is_module
+        from bnfold.backends.open import open_model
 
-        if is_module(model):
+        opened = open_model(model)
+        if not opened.states_inputs:
             return self.call(model)
         shapes = self.shapes(model)
         if shapes is None and self.seed == 0:
             return None
         from bnfold.data.random import random_feeds
 
-        return random_feeds(self.specs(model), seed=self.seed, input_shapes=shapes)
+        return random_feeds(opened.specs, seed=self.seed, input_shapes=shapes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,20 +33,16 @@ class Loading:
             path, arch=self.arch, arch_args=self.arch_args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark
         )
         if job.reports:
-            from bnfold.certificates import files_of
+            from bnfold.backends.metadata import files_of
 
             job.came_in(*files_of(model, path))
         return model
 
     def suffixes(self, path: Path) -> tuple[str, ...]:
         """How the name of what is made of this model may end."""
-        from bnfold.backends.kinds import kind_of
+        from bnfold.backends.open import suffixes
 
-        kind = kind_of(path)
-        weights = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-        if kind == "onnx" and (path.is_file() or self.arch is None) and path.suffix.lower() not in (*weights, ".pt2"):
-            return (".onnx",)  # a missing or damaged file of PyTorch's is for the loader to explain
-        return (".pt2", ".onnx") if kind == "pt2" else (".pt2", ".onnx", *weights)
+        return suffixes(path, checkpoint=self.arch is not None)
 
     def save(self, model: Any, path: Path, *, force: bool, example: Any) -> None:
         """Write a model; a .pt file is a whole module only where one came in."""
@@ -75,23 +71,9 @@ class Running:
 
     def providers(self, *paths: Path) -> tuple[str, ...]:
         """Where the models in these files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""
-        from bnfold.backends.kinds import kind_of
+        from bnfold.backends.open import places
 
-        kinds = {kind_of(path) == "onnx" for path in paths}
-        if self.device is not None and False not in kinds:
-            raise UsageError(f"--device {self.device}: that is for PyTorch models; for ONNX give --provider")
-        if self.provider and True not in kinds:
-            raise UsageError(f"--provider {self.provider[0]}: that is for ONNX models; for PyTorch give --device")
-        if True in kinds:
-            from bnfold.backends.onnx.runtime.providers import resolve
-
-            for name in self.provider or ("cpu",):
-                resolve(name)
-        if self.device is not None:
-            from bnfold.backends.torch.runtime.session import device_of
-
-            device_of(self.device)
-        return tuple(dict.fromkeys([*(self.provider or ()), *([self.device] if self.device else [])])) or ("cpu",)
+        return places(paths, self.provider or (), self.device)
 
     def fallback(self) -> AbstractContextManager[None]:
         """What of a model may run on the CPU, while this lasts."""

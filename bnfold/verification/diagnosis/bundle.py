@@ -148,12 +148,12 @@ class _Values:
         """The values at the edges of the parts by the reference's names, and each part's edge in its own."""
         back = {other: own for own, other in self.shared.items()}
         edges = [
-            side.network.edge(str(output), stops)
+            side.model.edge(str(output), stops)
             for side, output, stops in zip(self.sides, self.outputs, (set(self.shared), set(back)), strict=True)
         ]
         wanted = dict.fromkeys([*edges[0], *(back[name] for name in edges[1])])
-        given = self.sides[0].own(self.feeds)
-        types = self.sides[0].network.types(wanted)
+        given = self.sides[0].model.own(self.feeds)
+        types = self.sides[0].model.types(wanted)
         found = {name: given[name] for name in wanted if name in given}
         for name, array in self.sides[0].stream(self.feeds, [n for n in wanted if n not in found], exact=self.located.sides.exact):
             found[name] = np.ascontiguousarray(array.astype(types.get(name, np.float32) if array.dtype.kind in "fV" else array.dtype))
@@ -164,10 +164,10 @@ class _Values:
     def _side(self, k: int, role: str, edge: list[str], arrays: Arrays) -> _Side:
         back = {other: own for own, other in self.shared.items()}
         keys = {name: name if k == 0 else back[name] for name in edge}
-        types = self.sides[k].network.types(edge)
+        types = self.sides[k].model.types(edge)
         given = {name: arrays[key].astype(types.get(name, arrays[key].dtype)) for name, key in keys.items()}
         output = str(self.outputs[k])
-        part = self.sides[k].network.part(given, output)
+        part = self.sides[k].model.part(given, output)
         return _Side(role + part.suffix, {name: (keys[name], array.dtype.name) for name, array in given.items()}, output, part.data)
 
     def _exact(self) -> npt.NDArray[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnfold.errors import BnfoldError
+from bnfold.model import Model
 
 from ..comparison import Comparison
 from ..inner_values import chunks, only
@@ -65,8 +66,7 @@ def _first_value(both: Comparison, feeds: Batch) -> str | None:
     reference, candidate = both.reference, both.candidate
     layers, shared = reference.layers(), candidate.layers().keys()
     names = [name for name in layers if name in shared]
-    folded = reference.folded()
-    also = {} if folded is None else folded.layers()
+    folded, also = _folded(reference)
     done = 0
     for chunk in chunks(names):
         both.progress("first difference", done, len(names))
@@ -87,3 +87,12 @@ def _first_value(both: Comparison, feeds: Batch) -> str | None:
                     continue
             return layers[name]
     return None
+
+
+def _folded(model: Model) -> tuple[Model | None, dict[str, str]]:
+    """The model with its BatchNorms folded, and its inner values; none where that can't be."""
+    try:
+        folded, report = model.folded()
+        return (folded, folded.layers()) if any(layer.verdict == "folded" for layer in report.layers) else (None, {})
+    except BnfoldError:
+        return None, {}

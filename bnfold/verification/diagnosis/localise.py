@@ -16,10 +16,10 @@ import numpy.typing as npt
 from bnfold.algebra.graph import Node, Value
 from bnfold.errors import UnsupportedError
 from bnfold.folding.branches import Window
-from bnfold.model import Subject
+from bnfold.model import Model, Stream
 from bnfold.report import Difference
 
-from ..normal_form import Normal, Stream, network_of
+from ..normal_form import Normal
 from ..pairing import Pair, pairs
 from ..yardstick import ARITHMETIC, FUNCTION_LIMIT, Truth, deviation, function_ratio, plain
 from .causes import cause_of, is_right
@@ -97,23 +97,18 @@ class Located:
     runtime: Any = None  # what of the runtime is at fault (`backends.onnx.optimisers.Culprit`)
 
 
-def sides_of(reference: Subject, candidate: Subject) -> Sides | None:
+def sides_of(reference: Model, candidate: Model) -> Sides | None:
     """None where one of the models can't be seen into."""
-    made = []
-    for subject in (reference, candidate):
-        network, inputs, outputs = network_of(subject)
-        if network is None:
-            return None
-        try:
-            made.append(Normal(network, {own: name for name, own in inputs.items()}, {own: name for name, own in outputs.items()}))
-        except UnsupportedError:
-            return None
-    return Sides(made[0], made[1], pairs(made[0], made[1]), max(reference.roundoff, candidate.roundoff))
+    try:
+        mine, theirs = Normal(reference), Normal(candidate)
+    except UnsupportedError:
+        return None
+    return Sides(mine, theirs, pairs(mine, theirs), max(reference.roundoff, candidate.roundoff))
 
 
 def localise(
-    reference: Subject,
-    candidate: Subject,
+    reference: Model,
+    candidate: Model,
     feeds: Batch | None,
     found: Correspondence | None,
     *,
@@ -291,13 +286,11 @@ def channel_axis(node: Node, rank: int) -> int:
 # --- the runtime ------------------------------------------------------------------------------------------------------------------
 
 
-def localise_runtime(reference: Subject, candidate: Subject, feeds: Batch, provider: str) -> Located | None:
+def localise_runtime(reference: Model, candidate: Model, feeds: Batch, provider: str) -> Located | None:
     """Where a runtime's own optimisation makes another function of a candidate that is right, and which optimisation it is."""
     sides = sides_of(reference, candidate)
-    if sides is None or not hasattr(sides.candidate.network, "culprit"):
-        return None
-    found = sides.candidate.network.culprit(sides.candidate.own(feeds), provider, sides.unit)
-    if found is None:
+    found = None if sides is None else candidate.culprit(candidate.own(feeds), provider, sides.unit)
+    if sides is None or found is None:
         return None
     pair = next((p for p in sides.pairs if p.same and sides.candidate.stands.get(p.candidate) == found.output), None)
     name = pair.node.name if pair is not None else found.nodes[-1].name or found.output

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from opened import verify
 
 import bnfold
 from bnfold.backends.onnx.graph.inputs import inputs
@@ -32,7 +33,6 @@ from bnfold.data.random import random_feeds
 from bnfold.errors import DeviceError, UsageError
 from bnfold.model import Placement
 from bnfold.report import Deployment
-from bnfold.verification.verify import verify
 from tests.verification.test_verify_backends import Computes, Doubled
 
 CUDA = "CUDAExecutionProvider"
@@ -404,9 +404,9 @@ def test_torch_on_the_cpu_is_nowhere_else() -> None:
 
 def test_a_torch_model_beside_onnx_takes_of_a_providers_options_only_the_device() -> None:
     pytest.importorskip("torch")
-    from bnfold.backends.torch.model import TorchSubject
+    from bnfold.backends.torch.model import TorchModel
 
-    beside, alone = TorchSubject(None, beside_onnx=True), TorchSubject(None)
+    beside, alone = TorchModel(None, beside_onnx=True), TorchModel(None)
     given = ("cpu", "openvino:device_type=CPU", "cuda:1", "CUDA:use_tf32=0,device_id=2", "cuda:use_tf32=0")
     assert [beside._device(p) for p in given] == ["cpu", "cpu", "cuda:1", "cuda:2", "cuda"]
     assert alone._device("cuda:1") == "cuda:1"

@@ -14,14 +14,14 @@ import pytest
 from compare import feeds
 from networks import EPSILON, NO_FAULT, folded, model, small, weights
 from onnx import helper
+from opened import verify
 from random_graphs import build
 
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto
-from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.model import OnnxModel
 from bnfold.errors import InputError, UnsupportedError, UsageError
 from bnfold.verification.diagnosis.localise import compare_streams, first_to_reach_an_output, localise, sides_of
-from bnfold.verification.verify import verify
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
 
@@ -148,8 +148,8 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch):
     def lacking(*_, **__):
         raise UnsupportedError("the float64 oracle lacks the operator")
 
-    monkeypatch.setattr("bnfold.backends.onnx.network.Oracle", lacking)
-    subjects = [OnnxSubject(m) for m in pair(**CAUSES["mean"][0])]
+    monkeypatch.setattr("bnfold.backends.onnx.model.Oracle", lacking)
+    subjects = [OnnxModel(m) for m in pair(**CAUSES["mean"][0])]
     found = localise(*subjects, subjects[0].random(batch=2, seed=0, input_shapes=None), None, coefficients=False)
     assert found is not None
     assert not found.sides.exact
@@ -322,7 +322,7 @@ def test_right_folds_of_random_networks_part_nowhere():
     for seed in range(60):
         network = build(seed)
         fused, _ = bnfold.fuse(network, check=False)
-        sides = sides_of(*(OnnxSubject(from_proto(m)) for m in (network, fused)))
+        sides = sides_of(*(OnnxModel(from_proto(m)) for m in (network, fused)))
         seen = compare_streams(sides, feeds(network))
         assert first_to_reach_an_output(sides, seen) is None, seed
         compared += len(seen)

@@ -19,13 +19,13 @@ from vision import package
 
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto
-from bnfold.backends.onnx.model import OnnxSubject
+from bnfold.backends.onnx.model import OnnxModel
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.model import TorchSubject
-from bnfold.model import Subject
+from bnfold.backends.torch.model import TorchModel
+from bnfold.model import Model
 from bnfold.verification.coefficients import correspond
 from bnfold.verification.diagnosis.localise import Located, localise
-from bnfold.verification.interface import sides
+from bnfold.verification.interface import alike
 from bnfold.verification.normal_form import Normal
 from tests.verification.diagnosis.test_localise import reproduce
 from tests.verification.test_torch_verify import exported
@@ -117,10 +117,10 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch: pytest.Monkey
     def lacking(*_: Any, **__: Any) -> None:
         raise bnfold.UnsupportedError("it has no form in float64")
 
-    monkeypatch.setattr("bnfold.backends.torch.network._Exact", lacking)
+    monkeypatch.setattr("bnfold.backends.torch.model.Exact", lacking)
     net = network()
-    first = TorchSubject(trace(net, X))
-    second = TorchSubject(trace(spoilt(net, *CASES["mean"][:2]), first.traced))
+    first = TorchModel(trace(net, X))
+    second = TorchModel(trace(spoilt(net, *CASES["mean"][:2]), first.traced))
     (name,) = (spec.name for spec in first.inputs())
     found = localise(first, second, {name: X.numpy()}, None, coefficients=False)
     assert found is not None
@@ -161,8 +161,8 @@ def traced(resnet: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def onnx_reference(resnet: Any) -> OnnxSubject:
-    return OnnxSubject(from_proto(exported(resnet, IMAGES)))
+def onnx_reference(resnet: Any) -> OnnxModel:
+    return OnnxModel(from_proto(exported(resnet, IMAGES)))
 
 
 def of(name: str) -> Callable[[Any], Any]:
@@ -203,8 +203,8 @@ RESNET: dict[str, tuple[Callable[[Any], Any], bool, str, str]] = {
 }
 
 
-def located(reference: Subject, candidate: Subject) -> Located:
-    one, other, _ = sides(reference, candidate)
+def located(reference: Model, candidate: Model) -> Located:
+    one, other = alike(reference, candidate)
     (name,) = (spec.name for spec in one.inputs())
     found = localise(one, other, {name: IMAGES.numpy()}, correspond(one.plan(), other.plan()))
     assert found is not None
@@ -217,7 +217,7 @@ OFTEN = ("epsilon", "stale", "order", "training")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in RESNET])
 def test_causes_in_a_resnet(name: str, resnet: Any, traced: Any) -> None:
     change, fold, layer, cause = RESNET[name]
-    found = located(TorchSubject(traced), TorchSubject(trace(spoilt(resnet, change, fold), traced)))
+    found = located(TorchModel(traced), TorchModel(trace(spoilt(resnet, change, fold), traced)))
     assert found.difference.layer == layer
     assert re.search(cause, found.difference.cause), found.difference
     assert found.sides.held.most <= 6
@@ -226,9 +226,9 @@ def test_causes_in_a_resnet(name: str, resnet: Any, traced: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["epsilon", "unbiased", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mean", "order", "NaN"))]
 )
-def test_causes_in_a_resnet_of_onnx(name: str, resnet: Any, onnx_reference: OnnxSubject) -> None:
+def test_causes_in_a_resnet_of_onnx(name: str, resnet: Any, onnx_reference: OnnxModel) -> None:
     change, fold, _, cause = RESNET[name]
-    found = located(onnx_reference, OnnxSubject(from_proto(exported(spoilt(resnet, change, fold), IMAGES))))
+    found = located(onnx_reference, OnnxModel(from_proto(exported(spoilt(resnet, change, fold), IMAGES))))
     assert re.search(re.sub("BatchNorm .*", "BatchNorm", cause), found.difference.cause), found.difference
     assert found.sides.held.most <= 6
 
@@ -253,7 +253,7 @@ def test_memory_is_bounded(resnet: Any, traced: Any, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Normal, "stream", counted)
     change, fold, layer, _ = RESNET["mean"]
-    found = located(TorchSubject(traced), TorchSubject(trace(spoilt(resnet, change, fold), traced)))
+    found = located(TorchModel(traced), TorchModel(trace(spoilt(resnet, change, fold), traced)))
     assert found.difference.layer == layer
     assert seen > 120
     assert most <= 9

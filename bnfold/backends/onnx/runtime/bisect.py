@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from bnfold.errors import UnsupportedError
 
+from ..graph.extract import extract
 from ..graph.inline import inlined
 from ..graph.proto import self_contained, stored_bytes
-from ..network import extract
 from .providers import resolve
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from bnfold.certificates import KEY, attach, text_in_archive
+from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
 from bnfold.errors import ModelError, UnsupportedError, UsageError
 
 from ..export.trace import quiet
@@ -33,7 +33,7 @@ def load(
     ignore_keys: Sequence[str] = (),
     say: Say = lambda text: None,
 ) -> nn.Module | ExportedProgram:
-    """The model in a file. kind: what `kinds.kind_of` found; ignore_keys: see `api.load`; say: told of what was found where.
+    """The model in a file. kind: what `open.kind_of` found; ignore_keys: see `api.load`; say: told of what was found where.
 
     Raises ModelError where the file can't be read, is unsafe, or doesn't fit its architecture; UsageError where that is missing or fails;
     UnsupportedError for TorchScript.
@@ -48,7 +48,7 @@ def load(
         return _certified(_program(path, trust_pickle), text_in_archive(path))
     if kind == "safetensors":
         return _safetensors(path, arch, arch_args, ignore_keys, say)
-    found = _unpickled(path, trust_pickle)
+    found = unpickled(path, trust_pickle)
     if isinstance(found, Mapping) and not isinstance(found, nn.Module):
         inner = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), None)
         if inner is not None:
@@ -63,18 +63,7 @@ def load(
         state_of(found, str(path), say)
         raise UsageError(f"{path}: {NEEDS_ARCH}")
     state, surgery = state_of(found, str(path), say)
-    return _certified(put(state, build(arch, arch_args), surgery, str(path), say, ignore_keys).eval(), _text_beside(found))
-
-
-def text_in_pickle(path: Path) -> str | None:
-    """The text of the certificate in a checkpoint. Raises ModelError as `load` does."""
-    found = _unpickled(path, False)
-    return _text_beside(found) if isinstance(found, Mapping) else None
-
-
-def _text_beside(found: Mapping[str, Any]) -> str | None:
-    text = found.get(KEY)
-    return text if isinstance(text, str) else None
+    return _certified(put(state, build(arch, arch_args), surgery, str(path), say, ignore_keys).eval(), text_beside(found))
 
 
 T = TypeVar("T", nn.Module, ExportedProgram)
@@ -115,7 +104,7 @@ def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
         ) from error
 
 
-def _unpickled(path: Path, trust_pickle: bool) -> Any:
+def unpickled(path: Path, trust_pickle: bool) -> Any:
     """The object in a pickle. Without trust, of plain types and tensors alone."""
     mapped = zipfile.is_zipfile(path)
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bnfold.certificates import KEY, attach, text_of
+from bnfold.backends.metadata import KEY, attach, text_of
 from bnfold.errors import CheckError, InputError, UnsupportedError, UsageError
 
 from ..export.open_axes import fixed_axes, substituted
@@ -118,6 +118,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     from bnfold.backends.onnx.files.load import from_proto, load
     from bnfold.backends.onnx.files.save import save as save_onnx
     from bnfold.backends.onnx.graph.edit import drop_void_biases
+    from bnfold.backends.open import open_model
     from bnfold.verification.verify import check_fold
 
     traced = trace(model, example, patient=True)
@@ -136,7 +137,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     drop_void_biases(converted)
     _fix_axes(converted, fixed_axes(traced.program))
     attach(converted, text_of(model))
-    checked = check_fold(traced, converted)
+    checked = check_fold(open_model(traced), open_model(converted))
     if checked.verdict == "different":
         raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")
     save_onnx(converted, part, force=True)
