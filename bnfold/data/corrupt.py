@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -58,12 +57,10 @@ class Bad:
     @property
     def notes(self) -> list[str]:
         """What there is to say about them."""
-        found = self.samples
-        if not found:
-            return []
-        first = ", ".join(sample.where for sample in found[:SHOWN])
-        what = "1 image can't" if len(found) == 1 else f"{len(found)} images can't"
-        return [f"{what} be decoded and {'is' if len(found) == 1 else 'are'} left out: {first}{', ...' if len(found) > SHOWN else ''}"]
+        count = len(self)
+        first = ", ".join(sample.where for sample in self.samples[:SHOWN]) + (", ..." if count > SHOWN else "")
+        what = "1 image can't be decoded and is" if count == 1 else f"{count} images can't be decoded and are"
+        return [f"{what} left out: {first}"] if count else []
 
     def allowed(self, total: int) -> int:
         """How many bad ones are allowed of so many."""
@@ -72,19 +69,18 @@ class Bad:
     def add(self, place: int, error: CorruptError, total: int) -> None:
         """One more, of `total` samples. DataError where that is one too many."""
         self._found[place] = BadSample(error.where, error.reason)
-        self._check(error, len(self), total)
+        self._check(self._found[place], len(self), total)
 
     def know(self, parts: Iterable[Bad], total: int) -> None:
         """Those of parts of the data too. DataError where they are too many together, of `total` samples."""
-        found = dict(itertools.chain.from_iterable(part._found.items() for part in parts))
+        found = {place: sample for part in parts for place, sample in part._found.items()}
         self._found |= found
         if found:
-            last = found[max(found)]
-            self._check(CorruptError(last.where, last.reason), len(found), total)
+            self._check(found[max(found)], len(found), total)
 
-    def _check(self, error: CorruptError, count: int, total: int) -> None:
-        if count > self.allowed(total):
+    def _check(self, last: BadSample, count: int, total: int) -> None:
+        if count > (allowed := self.allowed(total)):
             raise DataError(
-                f"{error}; {count} of {total} images {'is' if count == 1 else 'are'} bad and --max-bad {self.limit} allows "
-                f"{self.allowed(total)}: replace or remove {'it' if count == 1 else 'them'}, or allow more, say --max-bad {count}"
+                f"{last.where}: {last.reason}; {count} of {total} images {'is' if count == 1 else 'are'} bad and --max-bad {self.limit} "
+                f"allows {allowed}: replace or remove {'it' if count == 1 else 'them'}, or allow more, say --max-bad {count}"
             )

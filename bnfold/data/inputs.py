@@ -11,7 +11,7 @@ import numpy as np
 from bnfold.errors import DataError
 from bnfold.text import listed
 
-from .samples import Run, differing, fixed_size, holding, open_first
+from .samples import Run, differing, fixed_size, open_first, sample_inputs
 from .source import Chunk
 from .spec import Array, Batch, InputSpec, is_float, shape_text
 
@@ -90,7 +90,7 @@ class Inputs:
         """The number of samples in each of the inputs that hold some. What the first chunk shows holds until another doesn't fit."""
         if not self._known or (not self._fixed and len({len(arrays[name]) for name in self.batched}) > 1):
             try:
-                self.batched, self._known = holding(self.specs, arrays, self.run)
+                self.batched, self._known = sample_inputs(self.specs, arrays, self.run)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
         if not self.batched and any(spec.shape for spec in self.specs):

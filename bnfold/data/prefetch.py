@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 import queue
 import threading
 from collections import deque
@@ -77,22 +78,19 @@ def in_pool(items: Iterable[T], work: Callable[[T], R], workers: int = WORKERS) 
     """
     waiting: deque[tuple[T, Future[R]]] = deque()
     failure: Exception | None = None
-    iterator, more = iter(items), True
+    iterator = iter(items)
     with ThreadPoolExecutor(workers, "bnfold-images") as pool:
         try:
-            while more or waiting:
-                while more and len(waiting) < 2 * workers:
-                    try:
-                        item = next(iterator)
-                    except StopIteration:
-                        more = False
-                    except Exception as error:
-                        more, failure = False, error
-                    else:
+            while True:
+                try:
+                    for item in itertools.islice(iterator, 2 * workers - len(waiting)):
                         waiting.append((item, pool.submit(work, item)))
-                if waiting:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
+                except Exception as error:
+                    iterator, failure = iter(()), error
+                if not waiting:
+                    break
+                first, result = waiting.popleft()
+                yield first, result.result()
             if failure is not None:
                 raise failure
         finally:

@@ -43,14 +43,20 @@ def fixed_size(specs: Sequence[InputSpec]) -> int | None:
     return size if isinstance(size, int) and not sizes else None
 
 
-def holding(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *, sure: bool = False) -> tuple[set[str], bool]:
+def sample_inputs(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *, sure: bool = False) -> tuple[set[str], bool]:
     """The inputs of a batch that hold samples, as many each, and whether that holds for every other batch too. None hold any: it is one.
 
     run: the model, for a trial. sure: try in any case, and take what a trial can't tell for no samples where there are several inputs.
     Raises DataError where inputs have one and the same open axis, and arrays of different lengths there.
     """
     lengths = {spec.name: len(arrays[spec.name]) for spec in specs if spec.name in open_first(specs)}
-    _agree(specs, lengths)
+    by_symbol: dict[str, dict[str, int]] = {}
+    for spec in specs:
+        if spec.name in lengths and isinstance(spec.shape[0], str):
+            by_symbol.setdefault(spec.shape[0], {})[spec.name] = lengths[spec.name]
+    for found in by_symbol.values():
+        if len(set(found.values())) > 1:
+            raise DataError(differing(found))
     for spec in specs:  # a graph's matrix has as many rows as there are nodes
         if spec.shape and isinstance(spec.shape[0], str) and spec.name not in lengths:
             lengths = {name: n for name, n in lengths.items() if n != len(arrays[spec.name]) or not _counts(specs, name, spec)}
@@ -74,18 +80,18 @@ def holding(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *
         fewer = {spec.name for spec in group if len(spec.shape) == _most(group)}  # a mask may have as many rows as there are samples
         for names in () if _pointing(group, lengths, arrays) else (every,) if fewer == every else (every, fewer):
             try:
-                told = rows_are_samples(arrays, names, run)
+                verdict = rows_are_samples(arrays, names, run)
             except UnsupportedError:
-                return holding(specs, arrays)
-            if told:
+                return sample_inputs(specs, arrays)
+            if verdict:
                 return names, True
-            if told is None and names == every:
+            if verdict is None and names == every:
                 unjudged = every
     return (unjudged if len(groups) == 1 and not (sure and len(fed) > 1) else set()), True
 
 
 def _of_one(specs: Sequence[InputSpec], names: set[str], arrays: Batch, run: Run | None) -> tuple[set[str], bool]:
-    """As `holding`, for first axes that all have the length 1: whether they can be longer is tried with each row twice."""
+    """As `sample_inputs`, for first axes that all have the length 1: whether they can be longer is tried with each row twice."""
     open_axes = {spec.shape[0] for spec in specs if spec.name in names}
     if run is None or len(names) < 2 or (len(open_axes) == 1 and None not in open_axes):
         return names, False
@@ -107,7 +113,7 @@ def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
     def outputs(start: int, stop: int) -> Mapping[str, Array]:
         return run({name: array[start:stop] if name in names else array for name, array in arrays.items()})
 
-    told: bool | None = None
+    verdict: bool | None = None
     try:
         whole = outputs(0, rows)
         for start, stop in ((0, rows - 1), (1, rows)):
@@ -115,14 +121,14 @@ def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
             for name, array in whole.items():
                 if not array.ndim or len(array) != rows or part[name].shape != (stop - start, *array.shape[1:]):
                     continue
-                told = True
+                verdict = True
                 if not _near(array[start:stop], part[name]):
                     return False
     except UnsupportedError:
         raise
     except BnfoldError:  # it can't run on a part: an index without its row, a size that it doesn't take
         return False
-    return told
+    return verdict
 
 
 def few(given: dict[str, Any], count: int) -> dict[str, Any]:
@@ -131,21 +137,10 @@ def few(given: dict[str, Any], count: int) -> dict[str, Any]:
     return {name: array[:count] for name, array in given.items()} if plain else given
 
 
-def _agree(specs: Sequence[InputSpec], lengths: Mapping[str, int]) -> None:
-    """DataError where one open axis has two lengths."""
-    by_symbol: dict[str, dict[str, int]] = {}
-    for spec in specs:
-        if spec.name in lengths and isinstance(spec.shape[0], str):
-            by_symbol.setdefault(spec.shape[0], {})[spec.name] = lengths[spec.name]
-    for found in by_symbol.values():
-        if len(set(found.values())) > 1:
-            raise DataError(differing(found))
-
-
 def differing(counts: Mapping[str, int]) -> str:
     """What to say of numbers of samples that differ."""
-    told = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
-    return f"the numbers of samples differ: {told}; give as many of each"
+    which = ", ".join(f"{name!r} has {n}" for name, n in counts.items())
+    return f"the numbers of samples differ: {which}; give as many of each"
 
 
 def _pointing(group: Sequence[InputSpec], lengths: Mapping[str, int], arrays: Batch) -> bool:

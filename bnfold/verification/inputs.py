@@ -125,12 +125,12 @@ def outputs_of(subject: Model) -> Run:
 
 def shortened(subject: Model, example: Batch) -> Batch:
     """Two samples of an example for a quick check, where a trial shows that they can be cut out of it; else the example as it was given."""
-    from bnfold.data.samples import ROWS, holding
+    from bnfold.data.samples import ROWS, sample_inputs
 
     specs = subject.inputs()
     if max((array.shape[0] for array in example.values() if array.ndim), default=0) <= ROWS:
         return example
-    samples, _ = holding(specs, example, outputs_of(subject), sure=True)
+    samples, _ = sample_inputs(specs, example, outputs_of(subject), sure=True)
     return {name: array[:FEW_SAMPLES] if name in samples else array for name, array in example.items()}
 
 

@@ -21,7 +21,7 @@ import bnfold
 from bnfold.backends.open import open_model
 from bnfold.bench import bench
 from bnfold.data import InputSpec, as_batches
-from bnfold.data.samples import fixed_size, holding
+from bnfold.data.samples import fixed_size, sample_inputs
 from bnfold.recalibration.methods import Prior
 from bnfold.recalibration.moments import measure
 
@@ -311,18 +311,18 @@ def rows(f: Callable[..., Any]) -> Callable[..., dict[str, np.ndarray]]:
 def test_what_a_trial_tells() -> None:
     x, y, points = normal(6, 2), normal(6, 2), np.array([0, 0, 1, 1, 2, 2])
     two = [spec("x", "n", 2), spec("y", "m", 2)]
-    assert holding(two, {"x": x, "y": y}) == ({"x", "y"}, True)
-    assert holding(two, {"x": x, "y": y[:5]}) == (set(), False)
-    assert holding(two, {"x": x, "y": y[:5]}, rows(lambda x, y: x @ y.T)) == ({"x"}, True)
-    assert holding(two, {"x": x, "y": y[:5]}, rows(lambda x, y: (x - x.mean(0)) @ y.T @ y)) == (set(), True)
+    assert sample_inputs(two, {"x": x, "y": y}) == ({"x", "y"}, True)
+    assert sample_inputs(two, {"x": x, "y": y[:5]}) == (set(), False)
+    assert sample_inputs(two, {"x": x, "y": y[:5]}, rows(lambda x, y: x @ y.T)) == ({"x"}, True)
+    assert sample_inputs(two, {"x": x, "y": y[:5]}, rows(lambda x, y: (x - x.mean(0)) @ y.T @ y)) == (set(), True)
     tree = [spec("x", "n", 2), spec("p", "n", kind=I64)]
     given = {"x": x, "p": points}
-    assert holding(tree, given, rows(lambda x, p: x + x[np.minimum(p, len(x) - 1)])) == (set(), True)  # parents stand before children
-    assert holding(tree, given, rows(lambda x, p: x + np.eye(3, 2)[p])) == ({"x", "p"}, True)
-    assert holding(tree, given, rows(lambda x, p: x.sum(0))) == ({"x", "p"}, True)  # no output has rows
-    assert holding(tree, given, rows(lambda x, p: x.sum(0)), sure=True) == (set(), True)
+    assert sample_inputs(tree, given, rows(lambda x, p: x + x[np.minimum(p, len(x) - 1)])) == (set(), True)  # parents stand before children
+    assert sample_inputs(tree, given, rows(lambda x, p: x + np.eye(3, 2)[p])) == ({"x", "p"}, True)
+    assert sample_inputs(tree, given, rows(lambda x, p: x.sum(0))) == ({"x", "p"}, True)  # no output has rows
+    assert sample_inputs(tree, given, rows(lambda x, p: x.sum(0)), sure=True) == (set(), True)
     with pytest.raises(bnfold.DataError, match="the numbers of samples differ: 'x' has 6, 'p' has 5; give as many of each"):
-        holding(tree, {"x": x, "p": points[:5]})
+        sample_inputs(tree, {"x": x, "p": points[:5]})
 
 
 def test_the_only_size_is_that_of_the_input_of_most_axes() -> None:

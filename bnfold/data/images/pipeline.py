@@ -68,8 +68,7 @@ class Pipeline:
                 f"{name}: the image is {image.height}x{image.width} and the model takes "
                 f"{self.size[0]}x{self.size[1]}; let it be resized or cropped"
             )
-        pixels = np.asarray(image).reshape(*self.size, self.channels)
-        made = self._normalised(pixels) if is_float(self.dtype) else pixels.astype(self.dtype)
+        made = self._normalised(np.asarray(image).reshape(*self.size, self.channels))
         made = made[..., ::-1] if self.bgr else made
         return np.ascontiguousarray(made if self.channels_last else made.transpose(2, 0, 1))
 
@@ -88,6 +87,8 @@ class Pipeline:
         return image if target == image.size else image.resize(target, INTERPOLATIONS.index(self.interpolation))
 
     def _normalised(self, pixels: Array) -> Array:
+        if not is_float(self.dtype):
+            return pixels.astype(self.dtype)
         real: Array = pixels.astype(np.float32)
         real = real / np.float32(255) if self.scale == 1 / 255 else real * np.float32(self.scale)  # ToTensor divides
         real = (real - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
@@ -165,8 +166,8 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     if given.bgr and channels != 3:
         raise DataError(f"{whole}: BGR needs 3 channels, not {channels}")
     if is_float(spec.dtype) and given.mean is None and given.std is None:
-        told = "scaled to [0, 1]" if given.scale is None else f"multiplied by {given.scale:g}"
-        notes.append(f"no mean and std are given: values are {told} and not normalised")
+        scaled = "scaled to [0, 1]" if given.scale is None else f"multiplied by {given.scale:g}"
+        notes.append(f"no mean and std are given: values are {scaled} and not normalised")
     elif not is_float(spec.dtype) and (given.mean or given.std or given.scale):
         notes.append(f"{whole}: it gets pixels as they are, so scale, mean and std aren't used")
     scale = 1 / 255 if given.scale is None else given.scale
@@ -174,9 +175,9 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     return made, notes
 
 
-def shaped(spec: InputSpec, input_shapes: Mapping[str, Sequence[int]] | None) -> InputSpec:
+def shaped(spec: InputSpec, input_shapes: Mapping[str, Sequence[int]]) -> InputSpec:
     """The input with the sizes that are asked for in place of open axes."""
-    shape = (input_shapes or {}).get(spec.name)
+    shape = input_shapes.get(spec.name)
     if not shape:
         return spec
     if len(shape) != len(spec.shape):

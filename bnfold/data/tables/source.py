@@ -1,8 +1,12 @@
-"""A table as a source of samples, a row each: images are decoded when they are needed, numbers and lists of them go in as they are."""
+"""A table as a source of samples, a row each: which columns are inputs, which one holds the labels, and what becomes of their rows.
+
+Images are decoded when they are needed; numbers and lists of them go in as they are.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +16,14 @@ from bnfold.errors import DataError
 
 from ..corrupt import CorruptError
 from ..images.pipeline import Pipeline, resolve, shaped
-from ..source import Chunk, Request, Source
-from ..spec import Array, Batch
-from . import arrow, columns
-from .table import Rows, Table, missing, numbers
-from .tars import tars
+from ..source import LABELS, Chunk, Request, Source
+from ..spec import Array, Batch, InputSpec
+from .table import Rows, Table, missing, numbers, parquet, saved
+from .tars import KEYS, tars
+
+CLASSES = ("label", "labels", "cls", "target", "targets", "class", "y", "fine_label", "coarse_label", "category", *KEYS)
+WHOLE = re.compile(r"u?int\d+")
+NUMBERS = re.compile(r"(list of )*(u?int\d+|float\d+|bool)")
 
 
 def table_source(asked: Request, files: Sequence[Path]) -> Source:
@@ -26,12 +33,10 @@ def table_source(asked: Request, files: Sequence[Path]) -> Source:
     DataError where pyarrow is missing or what it reads doesn't fit.
     """
     spec, samples = asked.spec, asked.samples
-    if not files:
-        table = arrow.saved(spec, samples, asked.seed)
-    else:
-        table = (arrow.parquet if files[0].suffix.lower() == ".parquet" else tars)(spec, files)
-    chosen = columns.of_inputs(table.columns, asked.inputs, spec, asked.column)
-    label, notes = columns.of_labels(table.columns, chosen)
+    form = files[0].suffix.lower() if files else None
+    table = saved(spec, samples, asked.seed) if form is None else parquet(spec, files) if form == ".parquet" else tars(spec, files)
+    chosen = _inputs(table.columns, asked.inputs, spec, asked.column)
+    label, notes = _labels(table.columns, chosen)
     if samples is not None and files and (table.total is None or samples < table.total):
         notes.append(f"{spec}: the first {samples} samples are taken, in the order of the files")
     described = f"{spec}: {table.what}, {', '.join(f'column {name!r}' for name in chosen.values())}"
@@ -43,6 +48,46 @@ def table_source(asked: Request, files: Sequence[Path]) -> Source:
     pipeline, assumed = resolve(shaped(one, asked.input_shapes), asked.images)
     images = partial(_images, table, pictures[0], one.name, label, pipeline, spec)
     return Source(images, f"{described}: {pipeline}", (*notes, *assumed), table.total, images=True, count=table.count)
+
+
+def _inputs(columns: Mapping[str, str], inputs: Sequence[InputSpec], spec: str, column: str | None) -> dict[str, str]:
+    """The column of each input. DataError where there is none, or where it could be one of several."""
+    has = ", ".join(f"{name!r} ({kind})" for name, kind in columns.items() if not name.startswith("__")) or "none"
+    usable = [name for name, kind in columns.items() if kind == "image" or NUMBERS.fullmatch(kind)]
+    if column is not None:
+        if len(inputs) != 1:
+            raise DataError(f"--column {column}: that is for a model with one input, and this one has {len(inputs)}; name columns as these")
+        if column not in usable:
+            raise DataError(f"{spec}: no column {column!r} that holds images or numbers; it has {has}")
+        return {inputs[0].name: column}
+    found: dict[str, str] = {}
+    for one in inputs:
+        exact = [name for name in usable if name == one.name] or [name for name in usable if name.rpartition(".")[0] == one.name]
+        if exact:
+            found[one.name] = exact[0]
+    if len(inputs) == 1 and not found:
+        images = [name for name in usable if columns[name] == "image"] if len(inputs[0].shape) == 4 else []
+        others = [name for name in usable if columns[name] != "image" and name not in (*CLASSES, *LABELS) and not name.startswith("__")]
+        fitting = images or [name for name in others if not WHOLE.fullmatch(columns[name])] or others
+        if len(fitting) > 1:
+            raise DataError(
+                f"{spec}: columns {', '.join(map(repr, fitting))} could all be input {inputs[0].name!r}; name one: --column {fitting[0]}"
+            )
+        found = dict(zip([inputs[0].name], fitting, strict=False))
+    if without := [repr(one.name) for one in inputs if one.name not in found]:
+        raise DataError(f"{spec}: no column for input {', '.join(without)}; it has {has}; name columns of arrays as the inputs")
+    return found
+
+
+def _labels(columns: Mapping[str, str], chosen: Mapping[str, str]) -> tuple[str | None, list[str]]:
+    """The column of the labels, and notes."""
+    names = [name for name in CLASSES if name in columns and name not in chosen.values()]
+    whole = [name for name in names if WHOLE.fullmatch(columns[name])]
+    if whole:
+        return whole[0], [f"the labels are those of column {whole[0]!r}, not of {', '.join(map(repr, whole[1:]))}"] if whole[1:] else []
+    if names:
+        return None, [f"the labels aren't used: classes are integers, and column {names[0]!r} holds {columns[names[0]]}"]
+    return None, []
 
 
 def _images(table: Table, column: str, name: str, label: str | None, pipeline: Pipeline, spec: str) -> Iterator[Chunk]:

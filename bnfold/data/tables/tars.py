@@ -34,8 +34,9 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 }
 # Bytes are images, but for these: sounds, films, meshes and what needs a decoder of its own.
 OTHERS = re.compile(
-    "aiff|au|avr|caf|flac|htk|svx|mat4|mat5|mpc2k|ogg|paf|pvf|raw|rf64|sd2|sds|ircam|voc|w64|wav|nist|wavex|wve|mp3|opus|"
-    "mkv|mp4|avi|mpeg|mov|glb|ply|stl|ten|tb|mp|msg|cbor|npz"
+    r"(.*\.)?(aiff|au|avr|caf|flac|htk|svx|mat4|mat5|mpc2k|ogg|paf|pvf|raw|rf64|sd2|sds|ircam|voc|w64|wav|nist|wavex|wve|mp3|opus|"
+    r"mkv|mp4|avi|mpeg|mov|glb|ply|stl|ten|tb|mp|msg|cbor|npz)",
+    re.IGNORECASE,
 )
 
 
@@ -57,20 +58,15 @@ def tars(spec: str, files: Sequence[Path]) -> Table:
 
     def read(wanted: list[str]) -> Iterator[Rows]:
         """Every shard is looked over before it is used: one that is cut or damaged would seem to end there."""
-        fields = {"json" if name in KEYS else name for name in wanted}
         for path in files:
             count(path)
             with reading(path):
-                samples = _samples(path, fields)
+                samples = _samples(path, {"json" if name in KEYS else name for name in wanted})
                 while part := list(itertools.islice(samples, ROWS)):
-                    names = [f"{path}: {key}" for key, _ in part]
-                    yield Rows(
-                        names,
-                        {
-                            column: [_value(sample, column, name) for name, (_, sample) in zip(names, part, strict=True)]
-                            for column in wanted
-                        },
-                    )
+                    for name in KEYS.keys() & set(wanted):
+                        for key, sample in part:
+                            _check_class(sample.get(name), KEYS[name], f"{path}: {key}")
+                    yield Rows([f"{path}: {key}" for key, _ in part], {name: [sample.get(name) for _, sample in part] for name in wanted})
 
     return Table(columns, counted(len(files), "tar file"), read, count=lambda: sum(map(count, files)))
 
@@ -105,7 +101,7 @@ def _files_in(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarI
 
 
 def _samples(path: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name of each sample, and what its files hold, by what stands behind the first dot: those that are wanted, or all of them."""
+    """Each sample's name, and what its files (those that are wanted, or all) hold, by what stands behind the first dot; see KEYS too."""
     with tarfile.open(path, "r:") as archive:
         for key, files in itertools.groupby(_files_in(archive), lambda file: file[0]):
             sample: dict[str, Any] = {}
@@ -114,6 +110,9 @@ def _samples(path: Path, wanted: Container[str] | None = None) -> Iterator[tuple
                     raise ValueError(f"Duplicate field {field!r} for sample {key!r} in TAR archive {str(path)!r}")
                 file = cast(IO[bytes], archive.extractfile(member))
                 sample[field] = _decoded(field, file.read()) if wanted is None or field in wanted else None
+            document = sample.get("json")
+            if isinstance(document, dict):
+                sample |= {column: document[name] for column, name in KEYS.items() if name in document}
             yield key, sample
 
 
@@ -133,20 +132,16 @@ def _tensor(content: bytes) -> Any:
 
 def _columns(samples: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What each column holds, as the first samples show."""
-    if any(sample.keys() != samples[0].keys() for sample in samples):
+    if any(sample.keys() - KEYS != samples[0].keys() - KEYS for sample in samples):
         raise ValueError(
             "The TAR archives of the dataset should be in WebDataset format, but the files in the archive don't share the same prefix or "
             "the same types."
         )
-    found: dict[str, list[str]] = {}
-    for sample in samples:
-        for field, value in sample.items():
-            found.setdefault(field, []).append("dict" if OTHERS.fullmatch(field.rpartition(".")[2].lower()) else _kind(value))
-        document = sample.get("json")
-        if isinstance(document, dict):
-            for column in KEYS.keys() & {f"json.{key}" for key in document}:
-                found.setdefault(column, []).append(_kind(document[KEYS[column]]))
-    return {column: next((kind for kind in kinds if "null" not in kind), kinds[0]) for column, kinds in found.items()}
+    found: dict[str, str] = {}
+    for field, value in itertools.chain.from_iterable(sample.items() for sample in samples):
+        if "null" in found.get(field, "null"):
+            found[field] = "dict" if OTHERS.fullmatch(field) else _kind(value)
+    return found
 
 
 def _kind(value: Any) -> str:
@@ -157,13 +152,8 @@ def _kind(value: Any) -> str:
     return {bytes: "image", str: "string", bool: "bool", int: "int64", float: "float64", dict: "dict"}.get(type(value), "null")
 
 
-def _value(sample: dict[str, Any], column: str, where: str) -> Any:
-    """What a sample holds in a column. DataError for a class in its .json file that is no integer."""
-    if column not in KEYS:
-        return sample.get(column)
-    document, key = sample.get("json"), KEYS[column]
-    found = document.get(key) if isinstance(document, dict) else None
+def _check_class(found: Any, key: str, where: str) -> None:
+    """DataError for a class in a .json file that is no integer."""
     if not isinstance(found, int) or isinstance(found, bool) or not -(2**63) <= found < 2**63:
         what = f"there is no {key!r} in its .json file" if found is None else f"{key!r} in its .json file is {found!r:.40}"
         raise DataError(f"{where}: {what}; classes are integers: give every sample one, or leave that key out of all")
-    return found
