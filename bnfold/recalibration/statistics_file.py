@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,9 @@ import numpy as np
 
 from bnfold._version import __version__
 from bnfold.algebra.affine import Array
-from bnfold.errors import DataError, InputError, UsageError
+from bnfold.errors import DataError, UsageError
+from bnfold.files import replacing
+from bnfold.text import first_line
 
 from .methods import METHODS, Method, Tally
 from .moments import Moments
@@ -109,15 +110,8 @@ def read_parts(paths: Sequence[Path], layers: Sequence[Layer]) -> tuple[Measured
 
 
 def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, head=np.array(json.dumps(head)), **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror}); choose another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as (part,), open(part, "wb") as file:
+        np.savez(file, head=np.array(json.dumps(head)), **arrays)
 
 
 def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,8 +125,7 @@ def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file; it should hold {what}") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: this isn't {what} ({text})") from None
+        raise DataError(f"{path}: this isn't {what} ({first_line(error)})") from None
     if head.get("schema") != schema:
         raise DataError(f"{path}: this isn't {what}, but {head.get('schema')!r}")
     return head, arrays

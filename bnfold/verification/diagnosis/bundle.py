@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import inspect
 import io
-import os
 import pprint
-import secrets
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +19,7 @@ import numpy.typing as npt
 
 from bnfold._version import __version__
 from bnfold.errors import InputError, UnsupportedError, UsageError
+from bnfold.files import replacing
 from bnfold.report import VerifyReport
 
 from ..normal_form import Normal
@@ -55,25 +53,10 @@ def write(located: Located, folder: Path, *, force: bool = False) -> None:
         raise UnsupportedError("no bundle: the difference has no counterpart in both models")
     else:
         files = _Values(located, located.feeds).files()
-    part = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
-    old = part.with_suffix(".before")
-    try:
+    with replacing(folder) as (part,):
         part.mkdir()
         for name, content in files.items():
             (part / name).write_bytes(content)
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(part, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    except OSError as error:
-        raise InputError(f"{folder}: can't be written ({error.strerror}); choose another folder") from None
-    finally:
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def with_bundle(report: VerifyReport, located: Located | None, folder: Path, *, force: bool) -> VerifyReport:

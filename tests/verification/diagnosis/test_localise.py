@@ -275,7 +275,7 @@ def test_a_bundle_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bnfold.verification.diagnosis.bundle.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(InputError, match="No space left"):
         verify(*pair(**CAUSES["mean"][0]), oracle_only=True, bundle=tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from bnfold.errors import InputError, ModelError, UnsupportedError, UsageError
+from bnfold.errors import ModelError, UnsupportedError
+from bnfold.files import may_write, replacing
 
 from . import wire
 from .validate import with_maps
@@ -36,8 +35,6 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
     the same files. Raises UsageError where one exists and `force` isn't given, InputError where it can't be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: a folder; name a file in it")
     target = path.resolve() if path.is_symlink() else path
     weights = [_Weight(value) for value in model.graph.initializers.values()]
     outside = bool(model.graph.meta.get(EXTERNAL)) or any(isinstance(w.tensor, ir.ExternalTensor) for w in weights)
@@ -45,17 +42,18 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
         data_target = None
     else:
         data_target = target.with_name(target.name + ".data") if any(w.movable for w in weights) else None
-    for file in (target, data_target):
-        if file is not None and file.exists() and not force:
-            raise UsageError(f"{file}: the file exists; give another name, or --force to overwrite it")
-    try:
-        with _replacing(target, data_target) as (out, data):
-            if data is not None:
-                for weight in weights:
-                    weight.move(data, target.name + ".data")
-            _write(_skeleton(model), weights, out)
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror or error}); choose another folder") from None
+    targets = [file for file in (data_target, target) if file is not None]
+    for file in targets:
+        may_write(file, force=force)
+    with replacing(*targets) as parts, contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(part, "xb")) for part in parts]
+        if data_target is not None:
+            for weight in weights:
+                weight.move(files[0], target.name + ".data")
+        _write(_skeleton(model), weights, files[-1])
+        for opened in files:
+            opened.flush()
+            os.fsync(opened.fileno())
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -179,39 +177,3 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     )
     del proto.graph.initializer[:]
     return with_maps(proto, graph.meta.get(MAPS) or {})
-
-
-@contextlib.contextmanager
-def _replacing(target: Path, data_target: Path | None) -> Iterator[tuple[IO[bytes], IO[bytes] | None]]:
-    """Files that take the places of a model and of its data once both are whole; on any error all is as before."""
-    mark = f".{secrets.token_hex(4)}"
-    part = target.with_name(f".{target.name}{mark}.part")
-    data_part = data_target and data_target.with_name(f".{data_target.name}{mark}.part")
-    before = data_target and data_target.with_name(f".{data_target.name}{mark}.before")
-    try:
-        with contextlib.ExitStack() as stack:
-            data = stack.enter_context(open(data_part, "xb")) if data_part else None
-            out = stack.enter_context(open(part, "xb"))
-            yield out, data
-            for file in (data, out):
-                if file is not None:
-                    file.flush()
-                    os.fsync(file.fileno())
-        if data_target and data_part and before:
-            if data_target.exists():
-                os.replace(data_target, before)  # it belongs to the model that is still there
-            try:
-                os.replace(data_part, data_target)
-                os.replace(part, target)
-            except BaseException:
-                if before.exists():
-                    os.replace(before, data_target)
-                else:
-                    data_target.unlink(missing_ok=True)
-                raise
-        else:
-            os.replace(part, target)
-    finally:
-        for leftover in (part, data_part, before):
-            if leftover:
-                leftover.unlink(missing_ok=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_of
-from bnfold.errors import CheckError, InputError, UnsupportedError, UsageError
+from bnfold.errors import CheckError, UnsupportedError, UsageError
+from bnfold.files import may_write, replacing
+from bnfold.text import one_line
 
 from ..export.open_axes import fixed_axes, substituted
 from ..export.trace import quiet, trace
@@ -41,11 +41,8 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise UsageError(f"{path}: a folder; name a file in it")
     target = path.resolve() if path.is_symlink() else path
-    if target.exists() and not force:
-        raise UsageError(f"{target}: the file exists; give another name, or --force to overwrite it")
+    may_write(target, force=force)
     if isinstance(model, ExportedProgram) and suffix not in (".pt2", ".onnx"):
         raise UsageError(f"{path}: an exported program is written as .pt2 or .onnx; for a state dict give the module")
     if suffix == ".pt2":
@@ -72,16 +69,13 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
 
 def _replacing(target: Path, write: Callable[[Path], None]) -> None:
     """Write beside the target, and put it in place when it is whole."""
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}{target.suffix}")
-    try:
-        write(part)
-        os.replace(part, target)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error) and "open" not in str(error):
+    with replacing(target) as (part,):
+        try:
+            write(part)
+        except RuntimeError as error:
+            if "write" in str(error) or "open" in str(error):  # as PyTorch says that the file can't be written
+                raise OSError(str(error)) from None
             raise
-        raise InputError(f"{target}: can't be written ({error}); choose another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
@@ -99,8 +93,9 @@ def _write_pickle(model: nn.Module | ExportedProgram, part: Path) -> None:
     try:
         torch.save(model, part)
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle says of a function in a function, of a lock
-        text = " ".join(str(error).split())[:200]
-        raise UnsupportedError(f"the module can't be pickled ({text}); write its state dict (.safetensors, .pth) or a .pt2") from None
+        raise UnsupportedError(
+            f"the module can't be pickled ({one_line(error)}); write its state dict (.safetensors, .pth) or a .pt2"
+        ) from None
 
 
 def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: str | None, part: Path) -> None:
@@ -128,8 +123,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     except ImportError as error:
         raise UsageError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install onnxscript, or write .pt2") from None
     except Exception as error:  # the exporter raises whatever its parts raise
-        text = " ".join(str(error).split())[:200]
-        raise UnsupportedError(f"torch.onnx.export can't write this model: {text}; write .pt2 instead") from error
+        raise UnsupportedError(f"torch.onnx.export can't write this model: {one_line(error)}; write .pt2 instead") from error
     assert made is not None
     proto = made.model_proto
     assert isinstance(proto, onnx.ModelProto)
