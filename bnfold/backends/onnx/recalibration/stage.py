@@ -109,7 +109,7 @@ class OnnxStage:
 
 
 class _NoKernelError(Exception):
-    """ONNX Runtime knows the operator, but not in this type."""
+    """ONNX Runtime knows the operator, but not in this type or opset."""
 
 
 class _Session:
@@ -135,7 +135,7 @@ class _Session:
             self._session = start(proto.SerializeToString(), options, provider)
         except UnsupportedError as error:
             text = str(error).partition(": ")[2]
-            if "Could not find an implementation" in text:
+            if "Could not find an implementation" in text or "only *guarantees* support" in text:  # an opset newer than the runtime
                 raise _NoKernelError(text) from None
             raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {text}") from None
         honoured(assigned(self._session, provider), provider, lambda: proto)
