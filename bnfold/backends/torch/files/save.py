@@ -121,7 +121,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
         with quiet():
             made = torch.onnx.export(traced.runnable, dynamo=True, optimize=False, verbose=False)
     except ImportError as error:
-        raise UsageError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install onnxscript, or write .pt2") from None
+        raise UsageError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install -U onnxscript, or write .pt2") from None
     except Exception as error:  # the exporter raises whatever its parts raise
         raise UnsupportedError(f"torch.onnx.export can't write this model: {one_line(error)}; write .pt2 instead") from error
     assert made is not None
