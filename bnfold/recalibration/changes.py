@@ -10,12 +10,13 @@ from bnfold.report import LayerStatistics, RecalibrateReport
 
 from .methods import Method, Statistics
 from .moments import Moments
-from .protocol import Layer, Measured, Plan
+from .plan import Plan
+from .protocol import BatchNorm, Measurement
 
 DEAD = 1e-12  # of the channels' mean variance: at or below it, a channel says nothing
 
 
-def report(plan: Plan, measured: Measured, method: Method, kept: Mapping[int, str]) -> RecalibrateReport:
+def report(plan: Plan, measured: Measurement, method: Method, kept: Mapping[int, str]) -> RecalibrateReport:
     """What became of each layer. kept: those that keep their statistics, and why."""
     layers, tallies = plan.layers, measured.tallies
     statistics = [
@@ -34,7 +35,7 @@ def report(plan: Plan, measured: Measured, method: Method, kept: Mapping[int, st
     )
 
 
-def _changes(layer: Layer, seen: Moments, new: Statistics) -> LayerStatistics:
+def _changes(layer: BatchNorm, seen: Moments, new: Statistics) -> LayerStatistics:
     """The worst channel's figures. A deviation of 0 makes the first two infinite where there is a change at all."""
     mean, variance = new
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -8,9 +8,9 @@ import numpy as np
 
 from bnfold.algebra.affine import Array
 
-from .methods import Tally
+from .methods import Accumulator
 from .moments import Moments
-from .protocol import Layer
+from .protocol import BatchNorm
 
 BATCHES = 4  # micro-batches from which on their order can be told
 SORTED = 3.0  # times the spread of the micro-batches' means that shuffled samples give
@@ -46,7 +46,7 @@ class Hints:
         ]
 
     @staticmethod
-    def scale(layers: Sequence[Layer], tallies: Sequence[Tally]) -> list[str]:
+    def scale(layers: Sequence[BatchNorm], tallies: Sequence[Accumulator]) -> list[str]:
         """A note where the first BatchNorm sees values of a scale or place far from those that the network was trained on."""
         if not layers or tallies[0].moments.count < 2:
             return []

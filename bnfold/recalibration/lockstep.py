@@ -11,7 +11,7 @@ few are measured, and are what waits (see `moments.Pointwise`).
 
 The methods that normalise each micro-batch by itself need no waiting: one micro-batch after the other goes through all stages.
 
-A backend cuts its network into stages (`Plan`), `methods` knows what statistics are made of the measurements; everything else is here.
+A network is cut into stages by its plan (`plan.StagePlan`); `methods` knows what statistics are made of the measurements.
 
 All this is about networks that treat their samples one by one. One that mixes them (a mean along the batch axis) is another function at
 each size of the micro-batches, and so are its statistics. A micro-batch that can't be cut, such as a graph, is one sample: its nodes are
@@ -20,7 +20,9 @@ pooled with those of the others as if they all stood in one list, but for standa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -32,10 +34,11 @@ from bnfold.report import RecalibrateReport
 from .changes import report
 from .data_checks import Hints
 from .distributed import Alone, Processes, together
-from .methods import Method, Tally
+from .methods import Method
 from .methods import method as chosen
 from .moments import Moments, Samples, pool
-from .protocol import Layer, Measured, Plan, Progress, Reading, Stage, Values
+from .plan import Plan
+from .protocol import BatchNorm, Measurement, Progress, Reading, Stage, Values
 from .spill import Frontier
 
 
@@ -59,8 +62,9 @@ def recalibrate(
         raise UsageError(f"the memory budget is {memory_budget} bytes; it can't be negative")
     if group.size > 1 and not (how.lockstep or how.additive):
         raise UnsupportedError(f"the method {how} depends on the order of the data, so several processes can't share it; use one")
-    measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group) if how.lockstep else (None, {})
-    if measured is None:
+    if how.lockstep:
+        measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group)
+    else:
         measured = measure(plan, batches, how, progress=progress, group=group)
         kept = settle(plan, measured, how)
     return report(plan, measured, how, kept)
@@ -68,15 +72,13 @@ def recalibrate(
 
 def measure(
     plan: Plan, batches: Iterable[Values], method: Method, *, progress: Progress | None = None, group: Processes | None = None
-) -> Measured:
+) -> Measurement:
     """Measure while each micro-batch is normalised by itself; nothing is set. The sum of what parts of the data give is that of all data.
 
     With a plan of one stage, nothing that is measured stands behind a BatchNorm, so that holds for every method but the moving average.
     """
-    group = group or Alone()
     layers = plan.layers
-    tallies = [method.start(layer.mean, layer.variance) for layer in layers]
-    found, hints, failed, skipped = Measured(tallies), Hints(), None, 0
+    found, hints, failed, skipped = Measurement([method.start(layer.mean, layer.variance) for layer in layers]), Hints(), None, 0
     try:
         stages = list(plan.stages(own=True))
         for index, data in enumerate(batches):
@@ -90,7 +92,7 @@ def measure(
                 skipped += _samples(data)
                 continue
             for reading, moments, first in seen:
-                method.add(tallies[reading.layer], moments)
+                method.add(found.tallies[reading.layer], moments)
                 if first:
                     hints.see(reading.layer, moments)
             found.samples += _samples(data)
@@ -99,114 +101,99 @@ def measure(
                 progress("recalibrate", found.batches, None)
     except BnfoldError as error:
         failed = error
-    every = together(group, (tallies, found.samples, found.batches), failed)
-    found.tallies = [_sum(parts) for parts in zip(*(part[0] for part in every), strict=True)] if group.size > 1 else tallies
-    found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
-    _some(found)
+    every = together(group or Alone(), found, failed)
+    if len(every) > 1:
+        found.tallies = [reduce(add, tallies) for tallies in zip(*(part.tallies for part in every), strict=True)]
+    found.count(every)
     found.notes = [*hints.order(), *hints.scale(layers, found.tallies)]
     if skipped:
         found.notes.append(f"{skipped} sample{'s' * (skipped > 1)} left out, in micro-batches too small to be normalised by themselves")
     return found
 
 
-def _through(stages: Sequence[Stage], data: Values, layers: Sequence[Layer], index: int) -> list[tuple[Reading, Moments, bool]] | None:
+def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm], index: int) -> list[tuple[Reading, Moments, bool]] | None:
     """One micro-batch through all stages, normalised by itself: what each call saw, and whether it stands first.
 
     None where a BatchNorm sees one value per channel, which has no variance.
     """
-    values: dict[str, Any] = dict(data)
-    samples = _samples(data)
+    values = dict(data)
     own: dict[int, Moments] = {}
     seen = []
     for number, stage in enumerate(stages):
-        made = stage.run({name: values[name] for name in stage.needs}, own)
+        values |= stage.run(values, own)
         for reading in stage.readings:
-            array = made[reading.value] if reading.value in made else values[reading.value]
-            moments = own[reading.call] = pool([_read(stage, array, reading, layers[reading.layer], index, samples)])
+            moments = own[reading.call] = pool([_read(stage, values, reading, layers, index, _samples(data))])
             if moments.count < 2:
                 return None
             seen.append((reading, moments, number == 0))
-        values = {name: made.get(name, values.get(name)) for name in stage.keeps}
+        values = {name: values[name] for name in stage.keeps}
     return seen
 
 
-def settle(plan: Plan, measured: Measured, method: Method) -> dict[int, str]:
-    """Set the statistics that the measurements make; the layers that keep theirs, and why."""
+def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[int] | None = None) -> dict[int, str]:
+    """Set the statistics that the measurements make; the layers that keep theirs, and why. layers: all of them."""
     kept = {}
-    for index, (layer, tally) in enumerate(zip(plan.layers, measured.tallies, strict=True)):
-        why = _settle(plan, index, layer, tally, method, measured.samples)
+    for index in range(len(plan.layers)) if layers is None else layers:
+        layer, tally = plan.layers[index], measured.tallies[index]
+        if tally.moments.count == 0:
+            why: str | None = "no data reach it"
+        elif tally.moments.count == 1:
+            why = "the data bring one value per channel, which has no variance; give more samples"
+        else:
+            why = plan.set(index, method.statistics(tally, (layer.mean, layer.variance), measured.samples))
         if why is not None:
             kept[index] = why
     return kept
 
 
-def _settle(plan: Plan, index: int, layer: Layer, tally: Tally, method: Method, samples: int) -> str | None:
-    return _unusable(tally.moments) or plan.set(index, method.statistics(tally, (layer.mean, layer.variance), samples))
-
-
 def _in_lockstep(
     plan: Plan, batches: Iterable[Values], method: Method, memory_budget: int, progress: Progress | None, group: Processes
-) -> tuple[Measured, dict[int, str]]:
+) -> tuple[Measurement, dict[int, str]]:
     layers = plan.layers
-    found = Measured([method.start(layer.mean, layer.variance) for layer in layers])
+    found = Measurement([method.start(layer.mean, layer.variance) for layer in layers])
     kept: dict[int, str] = {}
-    hints = Hints()
-    count: int | None = None  # this process's micro-batches, known after the first stage
-    sizes: list[int] = []  # the samples of each
+    sizes: list[int] = []  # the samples of this process's micro-batches
     with Frontier(memory_budget, plan.device_room) as frontier:
         for number, stage in enumerate(plan.stages()):
             mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
+            total = len(sizes) * plan.stage_count if number else None
             failed = None
             try:
-                source = iter(batches) if number == 0 else None
-                index = 0
-                while source is not None or index != count:
-                    data: Values = {}
-                    if source is not None:
-                        given = next(source, None)
-                        if given is None:
-                            break
-                        data = given
-                        sizes.append(_samples(data))
-                        found.samples += sizes[-1]
-                    needed = {name: data[name] if source is not None else frontier.get(index, name) for name in stage.needs}
-                    made = stage.run(needed)
+                for index, values in enumerate(_waiting(frontier, stage, len(sizes)) if number else batches):
+                    if number == 0:
+                        sizes.append(_samples(values))
+                    made = stage.run(values)
                     for reading in stage.readings:
-                        array = made[reading.value] if reading.value in made else needed[reading.value]
-                        method.add(mine[reading.layer], _read(stage, array, reading, layers[reading.layer], index, sizes[index]))
+                        method.add(mine[reading.layer], _read(stage, {**values, **made}, reading, layers, index, sizes[index]))
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)
                     for name in stage.keeps:
                         if name in made:
-                            frontier.put(index, name, stage.held(made[name], frontier.room))
-                        elif name in data:
-                            frontier.put(index, name, np.array(data[name]))  # a copy: a loader may use its buffer again
-                    index += 1
+                            frontier.put(index, name, stage.waiting(made[name], frontier.room))
+                        elif number == 0:
+                            frontier.put(index, name, np.array(values[name]))  # a copy: a loader may use its buffer again
                     if progress is not None:
-                        progress("recalibrate", number * (count or 0) + index, None if count is None else count * plan.stage_count)
-                count = index
+                        progress("recalibrate", number * len(sizes) + index + 1, total)
             except BnfoldError as error:
                 failed = error
-            every = together(group, (mine, found.samples, count), failed)
+            every = together(group, (mine, Measurement([], sum(sizes), len(sizes))), failed)
             if number == 0:
-                found.samples, found.batches = (sum(part[i] for part in every) for i in (1, 2))
-                _some(found)
+                found.count([part for _, part in every])
             for layer in mine:
-                found.tallies[layer] = _sum([found.tallies[layer], *(part[0][layer] for part in every)])
-                why = _settle(plan, layer, layers[layer], found.tallies[layer], method, found.samples)
+                found.tallies[layer] = reduce(add, (tallies[layer] for tallies, _ in every), found.tallies[layer])
                 kept.pop(layer, None)
-                if why is not None:
-                    kept[layer] = why
+            kept |= settle(plan, found, method, mine)
             if number == 0:
-                found.notes = hints.scale([layers[layer] for layer in mine], [found.tallies[layer] for layer in mine])
+                found.notes = Hints.scale([layers[layer] for layer in mine], [found.tallies[layer] for layer in mine])
     found.held, found.spilled = frontier.peak, frontier.spilled
     return found, kept
 
 
-def _sum(parts: Sequence[Tally]) -> Tally:
-    first, *rest = parts
-    return sum(rest, first)
+def _waiting(frontier: Frontier, stage: Stage, count: int) -> Iterator[Values]:
+    """What each micro-batch has left for a stage."""
+    for index in range(count):
+        yield {name: frontier.get(index, name) for name in stage.needs}
 
 
 def _samples(data: Values) -> int:
@@ -214,13 +201,11 @@ def _samples(data: Values) -> int:
     return data.samples if isinstance(data, Counted) else max((len(array) for array in data.values() if array.ndim), default=1)
 
 
-def _some(measured: Measured) -> None:
-    if not measured.batches:
-        raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
-
-
-def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, samples: int) -> Moments | Samples:
+def _read(
+    stage: Stage, values: Mapping[str, Any], reading: Reading, layers: Sequence[BatchNorm], batch: int, samples: int
+) -> Moments | Samples:
     """One micro-batch at one call of a layer. samples: how many it holds; each may have several rows here (words, nodes, windows)."""
+    array, layer = values[reading.value], layers[reading.layer]
     if array.ndim == 1:
         array = array[:, None]  # samples of one channel
     if reading.per_activation:
@@ -245,11 +230,3 @@ def _read(stage: Stage, array: Any, reading: Reading, layer: Layer, batch: int, 
             f"and at how they are scaled, or leave them out"
         )
     return seen
-
-
-def _unusable(moments: Moments) -> str | None:
-    if moments.count == 0:
-        return "no data reach it"
-    if moments.count == 1:
-        return "the data bring one value per channel, which has no variance; give more samples"
-    return None

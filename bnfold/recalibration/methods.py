@@ -24,7 +24,7 @@ ELEMENTS = 1 << 17  # means at the most: 1 MiB
 Statistics = tuple[Array, Array]  # mean and variance, float64 [C]
 
 
-class Tally:
+class Accumulator:
     """What has been measured of one layer so far.
 
     batches: float64 [2, C], sum_b m_b var_b, biased and unbiased, for the method that needs them. running: mean and variance of a moving
@@ -54,9 +54,9 @@ class Tally:
         self._parts, self._waiting = [whole], 0
         return whole
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: Accumulator) -> Accumulator:
         """Both together, but for the moving average, which has no sum."""
-        return Tally(self.moments + other.moments, self.batches + other.batches, self.running, self.steps + other.steps)
+        return Accumulator(self.moments + other.moments, self.batches + other.batches, self.running, self.steps + other.steps)
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,15 @@ class Method:
     def variance(self) -> str:
         return "unbiased" if self.is_unbiased else "biased"
 
-    def start(self, mean: Array, variance: Array) -> Tally:
+    def start(self, mean: Array, variance: Array) -> Accumulator:
         """Before the first micro-batch. mean, variance: float64 [C], the layer's old statistics."""
-        return Tally(Moments.empty(mean.size), np.zeros((2, mean.size)), (mean, variance))
+        return Accumulator(Moments.empty(mean.size), np.zeros((2, mean.size)), (mean, variance))
 
-    def add(self, tally: Tally, batch: Moments | Samples) -> None:
+    def add(self, tally: Accumulator, batch: Moments | Samples) -> None:
         """One more micro-batch at one call of the layer goes into the tally."""
         tally.add(batch)
 
-    def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
+    def statistics(self, tally: Accumulator, old: Statistics, samples: int) -> Statistics:
         """The new mean and variance. old: the statistics that came; samples: of the data, as many as there were."""
         return tally.moments.mean, tally.moments.variance(self.is_unbiased)
 
@@ -135,13 +135,13 @@ class IoffeSzegedy(Method):
     additive: ClassVar[bool] = True
     convention: ClassVar[bool] = True
 
-    def add(self, tally: Tally, batch: Moments | Samples) -> None:
+    def add(self, tally: Accumulator, batch: Moments | Samples) -> None:
         moments = pool([batch])
         super().add(tally, moments)
         tally.batches[0] += moments.m2
         tally.batches[1] += moments.m2 * (moments.count / max(moments.count - 1, 1))
 
-    def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
+    def statistics(self, tally: Accumulator, old: Statistics, samples: int) -> Statistics:
         return tally.moments.mean, tally.batches[int(self.is_unbiased)] / max(tally.moments.count, 1)
 
 
@@ -164,14 +164,14 @@ class MovingAverage(Method):
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise UsageError(f"the momentum is {self.momentum}; it must be above 0 and at most 1")
 
-    def add(self, tally: Tally, batch: Moments | Samples) -> None:
+    def add(self, tally: Accumulator, batch: Moments | Samples) -> None:
         moments = pool([batch])
         super().add(tally, moments)
         weight = 1 / tally.steps if self.momentum is None else self.momentum
         mean, variance = tally.running
         tally.running = (mean + weight * (moments.mean - mean), variance + weight * (moments.variance(self.is_unbiased) - variance))
 
-    def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
+    def statistics(self, tally: Accumulator, old: Statistics, samples: int) -> Statistics:
         return tally.running
 
 
@@ -194,7 +194,7 @@ class Prior(Method):
         if not 0 <= self.strength < float("inf"):
             raise UsageError(f"the old statistics count as {self.strength} samples; give 0 or more")
 
-    def statistics(self, tally: Tally, old: Statistics, samples: int) -> Statistics:
+    def statistics(self, tally: Accumulator, old: Statistics, samples: int) -> Statistics:
         share = self.strength / (self.strength + samples) if samples else 1.0
         mean, variance = tally.moments.mean, tally.moments.variance(self.is_unbiased)
         mixed = share * old[1] + (1 - share) * variance

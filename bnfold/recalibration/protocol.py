@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bnfold.algebra.affine import Array
+from bnfold.errors import DataError
 
-from .methods import Statistics, Tally
+from .methods import Accumulator
 from .moments import Moments, Pointwise, Samples
 
 Values = Mapping[str, Any]  # arrays, of numpy or of the framework that computes
@@ -17,7 +18,7 @@ Progress = Callable[[str, int, "int | None"], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class BatchNorm:
     """A BatchNorm as it came. mean, variance: float64 [channels], the old statistics."""
 
     name: str
@@ -65,44 +66,27 @@ class Stage(Protocol):
         """A value of its own, [samples, channels, ...], or what is made of it: arrays may lie on a device."""
         ...
 
-    def held(self, array: Any, room: int) -> Any:
+    def waiting(self, array: Any, room: int) -> Any:
         """A value of its own as it waits for a later stage: on its device, where that has room for so many bytes, else as numpy's array."""
         ...
 
 
-class Plan(Protocol):
-    """A network, cut into stages."""
-
-    @property
-    def layers(self) -> Sequence[Layer]: ...
-    @property
-    def stage_count(self) -> int: ...
-    @property
-    def notes(self) -> Sequence[str]: ...
-    @property
-    def device_room(self) -> int:
-        """The bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
-        ...
-
-    def stages(self, own: bool = False) -> Iterator[Stage]:
-        """The stages in order; the next is made after the statistics that this one measured were set.
-
-        own: each call that is measured is normalised with what `Stage.run` is told, and all stages are made before the first runs.
-        """
-        ...
-
-    def set(self, layer: int, statistics: Statistics) -> str | None:
-        """Take over the statistics of a layer, which is normalised with them from now on. Returns why not, where they can't be stored."""
-        ...
-
-
 @dataclass(eq=False)
-class Measured:
-    """What the data said. tallies: one for each layer. samples, batches: how many there were, in all processes together."""
+class Measurement:
+    """What the data said. tallies: one for each layer. samples, batches: how many there were, in all processes together.
 
-    tallies: list[Tally]
+    held, spilled: the most bytes that waited at once, and those of them that went to disk.
+    """
+
+    tallies: list[Accumulator]
     samples: int = 0
     batches: int = 0
     held: int = 0
     spilled: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def count(self, parts: Sequence[Measurement]) -> None:
+        """Count the data of all processes. Raises DataError where there were none."""
+        self.samples, self.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)
+        if not self.batches:
+            raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bnfold.data import WHOLE
 from bnfold.data.inputs import check_feeds
@@ -20,7 +20,8 @@ from .distributed import Processes, processes
 from .lockstep import measure, settle
 from .lockstep import recalibrate as run_plan
 from .methods import Method
-from .protocol import Plan, Progress
+from .plan import Plan as ModelPlan
+from .protocol import Progress
 from .scoring import Scores, effect, score, score_if_fits
 from .selection import Selection, every
 
@@ -31,23 +32,6 @@ if TYPE_CHECKING:
 PILOT = 64  # samples of the first trial of `until`
 GROWTH = 16  # times as many samples, at most, in the next trial
 MARGIN = 1.1  # more samples than the last trial says are needed
-
-
-class ModelPlan(Plan, Protocol):
-    """A plan that knows its model. frozen: the layers that came without statistics."""
-
-    @property
-    def specs(self) -> Sequence[InputSpec]: ...
-    @property
-    def frozen(self) -> set[int]: ...
-
-    def outputs(self, batch: Batch) -> Mapping[str, Any]:
-        """What the model gives as it came, by output name; none of it where it mixes the samples of a batch."""
-        ...
-
-    def write(self) -> Any:
-        """A copy of the model with the statistics that were set."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +177,7 @@ def data_of(
 
     specs = plan.specs
     taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
-    flat = getattr(plan, "flat", None)
+    flat = plan.flat
     data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples, run=plan.outputs, flat=flat)
     if spread and samples is not None:
         data = data.spread(samples)

@@ -8,7 +8,7 @@ ones: that costs less than to hold the large value, so the small ones are held, 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 N = TypeVar("N", bound=Hashable)  # an operator of some framework
@@ -20,15 +20,17 @@ PER_BYTE = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Call(Generic[N, V]):
+class NormCall(Generic[N, V]):
     """One BatchNorm whose input is measured. node: the operator that normalises; source: its input; layer: the place of its layer.
 
-    through: the operator that makes its input from `source`, where the moments are known from those of `source` without running it.
+    per_activation: see `protocol.Reading`. through: the operator that makes its input from `source`, where the moments are known from those
+    of `source` without running it.
     """
 
     node: N
     source: V
     layer: int
+    per_activation: bool = False
     through: N | None = None
 
 
@@ -47,19 +49,21 @@ class Operation(Generic[N, V]):
     work: int | None = None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Cut(Generic[N, V]):
-    """One stage. nodes: what it runs, in order; reads: the values it takes from before; keeps: what later stages read."""
+    """One stage. nodes: what it runs, in order; reads: the values that it takes from before; makes: its results, which are measured or
+    which later stages read; keeps: all that later stages read.
+    """
 
-    calls: list[Call[N, V]]
-    nodes: list[N] = field(default_factory=list)
-    reads: list[V] = field(default_factory=list)
-    makes: list[V] = field(default_factory=list)  # its results: values that are measured, or that later stages read
-    keeps: list[V] = field(default_factory=list)
+    calls: list[NormCall[N, V]]
+    nodes: list[N]
+    reads: list[V]
+    makes: list[V]
+    keeps: list[V]
 
 
 def cut(
-    operations: Sequence[Operation[N, V]], calls: Sequence[Call[N, V]], sizes: Mapping[V, int] | None = None
+    operations: Sequence[Operation[N, V]], calls: Sequence[NormCall[N, V]], sizes: Mapping[V, int] | None = None
 ) -> tuple[list[Cut[N, V]], set[int]]:
     """The stages of a network, and the layers of which one call depends on another.
 
@@ -71,138 +75,110 @@ def cut(
 
 
 class _Cutter(Generic[N, V]):
-    def __init__(self, operations: Sequence[Operation[N, V]], calls: Sequence[Call[N, V]], sizes: Mapping[V, int]) -> None:
-        self._calls, self._sizes = calls, sizes
-        self._call_of = {call.node: i for i, call in enumerate(calls)}
-        self._nodes = [each.node for each in operations]
-        self._operation = {each.node: each for each in operations}
-        self._reads = {each.node: each.reads for each in operations}
-        self._maker = {value: each.node for each in operations for value in each.makes}
+    def __init__(self, operations: Sequence[Operation[N, V]], calls: Sequence[NormCall[N, V]], sizes: Mapping[V, int]) -> None:
+        self._operations, self._calls, self._sizes = operations, calls, sizes
+        self._maker = {value: each for each in operations for value in each.makes}
+        bits = {call.node: 1 << i for i, call in enumerate(calls)}
+        self._of_layer: dict[int, int] = {}
+        for call in calls:
+            self._of_layer[call.layer] = self._of_layer.get(call.layer, 0) | bits[call.node]
         self._behind: dict[V, int] = {}  # bit i: the value depends on the outcome of call i
-        for node in self._nodes:
-            mask = 0
-            for value in self._reads[node]:
+        for each in operations:
+            mask = bits.get(each.node, 0)
+            for value in each.reads:
                 mask |= self._behind.get(value, 0)
-            own = 1 << self._call_of[node] if node in self._call_of else 0
-            for value in self._operation[node].makes:
-                self._behind[value] = mask | own
+            self._behind.update(dict.fromkeys(each.makes, mask))
 
     def cut(self) -> tuple[list[Cut[N, V]], set[int]]:
         waves = self._waves()
-        wave_of = {call.node: k for k, wave in enumerate(waves) for call in wave}
-        runs = self._lazily(waves)
-        self._shrink_early(runs, wave_of)
-
-        cuts: list[Cut[N, V]] = [Cut(list(wave)) for wave in waves]
-        last: dict[V, int] = {}  # the last stage that reads or measures a value
-        for node, k in runs.items():
-            for value in self._reads[node]:
-                last[value] = max(last.get(value, k), k)
-        for call, k in ((call, k) for k, wave in enumerate(waves) for call in wave):
-            last[call.source] = max(last.get(call.source, k), k)
-        again = self._again(runs, last, waves)
-        for node in self._nodes:
-            if node in runs:
-                cuts[runs[node]].nodes.append(node)
-                if node in again:
-                    cuts[again[node]].nodes.append(node)
-        for k, stage in enumerate(cuts):
-            measured = {call.source for call in stage.calls}
-            made = [value for node in stage.nodes for value in self._operation[node].makes]
-            wanted = dict.fromkeys(v for node in stage.nodes for v in self._reads[node])
-            wanted.update(dict.fromkeys(call.source for call in stage.calls))
-            mine = set(made)
-            stage.reads = [value for value in wanted if value not in mine]
-            stage.makes = [value for value in made if value in measured or last.get(value, -1) > k]
-        data = [value for value in last if value not in self._maker]  # they pass by once, in the first stage
-        for k, stage in enumerate(cuts):
-            before = [value for earlier in cuts[: k + 1] for value in earlier.makes]
-            stage.keeps = [value for value in (*data, *before) if last[value] > k]
-        return cuts, self._dependent()
-
-    def _again(self, runs: dict[N, int], last: dict[V, int], waves: list[list[Call[N, V]]]) -> dict[N, int]:
-        """The operators that run again, and in which stage, since what they read is cheaper to hold. last: changed accordingly."""
-        reading: dict[V, set[int]] = {}
-        for node, k in runs.items():
-            for value in self._reads[node]:
-                reading.setdefault(value, set()).add(k)
+        runs: dict[Operation[N, V], int] = {}  # what is needed at all, and the first stage whose BatchNorms need it
+        for k, wave in enumerate(waves):
+            self._run(runs, k, [call.source for call in wave])
+        self._shrink_early(runs, waves)
+        read_in: dict[V, set[int]] = {}  # the stages that read or measure a value
+        for each, k in runs.items():
+            for value in each.reads:
+                read_in.setdefault(value, set()).add(k)
         for k, wave in enumerate(waves):
             for call in wave:
-                reading.setdefault(call.source, set()).add(k)
-        again: dict[N, int] = {}
-        remade: set[V] = set()
-        for node in self._nodes:
-            if node not in runs or (work := self._operation[node].work) is None:
-                continue
-            (made,), reads = self._operation[node].makes, self._reads[node]
-            later = [k for k in reading.get(made, ()) if k > runs[node]]
-            if len(later) != 1 or not remade.isdisjoint(reads) or not all(value in self._sizes for value in (made, *reads)):
-                continue
-            saved = self._sizes[made] - sum(self._sizes[value] for value in reads if last[value] < later[0])
-            if saved > 0 and work <= PER_BYTE * saved:
-                again[node] = later[0]
-                remade.add(made)
-                last[made] = runs[node]
-                for value in reads:
-                    last[value] = max(last[value], later[0])
-        return again
+                read_in.setdefault(call.source, set()).add(k)
+        last = {value: max(stages) for value, stages in read_in.items()}
+        again = self._again(runs, read_in, last)
 
-    def _dependent(self) -> set[int]:
-        masks: dict[int, int] = {}
-        for i, call in enumerate(self._calls):
-            masks[call.layer] = masks.get(call.layer, 0) | 1 << i
-        return {call.layer for call in self._calls if self._behind.get(call.source, 0) & masks[call.layer]}
+        parts: list[list[Operation[N, V]]] = [[] for _ in waves]
+        for each in self._operations:
+            for k in [runs[each], *again.get(each, ())] if each in runs else ():
+                parts[k].append(each)
+        cuts = []
+        alive = [value for value in last if value not in self._maker]  # the data: they pass by once, in the first stage
+        for k, (wave, part) in enumerate(zip(waves, parts, strict=True)):
+            measured = dict.fromkeys(call.source for call in wave)
+            made = dict.fromkeys(value for each in part for value in each.makes)
+            reads = [v for v in dict.fromkeys([*(v for each in part for v in each.reads), *measured]) if v not in made]
+            makes = [value for value in made if value in measured or last.get(value, -1) > k]
+            alive = [value for value in (*alive, *makes) if last[value] > k]
+            cuts.append(Cut(wave, [each.node for each in part], reads, makes, alive))
+        return cuts, {call.layer for call in self._calls if self._behind.get(call.source, 0) & self._of_layer[call.layer]}
 
-    def _waves(self) -> list[list[Call[N, V]]]:
+    def _waves(self) -> list[list[NormCall[N, V]]]:
         """A call is ready once all that it depends on are measured. Of a layer, all calls that no other one of its own stands before go
         together, so that they are pooled before one of them is normalised; two layers that wait for each other don't wait.
         """
         behind = [self._behind.get(call.source, 0) for call in self._calls]
-        left = set(range(len(self._calls)))
+        layers = [call.layer for call in self._calls]
+        left = list(range(len(self._calls)))
         waves = []
         while left:
             pending = sum(1 << i for i in left)
-            ready = {i for i in left if not behind[i] & pending}
-            of_layer: dict[int, int] = {}
-            for i in left:
-                of_layer[self._calls[i].layer] = of_layer.get(self._calls[i].layer, 0) | 1 << i
-            waiting = {self._calls[i].layer for i in left - ready if not behind[i] & of_layer[self._calls[i].layer]}
-            wave = sorted(i for i in ready if self._calls[i].layer not in waiting) or sorted(ready)
+            ready = [i for i in left if not behind[i] & pending]
+            later = [i for i in left if behind[i] & pending]
+            waiting = {layers[i] for i in later if not behind[i] & pending & self._of_layer[layers[i]]}
+            wave = [i for i in ready if layers[i] not in waiting] or ready
             waves.append([self._calls[i] for i in wave])
-            left -= set(wave)
+            left = [i for i in left if i not in wave]
         return waves
 
-    def _lazily(self, waves: list[list[Call[N, V]]]) -> dict[N, int]:
-        """For each node that is needed at all, the first stage whose BatchNorms need it."""
-        runs: dict[N, int] = {}
-        for k, wave in enumerate(waves):
-            stack = [self._maker[call.source] for call in wave if call.source in self._maker]
-            while stack:
-                node = stack.pop()
-                if node not in runs:
-                    runs[node] = k
-                    stack.extend(self._maker[value] for value in self._reads[node] if value in self._maker)
-        return runs
+    def _run(self, runs: dict[Operation[N, V], int], k: int, values: Sequence[V]) -> None:
+        """Run what makes these values, and what that needs, in a stage no later than k."""
+        stack = list(values)
+        while stack:
+            each = self._maker.get(stack.pop())
+            if each is not None and runs.get(each, k + 1) > k:
+                runs[each] = k
+                stack.extend(each.reads)
 
-    def _shrink_early(self, runs: dict[N, int], wave_of: dict[N, int]) -> None:
+    def _shrink_early(self, runs: dict[Operation[N, V], int], waves: list[list[NormCall[N, V]]]) -> None:
         """Run what makes a large value small as soon as it can, where the large value would be held for it alone (or nearly)."""
-        earliest: dict[N, int] = {}
-        for node in self._nodes:
-            at = max((earliest[self._maker[v]] for v in self._reads[node] if v in self._maker), default=0)
-            earliest[node] = max(at, wave_of[node] + 1) if node in wave_of else at
-        users: dict[V, list[N]] = {}
-        for node in runs:
-            for value in self._reads[node]:
-                users.setdefault(value, []).append(node)
-        for node in self._nodes:
-            if node not in runs or runs[node] <= (at := earliest[node]):
+        behind_wave = {call.node: k + 1 for k, wave in enumerate(waves) for call in wave}
+        earliest: dict[V, int] = {}
+        users: dict[V, list[Operation[N, V]]] = {}
+        for each in self._operations:
+            at = max([behind_wave.get(each.node, 0), *(earliest.get(value, 0) for value in each.reads)])
+            earliest.update(dict.fromkeys(each.makes, at))
+            for value in each.reads if each in runs else ():
+                users.setdefault(value, []).append(each)
+        for each in self._operations:
+            at = earliest[each.makes[0]]
+            if each.shrinks and each in runs and runs[each] > at:
+                alone = all(runs[user] <= at for value in each.reads for user in users[value] if user is not each)
+                if each.shrinks == 2 or alone:
+                    self._run(runs, at, each.makes)
+
+    def _again(self, runs: dict[Operation[N, V], int], read_in: dict[V, set[int]], last: dict[V, int]) -> dict[Operation[N, V], list[int]]:
+        """The operators that run again, and in which stage, since what they read is cheaper to hold. last: changed accordingly."""
+        again: dict[Operation[N, V], list[int]] = {}
+        remade: set[V] = set()
+        for each in self._operations:
+            if each not in runs or each.work is None:
                 continue
-            alone = all(runs[user] <= at for value in self._reads[node] for user in users[value] if user is not node)
-            shrinks = self._operation[node].shrinks
-            if shrinks == 2 or (shrinks == 1 and alone):
-                stack = [node]
-                while stack:
-                    current = stack.pop()
-                    if runs[current] > at:
-                        runs[current] = at
-                        stack.extend(self._maker[value] for value in self._reads[current] if value in self._maker)
+            (made,), reads = each.makes, each.reads
+            later = [k for k in read_in.get(made, ()) if k > runs[each]]
+            if len(later) != 1 or not remade.isdisjoint(reads) or not all(value in self._sizes for value in (made, *reads)):
+                continue
+            saved = self._sizes[made] - sum(self._sizes[value] for value in reads if last[value] < later[0])
+            if saved > 0 and each.work <= PER_BYTE * saved:
+                again[each] = later
+                remade.add(made)
+                last[made] = runs[each]
+                last.update((value, max(last[value], later[0])) for value in reads)
+        return again

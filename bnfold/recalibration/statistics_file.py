@@ -21,9 +21,9 @@ from bnfold.errors import DataError, UsageError
 from bnfold.files import replacing
 from bnfold.text import first_line
 
-from .methods import METHODS, Method, Tally
+from .methods import METHODS, Accumulator, Method
 from .moments import Moments
-from .protocol import Layer, Measured
+from .protocol import BatchNorm, Measurement
 
 OLD, PART = "bnfold.statistics/1", "bnfold.part/1"
 MOMENTS = ("count", "mean", "m2", "samples", "weight", "spread")
@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, tuple[Array, Array]]:
         raise DataError(f"{path}: {error} is missing; the file is damaged") from None
 
 
-def fingerprint(layers: Sequence[Layer]) -> str:
+def fingerprint(layers: Sequence[BatchNorm]) -> str:
     """Of the layers' names and old statistics: parts of the data must have been measured on one model."""
     digest = hashlib.sha256()
     for layer in layers:
@@ -55,7 +55,7 @@ def fingerprint(layers: Sequence[Layer]) -> str:
     return digest.hexdigest()
 
 
-def write_part(path: Path, layers: Sequence[Layer], measured: Measured, method: Method, part: tuple[int, int], model: str) -> None:
+def write_part(path: Path, layers: Sequence[BatchNorm], measured: Measurement, method: Method, part: tuple[int, int], model: str) -> None:
     """Keep what one part of the data gave."""
     head = {
         "schema": PART,
@@ -75,7 +75,7 @@ def write_part(path: Path, layers: Sequence[Layer], measured: Measured, method: 
     _write(path, head, arrays)
 
 
-def read_parts(paths: Sequence[Path], layers: Sequence[Layer]) -> tuple[Measured, Method]:
+def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Measurement, Method]:
     """All parts together. UsageError unless they are just the parts of one measurement of this model."""
     if not paths:
         raise UsageError("name the files that the parts were written to")
@@ -103,10 +103,10 @@ def read_parts(paths: Sequence[Path], layers: Sequence[Layer]) -> tuple[Measured
             arrays = found[paths.index(seen[number])][1]
             values = {name: arrays[f"{i}/{name}"] for name in MOMENTS}
             moments = Moments(**{name: value if value.ndim else value.item() for name, value in values.items()})
-            total = total + Tally(moments, arrays[f"{i}/batches"], total.running)
+            total = total + Accumulator(moments, arrays[f"{i}/batches"], total.running)
         tallies.append(total)
     samples, batches = (sum(head[key] for head, _ in found) for key in ("samples", "batches"))
-    return Measured(tallies, samples, batches), method
+    return Measurement(tallies, samples, batches), method
 
 
 def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:

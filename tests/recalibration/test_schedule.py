@@ -17,7 +17,7 @@ from torch import nn
 import bnfold
 from bnfold.recalibration import schedule as stages
 from bnfold.recalibration.moments import Pointwise
-from bnfold.recalibration.schedule import Call, Operation, cut
+from bnfold.recalibration.schedule import NormCall, Operation, cut
 
 # x -> narrow -> bn1 -> wide -> bn2 -> last -> bn3: in the second stage `wide` is measured, in the third it is normalised.
 CHAIN = [("narrow", "x"), ("bn1", "narrow"), ("wide", "bn1"), ("bn2", "wide"), ("last", "bn2"), ("bn3", "last")]
@@ -29,7 +29,7 @@ def chain(work: int | None, sizes: dict[str, int] | None, readers: int = 1) -> l
     found = [(name, (source,)) for name, source in CHAIN]
     found += [(f"reader{i}", ("wide", "bn3")) for i in range(1, readers)] + [(f"bn{i + 3}", (f"reader{i}",)) for i in range(1, readers)]
     operations = [Operation(name, reads, (name,), work=work if name == "wide" else None) for name, reads in found]
-    calls = [Call(name, reads[0], i) for i, (name, reads) in enumerate(found) if name.startswith("bn")]
+    calls = [NormCall(name, reads[0], i) for i, (name, reads) in enumerate(found) if name.startswith("bn")]
     cuts, dependent = cut(operations, calls, sizes)
     assert not dependent
     return [(each.nodes, each.keeps) for each in cuts]
@@ -54,7 +54,7 @@ def test_what_waits_anyway_costs_nothing() -> None:
     joins = [("ab", ("a", "b")), ("bn1", ("ab",)), ("c", ("bn1",)), ("abc", ("a", "b", "c")), ("bn2", ("abc",))]
     found = [("a", ("x",)), ("b", ("x",)), *joins]
     operations = [Operation(name, reads, (name,), work=0 if name in ("ab", "abc") else None) for name, reads in found]
-    calls = [Call("bn1", "ab", 0), Call("bn2", "abc", 1)]
+    calls = [NormCall("bn1", "ab", 0), NormCall("bn2", "abc", 1)]
     cuts, _ = cut(operations, calls, {"a": 4, "b": 4, "ab": 8, "bn1": 8, "c": 4, "abc": 12, "bn2": 12, "x": 4})
     assert [(each.nodes, each.keeps) for each in cuts] == [(["a", "b", "ab"], ["a", "b"]), (["ab", "bn1", "c", "abc"], [])]
 

@@ -113,6 +113,11 @@ def open_axes(graph: onnx.GraphProto) -> None:
                 dim.ClearField("value")
 
 
+def opset(model: ir.Model) -> int:
+    """The version of the standard's operators."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+
+
 def is_batchnorm(node: ir.Node) -> bool:
     return node.op_type == "BatchNormalization" and is_standard(node)
 

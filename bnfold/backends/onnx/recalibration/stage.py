@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure_sa
 from bnfold.recalibration.protocol import NOTHING, Reading, Values
 
 from ..graph.sequences import parts_of, without_sequences
-from ..graph.walk import attribute, open_axes
+from ..graph.walk import attribute, open_axes, opset
 from ..runtime.placement import assigned, honoured, name_nodes
 from ..runtime.providers import one_line, resolve, runtime, start
 from .operations import OnnxCut, sources
@@ -32,45 +32,46 @@ OLDEST = 7  # the first opset that ONNX Runtime has kernels for
 LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
 # Types that ONNX Runtime's Python interface takes by their bits only.
 BITS: dict[int, np.dtype[Any]] = {TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
-Replaced = Mapping[ir.Node, Mapping[int, npt.NDArray[Any]]]
-Told = Mapping[ir.Node, tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]
+LENT = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+Arrays = dict[str, npt.NDArray[Any]]
+Measured = Mapping[ir.Node, Sequence[npt.NDArray[Any]]]
+Given = Mapping[ir.Node, tuple[int, Sequence[npt.NDArray[Any]]]]
 
 
 class OnnxStage:
-    """A session over the nodes of a `Cut` (none where there are no nodes: a BatchNorm right at the model's input).
+    """A session over the nodes of a part (none where there are no nodes: a BatchNorm right at the model's input).
 
-    kinds: the type of each value, as ONNX's number, as far as it is known; what the stage makes is added. replaced: for some
-    BatchNormalization nodes, arrays that stand in for the parameters at some inputs. told: for those that are normalised with what `run`
-    is told, the place of the call and its stored mean and variance. lacks: empty where ONNX Runtime runs the stage; where
-    it has no kernel for an operator in its type (float64 and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the
-    stage then runs in the float64 oracle, which is slow, and its results are rounded to their own types.
+    kinds: the type of each value, as ONNX's number, as far as it is known; what the stage makes is added. measured: the mean and variance
+    that BatchNormalization nodes have now. given: for those that are normalised with what `run` is given, the place of the call and its
+    stored mean and variance. lacks: empty where ONNX Runtime runs the stage; where it has no kernel for an operator in its type (float64
+    and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the stage then runs in the float64 oracle, which is slow,
+    and its results are rounded to their own types.
     """
 
     def __init__(
         self,
         model: ir.Model,
-        cut: OnnxCut,
+        part: OnnxCut,
         readings: list[Reading],
-        replaced: Replaced,
+        measured: Measured,
         kinds: dict[str, int],
         provider: str,
-        told: Told,
+        given: Given,
     ) -> None:
         self.readings = readings
-        self.needs = [_name(value) for value in cut.reads]
-        self.keeps = dict.fromkeys(_name(value) for value in cut.keeps)
+        self.needs = [_name(value) for value in part.reads]
+        self.keeps = dict.fromkeys(_name(value) for value in part.keeps)
         self.lacks = ""
-        self._run: Callable[[dict[str, npt.NDArray[Any]]], Values] = lambda _: {}
+        self._run: Callable[[Arrays], Values] = lambda _: {}
         self._takes: list[str] = []
-        self._told: dict[tuple[str | None, int], tuple[int, npt.NDArray[Any], npt.NDArray[Any]]] = {}
-        if not cut.nodes:
+        here = [(node, *given[node]) for node in part.nodes if node in given]
+        self._given = {_parameter(node, i): (call, i, array) for node, call, arrays in here for i, array in enumerate(arrays)}
+        if not part.nodes:
             return
-        proto, lent = _proto(model, cut, replaced, kinds, told)
+        proto, lent = _proto(model, part, measured, kinds, given)
         self._instead = partial(_evaluator, proto, lent, kinds)
-        self._told = {(node.outputs[0].name, index): told[node] for node in cut.nodes if node in told for index in (3, 4)}
-        of_calls = {_told_name(name, index) for name, index in self._told}
-        self._takes = [info.name for info in proto.graph.input if info.name not in of_calls]
-        self.lacks = "" if _opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
+        self._takes = [info.name for info in proto.graph.input if info.name not in self._given]
+        self.lacks = "" if opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
         if not self.lacks:
             try:
                 self._run = _Session(proto, lent, provider, kinds)
@@ -83,23 +84,20 @@ class OnnxStage:
     def measure(self, array: npt.NDArray[Any], through: Pointwise | None = None) -> Moments | Samples:
         return measure_samples(array) if through is None else measure_through(array, through)
 
-    def held(self, array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
+    def waiting(self, array: npt.NDArray[Any], room: int) -> npt.NDArray[Any]:
         return array
 
     def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
         feeds = {name: np.ascontiguousarray(values[name]) for name in self._takes}
-        for (name, index), (call, *stored) in self._told.items():
-            fresh = own[call].mean if index == 3 else own[call].variance()
-            feeds[_told_name(name, index)] = fresh.astype(stored[index - 3].dtype).reshape(stored[index - 3].shape)
+        for name, (call, index, stored) in self._given.items():
+            feeds[name] = (own[call].variance() if index else own[call].mean).astype(stored.dtype).reshape(stored.shape)
         try:
             return self._run(feeds)
         except BnfoldError:
             raise
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
             text = one_line(error)
-            if (
-                "does not support" in text or "not implemented" in text.lower()
-            ):  # some kernels say so only when they run (recurrent ones in float64)
+            if "does not support" in text or "not implemented" in text.lower():  # as recurrent kernels in float64 say when they run
                 self.lacks, self._run = text, self._instead()
                 return self._run(feeds)
             shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
@@ -157,16 +155,16 @@ class _Session:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _evaluator(proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], kinds: dict[str, int]) -> Callable[..., Values]:
+def _evaluator(proto: onnx.ModelProto, lent: Arrays, kinds: dict[str, int]) -> Callable[[Arrays], Values]:
     """The stage in the float64 oracle. Raises UnsupportedError, naming the operator, where that lacks one too."""
     from ..oracle.evaluator import Oracle
 
     for tensor in proto.graph.initializer:
         if tensor.name in lent:
-            tensor.CopyFrom(_tensor(tensor.name, lent[tensor.name]))
+            tensor.CopyFrom(ir.to_proto(ir.Tensor(lent[tensor.name], name=tensor.name)))
     oracle = Oracle(ir.from_proto(proto))
 
-    def run(feeds: dict[str, npt.NDArray[Any]]) -> Values:
+    def run(feeds: Arrays) -> Values:
         made = oracle.run(feeds)
         for name, array in made.items():
             own = onnx.helper.tensor_dtype_to_np_dtype(kinds[name]) if name in kinds else array.dtype
@@ -177,11 +175,9 @@ def _evaluator(proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], kinds:
     return run
 
 
-def _proto(
-    model: ir.Model, cut: OnnxCut, replaced: Replaced, kinds: dict[str, int], told: Told
-) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+def _proto(model: ir.Model, part: OnnxCut, measured: Measured, kinds: dict[str, int], given: Given) -> tuple[onnx.ModelProto, Arrays]:
     """The stage as a model, and the large weights that go to the session beside it."""
-    nodes, leaves = _with_constants(cut, {**replaced, **{node: {3: mean, 4: variance} for node, (_, mean, variance) in told.items()}})
+    nodes, stored = _with_constants(model.graph, part, {*measured, *given})
     graph = onnx.GraphProto(name="stage")
     names: set[str] = set()
     for node in nodes:
@@ -189,111 +185,93 @@ def _proto(
         if made.name in names:  # ONNX Runtime refuses it
             made.name = f"{made.name}:{_name(node.outputs[0])}"
         names.add(made.name)
-        for index, array in replaced.get(node, {}).items():
-            made.input[index] = f"{node.outputs[0].name}:measured:{index}"
-            graph.initializer.append(_tensor(made.input[index], array))
-        if node in told:
-            for index, array in zip((3, 4), told[node][1:], strict=True):
-                name = made.input[index] = _told_name(node.outputs[0].name, index)
+        for index, array in enumerate(given[node][1] if node in given else measured.get(node, ())):
+            name = made.input[3 + index] = _parameter(node, index)
+            if node in given:
                 kinds[name] = ir.DataType.from_numpy(array.dtype).value
                 graph.input.append(onnx.helper.make_tensor_value_info(name, kinds[name], array.shape))
+            else:
+                graph.initializer.append(ir.to_proto(ir.Tensor(array, name=name)))
         if node.op_type == "BatchNormalization":
-            _as_it_runs(node, made, _opset(model), given=node in told or node in replaced)
+            _as_it_runs(node, made, opset(model), fresh=node in given or node in measured)
         graph.node.append(made)
-    taken = set(cut.reads)
-    for value in cut.reads:
-        if not any(value in sources(node) for node in cut.nodes):
-            continue  # it is only measured
-        info = onnx.ValueInfoProto(name=_name(value))
-        if value.is_graph_input() and value.type is not None:
-            info = ir.to_proto(value)
-        else:
-            info.type.tensor_type.elem_type = kinds[_name(value)]
-        graph.input.append(info)
+    read = {value for node in part.nodes for value in sources(node)}
+    for value in part.reads:
+        if value in read:  # others are only measured
+            info = onnx.ValueInfoProto(name=_name(value))
+            if value.is_graph_input() and value.type is not None:
+                info = ir.to_proto(value)
+            else:
+                info.type.tensor_type.elem_type = kinds[_name(value)]
+            graph.input.append(info)
     open_axes(graph)
-    without_sequences(graph, {_name(node.outputs[0]): parts for node in nodes if (parts := parts_of(node))}, _opset(model))
-    for value in cut.makes:
-        graph.output.append(onnx.ValueInfoProto(name=_name(value)))
-    lent: dict[str, npt.NDArray[Any]] = {}
-    for value in leaves:
-        if value in taken:
-            continue
+    without_sequences(graph, {_name(node.outputs[0]): parts for node in nodes if (parts := parts_of(node))}, opset(model))
+    graph.output.extend(onnx.ValueInfoProto(name=_name(value)) for value in part.makes)
+    lent: Arrays = {}
+    for value in stored:
         tensor = value.const_value
         if tensor is None:
             raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
-        if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16) and tensor.nbytes >= LARGE:
-            entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+        entry = graph.initializer.add(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+        if tensor.dtype == ir.DataType.STRING:
+            entry.string_data.extend(tensor.string_data())  # type: ignore[attr-defined]
+        elif tensor.dtype in LENT and tensor.nbytes >= LARGE:
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value="in-memory")
-            lent[_name(value)] = np.require(tensor.numpy(), requirements=["C", "A"])
+            lent[entry.name] = np.require(tensor.numpy(), requirements=["C", "A"])
         else:
-            entry = TensorProto(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
-            if tensor.dtype == ir.DataType.STRING:
-                entry = ir.to_proto(tensor)
-                entry.name = _name(value)
-            else:
-                entry.raw_data = tensor.tobytes()
-        graph.initializer.append(entry)
+            entry.raw_data = tensor.tobytes()
     proto = onnx.ModelProto(ir_version=max(model.ir_version or 8, 4), graph=graph)
-    for domain, version in model.opset_imports.items():
-        proto.opset_import.add(domain=domain, version=version)
+    proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
     proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
     return proto, lent
 
 
-def _with_constants(cut: OnnxCut, replaced: Replaced) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The stage's nodes after those that compute the constants they read, and the stored values that all of these read."""
-    order: dict[ir.Node, None] = {}
-    leaves: dict[ir.Value, None] = {}
-    taken = set(cut.reads)
-    for node in cut.nodes:
-        stack = [(node, False)]
-        while stack:
-            current, ready = stack.pop()
-            if current in order:
+def _with_constants(graph: ir.Graph, part: OnnxCut, fresh: Collection[ir.Node]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The stage's nodes and those that compute the constants they read, and the stored values that all of these read.
+
+    fresh: BatchNormalization nodes whose own means and variances aren't read.
+    """
+    wanted: set[ir.Node] = set()
+    stored: dict[ir.Value, None] = {}
+    stack = list(part.nodes)
+    while stack:
+        node = stack.pop()
+        if node in wanted:
+            continue
+        wanted.add(node)
+        for value in list(sources(node))[: 3 if node in fresh else None]:
+            maker = value.producer()
+            if value in part.reads:
                 continue
-            if ready:
-                order[current] = None
-                continue
-            stack.append((current, True))
-            out_of_use = replaced.get(current, {})
-            for value in (v for i, v in enumerate(sources(current)) if i not in out_of_use):
-                maker = value.producer()
-                if value in taken:
-                    continue
-                if maker is None:
-                    leaves[value] = None
-                elif maker not in order:
-                    stack.append((maker, False))
-    return list(order), list(leaves)
+            if maker is None:
+                stored[value] = None
+            else:
+                stack.append(maker)
+    return [node for node in graph if node in wanted], list(stored)
 
 
-def _tensor(name: str, array: npt.NDArray[Any]) -> TensorProto:
-    kind = ir.DataType.from_numpy(array.dtype)
-    return TensorProto(name=name, data_type=kind.value, dims=list(array.shape), raw_data=array.tobytes())
-
-
-def _as_it_runs(node: ir.Node, made: onnx.NodeProto, opset: int, given: bool) -> None:
-    """given: whether it has its statistics from outside, and so is out of training mode here.
+def _as_it_runs(node: ir.Node, made: onnx.NodeProto, version: int, fresh: bool) -> None:
+    """fresh: whether it has its statistics from outside, and so is out of training mode here.
 
     Opset 7 and 8: spatial = 0 with one parameter per channel is a known malformation, which means spatial = 1.
     """
     mean = node.inputs[3].shape if node.inputs[3] is not None else None
     drop = {"spatial"} if mean is not None and mean.rank() == 1 else set()
-    if given:
+    if fresh:
         drop |= {"training_mode", "is_test"}
         del made.output[1:]
     kept = [a for a in made.attribute if a.name not in drop]
     del made.attribute[:]
     made.attribute.extend(kept)
-    if not given and attribute(node, "training_mode", 0):  # ONNX Runtime wants all outputs of it
+    if not fresh and attribute(node, "training_mode", 0):  # ONNX Runtime wants all outputs of it
         made.output.extend(f"{made.output[0]}:unused:{i}" for i in range(len(made.output), 3))
-    if given and opset < 7:
+    if fresh and version < 7:
         made.attribute.append(onnx.helper.make_attribute("is_test", 1))
 
 
-def _told_name(name: str | None, index: int) -> str:
-    return f"{name}:told:{index}"
+def _parameter(node: ir.Node, index: int) -> str:
+    return f"{_name(node.outputs[0])}:{('mean', 'variance')[index]}"
 
 
 def _kind(text: str, name: str) -> int:
@@ -316,10 +294,6 @@ def _borrow(value: Any) -> npt.NDArray[Any]:
     buffer.owner = value
     bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
     return bits.view(BITS[kind]).reshape(shape)
-
-
-def _opset(model: ir.Model) -> int:
-    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
 
 
 def _name(value: ir.Value) -> str:

@@ -7,10 +7,8 @@ num_batches_tracked and momentum, which matter to further training alone, stay a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from functools import cached_property
-from types import MappingProxyType
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,36 +18,31 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.algebra.rounding import narrowed
-from bnfold.errors import NothingToDoError
 from bnfold.folding.census import missed
 from bnfold.recalibration.methods import Statistics
-from bnfold.recalibration.moments import Moments
-from bnfold.recalibration.protocol import Layer, Reading
-from bnfold.recalibration.schedule import Call, Operation, cut
+from bnfold.recalibration.moments import Moments, Pointwise
+from bnfold.recalibration.plan import StagePlan
+from bnfold.recalibration.protocol import BatchNorm, Reading
 from bnfold.recalibration.selection import Select, every
 
 from ..export.census import held
 from ..export.constants import Constants, as_float64
 from ..export.functional import without_writing
 from ..export.trace import NUMPY, Traced, duplicate, to_tensor, trace
-from ..export.walk import arguments, elements, frame, in_training, is_batchnorm, is_float, is_tensor, operator_name
+from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
 from ..lowering.affine import frozen_chains
 from ..lowering.table import lowering as lowering_of
 from ..runtime.session import Oracle, device_of
 from ..writing.freeze import frozen
 from ..writing.program import copy_program
-from .pointwise import passes, read
-from .stage import Held, TorchStage, parts
+from . import operations
+from .operations import TorchCall, TorchCut, TorchOperation
+from .stage import StoredTensors, TorchStage
 
 if TYPE_CHECKING:
-    from bnfold.data import Batch
+    from bnfold.data import Batch, InputSpec
 
-TINY = ("sym_size",)
-PRODUCTS = (*(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)), "convolution", "linear")
-SMALLER = ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin")
-
-Names = tuple[str, str]  # the qualified names of a layer's mean and variance
+WITHOUT_MODULE = "it has none, and there is no module here that could keep them"
 
 
 def plan_of(
@@ -76,196 +69,126 @@ def plan_of(
     return TorchPlan(traced, device_of(device), select, freeze, said)
 
 
-class TorchPlan:
-    """A model cut into stages (see `bnfold.recalibrate.Plan`). The model isn't touched. said: notes on layers, by their names."""
+class TorchPlan(StagePlan[Op, Op]):
+    """A model cut into stages. said: notes on layers, by their names."""
 
-    def __init__(
-        self,
-        traced: Traced,
-        device: torch.device,
-        select: Select = every,
-        freeze: bool = False,
-        said: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self.device = device
-        self.specs = traced.specs
-        self._traced = traced
-        self._model = traced.model
-        self._select, self._freeze = select, freeze
+    def __init__(self, traced: Traced, device: torch.device, select: Select, freeze: bool, said: Mapping[str, str]) -> None:
+        super().__init__(select, freeze)
+        self._traced, self._model, self._said, self.flat = traced, traced.model, said, traced.flat
         self.program = without_writing(traced.program)
         self.constants = Constants(self.program)
-        self.held = Held(self.program, self.constants, device)
-        self.notes: list[str] = []
-        self.layers: list[Layer] = []
-        self._names: list[Names] = []
+        self.stored = StoredTensors(self.program, self.constants, device)
         self._stands_in: dict[int, Moments] = {}  # by call: statistics for which the program has no place
-        self.frozen: set[int] = set()  # layers that came without statistics
-        self._calls: list[Call[Op, Op]] = []
-        self._find(traced)
-        self.notes += [text for name, text in said.items() if any(layer.name == name for layer in self.layers)]
-        if not self._calls:
-            why = "; ".join(self.notes) or ("the model holds no BatchNorm" if select is every else "no BatchNorm is selected")
-            raise NothingToDoError(f"there are no statistics to measure: {why}")
-        self._operations = self._found_operations()
-        self._cuts, dependent = cut(self._operations, [self._short(call) for call in self._calls], self._sizes())
-        for layer in sorted(dependent):
-            self.notes.append(
-                f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
-                f"calls, and each call was normalised with those of the calls up to it"
-            )
-        self._new: dict[str, torch.Tensor] = {}
+        self.cut()
 
-    def _short(self, call: Call[Op, Op]) -> Call[Op, Op]:
-        """A call that is measured without running the pointwise convolution before it, where nothing else reads that one's result."""
-        made = call.source
-        if list(made.users) != [call.node] or not passes(made, self.held):
-            return call
-        return Call(call.node, arguments(made)["input"], call.layer, through=made)
+    # --- what there is to measure ---------------------------------------------------------------------------------------------
 
-    def _found_operations(self) -> list[Operation[Op, Op]]:
-        found = []
-        found_parts: set[Op] = set()
+    def find(self) -> None:
+        lowering = lowering_of(Traced(self._model, self.program))
+        chains = {chain[0]: chain for chain in frozen_chains(lowering) if self.select(frame(chain[0]) or chain[-1].name)}
+        for op, chain in list(chains.items()):
+            if not self._is_stored(_owned(frame(op))[0]):
+                self.keeps(frame(op) or chain[-1].name, "it is written out, and they aren't called running_mean and running_var")
+                del chains[op]
+        met = {op for chain in chains.values() for op in chain}
         for op in self.program.graph.nodes:
-            if op.op != "call_function" or self._is_fixed(op) or op in found_parts:
-                continue
-            reads = tuple(source for source in op.all_input_nodes if not self._is_fixed(source))
-            name = operator_name(op)
-            whole = "pool" in name and is_tensor(op) and all(n == 1 for n in op.meta["val"].shape[2:])
-            shrinks = 2 if whole or name in TINY else 1 if "pool" in name or name in SMALLER else 0
-            pieces = parts(op)
-            found_parts.update(pieces)
-            found.append(Operation(op, reads, tuple(pieces) or (op,), shrinks, self._work(op)))
-        return found
-
-    def _sizes(self) -> dict[Op, int]:
-        """The bytes of each tensor, at the example's sizes."""
-        tensors = [op for op in self.program.graph.nodes if is_tensor(op)]
-        return {op: count * op.meta["val"].element_size() for op in tensors if (count := elements(op)) is not None}
-
-    def _work(self, op: Op) -> int | None:
-        """The multiply-adds of a convolution or a product with stored weights, and of what only copies."""
-        name = operator_name(op)
-        if name == "cat":
-            return 0
-        if name not in PRODUCTS:
-            return None
-        given = arguments(op)
-        weight = given["weight"]
-        if not all(self.held.is_held(each) for each in (weight, given["bias"]) if each is not None):
-            return None
-        turned = "transpose" in name or given.get("transposed", False)
-        counted = elements(given["input"] if turned else op)
-        return None if counted is None else counted * (math.prod(weight.meta["val"].shape[1:]))
-
-    def _is_fixed(self, op: Op) -> bool:
-        """Whether a value is the same for all data: a constant, or a size, which the micro-batch's inputs tell."""
-        return self.held.is_constant(op) or isinstance(op.meta.get("val"), (int, torch.SymInt))
-
-    # --- what there is to measure -------------------------------------------------------------------------------------------------
-
-    def _find(self, traced: Traced) -> None:
-        lowering = lowering_of(Traced(traced.model, self.program))
-        chains = [chain for chain in frozen_chains(lowering) if self._select(frame(chain[0]) or chain[-1].name)]
-        for chain in chains:
-            if not self._is_stored(f"{frame(chain[0])}.running_mean".lstrip(".")):
-                self.notes.append(
-                    f"{frame(chain[0]) or chain[-1].name} keeps its statistics: it is written out, and they aren't called running_mean and "
-                    f"running_var"
-                )
-        chains = [chain for chain in chains if self._is_stored(f"{frame(chain[0])}.running_mean".lstrip("."))]
-        first = {chain[0]: chain for chain in chains}
-        met = {op for chain in chains for op in chain}
-        found: dict[Names, int] = {}
-        for op in self.program.graph.nodes:
-            if op in first:
-                owner = frame(op)
-                key = (f"{owner}.running_mean".lstrip("."), f"{owner}.running_var".lstrip("."))
-                source = next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
-                if not self._select(owner or op.name):
+            name = frame(op) or op.name
+            if op in chains:
+                key, source = _owned(frame(op)), next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
+                if not self.select(name):
                     continue
             elif is_batchnorm(op) and not self.constants.is_constant(op):
                 met.add(op)
+                if not self.select(name):
+                    continue
                 given = arguments(op)
-                if not self._select(frame(op) or op.name):
+                stored = [self.constants.stored(given.get(role)) for role in ("running_mean", "running_var")]
+                if (why := self._why_not(op, given, stored)) is not None:
+                    self.keeps(name, why)
                     continue
-                stored = [self.constants.stored(given.get(name)) for name in ("running_mean", "running_var")]
-                why = self._why_not(op, given, stored)
-                if why is not None:
-                    self.notes.append(f"{frame(op) or op.name} keeps its statistics: {why}")
-                    continue
-                if stored[0] is None or stored[1] is None:
-                    owner = frame(op)
-                    key = (f"{owner}.running_mean", f"{owner}.running_var")
-                else:
-                    key = (stored[0].target, stored[1].target)
+                mean, variance = stored
+                key = _owned(frame(op)) if mean is None or variance is None else (mean.target, variance.target)
                 source = given["input"]
             else:
                 continue
-            if self._is_fixed(source):
-                self.notes.append(f"{frame(op) or op.name} keeps its statistics: its input doesn't depend on the data")
+            if operations.is_fixed(source, self.stored):
+                self.keeps(name, "its input doesn't depend on the data")
                 continue
-            if key not in found:
-                found[key] = len(self.layers)
-                self.layers.append(self._layer(op, key, len(self.layers)))
-                self._names.append(key)
-            self._calls.append(Call(op, source, found[key]))
+            self.calls.append(TorchCall(op, source, self.place(key, partial(self._layer, op, key))))
         names = {layer.name for layer in self.layers}
         said = "{} has the statistics of its other calls: in this one, {}", "{} keeps its statistics: {}"
-        others = [each for each in missed(held(lowering, met), met) if self._select(each.name)]
+        others = [each for each in missed(held(lowering, met), met) if self.select(each.name)]
         self.notes += dict.fromkeys(said[each.name not in names].format(each.name, each.why) for each in others)
+        self.notes += [text for name, text in self._said.items() if name in names]
 
-    def _layer(self, op: Op, key: Names, place: int) -> Layer:
-        name = key[0].rpartition(".")[0] or op.name
+    def _layer(self, op: Op, key: tuple[str, str]) -> BatchNorm:
+        path = key[0].rpartition(".")[0]
+        name = path or op.name
         if not self._is_stored(key[0]):
-            self.frozen.add(place)
+            self.frozen.add(len(self.layers))
             self.notes.append(f"{name} had no statistics: it normalised each batch by itself")
             channels = int(arguments(op)["input"].meta["val"].shape[1])
-            return Layer(name, np.zeros(channels), np.ones(channels))
-        owner = None if isinstance(self._model, ExportedProgram) else self._model.get_submodule(key[0].rpartition(".")[0])
-        if self._freeze and owner is not None and owner.training:
+            return BatchNorm(name, np.zeros(channels), np.ones(channels))
+        if self.freeze and isinstance(self._model, nn.Module) and self._model.get_submodule(path).training:
             self.notes.append(f"{name} was in training mode, and has statistics of its own now")
-        mean, variance = (as_float64(self.held.stored(each)) for each in key)
-        return Layer(name, mean, variance)
+        mean, variance = (as_float64(self.stored.tensor(each)) for each in key)
+        return BatchNorm(name, mean, variance)
+
+    def _why_not(self, op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
+        module = self._model if isinstance(self._model, nn.Module) else None
+        if given.get("running_mean") is None:
+            if not self.freeze:
+                return "it has none (track_running_stats=False): it normalises each batch by itself (--freeze gives it some)"
+            norm = None if module is None else dict(module.named_modules()).get(frame(op))
+            return None if isinstance(norm, nn.modules.batchnorm._BatchNorm) else WITHOUT_MODULE
+        if in_training(op):
+            if module is not None:
+                return "its code has it in training mode even in evaluation: it normalises each batch by itself"
+            used = "the statistics of each batch are used elsewhere in the program"
+            why = used if self.freeze else "--freeze gives it statistics of its own"
+            return f"it is in training mode: it normalises each batch by itself ({why})"
+        if None in stored:
+            return "they are computed"
+        if module is not None and not all(hasattr(module.get_submodule(path), name) for path, name in map(_split, stored)):
+            return "the module holds them under no name, so there is no place to write others"
+        return None if is_float(given["input"]) else "its input isn't floating point"
 
     def _is_stored(self, name: str) -> bool:
         return name in self.program.state_dict or name in self.program.constants
 
-    def _is_named(self, stored: Any) -> bool:
-        """Whether a module's own names lead to a tensor; in a program, all have names."""
-        if isinstance(self._model, ExportedProgram):
-            return True
-        path, _, attribute = stored.target.rpartition(".")
-        return hasattr(self._model.get_submodule(path), attribute)
+    # --- how it is cut and runs -----------------------------------------------------------------------------------------------
 
-    def _why_not(self, op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
-        if given.get("running_mean") is None:
-            if not self._freeze:
-                return "it has none (track_running_stats=False): it normalises each batch by itself (--freeze gives it some)"
-            module = None if isinstance(self._model, ExportedProgram) else dict(self._model.named_modules()).get(frame(op))
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                return "it has none, and there is no module here that could keep them"
-            return None
-        if in_training(op):
-            if not isinstance(self._model, ExportedProgram):
-                return "its code has it in training mode even in evaluation: it normalises each batch by itself"
-            why = (
-                "the statistics of each batch are used elsewhere in the program"
-                if self._freeze
-                else "--freeze gives it statistics of its own"
-            )
-            return f"it is in training mode: it normalises each batch by itself ({why})"
-        if None in stored:
-            return "they are computed"
-        if not all(map(self._is_named, stored)):
-            return "the module holds them under no name, so there is no place to write others"
-        return None if is_float(given["input"]) else "its input isn't floating point"
+    def operations(self) -> Iterator[TorchOperation]:
+        return operations.operations(self.program.graph, self.stored)
 
-    def flat(self, item: Any) -> dict[str, Any] | None:
-        """See `Traced.flat`."""
-        return self._traced.flat(item)
+    def nbytes(self, value: Op) -> int | None:
+        return operations.nbytes(value)
+
+    def pointwise(self, call: TorchCall) -> tuple[Op, Op] | None:
+        made = call.source
+        alone = list(made.users) == [call.node]
+        return (made, arguments(made)["input"]) if alone and operations.is_pointwise(made, self.stored) else None
+
+    def weights(self, convolution: Op) -> Pointwise:
+        return operations.pointwise(convolution, self.stored)
+
+    @property
+    def device_room(self) -> int:  # type: ignore[override]
+        """Half of what a GPU has left: the other half is for what runs."""
+        return int(torch.cuda.mem_get_info(self.stored.device)[0] // 2) if self.stored.device.type == "cuda" else 0
+
+    def stage(self, part: TorchCut, readings: list[Reading], own: bool, *, first: bool, last: bool) -> TorchStage:
+        normalised = own or self.frozen
+        calls = {i: (call.node, self.keys[call.layer]) for i, call in enumerate(self.calls) if normalised and call.node in part.nodes}
+        return TorchStage(self.program, self.stored, part, readings, calls, self._stands_in, first=first, last=last)
+
+    # --- the model ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def specs(self) -> list[InputSpec]:
+        return self._traced.specs
 
     def outputs(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
-        """What the model gives as it came, by output name; none of it where a BatchNorm in training mode mixes the samples of a batch."""
         made = self._oracle.run(batch)
         mixes = any(is_batchnorm(op) and in_training(op) for op in self._traced.program.graph.nodes)
         return {} if mixes else made
@@ -274,78 +197,45 @@ class TorchPlan:
     def _oracle(self) -> Oracle:
         return Oracle(self._traced)
 
-    # --- the protocol -------------------------------------------------------------------------------------------------------------
-
-    @property
-    def device_room(self) -> int:
-        """Half of what a GPU has left: the other half is for what runs."""
-        return int(torch.cuda.mem_get_info(self.device)[0] // 2) if self.device.type == "cuda" else 0
-
-    @property
-    def stage_count(self) -> int:
-        return len(self._cuts)
-
-    def stages(self, own: bool = False) -> Iterator[TorchStage]:
-        place = {call.node: i for i, call in enumerate(self._calls)}
-        normalises = {i: (call.node, call.layer) for i, call in enumerate(self._calls)}
-        cuts = cut(self._operations, self._calls)[0] if own else self._cuts  # where nothing waits, nothing runs twice
-        for number, each in enumerate(cuts):
-            readings = [
-                Reading(
-                    call.source.name, call.layer, place[call.node], through=None if call.through is None else read(call.through, self.held)
-                )
-                for call in each.calls
-            ]
-            calls = {i: found for i, found in normalises.items() if found[0] in each.nodes} if own or self.frozen else {}
-            last = number == len(cuts) - 1
-            stage = TorchStage(self.program, self.held, each, readings, calls, self._names, first=number == 0, last=last)
-            stage.stands_in = self._stands_in
-            yield stage
+    def types(self, layer: int) -> list[np.dtype[Any]]:
+        """Where a layer has no parameters, that of what it normalises."""
+        op = next(call.node for call in self.calls if call.layer == layer)
+        given = arguments(op)
+        like = given.get("weight")
+        kind = (given.get("input", op) if like is None else like).meta["val"].dtype
+        return [NUMPY[self.stored.tensor(name).dtype if self._is_stored(name) else kind] for name in self.keys[layer]]
 
     def set(self, layer: int, statistics: Statistics) -> str | None:
-        names, (mean, variance) = self._names[layer], statistics
-        fresh = torch.empty(mean.shape, dtype=self._dtype(layer))
-        old = [self.held.stored(name) if self._is_stored(name) else fresh for name in names]
-        stored = narrowed((mean, variance), [NUMPY[each.dtype] for each in old])
-        if isinstance(stored, str):
-            self._forget(layer)
-            return stored
-        made = {name: to_tensor(array).reshape(each.shape) for name, array, each in zip(names, stored, old, strict=True)}
-        self._new |= made
+        if (why := super().set(layer, statistics)) is not None:
+            for name in filter(self._is_stored, self.keys[layer]):
+                self.stored.restore(name)
+            return why
+        made = self._tensors(layer)
         if layer in self.frozen:
-            mean, variance = (as_float64(tensor) for tensor in made.values())
+            mean, variance = map(as_float64, made.values())
             stands_in = Moments(1, mean, variance, 1, 0.0, np.zeros((5, mean.size)))  # of one element, M2 is the variance
-            self._stands_in |= {i: stands_in for i, call in enumerate(self._calls) if call.layer == layer}
-            return None
-        for name, tensor in made.items():
-            self.held.replace(name, tensor)
+            self._stands_in |= {i: stands_in for i, call in enumerate(self.calls) if call.layer == layer}
+        else:
+            for name, tensor in made.items():
+                self.stored.replace(name, tensor)
         return None
 
-    def _dtype(self, layer: int) -> torch.dtype:
-        """The type of a layer's parameters, or, where it has none, that of what it normalises."""
-        op = next(call.node for call in self._calls if call.layer == layer)
-        given = arguments(op)
-        weight = given.get("weight")
-        found: torch.dtype = (given.get("input", op) if weight is None else weight).meta["val"].dtype
-        return found
-
-    def _forget(self, layer: int) -> None:
-        for name in self._names[layer]:
-            self._new.pop(name, None)
-            if self._is_stored(name):
-                self.held.restore(name)
+    def _tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """The statistics that were set, by name, in the shapes of the old."""
+        pairs = zip(self.keys[layer], map(to_tensor, self.statistics[layer]), strict=True)
+        return {name: new.reshape(self.stored.tensor(name).shape) if self._is_stored(name) else new for name, new in pairs}
 
     def write(self) -> nn.Module | ExportedProgram:
-        """A copy of the model with the statistics that were set."""
+        new = {name: tensor for layer in self.statistics for name, tensor in self._tensors(layer).items()}
         if isinstance(self._model, ExportedProgram):
             program = copy_program(self._model)
-            for name, tensor in self._new.items():
+            for name, tensor in new.items():
                 holder = program.state_dict if name in program.state_dict else program.constants
                 holder[name] = tensor.to(holder[name].device)
             return program
         module = duplicate(self._model)
         with torch.no_grad():
-            for name, tensor in self._new.items():
+            for name, tensor in new.items():
                 path, _, attribute = name.rpartition(".")
                 owner = module.get_submodule(path)
                 buffer = getattr(owner, attribute)
@@ -354,14 +244,21 @@ class TorchPlan:
                     _give(owner, attribute, tensor)
                 else:
                     buffer.copy_(tensor.reshape(buffer.shape))
-        if self._freeze:
-            for mean, _ in self._names:
-                if mean in self._new:
-                    owner = module.get_submodule(mean.rpartition(".")[0])
+                if self.freeze:
                     owner.training = False
                     if isinstance(owner, nn.modules.batchnorm._BatchNorm):
                         owner.eval()  # an activation of its own too
         return module
+
+
+def _owned(owner: str) -> tuple[str, str]:
+    """The qualified names of a module's statistics."""
+    return f"{owner}.running_mean".lstrip("."), f"{owner}.running_var".lstrip(".")
+
+
+def _split(stored: Any) -> tuple[str, str]:
+    path, _, name = stored.target.rpartition(".")
+    return path, name
 
 
 def _give(norm: nn.modules.batchnorm._BatchNorm, attribute: str, tensor: torch.Tensor) -> None:

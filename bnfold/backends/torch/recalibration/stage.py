@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,11 @@ IN_PLACE: dict[Any, Any] = {
 }
 Value = Callable[[Op], Any]  # gives the value of a node
 FRESH = {"batch_norm", "conv1d", "conv2d", "conv3d", "convolution", "linear", "add"}  # their output shares no storage
+SIZES = "sizes of the micro-batch"
 
 
-class Held:
-    """What an exported program holds, on the device: parameters, buffers, and what is computed from them, with the new statistics."""
+class StoredTensors:
+    """What an exported program stores, on the device: parameters, buffers, and what is computed from them, with the new statistics."""
 
     def __init__(self, program: ExportedProgram, constants: Constants, device: torch.device) -> None:
         self._program, self._constants, self.device = program, constants, device
@@ -48,14 +50,15 @@ class Held:
         self._new: dict[str, Tensor] = {}
         self._values: dict[Op, Any] = {}
 
-    def is_held(self, op: Op) -> bool:
+    def is_stored(self, op: Op) -> bool:
         return op.op == "get_attr" or (op.op == "placeholder" and op.name in self._targets)
 
     def is_constant(self, op: Op) -> bool:
         """Whether a value is the same for all data."""
-        return self._constants.is_constant(op) or self.is_held(op)
+        return self._constants.is_constant(op) or self.is_stored(op)
 
-    def stored(self, target: str) -> Tensor:
+    def tensor(self, target: str) -> Tensor:
+        """As the program came with it."""
         found: Tensor | None = self._program.state_dict.get(target)
         return self._program.constants[target] if found is None else found
 
@@ -74,31 +77,28 @@ class Held:
         return self._values[op]
 
     def _compute(self, op: Op) -> Any:
-        found: Any
         if op.op == "placeholder":
             target = self._targets[op.name]
             if target in self._new:
                 return self._new[target]
-            found = self.stored(target).detach()
+            stored = self.tensor(target).detach()
             trains = any(is_batchnorm(user) and in_training(user) for user in op.users)  # that one writes into it
-            return found.clone().to(self.device) if trains else found.to(self.device)
+            return (stored.clone() if trains else stored).to(self.device)
         if op.op == "get_attr":
-            found = self._program.graph_module
-            for name in str(op.target).split("."):
-                found = getattr(found, name)
+            found = attrgetter(str(op.target))(self._program.graph_module)
             return found.detach().to(self.device) if isinstance(found, Tensor) else found
         return prepared(op, self)(self.value)
 
 
-def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
+def prepared(op: Op, stored: StoredTensors, target: Any = None) -> Callable[[Value], Any]:
     """What runs one operator, with its constants in place; it is given what gives the value of another node."""
 
     def settled(argument: Any) -> Any:
         if isinstance(argument, Op):
-            return held.value(argument) if held.is_constant(argument) else argument
+            return stored.value(argument) if stored.is_constant(argument) else argument
         if isinstance(argument, (list, tuple)):
             return [settled(each) for each in argument]
-        return held.device if isinstance(argument, torch.device) else argument
+        return stored.device if isinstance(argument, torch.device) else argument
 
     def given(argument: Any, value: Value) -> Any:
         if isinstance(argument, Op):
@@ -119,7 +119,7 @@ def prepared(op: Op, held: Held, target: Any = None) -> Callable[[Value], Any]:
     return in_region if AUTOCAST in op.meta else step
 
 
-def normalising(op: Op, held: Held, moments: Moments) -> Callable[[Value], Any]:
+def normalising(op: Op, moments: Moments) -> Callable[[Value], Any]:
     """What runs a BatchNorm with given statistics, out of training mode. Gives what the operator gives, as far as anyone reads it."""
     given = arguments(op)
     eps = epsilon(given)
@@ -144,82 +144,70 @@ def enough_memory(device: torch.device) -> Iterator[None]:
 
 
 class TorchStage:
-    """The operators of a `Cut`. With the values that wait between stages wait the sizes of the micro-batch.
+    """The operators of a part. With the values that wait between stages wait the sizes of the micro-batch.
 
-    first, last: its place among the stages. calls: those that run here and may be normalised with what `run` or `stands_in` tells, and
-    their layers; names: of each layer's mean and variance, for those that are no operator (see `lowering.affine.frozen_chains`).
+    first, last: its place among the stages. calls: those that run here and may be normalised with what `run` is told or what `stands_in`
+    for statistics that the program has no place for, with the names of their mean and variance, for those that are no operator (see
+    `lowering.affine.frozen_chains`).
     """
 
     def __init__(
         self,
         program: ExportedProgram,
-        held: Held,
-        cut: Cut[Op, Op],
+        stored: StoredTensors,
+        part: Cut[Op, Op],
         readings: list[Reading],
-        calls: dict[int, tuple[Op, int]],
-        names: Sequence[tuple[str, str]],
+        calls: Mapping[int, tuple[Op, tuple[str, str]]],
+        stands_in: Mapping[int, Moments],
         *,
         first: bool,
         last: bool,
     ) -> None:
-        self.readings = readings
-        self._calls, self._names = calls, names
-        self.stands_in: Mapping[int, Moments] = NOTHING
-        self.needs = [op.name for op in cut.reads]
-        self.keeps = dict.fromkeys(op.name for op in cut.keeps)
-        self._held, self._cut, self._first = held, cut, first
-        inputs = [op for op in program.graph.nodes if op.op == "placeholder" and not held.is_held(op) and is_tensor(op)]
-        axes = [(op.name, axis, n.node.expr) for op in inputs for axis, n in enumerate(_shape(op)) if isinstance(n, torch.SymInt)]
-        self._symbols = {expression: (name, axis) for name, axis, expression in axes if expression.is_symbol}
+        self.readings, self._calls, self._stands_in = readings, calls, stands_in
+        self.needs = [op.name for op in part.reads]
+        self.keeps = dict.fromkeys(op.name for op in part.keeps)
+        self._stored, self._part, self._first = stored, part, first
+        inputs = [op for op in program.graph.nodes if op.op == "placeholder" and not stored.is_stored(op) and is_tensor(op)]
+        sizes = [(n, op.name, axis) for op in inputs for axis, n in enumerate(op.meta["val"].shape) if isinstance(n, torch.SymInt)]
+        self._symbols = {n.node.expr: (name, axis) for n, name, axis in sizes if n.node.expr.is_symbol}
         if self._symbols:
             self.needs = list(dict.fromkeys([*self.needs, *(op.name for op in inputs)])) if first else [*self.needs, SIZES]
             if not last:
                 self.keeps[SIZES] = None
-        self._nodes = [op for each in cut.nodes for op in (each, *parts(each))]
+        self._nodes = [op for each in part.nodes for op in (each, *parts(each))]
         self._steps: list[tuple[Op, Callable[[Value], Any], list[Op]]] = []
-        makes = set(cut.makes)
+        inner = set(self._nodes).difference(part.makes)  # what nobody needs behind this stage
         self._drops: dict[Op, list[Op]] = {}
-        self._in_place: set[Op] = set()
-        inside, seen = set(self._nodes), set()
+        self._in_place: dict[Op, Any] = {}
+        seen = set[Op]()
         for op in reversed(self._nodes):
-            for source in dict.fromkeys(op.all_input_nodes):
-                if source in inside and source not in seen and source not in makes:
-                    seen.add(source)
-                    self._drops.setdefault(op, []).append(source)
-            target = op.args[0] if op.args else None
-            if not isinstance(target, Op) or op.target not in IN_PLACE or operator_name(target) not in FRESH:
-                continue
-            if target in inside and target not in makes and list(target.users) == [op] and _alike(op, target):
-                self._in_place.add(op)
+            self._drops[op] = [source for source in op.all_input_nodes if source in inner and source not in seen]
+            seen.update(op.all_input_nodes)
+            if op.target in IN_PLACE and _fits_into(op, op.args[0], inner):
+                self._in_place[op] = IN_PLACE[op.target]
 
     def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
-        with enough_memory(self._held.device):
-            return self._run(values, self._told({**self.stands_in, **own}))
+        with enough_memory(self._stored.device):
+            return self._run(values, self._normalising({**self._stands_in, **own}))
 
-    def _told(self, own: Mapping[int, Moments]) -> dict[Op, Callable[[Value], Any]]:
-        """What runs in the place of calls that are normalised with given moments; chains read theirs where their layer's are held."""
+    def _normalising(self, own: Mapping[int, Moments]) -> dict[Op, Callable[[Value], Any]]:
+        """What runs in the place of calls that are normalised with given moments; chains read theirs where their layer's are stored."""
         steps = {}
-        chains: dict[int, Moments] = {}
-        for i, (op, layer) in self._calls.items():
-            if i not in own:
-                continue
-            if is_batchnorm(op):
-                steps[op] = normalising(op, self._held, own[i])
-            else:  # several calls of one in a micro-batch are pooled
-                chains[layer] = chains[layer] + own[i] if layer in chains else own[i]
-        for layer, moments in chains.items():
-            for name, exact in zip(self._names[layer], (moments.mean, moments.variance()), strict=True):
-                old = self._held.stored(name)
-                self._held.replace(name, torch.from_numpy(exact).to(old.dtype).reshape(old.shape))
+        chains: dict[tuple[str, str], Moments] = {}
+        for i, (op, names) in self._calls.items():
+            if i in own and is_batchnorm(op):
+                steps[op] = normalising(op, own[i])
+            elif i in own:  # several calls of one in a micro-batch are pooled
+                chains[names] = chains[names] + own[i] if names in chains else own[i]
+        for names, moments in chains.items():
+            for name, exact in zip(names, (moments.mean, moments.variance()), strict=True):
+                old = self._stored.tensor(name)
+                self._stored.replace(name, torch.from_numpy(exact).to(old.dtype).reshape(old.shape))
             self._steps = []
         return steps
 
-    def _run(self, values: Values, told: Mapping[Op, Callable[[Value], Any]]) -> Values:
-        env: dict[Op, Any] = {}
-        device = self._held.device
-        for op in self._cut.reads:
-            found = values[op.name]
-            env[op] = found if isinstance(found, Tensor) else to_tensor(np.asarray(found)).to(device)
+    def _run(self, values: Values, normalising: Mapping[Op, Callable[[Value], Any]]) -> Values:
+        env: dict[Op, Any] = {op: self._tensor(values[op.name]) for op in self._part.reads}
         sizes = self._sizes(values)
         known = dict(zip(self._symbols, sizes.tolist(), strict=True))
 
@@ -228,30 +216,29 @@ class TorchStage:
                 return env[op]
             size = op.meta.get("val")
             if isinstance(size, torch.SymInt):
-                return self._size(size, known)
-            return size if isinstance(size, int) else self._held.value(op)
+                return _evaluated(size, known)
+            return size if isinstance(size, int) else self._stored.value(op)
 
         if not self._steps:
-            in_place = {op: IN_PLACE[op.target] for op in self._in_place}
-            self._steps = [(op, prepared(op, self._held, in_place.get(op)), self._drops.get(op, [])) for op in self._nodes]
+            self._steps = [(op, prepared(op, self._stored, self._in_place.get(op)), self._drops[op]) for op in self._nodes]
         for op, step, drops in self._steps:
             try:
-                env[op] = told.get(op, step)(value)
+                env[op] = normalising.get(op, step)(value)
             except (BnfoldError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # operators raise what they like
                 raise DataError(f"PyTorch can't run {op.name} on these data: {_first_line(error)}") from None
             for source in drops:
                 env.pop(source, None)
-        return {op.name: env[op] for op in self._cut.makes} | ({SIZES: sizes} if self._first else {})
+        return {op.name: env[op] for op in self._part.makes} | ({SIZES: sizes} if self._first else {})
 
     def measure(self, array: Any, through: Pointwise | None = None) -> Samples:
-        meter = self._held.meter
-        with enough_memory(self._held.device):
-            tensor = array if isinstance(array, Tensor) else to_tensor(np.asarray(array)).to(self._held.device)
+        meter = self._stored.meter
+        with enough_memory(self._stored.device):
+            tensor = self._tensor(array)
             return meter.measure(tensor) if through is None else meter.measure_through(tensor, through)
 
-    def held(self, array: Any, room: int) -> Any:
+    def waiting(self, array: Any, room: int) -> Any:
         if not isinstance(array, Tensor):
             return np.asarray(array)
         if array.device.type == "cpu" or array.nbytes > room:
@@ -259,20 +246,21 @@ class TorchStage:
         part = array.untyped_storage().nbytes() > array.nbytes  # it would keep what it is a part of
         return array.clone() if part else array
 
+    def _tensor(self, array: Any) -> Tensor:
+        return array if isinstance(array, Tensor) else to_tensor(np.asarray(array)).to(self._stored.device)
+
     def _sizes(self, values: Values) -> npt.NDArray[np.int64]:
         """The symbols' sizes in this micro-batch, in their order."""
         if not self._first:
             return np.asarray(values[SIZES]) if self._symbols else np.zeros(0, np.int64)
         return np.array([values[name].shape[axis] for name, axis in self._symbols.values()], np.int64)
 
-    def _size(self, size: torch.SymInt, known: dict[Any, int]) -> int:
-        expression = size.node.expr
-        if not expression.free_symbols <= known.keys():
-            raise UnsupportedError("a size in this model depends on the data's values, which lockstep can't follow: export it to ONNX")
-        return int(expression.subs(known))
 
-
-SIZES = "sizes of the micro-batch"
+def _evaluated(size: torch.SymInt, known: Mapping[Any, int]) -> int:
+    expression = size.node.expr
+    if not expression.free_symbols <= known.keys():
+        raise UnsupportedError("a size in this model depends on the data's values, which lockstep can't follow: export it to ONNX")
+    return int(expression.subs(known))
 
 
 def parts(op: Op) -> list[Op]:
@@ -285,15 +273,10 @@ def _first_line(error: Exception) -> str:
     return text.strip().rstrip(".")
 
 
-def _shape(op: Op) -> tuple[Any, ...]:
-    value = op.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _alike(op: Op, source: Op) -> bool:
-    """Whether a result fits into its first input's storage."""
-    if not is_tensor(op) or viewed(op) is not None:
+def _fits_into(op: Op, source: Any, inner: Collection[Op]) -> bool:
+    """Whether a result fits into the storage of an input that nobody else reads."""
+    if source not in inner or operator_name(source) not in FRESH or list(source.users) != [op] or viewed(op) is not None:
         return False
     one, other = op.meta["val"], source.meta["val"]
     shapes = [[n.node.expr if isinstance(n, torch.SymInt) else n for n in each.shape] for each in (one, other)]
-    return one.dtype == other.dtype and shapes[0] == shapes[1]
+    return bool(one.dtype == other.dtype and shapes[0] == shapes[1])
