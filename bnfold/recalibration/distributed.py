@@ -8,35 +8,24 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
+from bnfold.text import first_line
 
 
-class Processes(Protocol):
-    """rank: which of `size` processes this one is, from 0 on."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, found: Any) -> list[Any]:
-        """What each process gave, in the order of ranks, the same list for all. All must call it equally often."""
-        ...
-
-
-class Alone:
-    """One process."""
+class Processes:
+    """rank: which of `size` processes this one is, from 0 on. Here it is alone."""
 
     rank = 0
     size = 1
 
     def gather(self, found: Any) -> list[Any]:
+        """What each process gave, in the order of ranks, the same list for all. All must call it equally often."""
         return [found]
 
 
-class Group:
+class Group(Processes):
     """A process group of torch.distributed (https://docs.pytorch.org/docs/stable/distributed.html): gloo, or nccl where the caller
     started one; made here from the environment that torchrun sets, unless there is one.
     """
@@ -52,9 +41,7 @@ class Group:
             try:
                 dist.init_process_group("gloo")
             except (RuntimeError, ValueError, OSError) as error:
-                raise UsageError(
-                    f"the processes can't find each other: {str(error).strip().splitlines()[0]}; start them with torchrun"
-                ) from None
+                raise UsageError(f"the processes can't find each other: {first_line(error)}; start them with torchrun") from None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, found: Any) -> list[Any]:
@@ -62,7 +49,7 @@ class Group:
         try:
             self._dist.all_gather_object(every, found)
         except RuntimeError as error:
-            raise DataError(f"another process has stopped ({str(error).strip().splitlines()[0]}): look at its message") from None
+            raise DataError(f"another process has stopped ({first_line(error)}): look at its message") from None
         return every
 
     def close(self) -> None:
@@ -80,7 +67,7 @@ def processes() -> Processes:
     global _group
     if _group is None and _several():
         _group = Group()
-    return _group or Alone()
+    return _group or Processes()
 
 
 def rank() -> int:

@@ -30,10 +30,11 @@ import numpy as np
 from bnfold.data import Counted
 from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
+from bnfold.text import counted
 
 from .changes import report
 from .data_checks import Hints
-from .distributed import Alone, Processes, together
+from .distributed import Processes, together
 from .methods import Method
 from .methods import method as chosen
 from .moments import Moments, Samples, pool
@@ -57,7 +58,7 @@ def recalibrate(
     to hold in memory; the rest goes to a temporary file. Raises DataError for data that hold no batch, that don't fit, or that drive a
     BatchNorm's input to NaN or infinity; UnsupportedError for a moving average over several processes, which would depend on their order.
     """
-    how, group = chosen(method), group or Alone()
+    how, group = chosen(method), group or Processes()
     if memory_budget < 0:
         raise UsageError(f"the memory budget is {memory_budget} bytes; it can't be negative")
     if group.size > 1 and not (how.lockstep or how.additive):
@@ -101,13 +102,13 @@ def measure(
                 progress("recalibrate", found.batches, None)
     except BnfoldError as error:
         failed = error
-    every = together(group or Alone(), found, failed)
+    every = together(group or Processes(), found, failed)
     if len(every) > 1:
         found.tallies = [reduce(add, tallies) for tallies in zip(*(part.tallies for part in every), strict=True)]
     found.count(every)
     found.notes = [*hints.order(), *hints.scale(layers, found.tallies)]
     if skipped:
-        found.notes.append(f"{skipped} sample{'s' * (skipped > 1)} left out, in micro-batches too small to be normalised by themselves")
+        found.notes.append(f"{counted(skipped, 'sample')} left out, in micro-batches too small to be normalised by themselves")
     return found
 
 

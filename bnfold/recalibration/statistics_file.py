@@ -34,7 +34,7 @@ def write(path: Path, before: Mapping[str, tuple[Array, Array]]) -> None:
     arrays = {
         f"{i}/{role}": array for i, pair in enumerate(before.values()) for role, array in zip(("mean", "variance"), pair, strict=True)
     }
-    _write(path, {"schema": OLD, "bnfold": __version__, "layers": list(before)}, arrays)
+    _write(path, {"schema": OLD, "layers": list(before)}, arrays)
 
 
 def read(path: Path) -> dict[str, tuple[Array, Array]]:
@@ -59,7 +59,6 @@ def write_part(path: Path, layers: Sequence[BatchNorm], measured: Measurement, m
     """Keep what one part of the data gave."""
     head = {
         "schema": PART,
-        "bnfold": __version__,
         "method": method.name,
         "settings": dataclasses.asdict(method),
         "part": part,
@@ -83,9 +82,9 @@ def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Meas
     first, model = found[0][0], fingerprint(layers)
     seen: dict[int, Path] = {}
     for path, (head, _) in zip(paths, found, strict=True):
-        for key, word in (("method", "method"), ("settings", "settings")):
+        for key in ("method", "settings"):
             if head[key] != first[key]:
-                raise UsageError(f"{path}: measured with other {word} ({head[key]}) than {paths[0]} ({first[key]})")
+                raise UsageError(f"{path}: measured with other {key} ({head[key]}) than {paths[0]} ({first[key]})")
         if head["part"][1] != first["part"][1]:
             raise UsageError(f"{path}: one of {head['part'][1]} parts, and {paths[0]} is one of {first['part'][1]}")
         if head["model"] != model:
@@ -96,11 +95,11 @@ def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Meas
     if missing := [i for i in range(first["part"][1]) if i not in seen]:
         raise UsageError(f"of {first['part'][1]} parts, {', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing")
     method = METHODS[first["method"]](**first["settings"])
+    in_order = [arrays for _, arrays in sorted(found, key=lambda each: each[0]["part"][0])]
     tallies = []
     for i, layer in enumerate(layers):
         total = method.start(layer.mean, layer.variance)
-        for number in sorted(seen):
-            arrays = found[paths.index(seen[number])][1]
+        for arrays in in_order:
             values = {name: arrays[f"{i}/{name}"] for name in MOMENTS}
             moments = Moments(**{name: value if value.ndim else value.item() for name, value in values.items()})
             total = total + Accumulator(moments, arrays[f"{i}/batches"], total.running)
@@ -111,7 +110,7 @@ def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Meas
 
 def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
     with replacing(path) as (part,), open(part, "wb") as file:
-        np.savez(file, head=np.array(json.dumps(head)), **arrays)
+        np.savez(file, head=np.array(json.dumps({**head, "bnfold": __version__})), **arrays)
 
 
 def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:

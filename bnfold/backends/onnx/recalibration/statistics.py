@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
+
+from bnfold.text import unused
 
 from ..graph.edit import is_read
 from ..graph.walk import all_graphs, name_of
@@ -19,7 +21,8 @@ def name_values(model: ir.Model) -> None:
     for graph in all_graphs(model.graph):
         for value in chain.from_iterable(node.outputs for node in graph):
             if not value.name and (value.uses() or value.is_graph_output()):
-                value.name = _unused("value", taken)
+                value.name = unused("value", taken)
+                taken.add(value.name)
 
 
 def replace(model: ir.Model, statistics: Iterable[tuple[Sequence[ir.Node], Sequence[npt.NDArray[Any]]]]) -> None:
@@ -37,7 +40,8 @@ def replace(model: ir.Model, statistics: Iterable[tuple[Sequence[ir.Node], Seque
             if alone and {(use.node, use.idx) for use in value.uses()} == {(node, index) for node in nodes}:
                 value.const_value = ir.tensor(array, name=value.name)
                 continue
-            name = _unused(f"{value.name or name_of(nodes[0])}_recalibrated", taken)
+            name = unused(f"{value.name or name_of(nodes[0])}_recalibrated", taken)
+            taken.add(name)
             fresh = ir.Value(name=name, const_value=ir.tensor(array, name=name))
             fresh.shape, fresh.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
             model.graph.register_initializer(fresh)
@@ -71,12 +75,6 @@ def leave_training(node: ir.Node, opset: int) -> None:
 def _names(model: ir.Model) -> set[str]:
     graphs = list(all_graphs(model.graph))
     return {v.name for g in graphs for v in chain(g.inputs, g.initializers.values(), *(n.outputs for n in g)) if v.name}
-
-
-def _unused(stem: str, taken: set[str]) -> str:
-    name = next(n for n in chain([stem], (f"{stem}_{i}" for i in count(1))) if n not in taken)
-    taken.add(name)
-    return name
 
 
 def _drop_idle(graph: ir.Graph, value: ir.Value | None) -> None:

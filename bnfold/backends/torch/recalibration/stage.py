@@ -18,6 +18,7 @@ from bnfold.errors import BnfoldError, DataError, DeviceError, UnsupportedError
 from bnfold.recalibration.moments import Moments, Pointwise, Samples
 from bnfold.recalibration.protocol import NOTHING, Reading, Values
 from bnfold.recalibration.schedule import Cut
+from bnfold.text import first_line
 
 from ..export.constants import Constants
 from ..export.regions import AUTOCAST, under
@@ -140,7 +141,7 @@ def enough_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceError(f"not enough memory on {device}: {_first_line(error)}; use a smaller batch size") from None
+        raise DeviceError(f"not enough memory on {device}: {first_line(error)}; use a smaller batch size") from None
 
 
 class TorchStage:
@@ -227,7 +228,7 @@ class TorchStage:
             except (BnfoldError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # operators raise what they like
-                raise DataError(f"PyTorch can't run {op.name} on these data: {_first_line(error)}") from None
+                raise DataError(f"PyTorch can't run {op.name} on these data: {first_line(error)}") from None
             for source in drops:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._part.makes} | ({SIZES: sizes} if self._first else {})
@@ -266,11 +267,6 @@ def _evaluated(size: torch.SymInt, known: Mapping[Any, int]) -> int:
 def parts(op: Op) -> list[Op]:
     """The tensors of an operator that gives several."""
     return [] if is_tensor(op) else [user for user in op.users if getattr(user.target, "__name__", "") == "getitem"]
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.strip().rstrip(".")
 
 
 def _fits_into(op: Op, source: Any, inner: Collection[Op]) -> bool:
