@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .affine import Affine, Array, Blocked
@@ -69,12 +67,6 @@ def _looked_up(node: Node, a: Affine, old: int, new: int) -> Affine:
     if lost := [i for i in a.varying if axis <= i < axis + old]:
         raise Blocked(f"the map varies along axis {lost[0]}, along which it looks up at computed places")
     return a.map(lambda c: c.reshape(*c.shape[:axis], *(1,) * new, *c.shape[axis + old :]))
-
-
-def picks(sizes: Sequence[int | None], kernel: Sequence[int], dilation: Sequence[int], *, padded: bool) -> bool:
-    """Whether each window of a pool holds one element: along every axis its kernel is 1, or there is only one element to hold."""
-    spread = zip(sizes, kernel, dilation, strict=True)
-    return all((k == 1 and not padded) or (n == 1 and d == 1) for n, k, d in spread)
 
 
 def sum_up(node: Node, a: Affine) -> list[Step]:

@@ -107,7 +107,8 @@ class Param:
 
     A weight isn't replaced but mapped: `update` is an affine map over the canonical array, so a plan for a large model
     takes no memory, and a weight that absorbs several maps is rounded once. shape: the canonical shape. tensor: None for a
-    parameter that the operator could have but hasn't (a bias): it then reads as `default`.
+    parameter that the operator could have but hasn't (a bias): it then reads as `default`. slot: where the operator has it, the
+    front-end's affair; refusal: why it can't have it, if so.
     """
 
     tensor: Tensor | None
@@ -115,6 +116,8 @@ class Param:
     layout: Layout = AS_STORED
     default: float = 0.0
     update: Affine | None = None
+    slot: Any = None
+    refusal: str = ""
 
     def read(self) -> Array:
         """The canonical array with its update, in float64."""
@@ -123,7 +126,7 @@ class Param:
 
     def seen_as(self, shape: tuple[int, ...], layout: Layout) -> Param:
         """The same tensor in another canonical shape, from the one that it has here."""
-        return Param(self.tensor, shape, layout.after(self.layout))
+        return Param(self.tensor, shape, layout.after(self.layout), slot=self.slot)
 
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)
@@ -165,6 +168,16 @@ class Norm:
         if self.var.size and not self.mean.any() and (self.var == 1).all():
             return "its mean is 0 and its variance 1 in every channel, as in a layer that never saw data"
         return ""
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution slides, an entry per spatial axis. before, after: zeros padded on either side."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 @dataclass(eq=False)

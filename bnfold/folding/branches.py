@@ -19,19 +19,9 @@ import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Array, Blocked
-from bnfold.algebra.graph import Graph, Node, Value
+from bnfold.algebra.graph import Graph, Node, Value, Window
 
 from .feasible import fits_type
-
-
-@dataclass(frozen=True)
-class Window:
-    """How a convolution slides, an entry per spatial axis. before, after: zeros padded on either side."""
-
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from bnfold.algebra.affine import Blocked
-from bnfold.algebra.graph import Graph, Node, Param, Value
+from bnfold.algebra.graph import Graph, Node, Value
 
 LIMIT = 4  # operators doubled for one site
 
@@ -42,7 +42,7 @@ class Clones:
         if any(v.producer is not None and v.producer.op == "Constant" for v in node.inputs):
             return False
         value = Value(f"{shared.value.name}.clone", shared.value.probes, shared.value.rank)
-        params = {role: Param(p.tensor, p.shape, p.layout, p.default, p.update) for role, p in node.params.items()}
+        params = {role: dataclasses.replace(p) for role, p in node.params.items()}
         readers = [(user.native, i) for user, i in shared.uses]
         native = dataclasses.replace(node.native, clone_of=node.native, readers=readers)
         copy = Node(node.op, f"{node.name}.clone", list(node.inputs), [value], dict(node.attrs), params, native, label=node.label)

@@ -21,8 +21,8 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
         param = node.params[role]
         if node.attrs.get("grows_add") and role == "bias" and param.tensor is None and not site.is_batchnorm:
             raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
-        if param.tensor is None and role == "bias" and "no_bias" in node.attrs:
-            raise Blocked(f"{node.name} has no bias, and {node.attrs['no_bias']}")
+        if param.refusal:
+            raise Blocked(f"{node.name} has no {role}, and {param.refusal}")
         if not graph.copies_weights:
             _fits_sharers(node, role, draft)
         if param.tensor is not None and param.tensor.quantised is not None:

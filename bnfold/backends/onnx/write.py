@@ -72,12 +72,12 @@ class _Writer:
         self._make_clones(graph.clones)
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
-        for node, role, _ in updates:
-            if not isinstance(node.native, OnnxNative) or role not in node.native.slots:
+        for node, role, param in updates:
+            if not isinstance(node.native, OnnxNative) or param.slot is None:
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
         for node, role, param in updates:
             native: OnnxNative = node.native
-            slot = native.slots[role]
+            slot = param.slot
             exact = param.layout.stored(param.read())
             old: ir.Value | None = None if param.tensor is None else param.tensor.native
             dtype = native.dtype if old is None else param.tensor.dtype  # type: ignore[union-attr]

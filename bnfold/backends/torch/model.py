@@ -205,7 +205,7 @@ class TorchModel(Model):
             name: op for name, op in Traced(lowering.program, lowering.program).output_nodes.items() if lowering.constants.is_constant(op)
         }
         constants = {f"output {name}": array for name, op in fixed.items() if (array := lowering.const(op)) is not None}
-        outputs = {name: value for name, value in lowering.outputs.items() if name not in fixed}
+        outputs = {name: value for name, value in lowering.named_outputs.items() if name not in fixed}
         return normal_form(graph, outputs, clone=clone, inputs=fed, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bnfold.algebra.graph import Node, Value
+from bnfold.algebra.graph import Node, Value, Window
 from bnfold.errors import UnsupportedError
-from bnfold.folding.branches import Window
 from bnfold.model import Model, Stream
 from bnfold.report import Difference
 

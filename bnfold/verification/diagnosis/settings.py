@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from bnfold.algebra.graph import Node
+from bnfold.algebra.graph import Node, Window
 from bnfold.algebra.settings import differing, differing_moves, operator
-from bnfold.folding.branches import Window
 
 from ..coefficients import type_of
 from ..normal_form import Normal

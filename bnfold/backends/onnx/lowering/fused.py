@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import onnx_ir as ir
 
-from bnfold.algebra.graph import Node, Value
+from bnfold.algebra.graph import Value
+from bnfold.algebra.lowering import NO_RULE
 
-from ..graph.walk import arg, attribute, name_of
+from ..graph.walk import arg, attribute
 from .absorbing import conv, gemm, matmul
-from .lowering import OnnxLowering, OnnxNative, given
+from .lowering import Lower, OnnxLowering, OnnxNative, given
 from .settings import fused
 
 STRETCHING = ("Relu", "LeakyRelu")
 
 
-def activated(lower: Callable[[OnnxLowering, ir.Node], str | None]) -> Callable[[OnnxLowering, ir.Node], str | None]:
+def activated(lower: Lower) -> Lower:
     """The linear operator, what is added to it, and the activation behind: each a node of its own to the rules, none of them to double."""
 
-    def run(ctx: OnnxLowering, node: ir.Node) -> str | None:
+    def run(ctx: OnnxLowering, node: ir.Node) -> None:
         made = ctx.value(node.outputs[0])
         inner = Value(f"{made.name}:linear", made.probes, made.rank)
         with ctx.standing_in(node.outputs[0], inner):
-            if (why := lower(ctx, node)) is not None:
-                return why
+            lower(ctx, node)
         linear = ctx.nodes[-1]
         linear.attrs["cloneable"] = False
         linear.attrs.pop("window", None)  # it doesn't merge with a branch beside it
@@ -34,15 +33,13 @@ def activated(lower: Callable[[OnnxLowering, ir.Node], str | None]) -> Callable[
         if node.op_type == "FusedConv" and given(node, 3) is not None:
             added = Value(f"{made.name}:sum", made.probes, made.rank)
             stated = {**attrs, "settings": partial(fused, node, "Add")}
-            ctx.nodes.append(
-                Node("Add", name_of(node), [inner, ctx.value(arg(node, 3))], [added], stated, {}, OnnxNative(node, positions=[0, 3]))
-            )
+            both = OnnxNative(node, positions=[0, 3])
+            ctx.add("Add", node, [inner, ctx.value(arg(node, 3))], [added], stated, {}, both).label = "Add"
             inner = added
-        kind, why_not = _activation(node)
+        kind, why = _activation(node)
         label = _name(node) or node.op_type
-        attrs |= {"why": why_not, "settings": partial(fused, node, label)}
-        ctx.nodes.append(Node(kind, name_of(node), [inner], [made], attrs, {}, OnnxNative(node), label=label))
-        return None
+        attrs |= {"why": why, "settings": partial(fused, node, label)}
+        ctx.add(kind, node, [inner], [made], attrs, {}, OnnxNative(node)).label = label
 
     return run
 
@@ -59,7 +56,7 @@ def _activation(node: ir.Node) -> tuple[str, str]:
     bounds = attribute(node, "activation_params", None)
     if name in STRETCHING or (name == "Clip" and bounds is not None and bounds[0] == 0 and bounds[1] >= 3.4e38):  # type: ignore[index]
         return "Relu", ""
-    return "Barrier", "it clips at a bound other than zero" if name == "Clip" else "no rule lets a map cross it"
+    return "Barrier", "it clips at a bound other than zero" if name == "Clip" else NO_RULE
 
 
-FUSED = {"FusedConv": activated(conv), "FusedGemm": activated(gemm), "FusedMatMul": matmul}
+FUSED: dict[str, Lower] = {"FusedConv": activated(conv), "FusedGemm": activated(gemm), "FusedMatMul": matmul}

@@ -14,7 +14,7 @@ from bnfold.algebra.settings import Body, Settings
 
 from ..graph.constants import FLOATS
 from ..graph.walk import attribute, is_standard
-from .lowering import OnnxLowering
+from .lowering import SHAPES, OnnxLowering, OnnxNative
 
 # They say nothing about the function: of training, of what else is stated, or of how precisely it is computed.
 IDLE = {"consumed_inputs", "momentum", "stash_type", "ratio", "seed", "is_test", "broadcast", "saturate"}
@@ -27,11 +27,11 @@ GLOBAL = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
 FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}  # before opset 13
 LARGEST = 3.4e38  # a bound beyond it is none
 MODES = {"bilinear": "linear", "bicubic": "cubic"}  # of GridSample, whose words have changed
-SHAPES = ("Shape", "Size")
 
 
-def settings(ctx: OnnxLowering, node: ir.Node, activations: Collection[int], held: Collection[int]) -> Settings:
-    """activations, held: which inputs are those, and which are coefficients. What else goes in is a setting."""
+def settings(ctx: OnnxLowering, node: ir.Node, native: OnnxNative, held: Collection[Any]) -> Settings:
+    """held: which inputs are coefficients. What else goes in, and is no activation, is a setting."""
+    activations = native.positions
     op, standard = (node.op_type, is_standard(node)) if node.op_type not in FUSED else (node.op_type.removeprefix("Fused"), True)
     values, bodies = _attributes(ctx, node, op, standard=standard)
     of_sizes = node.op_type in SHAPES and is_standard(node)
@@ -55,7 +55,7 @@ def settings(ctx: OnnxLowering, node: ir.Node, activations: Collection[int], hel
     source = node.inputs[0] if of_sizes and node.inputs else None
     shape_of = None if source is None or ctx.constants.is_constant(source) else ctx.value(source)
     operator = ALIKE.get(op, op) if standard else f"{node.domain}::{op}"
-    rank = ctx.rank(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+    rank = ctx.value(node.inputs[0]).rank if node.inputs and node.inputs[0] is not None else None
     if operator in GLOBAL and rank is not None and is_standard(node):
         operator, values = GLOBAL[operator], {"axes": tuple(range(2, rank)), "keepdims": 1}
     if operator == "Clip" and (values["min"], values["max"]) == (0, np.inf):
@@ -142,7 +142,7 @@ def _settle(ctx: OnnxLowering, node: ir.Node, op: str, values: dict[str, Any]) -
     values.pop("activation", None)
     values.pop("activation_params", None)
     first = next((v for v in node.inputs if v is not None), None)
-    rank = None if first is None else ctx.rank(first)
+    rank = None if first is None else ctx.value(first).rank
     if op in WINDOWED:
         _window(ctx, node, values)
     if op in FLATTENING and ctx.opset < 13:

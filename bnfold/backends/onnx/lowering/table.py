@@ -1,6 +1,6 @@
 """The table of this front-end: each ONNX operator in the terms of the rules.
 
-Every function lowers one node and returns None, or returns the clause that says why no map may cross it. What isn't in the
+Every function lowers one node, or raises `Blocked` with the clause that says why no map may cross it. What isn't in the
 table is a barrier. Specification: https://onnx.ai/onnx/operators, all opsets from 6.
 """
 
@@ -75,7 +75,7 @@ OPERATORS: dict[str, Lower] = {
     "SequenceErase": sequence,
     "SequenceAt": taken,
     "ConcatFromSequence": taken,
-    **{name: lower for name, lower in MOVES.items() if name not in ("Pad", "Gather")},
+    **MOVES,
 }
 
 

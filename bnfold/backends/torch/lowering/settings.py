@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx import Node as Op
 
-from bnfold.algebra.graph import Value
 from bnfold.algebra.settings import Settings
 
 from ..export.walk import FLOATS, arguments, dtype_of, is_tensor, operator_name, value_of
-from .lowering import TorchLowering
+from .lowering import Slot, TorchLowering, TorchNative
 
 # They say nothing about the function: where and how a tensor is held, how something is computed, and what counts in training.
 IDLE = {"device", "layout", "memory_format", "pin_memory", "non_blocking", "copy", "inplace", "generator", "cudnn_enable", "cudnn_enabled"}
@@ -27,8 +26,10 @@ SIZED = {"stride", "padding", "dilation", "kernel_size", "output_padding"}
 TYPES = {kind: str(kind).removeprefix("torch.") for kind in FLOATS}
 
 
-def settings(ctx: TorchLowering, op: Op, activations: Collection[Op], held: Collection[Any], outputs: Mapping[Value, int]) -> Settings:
-    """activations: what flows in; held: the names of the arguments that are coefficients; outputs: which item each value is."""
+def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[Slot | None]) -> Settings:
+    """slots: of the arguments that are coefficients. What else goes in, and is no activation, is a setting."""
+    activations, held = native.operands, {slot.argument for slot in slots if slot is not None}
+    outputs = {ctx.value(item): i for i, item in ctx.items(op).items()}
     name = _name(op)
     if not isinstance(op.target, torch._ops.OpOverload):
         values, unread = _held_graphs(ctx, op)

@@ -1,6 +1,6 @@
 """The table of this front-end: each ATen operator in the terms of the rules.
 
-Every function lowers one operator and returns None, or returns the clause that says why no map may cross it. What isn't in the table is a
+Every function lowers one operator, or raises `Blocked` with the clause that says why no map may cross it. What isn't in the table is a
 barrier. It holds the operators that torch.export gives as well as the core ones into which they decompose; writing in place makes no
 difference (`relu_` is `relu`). Reference: https://docs.pytorch.org/docs/stable/torch.compiler_ir.html
 """

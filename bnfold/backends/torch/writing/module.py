@@ -19,7 +19,7 @@ from bnfold.folding.branches import Merge
 from ..export.constants import Constants
 from ..export.trace import NUMPY, duplicate, laid_out, to_tensor
 from ..export.walk import arguments, frame, writes_into_shared
-from ..lowering.lowering import TorchLowering, TorchNative
+from ..lowering.lowering import Slot, TorchLowering, TorchNative
 from ..lowering.places import ModuleHost, Place
 from .removal import Removal, fills, unit_variance
 from .surgery import Surgery, restructure
@@ -37,7 +37,7 @@ class Fold:
     def updates(self) -> Iterator[Update]:
         for node, role, param in self.graph.updates():
             native: TorchNative = node.native
-            slot = native.slots.get(role)
+            slot: Slot | None = param.slot
             if slot is None or not isinstance(slot.place, Place):
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))

@@ -75,7 +75,7 @@ class _Writer:
         alike: dict[tuple[Any, tuple[int, ...], bytes], Op] = {}  # equal copies of one weight are one weight
         for node, role, param in list(graph.updates()):
             native: TorchNative = node.native
-            slot = native.slots.get(role)
+            slot = param.slot
             if slot is None:
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
             exact = param.layout.stored(param.read())
