@@ -228,6 +228,8 @@ def take(ctx: Lowering, op: Op, x: Ref, axis: int, places: npt.NDArray[Any]) -> 
     """x[:, places] along an axis, by constant places of any rank."""
     rank, new = ctx.rank(x), places.ndim - 1
     ctx.set_rank(ctx.output(op), rank + new)
+    for i, size in enumerate(places.shape, axis):
+        ctx.set_size(ctx.output(op), i, size)
     move(ctx, op, [x], lambda xs, _: np.take(xs[0], places, axis), {i: i + new * (i > axis) for i in range(rank) if i != axis})
 
 

@@ -133,6 +133,14 @@ class Lowering(ABC):
         if self.value(ref).rank is None:
             self.value(ref).rank = rank
 
+    def set_size(self, ref: Ref, axis: int, size: int) -> None:
+        """The same of a size."""
+        value = self.value(ref)
+        if value.probes is not None:
+            value.probes = tuple(
+                (*sizes[:axis], size if sizes[axis] is None else sizes[axis], *sizes[axis + 1 :]) for sizes in value.probes
+            )
+
     def output(self, op: Op) -> Ref:
         """The first output."""
         found = self.outputs(op).get(0)

@@ -6,12 +6,13 @@ Each function emits the neutral node of one operator, or raises `Blocked`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
 
 from .affine import Array, Blocked
-from .geometry import pointwise
+from .geometry import move, pointwise, reduction
 from .graph import AS_STORED, Layout, Node, Norm, Param, Window
 from .lowering import Key, Lowering, Op, Ref
 
@@ -153,22 +154,40 @@ def matrix_product(
 
 
 def einsum(ctx: Lowering, op: Op, equation: str, keys: Sequence[Key]) -> None:
-    """A product of one activation and one constant."""
+    """A product of one activation and one constant; of one activation alone it moves data, or sums them."""
     given = [ctx.arg(op, key) for key in keys]
-    if len(given) != 2 or sum(map(ctx.is_constant, given)) != 1:
+    *terms, y = _spelled(equation.replace(" ", ""), [ctx.rank(ref) for ref in given])
+    flows = [i for i, ref in enumerate(given) if not ctx.is_constant(ref)]
+    if len(given) > 2 or len(flows) != 1:
         raise Blocked("it isn't the product of one activation and one constant")
-    left, arrow, y = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow:
-        y = "".join(sorted(name for name in set(left) - {","} if left.count(name) == 1))
-    which = 1 if ctx.is_constant(given[1]) else 0
-    weight = ctx.param(op, keys[which], role="constant")
-    if "." in equation or any(len(set(term)) != len(term) for term in (*terms, y)):
-        raise Blocked("its equation has an ellipsis or a diagonal")
-    x, w = terms[1 - which], terms[which]
+    x = terms[flows[0]]
+    if len(given) == 1:
+        gone = [i for i, name in enumerate(x) if name not in y]
+        if gone and "".join(name for name in x if name in y) != y:
+            raise Blocked("it sums and moves")
+        if gone:
+            reduction(ctx, op, "Sum", given[0], gone, drops=True)
+        else:
+            kept = {x.index(name): o for o, name in enumerate(y) if x.count(name) == 1}
+            move(ctx, op, given, lambda xs, _: np.einsum(f"{x}->{y}", xs[0]), kept)
+        return
+    which = 1 - flows[0]
+    weight, w = ctx.param(op, keys[which], role="constant"), terms[which]
+    if any(len(set(term)) != len(term) for term in (x, w, y)):
+        raise Blocked("its equation has a diagonal")
     if set(x) - set(w) - set(y) or set(w) - set(x) - set(y) or 1 in weight.shape:
         raise Blocked("its equation sums over one operand alone, or broadcasts")
-    contraction(ctx, op, given[1 - which], weight, x, w, y)
+    contraction(ctx, op, given[flows[0]], weight, x, w, y)
+
+
+def _spelled(equation: str, ranks: Sequence[int]) -> list[str]:
+    """The letters of each operand and of the result, with some for the axes that an ellipsis stands for, which are aligned at the back."""
+    left, arrow, y = equation.partition("->")
+    single = "".join(sorted(name for name in set(left) - {",", "."} if left.count(name) == 1))
+    terms = [*left.split(","), y if arrow else "..." * ("." in left) + single]
+    counts = [rank - len(term) + 3 for term, rank in zip(terms, ranks, strict=False) if "." in term]
+    free = "".join(name for name in ascii_letters if name not in equation)[: max(counts, default=0)]
+    return [term.replace("...", free[len(free) - counts.pop(0) :] if counts else free) if "." in term else term for term in terms]
 
 
 def table(ctx: Lowering, op: Op, key: Key, indices: Ref, axis: int) -> None:

@@ -133,6 +133,38 @@ def _(net: Net) -> None:
     net.output(net.bn(y, 3))
 
 
+def compressed(net: Net, mask: tuple[int, ...], **attrs: int) -> None:
+    y = net.conv(net.input(2, 4, 6, 6), 4, 6)
+    kept = net.op("Compress", y, net.constant(np.array(mask, bool)), **attrs)
+    net.output(net.bn(kept if attrs else net.reshape(kept, 2, 3, 4, 4), sum(mask) if attrs.get("axis") == 1 else 6 if attrs else 3))
+
+
+CASES.case("Compress of the channels", 16, draw=partial(compressed, mask=(1, 0, 1, 1, 0, 1), axis=1))
+CASES.case("Compress along another axis", 16, draw=partial(compressed, mask=(0, 1, 1), axis=-1))
+CASES.case("Compress of all, by whole channels", 16, draw=partial(compressed, mask=(1,) * 48 + (0,) * 48 + (1,) * 48))
+CASES.case(
+    "Compress of all that mixes channels", 16, draw=partial(compressed, mask=(0,) * 8 + (1,) * 96), left=1, reason="copies|differ|varies"
+)
+
+
+@CASES.case("Compress by a computed mask", 16)
+def _(net: Net) -> None:
+    y = net.conv(net.input(2, 4, 6, 6), 4, 6)
+    mask = net.op("Greater", net.op("ReduceMax", net.input(4, 2, name="z"), axes=[1], keepdims=0), net.scalar(0.1))
+    net.output(net.bn(net.op("Compress", y, mask, axis=2), 6))
+
+
+def centred(net: Net, sizes: tuple[int, int], shift: bool = True) -> None:
+    y = net.conv(net.input("N", 4, 7, 8), 4, 6, 1)
+    net.output(net.bn(net.op("CenterCropPad", y, net.ints(*sizes), axes=[2, 3]), 6, shift=shift))
+
+
+CASES.case("CenterCropPad that crops", 16, draw=partial(centred, sizes=(4, 5)), opset=18)
+CASES.case("CenterCropPad that crops and pads, no shift", 16, draw=partial(centred, sizes=(4, 11), shift=False), opset=18)
+CASES.case("CenterCropPad that crops and pads", 16, draw=partial(centred, sizes=(4, 11)), opset=18, left=1, reason="pads with one constant")
+CASES.case("CenterCropPad that changes nothing", 16, draw=partial(centred, sizes=(7, 8)), opset=18)
+
+
 @CASES.case("GatherElements that mixes channels", 16, opset=13, left=1, reason="varies|differ|ax")
 def _(net: Net) -> None:
     places = net.rng.integers(0, 6, (2, 3, 4, 4))

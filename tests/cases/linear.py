@@ -236,6 +236,32 @@ CASES.case(
 )
 
 
+CASES.case("einsum with an ellipsis", 10, draw=partial(einsum_bn, equation="...k,kc->...c", data=("N", 4), weight=(4, 6)))
+CASES.case(
+    "einsum with an ellipsis in the middle", 10, draw=partial(einsum_bn, equation="n...k,kc->nc...", data=("N", 3, 4), weight=(4, 6))
+)
+CASES.case(
+    "einsum with an ellipsis that the weight has too",
+    10,
+    draw=partial(einsum_bn, equation="...k,...kc->...c", data=(5, 4), weight=(5, 4, 6)),
+)
+
+
+def einsum_alone(net: Net, *, equation: str, data: tuple[int | str, ...], square: bool = False) -> None:
+    """linear, an Einsum of one operand, BatchNorm."""
+    y = net.op("MatMul", net.input(*data), net.matrix(4, 6))
+    net.output(net.bn(net.op("Einsum", y, equation=equation), 6))
+
+
+CASES.case("einsum that moves one operand", 10, draw=partial(einsum_alone, equation="nlc->ncl", data=("N", 5, 4)))
+CASES.case("einsum that moves one operand, without an arrow", 10, draw=partial(einsum_alone, equation="acb", data=("N", 5, 4)))
+CASES.case("einsum that sums one operand", 10, draw=partial(einsum_alone, equation="nlc->nc", data=("N", 5, 4)))
+CASES.case("einsum that takes a diagonal", 10, draw=partial(einsum_alone, equation="nllc->ncl", data=("N", 5, 5, 4)))
+CASES.case(
+    "einsum that sums and moves", 10, draw=partial(einsum_alone, equation="nlmc->mcn", data=(2, 5, 3, 4)), left=1, reason="sums and moves"
+)
+
+
 # --- embeddings (line 35) ----------------------------------------------------------------------
 
 

@@ -257,7 +257,7 @@ class TorchModel(Model):
         graph = lowering.graph()
         for op in self._functional.input_nodes:
             lowering.value(op).name = op.name
-        return graph, lowering.outputs
+        return graph, lowering.named_outputs
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
         steps = Exact(self._functional, jitter=jitter) if exact else Stored(self._functional, jitter=jitter)

@@ -111,6 +111,34 @@ def _gather_nd(ctx: OnnxLowering, node: ir.Node) -> None:
     geometry.lookup(ctx, node, x, lead, taken, places.rank - 1 - lead)
 
 
+def _compress(ctx: OnnxLowering, node: ir.Node) -> None:
+    """The places along an axis, or in the flat array, at which a mask is true."""
+    x, mask = arg(node), ctx.const(arg(node, 1))
+    if "axis" not in node.attributes:
+        if mask is None:
+            raise Blocked(COMPUTED)
+        ctx.set_rank(node.outputs[0], 1)
+        ctx.set_size(node.outputs[0], 0, int(mask.sum()))
+        geometry.move(ctx, node, [x], lambda xs, _: np.compress(mask, xs[0]), {})
+        return
+    axis = whole(node, "axis", 0) % ctx.rank(x)
+    if mask is None:
+        geometry.lookup(ctx, node, x, axis, 1, 1)
+    else:
+        geometry.take(ctx, node, x, axis, np.flatnonzero(mask))
+
+
+def _center_crop_pad(ctx: OnnxLowering, node: ir.Node) -> None:
+    """A crop, or zeros beside, as much on either side."""
+    x = arg(node)
+    pairs = geometry.around(ctx, x, node.outputs[0])
+    changed = [i for i in range(len(pairs[0][0])) if i not in geometry.keeping(pairs)]
+    if all(a[i] is not None and b[i] is not None and b[i] <= a[i] for a, b in pairs for i in changed):  # type: ignore[operator]
+        geometry.crop(ctx, node, x, changed)
+    else:
+        geometry.pad(ctx, node, x, changed, 0.0)
+
+
 def expand(*, tiles: bool) -> Lower:
     def lower(ctx: OnnxLowering, node: ir.Node) -> None:
         geometry.expand(ctx, node, arg(node), tiles=tiles)
@@ -197,6 +225,8 @@ MOVES: dict[str, Lower] = {
     "Split": _split,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
+    "Compress": _compress,
+    "CenterCropPad": _center_crop_pad,
     "Expand": expand(tiles=False),
     "Tile": expand(tiles=True),
     "DepthToSpace": blocks(spreads=True),

@@ -38,6 +38,16 @@ def conv(ctx: TorchLowering, op: Op) -> None:
     )
 
 
+def deform_conv(ctx: TorchLowering, op: Op) -> None:
+    """torchvision's, whose schema states each setting twice, and a mask that it may not use."""
+    given = arguments(op)
+    stride, pad, dilation = ((int(given[f"{name}_h"]), int(given[f"{name}_w"])) for name in ("stride", "pad", "dilation"))
+    steers = [given["offset"], given["mask"]][: 1 + given["use_mask"]]
+    padding = [(n, n) for n in pad]
+    weight = ctx.param(op, "weight")
+    weights.convolution(ctx, op, given["input"], weight, "bias", int(given["groups"]), stride, dilation, padding, steers=steers)
+
+
 def linear(ctx: TorchLowering, op: Op) -> None:
     """x @ W.T + b over the last axis; a vector of features is a barrier's affair."""
     weight, rank = ctx.param(op, "weight"), ctx.rank(arguments(op)["input"])

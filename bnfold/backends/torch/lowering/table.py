@@ -11,7 +11,7 @@ from bnfold.algebra.graph import Graph
 
 from ..export.trace import Traced
 from ..export.walk import BATCHNORMS
-from .absorbing import addmm, conv, einsum, embedding, linear, matmul, normalisation, recurrent
+from .absorbing import addmm, conv, deform_conv, einsum, embedding, linear, matmul, normalisation, recurrent
 from .affine import arithmetic, batchnorm, frozen, negation, reversed_sub
 from .commuting import (
     cast,
@@ -49,6 +49,7 @@ OPERATORS: dict[str, Lower] = {
     **{f"conv_transpose{d}": conv for d in DIMS},
     "convolution": conv,
     "_convolution": conv,
+    "torchvision::deform_conv2d": deform_conv,
     "linear": linear,
     "addmm": addmm,
     "matmul": matmul,

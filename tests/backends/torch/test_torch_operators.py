@@ -1,0 +1,139 @@
+"""Operators beside those of the matrix of cases: of other namespaces, and with constants that ONNX states in another way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnfold
+
+SCHEMA = (
+    "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, SymInt stride_w, SymInt pad_h, "
+    "SymInt pad_w, SymInt dilation_h, SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask) -> Tensor"
+)
+
+
+def deformed(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *settings: Any) -> Tensor:
+    """A deformable convolution (Dai et al. 2017, equation 2; masks by Zhu et al. 2019), one tap after the other."""
+    (sh, sw, ph, pw, dh, dw, groups, parts, masked), (n, c, h, w) = settings, x.shape
+    out, fan, kh, kw = weight.shape
+    size = offset.shape[2:]
+    moved, counts = offset.reshape(n, parts, kh * kw, 2, *size), mask.reshape(n, parts, kh * kw, *size) if masked else None
+    taps = []
+    for k in range(kh * kw):
+        rows = torch.arange(size[0])[:, None] * sh - ph + k // kw * dh
+        columns = torch.arange(size[1]) * sw - pw + k % kw * dw
+        for p, part in enumerate(x.chunk(parts, 1)):
+            places = (2 * (columns + moved[:, p, k, 1]) / (w - 1) - 1, 2 * (rows + moved[:, p, k, 0]) / (h - 1) - 1)
+            tap = F.grid_sample(part, torch.stack(places, -1), align_corners=True)
+            taps.append(tap if counts is None else tap * counts[:, p, None, k])
+    seen = torch.stack(taps).reshape(kh * kw, parts, n, c // parts, *size).permute(2, 1, 3, 0, 4, 5)
+    seen = seen.reshape(n, groups, fan, kh * kw, *size)
+    y = torch.einsum("ngikhw,goik->ngohw", seen, weight.reshape(groups, out // groups, fan, -1))
+    return y.reshape(n, out, *size) + bias[:, None, None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchvision_operator() -> None:
+    """torchvision's operator, which has to be loaded with its compiled part."""
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):
+        return
+    torch.library.define(f"torchvision::{SCHEMA.partition('(')[0]}", SCHEMA.partition("deform_conv2d")[2])
+    torch.library.impl("torchvision::deform_conv2d", "CompositeExplicitAutograd")(deformed)
+    torch.library.register_fake("torchvision::deform_conv2d")(
+        lambda x, weight, offset, *others: x.new_empty(x.shape[0], weight.shape[0], *offset.shape[2:])
+    )
+
+
+class Deformable(nn.Module):
+    """A deformable convolution as torchvision.ops.DeformConv2d is one, and a BatchNorm behind or before it."""
+
+    def __init__(self, *, masked: bool, groups: int = 1, before: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4 // groups, 3, 3)), nn.Parameter(torch.randn(6))
+        self.places, self.counts = nn.Conv2d(4, 18, 3, padding=1), nn.Conv2d(4, 9, 3, padding=1)
+        self.norm = norm(4 if before else 6)
+        self.masked, self.groups, self.before = masked, groups, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, mask = self.places(x), self.counts(x).sigmoid() if self.masked else x.new_zeros(len(x), 1)
+        y = self.norm(x.sigmoid()) if self.before else x
+        y = torch.ops.torchvision.deform_conv2d(y, self.weight, offset, mask, self.bias, 1, 1, 1, 1, 1, 1, self.groups, 1, self.masked)
+        return y if self.before else self.norm(y)
+
+
+class Taken(nn.Module):
+    """A convolution, a move by constant places along an axis, and a BatchNorm."""
+
+    def __init__(self, places: Tensor, axis: int, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 5, 3), norm(channels)
+        self.register_buffer("places", places)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.take_along_dim(self.conv(x), self.places, self.axis))
+
+
+class Spelled(nn.Module):
+    """An einsum of one operand behind a linear layer, and a BatchNorm."""
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.linear, self.norm, self.equation = nn.Linear(4, 6), norm(6), equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.einsum(self.equation, self.linear(x)))
+
+
+def norm(channels: int) -> nn.Module:
+    found = nn.BatchNorm2d(channels) if channels != 6 else nn.SyncBatchNorm(channels)  # which takes any rank
+    for tensor in (found.weight, found.bias, found.running_mean, found.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    return found
+
+
+def folded(model: nn.Module, *shape: int) -> str:
+    """What is said of its BatchNorm by both routes, once both compute what the model does. "" where it folds."""
+    torch.manual_seed(0)
+    model, x = model.eval().double(), torch.randn(*shape, dtype=torch.float64)
+    reasons = set()
+    for given, options in ((model, {"example": x}), (torch.export.export(model, (x,)), {})):
+        result, report = bnfold.fuse(given, **options)
+        run = result if isinstance(result, nn.Module) else result.module()
+        torch.testing.assert_close(run(x), model(x), rtol=0, atol=1e-12)
+        reasons.add(report.layers[0].reason)
+    assert len(reasons) == 1
+    return reasons.pop()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_deformable_convolution(masked: bool, groups: int) -> None:
+    assert folded(Deformable(masked=masked, groups=groups), 2, 4, 7, 8) == ""
+
+
+def test_a_batchnorm_before_a_deformable_convolution() -> None:
+    assert "it reads zeros beyond the border" in folded(Deformable(masked=True, before=True), 2, 4, 7, 8)
+
+
+def test_places_along_the_channels() -> None:
+    places = torch.tensor([4, 0, 2]).reshape(1, 3, 1, 1)
+    assert folded(Taken(places, 1, 3), 2, 3, 6, 7) == ""
+
+
+def test_places_along_another_axis() -> None:
+    assert folded(Taken(torch.randint(0, 4, (1, 1, 3, 5)), 2, 5), 2, 3, 6, 7) == ""
+
+
+def test_places_that_differ_from_one_pixel_to_the_next_mix_channels() -> None:
+    assert "different maps" in folded(Taken(torch.randint(0, 5, (2, 4, 4, 5)), 1, 4), 2, 3, 6, 7)
+
+
+@pytest.mark.parametrize("equation", ["nlc->ncl", "n...c->nc...", "nlmc->ncml", "bll...->b...l"])
+def test_an_einsum_of_one_operand(equation: str) -> None:
+    assert folded(Spelled(equation), *((2, 5, 4) if equation.startswith(("nlc-", "n...")) else (2, 5, 5, 4))) == ""
