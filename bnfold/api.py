@@ -47,7 +47,7 @@ def load(
 def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
     """Write a model atomically; an existing file is kept unless `force`.
 
-    An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt (see `backends.torch.save`), for some of
+    An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt, for some of
     which a module needs an example of its input.
     """
     backends.open_model(model, example).save(path, force=force, as_state=as_state)

@@ -10,7 +10,7 @@ from typing import Any
 
 from bnfold.errors import ModelError
 
-from .open import family, kind_of
+from .kinds import family, kind_of
 
 KEY = "bnfold.certificate"
 ATTRIBUTE = "_bnfold_certificate"  # of a PyTorch model: the same text
@@ -76,7 +76,7 @@ def text_in(path: Path) -> str | None:
         return text_in_archive(path)
     if kind != "pickle":
         return None
-    from .torch.files.load import unpickled
+    from .torch.files.checkpoint import unpickled
 
     return text_beside(unpickled(path, False))
 

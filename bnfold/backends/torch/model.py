@@ -49,10 +49,12 @@ from .runtime.interpreter import Exact, Stored, held_tensors, last_uses
 from .runtime.session import Oracle, Session, device_of, inner, precise, precisions
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from bnfold.algebra.graph import Graph, Value
     from bnfold.data import Batch, InputSpec
     from bnfold.data.source import Flat
-    from bnfold.report import FuseReport
+    from bnfold.report import FuseReport, VerifyReport
 
     from .recalibration.plan import TorchPlan
 
@@ -349,7 +351,15 @@ class TorchModel(Model):
     def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
         from .files.save import save
 
-        save(self.source, path, force=force, example=self._call, as_state=as_state)
+        save(self.source, path, check=_held_against, force=force, example=self._call, as_state=as_state)
+
+
+def _held_against(traced: Traced, made: ir.Model) -> VerifyReport:
+    """Whether an ONNX model is what a PyTorch model is."""
+    from bnfold.backends.onnx.model import OnnxModel
+    from bnfold.verification.verify import check_fold
+
+    return check_fold(TorchModel(traced), OnnxModel(made))
 
 
 def _port(name: str, op: torch.fx.Node) -> Port:

@@ -93,7 +93,7 @@ class Located:
     pair: Pair | None = None
     compared: Compared | None = None
     agreeing: tuple[Pair, ...] = ()
-    runtime: Any = None  # what of the runtime is at fault (`backends.onnx.optimisers.Culprit`)
+    runtime: Any = None  # what of the runtime is at fault (see `Model.culprit`)
 
 
 def sides_of(reference: Model, candidate: Model) -> Sides | None:

@@ -16,7 +16,7 @@ from modules import difference, lively, run
 from torch import nn
 
 import bnfold
-from bnfold.backends.open import kind_of
+from bnfold.backends.kinds import kind_of
 from bnfold.backends.torch.files.architecture import build
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))

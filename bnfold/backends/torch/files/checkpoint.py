@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shlex
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -184,3 +189,35 @@ def _fit(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def unpickled(path: Path, trust_pickle: bool) -> Any:
+    """The object in a pickle. Without trust, of plain types and tensors alone."""
+    mapped = zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if not trust_pickle:
+            what = _what(str(error))
+            raise ModelError(
+                f"{path}: a pickle that holds more than weights{what}, and could run code when it is loaded; give --trust-pickle if you "
+                f"trust where it comes from, or save model.state_dict() and give --arch"
+            ) from None
+    except Exception as error:  # a damaged file raises anything
+        raise ModelError(f"{path}: can't be read as a PyTorch file ({_line(error)}); download or save it again") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling runs any code
+        raise ModelError(
+            f"{path}: can't be unpickled ({type(error).__name__}: {_line(error)}); is what it was saved with installed?"
+        ) from error
+
+
+def _what(text: str) -> str:
+    """The class that the unpickler refused, from its message."""
+    found = re.search(r"(?:GLOBAL|global) ([\w.]+)", text)
+    return "" if found is None else f" ({found[1]})"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__

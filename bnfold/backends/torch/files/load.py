@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +16,7 @@ from bnfold.errors import ModelError, UnsupportedError, UsageError
 from ..export.trace import quiet
 from .architecture import Arch, build
 from .archive import check_archive
-from .checkpoint import Say, put, state_of, surgery_of
+from .checkpoint import Say, put, state_of, surgery_of, unpickled
 
 NEEDS_ARCH = "weights without a network; say what builds it, with --arch package.module:factory or --arch FILE.py:FACTORY"
 
@@ -33,7 +31,7 @@ def load(
     ignore_keys: Sequence[str] = (),
     say: Say = lambda text: None,
 ) -> nn.Module | ExportedProgram:
-    """The model in a file. kind: what `open.kind_of` found; ignore_keys: see `api.load`; say: told of what was found where.
+    """The model in a file. kind: what `kinds.kind_of` found; ignore_keys: see `api.load`; say: told of what was found where.
 
     Raises ModelError where the file can't be read, is unsafe, or doesn't fit its architecture; UsageError where that is missing or fails;
     UnsupportedError for TorchScript.
@@ -102,37 +100,3 @@ def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
         raise ModelError(
             f"{path}: torch {torch.__version__} can't load this exported program: {text}; export it again with this version"
         ) from error
-
-
-def unpickled(path: Path, trust_pickle: bool) -> Any:
-    """The object in a pickle. Without trust, of plain types and tensors alone."""
-    mapped = zipfile.is_zipfile(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if not trust_pickle:
-            what = _what(str(error))
-            raise ModelError(
-                f"{path}: a pickle that holds more than weights{what}, and could run code when it is loaded; give --trust-pickle if you "
-                f"trust where it comes from, or save model.state_dict() and give --arch"
-            ) from None
-    except Exception as error:  # a damaged file raises anything
-        raise ModelError(f"{path}: can't be read as a PyTorch file ({_line(error)}); download or save it again") from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # unpickling runs any code
-        raise ModelError(
-            f"{path}: can't be unpickled ({type(error).__name__}: {_line(error)}); is what it was saved with installed?"
-        ) from error
-
-
-def _what(text: str) -> str:
-    """The class that the unpickler refused, from its message."""
-    import re
-
-    found = re.search(r"(?:GLOBAL|global) ([\w.]+)", text)
-    return "" if found is None else f" ({found[1]})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__

@@ -18,24 +18,34 @@ from bnfold.files import may_write, replacing
 from bnfold.text import one_line
 
 from ..export.open_axes import fixed_axes, substituted
-from ..export.trace import quiet, trace
+from ..export.trace import Traced, quiet, trace
 from ..writing.surgery import ATTRIBUTE, Surgery
 from .checkpoint import RECORD
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from bnfold.report import VerifyReport
+
 SUFFIXES = (".pt2", ".onnx", ".safetensors", ".pth", ".bin", ".ckpt", ".pt")
 STATES = (".pth", ".bin", ".ckpt")
 
 
-def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
+def save(
+    model: nn.Module | ExportedProgram,
+    path: str | Path,
+    *,
+    check: Callable[[Traced, ir.Model], VerifyReport],
+    force: bool = False,
+    example: Any = None,
+    as_state: bool = False,
+) -> None:
     """Write a model. By the suffix: .pt2 an exported program; .onnx, checked against the model; .safetensors, .pth, .bin and .ckpt a state
     dict, which of a folded network says what was folded; .pt the pickled module, or with `as_state` a state dict too.
 
-    example: how a module is called, for .pt2 and .onnx. Raises UsageError for another suffix, where the file exists without `force`, and
-    where an exported program shall become a state dict; CheckError where the ONNX model isn't equivalent; InputError where it can't
-    be written.
+    example: how a module is called, for .pt2 and .onnx. check: holds an ONNX model against this one. Raises UsageError for another suffix,
+    where the file exists without `force`, and where an exported program shall become a state dict; CheckError where the ONNX model isn't
+    equivalent; InputError where it can't be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -49,7 +59,7 @@ def save(model: nn.Module | ExportedProgram, path: str | Path, *, force: bool = 
         program = model if isinstance(model, ExportedProgram) else trace(model, example, patient=True).runnable
         _replacing(target, lambda part: _write_program(program, _stated(model), part))
     elif suffix == ".onnx":
-        _replacing(target, lambda part: _write_onnx(model, example, part))
+        _replacing(target, lambda part: _write_onnx(model, example, part, check))
     elif suffix == ".pt" and not as_state:
         _replacing(target, lambda part: _write_pickle(model, part))
     else:
@@ -106,15 +116,13 @@ def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: 
     save_file(state, part, metadata=metadata)
 
 
-def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) -> None:
+def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path, check: Callable[[Traced, ir.Model], VerifyReport]) -> None:
     """By torch's own exporter, without its optimiser, which would fold by rules of its own; then checked."""
     import onnx
 
     from bnfold.backends.onnx.files.load import from_proto, load
     from bnfold.backends.onnx.files.save import save as save_onnx
     from bnfold.backends.onnx.graph.edit import drop_void_biases
-    from bnfold.backends.open import open_model
-    from bnfold.verification.verify import check_fold
 
     traced = trace(model, example, patient=True)
     try:
@@ -131,7 +139,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path) ->
     drop_void_biases(converted)
     _fix_axes(converted, fixed_axes(traced.program))
     attach(converted, text_of(model))
-    checked = check_fold(open_model(traced), open_model(converted))
+    checked = check(traced, converted)
     if checked.verdict == "different":
         raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")
     save_onnx(converted, part, force=True)
