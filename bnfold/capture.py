@@ -3,6 +3,8 @@
 It goes to an unnamed file while `overhearing`, so nothing is loose on the terminal. Where the process dies meanwhile, by whatever
 signal, a small helper process that waits for just that writes it to standard error: nothing is lost. (There is none on Windows.)
 Python's own output is meant to stay where it is: the command line gives `sys.stderr` a descriptor of its own (`own_stderr`).
+
+Descriptors belong to the whole process, which may have threads and fork: see `Switch`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 MOST = 1 << 16  # bytes that are kept of one hearing, the last ones
 SEVERAL = 200  # hearings that are kept
@@ -58,14 +60,61 @@ class Hearing:
         return logged or loose
 
 
+class Switch:
+    """A setting of the whole process that several threads may want changed at once: the first changes it, the last puts it back.
+
+    on: changes it, and gives what it was; off: takes that, and puts it back. alone: one thread at a time wants it, and the others wait. In
+    a process that was forked meanwhile by a thread that doesn't want it changed, it is put back at once.
+    """
+
+    def __init__(self, on: Callable[[], Any], off: Callable[[Any], Any], *, alone: bool = False) -> None:
+        self.lock = threading.RLock()
+        self._turn = threading.RLock() if alone else None
+        self._on, self._off, self._before = on, off, None
+        self._users: list[int] = []  # threads
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self.lock.acquire, after_in_parent=self.lock.release, after_in_child=self._forked)
+
+    def enter(self) -> None:
+        if self._turn is not None:
+            self._turn.acquire()
+        with self.lock:
+            if not self._users:
+                self._before = self._on()
+            self._users.append(threading.get_ident())
+
+    def leave(self) -> bool:
+        """Whether it is put back now."""
+        with self.lock:
+            self._users.remove(threading.get_ident())
+            last = not self._users
+            if last:
+                self._off(self._before)
+        if self._turn is not None:
+            self._turn.release()
+        return last
+
+    def _forked(self) -> None:
+        if self._users and threading.get_ident() not in self._users:
+            self._off(self._before)
+            self._turn = None if self._turn is None else threading.RLock()
+        self._users = [user for user in self._users if user == threading.get_ident()]
+        self.lock.release()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+
 class _Ear:
-    """The file of one process, and its helper. depth: how many are listening; the descriptors move with the first and the last."""
+    """The file of one process, and its helper."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.lock = threading.RLock()
-        self.depth = 0
-        self.moved: tuple[tuple[int, int], ...] = ()
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
         self.helper: subprocess.Popen[bytes] | None = None
         if os.name == "posix" and sys.executable:
@@ -76,6 +125,7 @@ class _Ear:
                     command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[fd], start_new_session=True
                 )
                 atexit.register(self._leave)
+                os.register_at_fork(after_in_child=self._close)
 
     def _leave(self) -> None:
         if self.helper is not None and self.helper.stdin is not None and os.getpid() == self.process:
@@ -84,41 +134,37 @@ class _Ear:
                 self.helper.stdin.close()
                 self.helper.wait(5)
 
+    def _close(self) -> None:
+        """In a forked process, which would keep the helper waiting after the end of its own."""
+        if self.helper is not None and self.helper.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.helper.stdin.close()
+
 
 _ear: _Ear | None = None
-_guard = threading.Lock()
 
 
-def _ears() -> _Ear | None:
+def _listen() -> tuple[tuple[int, int], ...]:
     global _ear
-    with _guard:
+    try:
         if _ear is None or _ear.process != os.getpid():  # a forked process has an ear of its own
-            try:
-                _ear = _Ear()
-            except OSError:
-                return None
-        return _ear
+            _ear = _Ear()
+        return _move(_ear.file.fileno())
+    except OSError:
+        return ()
 
 
 @contextlib.contextmanager
 def overhearing() -> Iterator[Hearing]:
     """Hear what is printed past Python; kept in `heard` too. Of several at once, the one that ends last hears it all."""
-    hearing, ear = Hearing(), _ears()
-    if ear is None:
-        yield hearing
-        return
-    with ear.lock:
-        if not ear.depth:
-            ear.moved = _move(ear.file.fileno())
-        ear.depth += 1
+    hearing = Hearing()
+    _listening.enter()
     try:
         yield hearing
     finally:
-        with ear.lock:
-            ear.depth -= 1
-            if not ear.depth:
-                _back(ear.moved)
-                hearing.text = _take(ear.file)
+        with _listening.lock:
+            if _listening.leave() and _ear is not None and _ear.process == os.getpid():
+                hearing.text = _take(_ear.file)
                 if hearing.text.strip():
                     heard.append(hearing.text)
 
@@ -143,6 +189,9 @@ def _back(before: tuple[tuple[int, int], ...]) -> None:
     for fd, copy in before:
         os.dup2(copy, fd)
         os.close(copy)
+
+
+_listening = Switch(_listen, _back)
 
 
 def _take(file: IO[bytes]) -> str:

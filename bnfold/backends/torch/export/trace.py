@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import logging
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from bnfold.capture import Switch
 from bnfold.data import LABELS, Batch, InputSpec
 from bnfold.data.samples import ROWS, rows_are_samples
 from bnfold.errors import DataError, UnsupportedError, UsageError
@@ -707,18 +711,42 @@ def _dynamic(twin: nn.Module, call: Call, axes: int | None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's own remarks on what it does inside, and without what a model's code prints while it is only read."""
-    import io
-    import logging
+    """Without torch's own remarks on what it does inside, and without what a model's code prints while it is only read; one thread at a
+    time."""
+    with _quiet():
+        yield
 
-    before = logging.root.manager.disable
+
+class _Muted:
+    """A stream without what one thread writes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else int(self._stream.write(text))
+
+
+def _mute() -> tuple[Any, ...]:
+    before = logging.root.manager.disable, warnings.catch_warnings(), sys.stdout, sys.stderr
     logging.disable(logging.CRITICAL)
-    try:  # where the data decide what is computed, torch.export prints the whole graph on standard error
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    before[1].__enter__()
+    warnings.simplefilter("ignore")
+    sys.stdout, sys.stderr = map(_Muted, before[2:])  # where the data decide what is computed, torch.export prints the whole graph
+    return before
+
+
+def _unmute(before: tuple[Any, ...]) -> None:
+    logging.disable(before[0])
+    before[1].__exit__(None, None, None)
+    sys.stdout, sys.stderr = before[2:]
+
+
+# torch.export and its kin change what belongs to the whole process too, and aren't made for several threads.
+_quiet = Switch(_mute, _unmute, alone=True)
 
 
 def _failing_module(error: Exception, twin: nn.Module) -> str:

@@ -5,7 +5,7 @@ TF32, whose rounding hides real defects, is off while a model runs here, unless 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfold.capture import Switch
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.model import Placement
@@ -51,16 +52,19 @@ def device_of(name: str) -> torch.device:
 @contextmanager
 def precise() -> Iterator[None]:
     """Without gradients, and with float32 in full."""
+    with _full(), torch.no_grad():
+        yield
+
+
+def _set_tf32(values: Sequence[bool]) -> list[bool]:
     flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
-    try:
-        for flag in flags:
-            flag.allow_tf32 = False
-        with torch.no_grad():
-            yield
-    finally:
-        for flag, old in zip(flags, before, strict=True):
-            flag.allow_tf32 = old
+    for flag, value in zip(flags, values, strict=True):
+        flag.allow_tf32 = value
+    return before
+
+
+_full = Switch(lambda: _set_tf32((False, False)), _set_tf32)  # for the whole process
 
 
 def precisions(device: str) -> tuple[str, ...]:
