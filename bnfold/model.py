@@ -99,6 +99,11 @@ class Model:
         """Inputs, inputs with a default that callers may override, and outputs, each in order."""
         raise NotImplementedError
 
+    @property
+    def holds_batchnorm(self) -> bool:
+        """Whether there is an operator of that name; what is written out of simpler ones may be there all the same."""
+        return False
+
     def identity(self) -> str | None:
         """The same for two models of the same operators and numbers, whatever their names; None where that can't be told."""
         return None

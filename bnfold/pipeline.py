@@ -35,7 +35,7 @@ def pipeline(
     if not opened.states_inputs:
         opened.specs  # it is read once, and called so in all further steps  # noqa: B018
         example = opened
-    if not api.inspect(model, example=example).layers:
+    if not opened.holds_batchnorm and not api.inspect(model, example=example).layers:
         raise NothingToDoError(opened.nothing_to_fold)
     before, notes = score_if_fits(opened, labelled, batches, provider=providers[0], progress=progress)
     scored = None if before is None else before.summary()

@@ -25,7 +25,7 @@ from .graph.extract import extract, reads
 from .graph.inline import inlined
 from .graph.inputs import inputs
 from .graph.proto import self_contained
-from .graph.walk import all_graphs, all_nodes, axes, held_tensor, name_of
+from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
@@ -70,6 +70,10 @@ class OnnxModel(Model):
             values = (*graph.initializers.values(), *(v for node in graph for v in node.outputs))
             found.update({v: tensor for v in values if (tensor := held_tensor(v)) is not None})
         return found
+
+    @property
+    def holds_batchnorm(self) -> bool:
+        return any(True for _ in batchnorms(self.model))
 
     def identity(self) -> str:
         """The same for two models of the same operators, with the same attributes, and the same numbers, whatever their names."""

@@ -43,7 +43,7 @@ from .export.trace import (
     to_tensor,
     trace,
 )
-from .export.walk import FLOATS, dtype_of, frame, mutates
+from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import Exact, Stored, held_tensors, last_uses
 from .runtime.session import Oracle, Session, device_of, inner, precise, precisions
@@ -154,6 +154,10 @@ class TorchModel(Model):
         kinds = {t.dtype for t in held if isinstance(t, Tensor) and t.dtype in FLOATS}
         kinds |= {op.meta["val"].dtype for op in self.traced.input_nodes if op.meta["val"].dtype in FLOATS}
         return max((roundoff(NUMPY[kind]) for kind in kinds), default=2.0**-24)
+
+    @property
+    def holds_batchnorm(self) -> bool:
+        return any(map(is_batchnorm, self.traced.program.graph.nodes))
 
     def identity(self) -> str:
         """The same for two models of the same operators, with the same arguments, and the same numbers, whatever their names."""
