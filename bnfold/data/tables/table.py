@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnfold.errors import DataError
-from bnfold.text import counted
+from bnfold.text import counted, first_line
 
 from ..spec import Array
 
@@ -53,8 +53,7 @@ def reading(where: object) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # of any kind: each reader has its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise DataError(f"{where}: can't be read ({type(error).__name__}: {lines[0][:300].rstrip('.')})") from None
+        raise DataError(f"{where}: can't be read ({type(error).__name__}: {first_line(error)})") from None
 
 
 def parquet(spec: str, files: Sequence[Path]) -> Table:

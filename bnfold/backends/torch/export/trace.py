@@ -32,6 +32,7 @@ from bnfold.capture import Switch
 from bnfold.data import LABELS, Batch, InputSpec
 from bnfold.data.samples import ROWS, rows_are_samples
 from bnfold.errors import DataError, UnsupportedError, UsageError
+from bnfold.text import first_line
 from bnfold.verification.inputs import is_several
 
 from .ranges import taken
@@ -308,7 +309,7 @@ def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't b
     try:
         copied = copy.deepcopy(module, memo)
     except Exception as error:  # what an attribute holds may raise anything
-        why = f"{_uncopied(module, own)} ({_first_line(error)})"
+        why = f"{_uncopied(module, own)} ({first_line(error)})"
         raise UnsupportedError(f"{told}: {why}; take it off before, or {WAY_OUT}") from error
     if why := _no_copy(module, copied, shared):
         raise UnsupportedError(f"{told}: {why}; {WAY_OUT}")
@@ -559,7 +560,7 @@ def shortened_call(model: nn.Module, example: Any, count: int = 2) -> Call:
             with quiet(), torch.no_grad():
                 return {name: to_numpy(tensor) for name, tensor in flat_outputs(twin(*part.args, **part.kwargs)).items()}
         except Exception as error:  # the model's code raises what it likes
-            raise DataError(_first_line(error)) from None
+            raise DataError(first_line(error)) from None
 
     told = rows_are_samples(arrays, set(arrays), run)
     return cut({name: array[:count] for name, array in arrays.items()}) if told or (told is None and len(arrays) == 1) else call
@@ -641,7 +642,7 @@ def _exported(twin: nn.Module, model: nn.Module, call: Call, most: int | None, p
     assert failure is not None
     where = _failing_module(failure, twin)
     raise UnsupportedError(
-        f"torch.export can't read {type(model).__name__}{where}: {_first_line(failure)}; give an example of the input as the model is "
+        f"torch.export can't read {type(model).__name__}{where}: {first_line(failure)}; give an example of the input as the model is "
         f"called in deployment, or export it to ONNX and give that file"
     ) from failure
 
@@ -759,8 +760,3 @@ def _failing_module(error: Exception, twin: nn.Module) -> str:
             found = f", in its module {names[id(module)]} ({type(module).__name__})"
         step = step.tb_next
     return found
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (text or type(error).__name__)[:300].rstrip(".")

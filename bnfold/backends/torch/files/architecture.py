@@ -11,6 +11,7 @@ from torch import nn
 
 from bnfold.data.functions import module_of
 from bnfold.errors import UsageError
+from bnfold.text import one_line
 
 Arch = str | Callable[..., nn.Module]
 
@@ -26,7 +27,7 @@ def build(arch: Arch, args: Mapping[str, Any] | None) -> nn.Module:
         module = factory(**dict(args or {}))
     except Exception as error:  # the user's code may raise anything
         raise UsageError(
-            f"--arch {name}: it fails with {type(error).__name__}: {_one_line(error)}; see --arch-args for its arguments"
+            f"--arch {name}: it fails with {type(error).__name__}: {one_line(error)}; see --arch-args for its arguments"
         ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {name}: it gives an object of type {type(module).__name__}, not a torch.nn.Module")
@@ -46,7 +47,7 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     except UsageError:
         raise
     except Exception as error:  # importing runs the user's code
-        raise UsageError(f"--arch {arch}: importing it fails with {type(error).__name__}: {_one_line(error)}") from error
+        raise UsageError(f"--arch {arch}: importing it fails with {type(error).__name__}: {one_line(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise UsageError(f"--arch {arch}: {place} has no {name!r}")
@@ -54,7 +55,3 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     if not callable(found):
         raise UsageError(f"--arch {arch}: {name!r} is of type {type(found).__name__}, which can't be called")
     return found  # type: ignore[no-any-return]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")

@@ -24,6 +24,7 @@ from bnfold.capture import Switch
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.model import Placement
+from bnfold.text import first_line
 
 from ..export.trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
 from ..export.walk import FLOATS, dtype_of, in_training, is_batchnorm, is_tensor, mutates, operator_name, written
@@ -139,10 +140,10 @@ class Session:
                 with where or nullcontext():
                     returned = self._module(*args, **kwargs)
             except torch.OutOfMemoryError as error:
-                raise DeviceError(f"not enough memory on {self.device}: {_one_line(error)}; use a smaller batch size") from None
+                raise DeviceError(f"not enough memory on {self.device}: {first_line(error)}; use a smaller batch size") from None
             except Exception as error:  # the model's code raises what it likes
                 shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
-                text = f"PyTorch can't run the model on {shapes}: {_one_line(error)}"
+                text = f"PyTorch can't run the model on {shapes}: {first_line(error)}"
                 raise (UnsupportedError if "not implemented" in str(error) else DataError)(text) from None
         if where is not None:
             self.placement = Placement(where.there, where.all, "operators")
@@ -216,8 +217,8 @@ class Oracle:
             returned = self._returned(op, values)
         except Exception as error:  # operators raise what they like
             if "not implemented" in str(error):
-                raise UnsupportedError(f"{op.target} has no form in float64: {_one_line(error)}") from None
-            raise DataError(f"PyTorch can't run the model on these data: {_one_line(error)} (in {op.name})") from None
+                raise UnsupportedError(f"{op.target} has no form in float64: {first_line(error)}") from None
+            raise DataError(f"PyTorch can't run the model on these data: {first_line(error)} (in {op.name})") from None
         if self._writes and operator_name(op) in ("to", "type_as") and dtype_of(op) != dtype_of(op.args[0]):
             return returned.clone()  # as the cast does that float64 makes needless
         return returned
@@ -301,7 +302,3 @@ def move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
             up, down = (torch.nextafter(tensor, torch.full_like(tensor, end)) for end in (float("inf"), float("-inf")))
             keep = (tensor == 0) | ~tensor.isfinite() | (draw >= MOVED)
             tensor.copy_(torch.where(keep, tensor, torch.where(draw < MOVED / 2, up, down)))
-
-
-def _one_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300].rstrip(".")
