@@ -12,7 +12,8 @@ from bnfold.algebra.graph import Graph
 from ..export.trace import Traced
 from ..export.walk import BATCHNORMS
 from .absorbing import addmm, conv, deform_conv, einsum, embedding, linear, matmul, normalisation, recurrent
-from .affine import arithmetic, batchnorm, frozen, negation, reversed_sub
+from .affine import arithmetic, batchnorm, negation, reversed_sub
+from .chains import frozen
 from .commuting import (
     cast,
     clamp,

@@ -30,7 +30,7 @@ from ..export.constants import Constants, as_float64
 from ..export.functional import without_writing
 from ..export.trace import NUMPY, Traced, duplicate, to_tensor, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
-from ..lowering.affine import frozen_chains
+from ..lowering.chains import frozen_chains
 from ..lowering.table import lowering as lowering_of
 from ..runtime.session import Oracle, device_of
 from ..writing.freeze import frozen

@@ -149,7 +149,7 @@ class TorchStage:
 
     first, last: its place among the stages. calls: those that run here and may be normalised with what `run` is told or what `stands_in`
     for statistics that the program has no place for, with the names of their mean and variance, for those that are no operator (see
-    `lowering.affine.frozen_chains`).
+    `lowering.chains.frozen_chains`).
     """
 
     def __init__(
