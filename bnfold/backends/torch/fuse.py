@@ -32,6 +32,7 @@ from .writing.program import copy_program, write_program
 MOST_PATHS = 8  # of a module that are found by trying
 MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced
 FEW_NAMES = 8
+OTHERWISE = "the module's own code, or a hook, looks at it or at what it folds into: folded, it computes something else"
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
@@ -74,7 +75,8 @@ class _Folding:
         trial = Trial(self._traced) if _changes(paths) else None
         known: list[Other] = []
         while trial is not None and _changes(paths) and (other := trial.differs(self._exact(paths, trial))) is not None:
-            if other not in known and len(known) < MOST_PATHS and (traced := self._elsewhere(other)) is not None:
+            untold = other not in (*known, *trial.traced) and len(known) < MOST_PATHS
+            if untold and (traced := self._elsewhere(other)) is not None:
                 self._read.append((other.text, traced))
             else:
                 self._blame(trial, other, paths)
@@ -137,7 +139,8 @@ class _Folding:
             if holds(everything):
                 return
         found = guilty(sorted(everything)) or sorted(everything)
-        self._refuse(dict.fromkeys(found, f"the folded copy gives something else than the module with {other.text}"))
+        why = f"the folded copy gives something else than the module with {other.text}"
+        self._refuse(dict.fromkeys(found, OTHERWISE if other in trial.traced else why))
 
     def _report(self, paths: list[Path], notes: Any, added: int) -> FuseReport:
         first, *others = (path.planned.report(notes, bytes_added=added) for path in paths)

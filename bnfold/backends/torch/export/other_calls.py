@@ -7,8 +7,10 @@ few calls on which the original and the folded copy are held against each other,
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
@@ -27,8 +31,8 @@ from bnfold.verification.yardstick import deviation, plain
 from ..runtime.session import move_weights
 from .regions import kind_of
 from .sizes import Sizes
-from .trace import Call, Traced, duplicate, flat_outputs, has_more_terms, quiet, to_numpy
-from .walk import FLOATS, frames
+from .trace import Call, Traced, as_call, at_its_sizes, duplicate, flat_outputs, has_more_terms, quiet, to_numpy
+from .walk import FLOATS, frames, operator_name
 from .weights import weights
 
 CLOSE = 1e-7  # of the largest number: a right fold differs by 1e-14 or so in float64, a wrong one by more than 1e-3
@@ -445,21 +449,49 @@ def _ready(module: nn.Module, exact: bool) -> Run:
     return Run(own.cpu().double() if exact else own, exact=exact)
 
 
+def _otherwise(traced: Traced, copy: nn.Module, call: Call) -> bool:
+    """Whether a folded copy calls other operators than the original, apart from those in what was replaced."""
+    assert isinstance(traced.model, nn.Module)
+    theirs = dict(copy.named_modules(remove_duplicate=False))
+
+    def kind(module: nn.Module | None) -> Any:
+        return None if module is None else (type(module), len(module._forward_pre_hooks))
+
+    gone = {path for path, module in traced.model.named_modules(remove_duplicate=False) if kind(module) != kind(theirs.get(path))}
+
+    def operators(program: ExportedProgram) -> Counter[Any]:
+        own = (op for op in program.graph.nodes if operator_name(op) and gone.isdisjoint(frames(op)))
+        return Counter((tuple(frames(op)), operator_name(op), _numbers(op)) for op in own)
+
+    try:
+        folded = at_its_sizes(dataclasses.replace(traced, model=copy), as_call(copy, call))
+        return operators(at_its_sizes(traced, call).program) != operators(folded.program)
+    except UnsupportedError:
+        return False
+
+
+def _numbers(op: Op) -> str:
+    """The settings of an operator, but for types: a copy in float64 states its own."""
+    leaves = pytree.tree_leaves((op.args, dict(op.kwargs)))
+    return str([leaf for leaf in leaves if isinstance(leaf, (bool, int, float, str))])
+
+
 class Trial:
     """The original, held against folded copies on other calls than the traced ones."""
 
     def __init__(self, traced: Traced) -> None:
         assert isinstance(traced.model, nn.Module)
         self._module = traced.model
-        self._traced: list[Other] = []
+        self._read: list[tuple[Traced, Other]] = []
         self._calls: list[Other] = []
         for each in (traced, *traced.others):
             own, others = other_calls(each)
-            self._traced.append(own)
+            self._read.append((each, own))
             self._calls += others
+        self.traced = [own for _, own in self._read]
         self._expected: dict[int, Any] = {}
         kinds = {t.dtype for t in itertools.chain(self._module.parameters(), self._module.buffers()) if t.is_floating_point()}
-        self.exact = not _branches(traced) and all(self._original(True)(other.call) is not None for other in self._traced)
+        self.exact = not _branches(traced) and all(self._original(True)(other.call) is not None for other in self.traced)
         self._close = CLOSE if self.exact else max((STORED_CLOSE.get(kind, HALF_CLOSE) for kind in kinds), default=CLOSE)
 
     def _original(self, exact: bool) -> Run:
@@ -472,11 +504,13 @@ class Trial:
     def differs(self, copy: nn.Module, calls: Iterable[Other] = ()) -> Other | None:
         """The first call on which a folded copy gives something else than the original, which gives the same each time.
 
-        None too where they differ on a traced call: that is no matter of other paths, and for the check to find.
+        None too where they differ on a traced call, though the code of both calls the same operators: that is no matter of paths, and for
+        the check to find.
         """
         run = Run(copy, exact=self.exact)
-        if any(self._parts(other.call, run) for other in self._traced):
-            return None
+        for traced, other in self._read:
+            if self._parts(other.call, run):
+                return other if run(other.call) is None or _otherwise(traced, copy, other.call) else None
         for other in calls or self._calls:
             if self._parts(other.call, run, other.ranks) and (other.twin is None or self._parts(other.twin, run, other.ranks)):
                 return other
