@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from itertools import chain, count
 
 # What XML 1.0 can't hold, not even escaped; half a pair of UTF-16 (a path that isn't UTF-8 has them) can't be encoded at all.
@@ -34,9 +34,11 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__
 
 
-def unused(stem: str, taken: Container[str], form: str = "{}_{}", first: int = 1) -> str:
-    """The stem, or else the first of the names numbered from it that isn't taken."""
-    return next(name for name in chain([stem], (form.format(stem, i) for i in count(first))) if name not in taken)
+def unused(stem: str, taken: set[str], form: str = "{}_{}", first: int = 2) -> str:
+    """The stem, or else the first of the names numbered from it that isn't taken; now it is."""
+    name = next(name for name in chain([stem], (form.format(stem, i) for i in count(first))) if name not in taken)
+    taken.add(name)
+    return name
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,12 +15,15 @@ from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
 from bnfold.folding.branches import Merge
+from bnfold.text import unused
 
 from .graph.edit import idle, inner_first, is_read
 from .graph.walk import all_graphs, nbytes, stored_tensor
 from .lowering.lowering import OnnxNative
 
 SHAPE_ONLY = ("Shape", "Size")
+
+_unused = partial(unused, form="{}.{}")
 
 
 def write(
@@ -126,10 +130,10 @@ class _Writer:
                 list(old.inputs),
                 old.attributes.values(),
                 num_outputs=1,
-                name=self._free(node.name, self.node_names),
+                name=_unused(node.name, self.node_names),
             )
             made, value = copy.outputs[0], old.outputs[0]
-            made.name, made.type = self._free(f"{value.name}.clone", self.names), value.type
+            made.name, made.type = _unused(f"{value.name}.clone", self.names), value.type
             made.shape = None if value.shape is None else value.shape.copy()
             assert old.graph is not None
             old.graph.insert_after(old, copy)
@@ -144,7 +148,7 @@ class _Writer:
             self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        free = self._free(name, self.names)
+        free = _unused(name, self.names)
         tensor = ir.Tensor(array, name=free)
         value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
         self.model.graph.register_initializer(value)
@@ -175,25 +179,16 @@ class _Writer:
         attributes = [a for key, a in node.attributes.items() if key != "axis"]
         copy = ir.Node("", "DequantizeLinear", inputs, [*attributes, ir.AttrInt64("axis", axis)], num_outputs=1)
         value = copy.outputs[0]
-        value.name, value.type, value.shape = self._free(name, self.names), old.type, old.shape
+        value.name, value.type, value.shape = _unused(name, self.names), old.type, old.shape
         assert node.graph is not None
         node.graph.insert_after(node, copy)
         return value
-
-    @staticmethod
-    def _free(name: str, taken: set[str]) -> str:
-        free, count = name, 1
-        while free in taken:
-            count += 1
-            free = f"{name}.{count}"
-        taken.add(free)
-        return free
 
     def _add_behind(self, node: ir.Node, bias: ir.Value) -> None:
         """An Add behind a node that has no bias of its own; a model output keeps its name."""
         old, graph = node.outputs[0], node.graph
         assert graph is not None
-        add = ir.Node("", "Add", [None, bias], num_outputs=1, name=self._free(f"{node.name}.bias", self.node_names) if node.name else None)
+        add = ir.Node("", "Add", [None, bias], num_outputs=1, name=_unused(f"{node.name}.bias", self.node_names) if node.name else None)
         new = add.outputs[0]
         new.type, new.shape = old.type, None if old.shape is None else old.shape.copy()
         if self.model.opset_imports.get("", 7) < 7:
@@ -204,10 +199,10 @@ class _Writer:
         graph.insert_after(node, add)
         if output:
             name = old.name
-            old.name = self._free(f"{name}.product", self.names)
+            old.name = _unused(f"{name}.product", self.names)
             new.name = name
         else:
-            new.name = self._free(f"{old.name}.biased", self.names)
+            new.name = _unused(f"{old.name}.biased", self.names)
 
     def _remove(self, node: ir.Node, kept: int) -> None:
         """Take a node out: its users read its input number `kept`. A graph output keeps its name."""
@@ -220,7 +215,7 @@ class _Writer:
             if producer is None or producer.graph is not graph or source.is_graph_output():
                 self._make_identity(node, source)
                 return
-            name, output.name = output.name, self._free(f"{output.name}.removed", self.names)
+            name, output.name = output.name, _unused(f"{output.name}.removed", self.names)
             source.name, source.type, source.shape = name, output.type or source.type, output.shape or source.shape
         ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
         graph.remove(node, safe=True)

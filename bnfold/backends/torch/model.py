@@ -26,6 +26,7 @@ from bnfold.data.inputs import check_feeds
 from bnfold.errors import NO_BATCHNORM, UnsupportedError
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Port, Shapes, Stream
+from bnfold.text import first_line
 
 from .export.functional import entangled, functional
 from .export.sizes import Sizes
@@ -333,7 +334,7 @@ class TorchModel(Model):
                 program = torch.export.export(module, tuple(to_tensor(a.copy()) for a in inputs.values()), strict=False)
                 torch.export.save(program, file)
             except Exception as error:  # torch.export raises what it likes
-                raise UnsupportedError(f"torch.export can't write the part: {str(error).splitlines()[0]}") from None
+                raise UnsupportedError(f"torch.export can't write the part: {first_line(error)}") from None
         return Extract(".pt2", file.getvalue())
 
     # --- what is made of it --------------------------------------------------------------------------------------------------------------

@@ -39,8 +39,7 @@ def junit(command: str, model: str, rows: Iterable[Row], seconds: float = 0.0) -
         _count(element, cases)
         seen: set[str] = set()
         for row in cases:
-            name = unused(printable(row.name), seen, "{} ({})", 2)
-            seen.add(name)
+            name = unused(printable(row.name), seen, "{} ({})")
             case = ET.SubElement(element, "testcase", classname=place, name=name, time="0")
             text = printable(joined(row.reason, row.found)) or row.verdict
             if kind := ELEMENTS.get(row.verdict):

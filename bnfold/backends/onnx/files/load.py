@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from bnfold.errors import ModelError, UnsupportedError
+from bnfold.text import one_line
 
 from . import wire
 from .external import Files, is_external
@@ -185,4 +186,4 @@ def _line(error: Exception) -> str:
     """The root of an error in one line."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)

@@ -25,7 +25,7 @@ from bnfold.recalibration.protocol import NOTHING, Reading, Values
 from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes, opset
 from ..runtime.placement import assigned, honoured, name_nodes
-from ..runtime.providers import one_line, resolve, runtime, start
+from ..runtime.providers import resolve, runtime, runtime_message, start
 from .operations import OnnxCut, sources
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
@@ -96,7 +96,7 @@ class OnnxStage:
         except BnfoldError:
             raise
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
-            text = one_line(error)
+            text = runtime_message(error)
             if "does not support" in text or "not implemented" in text.lower():  # as recurrent kernels in float64 say when they run
                 self.lacks, self._run = text, self._instead()
                 return self._run(feeds)

@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from bnfold.errors import DeviceError
 from bnfold.model import Placement
+from bnfold.text import unused
 
 from .providers import CPU, resolve
 
@@ -42,11 +43,7 @@ def name_nodes(graph: onnx.GraphProto) -> None:
     seen: set[str] = set()
     for number, node in enumerate(graph.node):
         if not node.name or node.name in seen:
-            name = f"{node.name or node.op_type}_{number}"
-            while name in taken:
-                name += "_"
-            node.name = name
-            taken.add(name)
+            node.name = unused(f"{node.name or node.op_type}_{number}", taken)
         seen.add(node.name)
 
 

@@ -139,7 +139,7 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
             session, failed = None, error
     if failed is not None:
-        text = one_line(failed)
+        text = runtime_message(failed)
         if full != CPU and type(failed).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NotImplemented", "InvalidArgument"):
             raise DeviceError(
                 f"execution provider {short(full)} could not start: {text}{_said(hearing.errors(), text)}; {_advice(full, built_in=True)}"
@@ -156,7 +156,7 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
     return session
 
 
-def one_line(error: BaseException | str, limit: int = 300) -> str:
+def runtime_message(error: BaseException | str, limit: int = 300) -> str:
     """The message in one line, without ONNX Runtime's prefix of its status code."""
     text = " ".join(str(error).split())
     text = SOURCE.sub("", text) or text
@@ -167,7 +167,7 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
 
 def _said(lines: list[str], already: str, limit: int = 400) -> str:
     """What the runtime printed, for the end of a reason."""
-    told = (one_line(line, 1 << 16) for line in lines)
+    told = (runtime_message(line, 1 << 16) for line in lines)
     fresh = "; ".join(dict.fromkeys(line for line in told if line and line not in already))
     if not fresh:
         return ""

@@ -22,7 +22,7 @@ from ..files.validate import tensors
 from ..graph.inputs import inputs
 from ..graph.proto import self_contained, skeleton, stored_bytes
 from .placement import assigned, honoured, name_nodes, profiled
-from .providers import CPU, one_line, resolve, runtime, short, start
+from .providers import CPU, resolve, runtime, runtime_message, short, start
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec
@@ -101,7 +101,7 @@ class Session:
                 results = self._session.run(self._outputs, given)
             except Exception as error:
                 shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
-                text = one_line(error)
+                text = runtime_message(error)
                 if "llocate memory" in text or "out of memory" in text.lower():
                     raise DeviceError(f"not enough memory on {short(self.provider)} for {shapes}: {text}; use a smaller batch") from None
                 raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None

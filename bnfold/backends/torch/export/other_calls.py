@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
 from bnfold.errors import DataError, UnsupportedError
+from bnfold.text import one_line
 from bnfold.verification.yardstick import deviation, plain
 
 from ..runtime.session import move_weights
@@ -386,7 +387,7 @@ class Run:
                     returned = self._module(*args, **kwargs)
                 return plain({name: to_numpy(tensor) for name, tensor in flat_outputs(returned).items()})
         except Exception as error:  # the user's code raises what it likes
-            raise DataError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+            raise DataError(one_line(error)) from None
 
 
 def alike(want: Mapping[str, Any], got: Mapping[str, Any] | None, close: float, *, ranks: bool = False) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import ModelError
+from bnfold.text import one_line
 
 from .archive_json import is_plain_text, payload_troubles, program_troubles
 
@@ -45,8 +46,7 @@ def check_archive(path: Path) -> None:
         if trouble := next(_in_directory(entries), None) or next(_in_entries(path, entries), None):
             raise ModelError(f"{path}: {trouble}, which can run code when it is loaded; {REMEDY}")
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, RecursionError) as error:
-        text = " ".join(str(error).split())[:160]
-        raise ModelError(f"{path}: a damaged exported program ({text}); export it again") from None
+        raise ModelError(f"{path}: a damaged exported program ({one_line(error)}); export it again") from None
 
 
 def _in_directory(entries: list[zipfile.ZipInfo]) -> Iterator[str]:

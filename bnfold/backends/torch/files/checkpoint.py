@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnfold.errors import ModelError
+from bnfold.text import one_line
 
 from ..writing.surgery import Surgery, rebuild
 
@@ -204,12 +205,12 @@ def unpickled(path: Path, trust_pickle: bool) -> Any:
                 f"trust where it comes from, or save model.state_dict() and give --arch"
             ) from None
     except Exception as error:  # a damaged file raises anything
-        raise ModelError(f"{path}: can't be read as a PyTorch file ({_line(error)}); download or save it again") from None
+        raise ModelError(f"{path}: can't be read as a PyTorch file ({one_line(error)}); download or save it again") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # unpickling runs any code
         raise ModelError(
-            f"{path}: can't be unpickled ({type(error).__name__}: {_line(error)}); is what it was saved with installed?"
+            f"{path}: can't be unpickled ({type(error).__name__}: {one_line(error)}); is what it was saved with installed?"
         ) from error
 
 
@@ -217,7 +218,3 @@ def _what(text: str) -> str:
     """The class that the unpickler refused, from its message."""
     found = re.search(r"(?:GLOBAL|global) ([\w.]+)", text)
     return "" if found is None else f" ({found[1]})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__

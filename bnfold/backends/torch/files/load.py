@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
 from bnfold.errors import ModelError, UnsupportedError, UsageError
+from bnfold.text import one_line
 
 from ..export.trace import quiet
 from .architecture import Arch, build
@@ -96,7 +97,6 @@ def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
         with quiet():
             return torch.export.load(path)
     except Exception as error:  # loading raises whatever the parts of an archive raise
-        text = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{path}: torch {torch.__version__} can't load this exported program: {text}; export it again with this version"
+            f"{path}: torch {torch.__version__} can't load this exported program: {one_line(error)}; export it again with this version"
         ) from error

@@ -17,6 +17,7 @@ from torch.fx import Node as Op
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
+from bnfold.text import unused
 
 from ..export.constants import KINDS
 from ..export.functional import graph_copy
@@ -135,7 +136,7 @@ class _Writer:
         if old is not None:
             tensor = laid_out(tensor, old.meta["val"])
         stem = stored.target if stored is not None else f"{_path(native)}.{role}"
-        target = _free(stem, {*self.state, *self.constants})
+        target = unused(stem, {*self.state, *self.constants})
         made = placeholder(self.graph, self.signature, tensor, target, InputKind.PARAMETER)
         trained = stored.tensor.requires_grad if stored is not None and isinstance(stored.tensor, torch.nn.Parameter) else True
         self.state[target] = torch.nn.Parameter(tensor, requires_grad=trained and tensor.is_floating_point())
@@ -208,7 +209,7 @@ class _Writer:
             new, tensor = self.copies[old], self.ctx.constants.tensor(old)
             if new.users and isinstance(tensor, Tensor):
                 exact = tensor.to(old.meta["val"].dtype).to(self._device(old))
-                target = _free(old.name, {*self.state, *self.constants})
+                target = unused(old.name, {*self.state, *self.constants})
                 made = placeholder(self.graph, self.signature, exact, target, InputKind.PARAMETER)
                 self.state[target] = torch.nn.Parameter(exact, exact.is_floating_point())
                 self._replace(new, made)
@@ -250,7 +251,7 @@ def placeholder(graph: torch.fx.Graph, signature: ExportGraphSignature, tensor: 
     stem = ("p_" if kind == InputKind.PARAMETER else "b_") + re.sub(r"\W", "_", target)
     values = [op.meta.get("val") for op in graph.nodes]
     with graph.inserting_before(next(op for op in graph.nodes if op.op == "placeholder")):
-        made: Op = graph.placeholder(_free(stem, {op.name for op in graph.nodes}))
+        made: Op = graph.placeholder(unused(stem, {op.name for op in graph.nodes}))
     mode = next(v.fake_mode for v in values if isinstance(v, Tensor) and hasattr(v, "fake_mode"))
     made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
     made.meta["tensor_meta"] = {}
@@ -267,11 +268,3 @@ def _like(tensor: Tensor, old: Tensor) -> Tensor:
 def _path(native: TorchNative) -> str:
     stack = native.op.meta.get("nn_module_stack") or {}
     return next((entry[0] for entry in reversed(stack.values()) if entry[0]), native.op.name)
-
-
-def _free(stem: str, taken: set[str]) -> str:
-    name, count = stem, 1
-    while name in taken:
-        count += 1
-        name = f"{stem}_{count}"
-    return name
