@@ -120,11 +120,12 @@ def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
             pass
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        head = json.loads(str(arrays.pop("head")))
+        head = json.loads(str(arrays.pop("head", "{}")))
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file; it should hold {what}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise DataError(f"{path}: this isn't {what} ({first_line(error)})") from None
-    if head.get("schema") != schema:
-        raise DataError(f"{path}: this isn't {what}, but {head.get('schema')!r}")
+    found = head.get("schema") if isinstance(head, dict) else None
+    if found != schema:
+        raise DataError(f"{path}: this isn't {what}, but {repr(found) if found else 'arrays of something else'}")
     return head, arrays

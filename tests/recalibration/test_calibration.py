@@ -621,3 +621,7 @@ def test_another_kind_of_file_is_told_in_plain_words(folder: Path) -> None:
     found = bnfold_cli("recalibrate", "net.onnx", "--restore", "net.py", "-o", "out.onnx", folder=folder)
     assert found.returncode == 3
     assert "net.py: this isn't the old statistics of a recalibrated model (File is not a zip file)" in found.stderr
+    np.savez(folder / "labelled.npz", x=DATA)
+    found = bnfold_cli("recalibrate", "net.onnx", "--restore", "labelled.npz", "-o", "out.onnx", folder=folder)
+    assert found.returncode == 3
+    assert "this isn't the old statistics of a recalibrated model, but arrays of something else" in found.stderr

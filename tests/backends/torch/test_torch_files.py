@@ -153,6 +153,9 @@ def test_keys_that_mean_nothing_are_passed_over(net: nn.Module) -> None:
     assert same(net, bnfold.load("loss.pth", arch="net.py:make", ignore_keys=["module.loss.*", "nothing"], say=said.append))
     assert said[-3:-1] == ["loss.pth: passed over, as asked: module.loss.weight", "loss.pth: no key matches 'nothing'"]
     assert same(net, bnfold.load("loss.pth", arch="net.py:make", ignore_keys=["*loss.*", "*weight"]))
+    said.clear()
+    assert same(net, bnfold.load("loss.pth", arch="net.py:make", ignore_keys=["*loss.*", "*bn.weight"], say=said.append))
+    assert "loss.pth: '*bn.weight' matches weights of the architecture alone, and none of these is passed over" in said
 
 
 def test_a_module_is_unpickled_only_with_trust(net: nn.Module) -> None:

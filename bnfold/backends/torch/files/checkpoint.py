@@ -153,8 +153,11 @@ def _without_ignored(
     for keys, what in ((asked, "passed over, as asked"), (found, "counters of a profiler, passed over")):
         if keys:
             say(f"{where}: {what}: {_few(keys)}")
-    if unused := [pattern for pattern in patterns if not any(fnmatchcase(key, pattern) for key in state)]:
-        say(f"{where}: no key matches {', '.join(map(repr, unused))}")
+    for pattern in (pattern for pattern in patterns if not any(fnmatchcase(key, pattern) for key in asked)):
+        if any(fnmatchcase(key, pattern) for key in state):
+            say(f"{where}: {pattern!r} matches weights of the architecture alone, and none of these is passed over")
+        else:
+            say(f"{where}: no key matches {pattern!r}")
     return {key: tensor for key, tensor in state.items() if key not in {*asked, *found}}
 
 
