@@ -38,7 +38,7 @@ def bench(
     median over the rounds, and its range holds the middle half of them.
     """
     from .backends.open import open_both
-    from .verification.interface import alike
+    from .verification.comparison import alike
 
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")

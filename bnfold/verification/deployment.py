@@ -13,8 +13,9 @@ from bnfold.model import Runner
 from bnfold.report import Deployment
 
 from .comparison import Comparison
-from .determinism import unsteady
-from .yardstick import DEPLOYED_LIMIT, HALF_LIMIT, Tally, Truth, chance, deployed_ratio
+from .noise import Errors
+from .preconditions import unsteady
+from .yardstick import DEPLOYED_LIMIT, HALF_LIMIT, Truth, chance, deployed_ratio
 
 STEADY = 100.0  # units of roundoff within which two runs of one model agree, whatever the order of their sums
 
@@ -38,11 +39,11 @@ class Deployments:
         first, *more = max((side.precisions(provider) for side in (self.both.candidate, self.both.reference)), key=len)
         self.rows += self._rows(provider, first)
         for precision in more:
-            self.rows += map(_told_only, Deployments(self.both, self.truth, self.lacking)._rows(provider, precision))
+            self.rows += map(_undecisive, Deployments(self.both, self.truth, self.lacking)._rows(provider, precision))
 
     def _rows(self, provider: str, precision: str) -> list[Deployment]:
         both, truth = self.both, self.truth
-        options = both.candidate.optimisations
+        rows = [Deployment(provider, option, 0.0, precision=precision) for option in both.candidate.optimisations]
         try:
             reference = both.reference.session(provider, both.reference.optimisations[0], precision=precision)
             if truth is None:
@@ -50,57 +51,57 @@ class Deployments:
             both.progress(f"{provider}: reference", 0, None)
             own = truth.compare(reference.run)
         except (UnsupportedError, DataError) as error:
-            return [Deployment(provider, option, 0.0, "skipped", str(error), precision) for option in options]
+            return [dataclasses.replace(row, verdict="skipped", reason=str(error)) for row in rows]
         if reason := unsteady(reference.run, reference.run, truth, STEADY * both.unit):
             self.unsteady = reason
-            return [Deployment(provider, option, 0.0, "inconclusive", reason, precision) for option in options]
-        return [self._row(truth, own, provider, option, precision) for option in options]
+            return [dataclasses.replace(row, verdict="inconclusive", reason=reason) for row in rows]
+        return [self._row(truth, own, row) for row in rows]
 
-    def _row(self, truth: Truth, own: Mapping[str, Tally], provider: str, option: str, precision: str) -> Deployment:
+    def _row(self, truth: Truth, own: Mapping[str, Errors], row: Deployment) -> Deployment:
+        provider, option = row.provider, row.optimisation
         self.both.progress(f"{provider}: candidate, optimisation {option}", 0, None)
         try:
-            candidate = self.both.candidate.session(provider, option, precision=precision)
-            tallies = truth.compare(candidate.run)
+            candidate = self.both.candidate.session(provider, option, precision=row.precision)
+            errors = truth.compare(candidate.run)
         except (UnsupportedError, DataError) as error:
-            return Deployment(provider, option, np.inf, "different", f"the reference runs, the candidate doesn't: {error}", precision)
-        row = dataclasses.replace(self._judged(truth, provider, option, tallies, own), precision=precision, **_placed(candidate, provider))
+            reason = f"the reference runs, the candidate doesn't: {error}"
+            return dataclasses.replace(row, ratio=np.inf, verdict="different", reason=reason)
+        row = dataclasses.replace(row, **self._judged(truth, errors, own), **_placed(candidate, provider))
         if row.verdict == "different" and option in self.both.reference.optimisations[1:]:
             return self._excused(truth, row)
         return row
 
-    def _judged(self, truth: Truth, provider: str, option: str, tallies: Mapping[str, Tally], own: Mapping[str, Tally]) -> Deployment:
+    def _judged(self, truth: Truth, errors: Mapping[str, Errors], own: Mapping[str, Errors]) -> dict[str, Any]:
+        """Of a row, what comes of the candidate's errors. own: the reference's."""
         worst, reason = 0.0, ""
-        for name, tally in tallies.items():
+        for name, each in errors.items():
             if own[name].problem:  # the reference itself doesn't give what it should there
                 continue
-            ratio = np.inf if tally.problem else self._ratio(truth, name, tally, own[name])
+            ratio = np.inf if each.problem else self._ratio(truth, name, each, own[name])
             self.ratios[name] = max(self.ratios.get(name, 0.0), ratio)
             if ratio > worst:
                 worst = ratio
-                reason = tally.problem or f"output {name} errs {ratio:.3g} times as much as the reference (at most {self.limit:g})"
-        broken = [t.problem for t in own.values() if t.problem]
+                reason = each.problem or f"output {name} errs {ratio:.3g} times as much as the reference (at most {self.limit:g})"
+        broken = [each.problem for each in own.values() if each.problem]
         if len(broken) == len(own):
-            return Deployment(provider, option, 0.0, "inconclusive", f"the reference itself fails there: {broken[0]}")
-        return Deployment(provider, option, worst, *(("different", reason) if worst > self.limit else ("equivalent", "")))
+            return {"verdict": "inconclusive", "reason": f"the reference itself fails there: {broken[0]}"}
+        return {"ratio": worst, **({"verdict": "different", "reason": reason} if worst > self.limit else {})}
 
     def _excused(self, truth: Truth, row: Deployment) -> Deployment:
         """Where the runtime's optimisation does as much harm to the reference, the candidate isn't to blame, and the row says nothing."""
         try:
-            same, tallies = (
+            own, errors = (
                 truth.compare(side.session(row.provider, row.optimisation, precision=row.precision).run)
                 for side in (self.both.reference, self.both.candidate)
             )
         except (UnsupportedError, DataError):
             return row
-        for name, tally in tallies.items():
-            if self._ratio(truth, name, tally, same[name]) > self.limit or tally.problem:
-                return row
-        reason = (
-            f"the runtime's optimisation changes the reference itself by as much ({row.ratio:.3g} times its error without): switch it off"
-        )
-        return dataclasses.replace(row, verdict="skipped", reason=reason)
+        if any(each.problem or self._ratio(truth, name, each, own[name]) > self.limit for name, each in errors.items()):
+            return row
+        changes = f"the runtime's optimisation changes the reference itself by as much ({row.ratio:.3g} times its error without)"
+        return dataclasses.replace(row, verdict="skipped", reason=f"{changes}: switch it off")
 
-    def _ratio(self, truth: Truth, name: str, candidate: Tally, reference: Tally) -> float:
+    def _ratio(self, truth: Truth, name: str, candidate: Errors, reference: Errors) -> float:
         noise, scale = truth.noise[name], truth.scale(name, self.both.unit)
         ratio = deployed_ratio(candidate, reference, noise, scale)
         if ratio <= self.limit or candidate.problem:
@@ -117,7 +118,7 @@ def _placed(runner: Runner, provider: str) -> dict[str, Any]:
     return {"share": placement.nodes / placement.of, "nodes": placement.nodes, "of": placement.of, "counted": placement.source}
 
 
-def _told_only(row: Deployment) -> Deployment:
+def _undecisive(row: Deployment) -> Deployment:
     """A row that doesn't decide: what is wrong with it is said, and no more."""
     if row.verdict not in ("different", "inconclusive"):
         return row

@@ -15,7 +15,8 @@ from bnfold.report import Function
 
 from .comparison import Comparison
 from .inputs import moved, sample_count
-from .yardstick import FEW, FUNCTION_LIMIT, MANY, Noise, Run, Scale, Tally, Truth, function_ratio
+from .noise import Errors, Noise, numbers
+from .yardstick import FEW, FUNCTION_LIMIT, MANY, Run, Scale, Truth, function_ratio
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -24,14 +25,14 @@ PLENTY = 256  # numbers of an output, from which one run with moved weights tell
 MOVED = 2  # runs with moved weights at each of the other sizes
 ELSEWHERE = 10.0  # another path errs by far more, and one sample's yardstick is rough
 ENOUGH = 64  # numbers of an output; with fewer, the same samples are fed again, slightly moved,
-SOME = 4  # until there are so many: each costs a run for every yardstick
+ENOUGH_SAMPLES = 4  # until there are so many: each costs a run for every yardstick
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One output: the candidate's errors, the yardstick, and the ratio of the two."""
+class Deviation:
+    """The candidate's errors in one output, the yardstick, and the ratio of the two."""
 
-    tally: Tally
+    errors: Errors
     noise: Noise
     scale: Scale
     ratio: float
@@ -39,12 +40,15 @@ class Measured:
     @property
     def error(self) -> float:
         """The largest, relatively to the largest number."""
-        return self.tally.peak / (self.scale.largest or 1.0)
+        return self.errors.peak / (self.scale.largest or 1.0)
 
     @property
     def yardstick(self) -> float:
         """What rounded weights explain, likewise."""
         return max(self.noise.peak, self.scale.floor) / (self.scale.largest or 1.0)
+
+
+Deviations = dict[str, Deviation]  # by output
 
 
 def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], provider: str, seed: int) -> tuple[Truth | None, str]:
@@ -58,21 +62,16 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], 
     for make in (reference.exact, partial(reference.session, provider, reference.optimisations[0])):
         try:
             return _truth(both, make, feeds, others, seed, exact=not lacking), "; ".join(lacking)
-        except UnsupportedError as error:
+        except (UnsupportedError, DataError) as error:
+            if isinstance(error, DataError):
+                if not both.made_up:
+                    raise
+                unfit = True
             lacking.append(str(error))
-        except DataError as error:
-            if not both.made_up:
-                raise
-            lacking.append(str(error))
-            unfit = True
-    return None, "; ".join(lacking) + (f" ({_remedy(both)})" if unfit else "")
-
-
-def _remedy(both: Comparison) -> str:
-    """What helps where random data don't fit the reference; who checks a fold takes no data."""
-    if both.thorough:
-        return "these are random data: say which shapes fit, by --input-shape or input_shapes, or give data"
-    return "these are random data: say which shapes fit, by --input-shape, or give an example of the input in Python"
+    how = (
+        "by --input-shape or input_shapes, or give data" if both.thorough else "by --input-shape, or give an example of the input in Python"
+    )
+    return None, "; ".join(lacking) + f" (these are random data: say which shapes fit, {how})" * unfit
 
 
 def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], seed: int, *, exact: bool) -> Truth:
@@ -87,8 +86,8 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
     found = truth(feeds)
     sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in found.expected]
     samples = sum(sample_count(batch) for batch in feeds)
-    if both.thorough and 0 < sum(sizes) < ENOUGH and samples < SOME:
-        found = truth([*feeds, *moved(feeds, -(-SOME // samples) - 1, seed)])
+    if both.thorough and 0 < sum(sizes) < ENOUGH and samples < ENOUGH_SAMPLES:
+        found = truth([*feeds, *moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, seed)])
     both.progress("yardstick", 0, None)
     least = FEW if both.thorough or sum(sizes) < PLENTY else 1
     found.measure(lambda k: make(jitter=seed + k + 1).run, least=least, settle=both.thorough)
@@ -102,7 +101,7 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
     return found
 
 
-def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tuple[Function, dict[str, Measured]]:
+def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tuple[Function, Deviations]:
     """The candidate against the truth, and its outputs by name. lacking: why the truth isn't in float64, "" where it is."""
     if truth is None:
         return Function("inconclusive", reason=lacking), {}
@@ -111,27 +110,27 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     how = f"by the noise of the stored type, since {lacking}" if lacking else ""
     try:
         run = (candidate.session("cpu", candidate.optimisations[0]) if lacking else candidate.exact()).run
-        measured = _measured(both, truth, run)
-        found = _judged(measured, truth, how)
-        if found.verdict == "different" and truth.again is not None and not any(m.tally.problem for m in measured.values()):
+        deviations = _deviations(both, truth, run)
+        found = _judged(deviations, truth, how)
+        if found.verdict == "different" and truth.again is not None and not any(each.errors.problem for each in deviations.values()):
             # Before a fold is refused, the yardstick is measured anew, with more runs and on other data.
             other = truth.again()
-            second = _measured(both, other, run)
+            second = _deviations(both, other, run)
             if (doubt := _judged(second, other, how)).verdict == "equivalent":
                 return doubt, second
     except UnsupportedError as error:
         return Function("skipped", reason=str(error)), {}
     except DataError as error:
         return Function("different", np.inf, reason=f"the candidate doesn't run on what the reference takes: {error}"), {}
-    return found, measured
+    return found, deviations
 
 
-def _measured(both: Comparison, truth: Truth, run: Run) -> dict[str, Measured]:
-    measured = {}
-    for name, tally in truth.compare(run, both.unit).items():
+def _deviations(both: Comparison, truth: Truth, run: Run) -> Deviations:
+    found = {}
+    for name, errors in truth.compare(run, both.unit).items():
         noise, scale = truth.noise[name], truth.scale(name, both.unit)
-        measured[name] = Measured(tally, noise, scale, function_ratio(tally, noise, scale))
-    return measured
+        found[name] = Deviation(errors, noise, scale, function_ratio(errors, noise, scale))
+    return found
 
 
 def compare_elsewhere(both: Comparison, seed: int) -> str:
@@ -150,28 +149,29 @@ def compare_elsewhere(both: Comparison, seed: int) -> str:
         noisy = noisy or [moved(seed + k + 1) for k in range(MOVED)]
         try:
             truth.measure(noisy.__getitem__, least=MOVED, most=MOVED)
-            measured = _measured(both, truth, candidate)
+            deviations = _deviations(both, truth, candidate)
         except (DataError, UnsupportedError) as error:
             return f"with {text} the candidate doesn't run, where the reference does: {error}"
-        for name, found in measured.items():
-            if found.tally.problem:
-                return f"with {text} {found.tally.problem}"
+        for name, found in deviations.items():
+            if found.errors.problem:
+                return f"with {text} {found.errors.problem}"
             if found.ratio > ELSEWHERE * FUNCTION_LIMIT:
                 return f"with {text} output {name} is off by {found.ratio:.3g} times what rounded weights explain"
     return ""
 
 
-def _judged(measured: dict[str, Measured], truth: Truth, how: str) -> Function:
-    if not measured:
+def _judged(deviations: Deviations, truth: Truth, how: str) -> Function:
+    if not deviations:
         return Function("inconclusive", reason="the model has no outputs")
-    name, worst = max(measured.items(), key=lambda item: item[1].ratio)
-    if problems := [m for m in measured.values() if m.tally.problem]:
-        if all(m.noise.problem for m in problems):
-            text = f"{problems[0].tally.problem}; but so it is with the reference's own weights, moved within their rounding"
+    name, worst = max(deviations.items(), key=lambda item: item[1].ratio)
+    if problems := [each for each in deviations.values() if each.errors.problem]:
+        decided = next((each.errors.problem for each in problems if not each.noise.problem), None)
+        if decided is None:
+            text = f"{problems[0].errors.problem}; but so it is with the reference's own weights, moved within their rounding"
             return Function("inconclusive", reason=text)
-        return Function("different", np.inf, worst.yardstick, next(m.tally.problem for m in problems if not m.noise.problem))
+        return Function("different", np.inf, worst.yardstick, decided)
     if worst.ratio > FUNCTION_LIMIT:
-        where = f" ({worst.tally.where})" if worst.tally.where and worst.tally.part >= worst.ratio else ""
+        where = f" ({worst.errors.where})" if worst.errors.where and worst.errors.part >= worst.ratio else ""
         text = f"output {name}{where} is off by {worst.ratio:.3g} times what rounded weights explain"
         return Function("different", worst.error, worst.yardstick, text)
     if reason := _numberless(truth):
@@ -181,14 +181,11 @@ def _judged(measured: dict[str, Measured], truth: Truth, how: str) -> Function:
 
 def _numberless(truth: Truth) -> str:
     """Why outputs that agree say nothing."""
-    sizes, counts = dict.fromkeys(truth.names, 0), dict.fromkeys(truth.names, 0)
-    for outputs in truth.expected:
-        for name, a in outputs.items():
-            sizes[name] += a.size
-            counts[name] += int(np.isfinite(a).sum()) if a.dtype.kind in "fc" else a.size
+    arrays = {name: [outputs[name] for outputs in truth.expected] for name in truth.names}
+    sizes = {name: sum(a.size for a in each) for name, each in arrays.items()}
     if not any(sizes.values()):
         return "all outputs are empty"
-    if numberless := [name for name in sizes if sizes[name] and not counts[name]]:
+    if numberless := [name for name, each in arrays.items() if sizes[name] and not any(numbers(a).any() for a in each)]:
         which = "all outputs" if len(numberless) == len(sizes) else f"all numbers of output {numberless[0]}"
         return f"{which} of both models are NaN or infinite"
     return ""

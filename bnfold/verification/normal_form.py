@@ -86,13 +86,6 @@ def _mapped(steps: list[_Step], outcomes: Iterable[Outcome]) -> set[Value]:
     return found
 
 
-def _takes_all(node: Node) -> bool:
-    """Whether a map ends in an operator: a Pad takes up its part, or an Add the shift alone, and hands on the rest."""
-    if node.op in ("Affine", "Normalisation"):
-        return {"gamma", "beta"} <= node.params.keys()
-    return node.op in ("Conv", "Table", "Constant", "Recurrent") or (node.op == "Contraction" and "bias" in node.params)
-
-
 def _between(steps: list[_Step], place: Mapping[Node, int], first: set[Node], last: set[Node]) -> set[Value]:
     """The values on the ways from the outputs of some operators to the inputs of others."""
     if not first or not last:

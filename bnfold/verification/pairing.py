@@ -1,23 +1,134 @@
-"""Which values of two models correspond: by the data flow of their normal forms, whatever the values are called.
+"""Which operators of two networks stand at the same place: one walk through both at once, backwards from the outputs.
 
-Backwards from the outputs, operator by operator; where the structures part, the values above are found again by what computes them.
+It goes by the data flow alone, whatever operators and values are called. Where the structures differ, it goes on at values further up
+that are computed alike in both. Level 1 compares what it pairs (see `structure`), and `diagnosis` looks for a difference there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from bnfold.algebra.graph import Node, Value
-from bnfold.algebra.settings import COMMUTATIVE, operator
+from bnfold.algebra.graph import Graph, Node, Value
+from bnfold.algebra.settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, operator
 
-from .coefficients import through
-from .normal_form import Normal
+if TYPE_CHECKING:
+    from bnfold.folding.plan import NormalForm
+
+    from .normal_form import Normal
 
 NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm"}
+MOST_EXTRA = 4  # operators in a row that one side may have more
 
 
-FURTHEST = 4  # operators that one side may have more, in a row
+class Walk:
+    """The walk. equal: for each pair of values that it came to, whether they should be equal, or only their operators match.
+
+    nodes: the operators that correspond. trouble: why others don't, each with the place in the reference.
+    """
+
+    def __init__(self, reference: NormalForm | Normal, candidate: NormalForm | Normal) -> None:
+        self.graphs = reference.graph, candidate.graph
+        self.outputs = reference.outputs, candidate.outputs
+        self.keys = _keys(reference.graph) | _keys(candidate.graph)
+        self.equal: dict[tuple[Value, Value], bool] = {}
+        self.nodes: dict[tuple[Node, Node], None] = {}
+        self.trouble: list[tuple[int, str]] = []
+        self._stack: list[tuple[Value, Value]] = []
+
+    def visit(self, a: Value, b: Value) -> None:
+        """Look at a pair of values, and push what it leads to."""
+        raise NotImplementedError
+
+    def push(self, a: Value, b: Value, *, equal: bool = True) -> None:
+        """Come to a pair of values next, once."""
+        pair = through(a), through(b)
+        if pair not in self.equal:
+            self._stack.append(pair)
+        self.equal[pair] = equal or self.equal.get(pair, False)
+
+    def push_inputs(self, p: Node, q: Node) -> None:
+        """Come to the inputs of two operators, each of p's with its counterpart among those of q."""
+        left, reorder = list(q.inputs), _commutes(p) and not self.read_alike(p, q)
+        for a in p.inputs:
+            alike = [v for v in left if self.keys[v] == self.keys[a]] or [v for v in left if v.name == a.name] if reorder else []
+            b = (alike or left)[0]
+            left.remove(b)
+            self.push(a, b)
+
+    def read_alike(self, p: Node, q: Node) -> bool:
+        """Whether the inputs of two operators are computed alike."""
+        return [self.keys[v] for v in p.inputs] == [self.keys[v] for v in q.inputs]
+
+    def run(self) -> None:
+        """From the outputs, and then, where something has no counterpart, from the values that are computed alike in both."""
+        one, other = self.outputs
+        for name in one:
+            if name in other:
+                self.push(one[name], other[name])
+        self._go()
+        if self.trouble:
+            paired = {a for a, _ in self.nodes}, {b for _, b in self.nodes}
+            left = [[v for n in graph.nodes if n not in done for v in n.outputs] for graph, done in zip(self.graphs, paired, strict=True)]
+            mine, theirs = (Counter(self.keys[v] for v in values) for values in left)
+            place = {self.keys[v]: v for v in left[1]}
+            for v in reversed(left[0]):
+                if mine[self.keys[v]] == theirs[self.keys[v]] == 1:
+                    self.push(v, place[self.keys[v]])
+                    self._go()
+
+    def _go(self) -> None:
+        while self._stack:
+            self.visit(*self._stack.pop())
+
+
+def through(value: Value) -> Value:
+    """The value behind operators that do nothing, which other tools take out."""
+    while value.producer is not None and value.producer.op == "Identity" and len(value.producer.inputs) == 1:
+        value = value.producer.inputs[0]
+    return value
+
+
+def comparable(p: Node, q: Node) -> bool:
+    """Whether two operators are of one kind, so that they differ by their settings and coefficients at most."""
+    if len(p.inputs) != len(q.inputs) or p.params.keys() != q.params.keys():
+        return False
+    if p.op != q.op:  # a setting may decide what it counts as
+        return not {p.op, q.op} & {"Move", *SAID_BY_COEFFICIENTS} and p.label == q.label
+    return p.op in SAID_BY_COEFFICIENTS or p.op == "Move" or operator(p) == operator(q)
+
+
+def product_before(whole: Node, add: Node) -> Node | None:
+    """The product in front of a constant affine operator, where the other model has one product in the place of both."""
+    product = add.inputs[0].producer if add.inputs else None
+    split = whole.op == "Contraction" and add.op == "Affine" and product is not None and product.op == "Contraction"
+    return product if split else None
+
+
+def _keys(graph: Graph) -> dict[Value, int]:
+    """What each value is computed by, as a hash: alike in two models where their structures are."""
+    keys: dict[Value, int] = {}
+    for node in graph.nodes:
+        inputs = [keys.setdefault(v, hash(("input", v.name))) for v in node.inputs]
+        before = node.inputs[0].producer if node.inputs else None
+        bias = node.op == "Affine" and node.params.keys() == {"beta"} and before is not None and before.op == "Contraction"
+        if bias or (node.op == "Identity" and len(inputs) == 1):  # it may be the product's own in the other model
+            keys[node.output] = inputs[0]
+            continue
+        shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
+        order = tuple(sorted(inputs) if _commutes(node) else inputs)
+        for i, v in enumerate(node.outputs):
+            keys[v] = hash((node.op, operator(node) if node.op == "Barrier" else "", shapes, order, i))
+    return keys
+
+
+def _commutes(node: Node) -> bool:
+    signs, factors = node.attrs.get("signs", ()), node.attrs.get("factors", len(node.inputs))
+    return node.op in COMMUTATIVE and len(set(signs)) <= 1 and factors == len(node.inputs)
+
+
+# --- counterparts, also where the structures differ -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,133 +145,58 @@ class Pair:
     same: bool = True
 
 
-def pairs(reference: Normal, candidate: Normal) -> list[Pair]:
-    """All pairs, in the reference's order."""
-    found = _Pairing(reference, candidate).run()
+def counterparts(reference: Normal, candidate: Normal) -> list[Pair]:
+    """All pairs of values, in the reference's order."""
+    walk = _Counterparts(reference, candidate)
+    walk.run()
+    found = [Pair(a, b, a.producer, b.producer, same) for (a, b), same in walk.equal.items() if a.producer is not None]
     return sorted(found, key=lambda pair: pair.node.index)
 
 
-class _Pairing:
-    def __init__(self, reference: Normal, candidate: Normal) -> None:
-        self.sides = reference, candidate
-        self.keys = _keys(reference) | _keys(candidate)
-        self.found: dict[tuple[Value, Value], Pair] = {}
-        self.stack: list[tuple[Value, Value, bool]] = []
+class _Counterparts(Walk):
+    """Goes on behind operators that don't correspond, by what folds and tools are known to make of one another."""
 
-    def run(self) -> list[Pair]:
-        one, other = self.sides
-        self.stack = [(v, other.outputs[name], True) for name, v in one.outputs.items() if name in other.outputs]
-        self._walk()
-        taken = {a for a, _ in self.found}
-        mine, theirs = (Counter(self.keys[v] for v in _made(side)) for side in self.sides)
-        place, useful = {self.keys[v]: v for v in _made(other)}, _useful(one)
-        for v in reversed(_made(one)):
-            key = self.keys[v]
-            if v in useful and v not in taken and mine[key] == theirs[key] == 1:
-                self.stack.append((v, place[key], True))
-                self._walk()
-                taken = {a for a, _ in self.found}
-        return list(self.found.values())
+    def visit(self, a: Value, b: Value) -> None:
+        p, q = a.producer, b.producer
+        if p is None:
+            return
+        if q is not None and comparable(p, q):
+            self.nodes[p, q] = None
+            self.push_inputs(p, q)
+            return
+        self.trouble.append((p.index, "they don't correspond"))
+        mine, theirs = _normalises(p), q is not None and _normalises(q)
+        if mine and not theirs:  # folded one way or the other: one of the two pairs will agree
+            self.push(p.inputs[0], b)
+        elif q is None:
+            return
+        elif theirs and not mine:
+            self.push(a, q.inputs[0], equal=False)
+        elif (product := product_before(p, q)) is not None:
+            self.push(a, product.output, equal=False)
+        elif (product := product_before(q, p)) is not None:
+            self.push(product.output, b, equal=False)
+        elif (further := self._passed_over(a, b)) is not None:
+            self.push(*further)
+        elif len(p.inputs) == len(q.inputs) == 1 or self.read_alike(p, q):
+            self.push_inputs(p, q)
 
-    def _walk(self) -> None:
-        while self.stack:
-            a, b, same = self.stack.pop()
-            a, b = through(a), through(b)
-            p, q = a.producer, b.producer
-            if ((a, b) in self.found and (self.found[a, b].same or not same)) or p is None:
-                continue
-            self.found[a, b] = Pair(a, b, p, q, same)
-            if q is None:
-                if _normalises(p):  # folded into what comes behind
-                    self.stack.append((p.inputs[0], b, True))
-                continue
-            if _alike(p, q):
-                self.stack.extend((x, y, True) for x, y in zip(p.inputs, self._ordered(p, q), strict=True))
-            elif _normalises(p) and not _normalises(q):  # folded one way or the other: one of the two pairs will agree
-                self.stack.append((p.inputs[0], b, True))
-            elif _normalises(q) and not _normalises(p):
-                self.stack.append((a, q.inputs[0], False))
-            elif (product := _product(p, q)) is not None:
-                self.stack.append((*product, False))
-            elif (further := self._one_more(a, b)) is not None:
-                self.stack.append((*further, True))
-            elif len(p.inputs) == len(q.inputs) == 1 or self._same_inputs(p, q):
-                self.stack.extend((x, y, True) for x, y in zip(p.inputs, self._ordered(p, q), strict=True))
-
-    def _one_more(self, a: Value, b: Value) -> tuple[Value, Value] | None:
+    def _passed_over(self, a: Value, b: Value) -> tuple[Value, Value] | None:
         """What corresponds once operators of one side are passed over that the other lacks: alike by all that it is made of, or by kind."""
         ways = [(a, c) for c in _before(b)] + [(c, b) for c in _before(a)]
         known = [each for each in ways if self.keys.get(each[0]) == self.keys.get(each[1])]
-        alike = [(x, y) for x, y in ways if x.producer is not None and y.producer is not None and _alike(x.producer, y.producer)]
+        alike = [(x, y) for x, y in ways if x.producer is not None and y.producer is not None and comparable(x.producer, y.producer)]
         return next(iter(known + alike), None)
-
-    def _same_inputs(self, p: Node, q: Node) -> bool:
-        return [self.keys.get(v) for v in p.inputs] == [self.keys.get(v) for v in q.inputs]
-
-    def _ordered(self, p: Node, q: Node) -> list[Value]:
-        """The inputs of q in the order of their counterparts among those of p."""
-        if p.op not in COMMUTATIVE or len(set(p.attrs.get("signs", (1,)))) > 1 or self._same_inputs(p, q):
-            return q.inputs
-        left, order = list(q.inputs), []
-        for a in p.inputs:
-            found = next((v for v in left if self.keys.get(v) == self.keys.get(a)), None)
-            found = found or next((v for v in left if v.name == a.name), left[0])
-            left.remove(found)
-            order.append(found)
-        return order
 
 
 def _before(value: Value) -> list[Value]:
     """The values before one, as far as operators of one input without coefficients made it."""
     found: list[Value] = []
-    while (node := value.producer) is not None and len(node.inputs) == 1 and not node.params and len(found) < FURTHEST:
+    while (node := value.producer) is not None and len(node.inputs) == 1 and not node.params and len(found) < MOST_EXTRA:
         value = through(node.inputs[0])
         found.append(value)
     return found
 
 
-def _alike(p: Node, q: Node) -> bool:
-    named = p.op != "Barrier" or operator(p) == operator(q)
-    return p.op == q.op and named and len(p.inputs) == len(q.inputs) and p.params.keys() == q.params.keys()
-
-
 def _normalises(node: Node) -> bool:
     return len(node.inputs) >= 1 and ("mean" in node.attrs or node.label in NORMALISES)
-
-
-def _product(p: Node, q: Node) -> tuple[Value, Value] | None:
-    """A product with a bias on one side, a product and an Add behind it on the other: what goes on with the product alone."""
-    for whole, add in ((p, q), (q, p)):
-        before = add.inputs[0].producer if add.inputs else None
-        if whole.op == "Contraction" and add.op == "Affine" and before is not None and before.op == "Contraction":
-            return (p.output, add.inputs[0]) if whole is p else (add.inputs[0], q.output)
-    return None
-
-
-def _made(side: Normal) -> list[Value]:
-    return [v for node in side.graph.nodes for v in node.outputs]
-
-
-def _useful(side: Normal) -> set[Value]:
-    """What the outputs depend on."""
-    found, stack = set(side.outputs.values()), list(side.outputs.values())
-    while stack:
-        node = stack.pop().producer
-        for v in node.inputs if node is not None else ():
-            if v not in found:
-                found.add(v)
-                stack.append(v)
-    return found
-
-
-def _keys(side: Normal) -> dict[Value, int]:
-    """What each value is computed by, as a hash: alike in two models where their structures are."""
-    keys: dict[Value, int] = {}
-    for node in side.graph.nodes:
-        inputs = [keys.setdefault(v, hash(("input", v.name))) for v in node.inputs]
-        shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
-        order = tuple(sorted(inputs) if node.op in COMMUTATIVE else inputs)
-        label = operator(node) if node.op == "Barrier" else ""
-        for i, v in enumerate(node.outputs):
-            keys[v] = inputs[0] if node.op == "Identity" and len(inputs) == 1 else hash((node.op, label, shapes, order, i))
-    return keys

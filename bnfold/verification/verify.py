@@ -22,15 +22,14 @@ from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
 from .coefficients import Correspondence, correspond
-from .comparison import Comparison
+from .comparison import Comparison, alike, interface_difference, interface_notes
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
-from .diagnosis.first_difference import first_difference
-from .diagnosis.localise import Located
+from .diagnosis.localise import first_difference
+from .diagnosis.sides import Located
 from .function import compare_elsewhere, compare_functions, truth_of
-from .inputs import given, interface_difference, interface_notes, is_several, random, resized, shortened
-from .interface import alike
-from .verdict import Findings, summary, verdict
+from .inputs import given, is_several, random, resized, shortened
+from .verdict import Findings, verdict
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -66,20 +65,19 @@ def verify(
         ready(bundle, force=force)
     first, second = alike(reference, candidate)
     both = Comparison(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
-    notes = interface_notes(first, second)
-    if coefficients_only:
-        return _timed(_coefficients_alone(both), start, notes)
-    feeds: Iterable[Batch]
+    feeds: Iterable[Batch] | None = None
     others: list[Batch] = []
-    if batches is None:
+    if coefficients_only:
+        bundle = None
+    elif batches is not None:
+        feeds = given(first, batches, samples, batch_size)
+    else:
         feeds = made = random(first, second, samples, batch_size, seed, input_shapes)
         others = resized(first, second, made[0], seed) if input_shapes is None else []
-    else:
-        feeds = given(first, batches, samples, batch_size)
-    report, parted = _compared(both, feeds, others, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
+    report, located = _compared(both, feeds, others, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
     if bundle is not None:
-        report = with_bundle(report, parted, bundle, force=force)
-    return _timed(report, start, notes)
+        report = with_bundle(report, located, bundle, force=force)
+    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *interface_notes(first, second)))
 
 
 def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyReport:
@@ -88,7 +86,7 @@ def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyRep
     calls = reference.calls
     reports = [_checked(reference, fused, example)] if len(calls) == 1 else [_checked(call, fused.called(call), call) for call in calls]
     worst = max(reports, key=lambda report: ("equivalent", "inconclusive", "different").index(report.verdict))
-    return _timed(worst, start)
+    return dataclasses.replace(worst, seconds=time.perf_counter() - start)
 
 
 def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
@@ -105,43 +103,75 @@ def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
     return _compared(both, feeds)[0]
 
 
-def _timed(report: VerifyReport, start: float, notes: tuple[str, ...] = ()) -> VerifyReport:
-    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *notes))
-
-
 def _compared(
-    both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch] = (), providers: tuple[str, ...] = (), seed: int = 0
+    both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[Batch] = (), providers: tuple[str, ...] = (), seed: int = 0
 ) -> tuple[VerifyReport, Located | None]:
-    """All levels in their order, and where the two part. others: data of other sizes."""
-    if (report := _uncallable(both)) is not None:
-        return report, None
-    for provider in providers:
+    """All levels in their order, and where the two part. feeds: None for level 1 alone, which runs nothing; others: data of other sizes."""
+    if reason := interface_difference(both.reference, both.candidate):
+        skipped = "the interfaces differ"
+        levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
+        return VerifyReport(verdict="different", levels=levels, reason=reason), None
+    for provider in providers if feeds is not None else ():
         for side in (both.reference, both.candidate):
             side.require(provider)
     coefficients, found = _coefficients(both)
+    findings = Findings(
+        coefficients, found, _same(both, found), Function("skipped", reason="only the coefficients were asked for"), ran=False
+    )
+    if feeds is not None:
+        findings = _run(both, findings, feeds, others, providers, seed)
+    decided, reason = verdict(both, findings)
+    layer, located = first_difference(both, findings) if decided == "different" else (None, None)
+    report = VerifyReport(
+        verdict=decided,
+        levels=findings.levels,
+        outputs=findings.outputs,
+        first_difference=layer,
+        reason=reason,
+        difference=None if located is None else located.difference,
+    )
+    return report, located
+
+
+def _run(
+    both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch], providers: tuple[str, ...], seed: int
+) -> Findings:
+    """Levels 2 and 3, and what they say of level 1."""
     truth, lacking = truth_of(both, feeds, others, providers[0] if providers else "cpu", seed)
-    function, measured = compare_functions(both, truth, lacking)
+    function, deviations = compare_functions(both, truth, lacking)
     elsewhere = compare_elsewhere(both, seed) if both.thorough and function.verdict != "different" else ""
     if elsewhere:
         function = dataclasses.replace(function, verdict="different", error=math.inf, reason=elsewhere)
     deployed = Deployments(both, truth, lacking)
     for provider in providers:
         deployed.run(provider)
-    if found is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and found.may_be_another_form:
-        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=_another_form(found))
-    same = _same(both, found)
-    findings = Findings(coefficients, found, same, function, truth, measured, tuple(deployed.rows), deployed.ratios, deployed.unsteady)
-    decided, reason = verdict(both, findings)
-    first, parted = first_difference(both, findings) if decided == "different" and not elsewhere else (None, None)
-    report = VerifyReport(
-        verdict=decided,
-        levels=findings.levels,
-        outputs=findings.outputs,
-        first_difference=first,
-        reason=reason,
-        difference=None if parted is None else parted.difference,
+    coefficients, level = found.coefficients, found.correspondence
+    if level is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and level.may_be_another_form:
+        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=_another_form(level))
+    return dataclasses.replace(
+        found,
+        coefficients=coefficients,
+        function=function,
+        ran=True,
+        elsewhere=bool(elsewhere),
+        truth=truth,
+        deviations=deviations,
+        rows=tuple(deployed.rows),
+        ratios=deployed.ratios,
+        unsteady=deployed.unsteady,
     )
-    return report, parted
+
+
+def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None]:
+    """Level 1: also with operators doubled for a BatchNorm's sake, where without something has no counterpart."""
+    both.progress("coefficients", 0, 1)
+    try:
+        found = correspond(both.reference.plan(), both.candidate.plan())
+        if found.unpaired:
+            found = correspond(both.reference.plan(clone=True), both.candidate.plan(clone=True))
+    except UnsupportedError as error:
+        return Coefficients("skipped", reason=str(error)), None
+    return found.report(), found
 
 
 def _another_form(found: Correspondence) -> str:
@@ -151,45 +181,6 @@ def _another_form(found: Correspondence) -> str:
     if found.narrower and not found.mismatches:
         return found.narrower
     return "the outputs agree to rounding while most coefficients differ: the same function in another form"
-
-
-def _coefficients_alone(both: Comparison) -> VerifyReport:
-    """Level 1 alone."""
-    if (report := _uncallable(both)) is not None:
-        return report
-    coefficients, found = _coefficients(both)
-    findings = Findings(coefficients, found, _same(both, found), Function("skipped", reason="only the coefficients were asked for"))
-    if coefficients.verdict == "different":
-        first = found.mismatches[0].node.name if found is not None and found.mismatches else None
-        return VerifyReport(verdict="different", levels=findings.levels, first_difference=first, reason=coefficients.reason)
-    if coefficients.verdict == "skipped":
-        return VerifyReport(verdict="inconclusive", levels=findings.levels, reason=coefficients.reason)
-    alike = "" if found is None else f"; all {found.paired} operators are set alike"
-    reason = f"{summary(findings)}{alike}; neither model was run"
-    return VerifyReport(verdict="inconclusive" if findings.same else "equivalent", levels=findings.levels, reason=reason)
-
-
-def _uncallable(both: Comparison) -> VerifyReport | None:
-    """The report where the two can't even be called alike."""
-    if not (reason := interface_difference(both.reference, both.candidate)):
-        return None
-    skipped = "the interfaces differ"
-    levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
-    return VerifyReport(verdict="different", levels=levels, reason=reason)
-
-
-def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None]:
-    both.progress("coefficients", 0, 1)
-    found = None
-    for clone in (False, True):
-        try:
-            found = correspond(both.reference.plan(clone=clone), both.candidate.plan(clone=clone))
-        except UnsupportedError as error:
-            return Coefficients("skipped", reason=str(error)), None
-        if not found.unpaired:
-            break
-    assert found is not None
-    return found.report(), found
 
 
 def _same(both: Comparison, found: Correspondence | None) -> bool:

@@ -28,7 +28,7 @@ from bnfold.backends.torch.export.trace import flat_outputs, to_numpy, trace
 from bnfold.backends.torch.model import TorchModel
 from bnfold.backends.torch.runtime.session import precise
 from bnfold.report import VerifyReport
-from bnfold.verification.coefficients import LIMIT
+from bnfold.verification.roundoff import LIMIT
 from tests.power.defects import DEFECTS, Net, OnnxNet, Site, TorchNet
 from tests.power.list import AS_MODULES, FUSES, IN_HALF, LIGHT
 from tests.power.models import ONNX_FOLDS, TORCH_FOLDS, RememberedOnnx, RememberedTorch, exported, light, network, own

@@ -17,8 +17,10 @@ from bnfold.algebra.rounding import roundoff
 from bnfold.backends.onnx.fuse import fuse
 from bnfold.backends.onnx.model import OnnxModel
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
-from bnfold.verification.coefficients import correspond, precision
-from bnfold.verification.yardstick import Noise, Scale, Tally, Truth, deployed_ratio, deviation, function_ratio, varies, worst_part
+from bnfold.verification.coefficients import correspond
+from bnfold.verification.noise import Errors, Noise, deviation, varies, worst_part
+from bnfold.verification.roundoff import precision
+from bnfold.verification.yardstick import Scale, Truth, deployed_ratio, function_ratio
 
 
 def right(network="residual", seed=0):
@@ -151,9 +153,9 @@ def test_a_bad_channel_shows_among_louder_ones():
 
 
 def test_a_reference_without_error_gives_no_infinite_ratio():
-    exact, scale = Tally(), Scale(largest=1.0, floor=2.0**-24, count=100, discrete=False)
+    exact, scale = Errors(), Scale(largest=1.0, floor=2.0**-24, count=100, discrete=False)
     exact.add(np.zeros(100))
-    candidate = Tally()
+    candidate = Errors()
     candidate.add(np.full(100, 2.0**-24))
     assert 0 < deployed_ratio(candidate, exact, Noise([exact]), scale) < 1
     assert 0 < function_ratio(candidate, Noise([exact]), scale) <= 1
@@ -164,7 +166,7 @@ def test_few_independent_numbers_widen_the_yardstick():
     def runs(values):
         tallies = []
         for value in values:
-            tallies.append(Tally())
+            tallies.append(Errors())
             tallies[-1].add(np.array([value]))
         return Noise(tallies)
 
@@ -175,7 +177,7 @@ def test_few_independent_numbers_widen_the_yardstick():
 
 
 def test_integers_may_flip_where_moved_weights_flip_them():
-    scale, flips, none = Scale(1.0, 1e-4, 1000, True), Tally(), Tally()
+    scale, flips, none = Scale(1.0, 1e-4, 1000, True), Errors(), Errors()
     flips.add((np.arange(1000) < 3).astype(float))
     none.add(np.zeros(1000))
     assert function_ratio(flips, Noise([flips]), scale) == pytest.approx(1)

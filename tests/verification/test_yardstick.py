@@ -20,7 +20,8 @@ from bnfold.backends.onnx.oracle import evaluator as oracle
 from bnfold.backends.onnx.oracle.evaluator import moving
 from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.export.weights import weights
-from bnfold.verification.yardstick import FUNCTION_LIMIT, Noise, Scale, Tally, Truth, chance, deployed_ratio, function_ratio, worst_part
+from bnfold.verification.noise import Errors, Noise, worst_part
+from bnfold.verification.yardstick import FUNCTION_LIMIT, Scale, Truth, chance, deployed_ratio, function_ratio
 
 UNIT = 2.0**-24
 
@@ -171,7 +172,7 @@ def test_a_number_that_hangs_on_the_rounding_of_weights_is_inconclusive() -> Non
 def test_a_few_roundings_of_a_deep_network_are_no_defect(depth: int, passes: bool) -> None:
     """A reference whose sums happen to be exact errs less than any other of its depth."""
     truth = Truth(answering(1.0), [{}], depth=lambda: depth)
-    exact, candidate = Tally(), Tally()
+    exact, candidate = Errors(), Errors()
     exact.add(np.array([UNIT]))
     candidate.add(np.array([9 * UNIT]))
     ratio = deployed_ratio(candidate, exact, Noise(), Scale(1.0, UNIT, 1, False), truth.roundings())

@@ -11,15 +11,14 @@ import numpy.typing as npt
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node
 
-from .channels import along, factors, scale_and_shift
-from .held import Found, Held
+from .weights import Weights, along, factors, scale_and_shift
 
 MOST = 4096  # channels among which another order is looked for
 
 Order = npt.NDArray[Any]  # for each place, whose coefficients lie there
 
 
-def orders(want: Held, have: Found, groups: int, sites: list[Node]) -> Iterator[str]:
+def orders(want: Weights, have: Weights, groups: int, sites: list[Node]) -> Iterator[str]:
     """Those that give what the candidate holds. sites: the BatchNorms that were folded in."""
     still = np.abs(want.bias) + max((float(np.abs(n.attrs["norm"].mean).max(initial=0.0)) for n in sites), default=0.0)
     scales = [(np.ones(want.channels), ""), *_scale_behind(want, sites)]
@@ -41,13 +40,13 @@ def orders(want: Held, have: Found, groups: int, sites: list[Node]) -> Iterator[
                 yield text
 
 
-def _outputs(want: Held, have: Found, groups: int, scales: list[tuple[Array, str]], still: Array) -> Iterator[str]:
+def _outputs(want: Weights, have: Weights, groups: int, scales: list[tuple[Array, str]], still: Array) -> Iterator[str]:
     for scale, when in scales:
         mine, theirs = (side.scaled(1 / scale) for side in (want, have))
         order = _permutation(_rows(mine, want.axis), _rows(theirs, have.axis))
         if order is None:
             continue
-        weight = Held(np.take(mine, order, want.axis), want.bias, want.axis).scaled(scale)
+        weight = Weights(np.take(mine, order, want.axis), want.bias, want.axis).scaled(scale)
         for bias, what in ((want.bias[order], ""), (want.bias, " of the weight alone")):
             if have.is_explained(weight, bias, still):
                 if groups > 1 and (named := _group_order(order, groups)):
@@ -55,7 +54,7 @@ def _outputs(want: Held, have: Found, groups: int, scales: list[tuple[Array, str
                 yield f"channel order: output channels{what} are swapped{when}, {exchanged(order)}"
 
 
-def _scale_behind(want: Held, sites: list[Node]) -> Iterator[tuple[Array, str]]:
+def _scale_behind(want: Weights, sites: list[Node]) -> Iterator[tuple[Array, str]]:
     """The scale that a BatchNorm gave to the output channels, if it is one alone."""
     if len(sites) == 1 and sites[0].attrs["norm"].gamma.size == want.channels:
         scale, _ = scale_and_shift(sites[0].attrs["norm"])
@@ -63,7 +62,7 @@ def _scale_behind(want: Held, sites: list[Node]) -> Iterator[tuple[Array, str]]:
             yield scale, " before the fold"
 
 
-def order_of_scales(scale: Array, want: Held, have: Held) -> Order | None:
+def order_of_scales(scale: Array, want: Weights, have: Weights) -> Order | None:
     """The order of a BatchNorm's channels that gives the candidate's scales."""
     with np.errstate(all="ignore"):
         theirs = scale * factors(want.weight, have.weight, want.axis)[0]

@@ -11,94 +11,114 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node, Norm
 
 from .channel_order import exchanged, order_of_scales
-from .channels import along, factors, scale_and_shift
-from .held import SLACK, Found, Held, unfolded
+from .weights import SLACK, Weights, along, factors, inner_axis, scale_and_shift, unfolded
 
 BETTER = 0.6  # of the misfit of the right coefficients, in root mean square: what a hypothesis must come down to
 MOST_COUNTS = 4096  # numbers of elements that are tried for n/(n - 1)
 
-Refold = Callable[[Array, Array], tuple[Array, Array]]  # scale and shift to weight and bias
+Refold = Callable[[Array, Array], tuple[Array, Array, Array]]  # scale and shift to weight, bias and what its summands amount to
+Explains = Callable[[Array, Array], bool]  # whether a scale and a shift give what the candidate holds
 
 
-def mistakes(name: str, site: Node, node: Node, want: Held, have: Found, *, folded: bool = True) -> Iterator[str]:
+def mistakes(name: str, site: Node, node: Node, want: Weights, have: Weights, *, folded: bool = True) -> Iterator[str]:
     """Those that give what the candidate holds. site: the BatchNorm; node: what it was folded into, itself where nothing takes it.
 
     folded: whether the candidate's isn't there any more.
     """
     norm: Norm = site.attrs["norm"]
-    up, kept = site is node or site.index > node.index, site is node
-    stored = unfolded(node)
-    refold = _up(norm, want, kept, stored) if up else _down(norm, want)
+    up, stored = site is node or site.index > node.index, None if site is node else unfolded(node)
+    refold = _itself(norm, want) if site is node else _up(norm, want, stored) if up else _down(norm, want)
     if refold is None:
         return
-    trial = _Trial(norm, refold, have, up=up)
-    yield from _of_the_variance(name, norm, want, trial, "was folded with" if folded else "has")
+    s, t = scale_and_shift(norm)
+    usual = have.misfit(*refold(s, t))[1]
+
+    def explains(scale: Array, shift: Array) -> bool:
+        """To rounding, and much better than the right ones do."""
+        if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+            return False
+        most, rms = have.misfit(*refold(scale, shift))
+        return most <= SLACK and rms < BETTER * usual
+
+    yield from _of_the_variance(norm, name, "was folded with" if folded else "has", want, have, explains, up=up)
     for text, (scale, shift) in _of_the_map(norm):
-        if np.isfinite(scale).all() and np.isfinite(shift).all() and trial.explains(scale, shift):
+        if explains(scale, shift):
             yield f"{text} (BatchNorm {name})"
-    s, t = trial.right
-    if up and not kept and stored is not None and stored.bias.any():
+    if stored is not None and up and stored.bias.any():
         for text, bias in (("is dropped", t), ("isn't scaled", stored.bias + t)):
-            if have.is_explained(trial.weight, bias, np.abs(bias) + np.abs(norm.mean * s)):
+            if have.is_explained(want.weight, bias, np.abs(bias) + np.abs(norm.mean * s)):
                 yield f"the operator's own bias {text} in the fold of BatchNorm {name}"
-    if up and (order := order_of_scales(s, want, have)) is not None and trial.explains(s[order], t[order]):
+    if up and (order := order_of_scales(s, want, have)) is not None and explains(s[order], t[order]):
         yield f"channel order: BatchNorm {name} is folded with its channels in another order, {exchanged(order)}"
 
 
-class _Trial:
-    """What the candidate holds, against what comes out of other scales and shifts. up: whether the BatchNorm stands behind."""
+def other_statistics(name: str, norm: Norm, want: Weights, have: Weights) -> Iterator[str]:
+    """Statistics of another checkpoint: where some mean and variance explain all channels, and many of them are others."""
+    if norm.gamma.size != want.channels:
+        return
+    ratio, alive = factors(want.weight, have.weight, want.axis)
+    ratio = np.where(alive, ratio, 1.0)
+    if not have.is_explained(want.scaled(ratio), have.bias, np.abs(have.bias)) or (ratio <= 0).any():
+        return
+    var = (norm.var + norm.epsilon) / np.square(ratio) - norm.epsilon
+    s, t = scale_and_shift(norm)
+    own = np.where(alive, want.bias - t, 0.0)  # the operator's own bias, scaled
+    off = np.abs(have.bias - (own * ratio + norm.beta - norm.mean * s * ratio))
+    summands = np.abs(want.bias) + np.abs(norm.beta) + np.abs(norm.mean * s) + np.abs(own)
+    wider, moved = np.abs(ratio - 1) > SLACK * have.unit, off > SLACK * have.unit * summands
+    if (var[alive] < 0).any() or (wider | moved).sum() < max(2, len(ratio) / 2):
+        return
+    which = " and ".join(what for what, some in (("means", moved.any()), ("variances", wider.any())) if some)
+    with np.errstate(all="ignore"):
+        shift = off / np.abs(s * ratio) / np.sqrt(norm.var + norm.epsilon)
+    worst = float(shift[np.isfinite(shift)].max(initial=0.0))
+    yield (
+        f"statistics of another checkpoint: other running {which} in BatchNorm {name} explain all channels, as where one model was "
+        f"recalibrated (variances times {1 / np.square(ratio).max():.4g} to {1 / np.square(ratio).min():.4g}, means moved by up to "
+        f"{worst:.3g} standard deviations)"
+    )
 
-    def __init__(self, norm: Norm, refold: Refold, have: Found, *, up: bool) -> None:
-        self.norm, self.refold, self.have, self.up = norm, refold, have, up
-        self.right = scale_and_shift(norm)
-        self.weight, self.bias = refold(*self.right)
-        self.usual = self._misfit(*self.right)[1]
 
-    def explains(self, scale: Array, shift: Array) -> bool:
-        """To rounding, and much better than the right ones do."""
-        most, usual = self._misfit(scale, shift)
-        return most <= SLACK and usual < BETTER * self.usual
-
-    def _misfit(self, scale: Array, shift: Array) -> tuple[float, float]:
-        beta = np.abs(self.norm.beta)
-        with np.errstate(all="ignore"):
-            weight, bias = self.refold(scale, shift)
-            if self.up:
-                summands = np.abs(shift) + beta + np.abs(self.norm.mean * scale) + np.abs(bias - shift)
-            else:
-                summands = np.abs(self.bias) + beta.max(initial=0.0)
-        return self.have.misfit(weight, bias, summands)
+def _itself(norm: Norm, want: Weights) -> Refold | None:
+    """The coefficients for another scale and shift of a BatchNorm that nothing took."""
+    size = np.abs(norm.beta)
+    return (
+        (lambda scale, shift: (scale, shift, np.abs(shift) + size + np.abs(norm.mean * scale)))
+        if norm.gamma.size == want.channels
+        else None
+    )
 
 
-def _up(norm: Norm, want: Held, kept: bool, stored: Held | None) -> Refold | None:
-    """The coefficients for another scale and shift of a BatchNorm behind the operator."""
+def _up(norm: Norm, want: Weights, stored: Weights | None) -> Refold | None:
+    """The same of one behind the operator."""
     s, t = scale_and_shift(norm)
     if s.size != want.channels or want.bias.size != want.channels:
         return None
-    if kept:
-        return lambda scale, shift: (scale, shift)
-    own = want.bias - t
+    base, own = want, want.bias - t
     if stored is not None and stored.weight.shape == want.weight.shape and stored.bias.size == want.channels:
-        direct = Held(stored.weight, stored.bias, want.axis)
-        if np.allclose(direct.scaled(s), want.weight, rtol=1e-9, atol=0) and np.allclose(stored.bias * s, own, rtol=1e-6, atol=1e-9):
-            return lambda scale, shift: (direct.scaled(scale), stored.bias * scale + shift)
+        exact = np.allclose(stored.scaled(s), want.weight, rtol=1e-9, atol=0) and np.allclose(stored.bias * s, own, rtol=1e-6, atol=1e-9)
+        base, own, s = (stored, stored.bias, np.ones_like(s)) if exact else (base, own, s)
     if not (s != 0).all():
         return None
-    return lambda scale, shift: (want.scaled(scale / s), own * (scale / s) + shift)
+
+    def refold(scale: Array, shift: Array) -> tuple[Array, Array, Array]:
+        bias = own * (scale / s)
+        return base.scaled(scale / s), bias + shift, np.abs(bias) + np.abs(shift) + np.abs(norm.beta) + np.abs(norm.mean * scale)
+
+    return refold
 
 
-def _down(norm: Norm, want: Held) -> Refold | None:
-    """The same for a BatchNorm in front of it, whose channels are the weight's inputs."""
+def _down(norm: Norm, want: Weights) -> Refold | None:
+    """The same of one in front of it, whose channels are the weight's inputs."""
     s, t = scale_and_shift(norm)
-    axes = [i for i in range(min(want.weight.ndim, 2)) if i != want.axis and want.weight.shape[i] == s.size]
-    if not axes or not (s != 0).all():
+    axis, others = inner_axis(want, s.size), tuple(i for i in range(want.weight.ndim) if i != want.axis)
+    if axis is None or not (s != 0).all():
         return None
-    axis = axes[0]
-    others = tuple(i for i in range(want.weight.ndim) if i != want.axis)
+    summands = np.abs(want.bias) + np.abs(norm.beta).max(initial=0.0)
 
-    def refold(scale: Array, shift: Array) -> tuple[Array, Array]:
+    def refold(scale: Array, shift: Array) -> tuple[Array, Array, Array]:
         ratio, moved = (along(v, axis, want.weight.ndim) for v in (scale / s, (shift - t) / s))
-        return want.weight * ratio, want.bias + (want.weight * moved).sum(axis=others)
+        return want.weight * ratio, want.bias + (want.weight * moved).sum(axis=others), summands
 
     return refold
 
@@ -130,11 +150,11 @@ def _of_the_map(norm: Norm) -> list[tuple[str, tuple[Array, Array]]]:
 # --- epsilon, and the number of elements -------------------------------------------------------------------------------------------
 
 
-def _of_the_variance(name: str, norm: Norm, want: Held, trial: _Trial, has: str) -> Iterator[str]:
-    axis = want.axis if trial.up else next((i for i in range(min(want.weight.ndim, 2)) if i != want.axis), 0)
-    if want.weight.shape[axis] != norm.gamma.size:
+def _of_the_variance(norm: Norm, name: str, has: str, want: Weights, have: Weights, explains: Explains, *, up: bool) -> Iterator[str]:
+    axis = want.axis if up else inner_axis(want, norm.gamma.size)
+    if axis is None or want.weight.shape[axis] != norm.gamma.size:
         return
-    ratio, tells = factors(want.weight, trial.have.weight, axis)
+    ratio, tells = factors(want.weight, have.weight, axis)
     with np.errstate(all="ignore"):
         found = (norm.var + norm.epsilon) / np.square(ratio)  # each channel's variance plus epsilon, as the candidate's weights say it
     usable = tells & np.isfinite(found) & (found > 0)
@@ -142,10 +162,10 @@ def _of_the_variance(name: str, norm: Norm, want: Held, trial: _Trial, has: str)
         return
     found = np.where(usable, found, 1.0)
     for epsilon in _epsilons(norm, found, usable):
-        if epsilon != norm.epsilon and trial.explains(*scale_and_shift(replace(norm, epsilon=epsilon))):
+        if epsilon != norm.epsilon and explains(*scale_and_shift(replace(norm, epsilon=epsilon))):
             yield f"another epsilon: the candidate {has} {epsilon:.6g}, BatchNorm {name} has {norm.epsilon:.6g}"
-    for n, doubt, factor in _counts(norm, found, usable, trial.have.unit):
-        if trial.explains(*scale_and_shift(replace(norm, var=norm.var * factor))):
+    for n, doubt, factor in _counts(norm, found, usable, have.unit):
+        if explains(*scale_and_shift(replace(norm, var=norm.var * factor))):
             which = "unbiased" if factor > 1 else "biased"
             doubtful = f" (give or take {doubt})" if doubt > 1 or n >= MOST_COUNTS else ""
             yield f"the {which} variance: the candidate's variances are {factor:.6g} times the reference's, n = {n}{doubtful}"

@@ -21,7 +21,8 @@ import bnfold
 from bnfold.backends.onnx.files.load import from_proto
 from bnfold.backends.onnx.model import OnnxModel
 from bnfold.errors import InputError, UnsupportedError, UsageError
-from bnfold.verification.diagnosis.localise import compare_streams, first_to_reach_an_output, localise, sides_of
+from bnfold.verification.diagnosis.localise import first_to_reach_an_output, localise
+from bnfold.verification.diagnosis.sides import compare_values, sides_of
 
 # --- ONNX, small ------------------------------------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch):
 
     monkeypatch.setattr("bnfold.backends.onnx.model.Oracle", lacking)
     subjects = [OnnxModel(m) for m in pair(**CAUSES["mean"][0])]
-    found = localise(*subjects, subjects[0].random(batch=2, seed=0, input_shapes=None), None, coefficients=False)
+    found = localise(*subjects, subjects[0].random(batch=2, seed=0, input_shapes=None), None)
     assert found is not None
     assert not found.sides.exact
     assert found.difference.layer == "node_stem"
@@ -323,7 +324,7 @@ def test_right_folds_of_random_networks_part_nowhere():
         network = build(seed)
         fused, _ = bnfold.fuse(network, check=False)
         sides = sides_of(*(OnnxModel(from_proto(m)) for m in (network, fused)))
-        seen = compare_streams(sides, feeds(network))
+        seen = compare_values(sides, feeds(network))
         assert first_to_reach_an_output(sides, seen) is None, seed
         compared += len(seen)
     assert compared > 500

@@ -27,7 +27,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from bnfold.errors import DataError, UnsupportedError
 from bnfold.text import one_line
-from bnfold.verification.yardstick import deviation, plain
+from bnfold.verification.noise import deviation, plain
 
 from ..runtime.session import move_weights
 from .regions import kind_of

@@ -1,0 +1,157 @@
+"""Coefficients in units of roundoff: how far two parameters are apart, measured by what rounding can make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from bnfold.algebra.absorbing import coefficients
+from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Node, Param, Tensor
+from bnfold.folding.search import Outcome
+
+from .structure import FIXED, ParameterPair, has, order_of_axes
+
+LIMIT = 4.0  # units of roundoff
+DOUBLE_LIMIT = 2 * LIMIT  # in float64 what they are compared with is rounded as well
+DOUBLE = 2.0**-53
+
+Summands = dict[Node, list[Array]]  # by operator
+
+
+class UnitErrors(NamedTuple):
+    """Of one parameter. units: |have - want| in units of roundoff; unit: this roundoff; axis: of the output channels; limit: in units."""
+
+    want: Array
+    have: Array
+    units: Array
+    unit: float
+    axis: int
+    limit: float
+
+    def by_channel(self) -> tuple[Array, Array, Array]:
+        """want, have and units as matrices, a row a channel."""
+        rank, axis = self.units.ndim, self.axis
+        one, two, three = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) if rank else x.reshape(1, 1) for x in self[:3])
+        return one, two, three
+
+
+class ShapesDifferError(ValueError):
+    """Two parameters have shapes that can't be held against each other."""
+
+
+def errors_of(pair: ParameterPair, hidden: Summands) -> UnitErrors | None:
+    """None where neither side has such a parameter. hidden: see `hidden_summands`. Raises ShapesDifferError."""
+    a, role, b, its_role = pair
+    if role in FIXED:
+        want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
+        mine, theirs = np.abs(want), np.zeros(())
+        limit = next(_limits(_tensors(b, a)), float(a.attrs.get("limit", np.finfo(np.float32).max)))
+    else:
+        param, other = a.params[role], b.params[its_role]
+        if not has(a, role) and not has(b, its_role):
+            return None
+        want, have, mine, theirs = param.read(), other.read(), _magnitude(param), _magnitude(other)
+        limit = next(_limits((other.tensor, param.tensor, *_tensors(a, b))))
+        order = order_of_axes(a, b) if a.op == b.op == "Contraction" and role == its_role == "weight" else None
+        if order is not None:
+            have, theirs = have.transpose(order), theirs.transpose(order)
+    try:
+        want, have, mine, theirs = np.broadcast_arrays(want, have, mine, theirs)
+    except ValueError:
+        raise ShapesDifferError(f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}") from None
+    magnitude = np.maximum(mine, theirs)
+    for more in hidden.get(a, ()) if role not in ("weight", *FIXED) else ():
+        magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
+    unit, tiny = precision(limit)
+    units = in_units(want, have, magnitude, unit, tiny)
+    return UnitErrors(want, have, units, unit, _channel_axis(a, role, units.ndim), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
+
+
+def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: float) -> Array:
+    """|have - want| over unit * magnitude; an error of `tiny` counts as none, and a number that is none by itself as infinite."""
+    with np.errstate(all="ignore"):
+        error = np.abs(have - want)
+        units = np.maximum(error - tiny, 0) / (unit * magnitude)
+    same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
+    return np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
+
+
+def hidden_summands(outcomes: Iterable[Outcome]) -> Summands:
+    """What the planned shifts no longer show: |beta| + |s*mean|, and what a weight makes of them, for each site that went in."""
+    found: Summands = {}
+    for outcome in outcomes:
+        for site_node in outcome.site.nodes if outcome.folded else ():
+            if "mean" not in site_node.attrs:
+                continue
+            own = coefficients(site_node)
+            summands = np.abs(own.shift) + 2 * np.abs(own.scale * np.asarray(site_node.attrs["mean"]))
+            for node in outcome.into:
+                weight = node.params.get("weight")
+                went_down = site_node.index < node.index and weight is not None  # into W*t
+                found.setdefault(node, []).append(summands.max() * _row_sums(node) if went_down else summands)
+    return found
+
+
+def _row_sums(node: Node) -> Array:
+    """The sum of |W| over all that one output reads, the largest of all outputs."""
+    array = np.abs(stored(node.params["weight"]))
+    w, y = node.attrs.get("w"), node.attrs.get("y")
+    summed = tuple(i for i, name in enumerate(w) if name not in y) if w and y else tuple(range(1, array.ndim))
+    return np.asarray(array.sum(axis=summed).max(initial=0.0))
+
+
+def _magnitude(param: Param) -> Array:
+    """What a coefficient's summands amount to: |S*w| + |T| for the update (S, T) of a stored w."""
+    size = np.abs(stored(param))
+    return size if param.update is None else np.abs(param.update.scale) * size + np.abs(param.update.shift)
+
+
+def stored(param: Param) -> Array:
+    """A parameter before anything was folded in."""
+    return np.full(param.shape, param.default) if param.tensor is None else param.layout.canonical(param.tensor.read())
+
+
+def precision(limit: float) -> tuple[float, float]:
+    """Unit roundoff and half the smallest positive number of the IEEE type whose largest number is (2 - 2**(1 - p)) * 2**emax."""
+    fraction, exponent = np.frexp(limit)
+    unit = 1.0 - float(fraction)  # 2**-p
+    return unit, float(np.ldexp(unit, 2 - int(exponent)))
+
+
+def type_of(limit: float) -> str:
+    """The floating-point type whose largest number it is."""
+    names = {65504.0: "float16", 2.0**128 * (1 - 2.0**-8): "bfloat16", 2.0**128 * (1 - 2.0**-24): "float32"}
+    return names.get(limit, "float64" if limit > 1e300 else f"a type that ends at {limit:.3g}")
+
+
+def _limits(tensors: Iterable[Tensor | None]) -> Iterator[float]:
+    """The largest numbers of the types in which tensors were rounded."""
+    return (t.limit if t.cast_from is None else t.cast_from for t in tensors if t is not None)
+
+
+def _tensors(*nodes: Node) -> Iterator[Tensor | None]:
+    return (param.tensor for node in nodes for param in node.params.values())
+
+
+def _channel_axis(node: Node, role: str, rank: int) -> int:
+    """The axis of a parameter along which its output channels lie."""
+    if not rank:
+        return 0
+    if role == "weight":
+        return weight_axis(node)
+    return 1 if node.op == "Affine" and rank > 1 else 0 if node.op == "Conv" else rank - 1
+
+
+def weight_axis(node: Node) -> int:
+    """The axis of an operator's weight along which its output channels lie."""
+    w, y = node.attrs.get("w", ""), node.attrs.get("y", "")
+    return next((i for i in reversed(range(len(w))) if w[i] in y), 0)
+
+
+def output_axis(node: Node | None, rank: int) -> int:
+    """The axis of a value along which the channels lie that an operator with coefficients gave it."""
+    last = node is not None and node.op == "Contraction" and node.attrs.get("y", "")[-1:] in node.attrs.get("w", "")
+    return rank - 1 if rank < 2 or last else 1
