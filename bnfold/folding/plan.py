@@ -67,10 +67,9 @@ class NormalForm:
 
     def renamed(self, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> NormalForm:
         """The same under other names, by those that it has."""
-        for node in self.graph.nodes:
-            for value in node.inputs:
-                if value.producer is None:
-                    value.name = inputs.get(value.name, value.name)
+        for value in {*self.inputs, *self.outputs.values(), *(v for node in self.graph.nodes for v in node.inputs)}:
+            if value.producer is None:
+                value.name = inputs.get(value.name, value.name)
         constants = {
             f"output {outputs.get(name[7:], name[7:])}" if name.startswith("output ") else name: array
             for name, array in self.constants.items()

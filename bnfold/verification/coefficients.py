@@ -54,8 +54,8 @@ class Correspondence:
 
     uncertified: the BatchNorms of the reference of which not every coefficient was found to be right. remark: what the mismatches look
     like. unfolded: whether the candidate still has as many BatchNorms. narrower: how the candidate computes in a narrower type, "" where it
-    doesn't. paired: how many pairs of operators agree; left: the operators of each that have no counterpart of which all is known to agree;
-    graphs: both, in normal form.
+    doesn't. paired: how many pairs of operators agree; left: each normal form, and its operators that have no counterpart of which all is
+    known to agree.
     """
 
     checked: int
@@ -68,8 +68,7 @@ class Correspondence:
     unfolded: bool
     narrower: str
     paired: int
-    left: tuple[frozenset[Node], ...]
-    graphs: tuple[Graph, Graph]
+    left: tuple[tuple[Graph, frozenset[Node]], ...]
 
     @property
     def certified(self) -> int:
@@ -134,8 +133,7 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
         unfolded=0 < len(sites) == sum(o.site.is_batchnorm for o in candidate.outcomes),
         narrower=f"the candidate computes in {type_of(theirs)} ({where}), the reference in {type_of(mine)}" if theirs < mine else "",
         paired=len(agreeing),
-        left=tuple(frozenset(graph.nodes) - {pair[i] for pair in agreeing} for i, graph in enumerate(structure.graphs)),
-        graphs=structure.graphs,
+        left=tuple((p.graph, frozenset(p.graph.nodes) - {pair[i] for pair in agreeing}) for i, p in enumerate((reference, candidate))),
     )
 
 

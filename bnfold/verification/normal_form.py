@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bnfold.algebra.graph import Node, Value
 from bnfold.folding.plan import normal_form
@@ -27,23 +26,16 @@ class Normal:
         graph, named = model.lowered()
         self._sites = list(graph.sites)
         steps = [_Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
-        given = list(dict.fromkeys(v for step in steps for v in step.inputs if v.producer is None))
-        own_names = {v: v.name for v in given}
-        for v in given:
-            v.name = inputs.get(v.name, v.name)
-        self.inputs = [v.name for v in given]
-        self.limits = [float(step.node.attrs["limit"]) for step in steps if "limit" in step.node.attrs and step.inputs]
-        plan = normal_form(graph, named)
-        self.graph, self.outcomes = plan.graph, plan.outcomes
-        self.outputs = {outputs.get(name, name): v for name, v in plan.outputs.items()}
+        given = {v: v.name for step in steps for v in step.inputs if v.producer is None}
+        self.inputs = [inputs.get(name, name) for name in given.values()]
+        self.plan = plan = normal_form(graph, named).renamed(inputs, outputs)
         self.sites: dict[Node, list[Node]] = {}  # for each operator, the BatchNorms whose maps it took up, in their order
         for outcome in plan.outcomes:
-            if outcome.folded:
-                for node in outcome.into:
-                    self.sites.setdefault(node, []).extend(outcome.site.nodes)
+            for node in outcome.into if outcome.folded else ():
+                self.sites.setdefault(node, []).extend(outcome.site.nodes)
         left = set(graph.nodes)
         mapped = _mapped(steps, plan.outcomes)
-        self.stands: dict[Value, str] = {v: own_names[v] for v in given}
+        self.stands: dict[Value, str] = dict(given)
         for step in steps:
             for v in step.outputs:
                 if v not in mapped and (end := _end(v, left)) is not None:
@@ -58,8 +50,7 @@ class Normal:
         return self.model.stream(self.model.own(feeds), wanted, jitter=jitter, exact=exact)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """An operator as it stood before anything was planned."""
 
     node: Node
@@ -78,9 +69,8 @@ def _mapped(steps: list[_Step], outcomes: Iterable[Outcome]) -> set[Value]:
         for node in outcome.site.nodes:
             if node not in place:
                 continue
-            up = _between(
-                steps, place, {n for n in into if n.op != "Move"} or into, {node}
-            )  # a Pad takes up its part and hands on the rest
+            whole = {n for n in into if n.op != "Move"} or into  # a Pad takes up its part and hands on the rest
+            up = _between(steps, place, whole, {node})
             down = _between(steps, place, {node}, into)
             found |= up | down or set(node.outputs)  # a branch that became part of another operator stands nowhere
     return found

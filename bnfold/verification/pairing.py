@@ -16,8 +16,6 @@ from bnfold.algebra.settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, operator
 if TYPE_CHECKING:
     from bnfold.folding.plan import NormalForm
 
-    from .normal_form import Normal
-
 NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm"}
 MOST_EXTRA = 4  # operators in a row that one side may have more
 
@@ -28,9 +26,8 @@ class Walk:
     nodes: the operators that correspond. trouble: why others don't, each with the place in the reference.
     """
 
-    def __init__(self, reference: NormalForm | Normal, candidate: NormalForm | Normal) -> None:
-        self.graphs = reference.graph, candidate.graph
-        self.outputs = reference.outputs, candidate.outputs
+    def __init__(self, reference: NormalForm, candidate: NormalForm) -> None:
+        self.plans = reference, candidate
         self.keys = _keys(reference.graph) | _keys(candidate.graph)
         self.equal: dict[tuple[Value, Value], bool] = {}
         self.nodes: dict[tuple[Node, Node], None] = {}
@@ -63,20 +60,23 @@ class Walk:
 
     def run(self) -> None:
         """From the outputs, and then, where something has no counterpart, from the values that are computed alike in both."""
-        one, other = self.outputs
+        one, other = (plan.outputs for plan in self.plans)
         for name in one:
             if name in other:
                 self.push(one[name], other[name])
         self._go()
-        if self.trouble:
-            paired = {a for a, _ in self.nodes}, {b for _, b in self.nodes}
-            left = [[v for n in graph.nodes if n not in done for v in n.outputs] for graph, done in zip(self.graphs, paired, strict=True)]
-            mine, theirs = (Counter(self.keys[v] for v in values) for values in left)
-            place = {self.keys[v]: v for v in left[1]}
-            for v in reversed(left[0]):
-                if mine[self.keys[v]] == theirs[self.keys[v]] == 1:
-                    self.push(v, place[self.keys[v]])
-                    self._go()
+        if not self.trouble:
+            return
+        left = []
+        for i, plan in enumerate(self.plans):
+            paired = {pair[i] for pair in self.nodes}
+            left.append({v: self.keys[v] for node in plan.graph.nodes if node not in paired for v in node.outputs})
+        counts = [Counter(values.values()) for values in left]
+        place = {key: v for v, key in left[1].items()}
+        for v, key in reversed(left[0].items()):
+            if counts[0][key] == counts[1][key] == 1:
+                self.push(v, place[key])
+                self._go()
 
     def _go(self) -> None:
         while self._stack:
@@ -145,7 +145,7 @@ class Pair:
     same: bool = True
 
 
-def counterparts(reference: Normal, candidate: Normal) -> list[Pair]:
+def counterparts(reference: NormalForm, candidate: NormalForm) -> list[Pair]:
     """All pairs of values, in the reference's order."""
     walk = _Counterparts(reference, candidate)
     walk.run()

@@ -35,7 +35,6 @@ class Structure(Walk):
 
     def __init__(self, reference: NormalForm, candidate: NormalForm) -> None:
         super().__init__(reference, candidate)
-        self.inputs = reference.inputs, candidate.inputs
         self._left = set(reference.graph.nodes), set(candidate.graph.nodes)
         self.parameters: dict[ParameterPair, None] = {}
         self.settings: list[tuple[Node, Setting]] = []
@@ -66,8 +65,8 @@ class Structure(Walk):
 
     def _at_an_end(self, a: Value, b: Value) -> None:
         """Where one of two values comes from no operator."""
-        p, given = a.producer, a in self.inputs[0]
-        fed = given and b in self.inputs[1] and a.name == b.name
+        p, given = a.producer, a in self.plans[0].inputs
+        fed = given and b in self.plans[1].inputs and a.name == b.name
         if p is b.producer and (fed or (a, b) in self._alike or (a.fixed and b.fixed)):  # what is fixed its users state
             return
         node = p if p is not None else next((user for user, _ in a.users), None)

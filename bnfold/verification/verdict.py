@@ -107,11 +107,8 @@ def inconclusive(both: Comparison, found: Findings) -> str:
 
 
 def _unreached(both: Comparison, found: Findings, truth: Truth) -> str:
-    level = found.correspondence
-    if level is None:
-        return ""
     sides = (("reference", both.reference), ("candidate", both.candidate))
-    for (which, side), graph, left in zip(sides, level.graphs, level.left, strict=True):
+    for (which, side), (graph, left) in zip(sides, found.correspondence.left if found.correspondence is not None else (), strict=False):
         if missed := unreached(side, graph, left, truth.feeds):
             return f"{missed} (in the {which})"
     return ""

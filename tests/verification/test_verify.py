@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from networks import INPUTS, NETWORKS, NO_FAULT, folded, model, weights
+from networks import INPUTS, NETWORKS, NO_FAULT, folded, model, small, weights
 from onnx import TensorProto, helper, numpy_helper
 from opened import check_fold, verify
 
@@ -362,3 +362,12 @@ def test_first_difference_sees_through_values_that_a_fold_renames():
     assert report.layers[0].verdict == "folded"
     report = verify(network("Relu"), fused)
     assert (report.verdict, report.first_difference) == ("different", "activation")
+
+
+def test_names_may_change_places():
+    """However many operators read an input, it is renamed once."""
+    nodes = [helper.make_node("Add", ["a", "b"], ["c"]), helper.make_node("Mul", ["c", "a"], ["y"])]
+    (plan,) = plans(small(nodes, {}, {"a": (2, 3), "b": (2, 3)}, {"y": (2, 3)}))
+    renamed = plan.renamed({"a": "b", "b": "a"}, {"y": "z"})
+    assert [[v.name for v in node.inputs] for node in renamed.graph.nodes] == [["b", "a"], ["c", "b"]]
+    assert list(renamed.outputs) == ["z"]

@@ -78,7 +78,7 @@ def _explanations(
     yield from _other_settings(p, q)
     if compared is not None and mixes():
         yield "training mode: the candidate's output for one sample depends on the others in its batch"
-    one, other = (min(side.limits, default=np.inf) for side in (sides.reference, sides.candidate))
+    (one, _), (other, _) = sides.reference.plan.narrowest, sides.candidate.plan.narrowest
     if other < one:
         yield f"the candidate computes in {type_of(other)}, the reference in {type_of(one)}"
 

@@ -66,7 +66,7 @@ def localise(reference: Model, candidate: Model, feeds: Batch | None, mismatch: 
         return None
     seen = _likeliest(compare_values(sides, feeds)) if values and feeds else []
     first = first_to_reach_an_output(sides, seen)
-    place = {node.name: node.index for node in reversed(sides.reference.graph.nodes)}
+    place = {node.name: node.index for node in reversed(sides.reference.plan.graph.nodes)}
     at = -1 if mismatch is None else place.get(mismatch.node.name, 0)
     if mismatch is not None and (first is None or at < first.pair.node.index or (at > first.pair.node.index and is_right(first.pair))):
         pair = next((p for p in sides.pairs if p.node.name == mismatch.node.name and p.other is not None), None)
@@ -98,7 +98,7 @@ def first_to_reach_an_output(sides: Sides, seen: list[Compared]) -> Compared | N
     known = {c.pair.reference: c for c in seen}
     settled = {c.pair.candidate for c in seen if not c.differs}
     reaches: dict[Value, bool] = {}
-    for node in reversed(sides.reference.graph.nodes):
+    for node in reversed(sides.reference.plan.graph.nodes):
         for value in node.outputs:
             agrees = value in known and not known[value].differs
             reaches[value] = not agrees and (value.is_output or any(reaches.get(v, False) for user, _ in value.users for v in user.outputs))
@@ -117,7 +117,7 @@ def localise_runtime(reference: Model, candidate: Model, feeds: Batch, provider:
     at = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
     channel = at[output_axis(pair.node, off.ndim)] if pair is not None and at else at[-1] if at else None
     difference = Difference(name, channel, at, float(found.expected[at]), float(found.found[at]), found.text)
-    node = pair.node if pair is not None else sides.reference.graph.nodes[-1]
+    node = pair.node if pair is not None else sides.reference.plan.graph.nodes[-1]
     return Located(sides, difference, node, feeds, pair, runtime=found)
 
 

@@ -88,7 +88,7 @@ def sides_of(reference: Model, candidate: Model) -> Sides | None:
         mine, theirs = Normal(reference), Normal(candidate)
     except UnsupportedError:
         return None
-    return Sides(mine, theirs, counterparts(mine, theirs), max(reference.roundoff, candidate.roundoff))
+    return Sides(mine, theirs, counterparts(mine.plan, theirs.plan), max(reference.roundoff, candidate.roundoff))
 
 
 def compare_values(sides: Sides, feeds: Batch) -> list[Compared]:
