@@ -171,10 +171,10 @@ def _watched(graph: Graph, left: frozenset[Node]) -> dict[Value, _Seen]:
     for node in graph.nodes:
         if node in inside or not node.inputs:
             continue
-        around = _around(node)
+        around = _around(node) if node.label in GATES | CHOICES else list(_bodies(node)) if node.label in BRANCHES else []
         if node.op == "Table" and node in left:
             found[node.inputs[0]] = _Seen(node, rows=node.params["table"].shape[node.attrs["axes"].index(None)])
-        elif node.label in BRANCHES | CHOICES and not left.isdisjoint((node, *(_bodies(node) if node.label in BRANCHES else around))):
+        elif node.label in BRANCHES | CHOICES and not left.isdisjoint((node, *around)):
             found[node.inputs[0]] = _Seen(node)
         elif node.label in GATES and not left.isdisjoint(around):
             above, rank = next((each for each in around if each.index < node.index), None), node.output.rank

@@ -129,34 +129,29 @@ def _first_by_name(both: Comparison, feeds: Batch) -> list[str]:
     reference, candidate = both.reference, both.candidate
     try:
         layers, shared = reference.layers(), candidate.layers().keys()
-        folded, also = _folded(reference)
-        names = [name for name in layers if name in shared]
+        names, (folded, also) = [name for name in layers if name in shared], _folded(reference)
         for i, chunk in enumerate(chunks(names)):
             both.progress("first difference", i * CHUNK, len(names))
-            truth = Truth(only(reference, chunk), [feeds], most_bytes=1 << 62)
+            truth = Truth(only(reference, chunk), [feeds])
             truth.measure(lambda seed, chunk=chunk: only(reference, chunk, jitter=seed + 1), least=1, most=1)  # type: ignore[misc]
             errors = truth.compare(only(candidate, chunk))
             known = [name for name in chunk if name in also]
-            right = only(folded, known)(feeds) if folded is not None and known else {}
-            theirs = only(candidate, known)(feeds) if known else {}
+            others = Truth(only(folded, known), [feeds]).compare(only(candidate, known)) if known else {}
             for name in chunk:
-                scale, noise = truth.scale(name, both.unit), truth.noise[name]
-                if not errors[name].problem and function_ratio(errors[name], noise, scale) <= FUNCTION_LIMIT:
-                    continue
-                if name in right and right[name].shape == theirs[name].shape and right[name].dtype.kind == "f":
-                    off = np.abs(right[name] - theirs[name]).max(initial=0.0)
-                    if off <= FUNCTION_LIMIT * max(noise.peak, scale.floor):
-                        continue
-                return [layers[name]]
+                scale, noise, other = truth.scale(name, both.unit), truth.noise[name], others.get(name)
+                agrees = not errors[name].problem and function_ratio(errors[name], noise, scale) <= FUNCTION_LIMIT
+                least = FUNCTION_LIMIT * max(noise.peak, scale.floor)
+                if not agrees and (other is None or other.problem or other.peak > least):
+                    return [layers[name]]
     except BnfoldError:
         pass
     return []
 
 
-def _folded(model: Model) -> tuple[Model | None, dict[str, str]]:
+def _folded(model: Model) -> tuple[Model, dict[str, str]]:
     """The model with its BatchNorms folded, and its inner values; none where that can't be."""
     try:
         folded, report = model.folded()
-        return (folded, folded.layers()) if any(layer.verdict == "folded" for layer in report.layers) else (None, {})
+        return folded, folded.layers() if any(layer.verdict == "folded" for layer in report.layers) else {}
     except BnfoldError:
-        return None, {}
+        return model, {}

@@ -123,7 +123,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch: pytest.Monkey
     first = TorchModel(trace(net, X))
     second = TorchModel(trace(spoilt(net, *CASES["mean"][:2]), first.traced))
     (name,) = (spec.name for spec in first.inputs())
-    found = localise(first, second, {name: X.numpy()}, None, coefficients=False)
+    found = localise(first, second, {name: X.numpy()}, None)
     assert found is not None
     assert not found.sides.exact
     assert found.difference.layer == "3"
