@@ -8,7 +8,6 @@ import numpy as np
 
 from bnfold.algebra.affine import Array
 
-from .methods import Accumulator
 from .moments import Moments
 from .protocol import BatchNorm
 
@@ -17,50 +16,35 @@ SORTED = 3.0  # times the spread of the micro-batches' means that shuffled sampl
 SCALED = 5.0  # times, or deviations: a network fed with data of another scale is further off than any change of domain seen
 
 
-class Hints:
-    """Watches the BatchNorms that stand first: what they see has passed through no other."""
+def unshuffled(parts: Sequence[Moments]) -> list[str]:
+    """A note where micro-batches differ from each other by more than shuffled samples would.
 
-    def __init__(self) -> None:
-        self._first: int | None = None
-        self._seen: list[Moments] = []
+    parts: what a BatchNorm that stands first saw of each. By the F ratio of the analysis of variance, the spread between the means of the
+    micro-batches over that between samples within them, whose expectation is 1; the median over channels.
+    """
+    ratio = f_ratio(parts)
+    if ratio is None or ratio <= SORTED:
+        return []
+    return [
+        f"the data look unshuffled: micro-batches differ from each other {ratio:.1f} times as much as shuffled ones would, and this "
+        f"method normalises each by itself: shuffle the data, or take the exact method, which doesn't mind"
+    ]
 
-    def see(self, layer: int, moments: Moments) -> None:
-        """One micro-batch at one call of a layer; the first layer that is seen is watched."""
-        if self._first is None:
-            self._first = layer
-        if layer == self._first:
-            self._seen.append(moments)
 
-    def order(self) -> list[str]:
-        """A note where micro-batches differ from each other by more than shuffled samples would.
-
-        By the F ratio of the analysis of variance, the spread between the means of the micro-batches over that between samples within
-        them, whose expectation is 1; the median over channels.
-        """
-        ratio = f_ratio(self._seen)
-        if ratio is None or ratio <= SORTED:
-            return []
-        return [
-            f"the data look unshuffled: micro-batches differ from each other {ratio:.1f} times as much as shuffled ones would, and this "
-            f"method normalises each by itself: shuffle the data, or take the exact method, which doesn't mind"
-        ]
-
-    @staticmethod
-    def scale(layers: Sequence[BatchNorm], tallies: Sequence[Accumulator]) -> list[str]:
-        """A note where the first BatchNorm sees values of a scale or place far from those that the network was trained on."""
-        if not layers or tallies[0].moments.count < 2:
-            return []
-        layer, moments = layers[0], tallies[0].moments
-        with np.errstate(divide="ignore", invalid="ignore"):
-            times = _median(np.sqrt(moments.variance() / layer.variance))
-            shift = _median(np.abs(moments.mean - layer.mean) / np.sqrt(layer.variance))
-        if times is None or shift is None or (1 / SCALED < times < SCALED and shift < SCALED):
-            return []
-        return [
-            f"the data don't look normalised as this network's were: at {layer.name}, the first BatchNorm, deviations are {times:.3g} "
-            f"times the old ones and means {shift:.3g} old deviations away (medians over channels); look at how the data are scaled "
-            f"(0 to 255 or 0 to 1, mean and std)"
-        ]
+def unscaled(layer: BatchNorm, moments: Moments) -> list[str]:
+    """A note where the first BatchNorm sees values of a scale or place far from those that the network was trained on."""
+    if moments.count < 2:
+        return []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = _median(np.sqrt(moments.variance() / layer.variance))
+        shift = _median(np.abs(moments.mean - layer.mean) / np.sqrt(layer.variance))
+    if times is None or shift is None or (1 / SCALED < times < SCALED and shift < SCALED):
+        return []
+    return [
+        f"the data don't look normalised as this network's were: at {layer.name}, the first BatchNorm, deviations are {times:.3g} "
+        f"times the old ones and means {shift:.3g} old deviations away (medians over channels); look at how the data are scaled "
+        f"(0 to 255 or 0 to 1, mean and std)"
+    ]
 
 
 def f_ratio(parts: Sequence[Moments]) -> float | None:

@@ -33,7 +33,7 @@ from bnfold.report import RecalibrateReport
 from bnfold.text import counted
 
 from .changes import report
-from .data_checks import Hints
+from .data_checks import unscaled, unshuffled
 from .distributed import Processes, together
 from .methods import Method
 from .methods import method as chosen
@@ -79,9 +79,11 @@ def measure(
     With a plan of one stage, nothing that is measured stands behind a BatchNorm, so that holds for every method but the moving average.
     """
     layers = plan.layers
-    found, hints, failed, skipped = Measurement([method.start(layer.mean, layer.variance) for layer in layers]), Hints(), None, 0
+    found, failed, skipped = Measurement([method.start(layer.mean, layer.variance) for layer in layers]), None, 0
+    first: list[Moments] = []  # what the first layer saw
     try:
         stages = list(plan.stages(own=True))
+        watched = {reading.call for reading in stages[0].readings if reading.layer == stages[0].readings[0].layer}
         for index, data in enumerate(batches):
             seen = _through(stages, data, layers, index)
             if seen is None:
@@ -92,10 +94,10 @@ def measure(
                     )
                 skipped += _samples(data)
                 continue
-            for reading, moments, first in seen:
+            for reading, moments in seen:
                 method.add(found.tallies[reading.layer], moments)
-                if first:
-                    hints.see(reading.layer, moments)
+                if reading.call in watched:
+                    first.append(moments)
             found.samples += _samples(data)
             found.batches += 1
             if progress is not None:
@@ -106,27 +108,27 @@ def measure(
     if len(every) > 1:
         found.tallies = [reduce(add, tallies) for tallies in zip(*(part.tallies for part in every), strict=True)]
     found.count(every)
-    found.notes = [*hints.order(), *hints.scale(layers, found.tallies)]
+    found.notes = [*unshuffled(first), *unscaled(layers[0], found.tallies[0].moments)]
     if skipped:
         found.notes.append(f"{counted(skipped, 'sample')} left out, in micro-batches too small to be normalised by themselves")
     return found
 
 
-def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm], index: int) -> list[tuple[Reading, Moments, bool]] | None:
-    """One micro-batch through all stages, normalised by itself: what each call saw, and whether it stands first.
+def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm], index: int) -> list[tuple[Reading, Moments]] | None:
+    """One micro-batch through all stages, normalised by itself: what each call saw.
 
     None where a BatchNorm sees one value per channel, which has no variance.
     """
     values = dict(data)
     own: dict[int, Moments] = {}
     seen = []
-    for number, stage in enumerate(stages):
+    for stage in stages:
         values |= stage.run(values, own)
         for reading in stage.readings:
             moments = own[reading.call] = pool([_read(stage, values, reading, layers, index, _samples(data))])
             if moments.count < 2:
                 return None
-            seen.append((reading, moments, number == 0))
+            seen.append((reading, moments))
         values = {name: values[name] for name in stage.keeps}
     return seen
 
@@ -186,7 +188,8 @@ def _in_lockstep(
                 kept.pop(layer, None)
             kept |= settle(plan, found, method, mine)
             if number == 0:
-                found.notes = Hints.scale([layers[layer] for layer in mine], [found.tallies[layer] for layer in mine])
+                first = next(iter(mine))
+                found.notes = unscaled(layers[first], found.tallies[first].moments)
     found.held, found.spilled = frontier.peak, frontier.spilled
     return found, kept
 

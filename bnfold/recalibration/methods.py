@@ -39,7 +39,9 @@ class Accumulator:
     @property
     def moments(self) -> Moments:
         """Of all elements."""
-        return self._pooled()
+        whole = pool(self._parts)
+        self._parts, self._waiting = [whole], 0
+        return whole
 
     def add(self, batch: Moments | Samples) -> None:
         """One more micro-batch; many are pooled at once, which takes a small part of the time."""
@@ -47,12 +49,7 @@ class Accumulator:
         self._waiting += batch.mean.size
         self.steps += 1
         if len(self._parts) > TOGETHER or self._waiting > ELEMENTS:
-            self._pooled()
-
-    def _pooled(self) -> Moments:
-        whole = pool(self._parts)
-        self._parts, self._waiting = [whole], 0
-        return whole
+            self._parts, self._waiting = [self.moments], 0
 
     def __add__(self, other: Accumulator) -> Accumulator:
         """Both together, but for the moving average, which has no sum."""

@@ -286,3 +286,7 @@ def _threads() -> int:
 @cache
 def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), thread_name_prefix="bnfold-moments")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads

@@ -9,22 +9,56 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bnfold.algebra.rounding import narrowed
-from bnfold.errors import NothingToDoError
+from bnfold.errors import NothingToDoError, UsageError
 
 from .methods import Statistics
 from .moments import Pointwise
 from .protocol import BatchNorm, Reading, Stage
 from .schedule import Cut, N, NormCall, Operation, cut
-from .selection import Select, every
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec
+
+
+Select = Callable[[str], bool]
+
+
+def every(name: str) -> bool:
+    return True
+
+
+class Selection:
+    """The names of BatchNorms that match one of `layers` (all, where there are none) and none of `skipped`; remembers what it was asked.
+
+    Patterns are those of the shell: * for anything, ? for one character, [abc] for one of these.
+    """
+
+    def __init__(self, layers: Sequence[str] = (), skipped: Sequence[str] = ()) -> None:
+        self._layers, self._skipped = tuple(layers), tuple(skipped)
+        self._asked: dict[str, None] = {}
+
+    def __call__(self, name: str) -> bool:
+        self._asked[name] = None
+        return (not self._layers or _any(name, self._layers)) and not _any(name, self._skipped)
+
+    def check(self) -> None:
+        """UsageError for a pattern that matches none of the names asked for."""
+        for pattern in (*self._layers, *self._skipped):
+            if not any(fnmatchcase(name, pattern) for name in self._asked):
+                names = list(self._asked)
+                told = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise UsageError(f"no BatchNorm is called {pattern!r}; there are {told or 'none'}")
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Named(Hashable, Protocol):
@@ -66,7 +100,9 @@ class StagePlan(ABC, Generic[N, V]):
         self._operations = list(self.operations())
         values = dict.fromkeys(value for each in self._operations for value in (*each.reads, *each.makes))
         sizes = {value: size for value in values if (size := self.nbytes(value)) is not None}
-        self._cuts, dependent = cut(self._operations, list(map(self._shortened, self.calls)), sizes)
+        short = {each.makes[0]: each for each in self._operations if each.pointwise and each.reads}
+        calls = [self._shortened(call, short.get(call.source)) for call in self.calls]
+        self._cuts, dependent = cut(self._operations, calls, sizes)
         self.notes += [
             f"{self.layers[layer].name} is called several times, and one call depends on another: its statistics are those of all "
             f"calls, and each call was normalised with those of the calls up to it"
@@ -83,9 +119,10 @@ class StagePlan(ABC, Generic[N, V]):
     def keeps(self, name: str, why: str) -> None:
         self.notes.append(f"{name} keeps its statistics: {why}")
 
-    def _shortened(self, call: NormCall[N, V]) -> NormCall[N, V]:
-        made = self.pointwise(call)
-        return call if made is None else dataclasses.replace(call, source=made[1], through=made[0])
+    @staticmethod
+    def _shortened(call: NormCall[N, V], made: Operation[N, V] | None) -> NormCall[N, V]:
+        """A call that is measured without running the pointwise convolution that makes its input."""
+        return call if made is None or call.per_activation else dataclasses.replace(call, source=made.reads[0], through=made.node)
 
     @property
     def stage_count(self) -> int:
@@ -110,11 +147,12 @@ class StagePlan(ABC, Generic[N, V]):
 
     def set(self, layer: int, statistics: Statistics) -> str | None:
         """Take over the statistics of a layer, which is normalised with them from now on. Returns why not, where they can't be stored."""
-        stored = narrowed(statistics, self.types(layer))
+        forms = self.forms(layer)
+        stored = narrowed(statistics, [dtype for dtype, _ in forms])
         if isinstance(stored, str):
             self.statistics.pop(layer, None)
             return stored
-        self.statistics[layer] = stored
+        self.statistics[layer] = [array.reshape(shape) for array, (_, shape) in zip(stored, forms, strict=True)]
         return None
 
     # --- what a front-end says ------------------------------------------------------------------------------------------------
@@ -141,15 +179,11 @@ class StagePlan(ABC, Generic[N, V]):
         """Of a value, at the sizes at which `Operation.work` is counted; None where nobody knows."""
 
     @abstractmethod
-    def pointwise(self, call: NormCall[N, V]) -> tuple[N, V] | None:
-        """The pointwise convolution before a BatchNorm, and what it reads: where it need not run for its moments."""
-
-    @abstractmethod
     def weights(self, convolution: N) -> Pointwise: ...
 
     @abstractmethod
-    def types(self, layer: int) -> Sequence[np.dtype[Any]]:
-        """Those in which a layer's mean and variance are stored."""
+    def forms(self, layer: int) -> Sequence[tuple[np.dtype[Any], tuple[int, ...]]]:
+        """The types and shapes in which a layer's mean and variance are stored."""
 
     @abstractmethod
     def stage(self, part: Cut[N, V], readings: list[Reading], own: bool, *, first: bool, last: bool) -> Stage: ...

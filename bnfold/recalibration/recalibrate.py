@@ -20,10 +20,9 @@ from .distributed import Processes, processes
 from .lockstep import measure, settle
 from .lockstep import recalibrate as run_plan
 from .methods import Method
-from .plan import Plan as ModelPlan
+from .plan import Plan, Selection, every
 from .protocol import Progress
 from .scoring import Scores, effect, score, score_if_fits
-from .selection import Selection, every
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, Data, InputSpec
@@ -43,13 +42,12 @@ class Target:
     freeze: bool = False
     device: str = "cpu"
 
-    def plan(self, model: Model, *, one_size: bool = False) -> ModelPlan:
+    def plan(self, model: Model, *, one_size: bool = False) -> Plan:
         """The model, cut into stages. one_size: what must be called to be read is read for samples of one size."""
         select = Selection(self.layers, self.skipped)
         try:
-            plan: ModelPlan = model.lockstep(
-                select=every if select.is_all else select, freeze=self.freeze, device=self.device, one_size=one_size
-            )
+            chosen = select if self.layers or self.skipped else every
+            plan: Plan = model.lockstep(select=chosen, freeze=self.freeze, device=self.device, one_size=one_size)
         except NothingToDoError:
             select.check()
             raise
@@ -73,7 +71,7 @@ def recalibrate(
     """A copy of the model with new statistics, and what changed (see `api.recalibrate`)."""
     start = time.perf_counter()
     group = processes()
-    run = _Run(model, target, batches, method, memory_budget, batch_size, group, progress)
+    run = _Run(*called(model, batches, batch_size), target, method, memory_budget, batch_size, group, progress)
     scores: Scores | None = None
     notes: tuple[str, ...] = ()
     if labelled is not None and not group.rank:
@@ -86,24 +84,18 @@ def recalibrate(
     return fresh, dataclasses.replace(found, notes=(*found.notes, *notes), seconds=time.perf_counter() - start)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Run:
     """Recalibration on the first samples of the data, as often as it is asked for."""
 
-    def __init__(
-        self,
-        model: Model,
-        target: Target,
-        batches: Any,
-        method: Method,
-        memory_budget: int,
-        batch_size: int | None,
-        group: Processes,
-        progress: Progress | None,
-    ) -> None:
-        self.model, self.batches = called(model, batches, batch_size)
-        self._target = target
-        self._method, self._budget, self._batch_size, self._group = method, memory_budget, batch_size, group
-        self._progress = progress
+    model: Model
+    batches: Any
+    target: Target
+    method: Method
+    memory_budget: int
+    batch_size: int | None
+    group: Processes
+    progress: Progress | None
 
     @property
     def again(self) -> bool:
@@ -114,25 +106,25 @@ class _Run:
 
     def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Model, RecalibrateReport]:
         # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
-        quick = self.model.is_unread and self.again and self._group.size == 1
+        quick = self.model.is_unread and self.again and self.group.size == 1
         for one_size in (True, False) if quick else (False,):
-            plan = self._target.plan(self.model, one_size=one_size)
+            plan = self.target.plan(self.model, one_size=one_size)
             if one_size and _counts_elsewhere(plan.specs):
                 continue
             try:
-                data = data_of(self.batches, plan, one_size, self._batch_size, samples, spread)
-                mine = data.sharded(self._group.rank, self._group.size) if self._group.size > 1 else data
+                data = data_of(self.batches, plan, one_size, self.batch_size, samples, spread)
+                mine = data.sharded(self.group.rank, self.group.size) if self.group.size > 1 else data
                 batches = fitting(mine, plan.specs, one_size)
                 with self.model.computing():
                     found = run_plan(
-                        plan, batches, method=self._method, memory_budget=self._budget, progress=self._progress, group=self._group
+                        plan, batches, method=self.method, memory_budget=self.memory_budget, progress=self.progress, group=self.group
                     )
                 break
             except (_OtherSizeError, DataError) as error:
                 if not one_size:
                     raise error
-        if self._group.size > 1:
-            data.know_bad(mine, self._group.gather)
+        if self.group.size > 1:
+            data.know_bad(mine, self.group.gather)
         notes = (*found.notes, *(note for note in data.notes if note == WHOLE))
         return self.model.remade(plan.write()), dataclasses.replace(found, notes=notes)
 
@@ -161,14 +153,7 @@ def called(model: Model, batches: Any, batch_size: int | None) -> tuple[Model, A
     return model if first is None else model.fed(first), batches
 
 
-def data_of(
-    batches: Any,
-    plan: ModelPlan,
-    one_size: bool,
-    batch_size: int | None,
-    samples: int | None,
-    spread: bool = False,
-) -> Data:
+def data_of(batches: Any, plan: Plan, one_size: bool, batch_size: int | None, samples: int | None, spread: bool = False) -> Data:
     """The data as the plan's network takes them. one_size: axes behind the first may differ from the example's.
 
     spread: samples are taken from all over the data, not the first ones.
@@ -177,11 +162,9 @@ def data_of(
 
     specs = plan.specs
     taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
-    flat = plan.flat
-    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=None if spread else samples, run=plan.outputs, flat=flat)
-    if spread and samples is not None:
-        data = data.spread(samples)
-    return data
+    first = None if spread else samples
+    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=first, run=plan.outputs, flat=plan.flat)
+    return data.spread(samples) if spread and samples is not None else data
 
 
 def fitting(data: Data, specs: Sequence[InputSpec], one_size: bool = False) -> Iterator[Batch]:

@@ -39,7 +39,8 @@ class Operation(Generic[N, V]):
     """An operator whose outcome depends on the data. reads: those of its inputs that do, each once.
 
     shrinks: 2 where the output is next to nothing (a global pool), 1 where it is smaller than the input, else 0. work: the multiply-adds
-    of one that may run twice, which makes one value and reads nothing beside `reads` but what is stored; None for all others.
+    of one that may run twice, which makes one value and reads nothing beside `reads` but what is stored; None for all others. pointwise:
+    whether it is a pointwise convolution that need not run for the moments behind it, and one operator alone reads what it makes.
     """
 
     node: N
@@ -47,6 +48,7 @@ class Operation(Generic[N, V]):
     makes: tuple[V, ...]
     shrinks: int = 0
     work: int | None = None
+    pointwise: bool = False
 
 
 @dataclass(frozen=True, eq=False)

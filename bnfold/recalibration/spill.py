@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
@@ -96,11 +97,8 @@ class _Scratch:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="bnfold-", buffering=0)  # noqa: SIM115 (it lives as long as this object)
         slot = _Slot(self._room(array.nbytes), array.nbytes, array.dtype, array.shape)
-        left = _bytes(np.ascontiguousarray(array))
         try:
-            self._file.seek(slot.offset)
-            while left:
-                left = left[self._file.write(left) :]
+            self._all(self._file.write, slot, np.ascontiguousarray(array))
         except OSError as error:
             raise UsageError(
                 f"no room for {array.nbytes / 2**20:.0f} MiB more of held activations in {tempfile.gettempdir()} ({error.strerror}): "
@@ -109,13 +107,17 @@ class _Scratch:
         return slot
 
     def read(self, slot: _Slot) -> npt.NDArray[Any]:
-        assert self._file is not None
         array = np.empty(slot.shape, slot.dtype)
-        left = _bytes(array)
+        self._all(self._file.readinto, slot, array)  # type: ignore[union-attr]
+        return array
+
+    def _all(self, copy: Callable[[memoryview], int], slot: _Slot, array: npt.NDArray[Any]) -> None:
+        """Copy an array to the file or from it, which the system may do in pieces."""
+        left = array.reshape(-1).view(np.uint8).data
+        assert self._file is not None
         self._file.seek(slot.offset)
         while left:
-            left = left[self._file.readinto(left) :]  # type: ignore[attr-defined]
-        return array
+            left = left[copy(left) :]
 
     def free(self, slot: _Slot) -> None:
         start, end = slot.offset, slot.offset + slot.nbytes
@@ -139,7 +141,3 @@ class _Scratch:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _bytes(array: npt.NDArray[Any]) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -28,13 +28,18 @@ OnnxCut = Cut[ir.Node, ir.Value]
 OnnxOperation = Operation[ir.Node, ir.Value]
 
 
-def operations(graph: ir.Graph, is_fixed: Callable[[ir.Value], bool], shapes: Shapes) -> Iterator[OnnxOperation]:
-    """All whose outcome depends on the data. is_fixed: whether a value is the same for all data."""
+def operations(graph: ir.Graph, constants: Constants, shapes: Shapes, provider: str) -> Iterator[OnnxOperation]:
+    """All whose outcome depends on the data; what the caller may override has its stored value here."""
+
+    def is_fixed(value: ir.Value) -> bool:
+        return value.is_initializer() or constants.is_constant(value)
+
     for node in graph:
         if node.outputs and not all(map(is_fixed, node.outputs)):
             reads = tuple(v for v in dict.fromkeys(sources(node)) if not is_fixed(v))
             shrinks = 2 if node.op_type in TINY else 1 if node.op_type in SMALLER else 0
-            yield Operation(node, reads, tuple(node.outputs), shrinks, _work(node, shapes))
+            short = provider == "cpu" and len(node.outputs[0].uses()) == 1 and _is_pointwise(node, constants, shapes)
+            yield Operation(node, reads, tuple(node.outputs), shrinks, _work(node, shapes), short)
 
 
 def sources(node: ir.Node) -> Iterator[ir.Value]:
@@ -87,7 +92,7 @@ def _work(node: ir.Node, shapes: Shapes) -> int | None:
     return counted * math.prod(n for n in each.get(node.op_type, dims[0][1:]) if n is not None)
 
 
-def is_pointwise(node: ir.Node, constants: Constants, shapes: Shapes) -> bool:
+def _is_pointwise(node: ir.Node, constants: Constants, shapes: Shapes) -> bool:
     """Whether an operator is a pointwise convolution that is better not run for its moments.
 
     Not in half precision, where the rounding of an output tells in its moments, nor with a computed weight, which may be rounded too.

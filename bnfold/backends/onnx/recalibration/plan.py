@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,8 @@ import onnx_ir as ir
 
 from bnfold.errors import HOW_TO_KEEP
 from bnfold.recalibration.moments import Pointwise
-from bnfold.recalibration.plan import StagePlan
+from bnfold.recalibration.plan import Select, StagePlan, every
 from bnfold.recalibration.protocol import BatchNorm, Reading
-from bnfold.recalibration.selection import Select, every
 
 from ..graph.constants import Constants
 from ..graph.inline import inlined
@@ -129,25 +128,13 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
     # --- how it is cut and runs -----------------------------------------------------------------------------------------------
 
     def operations(self) -> Iterator[OnnxOperation]:
-        return operations.operations(self.model.graph, self._is_fixed, self._shapes)
-
-    def _is_fixed(self, value: ir.Value) -> bool:
-        """Whether the value doesn't depend on the data; what the caller may override has its stored value here."""
-        return value.is_initializer() or self.constants.is_constant(value)
+        return operations.operations(self.model.graph, self.constants, self._shapes, self.provider)
 
     def nbytes(self, value: ir.Value) -> int | None:
         return operations.nbytes(value, self._shapes)
 
     def _is_per_activation(self, node: ir.Node) -> bool:
         return attribute(node, "spatial", 1) == 0 and self._value(node, 3).ndim > 1
-
-    def pointwise(self, call: OnnxCall) -> tuple[ir.Node, ir.Value] | None:
-        made = call.source.producer()
-        if made is None or len(call.source.uses()) != 1 or self.provider != "cpu" or call.per_activation:
-            return None
-        if not made.inputs or self._is_fixed(arg(made)) or not operations.is_pointwise(made, self.constants, self._shapes):
-            return None
-        return made, arg(made)
 
     def weights(self, convolution: ir.Node) -> Pointwise:
         return operations.pointwise(convolution, self.constants)
@@ -191,15 +178,9 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
     def _session(self) -> Session:
         return Session(self.model.clone())
 
-    def types(self, layer: int) -> Sequence[np.dtype[Any]]:
-        return [numpy_type(self.constants.dtype(arg(self._nodes(layer)[0], index))) for index in (3, 4)]
-
-    def set(self, layer: int, statistics: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> str | None:
-        why = super().set(layer, statistics)
-        if why is None:
-            shape = self._value(self._nodes(layer)[0], 3).shape
-            self.statistics[layer] = [array.reshape(shape) for array in self.statistics[layer]]
-        return why
+    def forms(self, layer: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+        node = self._nodes(layer)[0]
+        return [(numpy_type(self.constants.dtype(arg(node, index))), self._value(node, 3).shape) for index in (3, 4)]
 
     def _nodes(self, layer: int) -> list[ir.Node]:
         return [call.node for call in self.calls if call.layer == layer]

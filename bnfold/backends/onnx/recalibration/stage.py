@@ -59,8 +59,8 @@ class OnnxStage:
         given: Given,
     ) -> None:
         self.readings = readings
-        self.needs = [_name(value) for value in part.reads]
-        self.keeps = dict.fromkeys(_name(value) for value in part.keeps)
+        self.needs = [str(value.name) for value in part.reads]
+        self.keeps = dict.fromkeys(str(value.name) for value in part.keeps)
         self.lacks = ""
         self._run: Callable[[Arrays], Values] = lambda _: {}
         self._takes: list[str] = []
@@ -113,11 +113,9 @@ class _NoKernelError(Exception):
 class _Session:
     """ONNX Runtime over one stage, without graph optimisation."""
 
-    def __init__(self, proto: onnx.ModelProto, lent: dict[str, npt.NDArray[Any]], provider: str, kinds: dict[str, int]) -> None:
+    def __init__(self, proto: onnx.ModelProto, lent: Arrays, provider: str, kinds: dict[str, int]) -> None:
         ort = runtime()
-
-        self._ort = ort
-        self._kinds = kinds
+        self._ort, self._kinds = ort, kinds
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.use_deterministic_compute = True
@@ -142,7 +140,7 @@ class _Session:
         kinds.update({output.name: _kind(output.type, output.name) for output in outputs})
         self._by_bits = any(kinds[info.name] in BITS for info in (*proto.graph.input, *outputs))
 
-    def __call__(self, feeds: dict[str, npt.NDArray[Any]]) -> Values:
+    def __call__(self, feeds: Arrays) -> Values:
         with overhearing():
             if not self._by_bits:
                 return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
@@ -183,7 +181,7 @@ def _proto(model: ir.Model, part: OnnxCut, measured: Measured, kinds: dict[str, 
     for node in nodes:
         made = ir.to_proto(node)
         if made.name in names:  # ONNX Runtime refuses it
-            made.name = f"{made.name}:{_name(node.outputs[0])}"
+            made.name = f"{made.name}:{node.outputs[0].name!s}"
         names.add(made.name)
         for index, array in enumerate(given[node][1] if node in given else measured.get(node, ())):
             name = made.input[3 + index] = _parameter(node, index)
@@ -198,21 +196,21 @@ def _proto(model: ir.Model, part: OnnxCut, measured: Measured, kinds: dict[str, 
     read = {value for node in part.nodes for value in sources(node)}
     for value in part.reads:
         if value in read:  # others are only measured
-            info = onnx.ValueInfoProto(name=_name(value))
+            info = onnx.ValueInfoProto(name=str(value.name))
             if value.is_graph_input() and value.type is not None:
                 info = ir.to_proto(value)
             else:
-                info.type.tensor_type.elem_type = kinds[_name(value)]
+                info.type.tensor_type.elem_type = kinds[str(value.name)]
             graph.input.append(info)
     open_axes(graph)
-    without_sequences(graph, {_name(node.outputs[0]): parts for node in nodes if (parts := parts_of(node))}, opset(model))
-    graph.output.extend(onnx.ValueInfoProto(name=_name(value)) for value in part.makes)
+    without_sequences(graph, {str(node.outputs[0].name): parts for node in nodes if (parts := parts_of(node))}, opset(model))
+    graph.output.extend(onnx.ValueInfoProto(name=str(value.name)) for value in part.makes)
     lent: Arrays = {}
     for value in stored:
         tensor = value.const_value
         if tensor is None:
             raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
-        entry = graph.initializer.add(name=_name(value), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
+        entry = graph.initializer.add(name=str(value.name), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
         if tensor.dtype == ir.DataType.STRING:
             entry.string_data.extend(tensor.string_data())  # type: ignore[attr-defined]
         elif tensor.dtype in LENT and tensor.nbytes >= LARGE:
@@ -271,7 +269,7 @@ def _as_it_runs(node: ir.Node, made: onnx.NodeProto, version: int, fresh: bool) 
 
 
 def _parameter(node: ir.Node, index: int) -> str:
-    return f"{_name(node.outputs[0])}:{('mean', 'variance')[index]}"
+    return f"{node.outputs[0].name!s}:{('mean', 'variance')[index]}"
 
 
 def _kind(text: str, name: str) -> int:
@@ -279,8 +277,7 @@ def _kind(text: str, name: str) -> int:
     inner = text.removeprefix("tensor(").removesuffix(")")
     if f"tensor({inner})" != text:
         raise UnsupportedError(f"{name!r} is a {text} that would have to wait between two BatchNorms; only tensors can")
-    names = {"float": "FLOAT", "double": "DOUBLE"}
-    return int(TensorProto.DataType.Value(names.get(inner, inner.upper())))
+    return int(TensorProto.DataType.Value(inner.upper()))
 
 
 def _borrow(value: Any) -> npt.NDArray[Any]:
@@ -294,8 +291,3 @@ def _borrow(value: Any) -> npt.NDArray[Any]:
     buffer.owner = value
     bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
     return bits.view(BITS[kind]).reshape(shape)
-
-
-def _name(value: ir.Value) -> str:
-    assert value.name
-    return value.name

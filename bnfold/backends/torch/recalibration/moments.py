@@ -48,8 +48,6 @@ class Meter:
         if not rows.numel():
             return Samples(size, *np.zeros((2, 0, channels)))
         several = min(samples, max(1, self._block // (channels * size)))
-        if rows.numel() <= self._block:
-            return Samples(size, *self._block_of(rows, kind))
         band = channels if several > 1 else min(channels, max(1, self._block // size))
         means, m2 = np.empty((2, samples, channels))
         for i in range(0, samples, several):

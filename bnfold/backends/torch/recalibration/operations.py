@@ -36,7 +36,8 @@ def operations(graph: torch.fx.Graph, stored: StoredTensors) -> Iterator[TorchOp
         shrinks = 2 if whole or name == "sym_size" else 1 if "pool" in name or name in SMALLER else 0
         pieces = parts(op)
         made.update(pieces)
-        yield Operation(op, reads, tuple(pieces) or (op,), shrinks, _work(op, stored))
+        short = len(op.users) == 1 and _is_pointwise(op, stored)
+        yield Operation(op, reads, tuple(pieces) or (op,), shrinks, _work(op, stored), short)
 
 
 def is_fixed(op: Op, stored: StoredTensors) -> bool:
@@ -63,7 +64,7 @@ def _work(op: Op, stored: StoredTensors) -> int | None:
     return None if counted is None else counted * math.prod(given["weight"].meta["val"].shape[1:])
 
 
-def is_pointwise(op: Op, stored: StoredTensors) -> bool:
+def _is_pointwise(op: Op, stored: StoredTensors) -> bool:
     """Whether an operator is a pointwise convolution that is better not run for its moments.
 
     On a CPU alone: most GPUs are slow in float64. Not in half precision, where the rounding of an output tells in its moments.

@@ -21,9 +21,8 @@ from torch.fx import Node as Op
 from bnfold.folding.census import missed
 from bnfold.recalibration.methods import Statistics
 from bnfold.recalibration.moments import Moments, Pointwise
-from bnfold.recalibration.plan import StagePlan
+from bnfold.recalibration.plan import Select, StagePlan, every
 from bnfold.recalibration.protocol import BatchNorm, Reading
-from bnfold.recalibration.selection import Select, every
 
 from ..export.census import held
 from ..export.constants import Constants, as_float64
@@ -164,11 +163,6 @@ class TorchPlan(StagePlan[Op, Op]):
     def nbytes(self, value: Op) -> int | None:
         return operations.nbytes(value)
 
-    def pointwise(self, call: TorchCall) -> tuple[Op, Op] | None:
-        made = call.source
-        alone = list(made.users) == [call.node]
-        return (made, arguments(made)["input"]) if alone and operations.is_pointwise(made, self.stored) else None
-
     def weights(self, convolution: Op) -> Pointwise:
         return operations.pointwise(convolution, self.stored)
 
@@ -197,13 +191,15 @@ class TorchPlan(StagePlan[Op, Op]):
     def _oracle(self) -> Oracle:
         return Oracle(self._traced)
 
-    def types(self, layer: int) -> list[np.dtype[Any]]:
-        """Where a layer has no parameters, that of what it normalises."""
+    def forms(self, layer: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Where a layer has no statistics, the type of its weight or of what it normalises."""
         op = next(call.node for call in self.calls if call.layer == layer)
         given = arguments(op)
         like = given.get("weight")
         kind = (given.get("input", op) if like is None else like).meta["val"].dtype
-        return [NUMPY[self.stored.tensor(name).dtype if self._is_stored(name) else kind] for name in self.keys[layer]]
+        new = torch.empty(self.layers[layer].mean.shape, dtype=kind)
+        old = [self.stored.tensor(name) if self._is_stored(name) else new for name in self.keys[layer]]
+        return [(NUMPY[each.dtype], tuple(each.shape)) for each in old]
 
     def set(self, layer: int, statistics: Statistics) -> str | None:
         if (why := super().set(layer, statistics)) is not None:
@@ -221,9 +217,7 @@ class TorchPlan(StagePlan[Op, Op]):
         return None
 
     def _tensors(self, layer: int) -> dict[str, torch.Tensor]:
-        """The statistics that were set, by name, in the shapes of the old."""
-        pairs = zip(self.keys[layer], map(to_tensor, self.statistics[layer]), strict=True)
-        return {name: new.reshape(self.stored.tensor(name).shape) if self._is_stored(name) else new for name, new in pairs}
+        return dict(zip(self.keys[layer], map(to_tensor, self.statistics[layer]), strict=True))
 
     def write(self) -> nn.Module | ExportedProgram:
         new = {name: tensor for layer in self.statistics for name, tensor in self._tensors(layer).items()}

@@ -21,20 +21,16 @@ from bnfold.recalibration.schedule import Cut
 from bnfold.text import first_line
 
 from ..export.constants import Constants
-from ..export.regions import AUTOCAST, under
+from ..export.regions import under
 from ..export.trace import to_numpy, to_tensor
 from ..export.walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, operator_name, viewed
 from .moments import Meter
 
+aten = torch.ops.aten
 # Operators with a form that writes into its input, for an input that nobody else reads.
 IN_PLACE: dict[Any, Any] = {
-    torch.ops.aten.relu.default: torch.ops.aten.relu_.default,
-    torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
-    torch.ops.aten.hardtanh.default: torch.ops.aten.hardtanh_.default,
-    torch.ops.aten.hardswish.default: torch.ops.aten.hardswish_.default,
-    torch.ops.aten.leaky_relu.default: torch.ops.aten.leaky_relu_.default,
-    torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
-}
+    getattr(aten, name).default: getattr(aten, f"{name}_").default for name in ("relu", "silu", "hardtanh", "hardswish", "leaky_relu")
+} | {aten.add.Tensor: aten.add_.Tensor}
 Value = Callable[[Op], Any]  # gives the value of a node
 FRESH = {"batch_norm", "conv1d", "conv2d", "conv3d", "convolution", "linear", "add"}  # their output shares no storage
 SIZES = "sizes of the micro-batch"
@@ -88,36 +84,22 @@ class StoredTensors:
         if op.op == "get_attr":
             found = attrgetter(str(op.target))(self._program.graph_module)
             return found.detach().to(self.device) if isinstance(found, Tensor) else found
-        return prepared(op, self)(self.value)
+        return called(op, self.value, self.device)
 
 
-def prepared(op: Op, stored: StoredTensors, target: Any = None) -> Callable[[Value], Any]:
-    """What runs one operator, with its constants in place; it is given what gives the value of another node."""
+def called(op: Op, value: Value, device: torch.device, target: Any = None) -> Any:
+    """What an operator gives, or another in its place. value: gives that of the nodes that it reads."""
 
-    def settled(argument: Any) -> Any:
-        if isinstance(argument, Op):
-            return stored.value(argument) if stored.is_constant(argument) else argument
-        if isinstance(argument, (list, tuple)):
-            return [settled(each) for each in argument]
-        return stored.device if isinstance(argument, torch.device) else argument
-
-    def given(argument: Any, value: Value) -> Any:
+    def given(argument: Any) -> Any:
         if isinstance(argument, Op):
             return value(argument)
-        return [given(each, value) for each in argument] if isinstance(argument, list) else argument
+        if isinstance(argument, (list, tuple)):
+            return [given(each) for each in argument]
+        return device if isinstance(argument, torch.device) else argument
 
     run: Any = op.target if target is None else target
-    args = [settled(each) for each in op.args]
-    kwargs = {name: settled(each) for name, each in op.kwargs.items()}
-
-    def step(value: Value) -> Any:
-        return run(*[given(each, value) for each in args], **{name: given(each, value) for name, each in kwargs.items()})
-
-    def in_region(value: Value) -> Any:
-        with under(op):
-            return step(value)
-
-    return in_region if AUTOCAST in op.meta else step
+    with under(op):
+        return run(*map(given, op.args), **{name: given(each) for name, each in op.kwargs.items()})
 
 
 def normalising(op: Op, moments: Moments) -> Callable[[Value], Any]:
@@ -176,7 +158,6 @@ class TorchStage:
             if not last:
                 self.keeps[SIZES] = None
         self._nodes = [op for each in part.nodes for op in (each, *parts(each))]
-        self._steps: list[tuple[Op, Callable[[Value], Any], list[Op]]] = []
         inner = set(self._nodes).difference(part.makes)  # what nobody needs behind this stage
         self._drops: dict[Op, list[Op]] = {}
         self._in_place: dict[Op, Any] = {}
@@ -204,7 +185,6 @@ class TorchStage:
             for name, exact in zip(names, (moments.mean, moments.variance()), strict=True):
                 old = self._stored.tensor(name)
                 self._stored.replace(name, torch.from_numpy(exact).to(old.dtype).reshape(old.shape))
-            self._steps = []
         return steps
 
     def _run(self, values: Values, normalising: Mapping[Op, Callable[[Value], Any]]) -> Values:
@@ -220,16 +200,17 @@ class TorchStage:
                 return _evaluated(size, known)
             return size if isinstance(size, int) else self._stored.value(op)
 
-        if not self._steps:
-            self._steps = [(op, prepared(op, self._stored, self._in_place.get(op)), self._drops[op]) for op in self._nodes]
-        for op, step, drops in self._steps:
+        for op in self._nodes:
             try:
-                env[op] = normalising.get(op, step)(value)
+                if op in normalising:
+                    env[op] = normalising[op](value)
+                else:
+                    env[op] = called(op, value, self._stored.device, self._in_place.get(op))
             except (BnfoldError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # operators raise what they like
                 raise DataError(f"PyTorch can't run {op.name} on these data: {first_line(error)}") from None
-            for source in drops:
+            for source in self._drops[op]:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._part.makes} | ({SIZES: sizes} if self._first else {})
 
