@@ -2,9 +2,12 @@
 
 In lockstep, the data go through the network in step: all micro-batches advance to a BatchNorm, the moments of its input are pooled, its
 statistics are final, and only then does anything behind it run. Every operator runs once per micro-batch, so the work is that of one
-forward pass, and of a few cheap operators that run again (see `schedule`); what is held meanwhile is the values alive at the frontier. The
-outcome of the exact method is that of one batch of the whole data set, so it doesn't depend on the size of the micro-batches, on their
-order, or on how many processes share them.
+forward pass, and of a few cheap operators that run again (see `schedule`); what is held meanwhile is the values alive at the frontier.
+
+Of parts i of the data, with n_i elements per channel, mean_i and M2_i = sum (x - mean_i)^2, are made n = sum n_i,
+mean = sum n_i mean_i / n and M2 = sum M2_i + sum n_i (mean_i - mean)^2 (Chan, Golub & LeVeque 1979, equation 2.1; see `moments`). The
+exact method's statistics are mean and M2/n (Ioffe & Szegedy 2015, section 3.1), those of one batch of the whole data set: they don't
+depend on the size of the micro-batches, on their order, or on how many processes share them.
 
 Where a pointwise convolution makes many channels out of few, the moments behind it follow from the covariance of what it reads. So the
 few are measured, and are what waits (see `moments.Pointwise`).
