@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -213,3 +215,36 @@ def own_stderr() -> None:
             sys.stderr.flush()
             again = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)
             sys.stderr = again
+
+
+class _Muted:
+    """A stream without what one thread writes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else int(self._stream.write(text))
+
+
+def _mute() -> tuple[Any, ...]:
+    before = logging.root.manager.disable, warnings.catch_warnings(), sys.stdout, sys.stderr
+    logging.disable(logging.CRITICAL)
+    before[1].__enter__()
+    warnings.simplefilter("ignore")
+    sys.stdout, sys.stderr = map(_Muted, before[2:])  # torch.export prints whole graphs
+    return before
+
+
+def _unmute(before: tuple[Any, ...]) -> None:
+    logging.disable(before[0])
+    before[1].__exit__(None, None, None)
+    sys.stdout, sys.stderr = before[2:]
+
+
+# Without a framework's own remarks on what it does inside, and without what a model's code prints while it is only read. One thread at a
+# time: what reads a model (torch.export and its kin) changes more that belongs to the whole process.
+quiet = Switch(_mute, _unmute, alone=True)

@@ -11,7 +11,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import bnfold
-from bnfold.backends.torch.export.trace import as_call, duplicate, trace
+from bnfold.backends.torch.export.call import as_call
+from bnfold.backends.torch.export.copies import duplicate
+from bnfold.backends.torch.export.trace import trace
 from bnfold.report import FuseReport
 
 EXACT = 1e-12  # relative, in float64

@@ -128,7 +128,7 @@ def test_a_switch_is_back_in_a_process_forked_by_another_thread(alone: bool) -> 
 
 
 def test_other_threads_are_heard_while_a_model_is_read(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from bnfold.backends.torch.export.trace import quiet
+    from bnfold.capture import quiet
 
     with quiet():
         print("the model's code")

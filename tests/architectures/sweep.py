@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends.torch.export.trace import flat_outputs, quiet, trace
+from bnfold.backends.torch.export.tensors import flat_outputs
+from bnfold.backends.torch.export.trace import trace
+from bnfold.capture import quiet
 from bnfold.report import FuseReport
 from tests.architectures.list import make
 

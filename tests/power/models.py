@@ -21,8 +21,9 @@ from torch import nn
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto
 from bnfold.backends.onnx.model import OnnxModel
-from bnfold.backends.torch.export.trace import quiet, trace
+from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.model import TorchModel
+from bnfold.capture import quiet
 from bnfold.model import Runner
 
 OPSET = 18

@@ -24,7 +24,8 @@ from bnfold.backends.onnx.files.load import from_proto
 from bnfold.backends.onnx.model import OnnxModel
 from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.backends.onnx.runtime.session import Session
-from bnfold.backends.torch.export.trace import flat_outputs, to_numpy, trace
+from bnfold.backends.torch.export.tensors import flat_outputs, to_numpy
+from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.model import TorchModel
 from bnfold.backends.torch.runtime.session import precise
 from bnfold.report import VerifyReport

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends.torch.export.trace import quiet
+from bnfold.capture import quiet
 from bnfold.errors import DataError, UsageError
 from bnfold.recalibration.methods import METHODS, Exact, IoffeSzegedy, Method, MovingAverage, Precise, Prior, method
 

@@ -21,9 +21,10 @@ from bnfold.folding.plan import plan
 from bnfold.report import Counts, FuseReport
 
 from .export.census import computed, held, of_constants, operators
+from .export.copies import duplicate, require_copies
 from .export.other_calls import Other, Trial, own_call, shown
 from .export.regions import has_regions
-from .export.trace import Traced, at_its_sizes, duplicate, require_copies
+from .export.trace import Traced, at_its_sizes
 from .lowering.table import lowering
 from .writing.module import write_module
 from .writing.paths import Path, conflict, path_of, plain_name

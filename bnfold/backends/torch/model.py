@@ -22,28 +22,18 @@ from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
 from bnfold.algebra.rounding import roundoff
+from bnfold.capture import quiet
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import NO_BATCHNORM, UnsupportedError
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Port, Shapes, Stream
 from bnfold.text import first_line
 
+from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
 from .export.functional import entangled, functional
 from .export.sizes import Sizes
-from .export.trace import (
-    NUMPY,
-    Call,
-    Traced,
-    example_of,
-    forward_names,
-    in_places,
-    quiet,
-    random_example,
-    shortened_call,
-    to_numpy,
-    to_tensor,
-    trace,
-)
+from .export.tensors import NUMPY, to_numpy, to_tensor
+from .export.trace import Traced, trace
 from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import Exact, Stored, held_tensors, last_uses

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import bnfold
-from bnfold.backends.torch.export.trace import Call, trace
+from bnfold.backends.torch.export.call import Call
+from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.files.archive import check_archive
 from bnfold.backends.torch.files.archive_json import is_plain_text
 

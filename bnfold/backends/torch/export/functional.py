@@ -13,8 +13,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
+from bnfold.capture import quiet
+
 from .constants import Constants
-from .trace import quiet
 from .walk import is_float, mutates, viewed, written
 
 

@@ -12,8 +12,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 
+from bnfold.capture import quiet
+
 from .sizes import Probe, Sizes
-from .trace import quiet
 from .walk import is_tensor
 
 TIMES = (2, 3)  # multiples keep what a model may demand of its sizes

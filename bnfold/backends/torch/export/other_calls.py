@@ -25,14 +25,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
+from bnfold.capture import quiet
 from bnfold.errors import DataError, UnsupportedError
 from bnfold.text import one_line
 from bnfold.verification.noise import deviation, plain
 
 from ..runtime.session import move_weights
+from .call import Call, as_call
+from .copies import duplicate
+from .program import has_more_terms
 from .regions import kind_of
 from .sizes import Sizes
-from .trace import Call, Traced, as_call, at_its_sizes, duplicate, flat_outputs, has_more_terms, quiet, to_numpy
+from .tensors import flat_outputs, to_numpy
+from .trace import Traced, at_its_sizes
 from .walk import FLOATS, frames, operator_name
 from .weights import weights
 

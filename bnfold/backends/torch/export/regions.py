@@ -18,6 +18,10 @@ from torch.fx import GraphModule
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
+from bnfold.capture import quiet
+
+from .functional import entangled, functional, graph_copy
+
 WRAPPERS = {
     "wrap",
     "wrap_with_set_grad_enabled",
@@ -63,8 +67,6 @@ def written_out(program: ExportedProgram, *, casts: bool) -> ExportedProgram:
     """
     if not has_regions(program):
         return program
-    from .functional import entangled, functional  # they read graphs that were written out
-
     flat = _flat(program)
     if any(AUTOCAST in op.meta for op in flat.graph.nodes) and (casts or entangled(flat)):
         try:
@@ -80,9 +82,6 @@ def _writable(op: Op, autocast: bool) -> bool:
 
 
 def _flat(program: ExportedProgram, *, autocast: bool = True) -> ExportedProgram:
-    from .functional import graph_copy
-    from .trace import quiet
-
     module = graph_copy(program)[0]
     signature = copy.deepcopy(program.graph_signature)
     renamed: dict[str, str] = {}

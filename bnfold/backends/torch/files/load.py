@@ -11,10 +11,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
+from bnfold.capture import quiet
 from bnfold.errors import ModelError, UnsupportedError, UsageError
 from bnfold.text import one_line
 
-from ..export.trace import quiet
 from .architecture import Arch, build
 from .archive import check_archive
 from .checkpoint import Say, put, state_of, surgery_of, unpickled

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_of
+from bnfold.capture import quiet
 from bnfold.errors import CheckError, UnsupportedError, UsageError
 from bnfold.files import may_write, replacing
 from bnfold.text import one_line
 
 from ..export.open_axes import fixed_axes, substituted
-from ..export.trace import Traced, quiet, trace
+from ..export.trace import Traced, trace
 from ..writing.surgery import ATTRIBUTE, Surgery
 from .checkpoint import RECORD
 

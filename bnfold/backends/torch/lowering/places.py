@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from bnfold.algebra.graph import AS_STORED
 
+from ..export.call import Call
 from ..export.constants import Constants
-from ..export.trace import Call, duplicate
+from ..export.copies import duplicate
 from ..export.walk import arguments, frame, frames, operator_name, value_of
 from ..writing.derived import Derived, derived
 from ..writing.trials import WITH_BIAS, Trial, bias_trial, tried

@@ -26,8 +26,10 @@ from bnfold.recalibration.protocol import BatchNorm, Reading
 
 from ..export.census import held
 from ..export.constants import Constants, as_float64
+from ..export.copies import duplicate
 from ..export.functional import without_writing
-from ..export.trace import NUMPY, Traced, duplicate, to_tensor, trace
+from ..export.tensors import NUMPY, to_tensor
+from ..export.trace import Traced, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
 from ..lowering.chains import frozen_chains
 from ..lowering.table import lowering as lowering_of

@@ -22,7 +22,7 @@ from bnfold.text import first_line
 
 from ..export.constants import Constants
 from ..export.regions import under
-from ..export.trace import to_numpy, to_tensor
+from ..export.tensors import to_numpy, to_tensor
 from ..export.walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, operator_name, viewed
 from .moments import Meter
 

@@ -14,7 +14,8 @@ from torch.fx import Node as Op
 from bnfold.errors import UnsupportedError
 
 from ..export.regions import under
-from ..export.trace import Traced, to_tensor
+from ..export.tensors import to_tensor
+from ..export.trace import Traced
 from ..export.walk import function
 from .session import Oracle, Session
 

@@ -26,7 +26,9 @@ from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.model import Placement
 from bnfold.text import first_line
 
-from ..export.trace import Traced, duplicate, flat_outputs, to_numpy, to_tensor
+from ..export.copies import duplicate
+from ..export.tensors import flat_outputs, to_numpy, to_tensor
+from ..export.trace import Traced
 from ..export.walk import FLOATS, dtype_of, in_training, is_batchnorm, is_tensor, mutates, operator_name, written
 from ..export.weights import weights
 from .widen import call, reads_bits, widened, writes_bits

@@ -10,8 +10,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node as Op
 
+from bnfold.capture import quiet
+
 from ..export.functional import graph_copy
-from ..export.trace import quiet
 from ..export.walk import arguments, epsilon, frame, in_training, is_batchnorm, is_tensor, mutates, operator_name, set_argument
 from .program import placeholder
 

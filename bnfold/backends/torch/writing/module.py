@@ -17,7 +17,8 @@ from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
 
 from ..export.constants import Constants
-from ..export.trace import NUMPY, duplicate, laid_out, to_tensor
+from ..export.copies import duplicate
+from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, frame, writes_into_shared
 from ..lowering.lowering import Slot, TorchLowering, TorchNative
 from ..lowering.places import ModuleHost, Place

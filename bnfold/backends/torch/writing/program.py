@@ -16,12 +16,13 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.rounding import lost, rounded
+from bnfold.capture import quiet
 from bnfold.folding.branches import Merge
 from bnfold.text import unused
 
 from ..export.constants import KINDS
 from ..export.functional import graph_copy
-from ..export.trace import NUMPY, laid_out, quiet, to_tensor
+from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, mutates, set_argument, writes_into_shared
 from ..lowering.lowering import Slot, TorchLowering, TorchNative
 

@@ -19,8 +19,9 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.graph import Node, Site
 from bnfold.folding.branches import May
 
+from ..export.call import Call
+from ..export.copies import duplicate
 from ..export.regions import kind_of
-from ..export.trace import Call, duplicate
 from ..export.walk import arguments, frame, frames, mutates, operator_name
 from ..lowering.lowering import TorchLowering
 from ..lowering.places import CONVOLUTIONS, ModuleHost

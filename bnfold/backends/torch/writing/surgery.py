@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
 from bnfold.errors import ModelError
 
-from ..export.trace import duplicate, shared_twin
+from ..export.copies import duplicate, shared_twin
 
 ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 

@@ -11,7 +11,10 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..export.trace import Call, duplicate, quiet
+from bnfold.capture import quiet
+
+from ..export.call import Call
+from ..export.copies import duplicate
 from ..export.walk import operator_name
 
 Trial = Callable[[nn.Module, Call], bool]

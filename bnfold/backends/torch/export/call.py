@@ -1,0 +1,210 @@
+"""How a PyTorch model is called: as an example shows, an item of somebody's data, or shapes alone."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from bnfold.capture import quiet
+from bnfold.data import LABELS
+from bnfold.data.samples import ROWS, rows_are_samples
+from bnfold.errors import DataError, UsageError
+from bnfold.text import first_line
+
+from .copies import shared_twin
+from .tensors import flat_outputs, to_numpy, to_tensor
+
+Model = nn.Module | ExportedProgram
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model is called: positional and keyword arguments, in which tensors may be nested."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def known_example(module: nn.Module) -> Call:
+    """Random data of the shape that the model itself states. Raises UsageError where it states none."""
+    stated = getattr(module, "example_input_array", None)
+    if stated is not None:
+        return as_call(module, stated)
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(module, name, None)
+        size = config.get("input_size") if isinstance(config, Mapping) else None
+        if isinstance(size, Sequence) and all(isinstance(n, int) for n in size):
+            generator = torch.Generator().manual_seed(0)
+            return as_call(module, torch.randn((2, *size), generator=generator))
+    raise UsageError(
+        f"{type(module).__name__} doesn't say what it takes: give an example of its input (example=batch in Python, "
+        f"--input-shape 1,3,224,224 or --data on the command line)"
+    )
+
+
+def _call_of(module: nn.Module, example: Any) -> Call:
+    """The arguments that an example stands for, as they were given."""
+    if isinstance(example, Call):
+        return example
+    if isinstance(example, Mapping):
+        names = inspect.signature(module.forward).parameters
+        by_name = all(key in names for key in example) or any(p.kind is p.VAR_KEYWORD for p in names.values())
+        return Call((), dict(example)) if by_name else Call((dict(example),))
+    return Call(tuple(example)) if isinstance(example, (tuple, list)) else Call((example,))
+
+
+def as_call(module: nn.Module, example: Any) -> Call:
+    """An example in one of the forms that `trace` takes as arguments: tensors on the module's device, floats in the module's type."""
+    call = _call_of(module, example)
+    tensor = next((t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()), None)
+    device, kind = (torch.device("cpu"), None) if tensor is None else (tensor.device, tensor.dtype)
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            leaf = to_tensor(leaf)
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(device, kind if leaf.is_floating_point() else None)
+
+    args, kwargs = pytree.tree_map(convert, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def example_of(model: Model, item: Any) -> Any:
+    """How a model is called with one item of somebody's data, which may hold more than the model takes: labels, at the end or by name."""
+    if isinstance(model, ExportedProgram):
+        return None
+    parameters = inspect.signature(model.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(item, Mapping):
+        named = {p.name for p in parameters}
+        known = {str(key): value for key, value in item.items() if str(key) in named}
+        if known:
+            return known
+        left = {key: value for key, value in item.items() if key not in LABELS} or dict(item)
+        return Call((next(iter(left.values())),)) if len(left) == 1 else Call((left,))
+    if isinstance(item, (tuple, list)) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        required = sum(p.default is p.empty for p in places)
+        labelled = len(item) == required + 1 and (hasattr(item[-1], "__array__") or isinstance(item[-1], (list, int)))
+        return tuple(item[: required if labelled and not isinstance(item[-1], bool) else len(places)])
+    return item
+
+
+def arguments_of(item: Any, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What an item of data gives for each argument, and its labels by name. None where it names the tensors one by one."""
+    tensors = {name for name, value in like.items() if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))}
+    if isinstance(item, Mapping):
+        if tensors <= item.keys():
+            return {name: item[name] for name in like if name in item}, {name: item[name] for name in LABELS if name in item.keys() - like}
+        if len(like) == 1 and isinstance(value := next(iter(like.values())), Mapping) and value.keys() <= item.keys():
+            return {next(iter(like)): item}, {name: item[name] for name in LABELS if name in item.keys() - value}
+        return None, {}
+    items = list(item) if isinstance(item, (tuple, list)) else [item]
+    last = items[len(like) :] if len(items) == len(like) + 1 else []
+    if not last and len(items) == len(tensors) + 1 and list(like)[: len(tensors)] == [name for name in like if name in tensors]:
+        constant = [name for name in like if name not in tensors]
+        if constant and isinstance(items[-1], (Tensor, np.ndarray)):  # what follows the tensors has the values of the example
+            last = items[-1:]
+            items = items[:-1]
+    return dict(zip(like, items, strict=False)), {LABELS[0]: last[0]} if last else {}
+
+
+def formed(value: Any, like: Any, where: str) -> Any:
+    """An argument in the form of the example's: what isn't a tensor must be the same, since it may decide what is computed."""
+    if isinstance(like, Tensor):
+        if isinstance(value, (Tensor, np.ndarray, np.generic, int, float, list)) or hasattr(value, "__array__"):
+            return value
+    elif isinstance(like, Mapping):
+        if isinstance(value, Mapping) and like.keys() <= value.keys():
+            return {name: formed(value[name], each, f"{where}[{name!r}]") for name, each in like.items()}
+    elif isinstance(like, (list, tuple)):
+        if isinstance(value, (list, tuple)) and len(value) == len(like):
+            return [formed(one, other, f"{where}[{i}]") for i, (one, other) in enumerate(zip(value, like, strict=True))]
+    else:
+        (mine, form), (theirs, other) = pytree.tree_flatten(value), pytree.tree_flatten(like)
+        if form == other and all(isinstance(b, Tensor) or a == b for a, b in zip(mine, theirs, strict=True)):
+            return value
+    raise DataError(
+        f"argument {where} is {_told(value)} where the model was read with {_told(like)}: it is read for one form of its arguments, so "
+        f"give items of that form alone"
+    )
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(repr, value)) or 'nothing'}"
+    return f"a {type(value).__name__}" if isinstance(value, (Tensor, np.ndarray)) else repr(value)[:60]
+
+
+def forward_names(model: nn.Module) -> list[str]:
+    """The names of the arguments that a module's forward needs; the first, where it needs none."""
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    needed = [p.name for p in parameters if p.default is p.empty]
+    return needed or [p.name for p in parameters[:1]]
+
+
+def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]], types: Mapping[str, str] = MappingProxyType({})) -> Call:
+    """Random data by the names of the forward's parameters; in their order where the names aren't its own.
+
+    types: of those that aren't floating point, which are 0 and 1, as any embedding takes.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator) if kind.is_floating_point else torch.randint(2, shape, generator=generator).to(kind)
+
+    made = {name: draw(tuple(shape), getattr(torch, types.get(name, "float32"))) for name, shape in shapes.items()}
+    known = inspect.signature(model.forward).parameters
+    return as_call(model, made if all(name in known for name in made) else tuple(made.values()))
+
+
+def in_places(model: nn.Module, call: Call) -> Call:
+    """The same call with what it states by name stated by position, as far as that goes.
+
+    An exported program is called just as it was traced: so it is called as its module is, although data name their arrays.
+    """
+    args, rest = list(call.args), dict(call.kwargs)
+    for parameter in list(inspect.signature(model.forward).parameters.values())[len(args) :]:
+        if parameter.name not in rest or parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            break
+        args.append(rest.pop(parameter.name))
+    return Call(tuple(args), rest)
+
+
+def shortened_call(model: nn.Module, example: Any, count: int = 2) -> Call:
+    """A call with the first samples of its arrays or tensors alone, where a trial shows that these are samples (see `data.samples`)."""
+    call = _call_of(model, example)
+    leaves, form = pytree.tree_flatten((call.args, call.kwargs))
+    arrays: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim}
+    rows = {len(array) for array in arrays.values()}
+    if len(rows) != 1 or max(rows) <= max(count, ROWS):
+        return call
+    twin = shared_twin(model).eval()
+
+    def cut(parts: Mapping[str, Any]) -> Call:
+        args, kwargs = pytree.tree_unflatten([parts.get(str(i), leaf) for i, leaf in enumerate(leaves)], form)
+        return Call(args, kwargs)
+
+    def run(parts: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+        part = as_call(model, cut(parts))
+        try:
+            with quiet(), torch.no_grad():
+                return {name: to_numpy(tensor) for name, tensor in flat_outputs(twin(*part.args, **part.kwargs)).items()}
+        except Exception as error:  # the model's code raises what it likes
+            raise DataError(first_line(error)) from None
+
+    told = rows_are_samples(arrays, set(arrays), run)
+    return cut({name: array[:count] for name, array in arrays.items()}) if told or (told is None and len(arrays) == 1) else call

@@ -1,0 +1,135 @@
+"""Copies of a module, whose classes may have a way of their own of making them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfold.errors import UnsupportedError
+from bnfold.text import first_line
+
+COPIED = "its copy"  # by Python's own means
+
+WAY_OUT = "give the model as an exported program (torch.export.export), or as a .pt2 or .onnx file"
+
+
+def shared_twin(module: nn.Module) -> nn.Module:
+    """A copy of a module's structure that shares its parameters and buffers."""
+    return _copied(module, {id(t): t for t in itertools.chain(module.parameters(), module.buffers())})
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """A copy of a module, its tensors included."""
+    return _copied(module, {})
+
+
+def require_copies(folded: nn.Module) -> None:
+    """Who copies a folded module, or saves and loads it, must not get the unfolded one with new weights, wrong as that is.
+
+    Raises UnsupportedError for one whose classes make copies in a way of their own, in which what was changed is lost.
+    """
+    if any(map(_own_copy, folded.modules())):
+        _copied(folded, {}, "can't be folded as a module, since a copy of the folded one would compute something else")
+
+
+def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't be copied, and bnfold works on a copy") -> nn.Module:
+    """A deep copy, also of a tensor that is an attribute and was computed (as weight_norm's), which copy.deepcopy refuses.
+
+    Raises UnsupportedError, which names what is in the way, where there is no copy that can be changed without changing the original.
+    """
+    shared = dict(memo)
+    for each in module.modules():
+        for value in vars(each).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    own = dict(memo)
+    told = f"{type(module).__name__} {consequence}"
+    try:
+        copied = copy.deepcopy(module, memo)
+    except Exception as error:  # what an attribute holds may raise anything
+        why = f"{_uncopied(module, own)} ({first_line(error)})"
+        raise UnsupportedError(f"{told}: {why}; take it off before, or {WAY_OUT}") from error
+    if why := _no_copy(module, copied, shared):
+        raise UnsupportedError(f"{told}: {why}; {WAY_OUT}")
+    return copied
+
+
+def _uncopied(module: nn.Module, memo: dict[int, Any]) -> str:
+    """Which attribute has no deep copy, or which module."""
+
+    def fails(value: Any) -> bool:
+        try:
+            copy.deepcopy(value, dict(memo))
+        except Exception:  # as above
+            return True
+        return False
+
+    innermost = "the module itself"
+    for path, each in module.named_modules():
+        tensors = {**each._parameters, **each._buffers}
+        rest = {name: value for name, value in vars(each).items() if name not in ("_parameters", "_buffers", "_modules")}
+        for name, value in (*tensors.items(), *rest.items()):
+            if fails(value):
+                held = f"{path}.{name}" if path else name
+                return f"its hooks, {held}, have no deep copy" if name.endswith("_hooks") else f"its attribute {held} has no deep copy"
+        if fails(each):
+            innermost = f"its module {path} ({type(each).__name__}) has no deep copy" if path else innermost + " has no deep copy"
+    return innermost
+
+
+def _no_copy(module: nn.Module, copied: Any, shared: Mapping[int, Any]) -> str:
+    """What a module's own way of copying gave that is no copy of it, "" where all was copied. shared: tensors that both shall hold."""
+    if not isinstance(copied, nn.Module):
+        return f"its {_own_copy(module)} gives {type(copied).__name__}, not a module"
+    mine, theirs = dict(module.named_modules()), dict(copied.named_modules())
+    for path, each in mine.items():
+        what = _copier(mine, path)
+        if path not in theirs or _kind(each) != _kind(theirs[path]):
+            return f"{what} gives something else" + ("" if _own_copy(each) else f" for {path}")
+        if theirs[path] is each:
+            return f"{what} gives the module itself"
+        theirs[path].training = each.training
+        others = {**theirs[path]._parameters, **theirs[path]._buffers}
+        for name, tensor in {**each._parameters, **each._buffers}.items():
+            other, held = others.get(name), f"{path}.{name}".lstrip(".")
+            if tensor is None and other is None:
+                continue
+            if tensor is None or other is None or tensor.shape != other.shape:
+                return f"{what} leaves out {held}, or gives it another shape"
+            if other is tensor and id(tensor) not in shared:
+                return f"{what} shares {name} with the original"
+            if other is not tensor and what != COPIED and not _equal(tensor, other):
+                return f"{what} gives {held} other values"
+    return "" if len(mine) == len(theirs) else f"its {_own_copy(module)} gives more modules than there are"
+
+
+def _copier(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Whose own way of copying made the copy of the module at a path: its own, or that of one that holds it."""
+    while path and not _own_copy(modules[path]):
+        path = path.rpartition(".")[0]
+    own = _own_copy(modules[path])
+    return COPIED if not own else f"the {own} of its module {path} ({type(modules[path]).__name__})" if path else f"its {own}"
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a module's class; torch.fx makes one of its own for each of its modules."""
+    return "GraphModule" if isinstance(module, torch.fx.GraphModule) else type(module).__name__
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.is_meta or other.is_meta:
+        return one.dtype == other.dtype
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _own_copy(module: nn.Module) -> str:
+    """The method by which a class makes copies in another way than Python does; "" without one."""
+    kind = type(module)
+    if hasattr(kind, "__deepcopy__"):
+        return "__deepcopy__"
+    return next((name for name in ("__reduce_ex__", "__reduce__") if getattr(kind, name) is not getattr(object, name)), "")

@@ -1,0 +1,125 @@
+"""What torch.export makes of a module, with as many axes of its inputs left open as it lets be."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from bnfold.capture import quiet
+from bnfold.errors import UnsupportedError, UsageError
+from bnfold.text import first_line
+
+from .call import Call
+
+MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so does the time that each takes
+
+
+def require_shapes(model: nn.Module) -> None:
+    """A lazy parameter gets its shape in the first call, which is the user's to make."""
+    if any(nn.parameter.is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())):
+        raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
+
+
+def export(twin: nn.Module, model: nn.Module, call: Call, most: int | None, patient: bool) -> tuple[ExportedProgram, int | None, str]:
+    """The program, how many axes are open in it, and what is to be said of that. most: the most axes that are tried."""
+    failure: Exception | None = None
+    note = ""
+    for axes in (None, 1, 0) if most is None else range(most, -1, -1):
+        candidate = _doubled(call) if axes != 0 else call
+        try:
+            with quiet(), torch.no_grad(), _watched(twin) if axes is None and not patient else nullcontext():
+                shapes = _dynamic(twin, candidate, axes)
+                return torch.export.export(twin, candidate.args, candidate.kwargs, dynamic_shapes=shapes, strict=False), axes, note
+        except _TooManyTerms as error:
+            note = f"{error}, so it was read at the example's sizes, and others were only tried"
+        except Exception as error:  # torch.export raises whatever the model's code raises
+            failure = error
+    assert failure is not None
+    where = _failing_module(failure, twin)
+    raise UnsupportedError(
+        f"torch.export can't read {type(model).__name__}{where}: {first_line(failure)}; give an example of the input as the model is "
+        f"called in deployment, or export it to ONNX and give that file"
+    ) from failure
+
+
+class _TooManyTerms(Exception):
+    """A size is so long a formula of the open axes that reading the model would take many times as long as it takes at one size."""
+
+
+@contextmanager
+def _watched(twin: nn.Module) -> Iterator[None]:
+    """While it lasts, a module whose output has a size of too many terms ends the reading."""
+
+    def look(name: str, output: Any) -> None:
+        for leaf in pytree.tree_leaves(output):
+            for size in leaf.shape if isinstance(leaf, Tensor) else ():
+                if isinstance(size, torch.SymInt) and has_more_terms(size.node.expr, MOST_TERMS):
+                    raise _TooManyTerms(f"the sizes of what {name or 'it'} gives are long formulas of the input's")
+
+    hooks = [
+        module.register_forward_hook(lambda module, given, output, name=name: look(name, output)) for name, module in twin.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def has_more_terms(expression: Any, most: int) -> bool:
+    """Whether a formula has more than so many terms, those that occur several times counted as often."""
+    stack, count = [expression], 0
+    while stack and count <= most:
+        count += 1
+        stack.extend(stack.pop().args)
+    return count > most
+
+
+def _doubled(call: Call) -> Call:
+    """A batch of one would be taken for a constant: two of it."""
+    leaves = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves or any(len(leaf) != 1 for leaf in leaves):
+        return call
+    args, kwargs = pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf, (call.args, call.kwargs)
+    )
+    return Call(args, kwargs)
+
+
+def _dynamic(twin: nn.Module, call: Call, axes: int | None) -> Any:
+    """The first `axes` axes of every tensor are dynamic, all of them for None."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return dict.fromkeys(range(leaf.ndim if axes is None else min(axes, leaf.ndim)), Dim.AUTO)
+
+    bound = inspect.signature(twin.forward).bind(*call.args, **call.kwargs).arguments
+    named = {}
+    for name, value in bound.items():
+        kind = inspect.signature(twin.forward).parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update({key: pytree.tree_map(of, each) for key, each in value.items()})
+        else:
+            named[name] = pytree.tree_map(of, value)
+    return named
+
+
+def _failing_module(error: Exception, twin: nn.Module) -> str:
+    """The innermost module of the model in whose forward the error rose."""
+    names = {id(module): name for name, module in twin.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        module = step.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and names.get(id(module)):
+            found = f", in its module {names[id(module)]} ({type(module).__name__})"
+        step = step.tb_next
+    return found

@@ -1,0 +1,75 @@
+"""Tensors and arrays, one made of the other, and the tensors among what a model returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bnfold.data import Batch
+from bnfold.errors import DataError
+
+NUMPY = {
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.complex64: np.dtype(np.complex64),
+    torch.complex128: np.dtype(np.complex128),
+    torch.bool: np.dtype(np.bool_),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int8: np.dtype(np.int8),
+    torch.int16: np.dtype(np.int16),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+
+TORCH = {numpy: kind for kind, numpy in NUMPY.items()}
+
+
+def to_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """A tensor that shares the array's memory where it can."""
+    if array.dtype == NUMPY[torch.bfloat16]:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    if array.dtype not in TORCH:
+        raise DataError(f"the data are {array.dtype}, which PyTorch has no type for; convert them")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the memory format of another one of its shape: channels_last, say."""
+    strides = like.stride()
+    dense = all(isinstance(n, int) for n in strides) and sum((n - 1) * step for n, step in zip(like.shape, strides, strict=True)) + 1
+    if tensor.shape != like.shape or tensor.stride() == strides or dense != tensor.numel():
+        return tensor
+    return torch.empty_strided(tuple(like.shape), strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """An array on the CPU; bfloat16 becomes ml_dtypes' type."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(NUMPY[torch.bfloat16])
+    return tensor.numpy()
+
+
+def feeds_of(batch: Batch, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A batch by input name as tensors on a device."""
+    return {name: to_tensor(array).to(device) for name, array in batch.items()}
+
+
+def output_name(path: Sequence[Any]) -> str:
+    """The name of an output by its place in what the model returns."""
+    keys = [next(str(getattr(p, a)) for a in ("key", "idx", "name") if hasattr(p, a)) for p in path]
+    return ".".join(["output", *keys])
+
+
+def flat_outputs(returned: Any) -> dict[str, Tensor]:
+    """The tensors that a model returned, by output name."""
+    return {output_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(returned)[0] if isinstance(leaf, Tensor)}
