@@ -26,12 +26,13 @@ NO_RULE = "no rule lets a map cross it"
 class Lowering(ABC):
     """The state of one lowering. operators: the function of each, by name; settings: what the first level of `verify` compares.
 
-    copies_weights: whether each user of a shared weight can get its own.
+    copies_weights: whether each user of a shared weight can get its own. constants: the front-end's, which know what is one and its value.
     """
 
     copies_weights = True
+    constants: Any
 
-    def __init__(self, operators: Mapping[str, Callable[[Any, Op], None]], settings: Callable[..., Settings]) -> None:
+    def __init__(self, operators: Mapping[str, Callable[[Any, Op], object]], settings: Callable[..., Settings]) -> None:
         self._operators, self._settings = operators, settings
         self.nodes: list[Node] = []
         self.sites: dict[Any, Site] = {}
@@ -60,13 +61,6 @@ class Lowering(ABC):
     def new_value(self, ref: Ref) -> Value: ...
 
     @abstractmethod
-    def is_constant(self, ref: Ref) -> bool: ...
-
-    @abstractmethod
-    def const(self, ref: Ref) -> npt.NDArray[Any] | None:
-        """A constant, floats in float64; None where there is none, or it isn't constant."""
-
-    @abstractmethod
     def shape(self, ref: Ref) -> tuple[int, ...]:
         """That of a constant."""
 
@@ -77,22 +71,11 @@ class Lowering(ABC):
     def name(self, op: Op) -> str: ...
 
     @abstractmethod
-    def title(self, op: Op, ref: Ref) -> str:
-        """What a constant operand is called."""
-
-    @abstractmethod
     def label(self, op: Op) -> str: ...
 
     @abstractmethod
     def native(self, op: Op, inputs: list[Ref], keys: list[Key], output: Ref | None) -> Any:
-        """What the writers find of an operator at its node."""
-
-    @abstractmethod
-    def limit(self, native: Any) -> float:
-        """The largest finite number of the type that an operator gives."""
-
-    @abstractmethod
-    def cloneable(self, native: Any) -> bool: ...
+        """What the writers find of an operator at its node, with the largest number of its type, and whether it can be doubled."""
 
     @abstractmethod
     def param(self, op: Op, key: Key, shape: tuple[int, ...] | None = None, layout: Layout | None = None, *, role: str = "weight") -> Param:
@@ -114,7 +97,19 @@ class Lowering(ABC):
         """What makes calls of an affine operator with a constant operand one layer, and its name."""
         return node, node.name
 
+    def title(self, op: Op, ref: Ref) -> str:
+        """What a constant operand is called."""
+        return self.name(op)
+
     # --- what the operators' functions use -------------------------------------------------------------------------------------
+
+    def is_constant(self, ref: Ref) -> bool:
+        return bool(self.constants.is_constant(ref))
+
+    def const(self, ref: Ref) -> npt.NDArray[Any] | None:
+        """A constant, floats in float64; None where there is none, or it isn't constant."""
+        found: npt.NDArray[Any] | None = self.constants.get(ref)
+        return found
 
     def value(self, ref: Ref) -> Value:
         if ref not in self._values:
@@ -163,7 +158,7 @@ class Lowering(ABC):
         inputs, output = list(inputs), self.output(op) if output is None else output
         keys = self.keys(op, inputs)
         native = self.native(op, inputs, keys, output)
-        attrs = {"limit": self.limit(native), "cloneable": self.cloneable(native), **(attrs or {})}
+        attrs = {"limit": native.limit, "cloneable": native.cloneable, **(attrs or {})}
         sources = [self.operand(op, ref, key) for ref, key in zip(inputs, keys, strict=True)]
         return self.add(kind, op, sources, [self.value(output), *map(self.value, more)], attrs, params or {}, native)
 

@@ -15,7 +15,9 @@ import numpy as np
 from .graph import Node, Value
 
 ROUNDED = 2.0**-22  # relatively: settings are stored in float32 by some files, and computed in it
+LARGEST = 3.4e38  # a bound beyond it is none
 LONGEST = 80  # characters of a setting that are shown
+Common = tuple[str, Mapping[str, Any]]  # an operator and its settings by ONNX's names
 UNREAD = "it isn't known what it is set to"
 
 
@@ -39,7 +41,7 @@ class Settings:
 
     operator: str
     values: Mapping[str, Any] = field(default_factory=dict)
-    common: tuple[str, Mapping[str, Any]] | None = None
+    common: Common | None = None
     places: Mapping[Value, int] = field(default_factory=dict)
     activations: tuple[Any, ...] = ()
     shape_of: Value | None = None
@@ -60,6 +62,35 @@ Stated = Callable[[], Settings]
 # Of these all that they are is in their coefficients and their attributes, whatever they are called.
 SAID_BY_COEFFICIENTS = {"Affine", "Contraction", "Table", "Constant"}
 COMMUTATIVE = {"Add", "Mul", "Mean", "Maximum"}
+
+
+# --- one form of what is said in several ways ----------------------------------------------------------------------------------------
+
+
+def counted(axes: Any, rank: int) -> Any:
+    """Axes from the front: one, or a tuple in their order."""
+    found = np.asarray(axes, np.int64)
+    return int(found) % rank if found.ndim == 0 else tuple(int(n) % rank for n in found.ravel())
+
+
+def bound(value: Any, default: float) -> float:
+    """A bound of a clip; where there is none, or one beyond all numbers, an infinite one."""
+    number = default if value is None else float(np.ravel(value)[0])
+    return number if abs(number) < LARGEST else float(np.copysign(np.inf, number))
+
+
+def clip(low: Any, high: Any) -> Common:
+    low, high = bound(low, -np.inf), bound(high, np.inf)
+    return ("Relu", {}) if (low, high) == (0, np.inf) else ("Clip", {"min": low, "max": high})
+
+
+def reduction(operator: str, axes: Any, rank: int, *, keeps: Any = True) -> Common:
+    """axes: None for all of them."""
+    every = range(rank) if axes is None or not np.size(axes) else np.ravel(axes)
+    return operator, {"axes": tuple(sorted(counted(every, rank))) if rank else (), "keepdims": int(bool(keeps))}
+
+
+# --- what a node is set to -----------------------------------------------------------------------------------------------------------
 
 
 def settings(node: Node) -> Settings:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,6 +75,32 @@ class NormalForm:
             for name, array in self.constants.items()
         }
         return replace(self, outputs={outputs.get(name, name): value for name, value in self.outputs.items()}, constants=constants)
+
+
+# --- every BatchNorm that a model holds, so that no report tells of fewer -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A BatchNorm in a model. key: what the back-end knows it by; why: the reason why nobody could meet it, or didn't."""
+
+    key: Any
+    name: str
+    channels: int
+    why: str
+
+
+def missed(listed: Iterable[Listed], met: Container[Any]) -> list[Listed]:
+    """Those of the model's BatchNorms that were not met."""
+    return [each for each in listed if each.key not in met]
+
+
+def kept(listed: Iterable[Listed], met: Container[Any]) -> list[Layer]:
+    """The same, as layers that stay."""
+    return [Layer(each.name, each.channels, "kept", (), each.why) for each in missed(listed, met)]
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------------------------
 
 
 def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Planned:

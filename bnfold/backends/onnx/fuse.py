@@ -6,8 +6,7 @@ import onnx_ir as ir
 
 from bnfold.algebra.graph import Node
 from bnfold.folding.branches import always
-from bnfold.folding.census import Held, kept
-from bnfold.folding.plan import plan
+from bnfold.folding.plan import Listed, kept, plan
 from bnfold.report import FuseReport, Layer
 
 from .graph.inline import inlined
@@ -23,7 +22,7 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     lowering = lowering_of(fused)
     graph = lowering.graph()
     met = {node.native.node for site in graph.sites for node in site.nodes} | set(lowering.computed)
-    others = kept([Held(node, name_of(node), _channels(node), why) for node, why in held], met)
+    others = kept([Listed(node, name_of(node), _channels(node), why) for node, why in held], met)
     planned = plan(graph, clone=clone, may=always if held else None)
     notes: dict[Node, str] = {}
     added = 0

@@ -16,8 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError
-from bnfold.folding.census import kept
-from bnfold.folding.plan import plan
+from bnfold.folding.plan import kept, plan
 from bnfold.report import Counts, FuseReport
 
 from .export.census import computed, held, of_constants, operators

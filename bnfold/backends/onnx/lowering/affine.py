@@ -59,10 +59,6 @@ def _inferred(ctx: OnnxLowering, node: ir.Node) -> int:
     return next((size for size in sizes if size is not None), 0)
 
 
-def negation(ctx: OnnxLowering, node: ir.Node) -> None:
-    weights.negation(ctx, node, arg(node))
-
-
 def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
     """Add, Sub, Mul, Div: of two activations, or by a constant, which makes an affine operator."""
     operands, kind = (arg(node), arg(node, 1)), node.op_type.lower()

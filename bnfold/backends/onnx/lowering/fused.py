@@ -9,7 +9,7 @@ import onnx_ir as ir
 from bnfold.algebra.graph import Value
 from bnfold.algebra.lowering import NO_RULE
 
-from ..graph.walk import arg, attribute
+from ..graph.walk import MICROSOFT, arg, attribute
 from .absorbing import conv, gemm, matmul
 from .lowering import Lower, OnnxLowering, OnnxNative, given
 from .settings import fused
@@ -59,4 +59,8 @@ def _activation(node: ir.Node) -> tuple[str, str]:
     return "Barrier", "it clips at a bound other than zero" if name == "Clip" else NO_RULE
 
 
-FUSED: dict[str, Lower] = {"FusedConv": activated(conv), "FusedGemm": activated(gemm), "FusedMatMul": matmul}
+FUSED: dict[str, Lower] = {
+    f"{MICROSOFT}::FusedConv": activated(conv),
+    f"{MICROSOFT}::FusedGemm": activated(gemm),
+    f"{MICROSOFT}::FusedMatMul": matmul,
+}

@@ -21,7 +21,7 @@ from bnfold.algebra.weights import new, scaled
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
 from ..graph.sequences import Sequences, without_sequences
 from ..graph.shapes import Shapes
-from ..graph.walk import all_graphs, attribute, behind_identity, is_standard, name_of, subgraphs, whole
+from ..graph.walk import all_graphs, arg, attribute, behind_identity, is_standard, name_of, subgraphs, whole
 
 COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 SHAPES = ("Shape", "Size")
@@ -29,17 +29,19 @@ SHAPES = ("Shape", "Size")
 
 @dataclass(eq=False)
 class OnnxNative:
-    """A neutral node's ONNX node. dtype: the type that a parameter without a tensor gets."""
+    """A neutral node's ONNX node. dtype: the type that a parameter without a tensor gets; limit: its largest number."""
 
     node: ir.Node
     dtype: ir.DataType | None = None
     positions: list[int] = field(default_factory=list)  # for each activation, which of the node's inputs it is
+    limit: float = np.inf
+    cloneable: bool = False
     reset: dict[str, ir.Attr] = field(default_factory=dict)  # attributes to set once the bias is rewritten (Gemm's beta)
     clone_of: OnnxNative | None = None  # the original, where the ONNX node has still to be made
     readers: list[tuple[OnnxNative, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
 
-Lower = Callable[["OnnxLowering", ir.Node], None]
+Lower = Callable[["OnnxLowering", ir.Node], object]
 
 
 class OnnxLowering(Lowering):
@@ -47,6 +49,8 @@ class OnnxLowering(Lowering):
 
     computed: BatchNorms of constants (weight standardisation).
     """
+
+    constants: Constants
 
     def __init__(self, model: ir.Model, operators: Mapping[str, Lower], settings: Callable[..., Settings]) -> None:
         super().__init__(operators, settings)
@@ -118,12 +122,6 @@ class OnnxLowering(Lowering):
         probes = self.shapes.probes(ref)
         return Value(ref.name or "", probes, None if probes is None else len(probes[0]))
 
-    def is_constant(self, ref: ir.Value | None) -> bool:
-        return self.constants.is_constant(ref)
-
-    def const(self, ref: ir.Value | None) -> npt.NDArray[Any] | None:
-        return self.constants.get(ref)
-
     def shape(self, ref: ir.Value) -> tuple[int, ...]:
         stored = self.constants.stored(ref)
         return tuple(stored.shape.numpy()) if stored is not None else self._get(ref).shape
@@ -134,21 +132,13 @@ class OnnxLowering(Lowering):
     def name(self, op: ir.Node) -> str:
         return name_of(op)
 
-    def title(self, op: ir.Node, ref: ir.Value) -> str:
-        return name_of(op)
-
     def label(self, op: ir.Node) -> str:
         return op.op_type
 
     def native(self, op: ir.Node, inputs: list[ir.Value], keys: list[int], output: ir.Value | None) -> OnnxNative:
         dtype = None if output is None else self.dtype(output)
-        return OnnxNative(op, self.dtype(inputs[0]) if dtype not in FLOATS and inputs else dtype, keys)
-
-    def limit(self, native: OnnxNative) -> float:
-        return largest(native.dtype)
-
-    def cloneable(self, native: OnnxNative) -> bool:
-        return len(native.node.outputs) == 1
+        dtype = self.dtype(inputs[0]) if dtype not in FLOATS and inputs else dtype
+        return OnnxNative(op, dtype, keys, largest(dtype), len(op.outputs) == 1)
 
     def param(
         self, op: ir.Node, key: int, shape: tuple[int, ...] | None = None, layout: Layout | None = None, *, role: str = "weight"
@@ -273,6 +263,11 @@ class OnnxLowering(Lowering):
                     seen.add(x)
                     stack.append(x)
         return False
+
+
+def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
+    """An operator of which its first input and its settings say all."""
+    return lambda ctx, node: shared(ctx, node, arg(node), **settings)
 
 
 def given(node: ir.Node, index: int) -> ir.Value | None:

@@ -13,7 +13,7 @@ from bnfold.algebra.affine import Blocked
 from bnfold.algebra.geometry import COMPUTED, Ids
 
 from ..graph.walk import arg, attribute, whole, wholes
-from .lowering import Lower, OnnxLowering
+from .lowering import Lower, OnnxLowering, by_first
 
 
 def _stated(ctx: OnnxLowering, node: ir.Node, name: str, index: int, default: Any = None) -> Any:
@@ -22,10 +22,6 @@ def _stated(ctx: OnnxLowering, node: ir.Node, name: str, index: int, default: An
     if found is None:
         raise Blocked(COMPUTED)
     return found
-
-
-def _reshape(ctx: OnnxLowering, node: ir.Node) -> None:
-    geometry.reshape(ctx, node, arg(node))
 
 
 def _squeeze(ctx: OnnxLowering, node: ir.Node) -> None:
@@ -139,21 +135,10 @@ def _center_crop_pad(ctx: OnnxLowering, node: ir.Node) -> None:
         geometry.pad(ctx, node, x, changed, 0.0)
 
 
-def expand(*, tiles: bool) -> Lower:
-    def lower(ctx: OnnxLowering, node: ir.Node) -> None:
-        geometry.expand(ctx, node, arg(node), tiles=tiles)
-
-    return lower
-
-
-def blocks(*, spreads: bool) -> Lower:
-    """DepthToSpace and SpaceToDepth."""
-
-    def lower(ctx: OnnxLowering, node: ir.Node) -> None:
-        first = spreads and attribute(node, "mode", "DCR") == "CRD"
-        geometry.blocks(ctx, node, arg(node), whole(node, "blocksize", 1), spreads=spreads, channels_first=first)
-
-    return lower
+def _blocks(ctx: OnnxLowering, node: ir.Node) -> None:
+    spreads = node.op_type == "DepthToSpace"
+    first = spreads and attribute(node, "mode", "DCR") == "CRD"
+    geometry.blocks(ctx, node, arg(node), whole(node, "blocksize", 1), spreads=spreads, channels_first=first)
 
 
 def widths(ctx: OnnxLowering, node: ir.Node) -> list[tuple[int, int]] | None:
@@ -210,13 +195,12 @@ def taken(ctx: OnnxLowering, node: ir.Node) -> None:
 
     native = ctx.native(node, [], [part.index for part in parts], y)
     sources = [ctx.operand(part.node, part.source, part.index) for part in parts]
-    attrs = {"limit": ctx.limit(native), "cloneable": False, "settings": None, "run": run, "kept": kept}
+    attrs = {"limit": native.limit, "cloneable": False, "settings": None, "run": run, "kept": kept}
     ctx.add("Move", node, sources, [ctx.value(y)], attrs, {}, native)
 
 
 MOVES: dict[str, Lower] = {
-    "Reshape": _reshape,
-    "Flatten": _reshape,
+    **dict.fromkeys(("Reshape", "Flatten"), by_first(geometry.reshape)),
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Transpose": _transpose,
@@ -227,8 +211,7 @@ MOVES: dict[str, Lower] = {
     "GatherND": _gather_nd,
     "Compress": _compress,
     "CenterCropPad": _center_crop_pad,
-    "Expand": expand(tiles=False),
-    "Tile": expand(tiles=True),
-    "DepthToSpace": blocks(spreads=True),
-    "SpaceToDepth": blocks(spreads=False),
+    "Expand": by_first(geometry.expand, tiles=False),
+    "Tile": by_first(geometry.expand, tiles=True),
+    **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), _blocks),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from bnfold.algebra.settings import Body, Settings
+from bnfold.algebra.settings import Body, Common, Settings, bound, clip, counted, reduction
 
 from ..graph.constants import FLOATS
 from ..graph.walk import attribute, is_standard
@@ -25,7 +25,6 @@ PARAMETERS = {"Clip": ("min", "max"), "LeakyRelu": ("alpha",), "HardSigmoid": ("
 ALIKE = {"Sum": "Add", "CastLike": "Cast"}
 GLOBAL = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
 FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}  # before opset 13
-LARGEST = 3.4e38  # a bound beyond it is none
 MODES = {"bilinear": "linear", "bicubic": "cubic"}  # of GridSample, whose words have changed
 
 
@@ -40,9 +39,9 @@ def settings(ctx: OnnxLowering, node: ir.Node, native: OnnxNative, held: Collect
     for i, v in enumerate(node.inputs):
         if v is None or i in held or of_sizes or (not v.name and v.producer() is None) or (i == 3 and node.op_type == "FusedConv"):
             continue
-        if i in activations and not (ctx.constants.is_constant(v) and ctx.tensor(v) is None):
+        if i in activations and not (ctx.is_constant(v) and ctx.tensor(v) is None):
             continue
-        array = ctx.constants.get(v)
+        array = ctx.const(v)
         name = names[i] if i < len(names) else f"input {i}"
         if array is None:
             flows[name] = ctx.value(v)
@@ -53,25 +52,25 @@ def settings(ctx: OnnxLowering, node: ir.Node, native: OnnxNative, held: Collect
     given = [v for v in node.outputs if v.name]
     places = {ctx.value(v): node.outputs.index(v) for v in given} if len(given) > 1 else {}
     source = node.inputs[0] if of_sizes and node.inputs else None
-    shape_of = None if source is None or ctx.constants.is_constant(source) else ctx.value(source)
+    shape_of = None if source is None or ctx.is_constant(source) else ctx.value(source)
     operator = ALIKE.get(op, op) if standard else f"{node.domain}::{op}"
     rank = ctx.value(node.inputs[0]).rank if node.inputs and node.inputs[0] is not None else None
+    common: Common = (operator, values)
     if operator in GLOBAL and rank is not None and is_standard(node):
-        operator, values = GLOBAL[operator], {"axes": tuple(range(2, rank)), "keepdims": 1}
-    if operator == "Clip" and (values["min"], values["max"]) == (0, np.inf):
-        operator, values = "Relu", {}
-    if operator == "Max" and set(values) <= {"data_0", "data_0 1"} and len(values) == 1 and not np.any(next(iter(values.values()))):
-        operator, values = "Relu", {}
-    common = (operator, values) if standard else None
-    return Settings(operator, values, common, places, tuple(activations), shape_of, flows, bodies, "onnx")
+        common = reduction(GLOBAL[operator], range(2, rank), rank)
+    elif operator == "Clip":
+        common = clip(values.get("min"), values.get("max"))
+    elif operator == "Max" and len(values) == 1 and values.keys() <= {"data_0", "data_0 1"} and not np.any(next(iter(values.values()))):
+        common = "Relu", {}
+    return Settings(*common, common if standard else None, places, tuple(activations), shape_of, flows, bodies, "onnx")
 
 
 def fused(node: ir.Node, operator: str) -> Settings:
     """Those of what ONNX Runtime puts behind a linear operator: an activation, or "Add"."""
     given = wholly(node, "activation_params")
-    values = dict(zip(PARAMETERS.get(operator, ()), given, strict=False))
+    values: Mapping[str, Any] = dict(zip(PARAMETERS.get(operator, ()), given, strict=False))
     if operator == "Clip":
-        values = {"min": _bound(values.get("min"), -np.inf), "max": _bound(values.get("max"), np.inf)}
+        values = {"min": bound(values.get("min"), -np.inf), "max": bound(values.get("max"), np.inf)}
     return Settings(operator, values, (operator, values), activations=(0,), kind="onnx")
 
 
@@ -103,7 +102,7 @@ def _attributes(ctx: OnnxLowering, node: ir.Node, op: str, *, standard: bool) ->
 def _body(ctx: OnnxLowering, name: str, graph: ir.Graph) -> Body:
     outputs: list[Any] = []
     for v in graph.outputs:
-        array = ctx.constants.get(v)
+        array = ctx.const(v)
         outputs.append(ctx.value(v) if array is None else array)
     return Body(name, tuple(ctx.value(v) for v in graph.inputs), tuple(outputs))
 
@@ -149,9 +148,6 @@ def _settle(ctx: OnnxLowering, node: ir.Node, op: str, values: dict[str, Any]) -
         axis = int(values["axis"])
         last = rank is not None and axis % rank == rank - 1
         values["axis"] = -1 if last else f"{axis} and all behind it"
-    if op == "Clip":
-        low, high = (_bound(values.get(name), default) for name, default in (("min", -np.inf), ("max", np.inf)))
-        values.update(min=low, max=high)
     if op == "Pad":
         values["pads"] = values.pop("paddings", values.get("pads"))
         if values.get("mode", "constant") == "constant":
@@ -174,23 +170,10 @@ def _settle(ctx: OnnxLowering, node: ir.Node, op: str, values: dict[str, Any]) -
     for name in ("axis", "axes"):
         if rank is not None and rank > 0 and name in values and np.asarray(values[name]).dtype.kind == "i":
             new = 1 if op == "OneHot" else np.size(values[name]) if op == "Unsqueeze" else 0
-            values[name] = _counted(values[name], rank + new)
+            values[name] = counted(values[name], rank + new)
     floats = [ctx.shapes.dtype(v) for v in node.outputs if ctx.shapes.dtype(v) in FLOATS]
     if op == "Cast" and floats:
         values.pop("to", None)  # a float's precision is compared apart
-
-
-def _counted(axes: Any, rank: int) -> Any:
-    """Axes from the front; the order in which several are stated means nothing where this is used for more than one."""
-    found = np.asarray(axes, np.int64)
-    return int(found) % rank if found.ndim == 0 else tuple(int(n) % rank for n in found.ravel())
-
-
-def _bound(value: Any, default: float) -> float:
-    if value is None:
-        return default
-    number = float(np.asarray(value).ravel()[0])
-    return number if abs(number) < LARGEST else float(np.copysign(np.inf, number))
 
 
 def _reduction(values: dict[str, Any], rank: int | None) -> None:
@@ -201,7 +184,7 @@ def _reduction(values: dict[str, Any], rank: int | None) -> None:
     elif none:
         values["axes"] = "all" if rank is None else tuple(range(rank))
     else:
-        values["axes"] = tuple(sorted(_counted(axes, rank))) if rank else tuple(axes.tolist())
+        values["axes"] = tuple(sorted(counted(axes, rank))) if rank else tuple(axes.tolist())
     values.pop("noop_with_empty_axes", None)
 
 
@@ -211,7 +194,7 @@ def _spread(values: dict[str, Any], rank: int | None) -> None:
     if axes is None or rank is None or values.get("pads") is None:
         return
     widths, pads, half = [0] * (2 * rank), np.ravel(values["pads"]), np.size(values["pads"]) // 2
-    for axis, low, high in zip(_counted(np.ravel(axes), rank), pads[:half], pads[half:], strict=True):
+    for axis, low, high in zip(counted(np.ravel(axes), rank), pads[:half], pads[half:], strict=True):
         widths[axis], widths[rank + axis] = int(low), int(high)
     values["pads"] = tuple(widths)
 
@@ -231,7 +214,7 @@ def _resize(ctx: OnnxLowering, values: dict[str, Any]) -> None:
 
 def _window(ctx: OnnxLowering, node: ir.Node, values: dict[str, Any]) -> None:
     """Strides, dilations and padding of every axis; SAME as the widths that it comes to, where the sizes are known."""
-    weight = ctx.constants.get(node.inputs[1]) if "Conv" in node.op_type and len(node.inputs) > 1 else None
+    weight = ctx.const(node.inputs[1]) if "Conv" in node.op_type and len(node.inputs) > 1 else None
     kernel = tuple(values.get("kernel_shape") or (() if weight is None else weight.shape[2:]))
     count = len(kernel)
     if weight is not None:

@@ -8,80 +8,63 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from bnfold.algebra import weights
 from bnfold.algebra.graph import Graph
 
-from ..graph.walk import MICROSOFT
-from .absorbing import conv, einsum, gather, gemm, matmul, normalisation, recurrent
-from .affine import arithmetic, batchnorm, negation
-from .commuting import cast, clip, dropout, elementwise, identity, maximum, pad, prelu, reduced, resize, several, where, windowed
+from . import absorbing, affine, commuting
+from .commuting import elementwise, reduced, several, windowed
 from .fused import FUSED
-from .lowering import Lower, OnnxLowering
+from .lowering import Lower, OnnxLowering, by_first
 from .movement import MOVES, sequence, taken
 from .settings import settings
 
 OPERATORS: dict[str, Lower] = {
-    "BatchNormalization": batchnorm,
-    "Conv": conv,
-    "ConvTranspose": conv,
-    "DeformConv": conv,
-    "Gemm": gemm,
-    "MatMul": matmul,
-    "Einsum": einsum,
-    "Gather": gather,
-    "LSTM": recurrent,
-    "GRU": recurrent,
-    "RNN": recurrent,
-    "InstanceNormalization": normalisation,
-    "LayerNormalization": normalisation,
-    "GroupNormalization": normalisation,
-    "Add": arithmetic,
-    "Sub": arithmetic,
-    "Mul": arithmetic,
-    "Div": arithmetic,
-    "Neg": negation,
+    # the sites
+    "BatchNormalization": affine.batchnorm,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), affine.arithmetic),
+    "Neg": by_first(weights.negation),
+    # maps end here
+    **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv"), absorbing.conv),
+    "Gemm": absorbing.gemm,
+    "MatMul": absorbing.matmul,
+    "Einsum": absorbing.einsum,
+    "Gather": absorbing.gather,
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), absorbing.recurrent),
+    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "GroupNormalization"), absorbing.normalisation),
+    # several activations
     "Sum": several("Add"),
     "Mean": several("Mean"),
-    "Max": maximum,
+    "Max": commuting.maximum,
     "Min": several("Maximum"),
-    "Where": where,
-    "Identity": identity,
-    "Dropout": dropout,
-    "Cast": cast,
-    "CastLike": cast,
-    "Relu": elementwise("Relu"),
-    "LeakyRelu": elementwise("Relu"),
-    "PRelu": prelu,
-    "Abs": elementwise("Relu"),
-    "Clip": clip,
-    "MaxPool": windowed("Max"),
-    "GlobalMaxPool": windowed("Max"),
-    "AveragePool": windowed("Average"),
-    "GlobalAveragePool": windowed("Average"),
-    "LpPool": windowed("Relu"),
-    "GlobalLpPool": windowed("Relu"),
+    "Where": commuting.where,
+    # any map crosses
+    "Identity": commuting.identity,
+    "Dropout": commuting.dropout,
+    **dict.fromkeys(("Cast", "CastLike"), commuting.cast),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool"), windowed("Average")),
     "ReduceMean": reduced("Average"),
     "ReduceSum": reduced("Sum"),
-    "ReduceMax": reduced("Max"),
-    "ReduceMin": reduced("Max"),
-    "ReduceL1": reduced("Relu"),
-    "ReduceL2": reduced("Relu"),
-    "Resize": resize,
-    "Upsample": resize,
-    "Pad": pad,
-    "SplitToSequence": sequence,
-    "SequenceConstruct": sequence,
-    "SequenceEmpty": sequence,
-    "SequenceInsert": sequence,
-    "SequenceErase": sequence,
-    "SequenceAt": taken,
-    "ConcatFromSequence": taken,
+    **dict.fromkeys(("Resize", "Upsample"), commuting.resize),
+    # maps that keep the order
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool"), windowed("Max")),
+    **dict.fromkeys(("ReduceMax", "ReduceMin"), reduced("Max")),
+    # stretchings
+    **dict.fromkeys(("Relu", "LeakyRelu", "Abs"), elementwise("Relu")),
+    "PRelu": commuting.prelu,
+    "Clip": commuting.clip,
+    **dict.fromkeys(("LpPool", "GlobalLpPool"), windowed("Relu")),
+    **dict.fromkeys(("ReduceL1", "ReduceL2"), reduced("Relu")),
+    # the rest
+    "Pad": commuting.pad,
+    **dict.fromkeys(("SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"), sequence),
+    **dict.fromkeys(("SequenceAt", "ConcatFromSequence"), taken),
     **MOVES,
 }
 
 
 def lowering(model: ir.Model) -> OnnxLowering:
     """The lowering of a model. Functions are a barrier; `write.inlined` puts their bodies in the calls' places first."""
-    return OnnxLowering(model, {**OPERATORS, **{f"{MICROSOFT}::{name}": lower for name, lower in FUSED.items()}}, settings)
+    return OnnxLowering(model, {**OPERATORS, **FUSED}, settings)
 
 
 def lower(model: ir.Model) -> Graph:

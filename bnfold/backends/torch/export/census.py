@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node as Op
 
 from bnfold.algebra.graph import Site
-from bnfold.folding.census import Held
+from bnfold.folding.plan import Listed
 from bnfold.report import Layer
 
 from ..lowering.lowering import TorchLowering
@@ -36,13 +36,13 @@ def computed(op: Op) -> Layer:
     return Layer(frame(op) or op.name, _channels(op), "folded", (), "", ("it normalises constants alone, so it was computed once",))
 
 
-def held(ctx: TorchLowering, met: Collection[Op]) -> list[Held]:
+def held(ctx: TorchLowering, met: Collection[Op]) -> list[Listed]:
     """All of them: by their operators, and those modules to which no such operator belongs by their names. met: who was met already."""
     inner = list(inner_operators(ctx.program))
     found = [
-        *(Held(op, frame(op) or op.name, _channels(op), "its output isn't used") for op in _operators(ctx)),
+        *(Listed(op, frame(op) or op.name, _channels(op), "its output isn't used") for op in _operators(ctx)),
         *(
-            Held(each.op, _owner(ctx, each.op, each.outer) or each.op.name, _channels(each.op), _inside(each.holder))
+            Listed(each.op, _owner(ctx, each.op, each.outer) or each.op.name, _channels(each.op), _inside(each.holder))
             for each in inner
             if is_batchnorm(each.op)
         ),
@@ -64,7 +64,7 @@ def _operators(ctx: TorchLowering) -> list[Op]:
     return [op for op in ctx.program.graph.nodes if is_batchnorm(op) and not ctx.constants.is_constant(op)]
 
 
-def _modules(ctx: TorchLowering, host: ModuleHost, met: Collection[str]) -> Iterator[Held]:
+def _modules(ctx: TorchLowering, host: ModuleHost, met: Collection[str]) -> Iterator[Listed]:
     statistics = (ctx.constants.stored(each) for op in _operators(ctx) for each in op.all_input_nodes)
     used = {stored.tensor.data_ptr() for stored in statistics if stored is not None}  # by code that holds them under no name
     read = {owner for op in ctx.program.graph.nodes if op.users and (owner := ctx.target(op).rpartition(".")[0])}
@@ -80,7 +80,7 @@ def _modules(ctx: TorchLowering, host: ModuleHost, met: Collection[str]) -> Iter
             why = "it isn't called itself: its parameters are read elsewhere"
         else:
             why = "the call that was traced doesn't reach it"
-        yield Held(path, path, module.num_features, why)
+        yield Listed(path, path, module.num_features, why)
 
 
 def _inside(holder: Op) -> str:

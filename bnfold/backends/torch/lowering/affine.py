@@ -56,10 +56,6 @@ def _identity(ctx: TorchLowering, op: Op, stats: list[Any]) -> tuple[Any, str]:
 # --- arithmetic ----------------------------------------------------------------------------------------------------------------
 
 
-def negation(ctx: TorchLowering, op: Op) -> None:
-    weights.negation(ctx, op, arguments(op)["self"])
-
-
 def reversed_sub(ctx: TorchLowering, op: Op) -> None:
     """rsub(self, other, alpha) is other - alpha*self."""
     given = arguments(op)

@@ -10,14 +10,8 @@ from bnfold.algebra.geometry import pointwise
 from bnfold.algebra.graph import Param
 
 from ..export.walk import arguments, is_float, operator_name
-from .lowering import Lower, Slot, TorchLowering, each
+from .lowering import Lower, Slot, TorchLowering, each, first
 from .movement import mirror
-
-
-def first(op: Op) -> Op:
-    """The operator's first tensor, whatever its schema calls it."""
-    source = next(value for value in arguments(op).values() if isinstance(value, Op))
-    return source
 
 
 def elementwise(kind: str) -> Lower:

@@ -37,18 +37,24 @@ class Slot:
 
 @dataclass(eq=False)
 class TorchNative:
-    """A neutral node's operator in the exported graph, and the arguments that are its activations."""
+    """A neutral node's operator in the exported graph, and the arguments that are its activations.
+
+    dtype: that a parameter without a tensor gets; limit: its largest number. output: the node of its first output where that isn't the
+    operator itself (an item of a tuple).
+    """
 
     op: Op
     operands: list[Op]
-    dtype: torch.dtype = torch.float32  # that a parameter without a tensor gets
-    output: Op | None = None  # the node of its first output where that isn't the operator itself (an item of a tuple)
+    dtype: torch.dtype
+    output: Op | None
+    limit: float
+    cloneable: bool
     group: list[Op] = field(default_factory=list)  # all operators that it stands for, where these are several
     clone_of: TorchNative | None = None  # the original, where the operator has still to be made
     readers: list[tuple[TorchNative, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
 
-Lower = Callable[["TorchLowering", Op], None]
+Lower = Callable[["TorchLowering", Op], object]
 
 
 class TorchLowering(Lowering):
@@ -57,6 +63,8 @@ class TorchLowering(Lowering):
     program: the graph that is lowered: the traced one, or, where writing in place and views make its data flow hard to see, the same
     without writing in place. named_outputs: the values that a caller gets.
     """
+
+    constants: Constants
 
     def __init__(self, traced: Traced, operators: Mapping[str, Lower], settings: Callable[..., Settings]) -> None:
         super().__init__(operators, settings)
@@ -136,12 +144,6 @@ class TorchLowering(Lowering):
     def rank(self, ref: Op, what: str = "") -> int:
         return value_of(ref).ndim if is_tensor(ref) else 0
 
-    def is_constant(self, ref: Any) -> bool:
-        return self.constants.is_constant(ref)
-
-    def const(self, ref: Any) -> Array | None:
-        return self.constants.get(ref)
-
     def shape(self, ref: Op) -> tuple[int, ...]:
         return tuple(int(n) for n in value_of(ref).shape)
 
@@ -164,13 +166,8 @@ class TorchLowering(Lowering):
     def native(self, op: Op, inputs: list[Op], keys: list[str], output: Op | None) -> TorchNative:
         items = {} if is_tensor(op) else self.items(op)
         self.done.update(items.values())
-        return TorchNative(op, inputs, dtype_of(output) or torch.float32, output if output in items.values() else None)
-
-    def limit(self, native: TorchNative) -> float:
-        return largest(native.dtype)
-
-    def cloneable(self, native: TorchNative) -> bool:
-        return self.copies_weights and native.output is None and not mutates(native.op)
+        dtype, item = dtype_of(output) or torch.float32, output if output in items.values() else None
+        return TorchNative(op, inputs, dtype, item, largest(dtype), self.copies_weights and item is None and not mutates(op))
 
     def param(
         self,
@@ -275,6 +272,17 @@ class TorchLowering(Lowering):
         array = as_float64(stored.tensor) if stored is not None else self.constants.get(argument)
         assert array is not None
         return array
+
+
+def first(op: Op) -> Op:
+    """The operator's first tensor, whatever its schema calls it."""
+    source = next(value for value in arguments(op).values() if isinstance(value, Op))
+    return source
+
+
+def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
+    """An operator of which its first tensor and its settings say all."""
+    return lambda ctx, op: shared(ctx, op, first(op), **settings)
 
 
 def _leaf_frames(program: ExportedProgram) -> set[str]:

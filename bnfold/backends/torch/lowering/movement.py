@@ -13,19 +13,13 @@ from bnfold.algebra.affine import Blocked
 from bnfold.algebra.geometry import COMPUTED
 
 from ..export.walk import arguments, dtype_of, operator_name, value_of
-from .lowering import Lower, TorchLowering
+from .lowering import Lower, TorchLowering, by_first, first
 
 MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def own(op: Op) -> Op:
-    """The tensor that an operator moves."""
-    x: Op = arguments(op)["self"]
-    return x
-
-
 def _axis(ctx: TorchLowering, op: Op) -> int:
-    return int(arguments(op)["dim"]) % ctx.rank(own(op))
+    return int(arguments(op)["dim"]) % ctx.rank(first(op))
 
 
 def _static(ctx: TorchLowering, argument: Any) -> Any:
@@ -38,22 +32,22 @@ def _static(ctx: TorchLowering, argument: Any) -> Any:
 
 def reshape(ctx: TorchLowering, op: Op) -> None:
     """view, reshape, flatten, unflatten."""
-    if dtype_of(own(op)) != dtype_of(op):
+    if dtype_of(first(op)) != dtype_of(op):
         raise Blocked("it reads the bits as another type")
-    geometry.reshape(ctx, op, own(op))
+    geometry.reshape(ctx, op, first(op))
 
 
 def squeeze(ctx: TorchLowering, op: Op) -> None:
-    rank, axes = ctx.rank(own(op)), arguments(op).get("dim")
-    sizes = ctx.value(own(op)).sizes or ()
+    rank, axes = ctx.rank(first(op)), arguments(op).get("dim")
+    sizes = ctx.value(first(op)).sizes or ()
     gone = tuple(i for i in (range(rank) if axes is None else geometry.counted(axes, rank)) if sizes[i] == 1)
     if rank - len(gone) != ctx.rank(op):
         raise Blocked("which axes it takes away depends on a size that may change")
-    geometry.squeeze(ctx, op, own(op), gone)
+    geometry.squeeze(ctx, op, first(op), gone)
 
 
 def unsqueeze(ctx: TorchLowering, op: Op) -> None:
-    geometry.unsqueeze(ctx, op, own(op), (int(arguments(op)["dim"]) % ctx.rank(op),))
+    geometry.unsqueeze(ctx, op, first(op), (int(arguments(op)["dim"]) % ctx.rank(op),))
 
 
 def transpose(ctx: TorchLowering, op: Op) -> None:
@@ -90,40 +84,33 @@ def _slice(ctx: TorchLowering, op: Op) -> None:
     names = ("start", "length") if operator_name(op) == "narrow" else ("start", "end", "step")
     stated = [ctx.sizes.static(given[name], "?") for name in names]
     if "?" in stated:
-        geometry.crop(ctx, op, own(op), (axis,))
+        geometry.crop(ctx, op, first(op), (axis,))
         return
     part = slice(*stated)
     if operator_name(op) == "narrow":
         part = slice(stated[0], sum(stated) or None)
-    if part.start in (0, None) and part.step in (1, None) and ctx.value(own(op)).probes == ctx.value(op).probes:
-        ctx.same(op, own(op))  # indexing begins with the axes that it leaves whole
+    if part.start in (0, None) and part.step in (1, None) and ctx.value(first(op)).probes == ctx.value(op).probes:
+        ctx.same(op, first(op))  # indexing begins with the axes that it leaves whole
         return
-    geometry.cut(ctx, op, own(op), {axis: part})
+    geometry.cut(ctx, op, first(op), {axis: part})
 
 
 def select(ctx: TorchLowering, op: Op) -> None:
     axis, index = _axis(ctx, op), ctx.sizes.static(arguments(op)["index"], None)
     if index is None:
-        geometry.crop(ctx, op, own(op), (axis,), drops=True)
+        geometry.crop(ctx, op, first(op), (axis,), drops=True)
     else:
-        geometry.cut(ctx, op, own(op), {axis: index})
+        geometry.cut(ctx, op, first(op), {axis: index})
 
 
 def split(ctx: TorchLowering, op: Op) -> None:
     """split, split_with_sizes, chunk, tensor_split, hsplit, vsplit, dsplit, unbind."""
-    rank, drops = ctx.rank(own(op)), operator_name(op) == "unbind"
+    rank, drops = ctx.rank(first(op)), operator_name(op) == "unbind"
     stated = {"vsplit": 0, "hsplit": min(1, rank - 1), "dsplit": 2}.get(operator_name(op))
     axis = _axis(ctx, op) if stated is None else stated
     sizes = [1 if drops else ctx.sizes.static(piece.shape[axis], None) for piece in op.meta["val"]]
     ctx.done.update(ctx.items(op).values())
-    geometry.split(ctx, op, own(op), axis, sizes, drops=drops)
-
-
-def expand(*, tiles: bool) -> Lower:
-    def lower(ctx: TorchLowering, op: Op) -> None:
-        geometry.expand(ctx, op, own(op), tiles=tiles)
-
-    return lower
+    geometry.split(ctx, op, first(op), axis, sizes, drops=drops)
 
 
 def interleave(ctx: TorchLowering, op: Op) -> None:
@@ -131,7 +118,7 @@ def interleave(ctx: TorchLowering, op: Op) -> None:
     if not isinstance(times, int) or arguments(op).get("dim") is None:
         raise Blocked(COMPUTED)
     axis = _axis(ctx, op)
-    geometry.within(ctx, op, own(op), (axis,), lambda ids: np.repeat(ids, times, axis))
+    geometry.within(ctx, op, first(op), (axis,), lambda ids: np.repeat(ids, times, axis))
 
 
 def index(ctx: TorchLowering, op: Op) -> None:
@@ -140,21 +127,21 @@ def index(ctx: TorchLowering, op: Op) -> None:
     wanted = [i for i, place in enumerate(places) if place is not None]
     array = ctx.const(places[wanted[0]]) if len(wanted) == 1 else None
     if array is not None:
-        geometry.take(ctx, op, own(op), wanted[0], np.flatnonzero(array) if array.dtype == np.bool_ else array)
+        geometry.take(ctx, op, first(op), wanted[0], np.flatnonzero(array) if array.dtype == np.bool_ else array)
         return
     masks = [place for place in places if place is not None and value_of(place).dtype in (torch.bool, torch.uint8)]
     if wanted != list(range(wanted[0], wanted[-1] + 1)) or (masks and len(wanted) > 1):
         raise Blocked(COMPUTED)
     taken = ctx.rank(masks[0]) if masks else len(wanted)
-    geometry.lookup(ctx, op, own(op), wanted[0], taken, 1 if masks else max(ctx.rank(places[i]) for i in wanted))
+    geometry.lookup(ctx, op, first(op), wanted[0], taken, 1 if masks else max(ctx.rank(places[i]) for i in wanted))
 
 
 def index_select(ctx: TorchLowering, op: Op) -> None:
     array, axis = ctx.const(arguments(op)["index"]), _axis(ctx, op)
     if array is None:
-        geometry.lookup(ctx, op, own(op), axis, 1, 1)
+        geometry.lookup(ctx, op, first(op), axis, 1, 1)
     else:
-        geometry.take(ctx, op, own(op), axis, array)
+        geometry.take(ctx, op, first(op), axis, array)
 
 
 def gather(ctx: TorchLowering, op: Op) -> None:
@@ -166,12 +153,12 @@ def gather(ctx: TorchLowering, op: Op) -> None:
     source = arguments(places)["self"] if operator_name(places) == "expand" else places
     array = ctx.const(source)
     fits = array is not None and array.ndim == ctx.rank(places)  # one that is expanded has the size 1 along some axes
-    geometry.take_along(ctx, op, own(op), _axis(ctx, op), array if fits else None)
+    geometry.take_along(ctx, op, first(op), _axis(ctx, op), array if fits else None)
 
 
 def flip(ctx: TorchLowering, op: Op) -> None:
     axes = geometry.counted(arguments(op)["dims"], ctx.rank(op))
-    geometry.within(ctx, op, own(op), axes, lambda ids: np.flip(ids, axes))
+    geometry.within(ctx, op, first(op), axes, lambda ids: np.flip(ids, axes))
 
 
 def roll(ctx: TorchLowering, op: Op) -> None:
@@ -179,17 +166,13 @@ def roll(ctx: TorchLowering, op: Op) -> None:
     shifts, axes = _static(ctx, given["shifts"]), tuple(int(axis) % rank for axis in given["dims"])
     if not axes:
         raise Blocked(COMPUTED)
-    geometry.within(ctx, op, own(op), axes, lambda ids: np.roll(ids, shifts, axes))
+    geometry.within(ctx, op, first(op), axes, lambda ids: np.roll(ids, shifts, axes))
 
 
-def blocks(*, spreads: bool) -> Lower:
+def blocks(ctx: TorchLowering, op: Op) -> None:
     """pixel_shuffle and pixel_unshuffle."""
-
-    def lower(ctx: TorchLowering, op: Op) -> None:
-        factor = int(next(value for key, value in arguments(op).items() if key != "self"))
-        geometry.blocks(ctx, op, own(op), factor, spreads=spreads, channels_first=True)
-
-    return lower
+    factor = int(next(value for key, value in arguments(op).items() if key != "self"))
+    geometry.blocks(ctx, op, first(op), factor, spreads=operator_name(op) == "pixel_shuffle", channels_first=True)
 
 
 def channel_shuffle(ctx: TorchLowering, op: Op) -> None:
@@ -199,7 +182,7 @@ def channel_shuffle(ctx: TorchLowering, op: Op) -> None:
         n, c, *rest = ids.shape
         return ids.reshape(n, groups, c // groups, *rest).swapaxes(1, 2).reshape(ids.shape)
 
-    geometry.within(ctx, op, own(op), (1,), mix)
+    geometry.within(ctx, op, first(op), (1,), mix)
 
 
 def mirror(ctx: TorchLowering, op: Op) -> None:
@@ -212,7 +195,7 @@ def mirror(ctx: TorchLowering, op: Op) -> None:
     widths = [(0, 0)] * rank
     for i in range(0, len(stated), 2):
         widths[rank - 1 - i // 2] = (stated[i], stated[i + 1])
-    geometry.mirror(ctx, op, own(op), widths, MODES[mode])
+    geometry.mirror(ctx, op, first(op), widths, MODES[mode])
 
 
 MOVES: dict[str, Lower] = {
@@ -231,8 +214,8 @@ MOVES: dict[str, Lower] = {
     "select": select,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk"), split),
     **dict.fromkeys(("hsplit", "vsplit", "dsplit", "unsafe_split_with_sizes"), split),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand(tiles=False)),
-    **dict.fromkeys(("repeat", "tile"), expand(tiles=True)),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), by_first(geometry.expand, tiles=False)),
+    **dict.fromkeys(("repeat", "tile"), by_first(geometry.expand, tiles=True)),
     "repeat_interleave": interleave,
     "index": index,
     "index_select": index_select,
@@ -240,8 +223,8 @@ MOVES: dict[str, Lower] = {
     "take_along_dim": gather,
     "flip": flip,
     "roll": roll,
-    "pixel_shuffle": blocks(spreads=True),
-    "pixel_unshuffle": blocks(spreads=False),
+    "pixel_shuffle": blocks,
+    "pixel_unshuffle": blocks,
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
     **{f"{kind}_pad{n}d": mirror for kind in ("reflection", "replication") for n in (1, 2, 3)},

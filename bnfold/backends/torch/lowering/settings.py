@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx import Node as Op
 
-from bnfold.algebra.settings import Settings
+from bnfold.algebra.settings import Common, Settings, clip, counted, reduction
 
 from ..export.walk import FLOATS, arguments, dtype_of, is_tensor, operator_name, value_of
 from .lowering import Slot, TorchLowering, TorchNative
@@ -26,16 +26,27 @@ SIZED = {"stride", "padding", "dilation", "kernel_size", "output_padding"}
 TYPES = {kind: str(kind).removeprefix("torch.") for kind in FLOATS}
 
 
+class _Unread(Exception):
+    """An argument that can't be read; the text names it."""
+
+
 def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[Slot | None]) -> Settings:
     """slots: of the arguments that are coefficients. What else goes in, and is no activation, is a setting."""
-    activations, held = native.operands, {slot.argument for slot in slots if slot is not None}
+    name, held = _name(op), {slot.argument for slot in slots if slot is not None}
     outputs = {ctx.value(item): i for i, item in ctx.items(op).items()}
-    name = _name(op)
-    if not isinstance(op.target, torch._ops.OpOverload):
-        values, unread = _held_graphs(ctx, op)
-        return Settings(name, values, places=outputs, kind="torch", unread=unread)
-    values = {}
     flowing: list[Any] = []
+    try:
+        values = _stated(ctx, op, native.operands, held, flowing) if isinstance(op.target, torch._ops.OpOverload) else _graphs(ctx, op)
+    except _Unread as argument:
+        return Settings(name, places=outputs, kind="torch", unread=f"{name} {op.name}, its {argument} can't be read")
+    if name in ("max_pool", "avg_pool") and not values.get("stride"):
+        values["stride"] = values["kernel_size"]
+    return Settings(name, values, _in_onnx(ctx, op, name, values), outputs, tuple(flowing), kind="torch")
+
+
+def _stated(ctx: TorchLowering, op: Op, activations: Collection[Op], held: Collection[str], flowing: list[Any]) -> dict[str, Any]:
+    """What an operator's arguments state. flowing: gets the names of those that are activations."""
+    values = {}
     for key, given in arguments(op).items():
         if key in IDLE or key in held:
             continue
@@ -43,17 +54,28 @@ def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[
             flowing.append(key)
             continue
         if isinstance(given, (list, tuple)):
-            flows = [isinstance(each, Op) and each in activations and not ctx.constants.is_constant(each) for each in given]
+            flows = [isinstance(each, Op) and each in activations and not ctx.is_constant(each) for each in given]
             flowing += [(key, i) for i, flow in enumerate(flows) if flow]
             given = [each for i, (each, flow) in enumerate(zip(given, flows, strict=True)) if not flow and f"{key}.{i}" not in held]
-        found, known = _plain(ctx, given)
-        if not known:
-            return Settings(name, places=outputs, kind="torch", unread=f"{name} {op.name}, its {key} can't be read")
-        values[key] = _counted(ctx, op, key, found)
-    if name in ("max_pool", "avg_pool") and not values.get("stride"):
-        values["stride"] = values["kernel_size"]
-    common = _in_onnx(ctx, op, name, values)
-    return Settings(name, values, common, outputs, tuple(flowing), kind="torch")
+        values[key] = _counted(ctx, op, key, _plain(ctx, given, key))
+    return values
+
+
+def _graphs(ctx: TorchLowering, op: Op) -> dict[str, Any]:
+    """A higher-order operator's graphs, as one text each, and its constants."""
+    values: dict[str, Any] = {}
+    every: tuple[Any, ...] = (*op.args, *op.kwargs.values())
+    for i, given in enumerate(every):
+        if isinstance(given, Op) and given.op == "get_attr":
+            module = getattr(ctx.program.graph_module, str(given.target), None)
+            if isinstance(module, GraphModule):
+                values[f"graph {i}"] = _text(module)
+            continue
+        listed = isinstance(given, (list, tuple))
+        for k, each in enumerate(given if listed else [given]):
+            if not (is_tensor(each) and ctx.is_activation(each)):
+                values[f"argument {i}.{k}" if listed else f"argument {i}"] = _plain(ctx, each, f"argument {i}")
+    return values
 
 
 def _name(op: Op) -> str:
@@ -69,23 +91,24 @@ def _name(op: Op) -> str:
     return name
 
 
-def _plain(ctx: TorchLowering, given: Any) -> tuple[Any, bool]:
-    """An argument as numbers, words and arrays, and whether that says all of it."""
-    if isinstance(given, Op):
-        if ctx.constants.is_constant(given):
-            array = ctx.const(given)
-            return array, array is not None
-        if is_tensor(given):
-            return None, False
-    if isinstance(given, (list, tuple)):
-        found = [_plain(ctx, each) for each in given]
-        return tuple(each for each, _ in found), all(known for _, known in found)
-    if isinstance(given, (Op, torch.SymInt, torch.SymFloat, torch.SymBool)):
+def _plain(ctx: TorchLowering, given: Any, key: str) -> Any:
+    """An argument as numbers, words and arrays."""
+    found: Any = given
+    if ctx.is_constant(given):
+        found = ctx.const(given)
+        known = found is not None
+    elif isinstance(given, (list, tuple)):
+        return tuple(_plain(ctx, each, key) for each in given)
+    elif isinstance(given, (Op, torch.SymInt, torch.SymFloat, torch.SymBool)) and not is_tensor(given):
         probes = ctx.sizes.values(given)
-        return tuple(probes) if len(set(map(str, probes))) > 1 else probes[0], None not in probes
-    if isinstance(given, torch.dtype):
-        return str(given), True
-    return given, given is None or isinstance(given, (bool, int, float, complex, str))
+        found, known = tuple(probes) if len(set(map(str, probes))) > 1 else probes[0], None not in probes
+    elif isinstance(given, torch.dtype):
+        return str(given)
+    else:
+        known = given is None or isinstance(given, (bool, int, float, complex, str))
+    if not known:
+        raise _Unread(key)
+    return found
 
 
 def _counted(ctx: TorchLowering, op: Op, key: str, value: Any) -> Any:
@@ -94,9 +117,7 @@ def _counted(ctx: TorchLowering, op: Op, key: str, value: Any) -> Any:
     rank = 0 if first is None else ctx.rank(first)
     if key in DIMS and rank:
         rank += operator_name(op) in ("unsqueeze", "stack")
-        if isinstance(value, tuple):
-            return tuple(int(axis) % rank for axis in value)
-        return int(value) % rank if isinstance(value, int) else value
+        return counted(value, rank) if isinstance(value, (int, tuple)) else value
     count = next((n for n in (1, 2, 3) if f"{n}d" in operator_name(op)), rank - 2 if operator_name(op) == "convolution" else 0)
     if key in SIZED and count:
         if isinstance(value, int):
@@ -104,32 +125,6 @@ def _counted(ctx: TorchLowering, op: Op, key: str, value: Any) -> Any:
         if isinstance(value, tuple) and len(value) == 1:
             return value * count
     return value
-
-
-def _held_graphs(ctx: TorchLowering, op: Op) -> tuple[dict[str, Any], str]:
-    """A higher-order operator's graphs, as one text each, and its constants."""
-    values: dict[str, Any] = {}
-    for i, given in enumerate((*op.args, *op.kwargs.values())):
-        if isinstance(given, Op) and given.op == "get_attr":
-            module = getattr(ctx.program.graph_module, str(given.target), None)
-            if isinstance(module, GraphModule):
-                values[f"graph {i}"] = _text(module)
-                continue
-        if isinstance(given, Op) and is_tensor(given) and not ctx.constants.is_constant(given):
-            continue
-        if isinstance(given, (list, tuple)):
-            for k, each in enumerate(given):
-                if not (isinstance(each, Op) and is_tensor(each) and not ctx.constants.is_constant(each)):
-                    found, known = _plain(ctx, each)
-                    if not known:
-                        return {}, f"{op.target} {op.name}, its argument {i} can't be read"
-                    values[f"argument {i}.{k}"] = found
-            continue
-        found, known = _plain(ctx, given)
-        if not known:
-            return {}, f"{op.target} {op.name}, its argument {i} can't be read"
-        values[f"argument {i}"] = found
-    return values, ""
 
 
 def _text(module: GraphModule) -> str:
@@ -151,44 +146,36 @@ def _text(module: GraphModule) -> str:
 
 # --- in ONNX's terms --------------------------------------------------------------------------------------------------------------------
 
-Common = tuple[str, Mapping[str, Any]]
-PLAIN = {  # operators without settings
-    "relu": "Relu",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-    "abs": "Abs",
-    "exp": "Exp",
-    "log": "Log",
-    "sqrt": "Sqrt",
-    "erf": "Erf",
-    "floor": "Floor",
-    "ceil": "Ceil",
-    "sin": "Sin",
-    "cos": "Cos",
-    "reciprocal": "Reciprocal",
-    "softsign": "Softsign",
-    "mish": "Mish",
-    "hardswish": "HardSwish",
-    "matmul": "MatMul",
-    "mm": "MatMul",
-    "bmm": "MatMul",
-    "mul": "Mul",
-    "div": "Div",
-    "where": "Where",
-    "maximum": "Max",
-    "minimum": "Min",
-}
+CAPITALISED = (
+    "relu",
+    "sigmoid",
+    "tanh",
+    "abs",
+    "exp",
+    "log",
+    "sqrt",
+    "erf",
+    "floor",
+    "ceil",
+    "sin",
+    "cos",
+    "reciprocal",
+    "softsign",
+    "mish",
+)
+PLAIN = {name: name.capitalize() for name in (*CAPITALISED, "mul", "div", "where")}  # operators without settings
+PLAIN |= {"hardswish": "HardSwish", "maximum": "Max", "minimum": "Min", **dict.fromkeys(("matmul", "mm", "bmm"), "MatMul")}
 
 
 def _in_onnx(ctx: TorchLowering, op: Op, name: str, values: dict[str, Any]) -> Common | None:
-    if name in PLAIN and not {key for key, value in values.items() if value is not None}:
+    if name in PLAIN and all(value is None for value in values.values()):
         return PLAIN[name], {}
     made = TERMS.get(name)
     return None if made is None else made(ctx, op, values)
 
 
-def _sum(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    return lambda ctx, op, values: (operator, {}) if set(values) == {"alpha"} and float(values["alpha"]) == 1 else None
+def _sum(operator: str, ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
+    return (operator, {}) if set(values) == {"alpha"} and float(values["alpha"]) == 1 else None
 
 
 def _conv(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
@@ -211,44 +198,26 @@ def _pool(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
     return "AveragePool", {**found, "dilations": (1,) * count, "count_include_pad": counted}
 
 
-def _global(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    def of(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
-        rank, size = ctx.rank(arguments(op)["self"]), np.ravel(values["output_size"])
-        axes = tuple(range(rank - size.size if size.size > 1 else 2, rank))
-        return (operator, {"axes": axes, "keepdims": 1}) if set(size.tolist()) == {1} else None
-
-    return of
+def _global(operator: str, ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
+    rank, size = ctx.rank(arguments(op)["self"]), np.ravel(values["output_size"])
+    axes = range(rank - size.size if size.size > 1 else 2, rank)
+    return reduction(operator, axes, rank) if set(size.tolist()) == {1} else None
 
 
-def _reduced(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    def of(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
-        rank, dim = ctx.rank(arguments(op)["self"]), values.get("dim")
-        axes = range(rank) if dim is None or dim == () else dim if isinstance(dim, tuple) else (dim,)
-        if values.get("dtype") is not None:
-            return None
-        return operator, {"axes": tuple(sorted(axes)), "keepdims": int(bool(values.get("keepdim", False)))}
-
-    return of
-
-
-def _softmax(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    return lambda ctx, op, values: (operator, {"axis": values["dim"]})
+def _reduced(operator: str, ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
+    found = reduction(operator, values.get("dim"), ctx.rank(arguments(op)["self"]), keeps=values.get("keepdim", False))
+    return found if values.get("dtype") is None else None
 
 
 def _clip(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
-    low, high = (values.get(name, values.get(f"{name}_val")) for name in ("min", "max"))
-    if low == 0 and (high is None or high == math.inf):
-        return "Relu", {}
-    return "Clip", {"min": -math.inf if low is None else float(low), "max": math.inf if high is None else float(high)}
+    bounds: list[Any] = [values.get(name, values.get(f"{name}_val")) for name in ("min", "max")]
+    return clip(*bounds) if all(np.size(each) == 1 for each in bounds) else None
 
 
-def _normalised(operator: str) -> Callable[[Any, Op, dict[str, Any]], Common | None]:
-    def of(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
-        if operator == "LayerNormalization":
-            return operator, {"epsilon": values["eps"], "axis": ctx.rank(arguments(op)["input"]) - len(values["normalized_shape"])}
-        return operator, {"epsilon": values["eps"]} | ({"num_groups": values["num_groups"]} if "num_groups" in values else {})
-
-    return of
+def _normalised(operator: str, ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
+    if operator == "LayerNormalization":
+        return operator, {"epsilon": values["eps"], "axis": ctx.rank(arguments(op)["input"]) - len(values["normalized_shape"])}
+    return operator, {"epsilon": values["eps"]} | ({"num_groups": values["num_groups"]} if "num_groups" in values else {})
 
 
 def _flatten(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
@@ -257,44 +226,41 @@ def _flatten(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | Non
 
 
 def _transpose(ctx: TorchLowering, op: Op, values: dict[str, Any]) -> Common | None:
-    if "dims" in values:
-        return "Transpose", {"perm": values["dims"]}
-    order = list(range(ctx.rank(op)))
-    one, other = values["dim0"], values["dim1"]
-    order[one], order[other] = order[other], order[one]
+    order = list(values.get("dims", range(ctx.rank(op))))
+    if "dims" not in values:
+        one, other = values["dim0"], values["dim1"]
+        order[one], order[other] = order[other], order[one]
     return "Transpose", {"perm": tuple(order)}
 
 
+def _as(operator: str, **names: str) -> Callable[[Any, Op, dict[str, Any]], Common]:
+    """The same settings by ONNX's names."""
+    return lambda ctx, op, values: (operator, {name: values[own] for name, own in names.items()})
+
+
 TERMS: dict[str, Callable[[Any, Op, dict[str, Any]], Common | None]] = {
-    "conv": _conv,
-    "conv_transpose": _conv,
-    "max_pool": _pool,
-    "avg_pool": _pool,
-    "adaptive_avg_pool1d": _global("ReduceMean"),
-    "adaptive_avg_pool2d": _global("ReduceMean"),
-    "adaptive_avg_pool3d": _global("ReduceMean"),
-    "adaptive_max_pool2d": _global("ReduceMax"),
-    "mean": _reduced("ReduceMean"),
-    "sum": _reduced("ReduceSum"),
-    "amax": _reduced("ReduceMax"),
-    "amin": _reduced("ReduceMin"),
+    **dict.fromkeys(("conv", "conv_transpose"), _conv),
+    **dict.fromkeys(("max_pool", "avg_pool"), _pool),
+    **{f"adaptive_avg_pool{n}d": partial(_global, "ReduceMean") for n in (1, 2, 3)},
+    "adaptive_max_pool2d": partial(_global, "ReduceMax"),
+    "mean": partial(_reduced, "ReduceMean"),
+    "sum": partial(_reduced, "ReduceSum"),
+    "amax": partial(_reduced, "ReduceMax"),
+    "amin": partial(_reduced, "ReduceMin"),
     "flatten": _flatten,
-    "permute": _transpose,
-    "transpose": _transpose,
-    "cat": lambda ctx, op, values: ("Concat", {"axis": values["dim"]}),
+    **dict.fromkeys(("permute", "transpose"), _transpose),
+    "cat": _as("Concat", axis="dim"),
     "unsqueeze": lambda ctx, op, values: ("Unsqueeze", {"axes": (values["dim"],)}),
-    "softmax": _softmax("Softmax"),
-    "log_softmax": _softmax("LogSoftmax"),
-    "clamp": _clip,
-    "hardtanh": _clip,
-    "clamp_min": _clip,
-    "add": _sum("Add"),
-    "sub": _sum("Sub"),
-    "leaky_relu": lambda ctx, op, values: ("LeakyRelu", {"alpha": values["negative_slope"]}),
-    "gelu": lambda ctx, op, values: ("Gelu", {"approximate": values["approximate"]}),
-    "layer_norm": _normalised("LayerNormalization"),
-    "group_norm": _normalised("GroupNormalization"),
-    "instance_norm": _normalised("InstanceNormalization"),
+    "softmax": _as("Softmax", axis="dim"),
+    "log_softmax": _as("LogSoftmax", axis="dim"),
+    **dict.fromkeys(("clamp", "hardtanh", "clamp_min"), _clip),
+    "add": partial(_sum, "Add"),
+    "sub": partial(_sum, "Sub"),
+    "leaky_relu": _as("LeakyRelu", alpha="negative_slope"),
+    "gelu": _as("Gelu", approximate="approximate"),
+    "layer_norm": partial(_normalised, "LayerNormalization"),
+    "group_norm": partial(_normalised, "GroupNormalization"),
+    "instance_norm": partial(_normalised, "InstanceNormalization"),
 }
 
 

@@ -7,93 +7,66 @@ difference (`relu_` is `relu`). Reference: https://docs.pytorch.org/docs/stable/
 
 from __future__ import annotations
 
+from bnfold.algebra import weights
 from bnfold.algebra.graph import Graph
 
 from ..export.trace import Traced
 from ..export.walk import BATCHNORMS
-from .absorbing import addmm, conv, deform_conv, einsum, embedding, linear, matmul, normalisation, recurrent
-from .affine import arithmetic, batchnorm, negation, reversed_sub
+from . import absorbing, affine, commuting
 from .chains import frozen
-from .commuting import (
-    cast,
-    clamp,
-    dropout,
-    elementwise,
-    maximum,
-    norm,
-    pad,
-    prelu,
-    reduced,
-    resize,
-    rrelu,
-    threshold,
-    where,
-    windowed,
-)
-from .lowering import Lower, TorchLowering
+from .commuting import elementwise, reduced, windowed
+from .lowering import Lower, TorchLowering, by_first
 from .movement import MOVES
 from .settings import settings
 
 DIMS = ("1d", "2d", "3d")
+INTERPOLATIONS = (
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
+    *("_upsample_bicubic2d_aa", *(f"upsample_nearest{d}" for d in DIMS), *(f"_upsample_nearest_exact{d}" for d in DIMS)),
+)
 
 OPERATORS: dict[str, Lower] = {
     # the sites
-    **dict.fromkeys(BATCHNORMS, batchnorm),
-    "add": arithmetic,
-    "sub": arithmetic,
-    "mul": arithmetic,
-    "div": arithmetic,
-    "rsub": reversed_sub,
-    "neg": negation,
+    **dict.fromkeys(BATCHNORMS, affine.batchnorm),
+    **dict.fromkeys(("add", "sub", "mul", "div"), affine.arithmetic),
+    "rsub": affine.reversed_sub,
+    "neg": by_first(weights.negation),
     # maps end here
-    **{f"conv{d}": conv for d in DIMS},
-    **{f"conv_transpose{d}": conv for d in DIMS},
-    "convolution": conv,
-    "_convolution": conv,
-    "torchvision::deform_conv2d": deform_conv,
-    "linear": linear,
-    "addmm": addmm,
-    "matmul": matmul,
-    "mm": matmul,
-    "bmm": matmul,
-    "einsum": einsum,
-    "embedding": embedding,
-    "layer_norm": normalisation,
-    "native_layer_norm": normalisation,
-    "group_norm": normalisation,
-    "native_group_norm": normalisation,
-    "instance_norm": normalisation,
-    "lstm": recurrent,
-    "gru": recurrent,
-    "rnn_tanh": recurrent,
-    "rnn_relu": recurrent,
+    **{f"conv{under}{d}": absorbing.conv for d in DIMS for under in ("", "_transpose")},
+    **dict.fromkeys(("convolution", "_convolution"), absorbing.conv),
+    "torchvision::deform_conv2d": absorbing.deform_conv,
+    "linear": absorbing.linear,
+    "addmm": absorbing.addmm,
+    **dict.fromkeys(("matmul", "mm", "bmm"), absorbing.matmul),
+    "einsum": absorbing.einsum,
+    "embedding": absorbing.embedding,
+    **dict.fromkeys(("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "instance_norm"), absorbing.normalisation),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), absorbing.recurrent),
     # any map crosses
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "positive"), elementwise("Identity")),
-    **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), dropout),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), commuting.cast),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), commuting.dropout),
     **{f"avg_pool{d}": windowed("Average") for d in DIMS},
     **{f"{under}adaptive_avg_pool{d}": windowed("Average") for d in DIMS for under in ("", "_")},
     "mean": reduced("Average"),
     "sum": reduced("Sum"),
-    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d"), resize),
-    **dict.fromkeys(("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d"), resize),
-    **dict.fromkeys(("_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"), resize),
+    **dict.fromkeys(INTERPOLATIONS, commuting.resize),
     # maps that keep the order
     **{f"max_pool{d}": windowed("Max") for d in DIMS},
     **{f"max_pool{d}_with_indices": windowed("Max") for d in DIMS},
     **{f"adaptive_max_pool{d}": windowed("Max") for d in DIMS},
     **dict.fromkeys(("amax", "amin", "max", "min"), reduced("Max")),
-    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), maximum),
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), commuting.maximum),
     # stretchings
     **dict.fromkeys(("relu", "leaky_relu", "abs"), elementwise("Relu")),
-    **dict.fromkeys(("prelu", "_prelu_kernel"), prelu),
-    "rrelu": rrelu,
-    **dict.fromkeys(("clamp", "clamp_min", "hardtanh"), clamp),
-    "threshold": threshold,
-    **dict.fromkeys(("linalg_vector_norm", "norm"), norm),
+    **dict.fromkeys(("prelu", "_prelu_kernel"), commuting.prelu),
+    "rrelu": commuting.rrelu,
+    **dict.fromkeys(("clamp", "clamp_min", "hardtanh"), commuting.clamp),
+    "threshold": commuting.threshold,
+    **dict.fromkeys(("linalg_vector_norm", "norm"), commuting.norm),
     # the rest
-    **dict.fromkeys(("pad", "constant_pad_nd"), pad),
-    "where": where,
+    **dict.fromkeys(("pad", "constant_pad_nd"), commuting.pad),
+    "where": commuting.where,
     **MOVES,
 }
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.folding.census import missed
+from bnfold.folding.plan import missed
 from bnfold.recalibration.methods import Statistics
 from bnfold.recalibration.moments import Moments, Pointwise
 from bnfold.recalibration.plan import Select, StagePlan, every
