@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +17,23 @@ from typing import Any
 from bnfold.errors import DataError
 from bnfold.text import first_line
 
-_IMPORTING = threading.RLock()
+_importing = threading.RLock()
+
+
+def _forked() -> None:
+    """In a child, which has no thread that could let go of the lock."""
+    global _importing
+    _importing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @contextlib.contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """What stands in a folder can be imported, by one thread at a time, and is searched for there no longer afterwards."""
-    with _IMPORTING:
+    with _importing:
         sys.path.insert(0, str(folder))
         try:
             yield

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 from tabular import PICTURES, ROWS, A, images, shades, tar, write
 
 from bnfold.data import open_data
@@ -76,3 +78,26 @@ def test_tables(tmp_path):
     assert found == [list(range(20))] * 3
     assert (array == A).all()
     assert dict(os.environ) == variables
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_while_another_thread_imports(tmp_path):
+    """In a process of its own: forking one with threads is what is tried."""
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.5)\n")
+    (tmp_path / "quick.py").write_text("A = 3\n")
+    code = f"""
+import os, signal, threading, time
+from pathlib import Path
+from bnfold.data.functions import module_of
+folder = Path({str(tmp_path)!r})
+thread = threading.Thread(target=module_of, args=(folder / "slow.py", "test"))
+thread.start()
+time.sleep(0.2)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(module_of(folder / "quick.py", "test").A)
+thread.join()
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 3
