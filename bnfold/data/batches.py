@@ -68,7 +68,7 @@ class Data:
             raise UsageError(f"the shard is {shard[0]} of {shard[1]}; it must be one of 0 to n - 1, of n")
         self._settings: dict[str, Any] = {"batch_size": batch_size, "samples": samples, "shard": shard, "max_bad": max_bad, "run": run}
         self._notes: dict[str, None] = {}
-        self._inputs = Inputs(inputs, self._note, batches=source.keep, copy=source.keep and source.ahead, run=run)
+        self._inputs = Inputs(inputs, self._note, source, run)
         if source.whole is not None:
             fitted, total = self._inputs.fitted(source.whole)  # what can't fit is refused at once
             source = replace(source, open=lambda: iter((fitted,)), total=total, labels=fitted.labels)

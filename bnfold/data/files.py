@@ -33,10 +33,6 @@ def read(path: Path) -> Any:
     raise DataError(f"{path}: can't be read as {form} ({reason})")
 
 
-def _npy(path: Path) -> Any:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
 def _npz(path: Path) -> Any:
     with np.load(path, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):
@@ -61,7 +57,13 @@ def _torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-READERS: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch}
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
+    ".npz": _npz,
+    ".safetensors": _safetensors,
+    ".pt": _torch,
+    ".pth": _torch,
+}
 # How such files begin: numpy and PyTorch take anything else for a pickle, and would say that of a web page too.
 BEGINNINGS = {".parquet": (b"PAR1",), ".npy": (b"\x93NUMPY",), ".npz": (b"PK",), ".pt": (b"PK", b"\x80"), ".pth": (b"PK", b"\x80")}
 

@@ -12,7 +12,7 @@ from bnfold.errors import DataError
 from bnfold.text import listed
 
 from .samples import Run, differing, fixed_size, open_first, sample_inputs
-from .source import Chunk
+from .source import Chunk, Source
 from .spec import Array, Batch, InputSpec, is_float, shape_text
 
 WHOLE = "the rows of the inputs aren't samples of their own, so nothing is cut: each batch goes through as it is, and counts as one sample"
@@ -31,24 +31,19 @@ class Inputs:
 
     size: the only batch size that the model takes, or None. batched: the inputs that hold samples, as far as the last chunk shows; the
     others are the same for all. None does where a batch can't be cut (see `samples`).
-    note: is given what the user should know. batches: the chunks are batches of the user's own making. copy: their arrays don't go in as
-    they are, since a loader may use its buffer again. run: the model, which is asked where the inputs' shapes don't tell.
-    Raises DataError for a model without inputs.
+    note: is given what the user should know. source: where the chunks come from. run: the model, which is asked where the inputs' shapes
+    don't tell. Raises DataError for a model without inputs.
     """
 
     def __init__(
-        self,
-        specs: Sequence[InputSpec],
-        note: Callable[[str], None],
-        *,
-        batches: bool = False,
-        copy: bool = False,
-        run: Run | None = None,
+        self, specs: Sequence[InputSpec], note: Callable[[str], None], source: Source | None = None, run: Run | None = None
     ) -> None:
         if not specs:
             raise DataError("the model has no inputs, so it can't be fed data")
         self.specs = tuple(specs)
-        self._note, self._batches, self._copy, self.run = note, batches, copy, run
+        self._note, self.run = note, run
+        self._batches = source is not None and source.keep
+        self._copy = source is not None and source.keep and source.ahead  # a loader may use its buffer again
         self.size = fixed_size(specs)
         first = [spec.shape[0] for spec in specs if spec.shape]
         self._fixed = bool(first) and all(isinstance(n, int) for n in first)

@@ -14,7 +14,7 @@ from . import files, functions
 from .batches import Data
 from .corrupt import MAX_BAD
 from .samples import Run, few
-from .source import Chunk, Flat, Request, Source, from_object, from_stream, is_array, is_samples
+from .source import Chunk, Flat, Request, Source, from_object, from_stream, is_samples, peek
 from .spec import Array, InputSpec
 from .tables.files import files_in_table
 
@@ -94,10 +94,7 @@ def first_of(spec: str) -> Any:
         found = files.read(path)
         return few(dict(found), 2) if isinstance(found, Mapping) else found[:2]
     function = None if path.is_dir() else functions.function_of(spec)
-    made = () if function is None else function()
-    if isinstance(made, Mapping) or is_array(made) or (isinstance(made, tuple) and made and hasattr(made[0], "__array__")):
-        return made
-    return next(iter(made), None)
+    return None if function is None else peek(function)[0]
 
 
 def _source(asked: Request) -> Source:
