@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from bnfold.errors import UnsupportedError
 from bnfold.text import first_line
 
+from . import keras
+
 COPIED = "its copy"  # by Python's own means
 
 WAY_OUT = "give the model as an exported program (torch.export.export), or as a .pt2 or .onnx file"
@@ -50,6 +52,8 @@ def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't b
     own = dict(memo)
     told = f"{type(module).__name__} {consequence}"
     try:
+        for layer in keras.outermost(module):
+            memo[id(layer)] = keras.copied(layer, memo)
         copied = copy.deepcopy(module, memo)
     except Exception as error:  # what an attribute holds may raise anything
         why = f"{_uncopied(module, own)} ({first_line(error)})"

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
+from torch.fx import map_arg
 
 from bnfold.capture import quiet
 
@@ -110,6 +111,28 @@ def settled(program: ExportedProgram) -> ExportedProgram:
         with quiet():
             found = program._update(module, program.graph_signature)
     return found
+
+
+def with_known_sizes(program: ExportedProgram) -> ExportedProgram:
+    """The same program with numbers for the sizes that the trace has fixed, though it computes them."""
+    known = {op: number for op in program.graph.nodes if op.op == "call_function" and (number := _fixed(op.meta.get("val"))) is not None}
+    if not any(op.users for op in known):
+        return program
+    module, copies = graph_copy(program)
+    numbers = {copies[op]: number for op, number in known.items()}
+    for op in module.graph.nodes:
+        if not numbers.keys().isdisjoint(op.all_input_nodes) and op not in numbers:
+            op.args, op.kwargs = map_arg((op.args, op.kwargs), lambda each: numbers.get(each, each))
+    module.recompile()
+    with quiet():
+        found: ExportedProgram = program._update(module, program.graph_signature)
+    return found
+
+
+def _fixed(size: Any) -> int | None:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size if type(size) is int else None
 
 
 def _on_constants(program: ExportedProgram) -> Iterator[Op]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from bnfold.errors import UnsupportedError, UsageError
 from bnfold.text import first_line
 
 from .call import Call
+from .walk import arguments, operator_name
 
 MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so does the time that each takes
 
@@ -36,8 +37,13 @@ def export(twin: nn.Module, model: nn.Module, call: Call, most: int | None, pati
         candidate = _doubled(call) if axes != 0 else call
         try:
             with quiet(), torch.no_grad(), _watched(twin) if axes is None and not patient else nullcontext():
-                shapes = _dynamic(twin, candidate, axes)
-                return torch.export.export(twin, candidate.args, candidate.kwargs, dynamic_shapes=shapes, strict=False), axes, note
+                closed, deciding = frozenset[tuple[int, int]](), None
+                while deciding is None or not deciding <= closed:
+                    closed |= deciding or frozenset()
+                    shapes = _dynamic(twin, candidate, axes, closed)
+                    program = torch.export.export(twin, candidate.args, candidate.kwargs, dynamic_shapes=shapes, strict=False)
+                    deciding = _deciding(program, candidate)
+                return program, axes, note
         except _TooManyTerms as error:
             note = f"{error}, so it was read at the example's sizes, and others were only tried"
         except Exception as error:  # torch.export raises whatever the model's code raises
@@ -94,13 +100,35 @@ def _doubled(call: Call) -> Call:
     return Call(args, kwargs)
 
 
-def _dynamic(twin: nn.Module, call: Call, axes: int | None) -> Any:
-    """The first `axes` axes of every tensor are dynamic, all of them for None."""
+def _deciding(program: ExportedProgram, call: Call) -> frozenset[tuple[int, int]]:
+    """The open axes, but for the first, that decide on the settings of a convolution: the channels on its groups, say.
+
+    Each by the identity of its tensor.
+    """
+    convolutions = (op for op in program.graph.nodes if operator_name(op).startswith("conv"))
+    settings = (leaf for op in convolutions for leaf in pytree.tree_leaves(list(arguments(op).values())) if isinstance(leaf, torch.fx.Node))
+    sizes = (leaf.meta.get("val") for leaf in settings)
+    deciding = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    shapes = {
+        op.name: op.meta["val"].shape for op in program.graph.nodes if op.op == "placeholder" and isinstance(op.meta.get("val"), Tensor)
+    }
+    names = [getattr(spec.arg, "name", "") for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    return frozenset(
+        (id(leaf), axis)
+        for leaf, name in zip(pytree.tree_leaves((call.args, call.kwargs)), names, strict=True)
+        for axis, size in enumerate(shapes.get(name, ()))
+        if axis and isinstance(size, torch.SymInt) and size.node.expr.free_symbols & deciding
+    )
+
+
+def _dynamic(twin: nn.Module, call: Call, axes: int | None, closed: Container[tuple[int, int]] = ()) -> Any:
+    """The first `axes` axes of every tensor are dynamic, all of them for None, but for those that are closed."""
 
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
-        return dict.fromkeys(range(leaf.ndim if axes is None else min(axes, leaf.ndim)), Dim.AUTO)
+        first = range(leaf.ndim if axes is None else min(axes, leaf.ndim))
+        return {axis: Dim.AUTO for axis in first if (id(leaf), axis) not in closed}
 
     bound = inspect.signature(twin.forward).bind(*call.args, **call.kwargs).arguments
     named = {}

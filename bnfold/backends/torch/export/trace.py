@@ -24,7 +24,7 @@ from bnfold.verification.inputs import is_several
 
 from .call import Call, Model, arguments_of, as_call, formed, known_example
 from .copies import shared_twin
-from .functional import graph_copy, settled
+from .functional import graph_copy, settled, with_known_sizes
 from .program import export, require_shapes
 from .ranges import taken
 from .regions import written_out
@@ -160,7 +160,7 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
     `note` says so. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
     """
     if isinstance(model, ExportedProgram):
-        return Traced(model, settled(written_out(model, casts=True)))
+        return Traced(model, settled(with_known_sizes(written_out(model, casts=True))))
     if not isinstance(model, nn.Module):
         raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
     evaluation = evaluation and any(module.training for module in model.modules())
@@ -195,7 +195,7 @@ def _read(
     most = 1 if one_size and opened is None else opened
     exported, opened, note = export(twin, model, calls[0], most, patient)
     named, held = _by_name(exported, model)
-    program = settled(written_out(named, casts=False))
+    program = settled(with_known_sizes(written_out(named, casts=False)))
     return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note, held)
 
 
