@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .affine import Affine, Array, Blocked
+from .affine import Affine, Array, Blocked, NoBias
 from .graph import Node
 from .rule import Step, identity
 
@@ -27,7 +27,8 @@ def conv_up(node: Node, a: Affine) -> list[Step]:
 def conv_down(node: Node, maps: list[Affine]) -> list[Step]:
     """W*(s*x + t) + b = (W*s)*x + (b + sum(W*t)): output channel o of group g reads the input channels of group g.
 
-    The sum is the same for every output position only if each sees every tap; where zeros are padded, t must be 0.
+    The sum is the same for every output position only if each sees every tap; where zeros are padded, t must be 0. Without a place for a
+    bias it travels on.
     """
     if not all(a.is_identity for a in maps[1:]):
         raise Blocked("the map would move the places that it reads")
@@ -38,9 +39,12 @@ def conv_down(node: Node, maps: list[Affine]) -> list[Step]:
         raise Blocked(node.attrs.get("uneven", "its outputs don't all see the same taps") + " and the map's shift is not zero")
     s, t = (np.repeat(c.reshape(groups, fan_in), out // groups, axis=0).reshape(out, fan_in, *(1,) * len(kernel)) for c in (s, t))
     updates = {"weight": Affine.scaling(s)}
-    if t.any():
-        updates["bias"] = Affine.shifting((weight.read() * t).sum(axis=tuple(range(1, 2 + len(kernel)))))
-    return [Step([identity(node.output)], updates)]
+    if not t.any():
+        return [Step([identity(node.output)], updates)]
+    product = (weight.read() * t).sum(axis=tuple(range(1, 2 + len(kernel))))
+    if node.params["bias"].refusal:
+        return [Step([Affine.shifting(product.reshape(1, -1, *(1,) * len(kernel)))], updates)]
+    return [Step([identity(node.output)], {**updates, "bias": Affine.shifting(product)})]
 
 
 def contraction_up(node: Node, a: Affine) -> list[Step]:
@@ -52,7 +56,7 @@ def contraction_up(node: Node, a: Affine) -> list[Step]:
     if "bias" in node.params:
         updates["bias"] = Affine(a.scale, a.shift)
     elif a.shift.any():
-        raise Blocked("it has no bias")
+        raise NoBias("it has no bias")
     return [Step([identity(node.inputs[0])], updates)]
 
 

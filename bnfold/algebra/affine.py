@@ -19,6 +19,10 @@ class Blocked(Exception):
     """The map cannot cross or enter an operator; the text, one clause, says why."""
 
 
+class NoBias(Blocked):
+    """An operator would take the map, had it a place for its shift."""
+
+
 @dataclass(frozen=True, eq=False)
 class Affine:
     """The map x -> scale * x + shift, in float64.

@@ -220,6 +220,7 @@ class Site:
     separable: bool = True  # the calls could also fold one by one (ONNX), or stand and fall together (a module)
     refusal: str | None = None  # why it may not even be tried: training mode, NaN, negative variance
     note: str = ""  # what a user should know of it
+    holds_shift: bool = False  # whether it can stay, and add its shift alone, where what it folds into has no place for that
 
 
 @dataclass(eq=False)

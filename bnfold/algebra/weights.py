@@ -230,7 +230,7 @@ def batchnorm(
     constants: as in BN_ROLES; None for a gamma or beta that it lacks. layer: what makes two calls one. refusal: why it
     may not be tried.
     """
-    refusal = refusal or _unusable(constants, epsilon)
+    refusal = refusal or unusable(constants, epsilon)
     if refusal is not None:
         ctx.barrier(op, refusal)
         ctx.site(layer, ctx.nodes[-1], channels, is_batchnorm=True, name=name, refusal=refusal)
@@ -249,7 +249,7 @@ def batchnorm(
     ctx.site(layer, ctx.emit("Affine", op, [x], attrs, params), channels, is_batchnorm=True, name=name, note=note)
 
 
-def _unusable(constants: Sequence[Array | None], epsilon: float) -> str | None:
+def unusable(constants: Sequence[Array | None], epsilon: float) -> str | None:
     """What makes parameters unusable, with the channel: not finite, or a negative variance; computed ones may differ in shape."""
     stated = [(role, c) for role, c in zip(BN_ROLES, constants, strict=True) if c is not None]
     if len({c.shape for _, c in stated}) > 1:

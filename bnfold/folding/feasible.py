@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnfold.algebra.affine import Affine, Array, Blocked
+from bnfold.algebra.affine import Affine, Array, Blocked, NoBias
 from bnfold.algebra.graph import Graph, Node, Param, Quantised, Site, Tensor
 
 Draft = dict[tuple[Node, str], Affine]
@@ -22,7 +22,7 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
         if node.attrs.get("grows_add") and role == "bias" and param.tensor is None and not site.is_batchnorm:
             raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
         if param.refusal:
-            raise Blocked(f"{node.name} has no {role}, and {param.refusal}")
+            raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
         if not graph.copies_weights:
             _fits_sharers(node, role, draft)
         if param.tensor is not None and param.tensor.quantised is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
-from bnfold.algebra.affine import Affine, Blocked
+from bnfold.algebra.affine import Affine, Blocked, NoBias
 from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.algebra.movement import move_up
 from bnfold.algebra.rule import Step
@@ -72,7 +72,7 @@ def _fold_site(graph: Graph, site: Site, clone: bool) -> list[Outcome]:
 def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
     if site.refusal is not None:
         return Outcome(site, False, reason=site.refusal)
-    reasons = []
+    reasons, shift_alone = [], False
     for push, where in ((_push_up, "before it"), (_push_down, "behind it")):
         if where == "behind it" and not _may_go_down(site):
             continue
@@ -80,10 +80,17 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
             draft = checked(graph, site, push(site))
         except Blocked as blocked:
             reasons.append(f"{where}: {blocked}")
+            shift_alone |= isinstance(blocked, NoBias) and where == "before it"
             continue
         return _commit(graph, site, draft)
     if clone and (found := _with_clones(graph, site)) is not None:
         return found
+    if site.holds_shift and shift_alone:
+        try:
+            if draft := checked(graph, site, _push_up(site, scale_alone=True)):
+                return _leave_shift(graph, site, draft)
+        except Blocked:
+            pass
     return Outcome(site, False, reason="; ".join(reasons))
 
 
@@ -94,6 +101,23 @@ def _commit(graph: Graph, site: Site, draft: Draft, note: str = "") -> Outcome:
         graph.bypass(node)
     into = sorted({node for node, _ in draft}, key=lambda node: node.index)
     return Outcome(site, True, tuple(into), note=note)
+
+
+def _leave_shift(graph: Graph, site: Site, draft: Draft) -> Outcome:
+    """Let the scale of a site go, and its calls add their shift."""
+    for (node, role), update in draft.items():
+        node.params[role].update = node.params[role].updated(update)
+    for node in site.nodes:
+        shift = coefficients(node).shift
+        for role, param in node.params.items():
+            if param.tensor is not None:
+                param.tensor.users.remove((node, role))
+        node.params = {}
+        node.attrs.update(gain=1.0, mean=0.0, shift=shift)
+    into = tuple(sorted({node for node, _ in draft}, key=lambda node: node.index))
+    site.note = ""
+    note = f"its call stays in the forward, where it now adds its shift alone, for which {into[0].name} has no place"
+    return Outcome(site, True, into, note=note)
 
 
 def _with_clones(graph: Graph, site: Site) -> Outcome | None:
@@ -163,11 +187,11 @@ def _search(start: _State, advance: Callable[[_State], list[_State]]) -> Draft:
 
 def _named(node: Node, blocked: Blocked) -> Blocked:
     reason = f"{node.label} {node.name} blocks, {blocked}"
-    return Shared(reason, blocked.value, blocked.uses) if isinstance(blocked, Shared) else Blocked(reason)
+    return Shared(reason, blocked.value, blocked.uses) if isinstance(blocked, Shared) else type(blocked)(reason)
 
 
-def _push_up(site: Site) -> Draft:
-    """Backwards: every user of a value states the map that it wants, and all of them must agree."""
+def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
+    """Backwards: every user of a value states the map that it wants, and all of them must agree. scale_alone: the site keeps its shift."""
     nodes = {-node.index: node for node in site.nodes}
     start = _State()
     for key in nodes:
@@ -179,7 +203,11 @@ def _push_up(site: Site) -> Draft:
             wanted, *others = (_wanted(value, state.maps) for value in node.outputs)
             if not all(a.is_identity for a in others):
                 raise Blocked("only its first output may carry a map")
-            if node in site.nodes:
+            if node in site.nodes and scale_alone:
+                if not wanted.is_identity:
+                    raise Blocked("another of its calls stands behind it")
+                steps = [Step([coefficients(node).linear])]
+            elif node in site.nodes:
                 steps = [Step([wanted.after(coefficients(node))])]
             else:
                 steps = [Step([])] if wanted.is_identity else rule_of(node).up(node, wanted)

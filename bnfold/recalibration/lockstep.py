@@ -215,6 +215,8 @@ def _read(
     array, layer = values[reading.value], layers[reading.layer]
     if array.ndim == 1:
         array = array[:, None]  # samples of one channel
+    elif reading.axis != 1:
+        array = array.swapaxes(1, reading.axis)
     if reading.per_activation:
         array = array.reshape(len(array), -1)
     elif len(array) > samples and len(array) % samples == 0:

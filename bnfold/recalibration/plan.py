@@ -122,7 +122,9 @@ class StagePlan(ABC, Generic[N, V]):
     @staticmethod
     def _shortened(call: NormCall[N, V], made: Operation[N, V] | None) -> NormCall[N, V]:
         """A call that is measured without running the pointwise convolution that makes its input."""
-        return call if made is None or call.per_activation else dataclasses.replace(call, source=made.reads[0], through=made.node)
+        if made is None or call.per_activation or call.axis != 1:
+            return call
+        return dataclasses.replace(call, source=made.reads[0], through=made.node)
 
     @property
     def stage_count(self) -> int:
@@ -137,7 +139,7 @@ class StagePlan(ABC, Generic[N, V]):
         place = {call.node: i for i, call in enumerate(self.calls)}
         for number, part in enumerate(cuts):
             readings = [
-                Reading(str(each.source.name), each.layer, place[each.node], each.per_activation, self._through(each))
+                Reading(str(each.source.name), each.layer, place[each.node], each.per_activation, self._through(each), each.axis)
                 for each in part.calls
             ]
             yield self.stage(part, readings, own, first=number == 0, last=number == len(cuts) - 1)

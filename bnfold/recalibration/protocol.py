@@ -28,7 +28,7 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Reading:
-    """The input of one call of a layer. per_activation: each element of a sample is a channel (ONNX's spatial = 0).
+    """The input of one call of a layer. per_activation: each element of a sample is a channel (ONNX's spatial = 0). axis: of the channels.
 
     through: None, or a pointwise convolution, in the stage's own arrays, that takes the value to the input.
     """
@@ -38,6 +38,7 @@ class Reading:
     call: int  # its place among all calls
     per_activation: bool = False
     through: Pointwise | None = None
+    axis: int = 1
 
 
 class Stage(Protocol):

@@ -23,8 +23,8 @@ PER_BYTE = 32
 class NormCall(Generic[N, V]):
     """One BatchNorm whose input is measured. node: the operator that normalises; source: its input; layer: the place of its layer.
 
-    per_activation: see `protocol.Reading`. through: the operator that makes its input from `source`, where the moments are known from those
-    of `source` without running it.
+    per_activation, axis: see `protocol.Reading`. through: the operator that makes its input from `source`, where the moments are known from
+    those of `source` without running it.
     """
 
     node: N
@@ -32,6 +32,7 @@ class NormCall(Generic[N, V]):
     layer: int
     per_activation: bool = False
     through: N | None = None
+    axis: int = 1
 
 
 @dataclass(frozen=True, eq=False)

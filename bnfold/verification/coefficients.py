@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.graph import Graph, Node, Norm
 from bnfold.folding.plan import NormalForm
 from bnfold.report import Coefficients
@@ -29,6 +30,7 @@ ANOTHER_FORM, ANOTHER_FORM_UNITS = 1e-2, 100.0
 # In half precision: where nearly all channels of a weight are rounded once, it was worked out in a wider type, and so one that isn't
 # stands out. (Of arithmetic in the stored type itself, a third of the channels with 9 numbers pass for that by chance, fewer with more.)
 HALF = 2.0**-20
+UNIT_SCALE = 1e-6  # what a rounded variance and epsilon leave of a scale of 1
 ONCE = 1.01  # units of roundoff, with what float32 arithmetic adds to them
 STANDS_OUT = 1 / 16  # the share of channels
 LEAST_CHANNELS, LEAST_NUMBERS = 16, 8  # of channels, and of numbers in each, that say anything about the others
@@ -130,7 +132,7 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
         batchnorms=len(sites),
         uncertified=tuple(name for name, nodes in held_in if not nodes or not right.issuperset(nodes)),
         remark=_remark(reference, candidate, mismatches),
-        unfolded=0 < len(sites) == sum(o.site.is_batchnorm for o in candidate.outcomes),
+        unfolded=bool(sites) and _scaling(reference) == _scaling(candidate),
         narrower=f"the candidate computes in {type_of(theirs)} ({where}), the reference in {type_of(mine)}" if theirs < mine else "",
         paired=len(agreeing),
         left=tuple((p.graph, frozenset(p.graph.nodes) - {pair[i] for pair in agreeing}) for i, p in enumerate((reference, candidate))),
@@ -150,6 +152,12 @@ def _mismatch(node: Node, role: str, errors: UnitErrors) -> Mismatch | None:
     with np.errstate(all="ignore"):
         small = (np.abs(errors.have - errors.want) <= ANOTHER_FORM * np.abs(errors.want)) | (units <= ANOTHER_FORM_UNITS)
     return Mismatch(node, text, bool(np.mean(~small) >= 0.5), role == "weight" and _scaled(errors))
+
+
+def _scaling(plan: NormalForm) -> int:
+    """How many of the BatchNorms are more than a shift: one that folds into a code that stays is still called, and does no more."""
+    scales = [[coefficients(node).scale for node in o.site.nodes] for o in plan.outcomes if o.site.is_batchnorm]
+    return sum(any(np.abs(scale - 1).max() > UNIT_SCALE for scale in each) for each in scales)
 
 
 def _stands_out(errors: UnitErrors) -> bool:

@@ -7,6 +7,8 @@ is the function that the model states, not its rounding on the way.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +117,12 @@ class Constants:
                     seen.add(user)
                 else:
                     found.append((user, each))
+        return found
+
+    def with_numbers(self, numbers: Mapping[Node, Tensor]) -> Constants:
+        """The same, with other numbers in some of the stored tensors."""
+        found = copy.copy(self)
+        found._values = dict(numbers)
         return found
 
     def get(self, node: Any) -> npt.NDArray[Any] | None:

@@ -19,7 +19,7 @@ from ..export.walk import (
     is_float,
     operator_name,
 )
-from .chains import multiple, number
+from .chains import StoredNorm, multiple, number
 from .lowering import TorchLowering
 
 
@@ -43,6 +43,15 @@ def batchnorm(ctx: TorchLowering, op: Op) -> None:
     channels = int(given["input"].meta["val"].shape[1])
     keys = ("weight", "bias")
     weights.batchnorm(ctx, op, given["input"], keys, constants, epsilon(given), layer=layer, channels=channels, name=name, refusal=refusal)
+    if ctx.nodes[-1].op == "Affine":
+        ctx.nodes[-1].attrs["stored"] = _stored(ctx, given)
+
+
+def _stored(ctx: TorchLowering, given: dict[str, Any]) -> StoredNorm | None:
+    """Its tensors, where the model holds all of them as they are."""
+    names = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var"}
+    tensors = {role: given[name] for role, name in names.items() if given[name] is not None}
+    return StoredNorm(tensors, epsilon(given)) if all(ctx.constants.stored(each) is not None for each in tensors.values()) else None
 
 
 def _identity(ctx: TorchLowering, op: Op, stats: list[Any]) -> tuple[Any, str]:
@@ -91,7 +100,7 @@ def _combined(ctx: TorchLowering, op: Op, kind: str, keys: tuple[str, str], alph
         raise Blocked("it writes into a constant, or what it makes of constants is written into")
     x, key = (one, keys[1]) if flows[0] else (other, keys[0])
     argument = arguments(op)[key]
-    c = number(ctx, argument)
+    c = number(ctx.const, argument)
     if c is None:
         raise Blocked("its constant can't be evaluated")
     if ctx.rank(x) != ctx.rank(op):

@@ -151,8 +151,15 @@ class TorchLowering(Lowering):
         return dtype_of(ref)
 
     def name(self, op: Op) -> str:
-        """The module in whose forward the operator stands, if it is a leaf; else the operator's own name behind the module's."""
+        """The module in whose forward the operator stands, if it is a leaf; else the operator's own name behind the module's.
+
+        Behind Keras's own name of a layer, where its weights say that: its layers are no modules.
+        """
         path = frame(op)
+        roots = (root for source in op.all_input_nodes if self.constants.is_constant(source) for root in self.constants.roots(source))
+        targets = (plain_path(self.target(root)) for root in roots)
+        if layer := next((target.rpartition("/")[0] for target in targets if "/" in target), ""):
+            return f"{layer}.{op.name}"
         own = path if path in self._leaves and path else f"{path}.{op.name}" if path else op.name
         self._names[own] = self._names.get(own, 0) + 1
         return own if self._names[own] == 1 else f"{own}, call {self._names[own]}"
@@ -205,7 +212,7 @@ class TorchLowering(Lowering):
         if not key or not isinstance(self.arg(op, key), Op):
             return None
         try:
-            return self.param(op, key, shape, layout, computed=False)
+            return self.param(op, key, shape, layout)
         except Blocked:
             return None
 
@@ -298,6 +305,14 @@ def _kinds(argument: Op) -> list[torch.dtype]:
         argument = source
         dtypes.append(dtype_of(argument))
     return [dtype for dtype in dtypes if dtype in FLOATS]
+
+
+def plain_path(name: str) -> str:
+    """A tensor's name; of one with slashes, as Keras gives them, without the module's own affairs before it."""
+    path, _, last = name.rpartition(".")
+    if "/" not in last:
+        return name
+    return ".".join([*(part for part in path.split(".") if part and not part.startswith("_")), last])
 
 
 def largest(dtype: torch.dtype | None) -> float:

@@ -31,7 +31,7 @@ from ..export.functional import without_writing
 from ..export.tensors import NUMPY, to_tensor
 from ..export.trace import Traced, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
-from ..lowering.chains import frozen_chains
+from ..lowering.chains import Chain, frozen_chains
 from ..lowering.table import lowering as lowering_of
 from ..runtime.session import Oracle, device_of
 from ..writing.freeze import frozen
@@ -43,6 +43,7 @@ from .stage import StoredTensors, TorchStage
 if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec
 
+NAMELESS = "the module holds them under no name, so there is no place to write others"
 WITHOUT_MODULE = "it has none, and there is no module here that could keep them"
 
 
@@ -86,18 +87,19 @@ class TorchPlan(StagePlan[Op, Op]):
 
     def find(self) -> None:
         lowering = lowering_of(Traced(self._model, self.program))
-        chains = {chain[0]: chain for chain in frozen_chains(lowering) if self.select(frame(chain[0]) or chain[-1].name)}
-        for op, chain in list(chains.items()):
-            if not self._is_stored(_owned(frame(op))[0]):
-                self.keeps(frame(op) or chain[-1].name, "it is written out, and they aren't called running_mean and running_var")
-                del chains[op]
-        met = {op for chain in chains.values() for op in chain}
+        chains = {chain.ops[0]: chain for chain in frozen_chains(lowering)}
+        met = {op for chain in chains.values() for op in chain.ops}
         for op in self.program.graph.nodes:
-            name = frame(op) or op.name
+            name, axis = frame(op) or op.name, 1
             if op in chains:
-                key, source = _owned(frame(op)), next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
+                name, axis = chains[op].name, chains[op].axis
                 if not self.select(name):
                     continue
+                statistics = self._statistics(chains[op])
+                if isinstance(statistics, str):
+                    self.keeps(name, statistics)
+                    continue
+                key, source = statistics, next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
             elif is_batchnorm(op) and not self.constants.is_constant(op):
                 met.add(op)
                 if not self.select(name):
@@ -109,22 +111,36 @@ class TorchPlan(StagePlan[Op, Op]):
                     continue
                 mean, variance = stored
                 key = _owned(frame(op)) if mean is None or variance is None else (mean.target, variance.target)
-                source = given["input"]
+                name, source = key[0].rpartition(".")[0] or op.name, given["input"]
             else:
                 continue
             if operations.is_fixed(source, self.stored):
                 self.keeps(name, "its input doesn't depend on the data")
                 continue
-            self.calls.append(TorchCall(op, source, self.place(key, partial(self._layer, op, key))))
+            self.calls.append(TorchCall(op, source, self.place(key, partial(self._layer, name, op, key)), axis=axis))
         names = {layer.name for layer in self.layers}
         said = "{} has the statistics of its other calls: in this one, {}", "{} keeps its statistics: {}"
         others = [each for each in missed(held(lowering, met), met) if self.select(each.name)]
         self.notes += dict.fromkeys(said[each.name not in names].format(each.name, each.why) for each in others)
         self.notes += [text for name, text in self._said.items() if name in names]
 
-    def _layer(self, op: Op, key: tuple[str, str]) -> BatchNorm:
+    def _statistics(self, chain: Chain) -> tuple[str, str] | str:
+        """The names of the mean and the variance of a BatchNorm that is written out; a text where they can't be measured."""
+        names = _owned(chain.owner)
+        if chain.norm is not None:
+            mean, var = (self.constants.stored(chain.norm.tensors.get(role)) for role in ("mean", "var"))
+            if mean is not None and var is not None and not self._are_named([mean, var]):
+                return NAMELESS
+            names = ("" if mean is None else mean.target, "" if var is None else var.target)
+        return names if all(map(self._is_stored, names)) else "it is written out, and which tensors its statistics are isn't known"
+
+    def _are_named(self, stored: list[Any]) -> bool:
+        """Whether a module's own names lead to tensors; in a program, all have names."""
+        module = self._model if isinstance(self._model, nn.Module) else None
+        return module is None or all(hasattr(module.get_submodule(path), name) for path, name in map(_split, stored))
+
+    def _layer(self, name: str, op: Op, key: tuple[str, str]) -> BatchNorm:
         path = key[0].rpartition(".")[0]
-        name = path or op.name
         if not self._is_stored(key[0]):
             self.frozen.add(len(self.layers))
             self.notes.append(f"{name} had no statistics: it normalised each batch by itself")
@@ -150,8 +166,8 @@ class TorchPlan(StagePlan[Op, Op]):
             return f"it is in training mode: it normalises each batch by itself ({why})"
         if None in stored:
             return "they are computed"
-        if module is not None and not all(hasattr(module.get_submodule(path), name) for path, name in map(_split, stored)):
-            return "the module holds them under no name, so there is no place to write others"
+        if not self._are_named(stored):
+            return NAMELESS
         return None if is_float(given["input"]) else "its input isn't floating point"
 
     def _is_stored(self, name: str) -> bool:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node as Op
 
+from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Site
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
 
-from ..export.constants import Constants
 from ..export.copies import duplicate
 from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, frame, writes_into_shared
@@ -44,6 +44,17 @@ class Fold:
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
             yield Update(node, slot.place, exact, dtype, param.tensor is None)
+
+    def left(self, site: Site) -> Array:
+        """The shift that a site's calls still add, by channel: 0 where they do nothing."""
+        (node, *_), channels = site.nodes, site.channels
+        shift = coefficients(node).shift if node in self.graph.nodes else np.zeros(())
+        return np.broadcast_to(shift.ravel(), channels)
+
+    def made_identity(self, removal: Removal) -> dict[str, str]:
+        """The parameters of calls that stay, each with its role."""
+        tensors = {} if removal.norm is None else removal.norm.tensors
+        return {self.ctx.target(each): role for role, each in tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +107,7 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for m in (each for fold in folds for each in fold.merges):
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
-    changed = [*made, *(name for fold in folds for each in fold.removed.values() for call in each.calls for name in _own(fold, call))]
+    changed = [*made, *(name for fold in folds for each in fold.removed.values() for name in fold.made_identity(each))]
     surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(result, Place(name))]
     tied = _tied(module)
     before = list(result.state_dict())
@@ -110,8 +121,9 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
         _set(result, target, tensor, inside=target in held)
     surgery.untied, added = _tie_again(result, tied, made)
     for fold in folds:
-        for call in (call for removal in fold.removed.values() for call in removal.calls):
-            _make_identity(fold.ctx.constants, result, call, held)
+        for site, removal in fold.removed.items():
+            if removal.norm is not None:
+                _make_identity(result, fold.made_identity(removal), removal.norm.epsilon, fold.left(site), held)
     return result, notes, added
 
 
@@ -206,26 +218,19 @@ def _set(root: nn.Module, target: str, tensor: Tensor, *, inside: bool) -> None:
         owner._parameters[place.attribute] = nn.Parameter(tensor, old.requires_grad)
 
 
-def _own(fold: Fold, call: Op) -> list[str]:
-    """The names of what a functional batch_norm reads."""
-    given = arguments(call)
-    found = (fold.ctx.constants.stored(given[name]) for name in ("weight", "bias", "running_mean", "running_var"))
-    return [stored.target for stored in found if stored is not None]
-
-
 def _is_left_out(root: nn.Module, place: Place) -> bool:
     """Whether it is a buffer that state dicts don't hold."""
     return place.attribute in root.get_submodule(place.owner)._non_persistent_buffers_set
 
 
-def _make_identity(constants: Constants, root: nn.Module, call: Op, held: Collection[str]) -> None:
-    """Give a functional batch_norm parameters with which it does nothing."""
-    given = arguments(call)
-    for name, number in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", None)):
-        stored = constants.stored(given[name])
-        if stored is None:
-            continue
-        place = Place(stored.target)
+def _make_identity(root: nn.Module, roles: Mapping[str, str], epsilon: float, shift: Array, held: Collection[str]) -> None:
+    """Give a BatchNorm parameters with which it adds a shift, 0 mostly, and does nothing else. roles: of each of them by its name."""
+    numbers = {"gamma": torch.ones(()), "beta": torch.zeros(()), "mean": torch.zeros(())}
+    if shift.any():
+        holder, sign = ("beta", 1) if "beta" in roles.values() else ("mean", -1)
+        numbers[holder] = torch.from_numpy(sign * shift)
+    for name, role in roles.items():
+        place = Place(name)
         old = getattr(root.get_submodule(place.owner), place.attribute)
-        value = unit_variance(float(given["eps"]), old.dtype) if number is None else torch.tensor(number)
-        _set(root, stored.target, torch.full_like(old.detach(), 0) + value.to(old), inside=stored.target in held)
+        value = numbers[role] if role in numbers else unit_variance(epsilon, old.dtype)
+        _set(root, name, value.to(old).expand(old.numel()).reshape(old.shape).clone(), inside=name in held)

@@ -17,7 +17,7 @@ from bnfold.folding.plan import Planned, plan
 from bnfold.folding.search import Outcome
 
 from ..export.trace import Traced
-from ..export.walk import arguments, frame
+from ..export.walk import frame
 from ..lowering.places import ModuleHost, Place
 from ..lowering.table import lowering
 from .module import Fold
@@ -67,9 +67,9 @@ class Path:
             edit = Edit(removal.kept, frozenset({plain_name(site.name)}))
             if removal.path is not None:
                 found["module", self.host.canonical(removal.path)] = edit
-            for call in removal.calls:
-                stored = (self.fold.ctx.constants.stored(given) for given in arguments(call).values())
-                found |= {("tensor", each.target): edit for each in stored if each is not None}
+            left = Edit(self.fold.left(site), edit.sites)
+            for name in self.fold.made_identity(removal):
+                found["tensor", name] = left
         for m in self.planned.merges:
             if m.branch is not None:
                 found["module", self.host.canonical(frame(m.branch.native.op))] = Edit("merged", frozenset())
@@ -112,6 +112,9 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], merging: bool
         site.refusal = site.refusal or refused.get(plain_name(site.name))
     ways = removals(ctx, graph.sites)
     planned = plan(graph, may=may_merge(ctx, ways) if merging else None)
+    for outcome in planned.outcomes:
+        if not outcome.folded and (way := ways.get(outcome.site)) is not None and way.path is None:
+            outcome.site.note = ""  # on what its call does once it is folded
     way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
     removed = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
     return Path(text, planned, Fold(ctx, graph, removed, planned.merges))

@@ -22,7 +22,8 @@ from bnfold.folding.branches import May
 from ..export.call import Call
 from ..export.copies import duplicate
 from ..export.regions import kind_of
-from ..export.walk import arguments, frame, frames, mutates, operator_name
+from ..export.walk import elements, frame, frames, mutates, operator_name
+from ..lowering.chains import StoredNorm
 from ..lowering.lowering import TorchLowering
 from ..lowering.places import CONVOLUTIONS, ModuleHost
 from .surgery import remains
@@ -35,11 +36,15 @@ IMMOVABLE = "it is computed in the forward of {}, which stays as it is"
 
 @dataclass(frozen=True)
 class Removal:
-    """path: the module that makes way, for those of its own modules in `kept`; None for a call whose parameters become the identity's."""
+    """path: the module that makes way, for those of its own modules in `kept`; None for calls whose parameters become the identity's.
+
+    calls: their operators. norm: their parameters.
+    """
 
     path: str | None
     kept: tuple[str, ...] = ()
     calls: tuple[Op, ...] = ()
+    norm: StoredNorm | None = None
 
 
 def removals(ctx: TorchLowering, sites: list[Site]) -> dict[Site, Removal]:
@@ -61,7 +66,11 @@ def removals(ctx: TorchLowering, sites: list[Site]) -> dict[Site, Removal]:
             site.refusal = IMMOVABLE.format(path or type(ctx.traced.model).__name__)
         else:
             sites.remove(site)
-    return found | _whole(ctx, ctx.host, found, readers)
+    found |= _whole(ctx, ctx.host, found, readers)
+    for site, removal in found.items():
+        holder = None if removal.norm is None else removal.norm.shift_holder
+        site.holds_shift = holder is not None and elements(holder) == site.channels
+    return found
 
 
 def _whole(ctx: TorchLowering, host: ModuleHost, found: Mapping[Site, Removal], readers: Mapping[str, list[Op]]) -> dict[Site, Removal]:
@@ -108,10 +117,11 @@ def _removal(ctx: TorchLowering, host: ModuleHost, site: Site) -> Removal | None
         for kept in _candidates(path, others):
             if all(_behaves(module, kept, node) for node in site.nodes[:1]):
                 return Removal(path, kept)
-    if not site.is_batchnorm or not all(_neutral(ctx, host, op) for op in calls):
+    norm = site.nodes[0].attrs.get("stored")
+    if norm is None or not _neutral(ctx, host, norm, calls):
         return None
     site.note = "its call stays in the forward, where it now does nothing"
-    return Removal(None, calls=tuple(calls))
+    return Removal(None, calls=tuple(calls), norm=norm)
 
 
 def _readers(ctx: TorchLowering, host: ModuleHost) -> dict[str, list[Op]]:
@@ -218,21 +228,15 @@ def fills(add: Node, kept: int) -> bool:
     return mutates(add.native.op) and kept == 1
 
 
-# --- functional calls ----------------------------------------------------------------------------------------------------------
+# --- calls in a forward --------------------------------------------------------------------------------------------------------
 
 
-def _neutral(ctx: TorchLowering, host: ModuleHost, op: Op) -> bool:
-    """Whether a call's statistics can be made the identity's: they are stored by name, and nothing else reads them."""
-    if operator_name(op) != "batch_norm":
-        return False
-    given = arguments(op)
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        argument = given[name]
-        if argument is None:
-            continue
-        if host.weight(op, argument) is None or ctx.constants.stored(argument) is None:
+def _neutral(ctx: TorchLowering, host: ModuleHost, norm: StoredNorm, calls: list[Op]) -> bool:
+    """Whether a BatchNorm's parameters can be made the identity's: they are stored by name, and nothing else reads them."""
+    for tensor in norm.tensors.values():
+        if ctx.constants.stored(tensor) is None or host.weight(calls[-1], tensor) is None:
             return False
-        if any(operator_name(user) != "batch_norm" for user in argument.users):
+        if any(reader not in calls and not operator_name(reader).startswith("_assert") for reader, _ in ctx.constants.ends(tensor)):
             return False
     return True
 
