@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
 from .affine import Affine, Array, Blocked
@@ -54,16 +56,16 @@ def lookup_up(node: Node, a: Affine) -> list[Step]:
 
     From `axis` on, the places stand for `taken` of the input's axes, and `given` of the output's are theirs.
     """
-    return [Step([_looked_up(node, a, node.attrs["given"], node.attrs["taken"])])]
+    return [Step([_looked_up(node, a, "given", "taken")])]
 
 
 def lookup_down(node: Node, maps: list[Affine]) -> list[Step]:
     """The same, read the other way."""
-    return [Step([_looked_up(node, maps[0], node.attrs["taken"], node.attrs["given"])])]
+    return [Step([_looked_up(node, maps[0], "taken", "given")])]
 
 
-def _looked_up(node: Node, a: Affine, old: int, new: int) -> Affine:
-    axis = node.attrs["axis"]
+def _looked_up(node: Node, a: Affine, here: str, there: str) -> Affine:
+    axis, old, new = (node.attrs[name] for name in ("axis", here, there))
     if lost := [i for i in a.varying if axis <= i < axis + old]:
         raise Blocked(f"the map varies along axis {lost[0]}, along which it looks up at computed places")
     return a.map(lambda c: c.reshape(*c.shape[:axis], *(1,) * new, *c.shape[axis + old :]))
@@ -71,16 +73,17 @@ def _looked_up(node: Node, a: Affine, old: int, new: int) -> Affine:
 
 def sum_up(node: Node, a: Affine) -> list[Step]:
     """s*sum(x) + t = sum(s*x + t/n)."""
-    [step] = commutes().up(node, a)
-    b = step.maps[0]
-    return [Step([Affine(b.scale, b.shift / _terms(node) if b.shift.any() else b.shift)])]
+    return [Step([_shared_out(node, commutes().up(node, a), lambda shift, n: shift / n)])]
 
 
 def sum_down(node: Node, maps: list[Affine]) -> list[Step]:
     """sum(s*x + t) = s*sum(x) + n*t."""
-    [step] = commutes().down(node, maps)
-    b = step.maps[0]
-    return [Step([Affine(b.scale, b.shift * _terms(node) if b.shift.any() else b.shift)])]
+    return [Step([_shared_out(node, commutes().down(node, maps), lambda shift, n: shift * n)])]
+
+
+def _shared_out(node: Node, steps: list[Step], by: Callable[[Array, int], Array]) -> Affine:
+    a = steps[0].maps[0]
+    return Affine(a.scale, by(a.shift, _terms(node))) if a.shift.any() else a
 
 
 def _terms(node: Node) -> int:
@@ -134,21 +137,26 @@ def _to_operand(a: Affine, value: Value) -> Affine:
     return a.broadcast_from(value.rank, value.sizes)
 
 
-def add_up(node: Node, a: Affine) -> list[Step]:
-    """s*(x + y) + t = (s*x + t) + s*y: the shift goes to any one branch (with its sign)."""
-    signs = node.attrs.get("signs", (1,) * len(node.inputs))
+def _into_one(node: Node, takers: Iterable[int], own: Callable[[int], Affine], rest: Affine | None = None) -> list[Step]:
+    """A map for any one operand, and another for the rest (None: none): an option for each that can take it."""
     options: list[Step] = []
     reason = None
-    for k, sign in enumerate(signs if a.shift.any() else signs[:1]):
+    for k in takers:
         try:
-            options.append(
-                Step([_to_operand(Affine(a.scale, sign * a.shift) if i == k else a.linear, v) for i, v in enumerate(node.inputs)])
-            )
+            maps = [own(k) if i == k else rest for i in range(len(node.inputs))]
+            options.append(Step([identity(v) if a is None else _to_operand(a, v) for a, v in zip(maps, node.inputs, strict=True)]))
         except Blocked as blocked:
             reason = reason or blocked
     if not options and reason:
         raise reason
     return options
+
+
+def add_up(node: Node, a: Affine) -> list[Step]:
+    """s*(x + y) + t = (s*x + t) + s*y: the shift goes to any one branch (with its sign)."""
+    signs = node.attrs.get("signs", (1,) * len(node.inputs))
+    takers = range(len(signs) if a.shift.any() else 1)
+    return _into_one(node, takers, lambda k: Affine(a.scale, signs[k] * a.shift), a.linear)
 
 
 def add_down(node: Node, maps: list[Affine]) -> list[Step]:
@@ -172,16 +180,7 @@ def _of_rank(a: Affine, node: Node) -> Affine:
 def mul_up(node: Node, a: Affine) -> list[Step]:
     """s*(x*y) = (s*x)*y: the scale goes into any one factor."""
     a.require(unshifted=True)
-    options: list[Step] = []
-    reason = None
-    for k in range(node.attrs.get("factors", len(node.inputs))):
-        try:
-            options.append(Step([_to_operand(a, v) if i == k else identity(v) for i, v in enumerate(node.inputs)]))
-        except Blocked as blocked:
-            reason = reason or blocked
-    if not options and reason:
-        raise reason
-    return options
+    return _into_one(node, range(node.attrs.get("factors", len(node.inputs))), lambda _: a)
 
 
 def mul_down(node: Node, maps: list[Affine]) -> list[Step]:
@@ -199,18 +198,10 @@ def mul_down(node: Node, maps: list[Affine]) -> list[Step]:
 def matmul_up(node: Node, a: Affine) -> list[Step]:
     """s*(x@y) = (s*x)@y if s is constant along the columns, x@(s*y) if along the rows."""
     a.require(unshifted=True)
-    options, last = [], a.rank - 1
-    reason = Blocked("the map varies along both the rows and the columns of a matrix product")
-    for k, along in ((0, last), (1, last - 1)):
-        if a.shape[along] != 1:
-            continue
-        try:
-            options.append(Step([_to_operand(a, v) if i == k else identity(v) for i, v in enumerate(node.inputs)]))
-        except Blocked as blocked:
-            reason = blocked
-    if not options:
-        raise reason
-    return options
+    takers = [k for k, along in ((0, -1), (1, -2)) if a.shape[along] == 1]
+    if not takers:
+        raise Blocked("the map varies along both the rows and the columns of a matrix product")
+    return _into_one(node, takers, lambda _: a)
 
 
 def matmul_down(node: Node, maps: list[Affine]) -> list[Step]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .affine import Affine, Array
+from .layouts import AS_STORED, Layout
 
 
 @dataclass(eq=False)
@@ -70,35 +71,6 @@ class Tensor:
     quantised: Quantised | None = None
     magnitude: float | None = None  # its largest absolute value, once somebody asked
     cast_from: float | None = None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a stored array is laid out: `canonical` gives the rules' layout, `stored` is its inverse.
-
-    linear: both only rearrange the elements, or multiply them by `gain` (canonical over stored).
-    """
-
-    name: str
-    canonical: Callable[[Array], Array]
-    stored: Callable[[Array], Array]
-    linear: bool = True
-    gain: float = 1.0
-
-    def after(self, first: Layout) -> Layout:
-        """This layout of what another one makes of the stored array."""
-        if first is AS_STORED or self is AS_STORED:
-            return self if first is AS_STORED else first
-        return Layout(
-            f"{self.name} of {first.name}",
-            lambda w: self.canonical(first.canonical(w)),
-            lambda w: first.stored(self.stored(w)),
-            self.linear and first.linear,
-            self.gain * first.gain,
-        )
-
-
-AS_STORED = Layout("as stored", lambda w: w, lambda w: w)
 
 
 @dataclass(eq=False)

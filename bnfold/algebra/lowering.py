@@ -14,7 +14,8 @@ from typing import Any
 import numpy.typing as npt
 
 from .affine import Blocked
-from .graph import Graph, Layout, Node, Param, Site, Tensor, Value
+from .graph import Graph, Node, Param, Site, Tensor, Value
+from .layouts import Layout
 from .settings import Settings
 
 Op = Any  # an operator of a framework's graph

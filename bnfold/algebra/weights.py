@@ -13,57 +13,14 @@ import numpy as np
 
 from .affine import Array, Blocked
 from .geometry import move, pointwise, reduction
-from .graph import AS_STORED, Layout, Node, Norm, Param, Window
+from .graph import Node, Norm, Param, Window
+from .layouts import Shape, reciprocal, scaled, swapped
 from .lowering import Key, Lowering, Op, Ref
 
-Shape = tuple[int, ...]
 BN_ROLES = ("gamma", "beta", "running mean", "running variance")
 LETTERS = "abcdefgh"
 VECTOR = "an operand is a vector, or of unknown rank"
 LARGER = "its constant makes the tensor larger, or may"
-
-
-# --- layouts -------------------------------------------------------------------------------------------------------------------------
-
-
-def scaled(canonical: Shape, stored: Shape, factor: float = 1.0) -> Layout:
-    """A constant in another shape, `factor` times. An array that grew is stored in the canonical rank, which broadcasts alike."""
-    if factor == 1 and canonical == stored:
-        return AS_STORED
-    if factor == 1:
-        return Layout(f"as {canonical}", lambda w: w.reshape(canonical), lambda w: _back(w, canonical, stored))
-    return Layout(
-        f"{factor} times {canonical}",
-        lambda w: factor * w.reshape(canonical),
-        lambda w: _back(w / factor, canonical, stored),
-        gain=abs(factor),
-    )
-
-
-def _back(w: Array, canonical: Shape, stored: Shape) -> Array:
-    return w.reshape(stored) if w.shape == canonical else w
-
-
-def _reciprocal(canonical: Shape, stored: Shape) -> Layout:
-    return Layout(f"reciprocal {canonical}", lambda w: 1 / w.reshape(canonical), lambda w: _back(1 / w, canonical, stored), linear=False)
-
-
-def new(shape: Shape, stored: Shape) -> Layout:
-    """Of a parameter that isn't there yet: what it grows to is stored in this shape."""
-    return Layout(f"new {shape}", lambda w: w, lambda w: np.broadcast_to(w, shape).reshape(stored))
-
-
-def _swapped(stored: Shape, groups: int) -> tuple[Shape, Layout]:
-    """[in, out/g, *kernel] as [out, in/g, *kernel]."""
-    fan_in, fan_out, kernel = stored[0] // groups, stored[1], stored[2:]
-    canonical = (fan_out * groups, fan_in, *kernel)
-
-    def turn(w: Array, rows: int, columns: int, shape: Shape) -> Array:
-        return w.reshape(groups, rows, columns, *kernel).swapaxes(1, 2).reshape(shape)
-
-    return canonical, Layout(
-        f"transposed in {groups} groups", lambda w: turn(w, fan_in, fan_out, canonical), lambda w: turn(w, fan_out, fan_in, stored)
-    )
 
 
 # --- linear operators ------------------------------------------------------------------------------------------------------------------
@@ -99,7 +56,7 @@ def convolution(
     padded = padding is None or any(map(any, padding))
     attrs: dict[str, Any] = {"groups": groups, "uniform": not padded, "uneven": "it pads with zeros"}
     if transposed:
-        weight = weight.seen_as(*_swapped(shape, groups))
+        weight = weight.seen_as(*swapped(shape, groups))
         plain = not padded and not extended and {*kernel, *stride} <= {1}
         attrs |= {"uniform": plain, "uneven": "its outputs see different taps"}
     elif steers is not None:
@@ -298,7 +255,7 @@ def by_constant(
     found = step(kind, c, first=first, alpha=alpha)
     assert found is not None
     factor = (alpha if first else 1.0) * (-1.0 if kind == "sub" and first else 1.0) if kind in ("add", "sub") else 1.0
-    layout = _reciprocal(shape, c.shape) if kind == "div" else scaled(shape, c.shape, factor) if factor else None
+    layout = reciprocal(shape, c.shape) if kind == "div" else scaled(shape, c.shape, factor) if factor else None
     param = None if key is None or layout is None else ctx.coefficient(op, key, shape, layout)  # times 0, no constant makes a difference
     if param is None:
         scale, shift = (part.reshape((1,) * (rank - part.ndim) + part.shape) for part in found)

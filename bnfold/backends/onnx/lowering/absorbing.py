@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from bnfold.algebra import weights
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import Layout, Param
+from bnfold.algebra.graph import Param
+from bnfold.algebra.layouts import Layout
 from bnfold.data.spec import shape_text
 from bnfold.errors import ModelError
 

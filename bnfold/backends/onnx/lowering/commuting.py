@@ -11,7 +11,8 @@ from bnfold.algebra import geometry
 from bnfold.algebra.affine import Blocked
 from bnfold.algebra.geometry import pointwise
 from bnfold.algebra.graph import Param
-from bnfold.algebra.weights import same_padding, scaled
+from bnfold.algebra.layouts import scaled
+from bnfold.algebra.weights import same_padding
 
 from ..graph.constants import FLOATS
 from ..graph.walk import arg, attribute, number, wholes

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import AS_STORED, Graph, Layout, Param, Quantised, Tensor, Value
+from bnfold.algebra.graph import Graph, Param, Quantised, Tensor, Value
+from bnfold.algebra.layouts import AS_STORED, Layout, new, scaled
 from bnfold.algebra.lowering import Lowering
 from bnfold.algebra.settings import Settings
-from bnfold.algebra.weights import new, scaled
 
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
 from ..graph.sequences import Sequences, without_sequences

@@ -13,7 +13,7 @@ from bnfold.folding.plan import Listed
 from bnfold.report import Layer
 
 from ..lowering.lowering import TorchLowering
-from ..lowering.places import ModuleHost
+from ..lowering.module_host import ModuleHost
 from .regions import inner_operators, kind_of
 from .walk import arguments, frame, is_batchnorm
 

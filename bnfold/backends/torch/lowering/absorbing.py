@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from bnfold.algebra import weights
 from bnfold.algebra.affine import Blocked
 from bnfold.algebra.graph import Param
+from bnfold.algebra.layouts import scaled
 
 from ..export.walk import arguments, operator_name
 from .lowering import TorchLowering, each
@@ -77,7 +78,7 @@ def _times_beta(ctx: TorchLowering, op: Op, beta: float) -> Param:
         raise Blocked("what it adds is computed from the data")
     stored = ctx.shape(added)
     shape = (1,) * (2 - len(stored)) + stored
-    return ctx.param(op, "self", shape, weights.scaled(shape, stored, beta), role="bias")
+    return ctx.param(op, "self", shape, scaled(shape, stored, beta), role="bias")
 
 
 def matmul(ctx: TorchLowering, op: Op) -> None:

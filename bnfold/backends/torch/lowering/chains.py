@@ -18,7 +18,8 @@ from bnfold.algebra.affine import Affine, Array
 from bnfold.algebra.graph import Norm
 
 from ..export.walk import arguments, elements, frame, is_batchnorm, is_float, is_tensor, mutates, operator_name, value_of, written
-from .lowering import TorchLowering, plain_path
+from .lowering import TorchLowering
+from .places import plain_path
 
 Const = Callable[[Any], Array | None]
 ROLES = ("gamma", "beta", "mean", "var")

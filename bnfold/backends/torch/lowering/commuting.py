@@ -10,8 +10,9 @@ from bnfold.algebra.geometry import pointwise
 from bnfold.algebra.graph import Param
 
 from ..export.walk import arguments, is_float, operator_name
-from .lowering import Lower, Slot, TorchLowering, each, first
+from .lowering import Lower, TorchLowering, each, first
 from .movement import mirror
+from .places import Slot
 
 
 def elementwise(kind: str) -> Lower:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,47 +10,21 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import AS_STORED, Graph, Layout, Node, Param, Tensor, Value
+from bnfold.algebra.graph import Graph, Node, Param, Tensor, Value
+from bnfold.algebra.layouts import AS_STORED, Layout, Shape, new, scaled
 from bnfold.algebra.lowering import Lowering
 from bnfold.algebra.settings import Settings
-from bnfold.algebra.weights import new, scaled
 
 from ..export.constants import Constants, as_float64
 from ..export.functional import entangled, functional
 from ..export.sizes import Sizes
 from ..export.trace import Traced
 from ..export.walk import FLOATS, arguments, dtype_of, frame, frames, is_float, is_tensor, mutates, operator_name, value_of, written
-from .places import Host, ModuleHost, Place, ProgramHost
+from .module_host import ModuleHost
+from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
 COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where an operator's parameter lives. argument: its name in the operator's schema, or "Add" for an operator that has to grow one."""
-
-    argument: str
-    place: Place | Op
-
-
-@dataclass(eq=False)
-class TorchNative:
-    """A neutral node's operator in the exported graph, and the arguments that are its activations.
-
-    dtype: that a parameter without a tensor gets; limit: its largest number. output: the node of its first output where that isn't the
-    operator itself (an item of a tuple).
-    """
-
-    op: Op
-    operands: list[Op]
-    dtype: torch.dtype
-    output: Op | None
-    limit: float
-    cloneable: bool
-    group: list[Op] = field(default_factory=list)  # all operators that it stands for, where these are several
-    clone_of: TorchNative | None = None  # the original, where the operator has still to be made
-    readers: list[tuple[TorchNative, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
 
 Lower = Callable[["TorchLowering", Op], object]
@@ -144,7 +117,7 @@ class TorchLowering(Lowering):
     def rank(self, ref: Op, what: str = "") -> int:
         return value_of(ref).ndim if is_tensor(ref) else 0
 
-    def shape(self, ref: Op) -> tuple[int, ...]:
+    def shape(self, ref: Op) -> Shape:
         return tuple(int(n) for n in value_of(ref).shape)
 
     def dtype(self, ref: Op) -> torch.dtype | None:
@@ -177,14 +150,7 @@ class TorchLowering(Lowering):
         return TorchNative(op, inputs, dtype, item, largest(dtype), self.copies_weights and item is None and not mutates(op))
 
     def param(
-        self,
-        op: Op,
-        key: str,
-        shape: tuple[int, ...] | None = None,
-        layout: Layout | None = None,
-        *,
-        role: str = "weight",
-        computed: bool = True,
+        self, op: Op, key: str, shape: Shape | None = None, layout: Layout | None = None, *, role: str = "weight", computed: bool = True
     ) -> Param:
         """computed: whether it may be rewritten through the steps in which a module's code computes it from a stored tensor."""
         argument = self.arg(op, key)
@@ -198,7 +164,7 @@ class TorchLowering(Lowering):
         layout = scaled(shape, own) if layout is None else layout
         return Param(tensor, shape, layout.after(base), slot=Slot(key, tensor.native))
 
-    def bias(self, op: Op, key: str, weight: Param, shape: tuple[int, ...], stored: tuple[int, ...] | None = None) -> Param:
+    def bias(self, op: Op, key: str, weight: Param, shape: Shape, stored: Shape | None = None) -> Param:
         if isinstance(self.arg(op, key), Op):
             return self.param(op, key, shape, role="bias")
         assert weight.tensor is not None
@@ -208,7 +174,7 @@ class TorchLowering(Lowering):
             return Param(None, shape, layout, refusal="its code has no place for one")
         return Param(None, shape, layout, slot=Slot(key, place))
 
-    def coefficient(self, op: Op, key: str, shape: tuple[int, ...], layout: Layout | None = None) -> Param | None:
+    def coefficient(self, op: Op, key: str, shape: Shape, layout: Layout | None = None) -> Param | None:
         if not key or not isinstance(self.arg(op, key), Op):
             return None
         try:
@@ -240,9 +206,8 @@ class TorchLowering(Lowering):
 
     def items(self, op: Op) -> dict[int, Op]:
         """The users that take an item each of the tuple or list that an operator gives."""
-        return {
-            user.args[1]: user for user in op.users if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int)
-        }
+        users = (user for user in op.users if getattr(user.target, "__name__", "") == "getitem")
+        return {user.args[1]: user for user in users if isinstance(user.args[1], int)}
 
     def target(self, argument: Op) -> str:
         """The qualified name of a stored constant; for another one, the node's."""
@@ -294,8 +259,7 @@ def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
 
 def _leaf_frames(program: ExportedProgram) -> set[str]:
     paths = {frame(op) for op in program.graph.nodes if op.op == "call_function"}
-    parents = {path.rpartition(".")[0] for path in paths if path}
-    return paths - parents
+    return paths - {path.rpartition(".")[0] for path in paths if path}
 
 
 def _kinds(argument: Op) -> list[torch.dtype]:
@@ -307,20 +271,12 @@ def _kinds(argument: Op) -> list[torch.dtype]:
     return [dtype for dtype in dtypes if dtype in FLOATS]
 
 
-def plain_path(name: str) -> str:
-    """A tensor's name; of one with slashes, as Keras gives them, without the module's own affairs before it."""
-    path, _, last = name.rpartition(".")
-    if "/" not in last:
-        return name
-    return ".".join([*(part for part in path.split(".") if part and not part.startswith("_")), last])
-
-
 def largest(dtype: torch.dtype | None) -> float:
     """The largest finite number of a float type (float32 where it isn't one)."""
     return float(torch.finfo(dtype if dtype in FLOATS else torch.float32).max)
 
 
-def each(sizes: Any, count: int) -> tuple[int, ...]:
+def each(sizes: Any, count: int) -> Shape:
     """A setting for each spatial axis; one number or a list of one holds for all of them."""
     found = tuple(int(n) for n in sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
     return found * count if len(found) == 1 else found

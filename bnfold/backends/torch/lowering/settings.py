@@ -15,7 +15,8 @@ from torch.fx import Node as Op
 from bnfold.algebra.settings import Common, Settings, clip, counted, reduction
 
 from ..export.walk import FLOATS, arguments, dtype_of, is_tensor, operator_name, value_of
-from .lowering import Slot, TorchLowering, TorchNative
+from .lowering import TorchLowering
+from .places import Slot, TorchNative
 
 # They say nothing about the function: where and how a tensor is held, how something is computed, and what counts in training.
 IDLE = {"device", "layout", "memory_format", "pin_memory", "non_blocking", "copy", "inplace", "generator", "cudnn_enable", "cudnn_enabled"}

@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import AS_STORED, Layout
+from bnfold.algebra.layouts import AS_STORED, Layout
 
 from ..export.constants import Constants
 from ..export.walk import arguments, dtype_of, is_float, operator_name, value_of

@@ -20,8 +20,9 @@ from bnfold.folding.branches import Merge
 from ..export.copies import duplicate
 from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, frame, writes_into_shared
-from ..lowering.lowering import Slot, TorchLowering, TorchNative
-from ..lowering.places import ModuleHost, Place
+from ..lowering.lowering import TorchLowering
+from ..lowering.module_host import ModuleHost
+from ..lowering.places import Place, Slot, TorchNative
 from .removal import Removal, fills, unit_variance
 from .surgery import Surgery, restructure
 

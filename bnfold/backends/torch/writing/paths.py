@@ -18,7 +18,8 @@ from bnfold.folding.search import Outcome
 
 from ..export.trace import Traced
 from ..export.walk import frame
-from ..lowering.places import ModuleHost, Place
+from ..lowering.module_host import ModuleHost
+from ..lowering.places import Place
 from ..lowering.table import lowering
 from .module import Fold
 from .removal import may_merge, removals

@@ -24,7 +24,8 @@ from ..export.constants import KINDS
 from ..export.functional import graph_copy
 from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, mutates, set_argument, writes_into_shared
-from ..lowering.lowering import Slot, TorchLowering, TorchNative
+from ..lowering.lowering import TorchLowering
+from ..lowering.places import Slot, TorchNative
 
 
 def write_program(

@@ -25,7 +25,7 @@ from ..export.regions import kind_of
 from ..export.walk import elements, frame, frames, mutates, operator_name
 from ..lowering.chains import StoredNorm
 from ..lowering.lowering import TorchLowering
-from ..lowering.places import CONVOLUTIONS, ModuleHost
+from ..lowering.module_host import CONVOLUTIONS, ModuleHost
 from .surgery import remains
 from .trials import Trial, outputs, same, tried
 

@@ -1,0 +1,81 @@
+"""How a stored array is laid out, against the layout that the rules have of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .affine import Array
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`canonical` gives the rules' layout, `stored` is its inverse.
+
+    linear: both only rearrange the elements, or multiply them by `gain` (canonical over stored).
+    """
+
+    name: str
+    canonical: Callable[[Array], Array]
+    stored: Callable[[Array], Array]
+    linear: bool = True
+    gain: float = 1.0
+
+    def after(self, first: Layout) -> Layout:
+        """This layout of what another one makes of the stored array."""
+        if first is AS_STORED or self is AS_STORED:
+            return self if first is AS_STORED else first
+        return Layout(
+            f"{self.name} of {first.name}",
+            lambda w: self.canonical(first.canonical(w)),
+            lambda w: first.stored(self.stored(w)),
+            self.linear and first.linear,
+            self.gain * first.gain,
+        )
+
+
+AS_STORED = Layout("as stored", lambda w: w, lambda w: w)
+
+
+def scaled(canonical: Shape, stored: Shape, factor: float = 1.0) -> Layout:
+    """A constant in another shape, `factor` times. An array that grew is stored in the canonical rank, which broadcasts alike."""
+    if factor == 1 and canonical == stored:
+        return AS_STORED
+    if factor == 1:
+        return Layout(f"as {canonical}", lambda w: w.reshape(canonical), lambda w: _back(w, canonical, stored))
+    return Layout(
+        f"{factor} times {canonical}",
+        lambda w: factor * w.reshape(canonical),
+        lambda w: _back(w / factor, canonical, stored),
+        gain=abs(factor),
+    )
+
+
+def _back(w: Array, canonical: Shape, stored: Shape) -> Array:
+    return w.reshape(stored) if w.shape == canonical else w
+
+
+def reciprocal(canonical: Shape, stored: Shape) -> Layout:
+    return Layout(f"reciprocal {canonical}", lambda w: 1 / w.reshape(canonical), lambda w: _back(1 / w, canonical, stored), linear=False)
+
+
+def new(shape: Shape, stored: Shape) -> Layout:
+    """Of a parameter that isn't there yet: what it grows to is stored in this shape."""
+    return Layout(f"new {shape}", lambda w: w, lambda w: np.broadcast_to(w, shape).reshape(stored))
+
+
+def swapped(stored: Shape, groups: int) -> tuple[Shape, Layout]:
+    """[in, out/g, *kernel] as [out, in/g, *kernel]."""
+    fan_in, fan_out, kernel = stored[0] // groups, stored[1], stored[2:]
+    canonical = (fan_out * groups, fan_in, *kernel)
+
+    def turn(w: Array, rows: int, columns: int, shape: Shape) -> Array:
+        return w.reshape(groups, rows, columns, *kernel).swapaxes(1, 2).reshape(shape)
+
+    return canonical, Layout(
+        f"transposed in {groups} groups", lambda w: turn(w, fan_in, fan_out, canonical), lambda w: turn(w, fan_out, fan_in, stored)
+    )
