@@ -14,23 +14,23 @@ LARGEST = 1 << 31
 
 
 @dataclass(frozen=True)
-class Traced:
+class AffineRange:
     """A value that an input's integers have become: factor*x + offset, where the offset may lie anywhere between two."""
 
     factor: float = 1.0
     low: float = 0.0
     high: float = 0.0
 
-    def plus(self, constant: Any) -> Traced:
+    def plus(self, constant: Any) -> AffineRange:
         c = np.asarray(constant, np.float64)
         return replace(self, low=self.low + float(c.min()), high=self.high + float(c.max())) if c.size else self
 
-    def times(self, constant: Any) -> Traced | None:
+    def times(self, constant: Any) -> AffineRange | None:
         c = np.unique(np.asarray(constant, np.float64))
         if c.size != 1 or c[0] == 0:
             return None
         low, high = sorted((self.low * float(c[0]), self.high * float(c[0])))
-        return Traced(self.factor * float(c[0]), low, high)
+        return AffineRange(self.factor * float(c[0]), low, high)
 
     def ends(self, low: float, high: float) -> tuple[int, int] | None:
         """Between which integers x lies, if all that it becomes lies between low and high; None where there are none."""
@@ -46,22 +46,22 @@ class Found:
         self.must: Range | None = None
         self.may: tuple[int, int] | None = None
 
-    def index(self, as_: Traced, size: int | str | None, *, negative: bool, low: int = 0) -> None:
+    def index(self, as_: AffineRange, size: int | str | None, *, negative: bool, low: int = 0) -> None:
         """It picks one of so many, counted from the front, or from the back as well."""
         if isinstance(size, str):
-            if as_ == Traced():
+            if as_ == AffineRange():
                 self._keep(Range(low, LARGEST, frozenset((size,))))
         elif size is not None and size > 0 and (ends := as_.ends(-size if negative else low, size - 1)) is not None:
             self._keep(Range(*ends))
 
-    def between(self, as_: Traced, low: int, high: int) -> None:
+    def between(self, as_: AffineRange, low: int, high: int) -> None:
         if (ends := as_.ends(low, high)) is not None:
             self._keep(Range(*ends))
 
     def shape(self) -> None:
         self._keep(Range(0, 0, copies=True))
 
-    def compared(self, as_: Traced, constants: Any) -> None:
+    def compared(self, as_: AffineRange, constants: Any) -> None:
         """It is held against numbers, of which it should lie on both sides."""
         c = np.asarray(constants, np.float64)
         c = c[np.isfinite(c) & (np.abs(c) < LARGEST)]

@@ -18,7 +18,7 @@ from ..corrupt import CorruptError
 from ..images.pipeline import Pipeline, resolve, shaped
 from ..source import LABELS, Chunk, Request, Source
 from ..spec import Array, Batch, InputSpec
-from .table import Rows, Table, missing, numbers, parquet, saved
+from .table import DataTable, Rows, missing, numbers, parquet, saved
 from .tars import KEYS, tars
 
 CLASSES = ("label", "labels", "cls", "target", "targets", "class", "y", "fine_label", "coarse_label", "category", *KEYS)
@@ -90,7 +90,7 @@ def _labels(columns: Mapping[str, str], chosen: Mapping[str, str]) -> tuple[str 
     return None, []
 
 
-def _images(table: Table, column: str, name: str, label: str | None, pipeline: Pipeline, spec: str) -> Iterator[Chunk]:
+def _images(table: DataTable, column: str, name: str, label: str | None, pipeline: Pipeline, spec: str) -> Iterator[Chunk]:
     """One chunk for each row, which is decoded when it is needed."""
 
     def make(cell: Any, where: str) -> Batch:
@@ -107,7 +107,7 @@ def _images(table: Table, column: str, name: str, label: str | None, pipeline: P
             yield Chunk({}, None if labels is None else labels[place : place + 1], of, single=True, make=partial(make, cell, of))
 
 
-def _arrays(table: Table, chosen: Mapping[str, str], label: str | None, spec: str) -> Iterator[Chunk]:
+def _arrays(table: DataTable, chosen: Mapping[str, str], label: str | None, spec: str) -> Iterator[Chunk]:
     """One chunk for the rows that were read at once, or, where their shapes differ, for each row."""
     for where, rows, labels in _parts(table, list(chosen.values()), label, spec):
         found = {name: numbers(rows.columns[column], f"{where}, column {column!r}") for name, column in chosen.items()}
@@ -120,7 +120,7 @@ def _arrays(table: Table, chosen: Mapping[str, str], label: str | None, spec: st
             yield Chunk(one, None if labels is None else labels[place : place + 1], of, single=True)
 
 
-def _parts(table: Table, wanted: list[str], label: str | None, spec: str) -> Iterator[tuple[str, Rows, Array | None]]:
+def _parts(table: DataTable, wanted: list[str], label: str | None, spec: str) -> Iterator[tuple[str, Rows, Array | None]]:
     """The rows that were read at once, what an error calls them, and their labels."""
     start = 0
     for rows in table.read(list(dict.fromkeys([*wanted, *([] if label is None else [label])]))):

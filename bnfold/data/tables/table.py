@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """Rows, read anew for every pass. columns: what each holds, in words: `image`, `list of float32`, `string`.
 
     read: the rows in parts, of the columns that are asked for; what stands in one of images is bytes, or a dict of bytes and path.
@@ -56,7 +56,7 @@ def reading(where: object) -> Iterator[None]:
         raise DataError(f"{where}: can't be read ({type(error).__name__}: {first_line(error)})") from None
 
 
-def parquet(spec: str, files: Sequence[Path]) -> Table:
+def parquet(spec: str, files: Sequence[Path]) -> DataTable:
     """The rows of Parquet files, in the order of the files, in the types of the first."""
     reader = _pyarrow(spec, "pyarrow.parquet")
     ends: list[int] = []
@@ -77,10 +77,10 @@ def parquet(spec: str, files: Sequence[Path]) -> Table:
                     names = [f"{path}, row {next(place)}" for _ in range(batch.num_rows)]
                     yield Rows(names, {name: _typed(batch.column(name), schema.field(name).type) for name in wanted})
 
-    return Table(columns, f"{counted(ends[-1], 'row')} in {counted(len(files), 'file')}", read, ends[-1])
+    return DataTable(columns, f"{counted(ends[-1], 'row')} in {counted(len(files), 'file')}", read, ends[-1])
 
 
-def saved(spec: str, samples: int | None, seed: int) -> Table:
+def saved(spec: str, samples: int | None, seed: int) -> DataTable:
     """A folder of save_to_disk; `samples` of it, when that is fewer, by a shuffle from `seed`."""
     arrow = _pyarrow(spec)
     with reading(spec):
@@ -107,7 +107,7 @@ def saved(spec: str, samples: int | None, seed: int) -> Table:
                 yield Rows([f"{spec}, row {place}" for place in these], {name: found[name].chunk(0) for name in wanted})
 
     what = counted(total, "row")
-    return Table(columns, what if len(places) == total else f"{samples} of {what}", read, len(places))
+    return DataTable(columns, what if len(places) == total else f"{samples} of {what}", read, len(places))
 
 
 def _saved_files(spec: str) -> list[Path]:

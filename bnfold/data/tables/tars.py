@@ -20,7 +20,7 @@ import numpy as np
 from bnfold.errors import DataError
 from bnfold.text import counted
 
-from .table import ROWS, Rows, Table, reading
+from .table import ROWS, DataTable, Rows, reading
 
 TRIED = 5  # samples that show what all hold
 KEYS = {f"json.{key}": key for key in ("label", "cls", "class", "class_id")}  # of the .json files, as columns that may hold labels
@@ -40,7 +40,7 @@ OTHERS = re.compile(
 )
 
 
-def tars(spec: str, files: Sequence[Path]) -> Table:
+def tars(spec: str, files: Sequence[Path]) -> DataTable:
     """The samples of shards, in the order of the files."""
     files = [Path(os.path.abspath(path)) for path in files]
     sizes: dict[Path, int] = {}
@@ -68,7 +68,7 @@ def tars(spec: str, files: Sequence[Path]) -> Table:
                             _check_class(sample.get(name), KEYS[name], f"{path}: {key}")
                     yield Rows([f"{path}: {key}" for key, _ in part], {name: [sample.get(name) for _, sample in part] for name in wanted})
 
-    return Table(columns, counted(len(files), "tar file"), read, count=lambda: sum(map(count, files)))
+    return DataTable(columns, counted(len(files), "tar file"), read, count=lambda: sum(map(count, files)))
 
 
 def _count(path: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.backends.ranges import Found, Traced
+from bnfold.backends.ranges import AffineRange, Found
 from bnfold.data.spec import Range
 
 from .shapes import symbolic
@@ -43,8 +43,8 @@ class _Walk:
         self._found = Found()
 
     def follow(self, value: ir.Value) -> Range | None:
-        stack: list[tuple[ir.Value, Traced]] = [(value, Traced())]
-        seen: set[tuple[ir.Value, Traced]] = set()
+        stack: list[tuple[ir.Value, AffineRange]] = [(value, AffineRange())]
+        seen: set[tuple[ir.Value, AffineRange]] = set()
         while stack and len(seen) < MOST:
             v, as_ = stack.pop()
             if (v, as_) in seen:
@@ -55,7 +55,7 @@ class _Walk:
                     stack += [(out, became) for became in self._step(node, index, as_) for out in node.outputs]
         return self._found.range
 
-    def _step(self, node: ir.Node, index: int, as_: Traced) -> list[Traced]:
+    def _step(self, node: ir.Node, index: int, as_: AffineRange) -> list[AffineRange]:
         """What the numbers become behind an operator; what it asks of them is noted."""
         op, found = node.op_type, self._found
         if (op == "Gather" and index == 1) or (op in ("GatherElements", "ScatterElements", "Scatter") and index == 1):
@@ -93,7 +93,7 @@ class _Walk:
             return self._through(node, index, as_)
         return []
 
-    def _through(self, node: ir.Node, index: int, as_: Traced) -> list[Traced]:
+    def _through(self, node: ir.Node, index: int, as_: AffineRange) -> list[AffineRange]:
         op = node.op_type
         if op in ("Slice", "Gather", "GatherElements", "GatherND", "Split", "Pad", "Expand", "Tile") and index:
             return []
@@ -115,7 +115,7 @@ class _Walk:
         turned = as_ if index == 0 else as_.times(-1)
         return [] if turned is None else [turned.plus(-other if index == 0 else other)]
 
-    def _length(self, as_: Traced, size: int | str | None) -> None:
+    def _length(self, as_: AffineRange, size: int | str | None) -> None:
         if isinstance(size, int):
             self._found.between(as_, 1, size)
         else:

@@ -26,7 +26,7 @@ PARTS = "bnfold.parts"  # in a node's meta
 
 
 @dataclass(frozen=True)
-class Part:
+class Element:
     """A tensor of a sequence: input `index` of the node that put it there, cut along an axis from `start` to `stop` where it is split."""
 
     node: ir.Node
@@ -57,17 +57,17 @@ class Part:
 class Sequence:
     """parts: None where their number isn't known; then each is `size` long along an axis of one tensor."""
 
-    parts: tuple[Part, ...] | None
-    split: Part | None = None
+    parts: tuple[Element, ...] | None
+    split: Element | None = None
     size: int = 0
 
-    def at(self, position: int) -> Part | None:
+    def at(self, position: int) -> Element | None:
         if self.parts is not None:
             return self.parts[position] if -len(self.parts) <= position < len(self.parts) else None
         if self.split is None or position < 0:
             return None
         start = position * self.size
-        return Part(self.split.node, 0, self.split.axis, start, start + self.size, self.split.drops)
+        return Element(self.split.node, 0, self.split.axis, start, start + self.size, self.split.drops)
 
 
 class Sequences:
@@ -76,7 +76,7 @@ class Sequences:
     def __init__(self, model: ir.Model, constants: Constants, shapes: Shapes) -> None:
         self._constants, self._shapes = constants, shapes
         self._known: dict[ir.Value, Sequence] = {}
-        self._opened: dict[ir.Node, tuple[Part, ...]] = {}
+        self._opened: dict[ir.Node, tuple[Element, ...]] = {}
         self._followed: set[ir.Node] = set()
         nodes = [n for n in all_nodes(model.graph) if is_standard(n) and n.op_type in MAKERS | OPENERS and n.outputs]
         for node in nodes:
@@ -98,7 +98,7 @@ class Sequences:
     def makes(self, node: ir.Node) -> bool:
         return bool(node.outputs) and node.outputs[0] in self._known
 
-    def parts(self, node: ir.Node) -> tuple[Part, ...] | None:
+    def parts(self, node: ir.Node) -> tuple[Element, ...] | None:
         """What a SequenceAt or a ConcatFromSequence takes."""
         return self._opened.get(node)
 
@@ -108,7 +108,7 @@ class Sequences:
             node.meta[PARTS] = parts
 
     @property
-    def taken(self) -> dict[str, tuple[Part, ...]]:
+    def taken(self) -> dict[str, tuple[Element, ...]]:
         """The parts that are taken, by the value that they make."""
         return {node.outputs[0].name or "": parts for node, parts in self._opened.items()}
 
@@ -119,7 +119,7 @@ class Sequences:
         array = self._constants.get(node.inputs[index]) if index < len(node.inputs) else None
         return int(array.ravel()[0]) if array is not None and array.size == 1 else None
 
-    def _open(self, node: ir.Node) -> tuple[Part, ...] | None:
+    def _open(self, node: ir.Node) -> tuple[Element, ...] | None:
         sequence = self._sequence(node.inputs[0])
         if sequence is None:
             return None
@@ -133,7 +133,7 @@ class Sequences:
         if node.op_type == "SplitToSequence":
             return self._split(node)
         if node.op_type == "SequenceConstruct":
-            return Sequence(tuple(Part(node, i) for i in range(len(node.inputs))))
+            return Sequence(tuple(Element(node, i) for i in range(len(node.inputs))))
         if node.op_type == "SequenceEmpty":
             return Sequence(())
         before = self._sequence(node.inputs[0])
@@ -147,7 +147,7 @@ class Sequences:
         if position is None or not -len(parts) <= position <= len(parts):
             return None
         if node.op_type == "SequenceInsert":
-            parts.insert(position, Part(node, 1))
+            parts.insert(position, Element(node, 1))
         elif position < len(parts):
             del parts[position]
         return Sequence(tuple(parts))
@@ -166,20 +166,20 @@ class Sequences:
                 return None
             if split.ndim:
                 ends = np.cumsum(split).tolist()
-                return Sequence(tuple(Part(node, 0, axis, end - n, end) for end, n in zip(ends, split.tolist(), strict=True)))
+                return Sequence(tuple(Element(node, 0, axis, end - n, end) for end, n in zip(ends, split.tolist(), strict=True)))
             each = int(split)
         if size is None:
-            return Sequence(None, Part(node, 0, axis, drops=drops), each)
-        return Sequence(tuple(Part(node, 0, axis, at, min(at + each, size), drops) for at in range(0, size, each)))
+            return Sequence(None, Element(node, 0, axis, drops=drops), each)
+        return Sequence(tuple(Element(node, 0, axis, at, min(at + each, size), drops) for at in range(0, size, each)))
 
 
-def parts_of(node: ir.Node) -> tuple[Part, ...]:
+def parts_of(node: ir.Node) -> tuple[Element, ...]:
     """The parts that an operator was told to take; none for all others."""
-    parts: tuple[Part, ...] = node.meta.get(PARTS, ())
+    parts: tuple[Element, ...] = node.meta.get(PARTS, ())
     return parts
 
 
-def without_sequences(graph: onnx.GraphProto, taken: Mapping[str, tuple[Part, ...]], opset: int) -> None:
+def without_sequences(graph: onnx.GraphProto, taken: Mapping[str, tuple[Element, ...]], opset: int) -> None:
     """Write the taking of parts with Slice, Gather, Unsqueeze and Concat, whose shapes ONNX's inference knows."""
     nodes = list(graph.node)
     del graph.node[:]
@@ -204,7 +204,7 @@ def without_sequences(graph: onnx.GraphProto, taken: Mapping[str, tuple[Part, ..
         graph.node.append(helper.make_node("Concat", names, [node.output[0]], axis=settings["axis"]))
 
 
-def _cut(graph: onnx.GraphProto, part: Part, name: str) -> onnx.NodeProto:
+def _cut(graph: onnx.GraphProto, part: Element, name: str) -> onnx.NodeProto:
     source = part.source.name or ""
     if part.start is None:
         return helper.make_node("Identity", [source], [name])

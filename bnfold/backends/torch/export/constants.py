@@ -34,7 +34,7 @@ class Stored:
     tensor: Tensor
 
 
-class Constants:
+class ProgramConstants:
     """written_to: whether what somebody writes into, without storing it, is no constant."""
 
     def __init__(self, program: ExportedProgram, *, written_to: bool = True) -> None:
@@ -119,7 +119,7 @@ class Constants:
                     found.append((user, each))
         return found
 
-    def with_numbers(self, numbers: Mapping[Node, Tensor]) -> Constants:
+    def with_numbers(self, numbers: Mapping[Node, Tensor]) -> ProgramConstants:
         """The same, with other numbers in some of the stored tensors."""
         found = copy.copy(self)
         found._values = dict(numbers)

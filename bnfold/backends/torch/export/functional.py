@@ -16,7 +16,7 @@ from torch.fx import map_arg
 
 from bnfold.capture import quiet
 
-from .constants import Constants
+from .constants import ProgramConstants
 from .walk import is_float, mutates, viewed, written
 
 
@@ -137,7 +137,7 @@ def _fixed(size: Any) -> int | None:
 
 def _on_constants(program: ExportedProgram) -> Iterator[Op]:
     """The operators that write into what is computed from weights alone, by what is too."""
-    constants = Constants(program, written_to=False)
+    constants = ProgramConstants(program, written_to=False)
     for op in program.graph.nodes:
         if not mutates(op) or not all(map(constants.is_constant, op.all_input_nodes)) or _functional(op) is None:
             continue

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.backends.ranges import Found, Traced
+from bnfold.backends.ranges import AffineRange, Found
 from bnfold.data.spec import Range
 
 from .walk import arguments, dtype_of, is_tensor, operator_name, value_of
@@ -37,8 +37,8 @@ class _Walk:
         self._found = Found()
 
     def follow(self, node: Op) -> Range | None:
-        stack: list[tuple[Op, Traced]] = [(node, Traced())]
-        seen: set[tuple[Op, Traced]] = set()
+        stack: list[tuple[Op, AffineRange]] = [(node, AffineRange())]
+        seen: set[tuple[Op, AffineRange]] = set()
         while stack and len(seen) < MOST:
             op, as_ = stack.pop()
             if (op, as_) in seen:
@@ -51,7 +51,7 @@ class _Walk:
                     stack += [(user, became) for became in self._step(user, op, as_)]
         return self._found.range
 
-    def _step(self, op: Op, source: Op, as_: Traced) -> list[Traced]:
+    def _step(self, op: Op, source: Op, as_: AffineRange) -> list[AffineRange]:
         """What the numbers become behind an operator; what it asks of them is noted."""
         name, given, found = operator_name(op), arguments(op), self._found
         if name in ("embedding", "embedding_bag") and given.get("indices") is source:
@@ -85,12 +85,12 @@ class _Walk:
             return self._through(op, name, source, as_)
         return []
 
-    def _compared(self, op: Op, source: Op, as_: Traced) -> None:
+    def _compared(self, op: Op, source: Op, as_: AffineRange) -> None:
         one, other = arguments(op)["self"], arguments(op)["other"]
         if (constant := self._constant(other if one is source else one)) is not None:
             self._found.compared(as_, constant)
 
-    def _through(self, op: Op, name: str, source: Op, as_: Traced) -> list[Traced]:
+    def _through(self, op: Op, name: str, source: Op, as_: AffineRange) -> list[AffineRange]:
         if name in ("add", "sub", "mul", "rsub", "neg"):
             return self._arithmetic(op, name, source, as_)
         if name not in THROUGH or not is_tensor(source) or dtype_of(op) is torch.bool:
@@ -99,7 +99,7 @@ class _Walk:
         first = [given.get("self"), given.get("other") if name == "where" else None, *(given.get("tensors") or ())]
         return [as_] if any(each is source for each in first) else []
 
-    def _arithmetic(self, op: Op, name: str, source: Op, as_: Traced) -> list[Traced]:
+    def _arithmetic(self, op: Op, name: str, source: Op, as_: AffineRange) -> list[AffineRange]:
         given = arguments(op)
         if name == "neg":
             return [each] if (each := as_.times(-1)) is not None else []

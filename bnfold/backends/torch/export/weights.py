@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from .constants import Constants
+from .constants import ProgramConstants
 from .walk import is_float, operator_name
 
 _LINEAR = re.compile(
@@ -29,7 +29,7 @@ MOST_CONTROLS = 16  # elements; a larger array is a weight, whoever else reads i
 
 def weights(program: ExportedProgram) -> frozenset[str]:
     """The qualified names of the stored tensors that are weights."""
-    constants = Constants(program)
+    constants = ProgramConstants(program)
     steering = {source for op in program.graph.nodes if operator_name(op) in _STEERED for source in op.all_input_nodes[1:]}
     queue = [(source, least, rank) for op in program.graph.nodes for source, least, rank in _read(op) if constants.is_constant(source)]
     found, seen = set(), set()

@@ -15,7 +15,7 @@ from bnfold.algebra.layouts import AS_STORED, Layout, Shape, new, scaled
 from bnfold.algebra.lowering import Lowering
 from bnfold.algebra.settings import Settings
 
-from ..export.constants import Constants, as_float64
+from ..export.constants import ProgramConstants, as_float64
 from ..export.functional import entangled, functional
 from ..export.sizes import Sizes
 from ..export.trace import Traced
@@ -37,14 +37,14 @@ class TorchLowering(Lowering):
     without writing in place. named_outputs: the values that a caller gets.
     """
 
-    constants: Constants
+    constants: ProgramConstants
 
     def __init__(self, traced: Traced, operators: Mapping[str, Lower], settings: Callable[..., Settings]) -> None:
         super().__init__(operators, settings)
         self.traced = traced
         self.program = traced.program if not entangled(traced.program) else functional(traced.program)
         self.sizes = Sizes(self.program)
-        self.constants = Constants(self.program)
+        self.constants = ProgramConstants(self.program)
         module = None if isinstance(traced.model, ExportedProgram) else traced.model
         self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants, traced.example, traced.held)
         self.copies_weights = self.host.copies_weights

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from bnfold.algebra.layouts import AS_STORED
 
 from ..export.call import Call
-from ..export.constants import Constants
+from ..export.constants import ProgramConstants
 from ..export.copies import duplicate
 from ..export.walk import arguments, frame, frames, operator_name, value_of
 from ..writing.derived import Derived, derived
@@ -40,7 +40,7 @@ class ModuleHost:
         self,
         module: nn.Module,
         program: ExportedProgram,
-        constants: Constants,
+        constants: ProgramConstants,
         example: Call | None,
         held: Mapping[str, str] = MappingProxyType({}),
     ) -> None:

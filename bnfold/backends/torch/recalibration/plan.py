@@ -25,7 +25,7 @@ from bnfold.recalibration.plan import Select, StagePlan, every
 from bnfold.recalibration.protocol import BatchNorm, Reading
 
 from ..export.census import held
-from ..export.constants import Constants, as_float64
+from ..export.constants import ProgramConstants, as_float64
 from ..export.copies import duplicate
 from ..export.functional import without_writing
 from ..export.tensors import NUMPY, to_tensor
@@ -78,7 +78,7 @@ class TorchPlan(StagePlan[Op, Op]):
         super().__init__(select, freeze)
         self._traced, self._model, self._said, self.flat = traced, traced.model, said, traced.flat
         self.program = without_writing(traced.program)
-        self.constants = Constants(self.program)
+        self.constants = ProgramConstants(self.program)
         self.stored = StoredTensors(self.program, self.constants, device)
         self._stands_in: dict[int, Moments] = {}  # by call: statistics for which the program has no place
         self.cut()

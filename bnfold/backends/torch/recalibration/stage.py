@@ -20,7 +20,7 @@ from bnfold.recalibration.protocol import NOTHING, Reading, Values
 from bnfold.recalibration.schedule import Cut
 from bnfold.text import first_line
 
-from ..export.constants import Constants
+from ..export.constants import ProgramConstants
 from ..export.regions import under
 from ..export.tensors import to_numpy, to_tensor
 from ..export.walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, operator_name, viewed
@@ -39,7 +39,7 @@ SIZES = "sizes of the micro-batch"
 class StoredTensors:
     """What an exported program stores, on the device: parameters, buffers, and what is computed from them, with the new statistics."""
 
-    def __init__(self, program: ExportedProgram, constants: Constants, device: torch.device) -> None:
+    def __init__(self, program: ExportedProgram, constants: ProgramConstants, device: torch.device) -> None:
         self._program, self._constants, self.device = program, constants, device
         specs = program.graph_signature.input_specs
         self._targets = {s.arg.name: s.target for s in specs if s.target is not None and s.kind.name != "USER_INPUT"}

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from bnfold.algebra.affine import Array, Blocked
 from bnfold.algebra.layouts import AS_STORED, Layout
 
-from ..export.constants import Constants
+from ..export.constants import ProgramConstants
 from ..export.walk import arguments, dtype_of, is_float, operator_name, value_of
 from ..runtime.widen import reads_bits
 
@@ -40,7 +40,7 @@ class Derived:
     dtypes: tuple[torch.dtype, ...]
 
 
-def derived(constants: Constants, argument: Node) -> Derived | None:
+def derived(constants: ProgramConstants, argument: Node) -> Derived | None:
     """How a computed constant comes from one stored tensor; None where the steps can't be undone."""
     if constants.stored(argument) is not None:
         return Derived(argument, AS_STORED, ())
@@ -61,7 +61,7 @@ def derived(constants: Constants, argument: Node) -> Derived | None:
     return None
 
 
-def _is_main(constants: Constants, found: Derived, product: Node) -> bool:
+def _is_main(constants: ProgramConstants, found: Derived, product: Node) -> bool:
     """Whether a factor is the weight, and the other one its scale or its mask: a parameter of the product's size."""
     stored = constants.stored(found.root)
     return stored is not None and stored.kind == "PARAMETER" and stored.tensor.numel() == value_of(product).numel()
@@ -71,7 +71,7 @@ def _depends(node: Any, root: Node) -> bool:
     return isinstance(node, Node) and (node is root or any(_depends(source, root) for source in node.all_input_nodes))
 
 
-def _step(constants: Constants, op: Node, source: Node, name: str) -> Layout | None:
+def _step(constants: ProgramConstants, op: Node, source: Node, name: str) -> Layout | None:
     if reads_bits(op):
         return None
     if name in SAME:
@@ -89,7 +89,7 @@ def _step(constants: Constants, op: Node, source: Node, name: str) -> Layout | N
     return _scaled(1 / factor if name == "div" else factor.astype(np.float64), tuple(value_of(op).shape))
 
 
-def _moved(constants: Constants, op: Node, source: Node) -> Layout | None:
+def _moved(constants: ProgramConstants, op: Node, source: Node) -> Layout | None:
     """A rearrangement, by the numbers of the elements; None where some are left out or doubled."""
     shape = tuple(value_of(source).shape)
     numbers = torch.arange(int(np.prod(shape))).reshape(shape)
