@@ -181,6 +181,10 @@ def gather(g: Growing) -> str | bool:
         return False
     shape = g.shapes[x]
     axis = 1 if shape[1] > 0 and g.chance(0.6) else g.axis(shape)
+    if g.net.opset >= 11 and shape[axis] > 1 and g.chance(0.15):
+        mask = g.rng.permutation(shape[axis]) <= g.whole(0, shape[axis] - 1)
+        after = (*shape[:axis], int(mask.sum()), *shape[axis + 1 :])
+        return g.made(g.net.op("Compress", x, g.net.constant(mask, "mask"), axis=g.named(axis, len(shape))), [x], after)
     indices = g.rng.integers(0, shape[axis], tuple(g.whole(1, 3) for _ in range(int(g.pick(0, 1, 1, 2)))))
     after = (*shape[:axis], *indices.shape, *shape[axis + 1 :])
     if g.chance(0.3) and indices.ndim == 1:
@@ -195,6 +199,10 @@ def pad(g: Growing) -> str | bool:
     shape = g.shapes[x]
     mode = str(g.pick("constant", "constant", "reflect", "edge"))
     space = range(2, len(shape)) if len(shape) > 2 and g.chance(0.8) else range(len(shape))
+    if g.net.opset >= 18 and g.chance(0.15) and (axes := [i for i in space if shape[i] > 0]):
+        sizes = [max(1, shape[i] + g.whole(-1, 1)) for i in axes]
+        around = tuple(sizes[axes.index(i)] if i in axes else n for i, n in enumerate(shape))
+        return _fits(around) and g.made(g.net.op("CenterCropPad", x, g.net.ints(*sizes), axes=axes), [x], around)
     low, high = ([g.whole(0, 1) if i in space and n > 1 else 0 for i, n in enumerate(shape)] for _ in "lh")
     if mode == "constant" and g.chance(0.15):
         high = [-1 if i in space and n > 2 else 0 for i, n in enumerate(shape)]

@@ -234,8 +234,14 @@ def einsum(g: Growing) -> str | bool:
         ("ncd,cde->nce", (c, d, out), (n, c, out)),
         ("ncd,ce->ned", (c, out), (n, out, d)),
         ("ncd,cd->dcn", (c, d), (d, c, n)),
-    )[g.rng.integers(5)]
-    return g.made(g.net.op("Einsum", x, g.weight(g.tensor(*w, scale=0.5)), equation=equation), [x], shape)
+        ("...d,de->...e", (d, out), (n, c, out)),
+        ("n...d,...de->n...e", (c, d, out), (n, c, out)),
+        ("ncd->ndc", (), (n, d, c)),
+        ("...d->d...", (), (d, n, c)),
+        ("ncd->nd", (), (n, d)),
+    )[g.rng.integers(10)]
+    constant = [g.weight(g.tensor(*w, scale=0.5))] if w else []
+    return g.made(g.net.op("Einsum", x, *constant, equation=equation), [x], shape)
 
 
 def product(g: Growing) -> str | bool:

@@ -167,8 +167,8 @@ class Lowering(ABC):
         self, kind: str, op: Op, inputs: list[Value], outputs: list[Value], attrs: dict[str, Any], params: dict[str, Param], native: Any
     ) -> Node:
         """Add a neutral node of these values."""
-        held = [param.slot for role, param in params.items() if role != "fill"]
-        attrs = {"settings": partial(self._settings, self, op, native, held), **attrs}
+        slots = [param.slot for role, param in params.items() if role != "fill"]
+        attrs = {"settings": partial(self._settings, self, op, native, slots), **attrs}
         self.nodes.append(Node(kind, self.name(op), inputs, outputs, attrs, params, native, label=self.label(op)))
         return self.nodes[-1]
 

@@ -38,8 +38,8 @@ def _fits_sharers(node: Node, role: str, draft: Draft) -> None:
         name, uses = param.tensor.name, param.tensor.users
     else:
         name = f"the {role}"
-        held = [(other, each.tensor) for other, each in node.params.items() if each.tensor is not None]
-        uses = [(user, role) for other, tensor in held for user, theirs in tensor.users if theirs == other]
+        stored = [(other, each.tensor) for other, each in node.params.items() if each.tensor is not None]
+        uses = [(user, role) for other, tensor in stored for user, theirs in tensor.users if theirs == other]
     for user, other in uses:
         twin = draft.get((user, other))
         if twin is None or user.params[other].layout.name != param.layout.name or not twin.same_as(update):

@@ -28,8 +28,8 @@ FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}  # before opset 13
 MODES = {"bilinear": "linear", "bicubic": "cubic"}  # of GridSample, whose words have changed
 
 
-def settings(ctx: OnnxLowering, node: ir.Node, native: OnnxNative, held: Collection[Any]) -> Settings:
-    """held: which inputs are coefficients. What else goes in, and is no activation, is a setting."""
+def settings(ctx: OnnxLowering, node: ir.Node, native: OnnxNative, slots: Collection[Any]) -> Settings:
+    """slots: which inputs are coefficients. What else goes in, and is no activation, is a setting."""
     activations = native.positions
     op, standard = (node.op_type, is_standard(node)) if node.op_type not in FUSED else (node.op_type.removeprefix("Fused"), True)
     values, bodies = _attributes(ctx, node, op, standard=standard)
@@ -37,7 +37,7 @@ def settings(ctx: OnnxLowering, node: ir.Node, native: OnnxNative, held: Collect
     names = _input_names(ctx, node)
     flows = {}
     for i, v in enumerate(node.inputs):
-        if v is None or i in held or of_sizes or (not v.name and v.producer() is None) or (i == 3 and node.op_type == "FusedConv"):
+        if v is None or i in slots or of_sizes or (not v.name and v.producer() is None) or (i == 3 and node.op_type == "FusedConv"):
             continue
         if i in activations and not (ctx.is_constant(v) and ctx.tensor(v) is None):
             continue

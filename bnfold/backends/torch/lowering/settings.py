@@ -33,11 +33,13 @@ class _Unread(Exception):
 
 def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[Slot | None]) -> Settings:
     """slots: of the arguments that are coefficients. What else goes in, and is no activation, is a setting."""
-    name, held = _name(op), {slot.argument for slot in slots if slot is not None}
+    name, coefficients = _name(op), {slot.argument for slot in slots if slot is not None}
     outputs = {ctx.value(item): i for i, item in ctx.items(op).items()}
     flowing: list[Any] = []
     try:
-        values = _stated(ctx, op, native.operands, held, flowing) if isinstance(op.target, torch._ops.OpOverload) else _graphs(ctx, op)
+        values = (
+            _stated(ctx, op, native.operands, coefficients, flowing) if isinstance(op.target, torch._ops.OpOverload) else _graphs(ctx, op)
+        )
     except _Unread as argument:
         return Settings(name, places=outputs, kind="torch", unread=f"{name} {op.name}, its {argument} can't be read")
     if name in ("max_pool", "avg_pool") and not values.get("stride"):
@@ -45,11 +47,11 @@ def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[
     return Settings(name, values, _in_onnx(ctx, op, name, values), outputs, tuple(flowing), kind="torch")
 
 
-def _stated(ctx: TorchLowering, op: Op, activations: Collection[Op], held: Collection[str], flowing: list[Any]) -> dict[str, Any]:
+def _stated(ctx: TorchLowering, op: Op, activations: Collection[Op], coefficients: Collection[str], flowing: list[Any]) -> dict[str, Any]:
     """What an operator's arguments state. flowing: gets the names of those that are activations."""
     values = {}
     for key, given in arguments(op).items():
-        if key in IDLE or key in held:
+        if key in IDLE or key in coefficients:
             continue
         if isinstance(given, Op) and given in activations:
             flowing.append(key)
@@ -57,7 +59,7 @@ def _stated(ctx: TorchLowering, op: Op, activations: Collection[Op], held: Colle
         if isinstance(given, (list, tuple)):
             flows = [isinstance(each, Op) and each in activations and not ctx.is_constant(each) for each in given]
             flowing += [(key, i) for i, flow in enumerate(flows) if flow]
-            given = [each for i, (each, flow) in enumerate(zip(given, flows, strict=True)) if not flow and f"{key}.{i}" not in held]
+            given = [each for i, (each, flow) in enumerate(zip(given, flows, strict=True)) if not flow and f"{key}.{i}" not in coefficients]
         values[key] = _counted(ctx, op, key, _plain(ctx, given, key))
     return values
 
