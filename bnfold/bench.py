@@ -24,7 +24,7 @@ def bench(
     *,
     provider: str = "cpu",
     rounds: int = 21,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     seed: int = 0,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
@@ -33,7 +33,7 @@ def bench(
 ) -> BenchReport:
     """Time one batch through both models in turn: A B, B A, A B, ...
 
-    batches: the first one is run; a random one of `batch_size` samples where it is None. optimise: ONNX Runtime's own graph
+    batches: the first one is run; a random one of `batch_size` samples (1) where it is None. optimise: ONNX Runtime's own graph
     optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
     median over the rounds, and its range holds the middle half of them.
     """
@@ -45,7 +45,7 @@ def bench(
     first, second, batches = open_both(reference, candidate, batches, input_shapes, example)
     first, second = alike(first, second)
     if batches is None:
-        feeds = first.random(batch=batch_size, seed=seed, input_shapes=input_shapes)
+        feeds = first.random(batch=batch_size or 1, seed=seed, input_shapes=input_shapes)
     else:
         feeds = next(iter(batches), {})
         if not feeds:

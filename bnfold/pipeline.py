@@ -44,13 +44,11 @@ def pipeline(
         progress("fold and check", 0, None)
     reference = open_model(fresh, example)
     candidate, folded = api.fold(reference, example=example)
-    kept = sum(layer.verdict == "kept" for layer in folded.layers)
-    if strict and kept:
-        note = f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}"
-        return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, note))
+    if strict and folded.failure:
+        return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, folded.failure))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
     verdict = api.verify(reference, candidate, batches, providers=providers, progress=checking)
-    unfolded = kept == len(folded.layers)
+    unfolded = len(folded.kept) == len(folded.layers)
     proven = verdict.verdict == "equivalent" or (unfolded and verdict.verdict == "inconclusive")
     if unfolded and proven:
         notes += ("no BatchNorm folds, so there is no fold for the verdict to judge: the recalibrated model is given out",)
@@ -66,10 +64,5 @@ def pipeline(
         accuracy_before=scored,
         accuracy_after=None if after is None else after.summary(),
         effect=None if before is None or after is None else effect(before, after),
-        notes=notes
-        if proven
-        else (
-            *notes,
-            f"the verdict is {verdict.verdict}: {verdict.reason}",
-        ),
+        notes=notes if proven else (*notes, f"the verdict is {verdict.verdict}: {verdict.reason}"),
     )

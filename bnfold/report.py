@@ -101,6 +101,17 @@ class FuseReport(Report):
         """Whether anything folds or merges."""
         return bool(self.merged) or any(layer.verdict == "folded" for layer in self.layers)
 
+    @property
+    def kept(self) -> tuple[Layer, ...]:
+        """The BatchNorms that stay."""
+        return tuple(layer for layer in self.layers if layer.verdict == "kept")
+
+    @property
+    def failure(self) -> str:
+        """What `--strict` says of them; empty where none stays."""
+        count = len(self.kept)
+        return f"--strict: {count} BatchNorm{'s stay' if count > 1 else ' stays'}" if count else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectReport(FuseReport):

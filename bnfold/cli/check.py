@@ -89,11 +89,11 @@ class Check:
 
         self._given = True
         fused = folded(report)
-        kept = [] if fused is None else [layer for layer in fused.layers if layer.verdict == "kept"]
-        failed = f"--strict: {len(kept)} BatchNorm{'s stay' if len(kept) > 1 else ' stays'}" if kept and self.strict else ""
+        failed = fused.failure if fused is not None and self.strict else ""
         page = summary(self.command, self.files, report, self.compared, failed)
         self._write([*map(self._judged, rows(report)), *self.compared], page, report.seconds, say)
         if on_github():
+            kept = fused.kept if fused is not None else ()
             stay = [(False, f"{layer.name or '(no name)'} stays", layer.reason or "it stays") for layer in kept]
             self._annotate([*([(True, "a BatchNorm stays", failed)] if failed else []), *self._verdict(report), *stay])
 

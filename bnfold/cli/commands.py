@@ -1,4 +1,4 @@
-"""The commands. Each checks where it will write, makes one library call, and shows the report."""
+"""The commands. Each checks where it will write, makes one library call, and shows the report; without a status of its own it is 0."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bnfold import api
 from bnfold._version import __version__
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write, write_text
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 
 
-def command(function: Callable[..., int]) -> Callable[..., int]:
+def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """A command of the application, with its example under its help."""
     app.command(epilog=f"Example: {EXAMPLES[function.__name__]}")(o.grouped(function))
     return function
@@ -61,17 +62,14 @@ def _main(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 
 
 @command
-def inspect(*, model: Path = o.MODEL, loading: Loading, shaping: Shaping, reporting: Reporting, clone: bool = o.CLONE) -> int:
+def inspect(*, model: Path = o.MODEL, loading: Loading, shaping: Shaping, reporting: Reporting, clone: bool = o.CLONE) -> None:
     """List every BatchNorm, and where it would fold to, or why it can't.
 
     Nothing is changed.
     """
-    from bnfold import api
-
     with Job(reporting) as job:
         loaded = loading.load(model, job)
         job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone))
-    return 0
 
 
 @command
@@ -81,50 +79,43 @@ def recalibrate(
     task: Task,
     reporting: Reporting,
     html: Path | None = o.option("--html", "The report as a page: a table and a chart of the drift.", o.OUTPUT, "FILE.html"),
-) -> int:
+) -> None:
     """Measure every BatchNorm's mean and variance afresh on your data.
 
     By default exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size. The old
     ones are kept in OUT.before.npz. Under torchrun, the processes share the data and write one result.
     """
-    from bnfold import api
-
     from .render.pages import html as page
 
-    how, data, out, force = task.measuring, task.data, task.out, reporting.force
-    settings = how.calibrating.settings(of_part=task.shard is not None) | how.choosing.settings()
+    how, data, out = task.measuring, task.data, task.out
+    loading, settings = how.loading, how.settings(of_part=task.shard is not None)
     before = beside(out) if out is not None and data is not None else None
-    _ready({out: how.loading.suffixes(model), before: [".npz"], task.stats: [".npz"], html: [".html"]}, reporting, model)
+    _ready({out: loading.suffixes(model), before: [".npz"], task.stats: [".npz"], html: [".html"]}, reporting, model)
     with Job(reporting) as job, how.running.fallback():
-        settings |= {"provider": how.running.one_provider(model), "progress": job.progress}
-        loaded = how.loading.load(model, job)
-        if data is None:
-            assert task.restore is not None
-            assert out is not None
+        provider = how.running.one_provider(model)
+        loaded = loading.load(model, job)
+        if task.restore is not None and out is not None:
             example = how.feeding.call(loaded)
             old, names = api.restore(loaded, task.restore, example=example)
-            how.loading.save(old, out, force=force, example=example)
+            loading.save(old, out, job, example)
             job.say(f"{len(names)} BatchNorm{'s have their' if len(names) != 1 else ' has its'} old statistics again")
             job.say(f"written: {out}")
-            return 0
-        example = how.feeding.read(loaded, data)
-        batches = how.feeding.open(data, loaded, job, example, samples=how.feeding.samples)
-        settings |= {"example": example, "batch_size": how.calibrating.batch_size(how.feeding)}
-        if out is None:
-            assert task.shard is not None
-            assert task.stats is not None
-            job.finish(api.measure_part(loaded, batches, task.shard, task.stats, **settings))
+            return
+        assert data is not None
+        batches, given = how.opened(data, loaded, job)
+        if task.shard is not None and task.stats is not None:
+            job.finish(api.measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
             job.say(f"written: {task.stats}")
-            return 0
-        labelled = how.labelled(batches, loaded, job, example)
-        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, memory_budget=how.memory_budget, **settings)
+            return
+        assert out is not None
+        labelled = how.labelled(batches, loaded, job, given["example"])
+        fresh, report = api.recalibrate(loaded, batches, labelled=labelled, provider=provider, **settings, **given)
         if job.main:
-            save(how.loading, fresh, report, out, force=force, example=example)
+            save(loading, fresh, report, out, job, given["example"])
             if html is not None:
                 write_text(html, page(report, str(model)))
         job.finish(report)
         job.say(f"written: {out}, and the old statistics to {before}")
-    return 0
 
 
 @command
@@ -137,22 +128,19 @@ def merge_stats(
     shaping: Shaping,
     reporting: Reporting,
     choosing: Choosing,
-) -> int:
+) -> None:
     """Put together what parts of the data gave (recalibrate --shard), and write the model with these statistics.
 
     All parts must be there, each once, measured on this model by one method.
     """
-    from bnfold import api
-
     _ready({out: loading.suffixes(model), beside(out): [".npz"]}, reporting, model, *parts)
     with Job(reporting) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
         fresh, report = api.merge_parts(loaded, parts, example=example, **choosing.settings())
-        save(loading, fresh, report, out, force=reporting.force, example=example)
+        save(loading, fresh, report, out, job, example)
         job.finish(report)
         job.say(f"written: {out}, and the old statistics to {beside(out)}")
-    return 0
 
 
 @command
@@ -173,8 +161,6 @@ def fuse(
 
     The result is checked before it is written: its coefficients, and its outputs in float64.
     """
-    from bnfold import api
-
     if out is None and not dry_run:
         raise UsageError("-o OUT is missing: name the file to write, or give --dry-run")
     target = None if dry_run else out
@@ -184,16 +170,15 @@ def fuse(
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
         fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone)
-        kept = sum(layer.verdict == "kept" for layer in report.layers)
-        failed = strict and kept > 0
+        failed = report.failure if strict else ""
         if target is not None and not failed:
-            loading.save(fused, target, force=reporting.force, example=example)
+            loading.save(fused, target, job, example)
         job.finish(report)
         if failed:
-            job.fail(f"--strict: {kept} BatchNorm{'s stay' if kept > 1 else ' stays'}; nothing was written")
+            job.fail(f"{failed}; nothing was written")
         elif target is not None:
             job.say(f"written: {target}")
-    return int(failed)
+    return int(bool(failed))
 
 
 @command
@@ -221,7 +206,6 @@ def verify(
     Without a tolerance, on three levels: the coefficients, the function in float64, and the models as deployed. With --against, whether a
     folded model was made from the original that its certificate states, and whether its verdict still holds.
     """
-    from bnfold import api
     from bnfold.certificates import claim
 
     if (candidate is None) == (against is None):
@@ -236,18 +220,8 @@ def verify(
         providers = ("cpu",) if coefficients_only else running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         claimed = None if against is None else claim(other, candidate, one, reference)
-        report = api.verify(
-            one,
-            other,
-            **feeding.compared(data, one, job),
-            providers=providers,
-            samples=feeding.samples,
-            batch_size=feeding.batch_size,
-            progress=job.progress,
-            bundle=bundle,
-            force=reporting.force,
-            coefficients_only=coefficients_only,
-        )
+        how = feeding.compared(data, one, job) | {"providers": providers, "samples": feeding.samples, "bundle": bundle, "force": job.force}
+        report = api.verify(one, other, **how, coefficients_only=coefficients_only)
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
         job.finish(report)
@@ -277,21 +251,19 @@ def pipeline(
     """
     from bnfold.pipeline import pipeline as run
 
-    how, feeding, loading = measuring, measuring.feeding, measuring.loading
+    loading, settings = measuring.loading, measuring.settings()
     _ready({out: loading.suffixes(model)}, reporting, model)
-    settings = how.calibrating.settings() | how.choosing.settings()
     check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
-    with Job(reporting, check) as job, how.running.fallback():
-        settings |= {"providers": how.running.providers(model), "progress": job.progress, "memory_budget": how.memory_budget}
+    with Job(reporting, check) as job, measuring.running.fallback():
+        providers = measuring.running.providers(model)
         loaded = loading.load(model, job)
-        example = feeding.read(loaded, data)
-        batches = feeding.open(data, loaded, job, example, samples=feeding.samples)
-        settings |= {"batch_size": how.calibrating.batch_size(feeding), "labelled": how.labelled(batches, loaded, job, example)}
-        ready, report = run(loaded, batches, example=example, strict=strict, **settings)
+        batches, given = measuring.opened(data, loaded, job)
+        labelled = measuring.labelled(batches, loaded, job, given["example"])
+        ready, report = run(loaded, batches, labelled=labelled, strict=strict, providers=providers, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse
         if written and job.main:
-            loading.save(ready, out, force=reporting.force, example=example)
+            loading.save(ready, out, job, given["example"])
         job.finish(report)
         job.compared(check)
         if written:
@@ -313,7 +285,7 @@ def bench(
     data: str | None = o.SPEC_OR_RANDOM,
     rounds: int = o.option("--rounds", "How often each is timed.", min=5, default=21, show_default=True),
     unoptimised: bool = o.option("--unoptimised", "With ONNX Runtime's own optimisations off, which fold too."),
-) -> int:
+) -> None:
     """Time two models side by side.
 
     In turn, round by round, so that a change in the machine's speed meets both: the ratio holds where the seconds don't.
@@ -323,19 +295,8 @@ def bench(
     with Job(reporting) as job, running.fallback():
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
-        job.finish(
-            run(
-                one,
-                other,
-                **feeding.compared(data, one, job),
-                provider=provider,
-                rounds=rounds,
-                batch_size=feeding.batch_size or 1,
-                optimise=not unoptimised,
-                progress=job.progress,
-            )
-        )
-    return 0
+        how = feeding.compared(data, one, job)
+        job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised))
 
 
 def _ready(paths: dict[Path | None, Sequence[str]], reporting: Reporting, *inputs: Path) -> None:

@@ -49,7 +49,7 @@ class Job:
     """Results go to standard output; progress, remarks and errors to standard error. check: where a verdict goes besides."""
 
     def __init__(self, where: Reporting, check: Check | None = None) -> None:
-        self.as_json = where.as_json
+        self.as_json, self.force = where.as_json, where.force
         self.main = rank() == 0  # of several processes, one speaks and writes
         self.report_path = where.report if self.main else None
         self.quiet = where.quiet or not self.main

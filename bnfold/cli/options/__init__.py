@@ -51,13 +51,13 @@ class Interrupted(Exception):
     """Ctrl-C, in a class that the parser lets through."""
 
 
-def grouped(command: Callable[..., int]) -> Callable[..., int]:
+def grouped(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """The command as Typer wants it: each parameter that is a dataclass replaced by its fields."""
     hints = inspect.get_annotations(command, eval_str=True)
     declared = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
     parameters = list(_parameters(declared, hints))
 
-    def flat(**given: Any) -> int:
+    def flat(**given: Any) -> int | None:
         try:
             return command(**{name: _value(name, field, hints[name], given) for name, field in declared.items()})
         except KeyboardInterrupt:
@@ -65,8 +65,8 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
 
     update_wrapper(flat, command)
     del flat.__wrapped__  # type: ignore[attr-defined]  # else its signature would be the one that is seen
-    flat.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+    flat.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return flat
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnfold.backends.open import open_model
 from bnfold.errors import UsageError
 
 from ..job import Job
@@ -31,15 +32,12 @@ class Shaping:
 
     def specs(self, model: Any, example: Any = None) -> list[InputSpec]:
         """What the model is fed. example: how it is called, as `read` gives it."""
-        from bnfold.backends.open import open_model
-
         return open_model(model, example).specs
 
     def shapes(self, model: Any, example: Any = None) -> dict[str, tuple[int, ...]] | None:
         """The shapes asked for, by input name."""
         if not self.input_shape:
             return None
-        from bnfold.backends.open import open_model
         from bnfold.data.random import check_shapes
 
         opened = open_model(model, example)
@@ -55,8 +53,6 @@ class Shaping:
 
     def read(self, model: Any, spec: str | None) -> Any:
         """As `call`, for several steps: what must be called to be read is read at once. With nothing to call it with, it isn't."""
-        from bnfold.backends.open import open_model
-
         call = self.call(model, spec)
         opened = open_model(model, call)
         if opened.states_inputs or (call is None and spec is None):
@@ -66,8 +62,6 @@ class Shaping:
 
     def call(self, model: Any, spec: str | None = None) -> Any:
         """The model, called with the shapes asked for, or as the data show; None where it says itself how."""
-        from bnfold.backends.open import open_model
-
         opened = open_model(model)
         if opened.states_inputs:
             self.shapes(model)  # shapes that don't fit are refused, whoever asks for them
@@ -85,8 +79,6 @@ class Shaping:
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""
-        from bnfold.backends.open import open_model
-
         opened = open_model(model)
         if not opened.states_inputs:
             return self.call(model)
@@ -167,4 +159,6 @@ class Feeding(Shaping):
         """What two models are fed, as arguments of `api.verify` and of `bench`."""
         example = self.read(reference, spec)
         batches = None if spec is None else self.open(spec, reference, job, example, samples=self.samples)
-        return {"batches": batches, "seed": self.seed, "input_shapes": self.shapes(reference, example), "example": example}
+        shapes = self.shapes(reference, example)
+        how = {"seed": self.seed, "input_shapes": shapes, "batch_size": self.batch_size, "progress": job.progress}
+        return {"batches": batches, "example": example, **how}

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnfold import api
+from bnfold.backends.metadata import files_of
+from bnfold.backends.open import places, suffixes
 from bnfold.errors import UsageError
 
 from ..job import Job
@@ -26,29 +29,21 @@ class Loading:
 
     def load(self, path: Path, job: Job) -> Any:
         """The model in a file, which goes into the report."""
-        from bnfold import api
-
         ignored = tuple(self.ignore_keys or ())
         model = api.load(
             path, arch=self.arch, arch_args=self.arch_args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark
         )
         if job.reports:
-            from bnfold.backends.metadata import files_of
-
             job.came_in(*files_of(model, path))
         return model
 
     def suffixes(self, path: Path) -> tuple[str, ...]:
         """How the name of what is made of this model may end."""
-        from bnfold.backends.open import suffixes
-
         return suffixes(path, checkpoint=self.arch is not None)
 
-    def save(self, model: Any, path: Path, *, force: bool, example: Any) -> None:
+    def save(self, model: Any, path: Path, job: Job, example: Any) -> None:
         """Write a model; a .pt file is a whole module only where one came in."""
-        from bnfold import api
-
-        api.save(model, path, force=force, example=example, as_state=self.arch is not None)
+        api.save(model, path, force=job.force, example=example, as_state=self.arch is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +66,11 @@ class Running:
 
     def providers(self, *paths: Path) -> tuple[str, ...]:
         """Where the models in these files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""
-        from bnfold.backends.open import places
-
         return places(paths, self.provider or (), self.device)
 
     def fallback(self) -> AbstractContextManager[None]:
         """What of a model may run on the CPU, while this lasts."""
-        from bnfold.api import cpu_fallback
-
-        return cpu_fallback(self.allow_cpu_fallback or ())
+        return api.cpu_fallback(self.allow_cpu_fallback or ())
 
     def one_provider(self, *paths: Path) -> str:
         """The same, where there can be only one."""

@@ -58,12 +58,6 @@ class Calibrating:
         """Where each micro-batch is normalised by itself, its size is a part of the method: 32 unless another is asked for."""
         return feeding.batch_size or (None if self.chosen().lockstep else OWN_BATCH)
 
-    def settings(self, *, of_part: bool = False) -> dict[str, Any]:
-        """The arguments of `api.recalibrate`, or of `api.measure_part`."""
-        if of_part and self.until is not None:
-            raise UsageError("--until looks at all data, and --shard measures a part of them; leave one out")
-        return {"method": self.chosen()} | ({} if of_part else {"until": self.until})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
@@ -99,6 +93,21 @@ class Measuring:
         show_default=True,
         read=size_in_bytes,
     )
+
+    def settings(self, *, of_part: bool = False) -> dict[str, Any]:
+        """What the options say, as arguments of `api.recalibrate`, or of `api.measure_part`."""
+        found = {"method": self.calibrating.chosen(), **self.choosing.settings()}
+        if not of_part:
+            return found | {"until": self.calibrating.until, "memory_budget": self.memory_budget}
+        if self.calibrating.until is not None:
+            raise UsageError("--until looks at all data, and --shard measures a part of them; leave one out")
+        return found
+
+    def opened(self, data: str, model: Any, job: Job) -> tuple[Any, dict[str, Any]]:
+        """The data to measure on, and how the model is called on them, as arguments likewise."""
+        example = self.feeding.read(model, data)
+        batches = self.feeding.open(data, model, job, example, samples=self.feeding.samples)
+        return batches, {"example": example, "batch_size": self.calibrating.batch_size(self.feeding), "progress": job.progress}
 
     def labelled(self, batches: Any, model: Any, job: Job, example: Any) -> Any:
         """The data to score."""
@@ -141,14 +150,14 @@ def beside(path: Path) -> Path:
     return path.with_name(path.name + ".before.npz")
 
 
-def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, *, force: bool, example: Any) -> None:
+def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, job: Job, example: Any) -> None:
     """The model, and beside it the statistics that it had; first those, so that nothing is lost where the second fails."""
     from bnfold.recalibration.statistics_file import write
 
     side = beside(path)
     write(side, report.before)
     try:
-        loading.save(model, path, force=force, example=example)
+        loading.save(model, path, job, example)
     except BaseException:
         side.unlink(missing_ok=True)
         raise

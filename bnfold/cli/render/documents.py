@@ -177,7 +177,7 @@ def summary(command: str, files: Sequence[str], report: Report, compared: Iterab
     if verdict is not None:
         parts += [_levels(verdict), *_first_difference(verdict)]
     if fused is not None:
-        stay = [(layer.name or "(no name)", _channels(layer.channels), layer.reason) for layer in fused.layers if layer.verdict == "kept"]
+        stay = [(layer.name or "(no name)", _channels(layer.channels), layer.reason) for layer in fused.kept]
         parts.append(Table("BatchNorms that stay", ("BatchNorm", "channels", "why"), stay))
     return [*parts, _outputs(verdict)] if verdict is not None else parts
 
