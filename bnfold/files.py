@@ -7,29 +7,32 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .errors import InputError, UsageError
 
 
-def ready_to_write(path: Path, *, suffixes: Sequence[str], force: bool, inputs: Iterable[Path]) -> None:
-    """Fail now where the result couldn't be written in the end. UsageError: another name is needed; InputError: another folder.
+def ready_to_write(paths: Mapping[Path | None, Sequence[str]], *, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Fail now where one of the files couldn't be written in the end. UsageError: another name is needed; InputError: another folder.
 
-    suffixes: how the name may end. force: whether a file of this name may be overwritten. inputs: the files that are read.
+    paths: how the name of each may end; None is none. force: whether files of these names may be overwritten. inputs: those that are read.
     """
-    if path.suffix.lower() not in suffixes:
-        such = f"{path.name.removesuffix(path.suffix) or 'out'}{suffixes[0]}"
-        raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}, such as {such}")
-    may_write(path, force=force, inputs=inputs)
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"{path}: {folder} is not a folder; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: can't write to {folder} ({error.strerror}); choose another folder") from None
+    for path, suffixes in paths.items():
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            such = f"{path.name.removesuffix(path.suffix) or 'out'}{suffixes[0]}"
+            raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}, such as {such}")
+        may_write(path, force=force, inputs=inputs)
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise InputError(f"{path}: {folder} is not a folder; make it first")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"{path}: can't write to {folder} ({error.strerror}); choose another folder") from None
 
 
 def may_write(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:

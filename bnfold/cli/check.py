@@ -44,9 +44,7 @@ class Check:
         self, command: str, where: Checking, *files: Path, force: bool, strict: bool = False, baseline: Path | None = None
     ) -> None:
         self.command, self.where, self.files, self.strict = command, where, [printable(str(path)) for path in files], strict
-        for path, suffix in ((where.junit, ".xml"), (where.markdown, ".md")):
-            if path is not None:
-                ready_to_write(path, suffixes=[suffix], force=force, inputs=files)
+        ready_to_write({where.junit: [".xml"], where.markdown: [".md"]}, force=force, inputs=files)
         self.summary = os.environ.get("GITHUB_STEP_SUMMARY")
         self.baseline: Baseline | None = None
         if baseline is not None:

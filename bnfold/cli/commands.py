@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +10,14 @@ import typer
 
 from bnfold import api
 from bnfold._version import __version__
+from bnfold.certificates import claim
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write, write_text
 
 from . import options as o
 from .check import Check, Checking
 from .job import Job, Reporting
-from .options.data import Feeding, Shaping
-from .options.models import Loading, Running
+from .options.inputs import Feeding, Loading, Running, Shaping
 from .options.recalibration import Choosing, Measuring, Task, beside, save
 
 STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
@@ -90,7 +90,9 @@ def recalibrate(
     how, data, out = task.measuring, task.data, task.out
     loading, settings = how.loading, how.settings(of_part=task.shard is not None)
     before = beside(out) if out is not None and data is not None else None
-    _ready({out: loading.suffixes(model), before: [".npz"], task.stats: [".npz"], html: [".html"]}, reporting, model)
+    ready_to_write(
+        {out: loading.suffixes(model), before: [".npz"], task.stats: [".npz"], html: [".html"]}, force=reporting.force, inputs=[model]
+    )
     with Job(reporting) as job, how.running.fallback():
         provider = how.running.one_provider(model)
         loaded = loading.load(model, job)
@@ -133,7 +135,7 @@ def merge_stats(
 
     All parts must be there, each once, measured on this model by one method.
     """
-    _ready({out: loading.suffixes(model), beside(out): [".npz"]}, reporting, model, *parts)
+    ready_to_write({out: loading.suffixes(model), beside(out): [".npz"]}, force=reporting.force, inputs=[model, *parts])
     with Job(reporting) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
@@ -164,7 +166,7 @@ def fuse(
     if out is None and not dry_run:
         raise UsageError("-o OUT is missing: name the file to write, or give --dry-run")
     target = None if dry_run else out
-    _ready({target: loading.suffixes(model)}, reporting, model)
+    ready_to_write({target: loading.suffixes(model)}, force=reporting.force, inputs=[model])
     with Job(reporting, Check("fuse", checking, model, force=reporting.force, strict=strict)) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
@@ -206,8 +208,6 @@ def verify(
     Without a tolerance, on three levels: the coefficients, the function in float64, and the models as deployed. With --against, whether a
     folded model was made from the original that its certificate states, and whether its verdict still holds.
     """
-    from bnfold.certificates import claim
-
     if (candidate is None) == (against is None):
         raise UsageError("verify takes two models, REFERENCE CANDIDATE, or a folded one with --against ORIGINAL")
     if against is not None:
@@ -252,7 +252,7 @@ def pipeline(
     from bnfold.pipeline import pipeline as run
 
     loading, settings = measuring.loading, measuring.settings()
-    _ready({out: loading.suffixes(model)}, reporting, model)
+    ready_to_write({out: loading.suffixes(model)}, force=reporting.force, inputs=[model])
     check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
     with Job(reporting, check) as job, measuring.running.fallback():
         providers = measuring.running.providers(model)
@@ -297,10 +297,3 @@ def bench(
         one, other = (loading.load(path, job) for path in (reference, candidate))
         how = feeding.compared(data, one, job)
         job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised))
-
-
-def _ready(paths: dict[Path | None, Sequence[str]], reporting: Reporting, *inputs: Path) -> None:
-    """Fail now where one of the files couldn't be written in the end. paths: how each may be called."""
-    for path, suffixes in paths.items():
-        if path is not None:
-            ready_to_write(path, suffixes=suffixes, force=reporting.force, inputs=inputs)

@@ -62,8 +62,7 @@ class Job:
         self._said: dict[str, float] = {}
         self._began: dict[str, tuple[int, float]] = {}
         self._check = check
-        if self.report_path is not None:
-            ready_to_write(self.report_path, suffixes=[".json"], force=where.force, inputs=())
+        ready_to_write({self.report_path: [".json"]}, force=where.force)
 
     def __enter__(self) -> Job:
         return self

@@ -11,8 +11,7 @@ from bnfold.errors import UsageError
 
 from ..job import Job
 from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes
-from .data import Feeding
-from .models import Loading, Running
+from .inputs import Feeding, Loading, Running
 
 if TYPE_CHECKING:
     from bnfold.recalibration.methods import Method

@@ -1,21 +1,87 @@
-"""The options of data: what is fed to a model, and what it looks like."""
+"""The options of what goes in: how models are read and where they run, what they are fed and what that looks like."""
 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.backends.open import open_model
+from bnfold import api
+from bnfold.backends.metadata import files_of
+from bnfold.backends.open import open_model, places, suffixes
 from bnfold.errors import UsageError
 
 from ..job import Job
-from . import DATA, IMAGES, height_and_width, numbers, option, resize, shapes
+from . import DATA, IMAGES, MODELS, height_and_width, json_object, numbers, option, resize, shapes
 
 if TYPE_CHECKING:
-    from bnfold.data import InputSpec
     from bnfold.data.images import ImageOptions
+    from bnfold.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How model files are read."""
+
+    arch: str | None = option("--arch", "What builds the network of a checkpoint; FILE.py:FACTORY too.", MODELS, "MODULE:FACTORY")
+    arch_args: dict[str, Any] | None = option("--arch-args", "The arguments of --arch.", MODELS, "JSON", read=json_object)
+    trust_pickle: bool = option("--trust-pickle", "Load files that can run code.", MODELS)
+    ignore_keys: list[str] | None = option(
+        "--ignore-keys", "Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.", MODELS, "PATTERN"
+    )
+
+    def load(self, path: Path, job: Job) -> Any:
+        """The model in a file, which goes into the report."""
+        ignored = tuple(self.ignore_keys or ())
+        model = api.load(
+            path, arch=self.arch, arch_args=self.arch_args, trust_pickle=self.trust_pickle, ignore_keys=ignored, say=job.remark
+        )
+        if job.reports:
+            job.came_in(*files_of(model, path))
+        return model
+
+    def suffixes(self, path: Path) -> tuple[str, ...]:
+        """How the name of what is made of this model may end."""
+        return suffixes(path, checkpoint=self.arch is not None)
+
+    def save(self, model: Any, path: Path, job: Job, example: Any) -> None:
+        """Write a model; a .pt file is a whole module only where one came in."""
+        api.save(model, path, force=job.force, example=example, as_state=self.arch is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Where models run."""
+
+    device: str | None = option("--device", "For PyTorch models.", MODELS, "cpu|cuda")
+    provider: list[str] | None = option(
+        "--provider",
+        "ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
+        MODELS,
+        "NAME[:OPTION=VALUE,...]",
+    )
+    allow_cpu_fallback: list[str] | None = option(
+        "--allow-cpu-fallback",
+        "What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
+        MODELS,
+        "OPERATOR|NODE",
+    )
+
+    def providers(self, *paths: Path) -> tuple[str, ...]:
+        """Where the models in these files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""
+        return places(paths, self.provider or (), self.device)
+
+    def fallback(self) -> AbstractContextManager[None]:
+        """What of a model may run on the CPU, while this lasts."""
+        return api.cpu_fallback(self.allow_cpu_fallback or ())
+
+    def one_provider(self, *paths: Path) -> str:
+        """The same, where there can be only one."""
+        if len(self.provider or ()) > 1:
+            raise UsageError(f"--provider {' --provider '.join(self.provider or ())}: this command takes one")
+        return self.providers(*paths)[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +96,20 @@ class Shaping:
     )
     seed: int = option("--seed", "For everything random.", DATA, default=0)
 
-    def specs(self, model: Any, example: Any = None) -> list[InputSpec]:
-        """What the model is fed. example: how it is called, as `read` gives it."""
-        return open_model(model, example).specs
-
-    def shapes(self, model: Any, example: Any = None) -> dict[str, tuple[int, ...]] | None:
-        """The shapes asked for, by input name."""
+    def shapes(self, model: Model) -> dict[str, tuple[int, ...]] | None:
+        """The shapes asked for, by input name. What doesn't state its inputs is read for the shape that is asked for."""
         if not self.input_shape:
             return None
-        from bnfold.data.random import check_shapes
-
-        opened = open_model(model, example)
-        taken = {spec.name: spec.dtype.name for spec in opened.specs}
+        taken = {spec.name: spec.dtype.name for spec in model.specs}
         asked = shapes(self.input_shape, list(taken), "--input-shape")
         found = {name: shape.sizes for name, shape in asked.items()}
-        if opened.states_inputs:  # what doesn't is read for the shape that is asked for
+        if model.states_inputs:
+            from bnfold.data.random import check_shapes
+
             for name, shape in asked.items():
                 if shape.dtype not in (None, taken[name]):
                     raise UsageError(f"--input-shape {name}=...:{shape.dtype}: the model takes {taken[name]} there")
-            check_shapes(found, opened.specs)
+            check_shapes(found, model.specs)
         return found
 
     def read(self, model: Any, spec: str | None) -> Any:
@@ -64,7 +125,7 @@ class Shaping:
         """The model, called with the shapes asked for, or as the data show; None where it says itself how."""
         opened = open_model(model)
         if opened.states_inputs:
-            self.shapes(model)  # shapes that don't fit are refused, whoever asks for them
+            self.shapes(opened)  # shapes that don't fit are refused, whoever asks for them
             return None
         if self.input_shape:
             asked = shapes(self.input_shape, opened.arguments, "--input-shape")
@@ -82,7 +143,7 @@ class Shaping:
         opened = open_model(model)
         if not opened.states_inputs:
             return self.call(model)
-        shapes = self.shapes(model)
+        shapes = self.shapes(opened)
         if shapes is None and self.seed == 0:
             return None
         from bnfold.data.random import random_feeds
@@ -138,14 +199,15 @@ class Feeding(Shaping):
         from bnfold.data import open_data
         from bnfold.data.corrupt import MAX_BAD
 
+        opened = open_model(model, example)
         data = open_data(
             spec,
-            self.specs(model, example),
+            opened.specs,
             batch_size=self.batch_size,
             samples=samples,
             seed=self.seed,
             images=self.images.options(),
-            input_shapes=self.shapes(model, example),
+            input_shapes=self.shapes(opened),
             column=self.column,
             max_bad=self.images.max_bad or MAX_BAD,
             flat=getattr(example, "flat", None),
@@ -159,6 +221,6 @@ class Feeding(Shaping):
         """What two models are fed, as arguments of `api.verify` and of `bench`."""
         example = self.read(reference, spec)
         batches = None if spec is None else self.open(spec, reference, job, example, samples=self.samples)
-        shapes = self.shapes(reference, example)
+        shapes = self.shapes(open_model(reference, example))
         how = {"seed": self.seed, "input_shapes": shapes, "batch_size": self.batch_size, "progress": job.progress}
         return {"batches": batches, "example": example, **how}
