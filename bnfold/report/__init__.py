@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ._version import __version__
+from bnfold._version import __version__
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
 Word = Literal["improved", "harmed", "no effect"]
