@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bnfold.errors import InputError
-from bnfold.report import PipelineReport, Report, deployment_name
+from bnfold.report import Deployment, PipelineReport, Report
 
 from .render import Row
 
@@ -47,8 +47,9 @@ class Figures:
         for name, level in (("coefficients", "coefficients"), ("function, in float64", "function")):
             self.levels[name] = _text(verdict["levels"][level]["verdict"])
         for row in verdict["levels"]["deployment"]:
-            name = deployment_name(_text(row["provider"]), _text(row["optimisation"]), _text(row.get("precision", "full")))
-            self.rows[name] = (_text(row["verdict"]), _ratio(row["ratio"]))
+            precision = _text(row.get("precision", "full"))
+            deployed = Deployment(_text(row["provider"]), _text(row["optimisation"]), _ratio(row["ratio"]), precision=precision)
+            self.rows[deployed.name] = (_text(row["verdict"]), deployed.ratio)
         outputs = {_text(o["name"]): ("", _ratio(o["error_ratio"])) for o in verdict["outputs"]}
         self.outputs = outputs if not self.rows or any(ratio for _, ratio in self.rows.values()) else {}
 

@@ -1,70 +1,29 @@
-"""What each verb reports: frozen dataclasses whose `to_dict` is the JSON of the contract.
+"""What each verb reports. Keys may be added, never renamed.
 
-Keys may be added, never renamed. `inputs` and `seconds` are filled in by whoever knows them: the command line knows the
-files, a library call that got a live model doesn't.
+`inputs` and `seconds` are filled in by whoever knows them: the command line knows the files, a library call that got a live model doesn't.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from bnfold._version import __version__
+from .base import InputFile as InputFile
+from .base import Report as Report
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
 Word = Literal["improved", "harmed", "no effect"]
 
 
 @dataclass(frozen=True)
-class InputFile:
-    """A file that went in, or a live object (path "", sha256 "")."""
-
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What every report says. seconds: wall-clock time of the whole verb."""
-
-    schema: ClassVar[str]
-    bnfold: str = __version__
-    inputs: tuple[InputFile, ...] = ()
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; a number that JSON can't say (NaN, infinity) becomes null."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
-
-
-def _plain(x: Any) -> Any:
-    if dataclasses.is_dataclass(x):
-        nested = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x) if "hidden" not in f.metadata}
-        return {"schema": x.schema} | nested if isinstance(x, Report) else nested
-    if isinstance(x, Mapping):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_plain(v) for v in x]
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    return x
-
-
-@dataclass(frozen=True)
 class Layer:
-    """What became of one BatchNorm, or would. into: the operators that hold its coefficients now.
-
-    channels: 0 where they aren't known. batchnorm: False for another constant affine operator, which is listed where it folded.
-    """
+    """What became of one BatchNorm, or would; batchnorm: False for another constant affine operator, which is listed where it folded."""
 
     name: str
-    channels: int
+    channels: int  # 0 where they aren't known
     verdict: Literal["folded", "kept"]
-    into: tuple[str, ...]
+    into: tuple[str, ...]  # the operators that hold its coefficients now
     reason: str  # why it was kept; empty where it was folded
     notes: tuple[str, ...] = ()  # health and hazards: dead channels, weights that became subnormal
     batchnorm: bool = True
@@ -125,11 +84,10 @@ class InspectReport(FuseReport):
 class LayerStatistics:
     """How one BatchNorm's statistics changed; each figure is the worst channel's.
 
-    count: elements per channel that were pooled (0: no data reached it, and its statistics stay).
-    mean_shift: |new mean - old mean| in old standard deviations. var_ratio: new variance / old variance, of the channel
-    in which it is furthest from 1. stderr: standard error of the data's mean in their standard deviations. var_stderr: that of their
-    variance, over the variance. worst_channel: the one whose statistics moved furthest, from 0 on. dead: channels that are constant on
-    these data.
+    count: elements per channel that were pooled (0: no data reached it, and its statistics stay). mean_shift: |new mean - old mean| in
+    old standard deviations. var_ratio: new variance / old variance, of the channel in which it is furthest from 1. stderr: standard error
+    of the data's mean in their standard deviations. var_stderr: that of their variance, over the variance. worst_channel: the one whose
+    statistics moved furthest, from 0 on. dead: channels that are constant on these data.
     """
 
     name: str
@@ -145,10 +103,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of samples whose largest output is their label. stderr: sqrt(p (1 - p) / samples).
-
-    loss: mean cross-entropy of the labels in nats, with its standard error.
-    """
+    """Share of samples whose largest output is their label, with sqrt(p (1 - p) / samples); the mean cross-entropy in nats, likewise."""
 
     accuracy: float
     stderr: float
@@ -242,7 +197,7 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        return deployment_name(self.provider, self.optimisation, self.precision)
+        return f"{self.provider}{'' if self.precision == 'full' else f' {self.precision}'}, optimisation {self.optimisation}"
 
     @property
     def placed(self) -> str:
@@ -251,11 +206,6 @@ class Deployment:
             return ""
         what = {"session": "nodes", "profile": "nodes (by a profile)", "operators": "operators"}[self.counted]
         return f"{self.nodes:,} of {self.of:,} {what} on {self.provider.partition(':')[0]}"
-
-
-def deployment_name(provider: str, optimisation: str, precision: str = "full") -> str:
-    """What a row is called."""
-    return f"{provider}{'' if precision == 'full' else f' {precision}'}, optimisation {optimisation}"
 
 
 @dataclass(frozen=True)
@@ -328,7 +278,7 @@ class PipelineReport(Report):
     accuracy_before: Accuracy | None = None
     accuracy_after: Accuracy | None = None
     effect: Effect | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
