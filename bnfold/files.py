@@ -57,8 +57,9 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
     The names end as the targets' do, and the last target changes last. Raises InputError for an OSError, whoever raised it.
     """
     mark, last = secrets.token_hex(4), targets[-1]
-    parts = [target.absolute().with_name(f".{target.name}.{mark}{target.suffix}") for target in targets]
-    olds = [part.with_suffix(".before") for part in parts]
+    parts, olds = (
+        [target.absolute().with_name(f".{target.name}.{mark}{end or target.suffix}") for target in targets] for end in ("", ".before")
+    )
     done: list[Path] = []
     try:
         yield parts

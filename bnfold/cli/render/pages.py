@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from html import escape as html_escape
+from itertools import accumulate
 from pathlib import Path
 
 from bnfold.errors import InputError
@@ -43,16 +46,16 @@ def markdown(parts: Iterable[Part], most: int | None = None) -> str:
     Where not even the rest fits, it is cut from the end; the text is empty where nothing fits.
     """
     parts = [part for part in parts if isinstance(part, Line) or part.rows]
-    texts = [f"{_line(part)}\n\n" if isinstance(part, Line) else _cut(part, 0) for part in parts]
-    room = None if most is None else most - sum(map(_size, texts))
-    while room is not None and room < 0 and texts:
+    texts = [f"{_line(part)}\n\n" if isinstance(part, Line) else _table(part, 0) for part in parts]
+    room = math.inf if most is None else most - sum(map(_size, texts))
+    while room < 0 and texts:
         room += _size(texts.pop())
         parts = []
     for i, part in enumerate(parts):
         if isinstance(part, Table):
-            least = _size(texts[i])
-            texts[i] = _filled(part, None if room is None else room + least)
-            room = None if room is None else room + least - _size(texts[i])
+            room += _size(texts[i])
+            texts[i] = _table(part, room)
+            room -= _size(texts[i])
     return "".join(texts)
 
 
@@ -63,21 +66,19 @@ def _line(line: Line) -> str:
     return f"**{line.verdict}**" + (f": {text}" if text else "") if line.verdict else text
 
 
-def _filled(table: Table, room: int | None) -> str:
-    """A table with as many rows as there is room for."""
-    whole = _cut(table, len(table.rows))
-    if room is None or _size(whole) <= room:
+def _table(table: Table, room: float) -> str:
+    """A table with as many rows as there is room for, and a line that says how many are left out."""
+    head = f"### {table.title}\n\n{_row(table.columns)}| {' | '.join(['---'] * len(table.columns))} |\n"
+    rows = list(map(_row, table.rows))
+    if _size(whole := "".join([head, *rows, "\n"])) <= room:
         return whole
-    count, used = 0, _size(_cut(table, 0))
-    while count < len(table.rows) and (used := used + _size(_row(table.rows[count]))) <= room:
-        count += 1
-    return _cut(table, count)
+    least = _size(head + _left_out(len(rows)))
+    count = max(bisect(list(accumulate(map(_size, rows), initial=least)), room) - 1, 0)
+    return "".join([head, *rows[:count], _left_out(len(rows) - count)])
 
 
-def _cut(table: Table, count: int) -> str:
-    left = len(table.rows) - count
-    head = [f"### {table.title}\n\n", _row(table.columns), f"| {' | '.join(['---'] * len(table.columns))} |\n"]
-    return "".join([*head, *map(_row, table.rows[:count]), f"\n{counted(left, 'row', ',')} left out\n" if left else "", "\n"])
+def _left_out(count: int) -> str:
+    return f"\n{counted(count, 'row', ',')} left out\n\n"
 
 
 def _row(cells: Sequence[str | Bar]) -> str:
