@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Graph as Ops
-from torch.fx import GraphModule
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
 from bnfold.algebra.rounding import roundoff
-from bnfold.capture import quiet
-from bnfold.data.inputs import check_feeds
-from bnfold.errors import NO_BATCHNORM, UnsupportedError
+from bnfold.errors import NO_BATCHNORM
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Port, Shapes, Stream
-from bnfold.text import first_line
 
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
 from .export.functional import entangled, functional
@@ -36,8 +29,9 @@ from .export.tensors import NUMPY, to_numpy, to_tensor
 from .export.trace import Traced, trace
 from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
 from .lowering.table import lowering as lowering_of
-from .runtime.interpreter import Exact, Stored, held_tensors, last_uses
-from .runtime.session import Oracle, Session, device_of, inner, precise, precisions
+from .runtime.interpreter import Oracle, StoredTypes, inner
+from .runtime.session import Session, device_of, precise, precisions
+from .writing.extract import extract
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -257,19 +251,12 @@ class TorchModel(Model):
         return graph, lowering.named_outputs
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
-        steps = Exact(self._functional, jitter=jitter) if exact else Stored(self._functional, jitter=jitter)
-        check_feeds(feeds, self._functional.specs, any_float=exact)
         names = set(wanted)
-        last = last_uses(self._functional.program.graph)
-        values: dict[Op, Any] = {}
-        for op in self._functional.program.graph.nodes:
-            with precise():
-                steps.step(op, values, feeds)
-            if op.name in names and isinstance(values.get(op), Tensor):
-                written = any(mutates(user) for user in op.users) or mutates(op)
-                yield op.name, to_numpy(values[op].clone() if written else values[op])
-            for dead in last.get(op, ()):
-                values.pop(dead, None)
+        steps = Oracle(self._functional, jitter=jitter) if exact else StoredTypes(self._functional, jitter=jitter)
+        for op, value in steps.values(feeds):
+            if op.name in names and isinstance(value, Tensor):
+                written = mutates(op) or any(mutates(user) for user in op.users)
+                yield op.name, to_numpy(value.clone() if written else value)
 
     def edge(self, output: str, stops: Collection[str]) -> list[str]:
         by_name = {op.name: op for op in self._functional.program.graph.nodes}
@@ -293,39 +280,7 @@ class TorchModel(Model):
         }
 
     def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Extract:
-        """As an exported program."""
-        by_name = {op.name: op for op in self._functional.program.graph.nodes}
-        held, root, ops, made = held_tensors(self._functional.program), nn.Module(), Ops(), dict[Op, Op]()
-        for name in inputs:
-            made[by_name[name]] = ops.placeholder(name)
-        wanted: set[Op] = set()
-        stack = [by_name[name] for name in (output, *also)]
-        while stack:
-            op = stack.pop()
-            if op not in wanted and op not in made:
-                wanted.add(op)
-                stack.extend(op.all_input_nodes)
-        for op in self._functional.program.graph.nodes:
-            if op not in wanted:
-                continue
-            if op.op in ("placeholder", "get_attr"):
-                tensor = held.get(op.name) if op.op == "placeholder" else attrgetter(str(op.target))(self._functional.program.graph_module)
-                if not isinstance(tensor, Tensor):
-                    raise UnsupportedError(f"value {op.name!r} of the model comes from outside the part")
-                root.register_buffer(op.name, tensor.detach().cpu().clone())
-                made[op] = ops.get_attr(op.name)
-            else:
-                made[op] = ops.node_copy(op, lambda source: made[source])
-        ops.output(tuple(made[by_name[name]] for name in (output, *also)))
-        module = GraphModule(root, ops)
-        file = io.BytesIO()
-        with quiet(), torch.no_grad():
-            try:
-                program = torch.export.export(module, tuple(to_tensor(a.copy()) for a in inputs.values()), strict=False)
-                torch.export.save(program, file)
-            except Exception as error:  # torch.export raises what it likes
-                raise UnsupportedError(f"torch.export can't write the part: {first_line(error)}") from None
-        return Extract(".pt2", file.getvalue())
+        return Extract(".pt2", extract(self._functional.program, inputs, [output, *also]))
 
     # --- what is made of it --------------------------------------------------------------------------------------------------------------
 

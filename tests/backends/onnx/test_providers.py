@@ -406,7 +406,8 @@ def test_a_torch_model_beside_onnx_takes_of_a_providers_options_only_the_device(
     pytest.importorskip("torch")
     from bnfold.backends.torch.model import TorchModel
 
-    beside, alone = TorchModel(None, beside_onnx=True), TorchModel(None)
+    alone = TorchModel(None)
+    beside = alone.beside(Doubled(1.5))
     given = ("cpu", "openvino:device_type=CPU", "cuda:1", "CUDA:use_tf32=0,device_id=2", "cuda:use_tf32=0")
     assert [beside._device(p) for p in given] == ["cpu", "cpu", "cuda:1", "cuda:2", "cuda"]
     assert alone._device("cuda:1") == "cuda:1"

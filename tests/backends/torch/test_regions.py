@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import bnfold
 from bnfold.backends.torch.export.regions import has_regions
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.runtime.session import Oracle
+from bnfold.backends.torch.runtime.interpreter import Oracle
 from bnfold.cli import run as command
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))

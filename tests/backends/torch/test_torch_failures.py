@@ -12,7 +12,7 @@ from torch import nn
 
 import bnfold
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.runtime.session import Oracle
+from bnfold.backends.torch.runtime.interpreter import Oracle
 
 X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7))
 

@@ -33,7 +33,8 @@ from ..export.trace import Traced, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
 from ..lowering.chains import Chain, frozen_chains
 from ..lowering.table import lowering as lowering_of
-from ..runtime.session import Oracle, device_of
+from ..runtime.interpreter import Oracle
+from ..runtime.session import device_of
 from ..writing.freeze import frozen
 from ..writing.program import copy_program
 from . import operations
