@@ -89,17 +89,20 @@ class StoredTensors:
 
 def called(op: Op, value: Value, device: torch.device, target: Any = None) -> Any:
     """What an operator gives, or another in its place. value: gives that of the nodes that it reads."""
-
-    def given(argument: Any) -> Any:
-        if isinstance(argument, Op):
-            return value(argument)
-        if isinstance(argument, (list, tuple)):
-            return [given(each) for each in argument]
-        return device if isinstance(argument, torch.device) else argument
-
     run: Any = op.target if target is None else target
+    args = [_given(each, value, device) for each in op.args]
+    kwargs = {name: _given(each, value, device) for name, each in op.kwargs.items()}
     with under(op):
-        return run(*map(given, op.args), **{name: given(each) for name, each in op.kwargs.items()})
+        return run(*args, **kwargs)
+
+
+def _given(argument: Any, value: Value, device: torch.device) -> Any:
+    # Not a closure: one that calls itself would keep all values until the next collection of garbage.
+    if isinstance(argument, Op):
+        return value(argument)
+    if isinstance(argument, (list, tuple)):
+        return [_given(each, value, device) for each in argument]
+    return device if isinstance(argument, torch.device) else argument
 
 
 def normalising(op: Op, moments: Moments) -> Callable[[Value], Any]:
