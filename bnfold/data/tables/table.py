@@ -59,10 +59,10 @@ def reading(where: object) -> Iterator[None]:
 def parquet(spec: str, files: Sequence[Path]) -> DataTable:
     """The rows of Parquet files, in the order of the files, in the types of the first."""
     reader = _pyarrow(spec, "pyarrow.parquet")
-    ends: list[int] = []
+    total = 0
     for path in files:
         with reading(path):
-            ends.append((ends[-1] if ends else 0) + reader.read_metadata(path).num_rows)
+            total += reader.read_metadata(path).num_rows
     with reading(files[0]):
         schema = reader.read_schema(files[0])
         columns = _columns(schema)
@@ -77,7 +77,7 @@ def parquet(spec: str, files: Sequence[Path]) -> DataTable:
                     names = [f"{path}, row {next(place)}" for _ in range(batch.num_rows)]
                     yield Rows(names, {name: _typed(batch.column(name), schema.field(name).type) for name in wanted})
 
-    return DataTable(columns, f"{counted(ends[-1], 'row')} in {counted(len(files), 'file')}", read, ends[-1])
+    return DataTable(columns, f"{counted(total, 'row')} in {counted(len(files), 'file')}", read, total)
 
 
 def saved(spec: str, samples: int | None, seed: int) -> DataTable:
