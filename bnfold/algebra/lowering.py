@@ -87,10 +87,6 @@ class Lowering(ABC):
         """The bias at an argument, or one that the operator could have (`Param.refusal` where it can't). stored: the shape of a new one."""
 
     @abstractmethod
-    def coefficient(self, op: Op, key: Key, shape: tuple[int, ...], layout: Layout | None = None) -> Param | None:
-        """The constant operand of an affine operator; None where it stays as it is."""
-
-    @abstractmethod
     def slot_behind(self, op: Op) -> Any:
         """Where an Add behind the operator is noted; None where none can grow."""
 
@@ -123,6 +119,13 @@ class Lowering(ABC):
         if rank is None:
             raise Blocked(f"the rank of {what} isn't known")
         return rank
+
+    def coefficient(self, op: Op, key: Key, shape: tuple[int, ...], layout: Layout | None = None) -> Param | None:
+        """The constant operand of an affine operator; None where it stays as it is."""
+        try:
+            return self.param(op, key, shape, layout, role="constant")
+        except Blocked:
+            return None
 
     def set_rank(self, ref: Ref, rank: int) -> None:
         """Tell a rank that the front-end's own inference didn't find."""
@@ -178,10 +181,7 @@ class Lowering(ABC):
             return self.value(ref)
         shape = self.shape(ref)
         value = Value(getattr(ref, "name", None) or "", (shape,), len(shape), fixed=True)
-        try:
-            param = self.coefficient(op, key, shape)
-        except Blocked:
-            param = None
+        param = self.coefficient(op, key, shape)
         if param is not None and param.tensor is not None:
             native, attrs = self.native(op, [], [], ref), {"limit": param.tensor.limit}
             self.nodes.append(Node("Constant", self.title(op, ref), [], [value], attrs, {"value": param}, native))

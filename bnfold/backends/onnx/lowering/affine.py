@@ -74,8 +74,8 @@ def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
             pointwise(ctx, node, "Mul", *operands, factors=2 if kind == "mul" else 1)
         return
     which = constant.index(True)
-    c = ctx.param(node, which, role="constant").read()
-    shape, x = None, operands[1 - which]
+    shape, x, c = None, operands[1 - which], ctx.const(operands[which])
+    assert c is not None
     if ctx.opset < 7 and attribute(node, "broadcast", 0) and "axis" in node.attributes:  # it says where the constant aligns
         lead = whole(node, "axis", 0) % ctx.rank(x)
         shape = (1,) * lead + c.shape + (1,) * (ctx.rank(x) - lead - c.ndim)

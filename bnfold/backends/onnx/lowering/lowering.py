@@ -155,9 +155,6 @@ class OnnxLowering(Lowering):
             return self.param(op, key, shape, role="bias")
         return Param(None, shape, AS_STORED if stored is None else new(shape, stored), slot=key)
 
-    def coefficient(self, op: ir.Node, key: int, shape: tuple[int, ...], layout: Layout | None = None) -> Param:
-        return self.param(op, key, shape, layout, role="constant")
-
     def slot_behind(self, op: ir.Node) -> str:
         return "Add"
 

@@ -153,7 +153,7 @@ class TorchLowering(Lowering):
         self, op: Op, key: str, shape: Shape | None = None, layout: Layout | None = None, *, role: str = "weight", computed: bool = True
     ) -> Param:
         """computed: whether it may be rewritten through the steps in which a module's code computes it from a stored tensor."""
-        argument = self.arg(op, key)
+        argument: Any = self.arg(op, key) if key else None
         found = self._rewritable(op, argument, computed)
         if found is None:
             by = self.constants.rounded_by(argument)
@@ -173,14 +173,6 @@ class TorchLowering(Lowering):
         if place is None:
             return Param(None, shape, layout, refusal="its code has no place for one")
         return Param(None, shape, layout, slot=Slot(key, place))
-
-    def coefficient(self, op: Op, key: str, shape: Shape, layout: Layout | None = None) -> Param | None:
-        if not key or not isinstance(self.arg(op, key), Op):
-            return None
-        try:
-            return self.param(op, key, shape, layout)
-        except Blocked:
-            return None
 
     def slot_behind(self, op: Op) -> Slot | None:
         return Slot("Add", op) if self.host.grows else None
