@@ -217,6 +217,15 @@ def own_stderr() -> None:
             sys.stderr = again
 
 
+@contextlib.contextmanager
+def reader_may_leave(stream: Any) -> Iterator[None]:
+    """Write to a stream whose reader may have left, as in `bnfold ... | head`: nothing is wrong then, and nothing more is read."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class _Muted:
     """A stream without what one thread writes."""
 

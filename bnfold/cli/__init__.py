@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
 import warnings
 
-from bnfold.capture import COLOUR, heard, own_stderr
+from bnfold.capture import COLOUR, heard, own_stderr, reader_may_leave
 from bnfold.text import visible
 
 __all__ = ["main", "run"]
@@ -29,10 +28,8 @@ def main() -> None:
     except KeyboardInterrupt:  # before the command began, or once more while it cleaned up
         status = _say(INTERRUPTED, 130)
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with reader_may_leave(stream):
             stream.flush()
-        except BrokenPipeError:  # whoever read it has left; nothing is wrong
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
@@ -95,15 +92,13 @@ def _explain(error: Exception) -> int:
 
 
 def _say(text: str, status: int) -> int:
-    try:
+    with reader_may_leave(sys.stderr):
         print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
         if text.startswith("error: "):
             from .render.ci import annotate, on_github
 
             if on_github():
                 annotate("error", "bnfold", text.removeprefix("error: "))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status
 
 

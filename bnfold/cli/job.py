@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from bnfold.capture import reader_may_leave
 from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
 from bnfold.recalibration.distributed import rank
@@ -162,21 +162,20 @@ class Job:
             if self.report_path is not None:
                 write_text(self.report_path, text)
             if self.as_json:
-                _write(sys.stdout, text.replace("##[", "#\\u0023["))  # which is the same JSON, and no command of a CI job's
+                _write(text.replace("##[", "#\\u0023["))  # which is the same JSON, and no command of a CI job's
                 return
         out = _console(_Console, sys.stdout)
         if out.is_terminal:
             show(out, document(report))
             return
-        page = _console(Console, io.StringIO(), width=UNBOUNDED)
-        with page.capture() as capture:
-            show(page, document(report))
-        _write(sys.stdout, "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+        page = io.StringIO()
+        show(_console(Console, page, width=UNBOUNDED), document(report))
+        _write("".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines()))
 
     def say(self, text: str) -> None:
         """A line of the results, unless standard output is the report's alone."""
         if not self.as_json and self.main:
-            _write(sys.stdout, visible(text) + "\n")
+            _write(visible(text) + "\n")
 
     def compared(self, check: Check) -> None:
         """Say what the comparison with a baseline found."""
@@ -191,20 +190,15 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        _silence(self.file)
+        with reader_may_leave(self.file):
+            raise BrokenPipeError
 
 
 def _console(kind: type[Console], file: Any, **more: Any) -> Console:
     return kind(file=file, markup=False, highlight=False, emoji=False, **more)
 
 
-def _write(stream: TextIO, text: str) -> None:
-    try:
-        stream.write(text)
-        stream.flush()
-    except BrokenPipeError:
-        _silence(stream)
-
-
-def _silence(stream: Any) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _write(text: str) -> None:
+    with reader_may_leave(sys.stdout):
+        sys.stdout.write(text)
+        sys.stdout.flush()
