@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .data.random import random_feeds
+from .data.spec import Port
 from .errors import UnsupportedError
 from .folding.plan import NormalForm
 
@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 Stream = Iterator[tuple[str, npt.NDArray[Any]]]
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output as the model states it. shape: None where even the rank is left open; None or a name for a dynamic axis."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -66,14 +57,11 @@ class Runner(Protocol):
 
 
 class Model:
-    """One model. What it gives is its caller's: nothing that a method does changes the model itself.
+    """One model. What it gives is its caller's: nothing that a method does changes the model itself. A kind of model says what stands
+    under "what a kind gives", by the model's own names; the rest follows from it.
 
-    A kind of model says what stands under "what a kind gives", by the model's own names; the rest follows from it. Where two models are
-    compared, the candidate is called by the reference's names (`renamed`).
-
-    source: the object that a caller gave. kind: the framework, "" for one that bnfold doesn't know. optimisations: with what settings
-    of the runtime a candidate is tried; a reference runs with the first. own_inputs, own_outputs: the model's own names by those that a
-    caller uses, where these are others.
+    source: the object that a caller gave. kind: the framework. optimisations: with what settings of the runtime a candidate is tried; a
+    reference runs with the first. own_inputs, own_outputs: the model's own names by those that a caller uses, where these are others.
     """
 
     kind: ClassVar[str] = ""
@@ -83,7 +71,7 @@ class Model:
     own_inputs: Mapping[str, str] = {}
     own_outputs: Mapping[str, str] = {}
 
-    # --- what a kind gives: what it is -----------------------------------------------------------------------------------------------
+    # --- what a kind gives: what it is, how it is called, what it computes, what is made of it --------------------------------------------
 
     @property
     def roundoff(self) -> float:
@@ -108,7 +96,7 @@ class Model:
         """The same for two models of the same operators and numbers, whatever their names; None where that can't be told."""
         return None
 
-    def sample(self) -> Batch | None:
+    def example(self) -> Batch | None:
         """A few samples that came with the model; None where none did."""
         return None
 
@@ -124,8 +112,6 @@ class Model:
     def layers(self) -> dict[str, str]:
         """The inner values, in topological order, and the name of the layer that computes each."""
         raise NotImplementedError
-
-    # --- what a kind gives: how it is called -------------------------------------------------------------------------------------------
 
     @property
     def states_inputs(self) -> bool:
@@ -153,12 +139,7 @@ class Model:
         return [spec.name for spec in self.specs]
 
     def called(self, like: Any = None, shapes: Shapes | None = None, types: Mapping[str, str] | None = None) -> Model:
-        """The model, called as in an example or as another model is, or with random data of some shapes and types; itself where it says
-        how it is called."""
-        return self
-
-    def by_position(self) -> Model:
-        """The model, called with as many of its arguments by position as can be: what is written of it is called so."""
+        """The model, called as in an example, as another model is, or with random data of some shapes; itself where it says how."""
         return self
 
     def fed(self, item: Any, count: int | None = None) -> Model:
@@ -174,8 +155,6 @@ class Model:
         """The model in each of the calls that its example states."""
         return (self,)
 
-    # --- what a kind gives: what it computes -------------------------------------------------------------------------------------------
-
     def normal_form(self, *, clone: bool = False) -> NormalForm:
         """See `plan`. UnsupportedError: it has none."""
         raise UnsupportedError("the model has no graph that bnfold can read")
@@ -185,8 +164,7 @@ class Model:
         raise UnsupportedError("the model has no graph that bnfold can read")
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
-        """The model in float64; with a seed, every weight moved by up to half a unit in the last place. outputs: inner values to give
-        out too. UnsupportedError: can't be had."""
+        """The model in float64; with a seed, every weight moved by up to half a unit in the last place. outputs: further values."""
         raise NotImplementedError
 
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
@@ -209,17 +187,12 @@ class Model:
         return nullcontext()
 
     def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        """What two models of code give in other calls than those that were read: functions of a call for this one, for the candidate, and
-        for this one with moved weights by a seed; and the calls with a text each. None where either is no code."""
+        """What code gives in other calls than those that were read: functions of a call for this model, for the candidate, and for this
+        one with moved weights by a seed; and the calls with a text each. None where either model is no code."""
         return None
 
-    # --- what a kind gives: its inner values -------------------------------------------------------------------------------------------
-
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
-        """The wanted inner values in the order in which they are computed, none held longer than the model needs it.
-
-        exact: in float64; else in the stored types. jitter: as for `oracle`. Raises UnsupportedError.
-        """
+        """The wanted inner values in the order in which they are computed, in float64 or in the stored types. jitter: as for `oracle`."""
         raise UnsupportedError("the inner values of the model can't be seen")
 
     def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Extract:
@@ -238,11 +211,8 @@ class Model:
         """Which optimisation of the runtime harms the model; None where none does."""
         return None
 
-    # --- what a kind gives: what is made of it -----------------------------------------------------------------------------------------
-
     def folded(self, *, clone: bool = False) -> tuple[Model, FuseReport]:
-        """A copy with every BatchNorm folded that can be, called as this one is, and what became of each. clone: an operator that something
-        else reads too may be doubled. UnsupportedError: it can't be folded."""
+        """A copy with every BatchNorm folded that can be, and what became of each. clone: an operator that is read twice may be doubled."""
         raise UnsupportedError("the model can't be folded")
 
     def lockstep(self, **options: Any) -> Any:
@@ -276,37 +246,27 @@ class Model:
 
     def inputs(self) -> list[InputSpec]:
         """What a caller must feed."""
-        specs = self.specs
-        return [dataclasses.replace(spec, name=name) for spec, name in zip(specs, self._given(s.name for s in specs), strict=True)]
+        return [dataclasses.replace(spec, name=self._public(spec.name)) for spec in self.specs]
 
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
         """See `interface`."""
         inputs, defaults, outputs = self.interface()
         named = _by_value(self.own_outputs)
-        given = [dataclasses.replace(port, name=name) for port, name in zip(inputs, self._given(p.name for p in inputs), strict=True)]
+        given = [dataclasses.replace(port, name=self._public(port.name)) for port in inputs]
         return given, defaults, [dataclasses.replace(port, name=named.get(port.name, port.name)) for port in outputs]
-
-    def example(self) -> Batch | None:
-        """A few samples that came with the model; None where none did."""
-        found = self.sample()
-        return None if found is None else dict(zip(self._given(found), found.values(), strict=True))
 
     def random(self, *, batch: int, seed: int, input_shapes: Shapes | None) -> Batch:
         """Random data that the model takes."""
         shapes = None if input_shapes is None else {self.own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
         made = random_feeds(self.specs, batch=batch, seed=seed, input_shapes=shapes, sizes=self.sizes())
-        return dict(zip(self._given(made), made.values(), strict=True))
+        return {self._public(name): array for name, array in made.items()}
 
     def plan(self, *, clone: bool = False) -> NormalForm:
-        """The normal form, worked out once: all that can be folded is decided, nothing is written. clone: with operators doubled for a
-        BatchNorm's sake. UnsupportedError: it has none."""
-        if clone not in self._plans:
-            self._plans[clone] = self.normal_form(clone=clone).renamed(_by_value(self.own_inputs), _by_value(self.own_outputs))
-        return self._plans[clone]
-
-    @cached_property
-    def _plans(self) -> dict[bool, NormalForm]:
-        return {}
+        """The normal form, worked out once. clone: with operators doubled for a BatchNorm's sake. UnsupportedError: it has none."""
+        plans: dict[bool, NormalForm] = vars(self).setdefault("_plans", {})
+        if clone not in plans:
+            plans[clone] = self.normal_form(clone=clone).renamed(_by_value(self.own_inputs), _by_value(self.own_outputs))
+        return plans[clone]
 
     def exact(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
         """The float64 oracle (see `oracle`)."""
@@ -319,9 +279,8 @@ class Model:
     def _renaming(self, runner: Runner) -> Runner:
         return _Renaming(runner, self.own_inputs, _by_value(self.own_outputs)) if self.own_inputs or self.own_outputs else runner
 
-    def _given(self, names: Iterable[str]) -> list[str]:
-        known = _by_value(self.own_inputs)
-        return [known.get(name, name) for name in names]
+    def _public(self, name: str) -> str:
+        return next((given for given, own in self.own_inputs.items() if own == name), name)
 
 
 class _Renaming:

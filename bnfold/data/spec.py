@@ -49,6 +49,15 @@ class InputSpec:
         return f"{self.dtype} {shape_text(self.shape)}"
 
 
+@dataclass(frozen=True)
+class Port:
+    """An input or output as the model states it. shape: None where even the rank is left open; None or a name for a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
 def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))  # ml_dtypes' types are of kind V
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from bnfold.data.spec import Port
 from bnfold.errors import UnsupportedError
-from bnfold.model import Model, Port
+from bnfold.model import Model
 
 if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress

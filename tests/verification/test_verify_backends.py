@@ -7,8 +7,9 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from opened import verify
 
+from bnfold.data.spec import Port
 from bnfold.errors import DeviceError, UnsupportedError
-from bnfold.model import Model, Port
+from bnfold.model import Model
 
 
 class Doubled(Model):

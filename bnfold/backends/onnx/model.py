@@ -15,9 +15,10 @@ import onnx
 import onnx_ir as ir
 
 from bnfold.algebra.rounding import roundoff
+from bnfold.data.spec import Port
 from bnfold.errors import ALREADY_FOLDED
 from bnfold.folding.plan import NormalForm, normal_form
-from bnfold.model import Extract, Model, Port, Stream
+from bnfold.model import Extract, Model, Stream
 
 from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS

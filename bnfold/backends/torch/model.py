@@ -18,14 +18,15 @@ from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
 from bnfold.algebra.rounding import roundoff
+from bnfold.data.spec import Port
 from bnfold.errors import NO_BATCHNORM
 from bnfold.folding.plan import NormalForm, normal_form
-from bnfold.model import Extract, Model, Port, Shapes, Stream
+from bnfold.model import Extract, Model, Shapes, Stream
 
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
 from .export.functional import entangled, functional
 from .export.sizes import Sizes
-from .export.tensors import NUMPY, to_numpy, to_tensor
+from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
 from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
 from .lowering.table import lowering as lowering_of
@@ -43,24 +44,10 @@ if TYPE_CHECKING:
 
     from .recalibration.plan import TorchPlan
 
-# The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
-NAMES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bool: "bool",
-    torch.complex64: "complex64",
-    torch.complex128: "complex128",
-}
-
 
 class TorchModel(Model):
-    """See `bnfold.model.Model`. A module's data flow is read when it is first asked for.
-
-    model: a module, an exported program, or the data flow of either. example: how a module is called (see `export.trace.trace`), or
-    another model, as which it is called.
-    """
+    """See `bnfold.model.Model`. A module's data flow is read when it is first asked for. model: a module, an exported program, or the data
+    flow of either. example: how a module is called (see `export.trace.trace`), or another model, as which it is called."""
 
     kind = "torch"
     nothing_to_fold = NO_BATCHNORM
@@ -107,20 +94,19 @@ class TorchModel(Model):
         if isinstance(like, Model) and not isinstance(like, TorchModel):  # it gives its inputs in their order
             like = tuple(map(to_tensor, like.random(batch=2, seed=0, input_shapes=shapes).values()))
         elif like is None and shapes and not self.states_inputs:
-            like = random_example(self.source, shapes, types or {})
+            return self._as_called(random_example(self.source, shapes, types or {}))
         return TorchModel(self.source, like)
 
     def fed(self, item: Any, count: int | None = None) -> TorchModel:
+        if self.states_inputs:
+            return self
         example = example_of(self.source, item)
-        if count is not None and not self.states_inputs:
-            example = shortened_call(self.source, example, count)
-        return TorchModel(self.source, example)
+        return self._as_called(example if count is None else shortened_call(self.source, example, count))
 
-    def by_position(self) -> TorchModel:
-        call = self._call
-        if isinstance(call, Mapping):
-            call = Call((), dict(call))
-        return TorchModel(self.source, in_places(self.source, call)) if isinstance(call, Call) else self
+    def _as_called(self, example: Any) -> TorchModel:
+        """Called with what has a position by that, and not by name: an exported program is called just as its module was traced."""
+        call = Call((), dict(example)) if isinstance(example, Mapping) else example
+        return TorchModel(self.source, in_places(self.source, call) if isinstance(call, Call) else call)
 
     def beside(self, other: Model) -> TorchModel:
         """Then providers of ONNX Runtime are asked for, and this model runs on the CPU where they name no device of PyTorch's."""
@@ -166,10 +152,10 @@ class TorchModel(Model):
         return self.traced.flat
 
     def interface(self) -> tuple[list[Port], list[Port], list[Port]]:
-        inputs = [_port(op.name, op) for op in self.traced.input_nodes]
-        return inputs, [], [_port(name, op) for name, op in self.traced.output_nodes.items()]
+        inputs = [port_of(op.name, op) for op in self.traced.input_nodes]
+        return inputs, [], [port_of(name, op) for name, op in self.traced.output_nodes.items()]
 
-    def sample(self) -> Batch | None:
+    def example(self) -> Batch | None:
         """What the model was traced with."""
         given = self.traced.program.example_inputs
         if given is None:
@@ -310,9 +296,3 @@ def _held_against(traced: Traced, made: ir.Model) -> VerifyReport:
     from bnfold.verification.verify import check_fold
 
     return check_fold(TorchModel(traced), OnnxModel(made))
-
-
-def _port(name: str, op: torch.fx.Node) -> Port:
-    value = op.meta["val"]
-    shape = tuple(n if isinstance(n, int) else int(n.node.expr) if n.node.expr.is_number else None for n in value.shape)
-    return Port(name, NAMES.get(value.dtype, str(value.dtype).removeprefix("torch.")), shape)

@@ -130,13 +130,13 @@ class Shaping:
         if self.input_shape:
             asked = shapes(self.input_shape, opened.arguments, "--input-shape")
             types = {name: shape.dtype for name, shape in asked.items() if shape.dtype is not None}
-            return opened.called(shapes={name: shape.sizes for name, shape in asked.items()}, types=types).by_position()
+            return opened.called(shapes={name: shape.sizes for name, shape in asked.items()}, types=types)
         if spec in (None, "random") or opened.brings_example:
             return None
         from bnfold.data.open import first_of
 
         found = first_of(str(spec))
-        return None if found is None else opened.fed(found, 2).by_position()
+        return None if found is None else opened.fed(found, 2)
 
     def example(self, model: Any) -> Any:
         """A random batch of the shapes asked for; None leaves the choice to the library."""

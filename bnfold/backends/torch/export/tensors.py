@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnfold.data import Batch
+from bnfold.data.spec import Port
 from bnfold.errors import DataError
 
 NUMPY = {
@@ -31,6 +32,16 @@ NUMPY = {
 }
 
 TORCH = {numpy: kind for kind, numpy in NUMPY.items()}
+# The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
+NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bool: "bool",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
+}
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -73,3 +84,10 @@ def output_name(path: Sequence[Any]) -> str:
 def flat_outputs(returned: Any) -> dict[str, Tensor]:
     """The tensors that a model returned, by output name."""
     return {output_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(returned)[0] if isinstance(leaf, Tensor)}
+
+
+def port_of(name: str, op: torch.fx.Node) -> Port:
+    """An input or output of a program as it states it."""
+    value = op.meta["val"]
+    shape = tuple(n if isinstance(n, int) else int(n.node.expr) if n.node.expr.is_number else None for n in value.shape)
+    return Port(name, NAMES.get(value.dtype, str(value.dtype).removeprefix("torch.")), shape)
