@@ -112,6 +112,12 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), net.op("DequantizeLinear", stored, scale, axis=0)), 6))
 
 
+@CASES.case("int8 factors behind a conv, which stay as they are", 13, 41, double=False, opset=12)
+def _(net: Net) -> None:
+    stored, scale = net.constant(net.rng.integers(20, 120, (6, 1, 1)).astype(np.int8)), net.constant(np.array(0.02, net.dtype))
+    net.output(net.bn(net.op("Mul", net.conv(net.input("N", 4, "H", "W"), 4, 6), net.op("DequantizeLinear", stored, scale)), 6))
+
+
 @CASES.case("activations quantised between conv and BatchNorm", 42, left=1, reason=r"QuantizeLinear|rule")
 def _(net: Net) -> None:
     scale, zero = net.constant(np.array(0.05, np.float32)), net.constant(np.array(10, np.uint8))
