@@ -1,7 +1,4 @@
-"""The library's verbs: each finds out what kind of model it got, and hands over to that back-end.
-
-A verb never changes the model that it is given, and gives back the same kind.
-"""
+"""The library's verbs: each opens the models that it is given, makes one call, and gives back the same kind. None changes a model."""
 
 from __future__ import annotations
 
@@ -47,8 +44,8 @@ def load(
 def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
     """Write a model atomically; an existing file is kept unless `force`.
 
-    An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt, for some of
-    which a module needs an example of its input.
+    An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt, for some of which a module needs an
+    example of its input.
     """
     backends.open_model(model, example).save(path, force=force, as_state=as_state)
 
@@ -63,7 +60,7 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectR
     report = opened.folded(clone=clone)[1]
     notes: tuple[str, ...] = ()
     try:
-        found = certificate(model)
+        found = certificate(opened.source)
     except ModelError as error:
         found, notes = None, (str(error),)
     if not report.layers and not report.batchnorms.before:

@@ -33,7 +33,7 @@ def pipeline(
     providers = tuple(providers)
     opened = open_model(model, example)
     if not opened.states_inputs:
-        opened.specs  # it is read once, and called so in all further steps  # noqa: B018
+        opened.inputs()  # it is read once, now, and called so in all further steps
         example = opened
     if not opened.holds_batchnorm and not api.inspect(model, example=example).layers:
         raise NothingToDoError(opened.nothing_to_fold)

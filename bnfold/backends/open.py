@@ -80,7 +80,7 @@ def open_both(
             models[side] = model.fed(first)
         elif example is None:
             models[side] = model.called(None if other.is_unread else other, input_shapes)
-        models[side].specs  # read now, for the other to follow  # noqa: B018
+        models[side].inputs()  # read now, for the other to follow
     return models[0], models[1], batches
 
 

@@ -118,7 +118,7 @@ class Shaping:
         opened = open_model(model, call)
         if opened.states_inputs or (call is None and spec is None):
             return call
-        opened.specs  # noqa: B018
+        opened.inputs()
         return opened
 
     def call(self, model: Any, spec: str | None = None) -> Any:

@@ -420,7 +420,7 @@ def _without_ones(array: Any) -> Any:
 
 
 def compared(reference: Traced, candidate: Traced) -> tuple[Any, Any, Any, list[tuple[str, Call]]] | None:
-    """See `TorchSubject.elsewhere`."""
+    """See `TorchModel.elsewhere`."""
     if not isinstance(reference.model, nn.Module) or not isinstance(candidate.model, nn.Module):
         return None
     original, copy = reference.model, candidate.model
