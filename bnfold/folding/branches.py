@@ -11,9 +11,9 @@ the two must be a convolution whose kernel covers the other's (the host), so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,19 @@ from .feasible import fits_type
 
 @dataclass(frozen=True)
 class Merge:
-    """branch went into host, and add went away. delta: what the branch added to the host's weight, its sign apart."""
+    """branch went into host, and add went away. delta: what the branch added to the host's weight, its sign apart.
+
+    summands: the sum of the magnitudes of all the weights that are in the host's by now, where they may cancel; scale: the factors by
+    which the host's stored weight is multiplied by now.
+    """
 
     add: Node
     host: Node
     branch: Node | None  # None: the value itself
     kept_input: int  # which input of the Add is the host's
     delta: Array
+    summands: Array
+    scale: Array
 
 
 @dataclass(frozen=True)
@@ -57,30 +63,34 @@ def merge(graph: Graph, may: May = always) -> list[Merge]:
 
     may: whether the front-end can take a branch (None: the value itself) out of a sum, whose input `kept` is the host's.
     """
-    done = []
+    done: list[Merge] = []
+    summands: dict[Node, Array] = {}
     for add in [node for node in graph.nodes if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0] is not node.inputs[1]]:
         if not add.output.users and not add.output.is_output:
             continue
         signs = add.attrs.get("signs", (1, 1))
         for host, branch, kept in _pairings(add):
-            delta = _as_kernel_of(graph, host, branch)
+            delta = _as_kernel_of(graph, host, branch, summands)
             if delta is None or host.node is None or not may(add, branch.node, kept):
                 continue
             changes = _changes(host.node, delta, signs[kept], signs[1 - kept])
             if changes is None:
                 continue
+            weight = host.node.params["weight"]
+            summands[host.node] = summands.get(host.node, np.abs(weight.read())) + delta.summands
             for role, change in changes.items():
                 host.node.params[role].update = host.node.params[role].updated(change)
-            done.append(Merge(add, host.node, branch.node, kept, delta[0]))
+            scale = np.ones(()) if weight.update is None else weight.update.scale
+            done.append(Merge(add, host.node, branch.node, kept, delta.weight, summands[host.node], scale))
             _rewire(graph, add, host.node, branch.node)
             break
     return done
 
 
-def _changes(host: Node, delta: tuple[Array, Array], sign: int, other: int) -> dict[str, Affine] | None:
+def _changes(host: Node, delta: _Delta, sign: int, other: int) -> dict[str, Affine] | None:
     """What becomes of the host's parameters; None where one would overflow its stored type."""
     changes = {}
-    for role, array in zip(("weight", "bias"), delta, strict=True):
+    for role, array in (("weight", delta.weight), ("bias", delta.bias)):
         param = host.params[role]
         if param.tensor is not None or param.update is not None or array.any():
             changes[role] = Affine(np.asarray(float(sign)), other * array)
@@ -115,8 +125,16 @@ def _branch(value: Value) -> _Branch | None:
     return None
 
 
-def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, Array] | None:
-    """What the branch adds to the host's weight and bias; None where it isn't a convolution with the host's window."""
+class _Delta(NamedTuple):
+    """What a branch adds to the host's weight and bias. summands: the magnitudes of the weights that are in the branch's."""
+
+    weight: Array
+    bias: Array
+    summands: Array
+
+
+def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch, summands: Mapping[Node, Array]) -> _Delta | None:
+    """The branch as a part of the host; None where it isn't a convolution with the host's window. summands: of what was merged before."""
     assert host.node is not None
     assert host.window is not None
     weight, groups = host.node.params["weight"], host.node.attrs["groups"]
@@ -134,8 +152,9 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, 
             return None
         delta = np.zeros(weight.shape)
         inside = [slice(None)] * 2 + [slice(o, o + k) for o, k in zip(offset, branch.kernel(), strict=True)]
-        delta[tuple(inside)] = other.read()
-        return delta, branch.node.params["bias"].read()
+        own, sizes = other.read(), np.zeros(weight.shape)
+        delta[tuple(inside)], sizes[tuple(inside)] = own, summands.get(branch.node, np.abs(own))
+        return _Delta(delta, branch.node.params["bias"].read(), sizes)
     rank = len(size) + 2
     a = Affine.identity(rank) if branch.node is None else coefficients(branch.node)
     ones = (1,) * len(size)
@@ -148,7 +167,7 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch) -> tuple[Array, 
     channel = np.arange(out)
     place: tuple[Any, ...] = (channel, channel % fan_in, *offset)  # output channel o is input o % (in/g) of its own group
     delta[place] = s
-    return delta, t
+    return _Delta(delta, t, np.abs(delta))
 
 
 def _offset(host: Window, size: tuple[int, ...], branch: Window | None, kernel: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -61,6 +61,7 @@ class NormalForm:
     graph: Graph
     outputs: Mapping[str, Value]
     outcomes: tuple[Outcome, ...]
+    merges: tuple[Merge, ...] = ()
     inputs: frozenset[Value] = frozenset()
     constants: Mapping[str, Array] = field(default_factory=dict)
     narrowest: tuple[float, str] = (np.inf, "")
@@ -135,7 +136,7 @@ def normal_form(
     left = set(graph.nodes)
     ends = {name: graph.end(value, left) for name, value in outputs.items()}
     narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
-    return NormalForm(graph, ends, planned.outcomes, frozenset(inputs), constants, narrowest)
+    return NormalForm(graph, ends, planned.outcomes, planned.merges, frozenset(inputs), constants, narrowest)
 
 
 def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:

@@ -20,7 +20,7 @@ from bnfold.algebra.graph import Graph, Node, Norm
 from bnfold.folding.plan import NormalForm
 from bnfold.report import Coefficients
 
-from .roundoff import ShapesDifferError, UnitErrors, errors_of, hidden_summands, stored, type_of
+from .roundoff import ShapesDifferError, UnitErrors, errors_of, hidden_summands, merged_summands, stored, type_of
 from .structure import STATISTICS, Structure
 
 # Where one in two coefficients of several layers is off by this much, relatively and in units of roundoff, and the outputs still agree to
@@ -103,12 +103,13 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
     """Pair the operators of two plans and compare their settings and coefficients."""
     structure = Structure(reference, candidate)
     unpaired, hidden = structure.unpaired, hidden_summands(reference.outcomes)
+    merged = merged_summands((*reference.merges, *candidate.merges))
     mismatches = [Mismatch(a, each.text, not each.number, setting=not each.number) for a, each in structure.settings]
     compared: list[Node] = []
     worst = 0.0
     for pair in sorted(structure.parameters, key=lambda pair: pair.reference.index):
         try:
-            if (errors := errors_of(pair, hidden)) is None:
+            if (errors := errors_of(pair, hidden, merged)) is None:
                 continue
         except ShapesDifferError as error:
             unpaired = unpaired or str(error)

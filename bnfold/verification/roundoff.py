@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node, Param, Tensor
+from bnfold.folding.branches import Merge
 from bnfold.folding.search import Outcome
 
 from .structure import FIXED, ParameterPair, has, order_of_axes
@@ -42,8 +43,11 @@ class ShapesDifferError(ValueError):
     """Two parameters have shapes that can't be held against each other."""
 
 
-def errors_of(pair: ParameterPair, hidden: Summands) -> UnitErrors | None:
-    """None where neither side has such a parameter. hidden: see `hidden_summands`. Raises ShapesDifferError."""
+def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array]) -> UnitErrors | None:
+    """None where neither side has such a parameter. Raises ShapesDifferError.
+
+    hidden: see `hidden_summands`; merged: see `merged_summands`, of both sides.
+    """
     a, role, b, its_role = pair
     if role in FIXED:
         want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
@@ -63,6 +67,8 @@ def errors_of(pair: ParameterPair, hidden: Summands) -> UnitErrors | None:
     except ValueError:
         raise ShapesDifferError(f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}") from None
     magnitude = np.maximum(mine, theirs)
+    for node in (a, b) if role == "weight" else ():
+        magnitude = np.maximum(magnitude, merged.get(node, 0.0))
     for more in hidden.get(a, ()) if role not in ("weight", *FIXED) else ():
         magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
     unit, tiny = precision(limit)
@@ -92,6 +98,17 @@ def hidden_summands(outcomes: Iterable[Outcome]) -> Summands:
                 weight = node.params.get("weight")
                 went_down = site_node.index < node.index and weight is not None  # into W*t
                 found.setdefault(node, []).append(summands.max() * _row_sums(node) if went_down else summands)
+    return found
+
+
+def merged_summands(merges: Iterable[Merge]) -> dict[Node, Array]:
+    """For each convolution into which branches were merged, the magnitudes of all weights that are in its own, where they may cancel."""
+    found = {}
+    for m in merges:
+        update = m.host.params["weight"].update
+        with np.errstate(all="ignore"):
+            later = np.abs(np.ones(()) if update is None else update.scale / m.scale)
+        found[m.host] = m.summands * np.nan_to_num(later, nan=1.0, posinf=1.0)
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from modules import Net, norm
 from torch import nn
 from torch.fx.experimental import optimization
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bnfold
 from bnfold.backends.torch.export.trace import trace
@@ -275,3 +276,27 @@ def test_other_names_are_told(tmp_path: Path) -> None:
     assert report.verdict == "equivalent"
     assert "the candidate's inputs have other names, and are paired by their places: 'x' with 'images'" in report.notes
     assert "input 'x' is open in the reference, and fixed in the candidate: axis 0 to 1" in report.notes
+
+
+def cancelling(wrong: float) -> tuple[nn.Module, nn.Module]:
+    """Four parallel convolutions with a BatchNorm each, whose weights come to a ten-thousandth in the sum; and each of them folded."""
+    parts: dict[str, nn.Module] = {f"c{i}": nn.Conv2d(8, 8, 3, padding=1) for i in range(4)} | {f"b{i}": norm(8) for i in range(4)}
+    net = Net(lambda self, x: sum(getattr(self, f"b{i}")(getattr(self, f"c{i}")(x)) for i in range(4)), **parts).eval()
+    norms = [net.get_submodule(f"b{i}") for i in range(4)]
+    scales = [(b.weight / torch.sqrt(b.running_var + b.eps)).detach().reshape(-1, 1, 1, 1) for b in norms]
+    with torch.no_grad():
+        others = sum(s * net.get_submodule(f"c{i}").weight for i, s in enumerate(scales[:3]))
+        net.c3.weight.copy_((1e-4 * torch.randn_like(others) - others) / scales[3])
+    folded = copy.deepcopy(net)
+    for i in range(4):
+        folded.set_submodule(f"c{i}", fuse_conv_bn_eval(folded.get_submodule(f"c{i}"), folded.get_submodule(f"b{i}")))
+        folded.set_submodule(f"b{i}", nn.Identity())
+    with torch.no_grad():
+        folded.c1.weight[3, 2] += wrong
+    return net, folded
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-5])
+def test_what_cancels_in_a_sum_of_branches_is_measured_by_its_summands(wrong: float) -> None:
+    report = bnfold.verify(*cancelling(wrong), torch.randn(2, 8, 8, 8), coefficients_only=True)
+    assert report.verdict == ("different" if wrong else "equivalent"), report.reason
