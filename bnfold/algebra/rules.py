@@ -11,36 +11,11 @@ updates; or it raises `Blocked` with the reason. The proofs themselves are in `c
 
 from __future__ import annotations
 
-from .absorbing import (
-    affine_down,
-    affine_up,
-    constant_up,
-    contraction_down,
-    contraction_up,
-    conv_down,
-    conv_up,
-    normalised_up,
-    recurrent_down,
-    table_up,
-)
+from . import absorbing, commuting
 from .affine import Blocked
-from .commuting import (
-    add_down,
-    add_up,
-    chooses,
-    commutes,
-    fill_down,
-    fill_up,
-    lookup_down,
-    lookup_up,
-    matmul_down,
-    matmul_up,
-    mul_down,
-    mul_up,
-    sum_down,
-    sum_up,
-)
+from .commuting import chooses, commutes
 from .graph import Node
+from .lowering import NO_RULE
 from .movement import move_down, move_up
 from .rule import Rule, Step, never
 
@@ -57,30 +32,30 @@ RULES: dict[str, Rule] = {
     "Average": ANY,  # mean(s*x + t) = s*mean(x) + t; global, windowed without counted padding, or along axes
     "Resize": ANY,  # weights that sum to 1 are a mean
     "Crop": ANY,  # a slice by computed bounds
-    "Lookup": Rule(lookup_up, lookup_down),  # a(x[i]) = a(x)[i] for computed places i
+    "Lookup": Rule(commuting.lookup_up, commuting.lookup_down),  # a(x[i]) = a(x)[i] for computed places i
     "Move": MOVE,  # out[i] = in[source(i)]: the coefficients move as the data do
     # maps that keep the order cross
     "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise; of one element any map
     # stretchings cross
     "Relu": STRETCHING,  # relu(s*x) = s*relu(x) if s >= 0; leaky, parametric, absolute value, L1 and L2 norms
     # maps that fix the fill cross
-    "Pad": Rule(fill_up, fill_down),  # a(pad(x, v)) = pad(a(x), a(v)); average pooling that counts its zeros
+    "Pad": Rule(commuting.fill_up, commuting.fill_down),  # a(pad(x, v)) = pad(a(x), a(v)); average pooling that counts its zeros
     # several activations
-    "Sum": Rule(sum_up, sum_down),  # s*sum(x) + t = sum(s*x + t/n)
-    "Add": Rule(add_up, add_down),  # s*(x + y) + t = (s*x + t) + s*y
-    "Mul": Rule(mul_up, mul_down),  # s*(x*y) = (s*x)*y
-    "MatMul": Rule(matmul_up, matmul_down),  # s*(x@y) = (s*x)@y or x@(s*y)
+    "Sum": Rule(commuting.sum_up, commuting.sum_down),  # s*sum(x) + t = sum(s*x + t/n)
+    "Add": Rule(commuting.add_up, commuting.add_down),  # s*(x + y) + t = (s*x + t) + s*y
+    "Mul": Rule(commuting.mul_up, commuting.mul_down),  # s*(x*y) = (s*x)*y
+    "MatMul": Rule(commuting.matmul_up, commuting.matmul_down),  # s*(x@y) = (s*x)@y or x@(s*y)
     "Mean": chooses(),  # mean(a(x), a(y)) = a(mean(x, y))
     "Where": chooses(),  # c ? a(x) : a(y) = a(c ? x : y)
     "Maximum": chooses(increasing=True),  # max(a(x), a(y)) = a(max(x, y)); min likewise
     # the map ends here
-    "Conv": Rule(conv_up, conv_down),  # any group, 1-3 D, transposed or not
-    "Contraction": Rule(contraction_up, contraction_down),  # Linear, Gemm, MatMul by a constant, Einsum
-    "Affine": Rule(affine_up, affine_down),  # BatchNorm; Mul, Add, Sub, Div by a constant
-    "Normalisation": Rule(normalised_up, NEVER_DOWN),  # the affine part of LayerNorm, InstanceNorm, GroupNorm
-    "Table": Rule(table_up, NEVER_DOWN),  # Embedding
-    "Constant": Rule(constant_up, NEVER_DOWN),
-    "Recurrent": Rule(NEVER_UP, recurrent_down),  # LSTM, GRU, RNN: their input weights
+    "Conv": Rule(absorbing.conv_up, absorbing.conv_down),  # any group, 1-3 D, transposed or not
+    "Contraction": Rule(absorbing.contraction_up, absorbing.contraction_down),  # Linear, Gemm, MatMul by a constant, Einsum
+    "Affine": Rule(absorbing.affine_up, absorbing.affine_down),  # BatchNorm; Mul, Add, Sub, Div by a constant
+    "Normalisation": Rule(absorbing.normalised_up, NEVER_DOWN),  # the affine part of LayerNorm, InstanceNorm, GroupNorm
+    "Table": Rule(absorbing.table_up, NEVER_DOWN),  # Embedding
+    "Constant": Rule(absorbing.constant_up, NEVER_DOWN),
+    "Recurrent": Rule(NEVER_UP, absorbing.recurrent_down),  # LSTM, GRU, RNN: their input weights
 }
 
 
@@ -88,5 +63,5 @@ def rule_of(node: Node) -> Rule:
     """The node's rule; every operator without a row is a barrier."""
     rule = RULES.get(node.op)
     if rule is None:
-        raise Blocked(node.attrs.get("why", "no rule lets a map cross it"))
+        raise Blocked(node.attrs.get("why", NO_RULE))
     return rule
