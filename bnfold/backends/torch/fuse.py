@@ -21,10 +21,11 @@ from bnfold.report import Counts, FuseReport
 
 from .export.census import computed, held, of_constants, operators
 from .export.copies import duplicate, require_copies
-from .export.other_calls import Other, Trial, own_call, shown
+from .export.other_calls import OtherCall, shapes_text
 from .export.regions import has_regions
 from .export.trace import Traced, at_its_sizes
 from .lowering.table import lowering
+from .writing.differential import DifferentialTest, users_call
 from .writing.module import write_module
 from .writing.paths import Path, conflict, path_of, plain_name
 from .writing.program import copy_program, write_program
@@ -63,23 +64,23 @@ class _Folding:
     def __init__(self, traced: Traced, module: nn.Module) -> None:
         self._traced, self._module = traced, module
         others = [(f"call {k} of the example", each) for k, each in enumerate(traced.others, 2)]
-        self._read = [("its first call" if others else shown(traced), traced), *others]
-        own = own_call(traced)
-        if own is not None and (found := self._elsewhere(own)) is not None:
+        self._read = [("its first call" if others else shapes_text(traced), traced), *others]
+        own = users_call(traced)
+        if own is not None and (found := self._traced_at(own)) is not None:
             self._read.append((own.text, found))
         self._refused: dict[str, str] = {}
         self._merging = True
 
     def result(self) -> tuple[nn.Module, FuseReport]:
         paths = self._agreed()
-        trial = Trial(self._traced) if _changes(paths) else None
-        known: list[Other] = []
-        while trial is not None and _changes(paths) and (other := trial.differs(self._exact(paths, trial))) is not None:
-            untold = other not in (*known, *trial.traced) and len(known) < MOST_PATHS
-            if untold and (traced := self._elsewhere(other)) is not None:
+        test = DifferentialTest(self._traced) if _changes(paths) else None
+        known: list[OtherCall] = []
+        while test is not None and _changes(paths) and (other := test.differing(self._exact(paths, test))) is not None:
+            unread = other not in (*known, *test.traced) and len(known) < MOST_PATHS
+            if unread and (traced := self._traced_at(other)) is not None:
                 self._read.append((other.text, traced))
             else:
-                self._blame(trial, other, paths)
+                self._blame(test, other, paths)
             known.append(other)
             paths = self._agreed()
         if not _changes(paths):
@@ -104,16 +105,16 @@ class _Folding:
         if before == (self._merging, len(self._refused)):
             raise RuntimeError(f"what must stay was folded again: {', '.join(found)}")
 
-    def _exact(self, paths: list[Path], trial: Trial) -> nn.Module:
-        return write_module(self._module, [path.fold for path in paths], exact=trial.exact)[0]
+    def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
+        return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]
 
-    def _elsewhere(self, other: Other) -> Traced | None:
+    def _traced_at(self, other: OtherCall) -> Traced | None:
         try:
             return at_its_sizes(self._traced, other.call)
         except BnfoldError:
             return None
 
-    def _blame(self, trial: Trial, other: Other, paths: list[Path]) -> None:
+    def _blame(self, test: DifferentialTest, other: OtherCall, paths: list[Path]) -> None:
         """Refuse the folds for whose sake a copy differs from the original, by leaving out the others; all that are left where it takes
         too many tries."""
         tries = 0
@@ -125,7 +126,7 @@ class _Folding:
             alone = [path_of(text, traced, self._refused | rest, self._merging) for text, traced in self._read]
             if conflict(alone) is not None:
                 return False
-            return not _changes(alone) or trial.differs(self._exact(alone, trial), [other]) is None
+            return not _changes(alone) or test.differing(self._exact(alone, test), [other]) is None
 
         def guilty(names: list[str]) -> list[str]:
             if tries >= MOST_TRIES or holds(set(names)):
@@ -140,7 +141,7 @@ class _Folding:
                 return
         found = guilty(sorted(everything)) or sorted(everything)
         why = f"the folded copy gives something else than the module with {other.text}"
-        self._refuse(dict.fromkeys(found, OTHERWISE if other in trial.traced else why))
+        self._refuse(dict.fromkeys(found, OTHERWISE if other in test.traced else why))
 
     def _report(self, paths: list[Path], notes: Any, added: int) -> FuseReport:
         first, *others = (path.planned.report(notes, bytes_added=added) for path in paths)

@@ -198,7 +198,7 @@ class TorchModel(Model):
         return precise()
 
     def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        from .export.other_calls import compared
+        from .writing.differential import compared
 
         return compared(self.traced, candidate.traced) if isinstance(candidate, TorchModel) else None
 

@@ -13,8 +13,8 @@ from modules import Net, difference, kept, norm, run
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.backends.torch.export.other_calls import Trial
 from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.writing.differential import DifferentialTest
 
 
 @pytest.fixture(autouse=True)
@@ -318,7 +318,7 @@ class Deep(nn.Module):
 
 
 def test_sizes_that_are_long_formulas_are_not_read_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnfold.backends.torch.export.trace.MOST_TERMS", 15)
+    monkeypatch.setattr("bnfold.backends.torch.export.program.MOST_TERMS", 15)
     module = Deep(2).eval()
     example = data(1, 3, 64, 64)
     traced = trace(module, example)
@@ -328,5 +328,5 @@ def test_sizes_that_are_long_formulas_are_not_read_as_such(monkeypatch: pytest.M
     fused, report = bnfold.fuse(module, example=example)
     assert report.batchnorms.after == 0
     assert traced.note in report.notes
-    assert {(65, 65), (32, 32)} <= {tuple(other.call.args[0].shape[2:]) for other in Trial(traced)._calls}
+    assert {(65, 65), (32, 32)} <= {tuple(other.call.args[0].shape[2:]) for other in DifferentialTest(traced).others}
     assert difference(run(module, data(1, 3, 50, 41)), run(fused, data(1, 3, 50, 41))) < 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,25 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[Any]:
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def map(self, change: Callable[[Any], Any]) -> Call:
+        """The same with other leaves."""
+        return Call(*pytree.tree_map(change, (self.args, self.kwargs)))
+
+    def map_tensors(self, change: Callable[[Tensor], Any]) -> Call:
+        return self.map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+    def on(self, module: nn.Module) -> Any:
+        """What a module returns."""
+        return module(*self.args, **self.kwargs)
 
 
 def known_example(module: nn.Module) -> Call:
@@ -77,8 +96,7 @@ def as_call(module: nn.Module, example: Any) -> Call:
             return leaf
         return leaf.detach().to(device, kind if leaf.is_floating_point() else None)
 
-    args, kwargs = pytree.tree_map(convert, (call.args, call.kwargs))
-    return Call(args, kwargs)
+    return call.map(convert)
 
 
 def example_of(model: Model, item: Any) -> Any:
@@ -136,12 +154,12 @@ def formed(value: Any, like: Any, where: str) -> Any:
         if form == other and all(isinstance(b, Tensor) or a == b for a, b in zip(mine, theirs, strict=True)):
             return value
     raise DataError(
-        f"argument {where} is {_told(value)} where the model was read with {_told(like)}: it is read for one form of its arguments, so "
-        f"give items of that form alone"
+        f"argument {where} is {_described(value)} where the model was read with {_described(like)}: it is read for one form of "
+        f"its arguments, so give items of that form alone"
     )
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, Mapping):
@@ -195,16 +213,16 @@ def shortened_call(model: nn.Module, example: Any, count: int = 2) -> Call:
     twin = shared_twin(model).eval()
 
     def cut(parts: Mapping[str, Any]) -> Call:
-        args, kwargs = pytree.tree_unflatten([parts.get(str(i), leaf) for i, leaf in enumerate(leaves)], form)
-        return Call(args, kwargs)
+        return Call(*pytree.tree_unflatten([parts.get(str(i), leaf) for i, leaf in enumerate(leaves)], form))
 
     def run(parts: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-        part = as_call(model, cut(parts))
         try:
             with quiet(), torch.no_grad():
-                return {name: to_numpy(tensor) for name, tensor in flat_outputs(twin(*part.args, **part.kwargs)).items()}
+                return {name: to_numpy(t) for name, t in flat_outputs(as_call(model, cut(parts)).on(twin)).items()}
         except Exception as error:  # the model's code raises what it likes
             raise DataError(first_line(error)) from None
 
-    told = rows_are_samples(arrays, set(arrays), run)
-    return cut({name: array[:count] for name, array in arrays.items()}) if told or (told is None and len(arrays) == 1) else call
+    samples = rows_are_samples(arrays, set(arrays), run)
+    if samples or (samples is None and len(arrays) == 1):
+        return cut({name: array[:count] for name, array in arrays.items()})
+    return call

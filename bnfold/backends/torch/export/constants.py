@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..runtime.widen import call, widened
-from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, overload, value_of, written
+from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, overload, tensor_named, value_of, written
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -46,9 +47,7 @@ class ProgramConstants:
             target = spec.target
             if spec.kind.name not in KINDS or target is None or target in changed:
                 continue
-            tensor = program.state_dict.get(target)
-            tensor = program.constants.get(target) if tensor is None else tensor
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor := tensor_named(program, target), Tensor):
                 self._stored[spec.arg.name] = Stored(target, spec.kind.name, tensor)
         self._known: dict[Node, bool] = {}
         for node in program.graph.nodes:
@@ -142,10 +141,7 @@ class ProgramConstants:
         return self._values[node]
 
     def _attribute(self, node: Node) -> Any:
-        found: Any = self._program.graph_module
-        for name in str(node.target).split("."):
-            found = getattr(found, name, None)
-        return found
+        return attrgetter(str(node.target))(self._program.graph_module)
 
     def _computed(self, node: Node) -> Any:
         if len(_read(node)) < len(node.all_input_nodes):

@@ -31,6 +31,14 @@ def graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op,
     return module, copies
 
 
+def with_graph(program: ExportedProgram, module: torch.fx.GraphModule, signature: Any = None, **tensors: dict[str, Any]) -> ExportedProgram:
+    """The same program with another graph, and the signature, state_dict and constants that go with it."""
+    module.recompile()
+    with quiet():
+        found: ExportedProgram = program._update(module, signature or program.graph_signature, **tensors)
+    return found
+
+
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The same program without operators that write into their arguments. Nobody may change it: while nothing of the program is another,
     it is the same object, since torch takes its time."""
@@ -86,10 +94,7 @@ def without_writing(program: ExportedProgram) -> ExportedProgram:
         return functional(program)
     for op in writers:
         _rewrite(op)
-    module.recompile()
-    with quiet():
-        found: ExportedProgram = program._update(module, program.graph_signature)
-    return found
+    return with_graph(program, module)
 
 
 def settled(program: ExportedProgram) -> ExportedProgram:
@@ -107,9 +112,7 @@ def settled(program: ExportedProgram) -> ExportedProgram:
             ops = [copies[op] for op in ops]
         for op in ops:
             _rewrite(op)
-        module.recompile()
-        with quiet():
-            found = program._update(module, program.graph_signature)
+        found = with_graph(program, module)
     return found
 
 
@@ -123,10 +126,7 @@ def with_known_sizes(program: ExportedProgram) -> ExportedProgram:
     for op in module.graph.nodes:
         if not numbers.keys().isdisjoint(op.all_input_nodes) and op not in numbers:
             op.args, op.kwargs = map_arg((op.args, op.kwargs), lambda each: numbers.get(each, each))
-    module.recompile()
-    with quiet():
-        found: ExportedProgram = program._update(module, program.graph_signature)
-    return found
+    return with_graph(program, module)
 
 
 def _fixed(size: Any) -> int | None:

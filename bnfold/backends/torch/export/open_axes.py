@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from bnfold.capture import quiet
 
 from .sizes import Probe, Sizes
-from .walk import is_tensor
+from .walk import is_tensor, tensor_named
 
 TIMES = (2, 3)  # multiples keep what a model may demand of its sizes
 
@@ -45,15 +45,15 @@ def fixed_axes(program: ExportedProgram) -> dict[str, int]:
 
 
 def _runs(program: ExportedProgram, probe: Probe) -> bool:
-    held = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None and s.kind.name != "USER_INPUT"}
+    stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None and s.kind.name != "USER_INPUT"}
     with quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
             values = []
             for op in program.graph.nodes:
                 if op.op != "placeholder":
                     continue
-                if op.name in held:
-                    found = program.state_dict.get(held[op.name], program.constants.get(held[op.name]))
+                if op.name in stored:
+                    found = tensor_named(program, stored[op.name])
                     values.append(mode.from_tensor(found) if isinstance(found, torch.Tensor) else found)
                 elif is_tensor(op):
                     shape = [n if isinstance(n, int) else int(n.node.expr.subs(probe)) for n in op.meta["val"].shape]

@@ -91,13 +91,9 @@ def has_more_terms(expression: Any, most: int) -> bool:
 
 def _doubled(call: Call) -> Call:
     """A batch of one would be taken for a constant: two of it."""
-    leaves = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves or any(len(leaf) != 1 for leaf in leaves):
+    if {len(tensor) for tensor in call.tensors if tensor.ndim} != {1}:
         return call
-    args, kwargs = pytree.tree_map(
-        lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf, (call.args, call.kwargs)
-    )
-    return Call(args, kwargs)
+    return call.map_tensors(lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)
 
 
 def _deciding(program: ExportedProgram, call: Call) -> frozenset[tuple[int, int]]:
@@ -115,7 +111,7 @@ def _deciding(program: ExportedProgram, call: Call) -> frozenset[tuple[int, int]
     names = [getattr(spec.arg, "name", "") for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     return frozenset(
         (id(leaf), axis)
-        for leaf, name in zip(pytree.tree_leaves((call.args, call.kwargs)), names, strict=True)
+        for leaf, name in zip(call.leaves, names, strict=True)
         for axis, size in enumerate(shapes.get(name, ()))
         if axis and isinstance(size, torch.SymInt) and size.node.expr.free_symbols & deciding
     )

@@ -13,7 +13,7 @@ from torch.fx import Node as Op
 from bnfold.backends.ranges import AffineRange, Found
 from bnfold.data.spec import Range
 
-from .walk import arguments, dtype_of, is_tensor, operator_name, value_of
+from .walk import arguments, dtype_of, is_tensor, operator_name, tensor_named, value_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Operators whose first tensor's numbers come out as they went in.
@@ -33,7 +33,7 @@ def taken(program: ExportedProgram, node: Op) -> Range | None:
 class _Walk:
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
-        self._held = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+        self._stored = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
         self._found = Found()
 
     def follow(self, node: Op) -> Range | None:
@@ -118,10 +118,8 @@ class _Walk:
         """A number, or what the program holds."""
         if isinstance(argument, (int, float)):
             return argument
-        if isinstance(argument, Op) and argument.name in self._held:
-            target = self._held[argument.name]
-            tensor = self._program.state_dict.get(target)
-            tensor = self._program.constants.get(target) if tensor is None else tensor
+        if isinstance(argument, Op) and argument.name in self._stored:
+            tensor = tensor_named(self._program, self._stored[argument.name])
             return tensor.detach().cpu().numpy() if isinstance(tensor, Tensor) and not tensor.is_floating_point() else None
         if isinstance(argument, Op) and operator_name(argument) == "arange":
             size = _size(argument, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
-from bnfold.capture import quiet
-
-from .functional import entangled, functional, graph_copy
+from .functional import entangled, functional, graph_copy, with_graph
 
 WRAPPERS = {
     "wrap",
@@ -99,10 +98,7 @@ def _flat(program: ExportedProgram, *, autocast: bool = True) -> ExportedProgram
             spec.arg = TensorArgument(name)
     module.delete_all_unused_submodules()
     module.graph.lint()
-    module.recompile()
-    with quiet():
-        found: ExportedProgram = program._update(module, signature)
-    return found
+    return with_graph(program, module, signature)
 
 
 def _inline(module: GraphModule, op: Op) -> tuple[list[Op], dict[str, str]]:
@@ -150,11 +146,9 @@ def _bodies(module: GraphModule, op: Op) -> list[tuple[Op, GraphModule]]:
     found = []
     for source in op.all_input_nodes:
         if source.op == "get_attr":
-            held: Any = module
-            for name in str(source.target).split("."):
-                held = getattr(held, name, None)
-            if isinstance(held, GraphModule):
-                found.append((source, held))
+            body = attrgetter(str(source.target))(module)
+            if isinstance(body, GraphModule):
+                found.append((source, body))
     return found
 
 

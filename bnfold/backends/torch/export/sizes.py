@@ -36,15 +36,15 @@ class Sizes:
                         hints.setdefault(symbol, 0)
                     if size.node.expr in hints and size.node.hint is not None:
                         hints[size.node.expr] = int(size.node.hint)
-        limits = {symbol: (_integer(r.lower), _integer(r.upper)) for symbol, r in program.range_constraints.items() if symbol in hints}
+        ends = limits(program)
         for symbol, hint in hints.items():
-            hints[symbol] = hint or max(limits.get(symbol, (None, None))[0] or 0, 8)
+            hints[symbol] = hint or max(ends.get(symbol, (None, None))[0] or 0, 8)
         second = {}
         for i, (symbol, hint) in enumerate(hints.items()):
-            upper = limits.get(symbol, (None, None))[1]
+            upper = ends.get(symbol, (None, None))[1]
             larger = hint * FACTORS[i % len(FACTORS)]
             second[symbol] = larger if upper is None or larger <= upper else hint
-        second = _satisfying(equations(program), hints, second, {symbol: low or 0 for symbol, (low, _) in limits.items()})
+        second = _satisfying(equations(program), hints, second, {symbol: low or 0 for symbol, (low, _) in ends.items()})
         self.probes: list[Probe] = [hints, second] if hints and second != hints else [hints]
 
     def shapes(self, value: Any) -> tuple[tuple[int | None, ...], ...] | None:
@@ -87,12 +87,21 @@ class Sizes:
         return float(number) if isinstance(leaf, torch.SymFloat) else bool(number) if isinstance(leaf, torch.SymBool) else int(number)
 
 
-def equations(program: ExportedProgram) -> list[sympy.Eq]:
-    """What the trace demands of the sizes, where it still says so: that the width of a weight is theirs, or a number of chunks."""
+def limits(program: ExportedProgram) -> dict[Any, tuple[int | None, int | None]]:
+    """The smallest and the largest size of each symbol; None where it has none."""
+    return {symbol: (_integer(r.lower), _integer(r.upper)) for symbol, r in program.range_constraints.items()}
+
+
+def guards(program: ExportedProgram) -> list[Any]:
+    """What the trace assumed of the sizes, as formulas of their symbols; none in a program that was loaded."""
     values = (value for node in program.graph.nodes if isinstance(value := node.meta.get("val"), Tensor))
     size = next((n for value in values for n in value.shape if isinstance(n, torch.SymInt)), None)
-    found: list[Any] = [guard.expr for guard in size.node.shape_env.guards] if isinstance(size, torch.SymInt) else []
-    return [each for each in found if isinstance(each, sympy.Eq) and each.free_symbols]
+    return [guard.expr for guard in size.node.shape_env.guards] if isinstance(size, torch.SymInt) else []
+
+
+def equations(program: ExportedProgram) -> list[sympy.Eq]:
+    """What the trace demands of the sizes, where it still says so: that the width of a weight is theirs, or a number of chunks."""
+    return [each for each in guards(program) if isinstance(each, sympy.Eq) and each.free_symbols]
 
 
 def hold(demands: Iterable[sympy.Eq], sizes: Probe) -> bool:

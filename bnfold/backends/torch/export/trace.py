@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from bnfold.capture import quiet
 from bnfold.data import InputSpec
 from bnfold.errors import UsageError
 from bnfold.verification.inputs import is_several
 
 from .call import Call, Model, arguments_of, as_call, formed, known_example
 from .copies import shared_twin
-from .functional import graph_copy, settled, with_known_sizes
+from .functional import graph_copy, settled, with_graph, with_known_sizes
 from .program import export, require_shapes
 from .ranges import taken
 from .regions import written_out
@@ -220,10 +219,8 @@ def _by_name(program: ExportedProgram, model: nn.Module) -> tuple[ExportedProgra
     by_name = {node.name: node for node in module.graph.nodes}
     for lifted, name in found.items():
         by_name[lifted].replace_all_uses_with(by_name[places[name]])
-    module.recompile()
     same = {name: each for each in names.values() for name in each}
-    with quiet():
-        return program._update(module, program.graph_signature), {each: name for name in found.values() for each in same[name]}
+    return with_graph(program, module), {each: name for name in found.values() for each in same[name]}
 
 
 def _storage(tensor: Tensor) -> Any:

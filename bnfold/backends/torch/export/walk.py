@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import Node
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FAKE_QUANTISERS = re.compile(r"(fake_quantize|fake_quant$|_obs_fq_|(?<!de)quantize_per)")  # a number becomes the nearest of a few
 RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
-
 
 OTHER_NAMES = {  # of operators that take the same arguments
     "absolute": "abs",
@@ -40,6 +40,12 @@ BATCHNORMS = (
     "_batch_norm_with_update_functional",
     "_batch_norm_impl_index",
 )
+
+
+def tensor_named(program: ExportedProgram, target: str) -> Any:
+    """What a program stores under a qualified name."""
+    found = program.state_dict.get(target)
+    return program.constants.get(target) if found is None else found
 
 
 def operator_name(node: Node) -> str:

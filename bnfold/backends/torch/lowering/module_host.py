@@ -21,8 +21,8 @@ from ..export.call import Call
 from ..export.constants import ProgramConstants
 from ..export.copies import duplicate
 from ..export.walk import arguments, frame, frames, operator_name, value_of
+from ..writing.checks import WITH_BIAS, Check, bias_check, passed
 from ..writing.derived import Derived, derived
-from ..writing.trials import WITH_BIAS, Trial, bias_trial, tried
 from .places import Place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -240,12 +240,12 @@ class ModuleHost:
         place = Place(f"{weight.owner}.bias".lstrip("."), weight.how)
         if weight.how == "plain" or (weight.owner == path and reads_bias(owner)):
             return place
-        return place if self._tried.get((path, weight.owner)) else None
+        return place if self._takes_bias.get((path, weight.owner)) else None
 
     @cached_property
-    def _tried(self) -> dict[tuple[str, str], bool]:
+    def _takes_bias(self) -> dict[tuple[str, str], bool]:
         """For each module whose own code calls an operator without a bias, whether one given to the weight's owner arrives there."""
-        trials: dict[tuple[str, str], Trial] = {}
+        checks: dict[tuple[str, str], Check] = {}
         for op in self._program.graph.nodes:
             given = arguments(op) if operator_name(op) in WITH_BIAS else {}
             weight = given.get("weight")
@@ -259,8 +259,8 @@ class ModuleHost:
                 continue
             own = place.owner.removeprefix(path).lstrip(".")
             name = place.attribute if found is None and place.how == "stored" else None
-            trials[path, place.owner] = bias_trial(own, name, tuple(value_of(weight).shape), op)
-        return tried(self.root, self.example, trials) if trials else {}
+            checks[path, place.owner] = bias_check(own, name, tuple(value_of(weight).shape), op)
+        return passed(self.root, self.example, checks) if checks else {}
 
 
 def computed_by(hook: object) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -10,11 +9,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node as Op
 
-from bnfold.capture import quiet
-
-from ..export.functional import graph_copy
 from ..export.walk import arguments, epsilon, frame, in_training, is_batchnorm, is_tensor, mutates, operator_name, set_argument
-from .program import placeholder
+from .editor import ProgramEditor
 
 MOMENTUM = 0.1  # of an operator that no longer uses it
 ITEMS = {"_native_batch_norm_legit_functional": 3, "_batch_norm_with_update_functional": 4}  # from which on come the new statistics
@@ -50,14 +46,9 @@ def _is_free(op: Op, program: ExportedProgram) -> bool:
     return all(item.args[1] == 0 or not item.users or is_update(item) for item in op.users)
 
 
-class _Freezer:
+class _Freezer(ProgramEditor):
     def __init__(self, program: ExportedProgram) -> None:
-        self.program = program
-        self.module, self.copies = graph_copy(program)
-        self.graph = self.module.graph
-        self.signature = copy.deepcopy(program.graph_signature)
-        self.state = dict(program.state_dict)
-        self.constants = dict(program.constants)
+        super().__init__(program)
         self.targets = {spec.arg.name: spec.target for spec in self.signature.input_specs if spec.target is not None}
         self.notes: dict[str, str] = {}
 
@@ -105,8 +96,8 @@ class _Freezer:
             known: Op = next(op for op in self.graph.nodes if op.op == "placeholder" and self.targets.get(op.name) == target)
             return known
         tensor = torch.full((int(value.shape[1]),), fill, dtype=kind, device=value.device)
-        made = placeholder(self.graph, self.signature, tensor, target, InputKind.BUFFER)
-        self.state[target], self.targets[made.name] = tensor, target
+        made = self.store(target, tensor, InputKind.BUFFER)
+        self.targets[made.name] = target
         return made
 
     def _forget(self, targets: set[str]) -> None:
@@ -133,10 +124,3 @@ class _Freezer:
                 stack += op.all_input_nodes
                 left.remove(op)
                 self.graph.erase_node(op)
-
-    def finish(self) -> ExportedProgram:
-        self.graph.lint()
-        self.module.recompile()
-        with quiet():
-            found: ExportedProgram = self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
-        return found

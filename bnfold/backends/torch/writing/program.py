@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,21 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import TensorArgument
 from torch.fx import Node as Op
 
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.rounding import lost, rounded
-from bnfold.capture import quiet
 from bnfold.folding.branches import Merge
-from bnfold.text import unused
 
 from ..export.constants import KINDS
-from ..export.functional import graph_copy
+from ..export.functional import graph_copy, with_graph
 from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, mutates, set_argument, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.places import Slot, TorchNative
+from .editor import ProgramEditor
 
 
 def write_program(
@@ -50,23 +48,14 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     def own(held: dict[str, Any]) -> dict[str, Any]:
         return {name: memo.setdefault(id(t), copy.deepcopy(t)) if isinstance(t, Tensor) else t for name, t in held.items()}
 
-    module, signature = graph_copy(program)[0], copy.deepcopy(program.graph_signature)
-    with quiet():
-        found: ExportedProgram = program._update(module, signature, state_dict=own(program.state_dict), constants=own(program.constants))
-    return found
+    tensors = {"state_dict": own(program.state_dict), "constants": own(program.constants)}
+    return with_graph(program, graph_copy(program)[0], copy.deepcopy(program.graph_signature), **tensors)
 
 
-class _Writer:
+class _Writer(ProgramEditor):
     def __init__(self, ctx: TorchLowering) -> None:
-        self.ctx, self.program = ctx, ctx.program
-        self.module, self.copies = graph_copy(ctx.program)
-        self.graph = self.module.graph
-        self.signature = copy.deepcopy(ctx.program.graph_signature)
-        written = set(self.signature.buffers_to_mutate.values())  # to which each of the two programs must have its own
-        self.state, self.constants = (
-            {name: held.clone() if name in written and isinstance(held, Tensor) else held for name, held in each.items()}
-            for each in (ctx.program.state_dict, ctx.program.constants)
-        )
+        super().__init__(ctx.program)
+        self.ctx = ctx
         self.idle = {op for op in self.graph.nodes if not op.users}
         self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
         self.notes: dict[Node, str] = {}
@@ -138,10 +127,8 @@ class _Writer:
         if old is not None:
             tensor = laid_out(tensor, old.meta["val"])
         stem = stored.target if stored is not None else f"{_path(native)}.{role}"
-        target = unused(stem, {*self.state, *self.constants})
-        made = placeholder(self.graph, self.signature, tensor, target, InputKind.PARAMETER)
         trained = stored.tensor.requires_grad if stored is not None and isinstance(stored.tensor, torch.nn.Parameter) else True
-        self.state[target] = torch.nn.Parameter(tensor, requires_grad=trained and tensor.is_floating_point())
+        made = self.store(self.new_name(stem), torch.nn.Parameter(tensor, trained and tensor.is_floating_point()))
         if stored is not None:
             self.made.setdefault(stored.target, []).append(tensor.nbytes)
         self.copies[made] = made
@@ -211,10 +198,7 @@ class _Writer:
             new, tensor = self.copies[old], self.ctx.constants.tensor(old)
             if new.users and isinstance(tensor, Tensor):
                 exact = tensor.to(old.meta["val"].dtype).to(self._device(old))
-                target = unused(old.name, {*self.state, *self.constants})
-                made = placeholder(self.graph, self.signature, exact, target, InputKind.PARAMETER)
-                self.state[target] = torch.nn.Parameter(exact, exact.is_floating_point())
-                self._replace(new, made)
+                self._replace(new, self.store(self.new_name(old.name), torch.nn.Parameter(exact, exact.is_floating_point())))
 
     def _sweep(self) -> None:
         """Drop what nobody reads any more, weights and what computed them; what nobody read before stays."""
@@ -241,26 +225,7 @@ class _Writer:
 
     def finish(self) -> ExportedProgram:
         self._sweep()
-        self.graph.lint()
-        self.module.recompile()
-        with quiet():
-            found: ExportedProgram = self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
-        return found
-
-
-def placeholder(graph: torch.fx.Graph, signature: ExportGraphSignature, tensor: Tensor, target: str, kind: InputKind) -> Op:
-    """A new input of a graph, for a tensor that its program is to hold under this name."""
-    stem = ("p_" if kind == InputKind.PARAMETER else "b_") + re.sub(r"\W", "_", target)
-    values = [op.meta.get("val") for op in graph.nodes]
-    with graph.inserting_before(next(op for op in graph.nodes if op.op == "placeholder")):
-        made: Op = graph.placeholder(unused(stem, {op.name for op in graph.nodes}))
-    mode = next(v.fake_mode for v in values if isinstance(v, Tensor) and hasattr(v, "fake_mode"))
-    made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-    made.meta["tensor_meta"] = {}
-    order = [op.name for op in graph.nodes if op.op == "placeholder"]
-    spec = InputSpec(kind, TensorArgument(made.name), target, True if kind == InputKind.BUFFER else None)
-    signature.input_specs.insert(order.index(made.name), spec)
-    return made
+        return super().finish()
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:

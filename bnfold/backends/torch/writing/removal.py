@@ -26,11 +26,10 @@ from ..export.walk import elements, frame, frames, mutates, operator_name
 from ..lowering.chains import StoredNorm
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import CONVOLUTIONS, ModuleHost
+from .checks import Check, outputs, passed, same
 from .surgery import remains
-from .trials import Trial, outputs, same, tried
 
 SIDE = 8  # the spatial sizes of what a module is tried on
-CLOSE = 1e-9
 IMMOVABLE = "it is computed in the forward of {}, which stays as it is"
 
 
@@ -82,17 +81,17 @@ def _whole(ctx: TorchLowering, host: ModuleHost, found: Mapping[Site, Removal], 
         if path and isinstance(host.module(path), nn.modules.batchnorm._BatchNorm) and not _others(host, readers.get(path, ()), path, site):
             others = [op for op in host.inside(path) if op not in removal.calls and not ctx.constants.is_constant(op)]
             wanted[(path,)] = site, _candidates(path, others)[0]
-    answers = tried(host.root, host.example, {key: _stays_alike(kept) for key, (_, kept) in wanted.items()}) if wanted else {}
+    answers = passed(host.root, host.example, {key: _stays_alike(kept) for key, (_, kept) in wanted.items()}) if wanted else {}
     gone = {site: Removal(key[0], kept) for key, (site, kept) in wanted.items() if answers.get(key)}
     for site in gone:
         site.note = ""
     return gone
 
 
-def _stays_alike(kept: tuple[str, ...]) -> Trial:
+def _stays_alike(kept: tuple[str, ...]) -> Check:
     """Whether a BatchNorm that does nothing leaves what those of its own modules do that are kept."""
 
-    def trial(module: nn.Module, call: Call) -> bool:
+    def check(module: nn.Module, call: Call) -> bool:
         assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         before = outputs(module, call)
         ones = ((module.weight, 1.0), (module.bias, 0.0), (module.running_mean, 0.0), (module.running_var, 1.0 - module.eps))
@@ -102,7 +101,7 @@ def _stays_alike(kept: tuple[str, ...]) -> Trial:
         after = outputs(module, call)
         return not same(before, after) and same(after, outputs(remains(module, list(kept)), call))
 
-    return trial
+    return check
 
 
 def _removal(ctx: TorchLowering, host: ModuleHost, site: Site) -> Removal | None:
@@ -167,9 +166,7 @@ def _behaves(module: nn.Module, kept: tuple[str, ...], node: Node) -> bool:
             got = left(torch.from_numpy(np.asarray(coefficients(node)(x))))
     except Exception:  # the user's code may raise anything; a module that can't be tried isn't replaced
         return False
-    if not isinstance(want, Tensor) or not isinstance(got, Tensor) or want.shape != got.shape:
-        return False
-    return bool((want - got).abs().max() <= CLOSE * max(float(want.abs().max()), 1e-30))
+    return isinstance(want, Tensor) and isinstance(got, Tensor) and same([want], [got])
 
 
 def may_merge(ctx: TorchLowering, ways: Mapping[Site, Removal]) -> May:

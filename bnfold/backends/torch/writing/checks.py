@@ -1,8 +1,9 @@
-"""What a module's own code does, tried: a copy of the module by itself, on the arguments that it gets in the model's example."""
+"""Checks of what a module's own code does: on a copy of the module by itself, with the arguments that it gets in the model's example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from ..export.call import Call
 from ..export.copies import duplicate
 from ..export.walk import operator_name
 
-Trial = Callable[[nn.Module, Call], bool]
+Check = Callable[[nn.Module, Call], bool]
 Key = TypeVar("Key", bound=tuple[str, ...])
 
 CLOSE = 1e-9
@@ -25,10 +26,10 @@ CONVOLUTIONS = tuple(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (
 WITH_BIAS = (*CONVOLUTIONS, "convolution", "linear", "layer_norm", "group_norm")
 
 
-def tried(model: nn.Module, example: Call | None, trials: Mapping[Key, Trial]) -> dict[Key, bool]:
-    """The model is run once on its example, in evaluation mode: whether each trial says yes at every call of its module.
+def passed(model: nn.Module, example: Call | None, checks: Mapping[Key, Check]) -> dict[Key, bool]:
+    """The model is run once on its example, in evaluation mode: whether each check says yes at every call of its module.
 
-    A key begins with the module's name. A trial gets a copy of the module and its arguments in float64. A module that isn't called, or
+    A key begins with the module's name. A check gets a copy of the module and its arguments in float64. A module that isn't called, or
     whose copy can't be run, says no.
     """
     found: dict[Key, bool] = {}
@@ -36,12 +37,12 @@ def tried(model: nn.Module, example: Call | None, trials: Mapping[Key, Trial]) -
         return found
     busy: list[Key] = []
 
-    def watch(key: Key, trial: Trial, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def watch(key: Key, module: nn.Module, args: Any, kwargs: Any) -> None:
         if busy or not found.get(key, True):
             return
         busy.append(key)
         try:
-            found[key] = trial(duplicate(module).double(), Call(*_copied((args, kwargs), double=True)))
+            found[key] = checks[key](duplicate(module).double(), Call(args, kwargs).map_tensors(partial(_own, double=True)))
         except Exception:  # the user's code may raise anything
             found[key] = False
         finally:
@@ -50,31 +51,20 @@ def tried(model: nn.Module, example: Call | None, trials: Mapping[Key, Trial]) -
     try:
         with quiet(), torch.no_grad():
             copy = duplicate(model).eval()
-            for key, trial in trials.items():
-
-                def hook(module: nn.Module, args: Any, kwargs: Any, key: Key = key, trial: Trial = trial) -> None:
-                    watch(key, trial, module, args, kwargs)
-
-                copy.get_submodule(key[0]).register_forward_pre_hook(hook, with_kwargs=True)
-            args, kwargs = _copied((example.args, example.kwargs))
-            copy(*args, **kwargs)
+            for key in checks:
+                copy.get_submodule(key[0]).register_forward_pre_hook(partial(watch, key), with_kwargs=True)
+            example.map_tensors(_own).on(copy)
     except Exception:  # likewise
-        return dict.fromkeys(trials, False)
+        return dict.fromkeys(checks, False)
     return found
 
 
-def _copied(tree: Any, *, double: bool = False) -> Any:
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().double() if double and leaf.is_floating_point() and leaf.dtype != torch.float64 else leaf.detach().clone()
-
-    return pytree.tree_map(own, tree)
+def _own(tensor: Tensor, *, double: bool = False) -> Tensor:
+    return tensor.detach().to(torch.float64 if double and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def outputs(module: nn.Module, call: Call) -> list[Tensor]:
-    args, kwargs = _copied((call.args, call.kwargs))
-    return [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(call.map_tensors(_own).on(module)) if isinstance(leaf, Tensor)]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -85,8 +75,8 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(bool((a - b).abs().max() <= CLOSE * max(float(a.abs().max()), 1e-30)) for a, b in pairs)
 
 
-def bias_trial(owner: str, weight: str | None, shape: tuple[int, ...], op: Node) -> Trial:
-    """Whether a bias given to the module `owner` inside the tried one is added to what the operator gives, and does nothing else.
+def bias_check(owner: str, weight: str | None, shape: tuple[int, ...], op: Node) -> Check:
+    """Whether a bias given to the module `owner` inside the checked one is added to what the operator gives, and does nothing else.
 
     weight: the name of the owner's weight, None where that is computed: then the operator must be called once. shape: the weight's.
     """
@@ -94,7 +84,7 @@ def bias_trial(owner: str, weight: str | None, shape: tuple[int, ...], op: Node)
     spatial = len(shape) - 2 if name in (*CONVOLUTIONS, "convolution") else 0
     size = shape if name == "layer_norm" else (op.meta["val"].shape[1],) if spatial or name != "linear" else shape[:1]
 
-    def trial(module: nn.Module, call: Call) -> bool:
+    def check(module: nn.Module, call: Call) -> bool:
         holder = module.get_submodule(owner) if owner else module
         bias = torch.linspace(0.5, 1.5, int(torch.Size(size).numel()), dtype=torch.float64).reshape(size)
         given = next(module.parameters())
@@ -107,7 +97,7 @@ def bias_trial(owner: str, weight: str | None, shape: tuple[int, ...], op: Node)
         got = outputs(module, call)
         return adding.calls > 0 and (own is not None or adding.calls == 1) and same(want, got)
 
-    return trial
+    return check
 
 
 class _Adding(TorchFunctionMode):
