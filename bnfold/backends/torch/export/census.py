@@ -56,7 +56,7 @@ def held(ctx: TorchLowering, met: Collection[Op]) -> list[Listed]:
 
 def operators(sites: Iterable[Site]) -> set[Op]:
     """Those that the sites stand for."""
-    return {op for site in sites for node in site.nodes for op in (node.native.group or [node.native.op])}
+    return {op for site in sites for node in site.nodes for op in node.native.operators}
 
 
 def _operators(ctx: TorchLowering) -> list[Op]:

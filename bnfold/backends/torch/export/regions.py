@@ -22,14 +22,8 @@ from torch.utils import _pytree as pytree
 from .functional import entangled, functional, graph_copy, with_graph
 
 WRAPPERS = {
-    "wrap",
-    "wrap_with_set_grad_enabled",
-    "wrap_with_autocast",
-    "wrap_activation_checkpoint",
-    "tag_activation_checkpoint",
-    "invoke_subgraph",
-    "strict_mode",
-    "hints_wrapper",
+    *("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint", "tag_activation_checkpoint"),
+    *("invoke_subgraph", "strict_mode", "hints_wrapper"),
 }
 AUTOCAST = "bnfold_autocast"  # of an operator in a region that is under autocast: the arguments of torch.autocast
 Autocast = tuple[str, torch.dtype, bool, bool]  # device, type, whether it is enabled, whether casts are cached

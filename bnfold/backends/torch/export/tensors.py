@@ -16,21 +16,8 @@ from bnfold.data import Batch
 from bnfold.data.spec import Port
 from bnfold.errors import DataError
 
-NUMPY = {
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-    torch.complex64: np.dtype(np.complex64),
-    torch.complex128: np.dtype(np.complex128),
-    torch.bool: np.dtype(np.bool_),
-    torch.uint8: np.dtype(np.uint8),
-    torch.int8: np.dtype(np.int8),
-    torch.int16: np.dtype(np.int16),
-    torch.int32: np.dtype(np.int32),
-    torch.int64: np.dtype(np.int64),
-}
-
+PLAIN = ["float16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32", "int64"]
+NUMPY = {getattr(torch, name): np.dtype(name) for name in PLAIN} | {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 TORCH = {numpy: kind for kind, numpy in NUMPY.items()}
 # The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
 NAMES = {

@@ -126,11 +126,8 @@ class Traced:
         if found is None:
             return None
         filled = {name: formed(found.get(name, value), value, name) for name, value in like.items()}
-        split = list(filled.values())
-        args, kwargs = tuple(split[: len(given.args)]), dict(zip(given.kwargs, split[len(given.args) :], strict=True))
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = {name: leaf for name, leaf in zip(self.flat_names, leaves, strict=True) if name in {s.name for s in self.specs}}
-        return tensors | labels
+        flat = dict(zip(self.flat_names, pytree.tree_leaves(list(filled.values())), strict=True))
+        return {spec.name: flat[spec.name] for spec in self.specs} | labels
 
     @property
     def _places(self) -> list[str]:

@@ -21,25 +21,17 @@ OTHER_NAMES = {  # of operators that take the same arguments
     "concat": "cat",
     "concatenate": "cat",
     "divide": "div",
+    "true_divide": "div",
     "multiply": "mul",
     "negative": "neg",
     "subtract": "sub",
-    "true_divide": "div",
 }
 
-BATCHNORMS = (
-    "batch_norm",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_functional",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_no_update",
-    "_batch_norm_with_update",
-    "_batch_norm_with_update_functional",
-    "_batch_norm_impl_index",
-)
+BATCHNORMS = {
+    *("batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm", "_batch_norm_impl_index", "_batch_norm_no_update"),
+    *(f"_native_batch_norm_legit{how}" for how in ("", "_functional", "_no_training")),
+    *(f"_batch_norm_with_update{how}" for how in ("", "_functional")),
+}
 
 
 def tensor_named(program: ExportedProgram, target: str) -> Any:

@@ -24,37 +24,12 @@ from ..writing.surgery import Surgery, rebuild
 RECORD = "bnfold"  # where a folded state dict keeps what was folded
 # Where training scripts nest the state dict, what they mean by default first.
 NESTS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-    "generator",
-    "backbone",
-    "model_ema",
-    "ema_state_dict",
-    "state_dict_ema",
-    "ema",
-    "ema_model",
-    "student",
-    "teacher",
-    "shadow",
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "generator", "backbone"),
+    *("model_ema", "ema_state_dict", "state_dict_ema", "ema", "ema_model", "student", "teacher", "shadow"),
 )
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "net.",
-    "network.",
-    "backbone.",
-    "encoder.",
-    "ema.",
-    "student.",
-    "teacher.",
-    "_forward_module.",
+PREFIXES = tuple(
+    f"{name}."
+    for name in ["module", "_orig_mod", "model", "net", "network", "backbone", "encoder", "ema", "student", "teacher", "_forward_module"]
 )
 COUNTERS = ("total_ops", "total_params")  # buffers that a profiler (thop) leaves in each module
 SHOWN = 3  # names of each kind in an error

@@ -67,6 +67,15 @@ class TorchNative:
     clone_of: TorchNative | None = None  # the original, where the operator has still to be made
     readers: list[tuple[TorchNative, int]] = field(default_factory=list)  # (who, which activation) reads the clone instead
 
+    @property
+    def operators(self) -> list[Node]:
+        return self.group or [self.op]
+
+    @property
+    def end(self) -> Node:
+        """The node of its first output."""
+        return self.op if self.output is None else self.output
+
 
 class Host(Protocol):
     """What the lowering asks. copies_weights: each user of a shared weight can get its own. grows: an operator may get an Add behind it."""

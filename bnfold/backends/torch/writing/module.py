@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node as Op
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
@@ -24,7 +23,7 @@ from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import ModuleHost
 from ..lowering.places import Place, Slot, TorchNative
 from .removal import Removal, fills, unit_variance
-from .surgery import Surgery, restructure
+from .surgery import Surgery, owner_of, restructure
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +101,14 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for site, removal in (each for fold in folds for each in fold.removed.items()):
         if removal.path is not None:
             surgery.replaced[removal.path] = list(removal.kept)
-            copies = any(writes_into_shared(_output(node), node.native.operands[0]) for node in site.nodes)
+            copies = any(writes_into_shared(node.native.end, node.native.operands[0]) for node in site.nodes)
             if copies and removal.path not in surgery.copied:
                 surgery.copied.append(removal.path)
     for m in (each for fold in folds for each in fold.merges):
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
     changed = [*made, *(name for fold in folds for each in fold.removed.values() for name in fold.made_identity(each))]
-    surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(result, Place(name))]
+    surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(*owner_of(result, name))]
     tied = _tied(module)
     before = list(result.state_dict())
     restructure(result, surgery)
@@ -139,11 +138,6 @@ def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:
             exact = exact - signs[1 - m.kept_input] * m.delta
         exact = signs[m.kept_input] * exact
     return exact
-
-
-def _output(node: Node) -> Op:
-    native: TorchNative = node.native
-    return native.output if native.output is not None else native.op
 
 
 def _divided(host: ModuleHost, surgery: Surgery, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,12 +182,11 @@ def _tie_again(root: nn.Module, tied: Sequence[Sequence[str]], made: Mapping[str
     for names in tied:
         left: dict[int, nn.Parameter] = {}
         for name in names:
-            owner = root.get_submodule(Place(name).owner)
-            new = owner._parameters.get(Place(name).attribute)
-            if new is None:
+            owner, attribute = owner_of(root, name)
+            if (new := owner._parameters.get(attribute)) is None:
                 continue
             same = next((p for p in left.values() if name in made and p.shape == new.shape and torch.equal(p, new)), new)
-            owner._parameters[Place(name).attribute] = same
+            owner._parameters[attribute] = same
             left[id(same)] = same
             untied += [name] if same is not next(iter(left.values())) else []
         added += sum(p.nbytes for p in list(left.values())[1:])
@@ -205,23 +198,22 @@ def _set(root: nn.Module, target: str, tensor: Tensor, *, inside: bool) -> None:
 
     inside: whether its numbers are written into the one that is there, since the code holds that one.
     """
-    place = Place(target)
-    owner = root.get_submodule(place.owner)
-    old = getattr(owner, place.attribute)
+    owner, attribute = owner_of(root, target)
+    old = getattr(owner, attribute)
     if inside:
         with torch.no_grad():
             old.copy_(tensor)
         return
     tensor = laid_out(tensor.to(old.device), old)
-    if place.attribute in owner._buffers:
-        owner._buffers[place.attribute] = tensor
+    if attribute in owner._buffers:
+        owner._buffers[attribute] = tensor
     else:
-        owner._parameters[place.attribute] = nn.Parameter(tensor, old.requires_grad)
+        owner._parameters[attribute] = nn.Parameter(tensor, old.requires_grad)
 
 
-def _is_left_out(root: nn.Module, place: Place) -> bool:
+def _is_left_out(owner: nn.Module, attribute: str) -> bool:
     """Whether it is a buffer that state dicts don't hold."""
-    return place.attribute in root.get_submodule(place.owner)._non_persistent_buffers_set
+    return attribute in owner._non_persistent_buffers_set
 
 
 def _make_identity(root: nn.Module, roles: Mapping[str, str], epsilon: float, shift: Array, held: Collection[str]) -> None:
@@ -231,7 +223,6 @@ def _make_identity(root: nn.Module, roles: Mapping[str, str], epsilon: float, sh
         holder, sign = ("beta", 1) if "beta" in roles.values() else ("mean", -1)
         numbers[holder] = torch.from_numpy(sign * shift)
     for name, role in roles.items():
-        place = Place(name)
-        old = getattr(root.get_submodule(place.owner), place.attribute)
+        old = getattr(*owner_of(root, name))
         value = numbers[role] if role in numbers else unit_variance(epsilon, old.dtype)
         _set(root, name, value.to(old).expand(old.numel()).reshape(old.shape).clone(), inside=name in held)

@@ -161,8 +161,7 @@ class _Writer(ProgramEditor):
         set_argument(op, name, items)
 
     def _remove(self, native: TorchNative) -> None:
-        output = native.output if native.output is not None else (native.group or [native.op])[-1]
-        self._replace(self.copies[output], self._current(native.operands[0]))
+        self._replace(self.copies[native.end], self._current(native.operands[0]))
         for op in map(self.copies.__getitem__, reversed(native.group[:-1])):
             if mutates(op) and not op.users:
                 self.graph.erase_node(op)

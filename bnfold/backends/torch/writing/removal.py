@@ -105,7 +105,7 @@ def _stays_alike(kept: tuple[str, ...]) -> Check:
 
 
 def _removal(ctx: TorchLowering, host: ModuleHost, site: Site) -> Removal | None:
-    calls = [op for node in site.nodes for op in (node.native.group or [node.native.op])]
+    calls = [op for node in site.nodes for op in node.native.operators]
     paths = {host.canonical(frame(op)) for op in calls}
     path = next(iter(paths))
     module = host.module(path)
@@ -136,7 +136,7 @@ def _others(host: ModuleHost, readers: Iterable[Op], path: str | None, site: Sit
     """Those of the readers of the module at a path that aren't the site's calls: a branch that calls it too, say."""
     if path is None:
         return []
-    own = {*host.inside(path), *(op for node in site.nodes for op in (node.native.group or [node.native.op]))}
+    own = {*host.inside(path), *(op for node in site.nodes for op in node.native.operators)}
     return [reader for reader in readers if reader not in own and not operator_name(reader).startswith("_assert")]
 
 
@@ -174,14 +174,8 @@ def may_merge(ctx: TorchLowering, ways: Mapping[Site, Removal]) -> May:
     host = ctx.host
     assert isinstance(host, ModuleHost)
     whole = {site.nodes[0]: way for site, way in ways.items() if len(site.nodes) == 1}
-
-    gone = {
-        node.native.output or node.native.op: node.native.operands[0]
-        for site, way in ways.items()
-        for node in site.nodes
-        if way.path is not None and not way.kept
-    }
-
+    replaced = [node.native for site, way in ways.items() if way.path is not None and not way.kept for node in site.nodes]
+    gone: dict[Op, Op] = {native.end: native.operands[0] for native in replaced}
     with_itself: set[Node | None] = set()  # hosts beside which their input is added: they can't become a branch themselves
 
     def may(add: Node, branch: Node | None, kept: int) -> bool:
@@ -194,8 +188,7 @@ def may_merge(ctx: TorchLowering, ways: Mapping[Site, Removal]) -> May:
             gone[add.native.op] = add.native.operands[kept]
             return True
         op: Op = add.native.operands[1 - kept]
-        end: Op = branch.native.op if branch.op == "Conv" else branch.native.output or branch.native.op
-        while op is not end:  # what stays between the branch and the sum must take the zeros for a tensor
+        while op is not branch.native.end:  # what stays between the branch and the sum must take the zeros for a tensor
             if op in gone:
                 op = gone[op]
             elif op in ctx.idle:

@@ -92,21 +92,18 @@ def rebuild(module: nn.Module, surgery: Surgery) -> nn.Module:
 def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
     """The same, in place."""
     for path in surgery.divided:
-        parent, _, child = path.rpartition(".")
-        setattr(_at(module, parent), child, shared_twin(_at(module, path)))
+        setattr(*owner_of(module, path), shared_twin(_at(module, path)))
     for target in surgery.untied:
-        path, _, attribute = target.rpartition(".")
-        held = _at(module, path)._parameters
-        if (own := held.get(attribute)) is not None:
-            held[attribute] = nn.Parameter(own.detach().clone(), own.requires_grad)
+        owner, attribute = owner_of(module, target)
+        if (own := owner._parameters.get(attribute)) is not None:
+            owner._parameters[attribute] = nn.Parameter(own.detach().clone(), own.requires_grad)
     for path in surgery.plain:
         replace(module, path, plain(_at(module, path)))
     for target, how in surgery.fixed.items():
-        path, _, attribute = target.rpartition(".")
-        fix(_at(module, path), attribute, how)
+        fix(*owner_of(module, target), how)
     for target in surgery.persistent:
-        path, _, attribute = target.rpartition(".")
-        _at(module, path)._non_persistent_buffers_set.discard(attribute)
+        owner, attribute = owner_of(module, target)
+        owner._non_persistent_buffers_set.discard(attribute)
     for path, size in surgery.biases.items():
         owner = _at(module, path)
         weight = next(p for p in owner.parameters() if p.is_floating_point())
@@ -132,16 +129,9 @@ def remains(module: nn.Module, kept: list[str], copied: bool = False) -> nn.Modu
 
 def with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
     """The hooks of the module whose place the new one takes."""
-    names = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-    )
-    for name in (*names, "_backward_hooks", "_backward_pre_hooks"):
-        if hasattr(old, name):
-            setattr(new, name, getattr(old, name))
+    kinds = "forward_hooks forward_pre_hooks forward_hooks_with_kwargs forward_pre_hooks_with_kwargs forward_hooks_always_called"
+    for name in [*kinds.split(), "backward_hooks", "backward_pre_hooks"]:
+        setattr(new, f"_{name}", getattr(old, f"_{name}"))
     return new
 
 
@@ -156,8 +146,7 @@ def replace(root: nn.Module, path: str, new: nn.Module) -> None:
     except TypeError:
         for name, module in list(root.named_modules(remove_duplicate=False)):
             if module is old and name:
-                parent, _, child = name.rpartition(".")
-                setattr(_at(root, parent), child, new)
+                setattr(*owner_of(root, name), new)
         return
     vars(old).clear()
     vars(old).update(vars(new))
@@ -214,6 +203,12 @@ def _fix_parametrized(module: nn.Module, attribute: str) -> None:
         del module._modules["parametrizations"]
         module.__class__ = cls.__mro__[1]
     module.register_parameter(attribute, nn.Parameter(value, bool(trained)))
+
+
+def owner_of(root: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """Whose attribute a qualified name is, and which."""
+    path, _, attribute = target.rpartition(".")
+    return _at(root, path), attribute
 
 
 def _at(root: nn.Module, path: str) -> nn.Module:
