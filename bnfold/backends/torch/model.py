@@ -32,7 +32,7 @@ from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import Oracle, StoredTypes, inner
 from .runtime.session import Session, device_of, precise, precisions
-from .writing.extract import extract
+from .writing.extract import boundary, extract
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -245,19 +245,8 @@ class TorchModel(Model):
                 yield op.name, to_numpy(value.clone() if written else value)
 
     def edge(self, output: str, stops: Collection[str]) -> list[str]:
-        by_name = {op.name: op for op in self._functional.program.graph.nodes}
-        inputs = {op.name for op in self._functional.input_nodes}
-        found: dict[str, None] = {}
-        seen, stack = {output}, [by_name[output]]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source.name not in seen:
-                    seen.add(source.name)
-                    if source.name in stops or source.name in inputs:
-                        found[source.name] = None
-                    else:
-                        stack.append(source)
-        return list(found)
+        program, inputs = self._functional.program, [op.name for op in self._functional.input_nodes]
+        return boundary(program, output, {*stops, *inputs})
 
     def types(self, names: Iterable[str]) -> dict[str, Any]:
         wanted = set(names)

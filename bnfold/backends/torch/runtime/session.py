@@ -131,13 +131,13 @@ class Session:
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
         """The outputs by name. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, self._traced.specs)
-        call = self._traced.call({name: to_tensor(np.array(array)).to(self.device) for name, array in feeds.items()})
-        args, kwargs = pytree.tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
+        call = self._traced.call({name: to_tensor(np.array(array)) for name, array in feeds.items()})
+        call = call.map_tensors(lambda tensor: tensor.to(self.device))
         where = Where(self.device) if self.placement is None and self.device.type != "cpu" else None
         with precise() if self._exact else torch.no_grad():
             try:
                 with where or nullcontext():
-                    returned = self.module(*args, **kwargs)
+                    returned = call.on(self.module)
             except torch.OutOfMemoryError as error:
                 raise DeviceError(f"not enough memory on {self.device}: {first_line(error)}; use a smaller batch size") from None
             except Exception as error:  # the model's code raises what it likes
@@ -175,7 +175,12 @@ def move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
             if id(tensor) in done:
                 continue
             done.add(id(tensor))
-            draw = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed_of(name, seed))).to(tensor.device)
-            up, down = (torch.nextafter(tensor, torch.full_like(tensor, end)) for end in (float("inf"), float("-inf")))
-            keep = (tensor == 0) | ~tensor.isfinite() | (draw >= MOVED)
-            tensor.copy_(torch.where(keep, tensor, torch.where(draw < MOVED / 2, up, down)))
+            tensor.copy_(moved(tensor, seed_of(name, seed)))
+
+
+def moved(tensor: Tensor, seed: int) -> Tensor:
+    """With one in twelve of its numbers moved to the next stored one, up or down."""
+    draw = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)).to(tensor.device)
+    up, down = (torch.nextafter(tensor, torch.full_like(tensor, end)) for end in (float("inf"), float("-inf")))
+    keep = (tensor == 0) | ~tensor.isfinite() | (draw >= MOVED)
+    return torch.where(keep, tensor, torch.where(draw < MOVED / 2, up, down))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -21,6 +21,23 @@ from bnfold.text import first_line
 
 from ..export.tensors import to_tensor
 from ..runtime.interpreter import stored_tensors
+
+
+def boundary(program: ExportedProgram, output: str, stops: Collection[str]) -> list[str]:
+    """Those of some values that another is computed from without others of them between."""
+    found: dict[str, None] = {}
+    start = next(op for op in program.graph.nodes if op.name == output)
+    seen, stack = {start}, [start]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in seen:
+                continue
+            seen.add(source)
+            if source.name in stops:
+                found[source.name] = None
+            else:
+                stack.append(source)
+    return list(found)
 
 
 def extract(program: ExportedProgram, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> bytes:
