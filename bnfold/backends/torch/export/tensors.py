@@ -19,16 +19,8 @@ from bnfold.errors import DataError
 PLAIN = ["float16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32", "int64"]
 NUMPY = {getattr(torch, name): np.dtype(name) for name in PLAIN} | {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 TORCH = {numpy: kind for kind, numpy in NUMPY.items()}
-# The types by the names that ONNX has for them, so that a model of one framework can be held against one of the other.
-NAMES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bool: "bool",
-    torch.complex64: "complex64",
-    torch.complex128: "complex128",
-}
+# Types that ONNX names otherwise, so that a model of one framework can be compared with one of the other.
+NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
