@@ -110,7 +110,7 @@ def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Meas
 
 def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
     with replacing(path) as (part,), open(part, "wb") as file:
-        np.savez(file, head=np.array(json.dumps({**head, "bnfold": __version__})), **arrays)
+        np.savez(file, head=np.array(json.dumps({"schema": head["schema"], "bnfold": __version__} | head)), **arrays)
 
 
 def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
