@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,12 +49,9 @@ class Stage(Protocol):
     this stage's own; all others are dropped.
     """
 
-    @property
-    def readings(self) -> Sequence[Reading]: ...
-    @property
-    def needs(self) -> Collection[str]: ...
-    @property
-    def keeps(self) -> Collection[str]: ...
+    readings: list[Reading]
+    needs: list[str]
+    keeps: dict[str, None]
 
     def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
         """One micro-batch: from the values that it needs to those that it computes. Raises DataError where they don't fit the network.
