@@ -150,14 +150,15 @@ def _may_go_down(site: Site) -> bool:
 
 @dataclass
 class _State:
-    agenda: list[int] = field(default_factory=list)  # a heap of node keys, the next to visit first
+    agenda: list[tuple[int, Node]] = field(default_factory=list)  # a heap, the next to visit first
     maps: Maps = field(default_factory=dict)
     draft: Draft = field(default_factory=dict)
     fail: Blocked | None = None
 
-    def visit(self, key: int) -> None:
-        if key not in self.agenda:
-            heapq.heappush(self.agenda, key)
+    def visit(self, node: Node, sign: int) -> None:
+        """sign: 1 for an order from the front to the back, -1 for the reverse."""
+        if (sign * node.index, node) not in self.agenda:
+            heapq.heappush(self.agenda, (sign * node.index, node))
 
     def take(self, node: Node, step: Step) -> _State:
         return _State(list(self.agenda), dict(self.maps), self.draft | {(node, role): update for role, update in step.updates.items()})
@@ -190,32 +191,42 @@ def _named(node: Node, blocked: Blocked) -> Blocked:
     return Shared(reason, blocked.value, blocked.uses) if isinstance(blocked, Shared) else type(blocked)(reason)
 
 
-def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
-    """Backwards: every user of a value states the map that it wants, and all of them must agree. scale_alone: the site keeps its shift."""
-    nodes = {-node.index: node for node in site.nodes}
+def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_on: Callable[[_State, Node, list[Affine]], None]) -> Draft:
+    """ways: the options that a node has for the maps that reached it. hand_on: takes the maps of one to the nodes that they reach."""
     start = _State()
-    for key in nodes:
-        start.visit(key)
+    for node in site.nodes:
+        start.visit(node, sign)
 
     def advance(state: _State) -> list[_State]:
-        node = nodes[heapq.heappop(state.agenda)]
+        _, node = heapq.heappop(state.agenda)
         try:
-            wanted, *others = (_wanted(value, state.maps) for value in node.outputs)
-            if not all(a.is_identity for a in others):
-                raise Blocked("only its first output may carry a map")
-            if node in site.nodes and scale_alone:
-                if not wanted.is_identity:
-                    raise Blocked("another of its calls stands behind it")
-                steps = [Step([coefficients(node).linear])]
-            elif node in site.nodes:
-                steps = [Step([wanted.after(coefficients(node))])]
-            else:
-                steps = [Step([])] if wanted.is_identity else rule_of(node).up(node, wanted)
+            steps = ways(node, state.maps)
         except Blocked as blocked:
             raise _named(node, blocked) from None
-        return [demand(state.take(node, step), node, step.maps) for step in steps]
+        states = [state.take(node, step) for step in steps]
+        for each, step in zip(states, steps, strict=True):
+            hand_on(each, node, step.maps)
+        return states
 
-    def demand(state: _State, node: Node, maps: list[Affine]) -> _State:
+    return _search(start, advance)
+
+
+def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
+    """Backwards: every user of a value states the map that it wants, and all of them must agree. scale_alone: the site keeps its shift."""
+
+    def ways(node: Node, demands: Maps) -> list[Step]:
+        wanted, *others = (_wanted(value, demands) for value in node.outputs)
+        if not all(a.is_identity for a in others):
+            raise Blocked("only its first output may carry a map")
+        if node in site.nodes and scale_alone:
+            if not wanted.is_identity:
+                raise Blocked("another of its calls stands behind it")
+            return [Step([coefficients(node).linear])]
+        if node in site.nodes:
+            return [Step([wanted.after(coefficients(node))])]
+        return [Step([])] if wanted.is_identity else rule_of(node).up(node, wanted)
+
+    def demand(state: _State, node: Node, maps: list[Affine]) -> None:
         for i, a in enumerate(maps):
             if a.is_identity:
                 continue
@@ -223,11 +234,9 @@ def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
                 state.fail = state.fail or Blocked(f"{node.inputs[i].name} is an input of the model")
                 continue
             state.maps[node, i] = a
-            nodes[-producer.index] = producer
-            state.visit(-producer.index)
-        return state
+            state.visit(producer, -1)
 
-    return _search(start, advance)
+    return _push(site, -1, ways, demand)
 
 
 def _wanted(value: Value, demands: Maps) -> Affine:
@@ -269,32 +278,21 @@ def _as_is(user: Node, i: int, value: Value) -> Affine:
 
 def _push_down(site: Site) -> Draft:
     """Forwards: whatever comes out of a node goes into all of its users, and none of it may reach an output."""
-    nodes = {node.index: node for node in site.nodes}
-    start = _State()
-    for key in nodes:
-        start.visit(key)
 
-    def advance(state: _State) -> list[_State]:
-        node = nodes[heapq.heappop(state.agenda)]
-        maps = [state.maps.get(value, Affine.identity(value.rank or 0)) for value in node.inputs]
-        try:
-            steps = [Step([coefficients(node).after(maps[0])])] if node in site.nodes else rule_of(node).down(node, maps)
-        except Blocked as blocked:
-            raise _named(node, blocked) from None
-        return [release(state.take(node, step), node, step.maps[0]) for step in steps]
+    def ways(node: Node, carried: Maps) -> list[Step]:
+        maps = [carried.get(value, Affine.identity(value.rank or 0)) for value in node.inputs]
+        return [Step([coefficients(node).after(maps[0])])] if node in site.nodes else rule_of(node).down(node, maps)
 
-    def release(state: _State, node: Node, a: Affine) -> _State:
-        if a.is_identity:
-            return state
+    def release(state: _State, node: Node, maps: list[Affine]) -> None:
+        if maps[0].is_identity:
+            return
         value = node.output
         if value.is_output:
             state.fail = state.fail or Blocked(f"{value.name} is an output of the model")
         if len(node.outputs) > 1:
             state.fail = state.fail or Blocked(f"{node.name} has several outputs")
-        state.maps[value] = a
+        state.maps[value] = maps[0]
         for user, _ in value.users:
-            nodes[user.index] = user
-            state.visit(user.index)
-        return state
+            state.visit(user, 1)
 
-    return _search(start, advance)
+    return _push(site, 1, ways, release)
