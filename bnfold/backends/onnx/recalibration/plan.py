@@ -144,9 +144,8 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
         types = {value.name or "": self._shapes.dtype(value) for value in values}
         self._kinds = {name: dtype.value for name, dtype in types.items() if dtype is not None}
         self._measured: dict[ir.Node, list[npt.NDArray[Any]]] = {}
-        self._given = (
-            {call.node: (i, [self._value(call.node, index) for index in (3, 4)]) for i, call in enumerate(self.calls)} if own else {}
-        )
+        empty = [[np.empty(shape, dtype) for dtype, shape in self.forms(layer)] for layer in range(len(self.layers))]
+        self._given = {call.node: (i, empty[call.layer]) for i, call in enumerate(self.calls)} if own else {}
         lacking = []
         for stage in super().stages(own):
             assert isinstance(stage, OnnxStage)

@@ -42,10 +42,10 @@ class OnnxStage:
     """A session over the nodes of a part (none where there are no nodes: a BatchNorm right at the model's input).
 
     kinds: the type of each value, as ONNX's number, as far as it is known; what the stage makes is added. measured: the mean and variance
-    that BatchNormalization nodes have now. given: for those that are normalised with what `run` is given, the place of the call and its
-    stored mean and variance. lacks: empty where ONNX Runtime runs the stage; where it has no kernel for an operator in its type (float64
-    and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the stage then runs in the float64 oracle, which is slow,
-    and its results are rounded to their own types.
+    that BatchNormalization nodes have now. given: for those that are normalised with what `run` is given, the place of the call and arrays
+    of the types and shapes of its mean and variance. lacks: empty where ONNX Runtime runs the stage; where it has no kernel for an operator
+    in its type (float64 and bfloat16 convolutions on the CPU, anything below opset 7), what it said: the stage then runs in the float64
+    oracle, which is slow, and its results are rounded to their own types.
     """
 
     def __init__(
