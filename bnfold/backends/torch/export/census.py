@@ -38,19 +38,12 @@ def computed(op: Op) -> Layer:
 
 def held(ctx: TorchLowering, met: Collection[Op]) -> list[Listed]:
     """All of them: by their operators, and those modules to which no such operator belongs by their names. met: who was met already."""
-    inner = list(inner_operators(ctx.program))
-    found = [
-        *(Listed(op, frame(op) or op.name, _channels(op), "its output isn't used") for op in _operators(ctx)),
-        *(
-            Listed(each.op, _owner(ctx, each.op, each.outer) or each.op.name, _channels(each.op), _inside(each.holder))
-            for each in inner
-            if is_batchnorm(each.op)
-        ),
-    ]
+    inner = [(each, _owner(ctx, each.op, each.outer)) for each in inner_operators(ctx.program) if is_batchnorm(each.op)]
+    found = [Listed(op, frame(op) or op.name, _channels(op), "its output isn't used") for op in _operators(ctx)]
+    found += [Listed(each.op, owner or each.op.name, _channels(each.op), _inside(each.holder)) for each, owner in inner]
     if not isinstance(ctx.host, ModuleHost):
         return found
-    owners = {path for op in (*_operators(ctx), *met) for path in (frame(op), _owner(ctx, op))}
-    owners |= {_owner(ctx, each.op, each.outer) for each in inner if is_batchnorm(each.op)}
+    owners = {path for op in (*_operators(ctx), *met) for path in (frame(op), _owner(ctx, op))} | {owner for _, owner in inner}
     return [*found, *_modules(ctx, ctx.host, {ctx.host.canonical(path) for path in owners})]
 
 

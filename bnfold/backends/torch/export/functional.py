@@ -17,7 +17,7 @@ from torch.fx import map_arg
 from bnfold.capture import quiet
 
 from .constants import ProgramConstants
-from .walk import is_float, mutates, viewed, written
+from .walk import is_float, mutates, storage_of, viewed, written
 
 
 def graph_copy(program: ExportedProgram) -> tuple[torch.fx.GraphModule, dict[Op, Op]]:
@@ -141,9 +141,7 @@ def _on_constants(program: ExportedProgram) -> Iterator[Op]:
     for op in program.graph.nodes:
         if not mutates(op) or not all(map(constants.is_constant, op.all_input_nodes)) or _functional(op) is None:
             continue
-        root = op.args[0]
-        while (source := viewed(root)) is not None:
-            root = source
+        root = storage_of(op.args[0])
         if constants.stored(root) is None and root.op == "call_function":
             yield op
 

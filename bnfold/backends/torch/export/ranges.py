@@ -13,6 +13,7 @@ from torch.fx import Node as Op
 from bnfold.backends.ranges import AffineRange, Found
 from bnfold.data.spec import Range
 
+from .tensors import axis_of
 from .walk import arguments, dtype_of, is_tensor, operator_name, tensor_named, value_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -132,5 +133,4 @@ def _size(tensor: Any, axis: int) -> int | str | None:
     value = value_of(tensor)
     if not isinstance(value, Tensor) or not -value.ndim <= axis < value.ndim:
         return None
-    size = value.shape[axis]
-    return size if isinstance(size, int) else str(size.node.expr)
+    return axis_of(value.shape[axis])

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnfold.data import Batch
 from bnfold.data.spec import Port
 from bnfold.errors import DataError
 
@@ -49,11 +48,6 @@ def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
     return tensor.numpy()
 
 
-def feeds_of(batch: Batch, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A batch by input name as tensors on a device."""
-    return {name: to_tensor(array).to(device) for name, array in batch.items()}
-
-
 def output_name(path: Sequence[Any]) -> str:
     """The name of an output by its place in what the model returns."""
     keys = [next(str(getattr(p, a)) for a in ("key", "idx", "name") if hasattr(p, a)) for p in path]
@@ -65,8 +59,16 @@ def flat_outputs(returned: Any) -> dict[str, Tensor]:
     return {output_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(returned)[0] if isinstance(leaf, Tensor)}
 
 
+def axis_of(size: Any) -> int | str:
+    """A size, or the symbol of one that may change."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
+
+
 def port_of(name: str, op: torch.fx.Node) -> Port:
     """An input or output of a program as it states it."""
     value = op.meta["val"]
-    shape = tuple(n if isinstance(n, int) else int(n.node.expr) if n.node.expr.is_number else None for n in value.shape)
+    shape = tuple(n if isinstance(n, int) else None for n in map(axis_of, value.shape))
     return Port(name, NAMES.get(value.dtype, str(value.dtype).removeprefix("torch.")), shape)

@@ -27,7 +27,7 @@ from .functional import graph_copy, settled, with_graph, with_known_sizes
 from .program import export, require_shapes
 from .ranges import taken
 from .regions import written_out
-from .tensors import NUMPY, output_name
+from .tensors import NUMPY, axis_of, output_name
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Traced:
         found = []
         for node in self.input_nodes:
             value = node.meta["val"]
-            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(_axis, value.shape)), taken(self.program, node)))
+            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(axis_of, value.shape)), taken(self.program, node)))
         return found
 
     @cached_property
@@ -222,11 +222,3 @@ def _by_name(program: ExportedProgram, model: nn.Module) -> tuple[ExportedProgra
 
 def _storage(tensor: Tensor) -> Any:
     return tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _axis(size: Any) -> int | str:
-    """A size, or the symbol of one that may change."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression) if expression.is_number else str(expression)

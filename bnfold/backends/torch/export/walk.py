@@ -142,12 +142,17 @@ def writes_into_shared(old: Node, new: Node) -> bool:
     """Whether, once `new` stands in the place of its copy `old`, somebody writes into what others still read or the caller owns."""
     if not any(mutates(user) and view in written(user) for view in views(old) for user in view.users):
         return False
-    root = new
-    while (source := viewed(root)) is not None:
-        root = source
+    root = storage_of(new)
     family = views(root)
     readers = {user for view in family for user in view.users if user is not old and user not in family}
     return root.op == "placeholder" or bool(readers)
+
+
+def storage_of(node: Node) -> Node:
+    """The tensor that the node is, or may be, a view of in the end."""
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
 
 
 def views(root: Node) -> set[Node]:

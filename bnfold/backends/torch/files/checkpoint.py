@@ -100,15 +100,9 @@ def put(
     missing = [name for name in wanted if name not in state and name not in counters]
     extra = [name for name in state if name not in wanted and not name.endswith("num_batches_tracked") and name != "n_averaged"]
     odd = [name for name in state if name in wanted and not is_lazy(wanted[name]) and state[name].shape != wanted[name].shape]
-    if missing or extra or odd:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} of {len(wanted)} are missing ({_few(missing)})")
-        if extra:
-            parts.append(f"{len(extra)} aren't in the architecture ({_few(extra)})")
-        if odd:
-            shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in odd]
-            parts.append(f"{len(odd)} have another shape ({_few(shapes)})")
+    shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in odd]
+    what = {f"of {len(wanted)} are missing": missing, "aren't in the architecture": extra, "have another shape": shapes}
+    if parts := [f"{len(names)} {text} ({_few(names)})" for text, names in what.items() if names]:
         remedy = "give the --arch that they were trained with"
         if extra:
             remedy += f", or pass over what means nothing to it with --ignore-keys PATTERN, such as {shlex.quote(_pattern(extra[0]))}"

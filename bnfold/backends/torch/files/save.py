@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from bnfold.report import VerifyReport
 
 SUFFIXES = (".pt2", ".onnx", ".safetensors", ".pth", ".bin", ".ckpt", ".pt")
-STATES = (".pth", ".bin", ".ckpt")
 
 
 def save(

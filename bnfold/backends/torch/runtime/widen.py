@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
-from ..export.walk import FLOATS, dtype_of, function, mutates, operator_name, overload, viewed, views, written
+from ..export.walk import FLOATS, dtype_of, function, mutates, operator_name, overload, storage_of, viewed, views, written
 
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 NEIGHBOURS = ("nextafter", "nan_to_num")  # the next stored number; the largest
@@ -42,10 +42,7 @@ def writes_bits(ops: Iterable[Op]) -> str:
     for op in ops:
         if not reads_bits(op) or viewed(op) is None:
             continue
-        root = op
-        while (source := viewed(root)) is not None:
-            root = source
-        family = views(root)
+        family = views(storage_of(op))
         if any(mutates(other) and family.intersection(written(other)) for other in ops):
             return op.name
     return ""

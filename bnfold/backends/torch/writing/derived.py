@@ -102,8 +102,7 @@ def _moved(constants: ProgramConstants, op: Node, source: Node) -> Layout | None
         return None
 
     def back(w: Array) -> Array:
-        if w.size != ids.size:
-            raise Blocked("the code that computes a weight from it needs it in the shape that it has")
+        _require_size(w, ids.size)
         found = np.empty(ids.size)
         found[ids.ravel()] = w.ravel()
         return found.reshape(shape)
@@ -117,12 +116,16 @@ def _scaled(factor: Array, shape: tuple[int, ...]) -> Layout | None:
         return None
 
     def back(w: Array) -> Array:
-        if w.size != np.prod(shape):
-            raise Blocked("the code that computes a weight from it needs it in the shape that it has")
+        _require_size(w, int(np.prod(shape)))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where((factor == 0) & (w == 0), 0.0, np.where(factor == 0, np.nan, w / factor))
 
     return Layout(f"times {_digest(factor)}", lambda w: w * factor, back, linear=False)
+
+
+def _require_size(w: Array, size: int) -> None:
+    if w.size != size:
+        raise Blocked("the code that computes a weight from it needs it in the shape that it has")
 
 
 def _digest(array: npt.NDArray[Any]) -> str:

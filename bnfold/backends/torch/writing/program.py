@@ -18,7 +18,6 @@ from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
 
 from ..export.constants import KINDS
-from ..export.functional import graph_copy, with_graph
 from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, mutates, set_argument, writes_into_shared
 from ..lowering.lowering import TorchLowering
@@ -43,13 +42,10 @@ def write_program(
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
     """The program with tensors of its own."""
-    memo: dict[int, Tensor] = {}
-
-    def own(held: dict[str, Any]) -> dict[str, Any]:
-        return {name: memo.setdefault(id(t), copy.deepcopy(t)) if isinstance(t, Tensor) else t for name, t in held.items()}
-
-    tensors = {"state_dict": own(program.state_dict), "constants": own(program.constants)}
-    return with_graph(program, graph_copy(program)[0], copy.deepcopy(program.graph_signature), **tensors)
+    editor = ProgramEditor(program)
+    shared: dict[int, Any] = {id(each): each for each in program.constants.values() if not isinstance(each, Tensor)}
+    editor.state, editor.constants = copy.deepcopy((dict(program.state_dict), dict(program.constants)), shared)
+    return editor.finish()
 
 
 class _Writer(ProgramEditor):
