@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bnfold
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.runtime.session import Session
+from bnfold.backends.torch.runtime.session import TorchSession
 
 X = torch.randn(8, 3, 12, 11, generator=torch.Generator().manual_seed(5))
 
@@ -199,7 +199,7 @@ def test_what_a_network_states_of_itself_is_enough() -> None:
 
 def test_a_session_leaves_the_settings_as_they_were() -> None:
     torch.backends.cudnn.allow_tf32 = True
-    found = Session(trace(network(), X)).run({"input": X.numpy()})
+    found = TorchSession(trace(network(), X)).run({"input": X.numpy()})
     assert torch.backends.cudnn.allow_tf32
     assert list(found) == ["output"]
     assert isinstance(found["output"], np.ndarray)

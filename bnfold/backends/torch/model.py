@@ -30,8 +30,8 @@ from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
 from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
 from .lowering.table import lowering as lowering_of
-from .runtime.interpreter import Oracle, StoredTypes, inner
-from .runtime.session import Session, device_of, precise, precisions
+from .runtime.interpreter import StoredTypes, TorchOracle, inner
+from .runtime.session import TorchSession, device_of, precise, precisions
 from .writing.extract import boundary, extract
 
 if TYPE_CHECKING:
@@ -185,11 +185,11 @@ class TorchModel(Model):
         outputs = {name: value for name, value in lowering.named_outputs.items() if name not in fixed}
         return normal_form(graph, outputs, clone=clone, inputs=fed, constants=constants)
 
-    def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
-        return Oracle(self.traced, jitter=jitter, outputs=outputs)
+    def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> TorchOracle:
+        return TorchOracle(self.traced, jitter=jitter, outputs=outputs)
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Session:
-        return Session(self.traced, device=self._device(provider), jitter=jitter, precision=precision)
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> TorchSession:
+        return TorchSession(self.traced, device=self._device(provider), jitter=jitter, precision=precision)
 
     def precisions(self, provider: str) -> tuple[str, ...]:
         return precisions(self._device(provider))
@@ -238,7 +238,7 @@ class TorchModel(Model):
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
         names = set(wanted)
-        steps = Oracle(self._functional, jitter=jitter) if exact else StoredTypes(self._functional, jitter=jitter)
+        steps = TorchOracle(self._functional, jitter=jitter) if exact else StoredTypes(self._functional, jitter=jitter)
         for op, value in steps.values(feeds):
             if op.name in names and isinstance(value, Tensor):
                 written = mutates(op) or any(mutates(user) for user in op.users)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import bnfold
 from bnfold.backends.torch.export.regions import has_regions
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.runtime.interpreter import Oracle
+from bnfold.backends.torch.runtime.interpreter import TorchOracle
 from bnfold.cli import run as command
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -253,7 +253,7 @@ def test_other_names_of_a_module_count_once() -> None:
 def test_branches_and_loops_run_in_float64() -> None:
     for make in (branches, looped, frame_by_frame):
         model = make()
-        oracle = Oracle(trace(model, X))
+        oracle = TorchOracle(trace(model, X))
         for x in (X, -X):
             (found,) = oracle.run({oracle._traced.specs[0].name: x.numpy()}).values()
             assert found.dtype == np.float64

@@ -12,7 +12,7 @@ from torch import nn
 
 import bnfold
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.runtime.interpreter import Oracle
+from bnfold.backends.torch.runtime.interpreter import TorchOracle
 
 X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7))
 
@@ -119,7 +119,7 @@ def test_a_computed_multiple_stays() -> None:
 
 def in_float64(net: nn.Module) -> dict[str, Any]:
     traced = trace(net, X)
-    return Oracle(traced).run({traced.specs[0].name: X.numpy()})
+    return TorchOracle(traced).run({traced.specs[0].name: X.numpy()})
 
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from ..export.trace import Traced, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
 from ..lowering.chains import Chain, frozen_chains
 from ..lowering.table import lowering as lowering_of
-from ..runtime.interpreter import Oracle
+from ..runtime.interpreter import TorchOracle
 from ..runtime.session import device_of
 from ..writing.freeze import frozen
 from ..writing.program import copy_program
@@ -207,8 +207,8 @@ class TorchPlan(StagePlan[Op, Op]):
         return {} if mixes else made
 
     @cached_property
-    def _oracle(self) -> Oracle:
-        return Oracle(self._traced)
+    def _oracle(self) -> TorchOracle:
+        return TorchOracle(self._traced)
 
     def forms(self, layer: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
         """Where a layer has no statistics, the type of its weight or of what it normalises."""

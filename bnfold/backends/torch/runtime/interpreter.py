@@ -121,7 +121,7 @@ class Float64Interpreter(Interpreter):
         return DataError(f"PyTorch can't run the model on these data: {first_line(error)} (in {op.name})")
 
 
-class Oracle:
+class TorchOracle:
     """A model in float64, from its graph.
 
     jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type, which is what
@@ -154,7 +154,7 @@ class Oracle:
 
 
 class StoredTypes:
-    """A model in its stored types, one operator at a time. jitter: as for `Session`."""
+    """A model in its stored types, one operator at a time. jitter: as for `TorchSession`."""
 
     def __init__(self, traced: Traced, *, jitter: int | None = None) -> None:
         self._traced, program = traced, traced.program
@@ -166,7 +166,7 @@ class StoredTypes:
                     self._tensors[name] = moved(self._tensors[name], seed_of(first, jitter))
 
     def values(self, feeds: Batch) -> Iterator[tuple[Op, Any]]:
-        """As for `Oracle`."""
+        """As for `TorchOracle`."""
         check_feeds(feeds, self._traced.specs)
         return Interpreter(self._traced.program.graph_module, self._tensors).values(feeds)
 

@@ -88,7 +88,7 @@ class Where(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
         return returned
 
 
-class Session:
+class TorchSession:
     """A model in its stored types on a device.
 
     jitter: a seed; one in twelve of its weights (see `weights`) is then moved to the next stored number, up or down. precision: "full", or
