@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress
 
 
+def silent(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody sees."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One verification. made_up: whether the data are random, so that it isn't the models' fault if they don't fit.
@@ -24,9 +28,11 @@ class Comparison:
 
     reference: Model
     candidate: Model
-    progress: Progress
     made_up: bool
     thorough: bool = True
+    providers: tuple[str, ...] = ()
+    seed: int = 0
+    progress: Progress = silent
 
     @property
     def unit(self) -> float:
@@ -84,22 +90,31 @@ def interface_difference(reference: Model, candidate: Model) -> str:
     """How what callers see of the two differs, "" where it doesn't."""
     mine, theirs = reference.ports(), candidate.ports()
     for what, want, have in (("input", mine[0], theirs[0]), ("output", mine[2], theirs[2])):
-        by_name = {port.name: port for port in have}
-        for port in want:
-            if port.name not in by_name:
-                return f"{what} {port.name!r} is missing; the candidate has {', '.join(map(repr, by_name)) or 'none'}"
-            if reason := _ports(what, port, by_name[port.name]):
-                return reason
-        if more := by_name.keys() - {port.name for port in want}:
-            return f"the candidate has an {what} more, {min(more)!r}"
-        if reference.kind == candidate.kind and [port.name for port in want] != [port.name for port in have]:
-            return f"the {what}s come in another order: {', '.join(port.name for port in have)}"
-    defaults = {port.name: port for port in theirs[1]}
-    for port in mine[1]:
-        if port.name not in defaults:
-            return f"input {port.name!r}, whose default callers may override, is missing"
-        if reason := _ports("input", port, defaults[port.name]):
+        names, others = [port.name for port in want], [port.name for port in have]
+        if reason := _missing(what, " is missing; the candidate has " + (", ".join(map(repr, others)) or "none"), want, have):
             return reason
+        if more := set(others) - set(names):
+            return f"the candidate has an {what} more, {min(more)!r}"
+        if reference.kind == candidate.kind and names != others:
+            return f"the {what}s come in another order: {', '.join(others)}"
+    return _missing("input", ", whose default callers may override, is missing", mine[1], theirs[1])
+
+
+def _missing(what: str, missing: str, want: list[Port], have: list[Port]) -> str:
+    """What of the reference's the candidate lacks, or has of another type or shape."""
+    by_name = {port.name: port for port in have}
+    for port in want:
+        other, name = by_name.get(port.name), f"{what} {port.name!r}"
+        if other is None:
+            return name + missing
+        if port.dtype != other.dtype:
+            return f"{name} is {other.dtype} instead of {port.dtype}"
+        if port.shape is None or other.shape is None:
+            continue
+        fixed = [isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(port.shape, other.shape, strict=False)]
+        if len(port.shape) != len(other.shape) or any(fixed):
+            texts = ["(" + ", ".join("?" if d is None else str(d) for d in shape) + ")" for shape in (other.shape, port.shape)]
+            return f"{name} has shape {texts[0]} instead of {texts[1]}"
     return ""
 
 
@@ -107,37 +122,21 @@ def interface_notes(reference: Model, candidate: Model) -> tuple[str, ...]:
     """What a caller of the candidate has to know, though it computes the same."""
     notes = []
     mine, theirs = reference.ports(), candidate.ports()
-    for what, names, want, have in (
-        ("input", candidate.own_inputs, mine[0], theirs[0]),
-        ("output", candidate.own_outputs, mine[2], theirs[2]),
-    ):
-        said = {name: last_name(name) for pair in names.items() for name in pair}
-        moved = [(name, other) for name, other in names.items() if name != other and not (said[name] and said[name] == said[other])]
-        if moved and (len(names) > 1 or moved[0][0] != "output"):
+    for what, own, place in (("input", candidate.own_inputs, 0), ("output", candidate.own_outputs, 2)):
+        names, others = [port.name for port in mine[place]], [port.name for port in theirs[place]]
+        moved = [(name, other) for name, other in own.items() if name != other and (last_name(name) or "-") != last_name(other)]
+        if moved and (len(own) > 1 or moved[0][0] != "output"):
             pairs = ", ".join(f"{name!r} with {other!r}" for name, other in moved)
             notes.append(f"the candidate's {what}s have other names, and are paired by their places: {pairs}")
-        if [port.name for port in want] != [port.name for port in have]:
-            order = ", ".join(names.get(port.name, port.name) for port in have)
+        if names != others:
+            order = ", ".join(own.get(name, name) for name in others)
             notes.append(f"the candidate's {what}s come in another order, and are paired by their names: {order}")
-    by_name = {port.name: port.shape for port in theirs[0]}
+    shapes = {port.name: port.shape or () for port in theirs[0]}
     for port in mine[0]:
-        axes = list(enumerate(zip(port.shape or (), by_name.get(port.name) or (), strict=False)))
-        for fixed, opened, place in (("candidate", "reference", 1), ("reference", "candidate", 0)):
-            known = [(axis, sizes[place], sizes[1 - place]) for axis, sizes in axes]
-            found = [(axis, size) for axis, size, other in known if isinstance(size, int) and not isinstance(other, int)]
-            if found:
-                told = ", ".join(f"axis {axis} to {size}" for axis, size in found)
-                notes.append(f"input {port.name!r} is open in the {opened}, and fixed in the {fixed}: {told}")
+        for fixed, opened, sizes in (
+            ("candidate", "reference", zip(shapes.get(port.name, ()), port.shape or (), strict=False)),
+            ("reference", "candidate", zip(port.shape or (), shapes.get(port.name, ()), strict=False)),
+        ):
+            if found := [f"axis {i} to {n}" for i, (n, other) in enumerate(sizes) if isinstance(n, int) and not isinstance(other, int)]:
+                notes.append(f"input {port.name!r} is open in the {opened}, and fixed in the {fixed}: {', '.join(found)}")
     return tuple(notes)
-
-
-def _ports(what: str, want: Port, have: Port) -> str:
-    if want.dtype != have.dtype:
-        return f"{what} {want.name!r} is {have.dtype} instead of {want.dtype}"
-    if want.shape is None or have.shape is None:
-        return ""
-    fixed = [isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(want.shape, have.shape, strict=False)]
-    if len(want.shape) != len(have.shape) or any(fixed):
-        texts = ["(" + ", ".join("?" if d is None else str(d) for d in shape) + ")" for shape in (have.shape, want.shape)]
-        return f"{what} {want.name!r} has shape {texts[0]} instead of {texts[1]}"
-    return ""

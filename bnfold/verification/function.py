@@ -51,17 +51,17 @@ class Deviation:
 Deviations = dict[str, Deviation]  # by output
 
 
-def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], provider: str, seed: int) -> tuple[Truth | None, str]:
-    """The reference in float64 with its yardstick, or in its stored type on a provider and why; None where it runs in neither.
+def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch]) -> tuple[Truth | None, str]:
+    """The reference in float64 with its yardstick, or in its stored type on the first provider and why; None where it runs in neither.
 
     others: data of other sizes.
     """
     feeds, others, reference = list(feeds), list(others), both.reference
     lacking: list[str] = []
     unfit = False
-    for make in (reference.exact, partial(reference.session, provider, reference.optimisations[0])):
+    for make in (reference.exact, partial(reference.session, next(iter(both.providers), "cpu"), reference.optimisations[0])):
         try:
-            return _truth(both, make, feeds, others, seed, exact=not lacking), "; ".join(lacking)
+            return _truth(both, make, feeds, others, exact=not lacking), "; ".join(lacking)
         except (UnsupportedError, DataError) as error:
             if isinstance(error, DataError):
                 if not both.made_up:
@@ -74,7 +74,7 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], 
     return None, "; ".join(lacking) + f" (these are random data: say which shapes fit, {how})" * unfit
 
 
-def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], seed: int, *, exact: bool) -> Truth:
+def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], *, exact: bool) -> Truth:
     both.progress("reference", 0, None)
 
     def truth(feeds: list[Batch]) -> Truth:
@@ -87,14 +87,14 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
     sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in found.expected]
     samples = sum(sample_count(batch) for batch in feeds)
     if both.thorough and 0 < sum(sizes) < ENOUGH and samples < ENOUGH_SAMPLES:
-        found = truth([*feeds, *moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, seed)])
+        found = truth([*feeds, *moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, both.seed)])
     both.progress("yardstick", 0, None)
     least = FEW if both.thorough or sum(sizes) < PLENTY else 1
-    found.measure(lambda k: make(jitter=seed + k + 1).run, least=least, settle=both.thorough)
+    found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough)
 
     def again() -> Truth:
-        other = truth(list(moved(feeds, 1, seed + 1)))
-        other.measure(lambda k: make(jitter=seed + MANY + k + 1).run, least=MANY)
+        other = truth(list(moved(feeds, 1, both.seed + 1)))
+        other.measure(lambda k: make(jitter=both.seed + MANY + k + 1).run, least=MANY)
         return other
 
     found.again = again
@@ -133,7 +133,7 @@ def _deviations(both: Comparison, truth: Truth, run: Run) -> Deviations:
     return found
 
 
-def compare_elsewhere(both: Comparison, seed: int) -> str:
+def compare_elsewhere(both: Comparison) -> str:
     """Where two modules part at other sizes than those that were fed, where their code may take another path; "" where they don't."""
     tried = both.reference.elsewhere(both.candidate)
     if tried is None:
@@ -146,7 +146,7 @@ def compare_elsewhere(both: Comparison, seed: int) -> str:
             truth = Truth(reference, [call])
         except (DataError, UnsupportedError):
             continue
-        noisy = noisy or [moved(seed + k + 1) for k in range(MOVED)]
+        noisy = noisy or [moved(both.seed + k + 1) for k in range(MOVED)]
         try:
             truth.measure(noisy.__getitem__, least=MOVED, most=MOVED)
             deviations = _deviations(both, truth, candidate)

@@ -120,19 +120,13 @@ def numbers(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.isfinite(array) if array.dtype.kind in "fc" else np.ones(array.shape, bool)
 
 
-def varies(arrays: Sequence[npt.NDArray[Any]], least: float = 1e-9) -> bool:
-    """Whether arrays of one shape differ by more than `least` of their largest number."""
-    first = arrays[0]
-    for other in arrays[1:]:
-        if first.dtype.kind not in "fc":
-            changed = bool((first != other).any())
-        else:
-            finite = np.isfinite(first) & np.isfinite(other)
-            one, two = np.where(finite, first, 0.0), np.where(finite, other, 0.0)
-            changed = bool((np.abs(two - one) > least * np.abs(one).max(initial=0.0)).any())
-        if changed:
-            return True
-    return False
+def variation(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    """By how much of the first one's largest number two arrays of one shape differ, at most."""
+    if one.dtype.kind not in "fc":
+        return np.inf if (one != other).any() else 0.0
+    finite = np.isfinite(one) & np.isfinite(other)
+    size, off = (float(np.abs(each).max(initial=0.0)) for each in (one[finite], (other - one)[finite]))
+    return 0.0 if not off else off / size if size else np.inf
 
 
 def worst_part(want: Array, error: Array, noise: Array, slack: float = 0.0) -> tuple[float, str]:

@@ -18,7 +18,7 @@ from bnfold.errors import BnfoldError, UnsupportedError
 from bnfold.model import Model
 
 from .inputs import another
-from .noise import FLOOR, plain, varies
+from .noise import FLOOR, plain, variation
 from .roundoff import output_axis
 from .yardstick import Run, Truth
 
@@ -73,9 +73,10 @@ def constant(reference: Model, truth: Truth, unit: float, *, certain: bool) -> s
 
     Then it is enough that the data reach the outputs at all, however little they do there. unit: roundoff of the stored type.
     """
-    if truth.constant(lambda batch: another(reference, batch), FLOOR if certain else EXACT):
+    moves = truth.variation(lambda batch: another(reference, batch))
+    if moves <= (FLOOR if certain else EXACT):
         return "the reference answers the same whatever it is fed"
-    if not certain and truth.constant(lambda batch: another(reference, batch), unit):
+    if not certain and moves <= unit:
         return "the reference's answers differ by less than its stored type tells (saturated?)"
     return ""
 
@@ -89,7 +90,7 @@ def dead_layer(reference: Model, truth: Truth) -> str:
             run = only(reference, chunk)
             first, second = plain(run(one)), plain(run(other))
             for name, array in first.items():
-                if array.dtype.kind == "f" and array.size and not varies([array, second[name]]):
+                if array.dtype.kind == "f" and array.size and variation(array, second[name]) <= EXACT:
                     return layers[name]
     except BnfoldError:
         pass

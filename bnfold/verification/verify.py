@@ -22,7 +22,7 @@ from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
 from .coefficients import Correspondence, correspond
-from .comparison import Comparison, alike, interface_difference, interface_notes
+from .comparison import Comparison, alike, interface_difference, interface_notes, silent
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
 from .diagnosis.localise import first_difference
@@ -64,7 +64,8 @@ def verify(
     if bundle is not None:
         ready(bundle, force=force)
     first, second = alike(reference, candidate)
-    both = Comparison(first, second, progress or (lambda stage, done, total: None), made_up=batches is None)
+    wanted = () if oracle_only or coefficients_only else tuple(dict.fromkeys(providers))
+    both = Comparison(first, second, batches is None, providers=wanted, seed=seed, progress=progress or silent)
     feeds: Iterable[Batch] | None = None
     others: list[Batch] = []
     if coefficients_only:
@@ -74,7 +75,7 @@ def verify(
     else:
         feeds = made = random(first, second, samples, batch_size, seed, input_shapes)
         others = resized(first, second, made[0], seed) if input_shapes is None else []
-    report, located = _compared(both, feeds, others, () if oracle_only else tuple(dict.fromkeys(providers)), seed)
+    report, located = _compared(both, feeds, others)
     if bundle is not None:
         report = with_bundle(report, located, bundle, force=force)
     return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *interface_notes(first, second)))
@@ -91,7 +92,7 @@ def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyRep
 
 def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
     first, second = alike(reference, fused)
-    both = Comparison(first, second, lambda stage, done, total: None, made_up=example is None, thorough=False)
+    both = Comparison(first, second, example is None, thorough=False)
     feeds: Iterable[Batch]
     if (known := first.example()) is not None:
         feeds = [shortened(first, known)]
@@ -103,15 +104,13 @@ def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
     return _compared(both, feeds)[0]
 
 
-def _compared(
-    both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[Batch] = (), providers: tuple[str, ...] = (), seed: int = 0
-) -> tuple[VerifyReport, Located | None]:
+def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[Batch] = ()) -> tuple[VerifyReport, Located | None]:
     """All levels in their order, and where the two part. feeds: None for level 1 alone, which runs nothing; others: data of other sizes."""
     if reason := interface_difference(both.reference, both.candidate):
         skipped = "the interfaces differ"
         levels = Levels(Coefficients("skipped", reason=skipped), Function("skipped", reason=skipped), ())
         return VerifyReport(verdict="different", levels=levels, reason=reason), None
-    for provider in providers if feeds is not None else ():
+    for provider in both.providers:
         for side in (both.reference, both.candidate):
             side.require(provider)
     coefficients, found = _coefficients(both)
@@ -119,7 +118,7 @@ def _compared(
         coefficients, found, _same(both, found), Function("skipped", reason="only the coefficients were asked for"), ran=False
     )
     if feeds is not None:
-        findings = _run(both, findings, feeds, others, providers, seed)
+        findings = _run(both, findings, feeds, others)
     decided, reason = verdict(both, findings)
     layer, located = first_difference(both, findings) if decided == "different" else (None, None)
     report = VerifyReport(
@@ -133,17 +132,15 @@ def _compared(
     return report, located
 
 
-def _run(
-    both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch], providers: tuple[str, ...], seed: int
-) -> Findings:
+def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch]) -> Findings:
     """Levels 2 and 3, and what they say of level 1."""
-    truth, lacking = truth_of(both, feeds, others, providers[0] if providers else "cpu", seed)
+    truth, lacking = truth_of(both, feeds, others)
     function, deviations = compare_functions(both, truth, lacking)
-    elsewhere = compare_elsewhere(both, seed) if both.thorough and function.verdict != "different" else ""
+    elsewhere = compare_elsewhere(both) if both.thorough and function.verdict != "different" else ""
     if elsewhere:
         function = dataclasses.replace(function, verdict="different", error=math.inf, reason=elsewhere)
     deployed = Deployments(both, truth, lacking)
-    for provider in providers:
+    for provider in both.providers:
         deployed.run(provider)
     coefficients, level = found.coefficients, found.correspondence
     if level is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and level.may_be_another_form:

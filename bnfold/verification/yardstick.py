@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from bnfold.errors import DataError, UnsupportedError
 
-from .noise import FLOOR, Errors, Noise, Outputs, deviation, plain, varies, worst_part
+from .noise import FLOOR, Errors, Noise, Outputs, deviation, plain, variation, worst_part
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -149,17 +149,15 @@ class Truth:
                         errors.part, errors.where = ratio, where
         return found
 
-    def constant(self, probe: Callable[[Batch], Batch], least: float) -> bool:
-        """Whether every output is the same whatever goes in, or varies by less than this share of its largest number.
+    def variation(self, probe: Callable[[Batch], Batch]) -> float:
+        """By how much of its largest number an output differs from one batch to another, at most.
 
         probe: other data like the ones given, used where there is but one batch.
         """
         first = self.expected[0]
         same = [outputs for outputs in self.expected[1:] if all(outputs[n].shape == first[n].shape for n in self.names)]
         others = same or [plain(self._run(probe(self.feeds[0])))]
-        return not any(
-            varies([first[name], *(each[name] for each in others if each[name].shape == first[name].shape)], least) for name in self.names
-        )
+        return max((variation(first[n], each[n]) for n in self.names for each in others if each[n].shape == first[n].shape), default=0.0)
 
 
 def function_ratio(errors: Errors, noise: Noise, scale: Scale) -> float:

@@ -18,7 +18,7 @@ from bnfold.backends.onnx.fuse import fuse
 from bnfold.backends.onnx.model import OnnxModel
 from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.verification.coefficients import correspond
-from bnfold.verification.noise import Errors, Noise, deviation, varies, worst_part
+from bnfold.verification.noise import Errors, Noise, deviation, variation, worst_part
 from bnfold.verification.roundoff import precision
 from bnfold.verification.yardstick import Scale, Truth, deployed_ratio, function_ratio
 
@@ -184,10 +184,11 @@ def test_integers_may_flip_where_moved_weights_flip_them():
     assert function_ratio(flips, Noise([none]), scale) > 10
 
 
-def test_varies():
-    assert varies([np.array([1.0, 2.0]), np.array([1.0, 2.1])])
-    assert not varies([np.array([1.0, np.inf]), np.array([1.0 + 1e-13, np.inf])])
-    assert varies([np.array([1, 2]), np.array([1, 3])])
+def test_variation():
+    assert variation(np.array([1.0, 2.0]), np.array([1.0, 2.1])) == pytest.approx(0.05)
+    assert variation(np.array([1.0, np.inf]), np.array([1.0 + 1e-13, np.inf])) < 1e-12
+    assert variation(np.array([1, 2]), np.array([1, 3])) == np.inf
+    assert variation(np.zeros(2), np.zeros(2)) == 0 < variation(np.zeros(2), np.ones(2))
 
 
 def test_what_is_held_of_the_reference_is_bounded():

@@ -21,7 +21,7 @@ from ..roundoff import type_of
 from .channel_order import orders
 from .fold_mistakes import mistakes, other_statistics
 from .sides import Compared, Sides
-from .weights import NONE, Coefficient, both_planned, channels_off, worst_coefficient
+from .weights import Both, Coefficient, both_planned, channels_off, worst_coefficient
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -33,11 +33,11 @@ MIXED = 1e3  # units of roundoff of the largest number: another batch moves a sa
 
 @dataclass(frozen=True)
 class Cause:
-    """In words, the name of the BatchNorm whose fold is in question, and the coefficient that is furthest off."""
+    """In words, the name of the BatchNorm whose fold is in question, and the coefficient that is furthest off, if one is."""
 
     text: str
     batchnorm: str = ""
-    worst: Coefficient = NONE
+    worst: Coefficient | None = None
 
 
 def cause_of(sides: Sides, pair: Pair | None, compared: Compared | None, feeds: Batch | None) -> Cause:
@@ -48,14 +48,15 @@ def cause_of(sides: Sides, pair: Pair | None, compared: Compared | None, feeds: 
     if q is None:
         return Cause(f"the candidate has nothing in the place of {p.label} {p.name}")
     sites = [node for node in sides.reference.sites.get(p, []) if "norm" in node.attrs] or ([p] if "norm" in p.attrs else [])
-    batchnorm = sites[0] if sites else _normaliser(p)
+    batchnorm, both = sites[0] if sites else _normaliser(p), both_planned(p, q)
     name = "" if batchnorm is None else sides.reference.name_of(batchnorm)
-    text = next(_explanations(sides, pair, q, compared, feeds, sites, name), None)
-    return Cause(text or UNEXPLAINED + channels_off(p, q), name, worst_coefficient(p, q))
+    text = next(_explanations(sides, pair, q, both, compared, feeds, sites, name), None)
+    worst = None if both is None else worst_coefficient(*both, ("gain", "shift") if "norm" in p.attrs else ("weight", "bias"))
+    return Cause(text or UNEXPLAINED + ("" if both is None else f"; {channels_off(*both)}"), name, worst)
 
 
 def _explanations(
-    sides: Sides, pair: Pair, q: Node, compared: Compared | None, feeds: Batch | None, sites: list[Node], name: str
+    sides: Sides, pair: Pair, q: Node, both: Both | None, compared: Compared | None, feeds: Batch | None, sites: list[Node], name: str
 ) -> Iterator[str]:
     """The likeliest first. q: the candidate's operator; sites: the BatchNorms that went into the reference's; name: of the first."""
     p = pair.node
@@ -67,14 +68,13 @@ def _explanations(
         fold = f"as where the shift of {of} in front is folded into a convolution that pads with zeros"
         yield f"padding: the map is off at its border alone, {fold}"
     yield from _another_operator(p, q)
-    if (both := both_planned(p, q)) is not None:
-        want, have = both
+    if both is not None:
         if len(sites) == 1:
             kept = any("norm" in node.attrs for node in (q, *sides.candidate.sites.get(q, [])))
-            yield from mistakes(name, sites[0], p, want, have, folded=not kept)
-        yield from orders(want, have, int(p.attrs.get("groups", 1)), sites)
+            yield from mistakes(name, sites[0], p, *both, folded=not kept)
+        yield from orders(*both, int(p.attrs.get("groups", 1)), sites)
         if len(sites) == 1 and sites[0].index >= p.index:
-            yield from other_statistics(name, sites[0].attrs["norm"], want, have)
+            yield from other_statistics(name, sites[0].attrs["norm"], *both)
     yield from _other_settings(p, q)
     if compared is not None and mixes():
         yield "training mode: the candidate's output for one sample depends on the others in its batch"

@@ -22,6 +22,7 @@ from ..verdict import Findings
 from ..yardstick import FUNCTION_LIMIT, Truth, function_ratio
 from .causes import cause_of, is_right
 from .sides import Compared, Located, Sides, compare_values, sides_of
+from .weights import Coefficient
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -77,7 +78,8 @@ def localise(reference: Model, candidate: Model, feeds: Batch | None, mismatch: 
     else:
         return None
     cause = cause_of(sides, pair, first, feeds)
-    worst, what = (cause.worst, cause.worst.what) if first is None else (first, "output")
+    worst = first or cause.worst or Coefficient()
+    what = worst.what if isinstance(worst, Coefficient) else "output"
     difference = Difference(node.name, worst.channel, worst.position, worst.expected, worst.found, cause.text, what, cause.batchnorm)
     return Located(sides, difference, node, feeds, pair, first, tuple(c.pair for c in seen if not c.differs))
 

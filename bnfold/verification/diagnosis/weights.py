@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,12 +84,15 @@ def _weights(node: Node, weight: Array, bias: Array) -> Weights:
     return Weights(weight, np.broadcast_to(bias.ravel(), size) if bias.size in (1, size) else np.zeros(size), axis)
 
 
-def both_planned(reference: Node, candidate: Node) -> tuple[Weights, Weights] | None:
+Both = tuple[Weights, Weights]  # the reference's and the candidate's
+
+
+def both_planned(reference: Node, candidate: Node) -> Both | None:
     """Those of two operators, the candidate's with their roundoff; None where their shapes differ, or one has none."""
     want, have = planned(reference), planned(candidate)
     if want is None or have is None or want.weight.shape != have.weight.shape:
         return None
-    return want, Weights(have.weight, have.bias, have.axis, unit_of(reference, candidate))
+    return want, replace(have, unit=unit_of(reference, candidate))
 
 
 def unit_of(*nodes: Node) -> float:
@@ -112,40 +115,29 @@ class Coefficient:
     found: float | None = None
 
 
-NONE = Coefficient()
-
-
-def worst_coefficient(p: Node, q: Node) -> Coefficient:
-    """The one that is off by most, relatively; an empty one where the two operators hold none that can be compared."""
-    most, worst = -1.0, NONE
-    if (both := both_planned(p, q)) is None:
-        return worst
-    want, have = both
-    roles = ("gain", "shift") if "norm" in p.attrs else ("weight", "bias")
+def worst_coefficient(want: Weights, have: Weights, roles: tuple[str, str]) -> Coefficient:
+    """The one that is off by most, relatively. roles: what the weight and the bias are called."""
+    most, worst = -1.0, Coefficient()
     for role, mine, theirs, axis in zip(roles, (want.weight, want.bias), (have.weight, have.bias), (want.axis, 0), strict=True):
-        size = np.maximum(np.abs(mine), np.abs(mine).mean() if mine.size else 1.0)
-        off = in_units(mine, theirs, size, 1.0, 0.0)
+        off = in_units(mine, theirs, np.maximum(np.abs(mine), np.abs(mine).mean() if mine.size else 1.0), 1.0, 0.0)
         if off.size and off.max() > most:
             at = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
             most, worst = float(off.max()), Coefficient(role, at[axis], at, float(mine[at]), float(theirs[at]))
     return worst
 
 
-def channels_off(p: Node, q: Node) -> str:
-    """Those that differ, in words, to stand behind others."""
-    if (both := both_planned(p, q)) is None:
-        return ""
-    want, have = both
+def channels_off(want: Weights, have: Weights) -> str:
+    """Those that differ, in words."""
     others = tuple(i for i in range(want.weight.ndim) if i != want.axis)
-    sizes = np.abs(want.weight), np.maximum(np.abs(want.bias), np.abs(want.bias).mean())
-    weight, bias = in_units(want.weight, have.weight, sizes[0], have.unit, 0.0), in_units(want.bias, have.bias, sizes[1], have.unit, 0.0)
+    weight = in_units(want.weight, have.weight, np.abs(want.weight), have.unit, 0.0).max(axis=others, initial=0.0)
+    bias = in_units(want.bias, have.bias, np.maximum(np.abs(want.bias), np.abs(want.bias).mean()), have.unit, 0.0)
     parts = []
-    for what, which in (("weight", (weight > SLACK).any(axis=others)), ("bias", bias > SLACK)):
-        channels = np.flatnonzero(which)
+    for what, off in (("weight", weight), ("bias", bias)):
+        channels = np.flatnonzero(off > SLACK)
         if len(channels):
             shown = ", ".join(map(str, channels[:SHOWN])) + (" and others" if len(channels) > SHOWN else "")
-            parts.append(f"its {what} is off in channel{'s' * (len(channels) > 1)} {shown} ({len(channels)} of {np.size(which)})")
-    return "; " + (", ".join(parts) or "its coefficients are right")
+            parts.append(f"its {what} is off in channel{'s' * (len(channels) > 1)} {shown} ({len(channels)} of {np.size(off)})")
+    return ", ".join(parts) or "its coefficients are right"
 
 
 # --- the arithmetic of a fold, channel by channel ---------------------------------------------------------------------------------------
