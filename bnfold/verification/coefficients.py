@@ -89,14 +89,20 @@ class Correspondence:
         return Coefficients("equivalent", self.checked, self.worst, "", *counts)
 
     @property
-    def may_be_another_form(self) -> bool:
-        """Whether the differences are so large that outputs which agree all the same prove another parametrisation of one function.
+    def another_form(self) -> str:
+        """Why the two are one function in another form, if their outputs agree; "" where the differences may be too small to show there.
 
-        That takes two layers, of which one undoes what the other does. A setting that changes nothing (how the odd element is rounded,
-        where there is none) is another form as well, and so is a narrower type, which level 3 measures.
+        Scales that were moved take two layers, of which one undoes what the other does. A setting that changes nothing (how the odd element
+        is rounded, where there is none) is another form as well, and so is a narrower type, which level 3 measures.
         """
         numbers = [m for m in self.mismatches if not m.setting]
-        return (len({m.node for m in numbers}) > 1 or not numbers) and all(m.widespread for m in numbers)
+        if len({m.node for m in numbers}) == 1 or not all(m.widespread for m in numbers):
+            return ""
+        if settings := [m.text for m in self.mismatches if m.setting]:
+            return f"the outputs agree to rounding, although {settings[0]}"
+        if self.narrower and not numbers:
+            return self.narrower
+        return "the outputs agree to rounding while most coefficients differ: the same function in another form"
 
 
 def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:

@@ -21,7 +21,7 @@ MOST_EXTRA = 4  # operators in a row that one side may have more
 
 
 class Walk:
-    """The walk. equal: for each pair of values that it came to, whether they should be equal, or only their operators match.
+    """The walk. visited: pairs of values, in order; equal: whether the two of a pair should be equal, or only their operators match.
 
     nodes: the operators that correspond. trouble: why others don't, each with the place in the reference.
     """
@@ -29,6 +29,7 @@ class Walk:
     def __init__(self, reference: NormalForm, candidate: NormalForm) -> None:
         self.plans = reference, candidate
         self.keys = _keys(reference.graph) | _keys(candidate.graph)
+        self.visited: list[tuple[Value, Value]] = []
         self.equal: dict[tuple[Value, Value], bool] = {}
         self.nodes: dict[tuple[Node, Node], None] = {}
         self.trouble: list[tuple[int, str]] = []
@@ -80,7 +81,8 @@ class Walk:
 
     def _go(self) -> None:
         while self._stack:
-            self.visit(*self._stack.pop())
+            self.visited.append(self._stack.pop())
+            self.visit(*self.visited[-1])
 
 
 def through(value: Value) -> Value:
@@ -149,7 +151,7 @@ def counterparts(reference: NormalForm, candidate: NormalForm) -> list[Pair]:
     """All pairs of values, in the reference's order."""
     walk = _Counterparts(reference, candidate)
     walk.run()
-    found = [Pair(a, b, a.producer, b.producer, same) for (a, b), same in walk.equal.items() if a.producer is not None]
+    found = [Pair(a, b, a.producer, b.producer, walk.equal[a, b]) for a, b in walk.visited if a.producer is not None]
     return sorted(found, key=lambda pair: pair.node.index)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Node, Param, Tensor
+from bnfold.algebra.graph import Node, Param
 from bnfold.folding.branches import Merge
 from bnfold.folding.search import Outcome
 
@@ -52,13 +52,11 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
     if role in FIXED:
         want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
         mine, theirs = np.abs(want), np.zeros(())
-        limit = next(_limits(_tensors(b, a)), float(a.attrs.get("limit", np.finfo(np.float32).max)))
     else:
         param, other = a.params[role], b.params[its_role]
         if not has(a, role) and not has(b, its_role):
             return None
         want, have, mine, theirs = param.read(), other.read(), _magnitude(param), _magnitude(other)
-        limit = next(_limits((other.tensor, param.tensor, *_tensors(a, b))))
         order = order_of_axes(a, b) if a.op == b.op == "Contraction" and role == its_role == "weight" else None
         if order is not None:
             have, theirs = have.transpose(order), theirs.transpose(order)
@@ -71,7 +69,7 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
         magnitude = np.maximum(magnitude, merged.get(node, 0.0))
     for more in hidden.get(a, ()) if role not in ("weight", *FIXED) else ():
         magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
-    unit, tiny = precision(limit)
+    unit, tiny = precision(_limit(pair))
     units = in_units(want, have, magnitude, unit, tiny)
     return UnitErrors(want, have, units, unit, _channel_axis(a, role, units.ndim), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
 
@@ -144,13 +142,14 @@ def type_of(limit: float) -> str:
     return names.get(limit, "float64" if limit > 1e300 else f"a type that ends at {limit:.3g}")
 
 
-def _limits(tensors: Iterable[Tensor | None]) -> Iterator[float]:
-    """The largest numbers of the types in which tensors were rounded."""
-    return (t.limit if t.cast_from is None else t.cast_from for t in tensors if t is not None)
-
-
-def _tensors(*nodes: Node) -> Iterator[Tensor | None]:
-    return (param.tensor for node in nodes for param in node.params.values())
+def _limit(pair: ParameterPair) -> float:
+    """The largest number of the type in which the candidate's parameter was rounded, or else what belongs to it."""
+    a, role, b, its_role = pair
+    params = (b.params.get(its_role), a.params.get(role), *b.params.values(), *a.params.values())
+    for tensor in (param.tensor for param in params if param is not None):
+        if tensor is not None:
+            return tensor.limit if tensor.cast_from is None else tensor.cast_from
+    return float(a.attrs.get("limit", np.finfo(np.float32).max))
 
 
 def _channel_axis(node: Node, role: str, rank: int) -> int:

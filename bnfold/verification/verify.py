@@ -143,8 +143,8 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
     for provider in both.providers:
         deployed.run(provider)
     coefficients, level = found.coefficients, found.correspondence
-    if level is not None and coefficients.verdict == "different" and function.verdict == "equivalent" and level.may_be_another_form:
-        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=_another_form(level))
+    if level is not None and level.another_form and coefficients.verdict == "different" and function.verdict == "equivalent":
+        coefficients = dataclasses.replace(coefficients, verdict="skipped", reason=level.another_form)
     return dataclasses.replace(
         found,
         coefficients=coefficients,
@@ -169,15 +169,6 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     except UnsupportedError as error:
         return Coefficients("skipped", reason=str(error)), None
     return found.report(), found
-
-
-def _another_form(found: Correspondence) -> str:
-    """Why what differs on level 1 isn't a difference."""
-    if settings := [m.text for m in found.mismatches if m.setting]:
-        return f"the outputs agree to rounding, although {settings[0]}"
-    if found.narrower and not found.mismatches:
-        return found.narrower
-    return "the outputs agree to rounding while most coefficients differ: the same function in another form"
 
 
 def _same(both: Comparison, found: Correspondence | None) -> bool:
