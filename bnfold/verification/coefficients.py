@@ -130,6 +130,7 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
     sites = [o for o in reference.outcomes if o.site.is_batchnorm]
     held_in = [(o.site.name, o.into if o.folded else o.site.nodes) for o in sites]
     agreeing = [pair for pair in structure.nodes if pair[0] not in off]
+    known = structure.idle.union(*agreeing)
     (mine, _), (theirs, where) = reference.narrowest, candidate.narrowest
     return Correspondence(
         checked=len(compared),
@@ -142,7 +143,7 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
         unfolded=bool(sites) and _scaling(reference) == _scaling(candidate),
         narrower=f"the candidate computes in {type_of(theirs)} ({where}), the reference in {type_of(mine)}" if theirs < mine else "",
         paired=len(agreeing),
-        left=tuple((p.graph, frozenset(p.graph.nodes) - {pair[i] for pair in agreeing}) for i, p in enumerate((reference, candidate))),
+        left=tuple((plan.graph, frozenset(plan.graph.nodes) - known) for plan in (reference, candidate)),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.settings import Setting, differing, differing_moves, place, same, settings
 
@@ -31,13 +32,16 @@ class ParameterPair(NamedTuple):
 
 
 class Structure(Walk):
-    """Both plans' operators side by side. parameters: to be compared; settings: those that differ, each with its operator."""
+    """Both plans' operators side by side. parameters: to be compared; settings: those that differ, each with its operator; idle: the
+    operators that do nothing, and that the other side hasn't.
+    """
 
     def __init__(self, reference: NormalForm, candidate: NormalForm) -> None:
         super().__init__(reference, candidate)
         self._left = set(reference.graph.nodes), set(candidate.graph.nodes)
         self.parameters: dict[ParameterPair, None] = {}
         self.settings: list[tuple[Node, Setting]] = []
+        self.idle: set[Node] = set()
         self._alike: set[tuple[Value, Value]] = set()  # inputs of the graphs that operators hold
         for name in {*reference.outputs} ^ {*candidate.outputs}:
             self.trouble.append((-1, f"output {name} depends on the inputs in one of the models alone"))
@@ -60,6 +64,9 @@ class Structure(Walk):
         elif not self._split(p, q):
             if comparable(p, q):
                 self._compare(a, b, p, q)
+            elif (node := next((node for node in (p, q) if _does_nothing(node)), None)) is not None:
+                self.idle.add(node)
+                self.push(*(node.inputs[0] if value.producer is node else value for value in (a, b)))
             else:
                 self.trouble.append((p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}"))
 
@@ -164,6 +171,13 @@ def has(node: Node, role: str) -> bool:
     """Whether an operator has a parameter that it could have."""
     param = node.params.get(role)
     return param is not None and (param.tensor is not None or param.update is not None)
+
+
+def _does_nothing(node: Node) -> bool:
+    """Whether an operator is an affine map that gives what it is given."""
+    if node.op != "Affine" or len(node.inputs) != 1 or (sizes := node.output.sizes) is None:
+        return False
+    return node.inputs[0].sizes == sizes and coefficients(node).is_identity
 
 
 def _same_sizes(a: Value, b: Value) -> bool:

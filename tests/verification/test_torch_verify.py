@@ -300,3 +300,13 @@ def cancelling(wrong: float) -> tuple[nn.Module, nn.Module]:
 def test_what_cancels_in_a_sum_of_branches_is_measured_by_its_summands(wrong: float) -> None:
     report = bnfold.verify(*cancelling(wrong), torch.randn(2, 8, 8, 8), coefficients_only=True)
     assert report.verdict == ("different" if wrong else "equivalent"), report.reason
+
+
+def test_an_operator_that_does_nothing_hides_nothing_from_the_first_level() -> None:
+    """As the learnable affine blocks of HGNet stand before training: a fold takes them out."""
+    one, zero = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+    block = Net(lambda self, x: self.scale * x + self.bias, scale=one, bias=zero)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), block, nn.Conv2d(8, 4, 1), nn.ReLU()).eval()
+    folded, _ = bnfold.fuse(net, example=torch.randn(2, 3, 8, 8), check=False)
+    for a, b in ((net, folded), (folded, net)):
+        assert bnfold.verify(a, b, torch.randn(2, 3, 8, 8)).levels.coefficients.verdict == "equivalent"
