@@ -28,7 +28,7 @@ class Affine:
     """The map x -> scale * x + shift, in float64.
 
     An element that is NaN in both coefficients is free: nobody reads the data it would apply to
-    (see `rules`, moves going up). `settled` gives every free element a value.
+    (see `movement.move_up`). `settled` gives every free element a value.
     """
 
     scale: Array
