@@ -11,7 +11,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node, Param
 from bnfold.folding.branches import Merge
-from bnfold.folding.search import Outcome
+from bnfold.folding.plan import NormalForm
 
 from .structure import FIXED, ParameterPair, has, order_of_axes
 
@@ -83,10 +83,21 @@ def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: floa
     return np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
 
 
-def hidden_summands(outcomes: Iterable[Outcome]) -> Summands:
-    """What the planned shifts no longer show: |beta| + |s*mean|, and what a weight makes of them, for each site that went in."""
+def hidden_summands(plan: NormalForm) -> Summands:
+    """What the planned shifts no longer show: |beta| + |s*mean|, and what a weight makes of them, for each site that went in.
+
+    Where branches were merged, those of all branches, and their own biases.
+    """
     found: Summands = {}
-    for outcome in outcomes:
+    into_host = {m.branch: m.host for m in plan.merges if m.branch is not None}
+
+    def last(node: Node) -> Node:
+        return last(into_host[node]) if node in into_host else node
+
+    for branch in into_host:
+        if (bias := branch.params.get("bias")) is not None:
+            found.setdefault(last(branch), []).append(_magnitude(bias))
+    for outcome in plan.outcomes:
         for site_node in outcome.site.nodes if outcome.folded else ():
             if "mean" not in site_node.attrs:
                 continue
@@ -95,7 +106,7 @@ def hidden_summands(outcomes: Iterable[Outcome]) -> Summands:
             for node in outcome.into:
                 weight = node.params.get("weight")
                 went_down = site_node.index < node.index and weight is not None  # into W*t
-                found.setdefault(node, []).append(summands.max() * _row_sums(node) if went_down else summands)
+                found.setdefault(last(node), []).append(summands.max() * _row_sums(node) if went_down else summands)
     return found
 
 

@@ -302,6 +302,30 @@ def test_what_cancels_in_a_sum_of_branches_is_measured_by_its_summands(wrong: fl
     assert report.verdict == ("different" if wrong else "equivalent"), report.reason
 
 
+def shifted(wrong: float) -> tuple[nn.Module, nn.Module]:
+    """Four parallel convolutions whose shifts cancel; and each of them folded, in float32, as other tools do."""
+    net, _ = cancelling(0.0)
+    zero = torch.zeros(1, 8, 1, 1)
+    with torch.no_grad():
+        for b in (net.b1, net.b2):
+            b.running_mean.add_(1000)
+            b.bias.add_(700)
+        net.b3.bias.sub_((net.b1(zero) + net.b2(zero) + net.b3(zero)).reshape(-1))
+    folded = copy.deepcopy(net)
+    for i in range(4):
+        folded.set_submodule(f"c{i}", fuse_conv_bn_eval(folded.get_submodule(f"c{i}"), folded.get_submodule(f"b{i}")))
+        folded.set_submodule(f"b{i}", nn.Identity())
+    with torch.no_grad():
+        folded.c1.bias[5] += wrong
+    return net, folded
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-1])
+def test_shifts_that_cancel_in_a_sum_of_branches_are_measured_by_their_summands(wrong: float) -> None:
+    report = bnfold.verify(*shifted(wrong), torch.randn(2, 8, 8, 8), coefficients_only=True)
+    assert report.verdict == ("different" if wrong else "equivalent"), report.reason
+
+
 def test_an_operator_that_does_nothing_hides_nothing_from_the_first_level() -> None:
     """As the learnable affine blocks of HGNet stand before training: a fold takes them out."""
     one, zero = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))

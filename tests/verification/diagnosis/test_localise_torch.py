@@ -118,7 +118,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch: pytest.Monkey
     def lacking(*_: Any, **__: Any) -> None:
         raise bnfold.UnsupportedError("it has no form in float64")
 
-    monkeypatch.setattr("bnfold.backends.torch.model.Oracle", lacking)
+    monkeypatch.setattr("bnfold.backends.torch.model.TorchOracle", lacking)
     net = network()
     first = TorchModel(trace(net, X))
     second = TorchModel(trace(spoilt(net, *CASES["mean"][:2]), first.traced))
