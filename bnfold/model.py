@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Runner(Protocol):
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]: ...
 
 
-class Model:
+class Model(ABC):
     """One model. What it gives is its caller's: nothing that a method does changes the model itself. A kind of model says what stands
     under "what a kind gives", by the model's own names; the rest follows from it.
 
@@ -74,18 +75,18 @@ class Model:
     # --- what a kind gives: what it is, how it is called, what it computes, what is made of it --------------------------------------------
 
     @property
+    @abstractmethod
     def roundoff(self) -> float:
         """Unit roundoff of its coarsest floating-point type, 2**-24 for float32."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def specs(self) -> list[InputSpec]:
         """What a caller must feed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def interface(self) -> tuple[list[Port], list[Port], list[Port]]:
         """Inputs, inputs with a default that callers may override, and outputs, each in order."""
-        raise NotImplementedError
 
     @property
     def holds_batchnorm(self) -> bool:
@@ -109,9 +110,9 @@ class Model:
         """What takes an item of somebody's data that is nested as the model's arguments are; None where these are plain tensors."""
         return None
 
+    @abstractmethod
     def layers(self) -> dict[str, str]:
         """The inner values, in topological order, and the name of the layer that computes each."""
-        raise NotImplementedError
 
     @property
     def states_inputs(self) -> bool:
@@ -163,18 +164,19 @@ class Model:
         """The neutral graph as it stands, and the outputs by name. UnsupportedError: there is none."""
         raise UnsupportedError("the model has no graph that bnfold can read")
 
+    @abstractmethod
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
         """The model in float64; with a seed, every weight moved by up to half a unit in the last place. outputs: further values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
         """The model in its stored types on a provider or device; jitter as above. UnsupportedError, DeviceError."""
-        raise NotImplementedError
 
     def place(self, provider: str, device: str | None) -> str:
         """Which of a provider of ONNX Runtime and a device of PyTorch it runs on."""
         return provider
 
+    @abstractmethod
     def require(self, provider: str) -> None:
         """Raise DeviceError or UsageError where there is no such provider or device."""
 
@@ -187,8 +189,8 @@ class Model:
         return nullcontext()
 
     def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        """What code gives in other calls than those that were read: functions of a call for this model, for the candidate, and for this
-        one with moved weights by a seed; and the calls with a text each. None where either model is no code."""
+        """What code gives in other calls than those read: functions of a call for this model, for the candidate, and for this one with
+        moved weights by a seed; and the calls with a text each. None where either is no code."""
         return None
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
@@ -221,7 +223,7 @@ class Model:
 
     def remade(self, made: Any) -> Model:
         """What was made of the model, called as this one is."""
-        raise NotImplementedError
+        raise UnsupportedError("nothing can be made of the model")
 
     def in_source_form(self, made: Any, *, changed: bool = True) -> Any:
         """What was made of the model, in the form in which the model came in. changed: whether it says anything else than the model."""
@@ -236,8 +238,7 @@ class Model:
     def renamed(self, own_inputs: Mapping[str, str], own_outputs: Mapping[str, str]) -> Model:
         """The same model under other names of its inputs and outputs. own_inputs, own_outputs: its own, by those."""
         made = copy.copy(self)
-        made.own_inputs, made.own_outputs = dict(own_inputs), dict(own_outputs)
-        vars(made).pop("_plans", None)
+        vars(made).update(own_inputs=dict(own_inputs), own_outputs=dict(own_outputs), _plans={})  # plans bear the other names
         return made
 
     def own(self, feeds: Batch) -> Batch:
@@ -250,16 +251,15 @@ class Model:
 
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
         """See `interface`."""
-        inputs, defaults, outputs = self.interface()
-        named = _by_value(self.own_outputs)
+        (inputs, defaults, outputs), named = self.interface(), _by_value(self.own_outputs)
         given = [dataclasses.replace(port, name=self._public(port.name)) for port in inputs]
         return given, defaults, [dataclasses.replace(port, name=named.get(port.name, port.name)) for port in outputs]
 
     def random(self, *, batch: int, seed: int, input_shapes: Shapes | None) -> Batch:
         """Random data that the model takes."""
         shapes = None if input_shapes is None else {self.own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
-        made = random_feeds(self.specs, batch=batch, seed=seed, input_shapes=shapes, sizes=self.sizes())
-        return {self._public(name): array for name, array in made.items()}
+        made = random_feeds(self.specs, batch=batch, seed=seed, input_shapes=shapes, sizes=self.sizes()).items()
+        return {self._public(name): array for name, array in made}
 
     def plan(self, *, clone: bool = False) -> NormalForm:
         """The normal form, worked out once. clone: with operators doubled for a BatchNorm's sake. UnsupportedError: it has none."""

@@ -14,6 +14,11 @@ from .affine import Array
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def limits(dtype: Any) -> Any:
+    """`numpy.finfo` of a floating-point type, of ml_dtypes' too."""
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]  # it comes without types
+
+
 def rounded(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The array rounded once, to nearest even."""
     exact: npt.NDArray[Any] = np.ascontiguousarray(array).reshape(np.shape(array))
@@ -47,7 +52,7 @@ def _to_odd(exact: Array) -> npt.NDArray[np.float32]:
 
 def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
     """How many coefficients fell below the normal range of their type, where it keeps fewer bits of them, or none."""
-    tiny = ml_dtypes.finfo(stored.dtype).tiny  # type: ignore[no-untyped-call]
+    tiny = limits(stored.dtype).tiny
     small = np.flatnonzero((stored < tiny) & (stored > -tiny))
     if not small.size:
         return 0
@@ -57,6 +62,4 @@ def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
 
 def roundoff(dtype: np.dtype[Any]) -> float:
     """Unit roundoff of a floating-point type: half the distance from 1 to the next number."""
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype).eps) / 2  # type: ignore[no-untyped-call]
+    return float(limits(dtype).eps) / 2

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import warnings
+from typing import Any
 
 from bnfold.capture import COLOUR, heard, own_stderr, reader_may_leave
 from bnfold.text import visible
@@ -75,13 +76,13 @@ def _explain(error: Exception) -> int:
 
     from bnfold.errors import BnfoldError
 
-    usage = typer.BadParameter.__mro__[1]  # the parser's own error, in whichever module Typer keeps it
+    usage: Any = typer.BadParameter.__mro__[1]  # the parser's own error, in whichever module Typer keeps it
     if isinstance(error, BnfoldError):
         return _say(f"error: {error}", error.exit_status)
     if isinstance(error, usage):
         context = getattr(error, "ctx", None)
         asked = context.command_path if context is not None else "bnfold"
-        return _say(f"error: {error.format_message().rstrip('.')}; see '{asked} --help'", 2)  # type: ignore[attr-defined]
+        return _say(f"error: {error.format_message().rstrip('.')}; see '{asked} --help'", 2)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
         return _say("error: out of memory; give a smaller --batch-size or --input-shape, or for recalibration a smaller --memory-budget", 5)
     if isinstance(error, OSError) and error.strerror:

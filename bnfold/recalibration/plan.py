@@ -79,7 +79,6 @@ class StagePlan(ABC, Generic[N, V]):
     """
 
     none_found = "the model holds no BatchNorm"
-    device_room = 0  # bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's
 
     def __init__(self, select: Select, freeze: bool) -> None:
         self.select, self.freeze = select, freeze
@@ -88,6 +87,11 @@ class StagePlan(ABC, Generic[N, V]):
         self.calls: list[NormCall[N, V]] = []
         self.frozen: set[int] = set()
         self.statistics: dict[int, list[npt.NDArray[Any]]] = {}
+
+    @property
+    def device_room(self) -> int:
+        """Bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
+        return 0
         self.keys: list[Any] = []
         self.flat: Callable[[Any], dict[str, Any] | None] | None = None  # takes a batch in the form in which the model is called
 

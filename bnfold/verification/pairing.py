@@ -6,6 +6,7 @@ that are computed alike in both. Level 1 compares what it pairs (see `structure`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_n
 MOST_EXTRA = 4  # operators in a row that one side may have more
 
 
-class Walk:
+class Walk(ABC):
     """The walk. visited: pairs of values, in order; equal: whether the two of a pair should be equal, or only their operators match.
 
     nodes: the operators that correspond. trouble: why others don't, each with the place in the reference.
@@ -35,9 +36,9 @@ class Walk:
         self.trouble: list[tuple[int, str]] = []
         self._stack: list[tuple[Value, Value]] = []
 
+    @abstractmethod
     def visit(self, a: Value, b: Value) -> None:
         """Look at a pair of values, and push what it leads to."""
-        raise NotImplementedError
 
     def push(self, a: Value, b: Value, *, equal: bool = True) -> None:
         """Come to a pair of values next, once."""

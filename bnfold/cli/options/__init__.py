@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -63,11 +63,11 @@ def grouped(command: Callable[..., int | None]) -> Callable[..., int | None]:
         except KeyboardInterrupt:
             raise Interrupted from None
 
-    update_wrapper(flat, command)
-    del flat.__wrapped__  # type: ignore[attr-defined]  # else its signature would be the one that is seen
-    flat.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-    flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-    return flat
+    made: Any = update_wrapper(flat, command)
+    del made.__wrapped__  # else its signature would be the one that is seen
+    made.__signature__ = inspect.Signature(parameters, return_annotation=None)
+    made.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return cast(Callable[..., int | None], made)
 
 
 def _parameters(declared: Mapping[str, Any], hints: Mapping[str, Any]) -> Iterator[Parameter]:
@@ -95,7 +95,7 @@ def _value(name: str, field: Any, kind: Any, given: Mapping[str, Any]) -> Any:
     """The value of a parameter; that of a group out of its fields'."""
     if dataclasses.is_dataclass(kind):
         declared, hints = _fields(kind)
-        return kind(**{name: _value(name, each, hints[name], given) for name, each in declared.items()})  # type: ignore[operator]
+        return cast(type, kind)(**{name: _value(name, each, hints[name], given) for name, each in declared.items()})
     read = field.metadata.get(READ)
     return read(given[name]) if read and given[name] is not None else given[name]
 

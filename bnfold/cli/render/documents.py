@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bnfold.report import (
@@ -26,15 +26,15 @@ from . import Bar, Line, Part, Row, Table, folded, joined, levels, verified
 
 def document(report: Report) -> list[Part]:
     """What a command shows of its report."""
-    parts = {
+    parts: dict[type, Callable[[Any], Iterator[Part]]] = {
         FuseReport: _fuse,
         InspectReport: _fuse,
         RecalibrateReport: _recalibrate,
         VerifyReport: _verify,
         PipelineReport: _pipeline,
         BenchReport: _bench,
-    }[type(report)]
-    return list(parts(report))  # type: ignore[operator]
+    }
+    return list(parts[type(report)](report))
 
 
 def _fuse(report: FuseReport) -> Iterator[Part]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -16,6 +15,7 @@ from bnfold.algebra.affine import Array, Blocked
 from bnfold.algebra.graph import Graph, Param, Quantised, Tensor, Value
 from bnfold.algebra.layouts import AS_STORED, Layout, new, scaled
 from bnfold.algebra.lowering import Lowering
+from bnfold.algebra.rounding import limits, roundoff
 from bnfold.algebra.settings import Settings
 
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
@@ -213,7 +213,7 @@ class OnnxLowering(Lowering):
             v = node.inputs[0]
             dtypes.append(self.constants.dtype(v))
         floats = [dtype for dtype in dtypes if dtype in FLOATS]
-        return largest(max(floats, key=lambda dtype: float(ml_dtypes.finfo(dtype.numpy()).eps))) if floats else None  # type: ignore[no-untyped-call]
+        return largest(max(floats, key=lambda dtype: roundoff(dtype.numpy()))) if floats else None
 
     def _get(self, v: ir.Value) -> Array:
         array = self.constants.get(v)
@@ -276,4 +276,4 @@ def given(node: ir.Node, index: int) -> ir.Value | None:
 def largest(dtype: ir.DataType | None) -> float:
     """The largest finite number of a float type (float32 where it isn't known)."""
     kind = dtype.numpy() if dtype is not None and dtype in FLOATS else np.dtype(np.float32)
-    return float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
+    return float(limits(kind).max)

@@ -129,7 +129,8 @@ def _center_crop_pad(ctx: OnnxLowering, node: ir.Node) -> None:
     x = arg(node)
     pairs = geometry.around(ctx, x, node.outputs[0])
     changed = [i for i in range(len(pairs[0][0])) if i not in geometry.keeping(pairs)]
-    if all(a[i] is not None and b[i] is not None and b[i] <= a[i] for a, b in pairs for i in changed):  # type: ignore[operator]
+    sizes = [(before[i], after[i]) for before, after in pairs for i in changed]
+    if all(before is not None and after is not None and after <= before for before, after in sizes):
         geometry.crop(ctx, node, x, changed)
     else:
         geometry.pad(ctx, node, x, changed, 0.0)

@@ -212,7 +212,7 @@ def _proto(model: ir.Model, part: OnnxCut, measured: Measured, kinds: dict[str, 
             raise UnsupportedError(f"{value.name!r} is read by the model but neither computed nor given")
         entry = graph.initializer.add(name=str(value.name), data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()))
         if tensor.dtype == ir.DataType.STRING:
-            entry.string_data.extend(tensor.string_data())  # type: ignore[attr-defined]
+            entry.string_data.extend(tensor.string_data())  # type: ignore[attr-defined]  # onnx_ir's protocol leaves it out
         elif tensor.dtype in LENT and tensor.nbytes >= LARGE:
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value="in-memory")

@@ -59,8 +59,8 @@ class Traced:
     @cached_property
     def others(self) -> list[Traced]:
         """The data flow in the other calls."""
-        assert isinstance(self.model, nn.Module) or not self.calls
-        return [_read(self.model, (call,), self.evaluation, self.one_size) for call in self.calls[1:]]  # type: ignore[arg-type]
+        model = self.model
+        return [_read(model, (call,), self.evaluation, self.one_size) for call in self.calls[1:]] if isinstance(model, nn.Module) else []
 
     @cached_property
     def specs(self) -> list[InputSpec]:

@@ -186,7 +186,7 @@ class TorchPlan(StagePlan[Op, Op]):
         return operations.pointwise(convolution, self.stored)
 
     @property
-    def device_room(self) -> int:  # type: ignore[override]
+    def device_room(self) -> int:
         """Half of what a GPU has left: the other half is for what runs."""
         return int(torch.cuda.mem_get_info(self.stored.device)[0] // 2) if self.stored.device.type == "cuda" else 0
 

@@ -73,7 +73,7 @@ class Eager:
             with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 if self.exact:
-                    with _Float64():  # type: ignore[no-untyped-call]
+                    with _Float64():  # type: ignore[no-untyped-call]  # the same
                         returned = own.on(self._module)
                 else:
                     returned = own.on(self._module)
