@@ -87,13 +87,13 @@ class StagePlan(ABC, Generic[N, V]):
         self.calls: list[NormCall[N, V]] = []
         self.frozen: set[int] = set()
         self.statistics: dict[int, list[npt.NDArray[Any]]] = {}
+        self.keys: list[Any] = []
+        self.flat: Callable[[Any], dict[str, Any] | None] | None = None  # takes a batch in the form in which the model is called
 
     @property
     def device_room(self) -> int:
         """Bytes of a device's own memory in which values may wait; 0 where all computing is done in the host's."""
         return 0
-        self.keys: list[Any] = []
-        self.flat: Callable[[Any], dict[str, Any] | None] | None = None  # takes a batch in the form in which the model is called
 
     def cut(self) -> None:
         """Find what there is to measure, and cut. Raises NothingToDoError where there is nothing."""
