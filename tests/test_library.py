@@ -139,6 +139,10 @@ def test_other_threads_are_heard_while_a_model_is_read(module: Any, capsys: pyte
 
 
 def in_a_child(module: Any, digits: Path, answers: Any) -> None:
+    if module is not None:
+        import torch
+
+        torch.set_num_threads(1)  # PyTorch's own threads don't outlive a fork: without this a convolution alone hangs
     with capture.overhearing() as hearing:
         os.write(1, b"heard in the child")
     answers.put((hearing.text, fused_onnx(onnx.load(digits))[0], None if module is None else fused_torch(module)[0]))
@@ -151,7 +155,7 @@ def test_a_process_may_fork_after_the_first_use(module: Any, digits: Path) -> No
     answers = context.Queue()
     with capture.overhearing() as hearing:
         os.write(1, b"heard in the parent")
-        child = context.Process(target=in_a_child, args=(module, digits, answers))
+        child = context.Process(target=in_a_child, args=(module, digits, answers), daemon=True)
     child.start()
     assert answers.get(timeout=300) == ("heard in the child", "equivalent", "equivalent")
     child.join()
