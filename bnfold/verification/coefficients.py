@@ -108,7 +108,7 @@ class Correspondence:
 def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
     """Pair the operators of two plans and compare their settings and coefficients."""
     structure = Structure(reference, candidate)
-    unpaired, hidden = structure.unpaired, hidden_summands(reference)
+    unpaired, hidden = structure.unpaired, hidden_summands(reference) | hidden_summands(candidate)
     merged = merged_summands((*reference.merges, *candidate.merges))
     mismatches = [Mismatch(a, each.text, not each.number, setting=not each.number) for a, each in structure.settings]
     compared: list[Node] = []

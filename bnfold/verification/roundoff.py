@@ -46,7 +46,7 @@ class ShapesDifferError(ValueError):
 def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array]) -> UnitErrors | None:
     """None where neither side has such a parameter. Raises ShapesDifferError.
 
-    hidden: see `hidden_summands`; merged: see `merged_summands`, of both sides.
+    hidden: see `hidden_summands`; merged: see `merged_summands`; both of either side.
     """
     a, role, b, its_role = pair
     if role in FIXED:
@@ -67,11 +67,18 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
     magnitude = np.maximum(mine, theirs)
     for node in (a, b) if role == "weight" else ():
         magnitude = np.maximum(magnitude, merged.get(node, 0.0))
-    for more in hidden.get(a, ()) if role not in ("weight", *FIXED) else ():
-        magnitude = magnitude + (more.reshape(magnitude.shape) if more.size == magnitude.size else more.max())
+    if role not in ("weight", *FIXED):
+        magnitude = np.maximum(*(_with(magnitude, hidden.get(node, ())) for node in (a, b)))
     unit, tiny = precision(_limit(pair))
     units = in_units(want, have, magnitude, unit, tiny)
     return UnitErrors(want, have, units, unit, _channel_axis(a, role, units.ndim), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
+
+
+def _with(magnitude: Array, summands: Iterable[Array]) -> Array:
+    """The magnitude with that of further summands, of which each has a number a channel, or else its largest counts for all."""
+    for each in summands:
+        magnitude = magnitude + (each.reshape(magnitude.shape) if each.size == magnitude.size else each.max())
+    return magnitude
 
 
 def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: float) -> Array:

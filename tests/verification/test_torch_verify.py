@@ -334,3 +334,19 @@ def test_an_operator_that_does_nothing_hides_nothing_from_the_first_level() -> N
     folded, _ = bnfold.fuse(net, example=torch.randn(2, 3, 8, 8), check=False)
     for a, b in ((net, folded), (folded, net)):
         assert bnfold.verify(a, b, torch.randn(2, 3, 8, 8)).levels.coefficients.verdict == "equivalent"
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0])
+def test_a_shift_that_cancels_is_measured_by_its_summands_whichever_side_is_folded(wrong: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), norm(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    with torch.no_grad():
+        net[1].running_mean.add_(1000)
+        net[1].bias.sub_(net[1](torch.zeros(1, 16, 1, 1)).reshape(-1))
+    folded = copy.deepcopy(net)
+    folded[0], folded[1] = fuse_conv_bn_eval(net[0], net[1]), nn.Identity()
+    with torch.no_grad():
+        folded[0].bias[3] += wrong
+    for one, other in ((net, folded), (folded, net)):
+        report = bnfold.verify(one, other, torch.randn(2, 3, 8, 8), coefficients_only=True)
+        assert report.verdict == ("different" if wrong else "equivalent"), report.reason
