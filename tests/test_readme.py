@@ -12,7 +12,7 @@ import pytest
 
 from bnfold import errors
 from bnfold.cli import run
-from bnfold.cli.commands import EXAMPLES
+from bnfold.cli.app import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

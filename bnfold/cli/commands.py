@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from bnfold import api
-from bnfold._version import __version__
 from bnfold.certificates import claim
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write, write_text
 
 from . import options as o
+from .app import app, command
 from .check import Check, Checking
 from .job import Job, Reporting
 from .options.inputs import Feeding, Loading, Running, Shaping
 from .options.recalibration import Choosing, Measuring, Task, beside, save
 
+__all__ = ["app"]
+
 STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
-# One for each command; they run as they stand in a clone of the repository.
-SAMPLE = "samples/digits/digits.onnx"
-EXAMPLES = {
-    "inspect": f"bnfold inspect {SAMPLE}",
-    "recalibrate": f"bnfold recalibrate {SAMPLE} --data samples/digits/calibration.npz -o fresh.onnx",
-    "merge_stats": f"bnfold merge-stats {SAMPLE} part-0.npz part-1.npz -o merged.onnx",
-    "fuse": f"bnfold fuse {SAMPLE} -o fused.onnx",
-    "verify": f"bnfold verify {SAMPLE} fused.onnx",
-    "pipeline": f"bnfold pipeline {SAMPLE} --data samples/digits/calibration.npz --eval samples/digits/test.npz -o ready.onnx",
-    "bench": f"bnfold bench {SAMPLE} fused.onnx",
-}
-
-app = typer.Typer(
-    name="bnfold",
-    help="Recalibrate, fold and verify the BatchNorm layers of trained networks.",
-    epilog="Exit status: 0 done or equivalent; 1 the check failed; 2 usage; 3 an input can't be read, or is unsafe or invalid; "
-    "4 nothing to do, or unsupported; 5 a device or provider is not available; 6 inconclusive; 70 a defect of bnfold; 130 interrupted.",
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-
-
-def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
-    """A command of the application, with its example under its help."""
-    app.command(epilog=f"Example: {EXAMPLES[function.__name__]}")(o.grouped(function))
-    return function
-
-
-@app.callback(invoke_without_command=True)
-def _main(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
-    if version:
-        typer.echo(f"bnfold {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
 
 
 @command

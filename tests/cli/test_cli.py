@@ -18,7 +18,7 @@ import pytest
 
 import bnfold
 from bnfold.cli import run
-from bnfold.cli.commands import EXAMPLES
+from bnfold.cli.app import EXAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("inspect", "recalibrate", "fuse", "verify", "pipeline", "bench")
