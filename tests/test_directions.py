@@ -22,7 +22,8 @@ ROOMS = """
     recalibration
     model
     folding data
-    report files text capture
+    report
+    files text capture
     algebra
     errors _version
 """

@@ -96,7 +96,7 @@ def _say(text: str, status: int) -> int:
     with reader_may_leave(sys.stderr):
         print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
         if text.startswith("error: "):
-            from .render.ci import annotate, on_github
+            from bnfold.report.render.ci import annotate, on_github
 
             if on_github():
                 annotate("error", "bnfold", text.removeprefix("error: "))

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 from bnfold.errors import InputError
 from bnfold.report import Deployment, PipelineReport, Report
-
-from .render import Row
+from bnfold.report.render import Row
 
 T = TypeVar("T")
 TIMES, HARMLESS = 1.5, 1.0

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from bnfold.errors import CheckError, InputError
 from bnfold.files import ready_to_write, write_text
 from bnfold.report import Report
+from bnfold.report.render import Row, folded, rows, verified
 from bnfold.text import printable
 
 from .options import OUTPUT, option
-from .render import Row, folded, rows, verified
 
 if TYPE_CHECKING:
+    from bnfold.report.render import Part
+
     from .baseline import Baseline
-    from .render import Part
 
 Say = Callable[[str], None]
 
@@ -82,8 +83,8 @@ class Check:
 
     def finished(self, report: Report, say: Say) -> None:
         """Give out what a report says, whatever its verdict. say: told if the job summary, which nobody asked for, can't be written."""
-        from .render.ci import on_github
-        from .render.documents import summary
+        from bnfold.report.render.ci import on_github
+        from bnfold.report.render.documents import summary
 
         self._given = True
         fused = folded(report)
@@ -97,7 +98,7 @@ class Check:
 
     def ended(self, error: Exception, say: Say) -> None:
         """The same for a run that an error ended before there was a report. What can't be written then is said too."""
-        from .render.documents import failure
+        from bnfold.report.render.documents import failure
 
         if self._given:
             return
@@ -122,10 +123,10 @@ class Check:
         return self.command == "verify" and self.baseline is not None
 
     def _write(self, found: list[Row], page: list[Part], seconds: float, say: Say) -> None:
-        from .render.pages import append, markdown
+        from bnfold.report.render.pages import append, markdown
 
         if self.where.junit is not None:
-            from .render.ci import junit
+            from bnfold.report.render.ci import junit
 
             write_text(self.where.junit, junit(self.command, Path(self.files[-1]).stem, found, seconds))
         if self.where.markdown is not None:
@@ -145,7 +146,7 @@ class Check:
 
     def _annotate(self, found: Sequence[tuple[bool, str, str]]) -> None:
         """At most MOST annotations, of which one is left for an error that may come yet."""
-        from .render.ci import MOST, annotate
+        from bnfold.report.render.ci import MOST, annotate
 
         shown = found if len(found) < MOST else found[: MOST - 2]
         for wrong, title, text in shown:

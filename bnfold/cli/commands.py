@@ -45,7 +45,7 @@ def recalibrate(
     By default exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size. The old
     ones are kept in OUT.before.npz. Under torchrun, the processes share the data and write one result.
     """
-    from .render.pages import html as page
+    from bnfold.report.render.pages import html as page
 
     how, data, out = task.measuring, task.data, task.out
     loading, settings = how.loading, how.settings(of_part=task.shard is not None)

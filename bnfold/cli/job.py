@@ -147,8 +147,8 @@ class Job:
 
     def finish(self, report: Report) -> None:
         """Give out the report: as tables or as JSON, and to a file where one was asked for."""
-        from .render.documents import document
-        from .render.terminal import show
+        from bnfold.report.render.documents import document
+        from bnfold.report.render.terminal import show
 
         self._stop()
         self._say_notes()

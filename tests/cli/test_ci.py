@@ -28,9 +28,6 @@ import bnfold
 from bnfold import api
 from bnfold.cli import run
 from bnfold.cli.baseline import Baseline
-from bnfold.cli.render import Line, Part, Row, Table
-from bnfold.cli.render.ci import annotation, junit
-from bnfold.cli.render.pages import MOST, append, escape, markdown
 from bnfold.report import (
     Accuracy,
     Coefficients,
@@ -44,6 +41,9 @@ from bnfold.report import (
     PipelineReport,
     VerifyReport,
 )
+from bnfold.report.render import Line, Part, Row, Table
+from bnfold.report.render.ci import annotation, junit
+from bnfold.report.render.pages import MOST, append, escape, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples" / "ci"

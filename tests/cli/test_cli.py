@@ -136,9 +136,9 @@ def test_a_narrow_terminal_gets_every_name_whole(columns: int) -> None:
 
     from rich.console import Console
 
-    from bnfold.cli.render.documents import document
-    from bnfold.cli.render.terminal import show
     from bnfold.report import Counts, FuseReport, Layer
+    from bnfold.report.render.documents import document
+    from bnfold.report.render.terminal import show
 
     layers = tuple(
         Layer(f"features.{i}.bn[x]", 64, v, i_, r)

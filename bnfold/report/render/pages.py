@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from bnfold.errors import InputError
-from bnfold.report import RecalibrateReport
+from bnfold.report.recalibrate import RecalibrateReport
 from bnfold.text import counted, printable
 
 from . import Bar, Line, Part, Table

@@ -6,17 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bnfold.report import (
-    Accuracy,
-    BenchReport,
-    FuseReport,
-    InspectReport,
-    LayerStatistics,
-    PipelineReport,
-    RecalibrateReport,
-    Report,
-    VerifyReport,
-)
+from bnfold.report.base import Report
+from bnfold.report.fuse import FuseReport, InspectReport
+from bnfold.report.others import BenchReport, PipelineReport
+from bnfold.report.recalibrate import Accuracy, LayerStatistics, RecalibrateReport
+from bnfold.report.verify import VerifyReport
 from bnfold.text import counted
 
 from . import Bar, Line, Part, Row, Table, folded, joined, levels, verified

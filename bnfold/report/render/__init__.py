@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bnfold.report import FuseReport, PipelineReport, Report, VerifyReport
+from bnfold.report.base import Report
+from bnfold.report.fuse import FuseReport
+from bnfold.report.others import PipelineReport
+from bnfold.report.verify import VerifyReport
 
 
 @dataclass(frozen=True)

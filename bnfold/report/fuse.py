@@ -1,0 +1,74 @@
+"""What `fuse` and `inspect` report: what became of each BatchNorm, or would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .base import Report
+from .verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one BatchNorm, or would; batchnorm: False for another constant affine operator, which is listed where it folded."""
+
+    name: str
+    channels: int  # 0 where they aren't known
+    verdict: Literal["folded", "kept"]
+    into: tuple[str, ...]  # the operators that hold its coefficients now
+    reason: str  # why it was kept; empty where it was folded
+    notes: tuple[str, ...] = ()  # health and hazards: dead channels, weights that became subnormal
+    batchnorm: bool = True
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Parallel linear branches that became one operator."""
+
+    into: str
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Counts:
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseReport(Report):
+    """bytes_added: what copies of shared weights add to the model."""
+
+    schema = "bnfold.fuse/1"
+    batchnorms: Counts
+    layers: tuple[Layer, ...]
+    merged: tuple[Merged, ...] = ()
+    bytes_added: int = 0
+    verify: VerifyReport | None = None  # the check before writing; None with check=False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything folds or merges."""
+        return bool(self.merged) or any(layer.verdict == "folded" for layer in self.layers)
+
+    @property
+    def kept(self) -> tuple[Layer, ...]:
+        """The BatchNorms that stay."""
+        return tuple(layer for layer in self.layers if layer.verdict == "kept")
+
+    @property
+    def failure(self) -> str:
+        """What `--strict` says of them; empty where none stays."""
+        count = len(self.kept)
+        return f"--strict: {count} BatchNorm{'s stay' if count > 1 else ' stays'}" if count else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectReport(FuseReport):
+    """As for `fuse`, and `verdict` is what `fuse` would do. certificate: of a folded model, see `certificate`."""
+
+    schema = "bnfold.inspect/1"
+    certificate: Mapping[str, Any] | None = None
