@@ -6,6 +6,7 @@ goes along with every batch. Where no rows of the inputs are samples (a graph's 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -177,18 +178,19 @@ class Data:
             return
         empty = True
         pieces = ((number, part) for number, parts in plan for part in parts)
-        for _, group in itertools.groupby(in_pool(pieces, lambda piece: self._made(piece[1])), lambda made: made[0][0]):
-            chunks = []
-            for (_, part), found in group:
-                if isinstance(found, CorruptError):
-                    self._bad.add(part.place, found, self._total())
-                elif found is not None:
-                    chunks.append(found)
-            if chunks and self._fixed not in (None, len(chunks)):
-                self._note(f"a batch that holds a bad image is left out whole, as the model takes batches of {self._fixed} only")
-            elif chunks:
-                empty = False
-                yield self._inputs.batch(chunks)
+        with contextlib.closing(in_pool(pieces, lambda piece: self._made(piece[1]))) as pool:
+            for _, group in itertools.groupby(pool, lambda made: made[0][0]):
+                chunks = []
+                for (_, part), found in group:
+                    if isinstance(found, CorruptError):
+                        self._bad.add(part.place, found, self._total())
+                    elif found is not None:
+                        chunks.append(found)
+                if chunks and self._fixed not in (None, len(chunks)):
+                    self._note(f"a batch that holds a bad image is left out whole, as the model takes batches of {self._fixed} only")
+                elif chunks:
+                    empty = False
+                    yield self._inputs.batch(chunks)
         if empty and len(self._bad) and self.shard == (0, 1):
             raise DataError(f"{self.description}: no batch is left without the images that can't be decoded; replace them")
 

@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
         thread.join(PATIENCE)
 
 
-def in_pool(items: Iterable[T], work: Callable[[T], R], workers: int = WORKERS) -> Iterator[tuple[T, R]]:
+def in_pool(items: Iterable[T], work: Callable[[T], R], workers: int = WORKERS) -> Generator[tuple[T, R]]:
     """Each item and what `work` makes of it, in order; at most 2 x workers of them are begun before they are asked for.
 
     An error of the items themselves comes out after the results of those before it.

@@ -21,7 +21,8 @@ A = np.arange(60, dtype=np.float32).reshape(20, 3)
 
 
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("bnfold")]
+    """Those that make things ahead; the pool that sums moments stays as long as the process."""
+    return [t.name for t in threading.enumerate() if t.name.startswith(("bnfold-ahead", "bnfold-images"))]
 
 
 def settled(value, call) -> bool:
