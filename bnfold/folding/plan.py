@@ -14,6 +14,7 @@ from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.report import Counts, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
+from .ranges import weight_ranges
 from .search import Outcome, fold
 
 
@@ -46,7 +47,10 @@ class Planned:
         calls += [(1, layer.verdict == "folded") for layer in others]
         counts = Counts(sum(n for n, _ in calls), sum(n for n, folded in calls if not folded))
         merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
-        return FuseReport(batchnorms=counts, layers=layers, merged=merged, bytes_added=bytes_added, notes=said)
+        changed = (node for outcome in self.outcomes if outcome.folded for node in outcome.into)
+        hosts, gone = {m.host for m in self.merges}, {m.branch for m in self.merges}
+        ranges = weight_ranges([node for node in (*changed, *(m.host for m in self.merges)) if node not in gone], hosts)
+        return FuseReport(batchnorms=counts, layers=layers, merged=merged, ranges=ranges, bytes_added=bytes_added, notes=said)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from .fuse import FuseReport as FuseReport
 from .fuse import InspectReport as InspectReport
 from .fuse import Layer as Layer
 from .fuse import Merged as Merged
+from .fuse import WeightRange as WeightRange
 from .others import BenchReport as BenchReport
 from .others import PipelineReport as PipelineReport
 from .recalibrate import Accuracy as Accuracy

@@ -32,6 +32,22 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class WeightRange:
+    """How a weight's range changed. before, after: the largest over the median of its output channels' largest magnitudes.
+
+    error_before, error: how far int8 with one scale for the whole weight puts the weights of the median channel off: their median error
+    over their median magnitude. warning: where that is so much that a quantiser per tensor will suffer; else empty.
+    """
+
+    name: str
+    before: float
+    after: float
+    error_before: float
+    error: float
+    warning: str = ""
+
+
+@dataclass(frozen=True)
 class Counts:
     before: int
     after: int
@@ -45,6 +61,7 @@ class FuseReport(Report):
     batchnorms: Counts
     layers: tuple[Layer, ...]
     merged: tuple[Merged, ...] = ()
+    ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
     verify: VerifyReport | None = None  # the check before writing; None with check=False
     notes: tuple[str, ...] = ()

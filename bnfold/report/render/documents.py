@@ -33,13 +33,17 @@ def document(report: Report) -> list[Part]:
 
 def _fuse(report: FuseReport) -> Iterator[Part]:
     """What became of every BatchNorm, or would."""
-    cells = [
-        (layer.name or "(no name)", _channels(layer.channels), layer.verdict, ", ".join(layer.into), joined(layer.reason, *layer.notes))
-        for layer in report.layers
-    ]
-    yield Table("BatchNorms", ("BatchNorm", "channels", "verdict", "into", "remarks"), cells)
+    ranges = {each.name: each for each in report.ranges}
+    cells = []
+    for layer in report.layers:
+        spread = max((ranges[name] for name in layer.into if name in ranges), key=lambda each: each.after, default=None)
+        moved = "" if spread is None else f"{spread.before:.3g} to {spread.after:.3g}"
+        remarks = joined(layer.reason, *layer.notes)
+        cells.append((layer.name or "(no name)", _channels(layer.channels), layer.verdict, ", ".join(layer.into), moved, remarks))
+    yield Table("BatchNorms", ("BatchNorm", "channels", "verdict", "into", "weight range", "remarks"), cells)
     for merged in report.merged:
         yield Line(f"merged into {merged.into}: {', '.join(merged.branches)}")
+    yield from (Line(f"{each.name}: {each.warning}") for each in report.ranges if each.warning)
     if report.batchnorms.before:
         yield _counts(report)
     if report.bytes_added:

@@ -1,0 +1,82 @@
+"""How a plan changes the ranges of weights, and which a quantiser with one scale for a whole tensor will spoil.
+
+Such a quantiser takes its step from the largest number of the tensor. Channels that are much smaller than the largest, or that are small
+themselves but for one number, keep few of their digits: what folding a BatchNorm or merging branches can make of a harmless weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Node
+from bnfold.report import WeightRange
+
+LEVELS = 127  # of 8 bits on either side of zero
+MOST = 1024  # weights of a channel that are looked at
+# Where the weights of the median channel are off by more than this much of themselves: about what 4 bits with a scale for each channel do
+# to weights, and where networks begin to lose accuracy.
+HARMFUL = 0.1
+
+
+def weight_ranges(nodes: Iterable[Node], merged: Iterable[Node]) -> tuple[WeightRange, ...]:
+    """Of each of the operators whose weight has output channels and changes, once. merged: those into which branches were merged."""
+    merged = set(merged)
+    found = []
+    for node in dict.fromkeys(nodes):
+        param = node.params.get("weight")
+        if param is None or param.tensor is None or param.tensor.quantised is not None or param.update is None:
+            continue
+        channels = output_axes(node)
+        rows = _rows(param.layout.canonical(param.tensor.read()), channels)
+        before, error_before = _ratio(rows), _error(rows)
+        rows = _rows(param.read(), channels)
+        after, error = _ratio(rows), _error(rows)
+        warning = ""
+        if error > HARMFUL:
+            cause = "" if error_before > HARMFUL else ", from merging branches" if node in merged else ", from the fold"
+            advice = "" if _error(rows, per_channel=True) > HARMFUL else ": it needs a scale for each channel, or equalised ranges"
+            warning = f"int8 with one scale puts the weights of its median channel off by {error:.0%}{cause}{advice}"
+        found.append(WeightRange(node.name, before, after, error_before, error, warning))
+    return tuple(found)
+
+
+def output_axes(node: Node) -> tuple[int, ...]:
+    """The axes of a canonical weight that tell outputs apart."""
+    if node.op == "Contraction":
+        return tuple(i for i, letter in enumerate(node.attrs["w"]) if letter in node.attrs["y"])
+    return (0,)
+
+
+def _rows(weight: Array, channels: tuple[int, ...]) -> Array:
+    """The weight as a matrix, a row an output channel; without the channels of zeros, which any quantiser keeps."""
+    rows = np.moveaxis(weight, channels, range(len(channels)))
+    rows = rows.reshape(int(np.prod(rows.shape[: len(channels)])), -1)
+    return rows[rows.any(axis=1)]
+
+
+def _ratio(rows: Array) -> float:
+    """The largest over the median of the channels' largest magnitudes."""
+    largest = np.abs(rows).max(axis=1, initial=0.0)
+    return float(largest.max() / np.median(largest)) if len(rows) else 1.0
+
+
+def _error(rows: Array, *, per_channel: bool = False) -> float:
+    """How far 8 bits put the weights of the median channel off: the median error over the median weight, of those that aren't 0.
+
+    Not the mean squares, in which one large weight hides what becomes of all the others.
+    """
+    if not len(rows):
+        return 0.0
+    step = np.abs(rows).max(axis=1 if per_channel else None, keepdims=True) / LEVELS
+    seen = rows[:, :: -(-rows.shape[1] // MOST)]
+    live = seen.any(axis=1)
+    if not live.any():
+        return 0.0
+    seen, step = seen[live], np.broadcast_to(step, (len(rows), 1))[live]
+    seen = np.where(seen == 0, np.nan, seen)
+    with np.errstate(all="ignore"):
+        off = np.abs(np.round(seen / step) * step - seen)
+        return float(np.median(np.nanmedian(off, axis=1) / np.nanmedian(np.abs(seen), axis=1)))
