@@ -15,7 +15,7 @@ from bnfold.algebra.graph import Node
 from bnfold.report import WeightRange
 
 LEVELS = 127  # of 8 bits on either side of zero
-MOST = 1024  # weights of a channel that are looked at
+MOST = 128  # weights of a channel that are looked at
 # Where the weights of the median channel are off by more than this much of themselves: about what 4 bits with a scale for each channel do
 # to weights, and where networks begin to lose accuracy.
 HARMFUL = 0.1
@@ -79,4 +79,10 @@ def _error(rows: Array, *, per_channel: bool = False) -> float:
     seen = np.where(seen == 0, np.nan, seen)
     with np.errstate(all="ignore"):
         off = np.abs(np.round(seen / step) * step - seen)
-        return float(np.median(np.nanmedian(off, axis=1) / np.nanmedian(np.abs(seen), axis=1)))
+        return float(np.median(_medians(off) / _medians(np.abs(seen))))
+
+
+def _medians(rows: Array) -> Array:
+    """The lower median of each row's numbers that aren't NaN, which sorting puts last. (numpy's nanmedian takes row by row.)"""
+    middle = (np.isfinite(rows).sum(axis=1, keepdims=True) - 1) // 2
+    return np.take_along_axis(np.sort(rows, axis=1), middle, axis=1)
