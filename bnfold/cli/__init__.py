@@ -6,6 +6,8 @@ import re
 import signal
 import sys
 import warnings
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
 from typing import Any
 
 from bnfold.capture import COLOUR, heard, own_stderr, reader_may_leave
@@ -14,11 +16,25 @@ from bnfold.text import visible
 __all__ = ["main", "run"]
 
 INTERRUPTED = "interrupted; no file is left half-written"
+# onnx_ir imports them for sizes that are formulas: half of all that a command would import.
+SELDOM = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)  # as PyTorch says it
+
+
+class _WhenUsed:
+    """Finds modules that are seldom needed, to be run when something of them is asked for."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in SELDOM else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
 
 
 def main() -> None:
     """Run the command of the process's arguments and exit with the contract's status (see `bnfold.errors`)."""
+    sys.meta_path.insert(0, _WhenUsed)
     signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
