@@ -17,6 +17,7 @@ import numpy as np
 from .registry import Array, operator
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
+CACHE = 1 << 19  # bytes of output at a time where each is added to often
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,7 @@ def conv(
     y = np.empty((n, o, *at.out))
     if per_group == 1 and o == group:
         for image in range(n):
-            padded = pad(x[image : image + 1], at, 0)[0]
-            y[image] = 0
-            for tap, place in at.taps():
-                kernel_tap: Any = (slice(None), 0, *tap)
-                y[image] += w[kernel_tap].reshape(-1, *(1,) * len(at.out)) * padded[(slice(None), *place)]
+            _depthwise(w[:, 0], pad(x[image : image + 1], at, 0)[0], at, y[image])
     else:
         weights = w.reshape(group, o // group, -1)
         for image in range(n):
@@ -120,6 +117,32 @@ def conv(
                 weights, padded.reshape(group, per_group, *padded.shape[1:]), at, y[image].reshape(group, o // group, *at.out)
             )
     return (y + _spread(b, x.ndim) if b is not None else y,)
+
+
+def _depthwise(weights: Array, x: Array, at: Windows, y: Array) -> None:
+    """y [C, *out], each channel of the padded x [C, *padded] by its own kernel [C, *kernel]: tap by tap, as many channels as a cache holds.
+
+    Where windows step by one, a tap is a shift of the flat image: one run of numbers, of which those where rows wrap are left out.
+    """
+    padded, flat = x.shape[1:], set(at.strides) == {1}
+    steps = [math.prod(padded[i + 1 :]) for i in range(len(padded))]
+    length = 1 + sum((n - 1) * step for n, step in zip(at.out, steps, strict=True))
+    rows: tuple[int, ...] = (length,) if flat else tuple(at.out)
+    block = max(1, CACHE // (8 * max(1, math.prod(rows))))
+    total, product = np.empty((block, *rows)), np.empty((block, *rows))
+    for first in range(0, len(x), block):
+        part = x[first : first + block]
+        under = part.reshape(len(part), -1) if flat else part
+        sum_, term = total[: len(part)], product[: len(part)]
+        sum_[...] = 0
+        for tap, place in at.taps():
+            start = sum(slice_.start * step for slice_, step in zip(place, steps, strict=True))
+            at_tap: Any = (slice(None), slice(start, start + length)) if flat else (slice(None), *place)
+            kernel: Any = (slice(first, first + block), *tap)
+            np.multiply(under[at_tap], weights[kernel].reshape(-1, *(1,) * len(rows)), out=term)
+            sum_ += term
+        strides = (sum_.strides[0], *(8 * step for step in steps)) if flat else sum_.strides
+        y[first : first + block] = np.lib.stride_tricks.as_strided(sum_, (len(part), *at.out), strides, writeable=False)
 
 
 def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
