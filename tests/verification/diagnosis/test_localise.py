@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 from compare import feeds
+from fuzz.graphs import build
 from networks import EPSILON, NO_FAULT, folded, model, small, weights
 from onnx import helper
 from opened import verify
-from random_graphs import build
 
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto

@@ -1,7 +1,7 @@
 """Random networks in float64, folded and compared: the hunt for what nobody thought of.
 
-    python tests/random_graphs.py --count 5000 --seed 0      thousands of networks, a line for each that fails
-    python tests/random_graphs.py --only 1234                one of them again, with its report (--save FILE keeps the model)
+    python -m tests.fuzz.graphs --count 5000 --seed 0      thousands of networks, a line for each that fails
+    python -m tests.fuzz.graphs --only 1234                one of them again, with its report (--save FILE keeps the model)
 
 Weights and data are float64, so both models evaluate to about 1e-15 and a coefficient in the wrong place shows. Where the two differ
 by more, the network itself may be badly conditioned (a difference of nearly equal values); so a difference counts only if it is also
@@ -19,14 +19,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnx_ir
-import random_moves as moves
-import random_ops as ops
 from cases.builder import Net
 from compare import batchnorms, difference, interface
 
 import bnfold
 from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.report import FuseReport
+
+from . import moves
+from . import operators as ops
 
 OPSETS = (9, 11, 13, 17, 18, 21)
 TOLERANCE = 1e-12  # times the largest magnitude of an output

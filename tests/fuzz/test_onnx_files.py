@@ -1,11 +1,12 @@
-"""A few hundred mutated files in each run of the tests; thousands with `python tests/fuzz_onnx.py`."""
+"""A few hundred mutated files in each run of the tests; thousands with `python -m tests.fuzz.onnx_files`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from fuzz_onnx import check, mutant, seeds
+
+from .onnx_files import check, mutant, seeds
 
 COUNT = 200
 MODELS = seeds()
@@ -15,7 +16,7 @@ MODELS = seeds()
 def test_a_mutated_file_is_right_or_refused(tmp_path: Path, first: int) -> None:
     found = {seed: check(seed, MODELS, tmp_path) for seed in range(first, first + 50)}
     failed = {seed: wrong for seed, (_, wrong) in found.items() if wrong}
-    assert not failed, f"look closer with: python tests/fuzz_onnx.py --only {min(failed)}\n{failed}"
+    assert not failed, f"look closer with: python -m tests.fuzz.onnx_files --only {min(failed)}\n{failed}"
     became = [text for text, _ in found.values()]
     assert sum(text == "folded" for text in became) > 3, became
     assert sum(text.startswith("ModelError: ") for text in became) > 10, became

@@ -1,4 +1,4 @@
-"""A few hundred random networks in each run of the tests; thousands with `python tests/random_graphs.py`."""
+"""A few hundred random networks in each run of the tests; thousands with `python -m tests.fuzz.graphs`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 from cases import Net
 from compare import difference, feeds, run_double
-from random_graphs import build, check, share_folded
 
 import bnfold
 from bnfold.backends.onnx.lowering.table import OPERATORS
+
+from .graphs import build, check, share_folded
 
 COUNT = 300
 BLOCK = 50
@@ -21,7 +22,7 @@ FOLDED = 0.55  # the share of BatchNorms that must fold, by which no test here c
 def test_folding_changes_no_random_network(first: int) -> None:
     found = [check(seed) for seed in range(first, first + BLOCK)]
     failed = {f.seed: f.problem for f in found if f.problem}
-    assert not failed, f"look closer with: python tests/random_graphs.py --only {min(failed)}\n{failed}"
+    assert not failed, f"look closer with: python -m tests.fuzz.graphs --only {min(failed)}\n{failed}"
     assert share_folded([f.report for f in found if f.report]) > FOLDED
     assert sum(len(f.report.merged) for f in found if f.report) > 3
 

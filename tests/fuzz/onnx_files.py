@@ -1,7 +1,7 @@
 """Sound ONNX files with one thing or two made wrong: each must load and come out right, or be refused in one line.
 
-    python tests/fuzz_onnx.py --count 3000 --seed 0      thousands of mutants, a line for each that fails, and what the rest said
-    python tests/fuzz_onnx.py --only 1234 --save m.onnx  one of them again, with its traceback
+    python -m tests.fuzz.onnx_files --count 3000 --seed 0      thousands of mutants, a line for each that fails, and what the rest said
+    python -m tests.fuzz.onnx_files --only 1234 --save m.onnx  one of them again, with its traceback
 
 A failure is an exception that isn't a BnfoldError, a run that takes too long, and a folded model that ONNX Runtime refuses, or that
 computes something else, where it took the mutant.

@@ -1,4 +1,4 @@
-"""The operators of random graphs that only move data, and the blocks that they are part of (see `random_ops`)."""
+"""The operators of random graphs that only move data, and the blocks that they are part of (see `operators`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 from cases.builder import element
-from random_ops import Growing, Shape, _fits, _image, batchnorm, convolution, elementwise, gemm
+
+from .operators import Growing, Shape, _fits, _image, batchnorm, convolution, elementwise, gemm
 
 
 def transpose(g: Growing) -> str | bool:
