@@ -1,8 +1,5 @@
 """Random networks in float64, folded and compared: the hunt for what nobody thought of.
 
-    python -m tests.fuzz.graphs --count 5000 --seed 0      thousands of networks, a line for each that fails
-    python -m tests.fuzz.graphs --only 1234                one of them again, with its report (--save FILE keeps the model)
-
 Weights and data are float64, so both models evaluate to about 1e-15 and a coefficient in the wrong place shows. Where the two differ
 by more, the network itself may be badly conditioned (a difference of nearly equal values); so a difference counts only if it is also
 far larger than what moving every number that goes in by a unit in its last place does.
@@ -10,11 +7,8 @@ far larger than what moving every number that goes in by a unit in its last plac
 
 from __future__ import annotations
 
-import argparse
-import time
-import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -28,6 +22,7 @@ from bnfold.report import FuseReport
 
 from . import moves
 from . import operators as ops
+from .found import Found, Say, watched
 
 OPSETS = (9, 11, 13, 17, 18, 21)
 TOLERANCE = 1e-12  # times the largest magnitude of an output
@@ -100,24 +95,19 @@ def build(seed: int) -> onnx.ModelProto:
     return net.model()
 
 
-@dataclass
-class Found:
-    """What became of one network. problem: empty where all is well."""
-
-    seed: int
-    problem: str = ""
-    report: FuseReport | None = None
-    operators: Counter[str] = field(default_factory=Counter)
-
-
-def check(seed: int, model: onnx.ModelProto | None = None, *, clone: bool | None = None) -> Found:
-    """Fold a network, the one of the seed unless another is given, and compare all that must not change."""
-    model = build(seed) if model is None else model
+def tried(seed: int, *, save: Path | None = None, say: Say | None = None) -> Found:
+    """Fold the network of a seed, and compare all that must not change; of every fourth, operators may be doubled."""
+    model = build(seed)
+    if save is not None:
+        onnx.save(model, save)
     found = Found(seed, operators=Counter(node.op_type for node in model.graph.node))
-    try:
-        found.problem = _compare(model, found, seed % 4 == 0 if clone is None else clone)
-    except Exception:
-        found.problem = traceback.format_exc()
+    with watched(found, "random network", say):
+        found.problem = _compare(model, found, seed % 4 == 0)
+        found.became = "no BatchNorm" if found.report is None else "folded" if found.report.batchnorms.after == 0 else "some stay"
+    if say is not None:
+        say(onnx.printer.to_text(model.graph))
+        for layer in found.report.layers if found.report else ():
+            say(f"{layer.name}: {layer.verdict} {' '.join(layer.into)} {layer.reason}")
     return found
 
 
@@ -160,42 +150,3 @@ def share_folded(reports: list[FuseReport]) -> float:
     """The share of all BatchNorms that are gone."""
     before, after = (sum(getattr(r.batchnorms, which) for r in reports) for which in ("before", "after"))
     return 1 - after / before
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--only", type=int, help="run this seed alone, and say more")
-    parser.add_argument("--clone", type=int, choices=(0, 1), help="whether operators may be doubled (otherwise: for every fourth seed)")
-    parser.add_argument("--save", help="with --only: write the network here")
-    args = parser.parse_args()
-    clone = None if args.clone is None else bool(args.clone)
-    if args.only is not None:
-        model = build(args.only)
-        if args.save:
-            onnx.save(model, args.save)
-        found = check(args.only, model, clone=clone)
-        print(onnx.printer.to_text(model.graph))
-        for layer in found.report.layers if found.report else ():
-            print(f"{layer.name}: {layer.verdict} {' '.join(layer.into)} {layer.reason}")
-        print(found.problem or "all is well")
-        raise SystemExit(bool(found.problem))
-    start, failed, reports, operators = time.perf_counter(), [], [], Counter[str]()
-    for seed in range(args.seed, args.seed + args.count):
-        found = check(seed, clone=clone)
-        operators.update(found.operators.keys())
-        if found.report:
-            reports.append(found.report)
-        if found.problem:
-            failed.append(seed)
-            print(f"seed {seed}: {found.problem.strip().splitlines()[-1]}", flush=True)
-    merged = sum(len(r.merged) for r in reports)
-    total = sum(r.batchnorms.before for r in reports)
-    print(f"{args.count} networks, {len(failed)} failed {failed}, {time.perf_counter() - start:.0f} s")
-    print(f"{share_folded(reports):.1%} of {total} BatchNorms folded, {merged} merges, {len(operators)} operators")
-    raise SystemExit(bool(failed))
-
-
-if __name__ == "__main__":
-    main()

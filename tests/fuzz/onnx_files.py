@@ -1,23 +1,16 @@
 """Sound ONNX files with one thing or two made wrong: each must load and come out right, or be refused in one line.
 
-    python -m tests.fuzz.onnx_files --count 3000 --seed 0      thousands of mutants, a line for each that fails, and what the rest said
-    python -m tests.fuzz.onnx_files --only 1234 --save m.onnx  one of them again, with its traceback
-
 A failure is an exception that isn't a BnfoldError, a run that takes too long, and a folded model that ONNX Runtime refuses, or that
 computes something else, where it took the mutant.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
 import random
-import signal
-import sys
 import tempfile
-import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +25,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 import bnfold
 
-LIMIT = 30  # seconds
+from .found import Found, Say, watched
+
 NEAR = 1e-3  # of the largest output: far beyond what rounding does to these networks, and below what any wrong fold does
 STRANGE = (-(2**63), -(2**31), -1000, -2, -1, 0, 1, 2, 3, 7, 1000, 2**31 - 1, 2**40, 2**62)
 KINDS = ("i", "f", "s", "ints", "floats", "strings", "t", "g")
-
-
-class TooLong(Exception):
-    """A run that took longer than LIMIT."""
 
 
 # --- what is mutated ----------------------------------------------------------------------------------------------------------------
@@ -66,6 +56,7 @@ def functional() -> ModelProto:
     return model
 
 
+@functools.cache
 def seeds() -> list[ModelProto]:
     """The networks to mutate: every fourth of the catalogue's that ONNX Runtime runs, and one with functions."""
     return [functional(), *(case.build() for case in ALL[::4] if case.ort)]
@@ -442,93 +433,40 @@ def far(want: list[Any], got: list[Any]) -> str:
     return ""
 
 
-def tried(path: Path) -> str:
-    """What became of a file: "folded", "kept", or the error's kind and text. Raises what isn't a BnfoldError, and AssertionError."""
+def tried(seed: int, *, save: Path | None = None, say: Say | None = None) -> Found:
+    """What becomes of the file of a seed: "folded", "kept", or the error's kind and text."""
+    data, done = mutant(seed, seeds())
+    found = Found(seed)
+    if save is not None:
+        save.write_bytes(data)
+    with tempfile.TemporaryDirectory() as folder, watched(found, done, say):
+        path = Path(folder, "mutant.onnx")
+        path.write_bytes(data)
+        found.became, found.problem = outcome(path)
+        found.problem = found.problem and f"{done}: {found.problem}"
+    return found
+
+
+def outcome(path: Path) -> tuple[str, str]:
+    """What became of a file, and what is wrong with that."""
     try:
         model = bnfold.load(path)
         bnfold.inspect(model)
         fused, report = bnfold.fuse(model)
     except bnfold.BnfoldError as error:
         runs = "" if outputs(path.read_bytes()) is None else ", though ONNX Runtime runs it"
-        return f"{type(error).__name__}{runs}: {error}"
-    done = any(layer.verdict == "folded" for layer in report.layers)
+        return f"{type(error).__name__}{runs}: {error}", ""
+    became = "folded" if any(layer.verdict == "folded" for layer in report.layers) else "kept"
     if (ran := outputs(path.read_bytes())) is not None:
-        again = outputs(onnx_of(fused), ran[0])
-        assert again is not None, "ONNX Runtime took the mutant, and refuses what was made of it"
-        off = far(ran[1], again[1])
-        assert not off, f"the folded model computes something else: {off}"
+        target = path.with_name("fused.onnx")
+        bnfold.save(fused, target)
+        again = outputs(target.read_bytes(), ran[0])
+        if again is None:
+            return became, "ONNX Runtime took the mutant, and refuses what was made of it"
+        if off := far(ran[1], again[1]):
+            return became, f"the folded model computes something else: {off}"
         with contextlib.suppress(bnfold.BnfoldError):
             bnfold.recalibrate(model, [ran[0]])
     with contextlib.suppress(bnfold.BnfoldError):
         bnfold.verify(model, fused, samples=2)
-    return "folded" if done else "kept"
-
-
-def onnx_of(model: Any) -> bytes:
-    import onnx_ir
-
-    return onnx_ir.to_proto(model).SerializeToString()
-
-
-def check(seed: int, models: list[ModelProto], folder: Path, *, debug: bool = False) -> tuple[str, str]:
-    """(what became of the mutant, what is wrong with that or "")."""
-    data, done = mutant(seed, models)
-    path = folder / "mutant.onnx"
-    path.write_bytes(data)
-
-    def stop(*_: Any) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT)
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            return tried(path), ""
-    except TooLong:
-        return "too long", f"{done}: longer than {LIMIT} s"
-    except BaseException as error:
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return (
-            "failed",
-            f"{done}: {type(error).__name__}: {' '.join(str(error).split())[:160]} ({Path(where.filename).name}:{where.lineno})",
-        )
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0, help="the first of as many seeds")
-    parser.add_argument("--refused", action="store_true", help="a line for each that is refused though it may be right")
-    parser.add_argument("--only", type=int)
-    parser.add_argument("--save", type=Path, help="where the mutant of --only goes")
-    args = parser.parse_args()
-    models, said, failed = seeds(), Counter[str](), 0
-    with tempfile.TemporaryDirectory() as folder:
-        if args.only is not None:
-            if args.save:
-                args.save.write_bytes(mutant(args.only, models)[0])
-            print(*check(args.only, models, Path(folder), debug=True), sep="\n")
-            return 0
-        for seed in range(args.seed, args.seed + args.count):
-            became, wrong = check(seed, models, Path(folder))
-            said[became.split(":")[0]] += 1
-            if args.refused and ("though" in became or became.startswith("CheckError")):
-                print(f"{seed}: {became}", flush=True)
-            if wrong:
-                failed += 1
-                print(f"{seed}: {wrong}", flush=True)
-    print(f"{args.count} mutants: {failed} failed; {dict(said.most_common())}")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    sys.exit(main())
+    return became, ""

@@ -1,0 +1,60 @@
+"""What became of one seed, whatever kind it is of, and the watch over its time."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LIMIT = 30  # seconds
+Say = Callable[[str], object]
+
+
+@dataclass
+class Found:
+    """became: the outcome in a word, and behind a colon what was said. problem: empty where all is well. report: of the fold."""
+
+    seed: int
+    became: str = ""
+    problem: str = ""
+    report: Any = None
+    operators: Counter[str] = field(default_factory=Counter)
+
+
+class TooLong(BaseException):
+    """A run that took longer than LIMIT."""
+
+
+@contextlib.contextmanager
+def watched(found: Found, what: str, say: Say | None = None) -> Iterator[None]:
+    """Whatever is raised is a problem, and so is it when it takes too long. what: was done to the seed, for the text."""
+
+    def stop(*_: Any) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT)
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
+    except TooLong:
+        found.became, found.problem = "too long", f"{what}: longer than {LIMIT} s"
+    except Exception as error:
+        signal.alarm(0)
+        if say is not None:
+            say(traceback.format_exc())
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]} ({Path(where.filename).name}:{where.lineno})"
+        found.became, found.problem = "failed", f"{what}: {text}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
