@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bnfold.errors import InputError, UsageError
-from bnfold.files import may_write, ready_to_write, replacing, write_text
+from bnfold.files import HeldErrors, may_write, ready_to_write, replacing, unreadable, write_text
 from bnfold.text import counted, first_line, listed, one_line, printable, unused
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -64,6 +68,58 @@ def test_on_an_error_all_is_as_before(targets: list[str], failing: int, tmp_path
     assert failed == (failing <= calls[0])
     assert (contents(tmp_path) == before) == failed
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+WORK = """
+import os, signal, sys
+from pathlib import Path
+from bnfold.files import replacing
+with replacing(Path("many"), Path("one.txt")) as parts:
+    parts[0].mkdir()
+    parts[1].write_text("new")
+    os.replace("many", parts[0].parents[1] / "old" / "many")  # as it is for the moment of the change
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_put_back_by_the_next(tmp_path: Path) -> None:
+    put(tmp_path, "old")
+    before = contents(tmp_path)
+    command = [sys.executable, "-c", WORK]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"there\n"
+        (tmp_path / ".bnfold-notes").mkdir()
+        write_text(tmp_path / "mine.txt", "mine")  # while the other works
+        assert len([path for path in tmp_path.iterdir() if path.name.startswith(".bnfold-")]) == 2
+        other.kill()
+    assert not (tmp_path / "many").exists()
+    write_text(tmp_path / "mine.txt", "mine")
+    assert contents(tmp_path) == before | {"mine.txt": "mine"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".bnfold-notes"]
+
+
+def test_an_error_waits_until_the_writer_is_done(tmp_path: Path) -> None:
+    file = HeldErrors(Path("/dev/full"))
+    assert [file.write(b"x" * 100_000) for _ in range(3)] == [100_000] * 3
+    file.seek(0)
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
+    with HeldErrors(tmp_path / "whole") as file:
+        file.write(b"whole")
+    assert (tmp_path / "whole").read_bytes() == b"whole"
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    write_text(tmp_path / "file", "a\udcff")
+    assert contents(tmp_path) == {"file": "a\\udcff"}
+    found = [unreadable(tmp_path / name) for name in ("pipe", "file", "none", ".", "a\0b")] + [unreadable("/dev/null")]
+    pipe = "a device or pipe, not a file"
+    assert found == [pipe, "", "no such file", "a folder, not a file", "can't be read (embedded null byte)", pipe]
 
 
 def test_what_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:

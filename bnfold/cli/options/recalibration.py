@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import UsageError
+from bnfold.files import replacing
 
 from ..job import Job
 from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes
@@ -150,13 +151,9 @@ def beside(path: Path) -> Path:
 
 
 def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, job: Job, example: Any) -> None:
-    """The model, and beside it the statistics that it had; first those, so that nothing is lost where the second fails."""
+    """The model, and beside it the statistics that it had: both, or neither."""
     from bnfold.recalibration.statistics_file import write
 
-    side = beside(path)
-    write(side, report.before)
-    try:
+    with replacing(beside(path)) as (part,):
+        write(part, report.before)
         loading.save(model, path, job, example)
-    except BaseException:
-        side.unlink(missing_ok=True)
-        raise

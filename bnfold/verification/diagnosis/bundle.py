@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import io
 import pprint
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from bnfold._version import __version__
 from bnfold.errors import InputError, UnsupportedError, UsageError
-from bnfold.files import replacing
+from bnfold.files import Workplace, replacing
 from bnfold.report import VerifyReport
 
 from ..normal_form import Normal
@@ -138,8 +137,8 @@ def _inputs(reference: Normal, candidate: Normal) -> dict[str, str]:
 
 def _run(stated: Stated, data: bytes, arrays: Arrays) -> npt.NDArray[Any]:
     """The output of a part as the script gets it."""
-    with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
-        path = Path(folder, stated["file"])
+    with Workplace() as place:
+        path = place.path / stated["file"]
         path.write_bytes(data)
         try:
             found: npt.NDArray[Any] = reproduce.run(path, stated, arrays)

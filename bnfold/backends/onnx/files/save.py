@@ -7,7 +7,7 @@ So the peak of memory is the model and one weight, not three models, and a weigh
 from __future__ import annotations
 
 import contextlib
-import os
+import mmap
 from pathlib import Path
 from typing import IO
 
@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from bnfold.errors import ModelError, UnsupportedError
-from bnfold.files import may_write, replacing
+from bnfold.errors import ModelError, UnsupportedError, UsageError
+from bnfold.files import may_write, replacing, unreadable
 
 from . import wire
 from .validate import with_maps
@@ -29,7 +29,8 @@ EMBEDDED = 1024  # bytes: smaller weights stay in the model file
 
 
 def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
-    """Write a model. Weights go beside it into `<name>.data` where the model had such a file, or would pass 2 GB.
+    """Write a model. Weights go beside it into `<name>.data` where the model had such a file, or would pass 2 GB; where the file that
+    is replaced has its own there, into `<name>.1.data`.
 
     Nothing is half-written: files appear when all are whole. A link is followed. The model isn't changed, and may have been read from
     the same files. Raises UsageError where one exists and `force` isn't given, InputError where it can't be written.
@@ -38,22 +39,35 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
     target = path.resolve() if path.is_symlink() else path
     weights = [_Weight(value) for value in model.graph.initializers.values()]
     outside = bool(model.graph.meta.get(EXTERNAL)) or any(isinstance(w.tensor, ir.ExternalTensor) for w in weights)
-    if not outside and sum(w.nbytes for w in weights) <= ONE_FILE:
-        data_target = None
-    else:
-        data_target = target.with_name(target.name + ".data") if any(w.movable for w in weights) else None
-    targets = [file for file in (data_target, target) if file is not None]
+    apart = outside or sum(w.nbytes for w in weights) > ONE_FILE
+    names: tuple[str, ...] = _data_names(target) if apart and any(w.movable for w in weights) else ()
+    targets = [*(target.with_name(name) for name in names[:1]), target]
     for file in targets:
         may_write(file, force=force)
+    replaced = target.exists()
     with replacing(*targets) as parts, contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(part, "xb")) for part in parts]
-        if data_target is not None:
-            for weight in weights:
-                weight.move(files[0], target.name + ".data")
+        for weight in weights if names else ():
+            weight.move(files[0], names[0])
         _write(_skeleton(model), weights, files[-1])
-        for opened in files:
-            opened.flush()
-            os.fsync(opened.fileno())
+    for name in names[1:] if replaced else ():
+        with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
+            target.with_name(name).unlink()
+
+
+def _data_names(target: Path) -> tuple[str, str]:
+    """The name of the file for the weights, and of the one that it takes the place of.
+
+    Two names take turns, so that who reads the file that is there now, or comes after a power cut, never meets the weights of another.
+    """
+    names = f"{target.name}.data", f"{target.name}.1.data"
+    if not all(map(str.isprintable, names)):
+        raise UsageError(f"{target}: the weights go into a file beside it, whose name has to be plain text; choose another name")
+    if not unreadable(target) and target.stat().st_size:
+        with open(target, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as now:
+            if now.find(names[0].encode()) >= 0:
+                return names[1], names[0]
+    return names
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

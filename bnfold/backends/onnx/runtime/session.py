@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from bnfold.capture import overhearing
 from bnfold.data.inputs import check_feeds
 from bnfold.data.spec import shape_text
 from bnfold.errors import DataError, DeviceError, UsageError
+from bnfold.files import Workplace
 from bnfold.model import Placement
 
 from ..files.validate import tensors
@@ -75,13 +74,13 @@ class Session:
         options.use_deterministic_compute = True
         options.intra_op_num_threads = threads
 
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # ONNX Runtime may map the weights: they live as long as the session
+        self._folder: Workplace | None = None  # ONNX Runtime may map the weights: they live as long as the session
         source = self._source(model, tuple(outputs))
         self._profiling = self.provider != CPU and not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
         if self._profiling:
-            self._profile = tempfile.TemporaryDirectory(prefix="bnfold-", ignore_cleanup_errors=True)
+            self._profile = Workplace()
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(self._profile.name, "run"))
+            options.profile_file_prefix = str(self._profile.path / "run")
         self._session = start(source, options, provider, precision=precision)
         self.placement: Placement | None = assigned(self._session, provider)
         honoured(self.placement, provider, lambda: skeleton(model))
@@ -121,8 +120,8 @@ class Session:
         self._widened = _widen_interface(proto)
         if not large:
             return bytes(proto.SerializeToString())
-        self._folder = tempfile.TemporaryDirectory(prefix="bnfold-", ignore_cleanup_errors=True)
-        path = Path(self._folder.name, "model.onnx")
+        self._folder = Workplace()
+        path = self._folder.path / "model.onnx"
         with open(path.with_suffix(".data"), "wb") as file:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value

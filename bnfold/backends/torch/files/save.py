@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 from bnfold.backends.metadata import KEY, attach, text_of
 from bnfold.capture import quiet
 from bnfold.errors import CheckError, UnsupportedError, UsageError
-from bnfold.files import may_write, replacing
+from bnfold.files import HeldErrors, may_write, replacing
 from bnfold.text import one_line
 
 from ..export.open_axes import fixed_axes, substituted
@@ -55,37 +56,35 @@ def save(
     may_write(target, force=force)
     if isinstance(model, ExportedProgram) and suffix not in (".pt2", ".onnx"):
         raise UsageError(f"{path}: an exported program is written as .pt2 or .onnx; for a state dict give the module")
+    if suffix == ".onnx":
+        _save_onnx(model, example, target, check)
+        return
     if suffix == ".pt2":
         program = model if isinstance(model, ExportedProgram) else trace(model, example, patient=True).runnable
-        _replacing(target, lambda part: _write_program(program, _stated(model), part))
-    elif suffix == ".onnx":
-        _replacing(target, lambda part: _write_onnx(model, example, part, check))
-    elif suffix == ".pt" and not as_state:
-        _replacing(target, lambda part: _write_pickle(model, part))
-    else:
-        assert isinstance(model, nn.Module)
-        surgery = getattr(model, ATTRIBUTE, None)
-        dense = torch.contiguous_format if suffix == ".safetensors" else torch.preserve_format
-        state = {
-            name: tensor.detach().cpu().clone(memory_format=dense) for name, tensor in model.state_dict().items()
-        }  # none share storage
-        if suffix == ".safetensors":
-            _replacing(target, lambda part: _write_safetensors(state, surgery, text_of(model), part))
-        else:
-            beside = ({} if surgery is None else {RECORD: surgery.to_dict()}) | _stated(model)
-            whole = {"state_dict": state, **beside} if beside else state
-            _replacing(target, lambda part: torch.save(whole, part))
+        with _written(target) as file, quiet():
+            torch.export.save(program, file, extra_files=_stated(model) or None)
+        return
+    assert isinstance(model, nn.Module)
+    if suffix == ".pt" and not as_state:
+        with _written(target) as file:
+            _write_pickle(model, file)
+        return
+    surgery = getattr(model, ATTRIBUTE, None)
+    dense = torch.contiguous_format if suffix == ".safetensors" else torch.preserve_format
+    state = {name: tensor.detach().cpu().clone(memory_format=dense) for name, tensor in model.state_dict().items()}  # none share storage
+    if suffix == ".safetensors":
+        _save_safetensors(state, surgery, text_of(model), target)
+        return
+    beside = ({} if surgery is None else {RECORD: surgery.to_dict()}) | _stated(model)
+    with _written(target) as file:
+        torch.save({"state_dict": state, **beside} if beside else state, file)
 
 
-def _replacing(target: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the target, and put it in place when it is whole."""
-    with replacing(target) as (part,):
-        try:
-            write(part)
-        except RuntimeError as error:
-            if "write" in str(error) or "open" in str(error):  # as PyTorch says that the file can't be written
-                raise OSError(str(error)) from None
-            raise
+@contextlib.contextmanager
+def _written(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the target's place when it is whole. PyTorch's writer would end the process where the disk is full."""
+    with replacing(target) as (part,), HeldErrors(part) as file:
+        yield cast(IO[bytes], file)
 
 
 def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
@@ -94,33 +93,33 @@ def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
     return {} if text is None else {KEY: text}
 
 
-def _write_program(program: ExportedProgram, stated: dict[str, str], part: Path) -> None:
-    with quiet():
-        torch.export.save(program, part, extra_files=stated or None)
-
-
-def _write_pickle(model: nn.Module | ExportedProgram, part: Path) -> None:
+def _write_pickle(model: nn.Module, file: IO[bytes]) -> None:
     try:
-        torch.save(model, part)
+        torch.save(model, file)
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle says of a function in a function, of a lock
         raise UnsupportedError(
             f"the module can't be pickled ({one_line(error)}); write its state dict (.safetensors, .pth) or a .pt2"
         ) from None
 
 
-def _write_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: str | None, part: Path) -> None:
+def _save_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: str | None, target: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"format": "pt"} | ({} if surgery is None else {RECORD: json.dumps(surgery.to_dict())})
     metadata |= {} if text is None else {KEY: text}
-    save_file(state, part, metadata=metadata)
+    with replacing(target) as (part,):
+        try:
+            save_file(state, part, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(one_line(error)) from None
 
 
-def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path, check: Callable[[Traced, ir.Model], VerifyReport]) -> None:
+def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, check: Callable[[Traced, ir.Model], VerifyReport]) -> None:
     """By torch's own exporter, without its optimiser, which would fold by rules of its own; then checked."""
     import onnx
 
-    from bnfold.backends.onnx.files.load import from_proto, load
+    from bnfold.backends.onnx.files.load import from_proto
     from bnfold.backends.onnx.files.save import save as save_onnx
     from bnfold.backends.onnx.graph.edit import drop_void_biases
 
@@ -142,8 +141,7 @@ def _write_onnx(model: nn.Module | ExportedProgram, example: Any, part: Path, ch
     checked = check(traced, converted)
     if checked.verdict == "different":
         raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")
-    save_onnx(converted, part, force=True)
-    load(part)
+    save_onnx(converted, target, force=True)
 
 
 def _fix_axes(model: ir.Model, sizes: dict[str, int]) -> None:
