@@ -10,7 +10,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from typing import Any
 
-from bnfold.capture import COLOUR, heard, own_stderr, reader_may_leave
+from bnfold.capture import COLOUR, heard, open_streams, own_stderr, reader_may_leave
+from bnfold.errors import InputError
 from bnfold.text import visible
 
 __all__ = ["main", "run"]
@@ -36,6 +37,7 @@ def main() -> None:
     """Run the command of the process's arguments and exit with the contract's status (see `bnfold.errors`)."""
     sys.meta_path.insert(0, _WhenUsed)
     signal.signal(signal.SIGTERM, _interrupt)
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
             stream.reconfigure(errors="backslashreplace")
@@ -44,9 +46,11 @@ def main() -> None:
         status = run(sys.argv[1:])
     except KeyboardInterrupt:  # before the command began, or once more while it cleaned up
         status = _say(INTERRUPTED, 130)
-    for stream in (sys.stdout, sys.stderr):
-        with reader_may_leave(stream):
-            stream.flush()
+    try:
+        with reader_may_leave(sys.stdout):
+            sys.stdout.flush()
+    except InputError as error:
+        status = _explain(error)
     sys.exit(status)
 
 
@@ -109,13 +113,12 @@ def _explain(error: Exception) -> int:
 
 
 def _say(text: str, status: int) -> int:
-    with reader_may_leave(sys.stderr):
-        print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
-        if text.startswith("error: "):
-            from bnfold.report.render.ci import annotate, on_github
+    print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
+    if text.startswith("error: "):
+        from bnfold.report.render.ci import annotate, on_github
 
-            if on_github():
-                annotate("error", "bnfold", text.removeprefix("error: "))
+        if on_github():
+            annotate("error", "bnfold", text.removeprefix("error: "))
     return status
 
 
