@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.errors import UnsupportedError, UsageError
+from bnfold.files import unreadable
 
 # By the ends of the names in a zip archive, the first that fits.
 ARCHIVES = (
@@ -22,6 +23,8 @@ ARCHIVES = (
 def kind_of(path: str | Path) -> str:
     """ "pickle" (a checkpoint or a module), "safetensors", "pt2" or "torchscript"; "onnx" for all else, which its loader then judges."""
     path = Path(path)
+    if unreadable(path):
+        return "onnx"
     try:
         with open(path, "rb") as file:
             head = file.read(64)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.errors import ModelError
+from bnfold.files import unreadable
 
 from .kinds import family, kind_of
 
@@ -104,6 +105,8 @@ def _text_in_onnx(path: Path) -> str | None:
 
     from .onnx.files import wire
 
+    if why := unreadable(path):
+        raise ModelError(f"{path}: {why}")
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for field in wire.fields(data):  # type: ignore[arg-type]  # it is indexed as bytes are
@@ -111,8 +114,6 @@ def _text_in_onnx(path: Path) -> str | None:
                     entry = onnx.StringStringEntryProto.FromString(data[field.start : field.end])
                     if entry.key == KEY:
                         return str(entry.value)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
     except OSError as error:
         raise ModelError(f"{path}: can't be read ({error.strerror or error})") from None
     except Exception:  # an empty file, and whatever the parsers of protocol buffers raise

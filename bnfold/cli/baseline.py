@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bnfold.errors import InputError
+from bnfold.files import contents
 from bnfold.report import Deployment, PipelineReport, Report
 from bnfold.report.render import Row
 
 T = TypeVar("T")
+LONGEST = 1 << 26  # bytes of a report, beyond which it is none
 TIMES, HARMLESS = 1.5, 1.0
 ERRORS = 2.0  # standard errors of the difference by which accuracy may fall
 RANK = {"equivalent": 0, "inconclusive": 1, "different": 2}
@@ -59,9 +61,7 @@ class Baseline:
     def __init__(self, path: Path, schema: str) -> None:
         self.path = path
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: the baseline can't be read ({error.strerror})") from None
+            found = json.loads(contents(path, LONGEST, "the baseline"))
         except (ValueError, RecursionError):
             raise InputError(f"{path}: the baseline is not JSON; give a file that --report wrote") from None
         actual = found.get("schema") if isinstance(found, dict) else None

@@ -18,7 +18,7 @@ import numpy as np
 from bnfold._version import __version__
 from bnfold.algebra.affine import Array
 from bnfold.errors import DataError, UsageError
-from bnfold.files import replacing
+from bnfold.files import replacing, unreadable
 from bnfold.text import first_line
 
 from .methods import METHODS, Accumulator, Method
@@ -115,14 +115,14 @@ def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
 
 def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     what = "the old statistics of a recalibrated model" if schema == OLD else "what a part of the data gave (--stats)"
+    if why := unreadable(path):
+        raise DataError(f"{path}: {why}; it should hold {what}")
     try:
         with zipfile.ZipFile(path):  # numpy takes what is no archive for a pickle, and says that
             pass
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         head = json.loads(str(arrays.pop("head", "{}")))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; it should hold {what}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise DataError(f"{path}: this isn't {what} ({first_line(error)})") from None
     found = head.get("schema") if isinstance(head, dict) else None

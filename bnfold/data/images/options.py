@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.errors import DataError
+from bnfold.files import contents
 
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # at their codes in Pillow and Hugging Face
 CROP_PCT = 0.875
+LONGEST = 1 << 20  # bytes of a configuration
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class ImageOptions:
     def from_config(cls, path: str | Path) -> ImageOptions:
         """Options of timm's config.json (or its pretrained_cfg alone) or of Hugging Face's preprocessor_config.json."""
         try:
-            config = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            config = json.loads(contents(Path(path), LONGEST, "the configuration"))
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: can't be read as JSON ({error})") from None
         try:
             if isinstance(config, dict):
@@ -52,7 +54,7 @@ class ImageOptions:
                     return _from_timm(timm)
                 if config.keys() & {"image_mean", "do_normalize", "do_resize", "crop_size", "do_rescale", "size"}:
                     return _from_hugging_face(config)
-        except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as error:
             raise DataError(f"{path}: a setting has a form that bnfold doesn't know ({type(error).__name__}: {error})") from None
         except DataError as error:
             raise DataError(f"{path}: {error}") from None

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from bnfold.errors import ModelError, UnsupportedError
+from bnfold.files import unreadable
 from bnfold.text import one_line
 
 from . import wire
@@ -56,10 +57,10 @@ def checked(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _read(path: Path) -> bytes:
     if path.is_dir():
         raise ModelError(f"{path}: a folder, not a model file; name the file in it")
+    if why := unreadable(path):
+        raise ModelError(f"{path}: {why}")
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
     except OSError as error:
         raise ModelError(f"{path}: can't be read ({error.strerror or error})") from None
     if not data:
