@@ -41,13 +41,13 @@ def load(
     return loaded(backends.load(Path(path), **how, say=say or (lambda text: None)), Path(path))
 
 
-def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> None:
-    """Write a model atomically; an existing file is kept unless `force`.
+def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> list[Path]:
+    """Write a model atomically, and say which files that were; an existing one is kept unless `force`.
 
     An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt, for some of which a module needs an
     example of its input.
     """
-    backends.open_model(model, example).save(path, force=force, as_state=as_state)
+    return backends.open_model(model, example).save(path, force=force, as_state=as_state)
 
 
 def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:

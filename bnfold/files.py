@@ -51,7 +51,7 @@ def contents(path: Path, most: int, what: str) -> bytes:
 
 
 def ready_to_write(paths: Mapping[Path | None, Sequence[str]], *, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Fail now where one of the files couldn't be written in the end. UsageError: another name is needed; InputError: another folder.
+    """UsageError now where one of the files couldn't be written in the end: another name is needed, or another folder.
 
     paths: how the name of each may end; None is none. force: whether files of these names may be overwritten. inputs: those that are read.
     """
@@ -64,12 +64,12 @@ def ready_to_write(paths: Mapping[Path | None, Sequence[str]], *, force: bool, i
         may_write(path, force=force, inputs=inputs)
         folder = path.absolute().parent
         if not folder.is_dir():
-            raise InputError(f"{path}: {folder} is not a folder; make it first")
+            raise UsageError(f"{path}: {folder} is not a folder; make it first")
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise InputError(f"{path}: can't write to {folder} ({error.strerror}); choose another folder") from None
+            raise UsageError(f"{path}: can't write to {folder} ({error.strerror}); choose another folder") from None
 
 
 def may_write(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:

@@ -229,8 +229,8 @@ class Model(ABC):
         """What was made of the model, in the form in which the model came in. changed: whether it says anything else than the model."""
         return made
 
-    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
-        """Write it atomically; as_state: a state dict where the name leaves that open."""
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
+        """Write it atomically, and say which files these are; as_state: a state dict where the name leaves that open."""
         raise UnsupportedError("the model can't be written")
 
     # --- the names by which it is called -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,12 +21,13 @@ def pipeline(
     labelled: Any = None,
     example: Any = None,
     strict: bool = False,
+    accept_harm: bool = False,
     providers: Iterable[str] = ("cpu",),
     progress: api.Progress | None = None,
     **calibration: Any,
 ) -> tuple[Any, PipelineReport]:
-    """The recalibrated and folded model; None in its place where the result isn't proven equivalent, or where a BatchNorm stays
-    with `strict`, and the last of the report's notes says why.
+    """The recalibrated and folded model; None in its place where the result isn't proven equivalent, where the new statistics harm it
+    (unless with `accept_harm`), or where a BatchNorm stays with `strict`, and the last of the report's notes says why.
 
     labelled: data with labels, to score the model before and after. The statistics are measured on the first of the providers, the
     verdict is for all of them. calibration: further arguments of `api.recalibrate`. Raises what the steps raise.
@@ -57,7 +59,7 @@ def pipeline(
     after = None
     if proven and before is not None:
         after = score(candidate, labelled, provider=providers[0], progress=progress)
-    return (fused if proven else None), PipelineReport(
+    report = PipelineReport(
         recalibrate=recalibrated,
         fuse=folded,
         verify=verdict,
@@ -66,3 +68,6 @@ def pipeline(
         effect=None if before is None or after is None else effect(before, after),
         notes=notes if proven else (*notes, f"the verdict is {verdict.verdict}: {verdict.reason}"),
     )
+    if report.harm and not accept_harm:
+        return None, dataclasses.replace(report, notes=(*notes, report.harm))
+    return (fused if proven else None), report

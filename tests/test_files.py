@@ -128,7 +128,7 @@ def test_what_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
     for error, name, text in (
         (UsageError, "there.txt", "the file exists; give another name, or --force to overwrite it"),
         (UsageError, "out", "the name must end in .txt, such as out.txt"),
-        (InputError, "no/out.txt", "is not a folder; make it first"),
+        (UsageError, "no/out.txt", "is not a folder; make it first"),
     ):
         with pytest.raises(error, match=text):
             ready_to_write({None: [], tmp_path / name: [".txt"]}, force=False)

@@ -55,6 +55,11 @@ class Check:
         self.compared: list[Row] = []
         self._given = False
 
+    @property
+    def pages(self) -> list[Path]:
+        """The files that it writes."""
+        return [path for path in (self.where.junit, self.where.markdown) if path is not None]
+
     # --- an earlier report ------------------------------------------------------------------------------------------------------
 
     def compare(self, report: Report) -> str:

@@ -8,6 +8,7 @@ from bnfold import api
 from bnfold.certificates import claim
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write, write_text
+from bnfold.text import counted
 
 from . import options as o
 from .app import app, command
@@ -39,7 +40,7 @@ def recalibrate(
     task: Task,
     reporting: Reporting,
     html: Path | None = o.option("--html", "The report as a page: a table and a chart of the drift.", o.OUTPUT, "FILE.html"),
-) -> None:
+) -> int:
     """Measure every BatchNorm's mean and variance afresh on your data.
 
     By default exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size. The old
@@ -61,23 +62,27 @@ def recalibrate(
             old, names = api.restore(loaded, task.restore, example=example)
             loading.save(old, out, job, example)
             job.say(f"{len(names)} BatchNorm{'s have their' if len(names) != 1 else ' has its'} old statistics again")
-            job.say(f"written: {out}")
-            return
+            return 0
         assert data is not None
         batches, given = how.opened(data, loaded, job)
         if task.shard is not None and task.stats is not None:
             job.finish(api.measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
-            job.say(f"written: {task.stats}")
-            return
+            job.wrote(task.stats)
+            return 0
         assert out is not None
         labelled = how.labelled(batches, loaded, job, given["example"])
         fresh, report = api.recalibrate(loaded, batches, labelled=labelled, provider=provider, **settings, **given)
+        harm = "" if how.accept_harm else report.harm
         if job.main:
-            save(loading, fresh, report, out, job, given["example"])
+            if not harm:
+                save(loading, fresh, report, out, job, given["example"])
             if html is not None:
                 write_text(html, page(report, str(model)))
+                job.wrote(html)
         job.finish(report)
-        job.say(f"written: {out}, and the old statistics to {before}")
+        if harm:
+            job.fail(f"{harm}; the model was not written (--accept-harm writes it)")
+    return int(bool(harm))
 
 
 @command
@@ -102,7 +107,6 @@ def merge_stats(
         fresh, report = api.merge_parts(loaded, parts, example=example, **choosing.settings())
         save(loading, fresh, report, out, job, example)
         job.finish(report)
-        job.say(f"written: {out}, and the old statistics to {beside(out)}")
 
 
 @command
@@ -132,15 +136,17 @@ def fuse(
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
         fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone)
-        failed = report.failure if strict else ""
+        stays = report.failure if strict else ""
+        doubt = f"the check is inconclusive (--no-verify leaves it out): {report.doubt}" if report.doubt else ""
+        failed = stays or doubt
         if target is not None and not failed:
             loading.save(fused, target, job, example)
         job.finish(report)
         if failed:
             job.fail(f"{failed}; nothing was written")
-        elif target is not None:
-            job.say(f"written: {target}")
-    return int(bool(failed))
+        elif not report.changes:
+            job.warn(f"nothing folds: {len(report.kept)} of {counted(len(report.kept), 'BatchNorm')} stay, and the model is as it was")
+    return 1 if stays else STATUS["inconclusive"] if doubt else 0
 
 
 @command
@@ -184,9 +190,9 @@ def verify(
         report = api.verify(one, other, **how, coefficients_only=coefficients_only)
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
-        job.finish(report)
         if report.bundle:
-            job.say(f"written: {report.bundle}")
+            job.wrote(Path(report.bundle))
+        job.finish(report)
         job.compared(check)
         if worse:
             job.fail(worse)
@@ -219,18 +225,17 @@ def pipeline(
         loaded = loading.load(model, job)
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
-        ready, report = run(loaded, batches, labelled=labelled, strict=strict, providers=providers, **settings, **given)
+        given |= {"strict": strict, "accept_harm": measuring.accept_harm, "providers": providers}
+        ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse
         if written and job.main:
             loading.save(ready, out, job, given["example"])
         job.finish(report)
         job.compared(check)
-        if written:
-            job.say(f"written: {out}")
-        else:
+        if not written:
             job.fail(f"{worse or report.notes[-1]}; nothing was written")
-    return 0 if written else 1 if worse or report.verify is None else STATUS[report.verify.verdict]
+    return 0 if written else 1 if worse or report.verify is None else STATUS[report.verify.verdict] or 1
 
 
 @command

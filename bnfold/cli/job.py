@@ -19,7 +19,7 @@ from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
 from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
-from bnfold.text import visible
+from bnfold.text import listed, visible
 
 from .options import OUTPUT, option
 
@@ -62,6 +62,7 @@ class Job:
         self._said: dict[str, float] = {}
         self._began: dict[str, tuple[int, float]] = {}
         self._check = check
+        self._written: list[str] = []
         ready_to_write({self.report_path: [".json"]}, force=where.force)
 
     def __enter__(self) -> Job:
@@ -71,6 +72,8 @@ class Job:
         self._stop()
         if self._check is not None and isinstance(error, Exception):
             self._check.ended(error, self.remark)
+        if error is None and self._written:
+            self.say(f"written: {listed(self._written)}")
 
     # --- what went in -----------------------------------------------------------------------------------------------------------
 
@@ -143,6 +146,10 @@ class Job:
         """An error on standard error, whose report is given out all the same."""
         self._err.print(f"bnfold: error: {visible(text)}", soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """What a user must know, whatever else is left unsaid."""
+        self._err.print(f"bnfold: warning: {visible(text)}", soft_wrap=True)
+
     # --- what comes out ---------------------------------------------------------------------------------------------------------
 
     def finish(self, report: Report) -> None:
@@ -157,10 +164,12 @@ class Job:
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
         if self._check is not None:
             self._check.finished(report, self.remark)
+            self.wrote(*self._check.pages)
         if self.reports:
             text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
             if self.report_path is not None:
                 write_text(self.report_path, text)
+                self.wrote(self.report_path)
             if self.as_json:
                 _write(text.replace("##[", "#\\u0023["))  # which is the same JSON, and no command of a CI job's
                 return
@@ -171,6 +180,10 @@ class Job:
         page = io.StringIO()
         show(_console(Console, page, width=UNBOUNDED), document(report))
         _write("".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines()))
+
+    def wrote(self, *paths: Path, what: str = "") -> None:
+        """Files that were written, to be named at the end. what: they hold, where that isn't plain."""
+        self._written += [f"{path} ({what})" if what else str(path) for path in paths]
 
     def say(self, text: str) -> None:
         """A line of the results, unless standard output is the report's alone."""

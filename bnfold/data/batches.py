@@ -44,6 +44,7 @@ class Data:
     note.
     bad: the images that couldn't be decoded, as far as they were read. They count among samples and labels, and their batches are smaller
     for them; so labels go with samples by `labelled` alone. max_bad: how many are allowed, a number or a percentage of all.
+    classes: how many there are, where the labels are places among them: of the sub-folders of a folder of images.
     shard: (i, n) leaves batches i, i + n, i + 2n, ... of those that are cut without it, and makes no other; samples, labels and limits are
     those of the whole. Where there are fewer than n batches, some shards are empty.
     run: the model, which is asked where the inputs' shapes don't tell which rows are samples (see `samples`).
@@ -77,6 +78,7 @@ class Data:
         self._keep = source.keep and batch_size is None and self._fixed is None
         self._size = self._fixed or batch_size or BATCH_SIZE
         self.description, self.shard, self.again = source.description, shard, source.again
+        self.classes = source.classes
         self._bad = Bad(max_bad)
         self._labels: Array | None = None
         self._passed = False

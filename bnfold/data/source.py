@@ -48,7 +48,7 @@ class Source:
     keep: the chunks are batches of the user's own making, kept whole unless another size is asked for.
     again: a second pass is possible. images: the chunks are images, one each, decoded when they are needed (`Chunk.make`).
     ahead: reading takes time, so it is done in the background. whole: all data, where they are one chunk; how many samples it has depends
-    on the model that they are for.
+    on the model that they are for. classes: how many there are, where the labels are places among them (sub-folders of images).
     """
 
     open: Callable[[], Iterator[Chunk]]
@@ -62,6 +62,7 @@ class Source:
     ahead: bool = True
     count: Callable[[], int] | None = None
     whole: Chunk | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True)

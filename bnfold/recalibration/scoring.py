@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from bnfold.errors import DataError
 from bnfold.report import Accuracy, Effect, Word
+from bnfold.text import counted
 
 if TYPE_CHECKING:
-    from bnfold.data import Array
+    from bnfold.data import Array, Data
     from bnfold.model import Model
 
     from .protocol import Progress
@@ -23,8 +24,8 @@ SURE = 2.0  # standard errors from which on a difference counts
 SUM = 1e-3  # how far probabilities in half precision miss a sum of 1
 
 
-class UnfitError(DataError):
-    """Labels that aren't classes of the network's output."""
+class NoRowsError(DataError):
+    """An output that isn't one row of classes for each sample."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +71,12 @@ def score(model: Model, data: Any, *, provider: str = "cpu", progress: Progress 
             return None
         scores = next(iter(session().run(batch).values()))
         if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
-            raise UnfitError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
+            raise NoRowsError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
         if len(scores) != len(labels):
-            raise UnfitError(f"accuracy needs a label for each sample; a batch has {len(labels)} labels, and the output {len(scores)} rows")
+            raise NoRowsError(
+                f"accuracy needs a label for each sample; a batch has {len(labels)} labels, and the output {len(scores)} rows"
+            )
+        _check_labels(labels, scores.shape[1], data)
         found.append((scores.reshape(scores.shape[:2]).astype(np.float64), labels))
         seen += len(scores)
         if progress is not None:
@@ -86,34 +90,42 @@ def score(model: Model, data: Any, *, provider: str = "cpu", progress: Progress 
 def score_if_fits(model: Model, labelled: Any, batches: Any, **options: Any) -> tuple[Scores | None, tuple[str, ...]]:
     """The scores, and notes.
 
-    Labels that only happened to come with the data needn't be classes of this network, or be there at all: that is said, and no error. Data
-    that were given to be scored must have labels that fit (DataError).
+    Labels that only happened to come with the data needn't be there, nor a network that classifies: that is said, and no error. Labels of
+    other classes than the network's are a DataError, as are data that were given to be scored and can't be.
     """
     try:
         found = score(model, labelled, **options)
         if found is None and labelled is not None and labelled is not batches:
             raise DataError("the data to score on have no labels, or can be read only once: give integers, one for each sample")
         return found, ()
-    except UnfitError as error:
+    except NoRowsError as error:
         if labelled is not batches:
             raise
         return None, (f"the labels aren't used: {error}",)
 
 
+def _check_labels(labels: Array, classes: int, data: Data) -> None:
+    """DataError where some are no classes of the network's, or are places among another number of classes."""
+    outside, wrong = labels[(labels < 0) | (labels >= classes)], ""
+    if outside.size:
+        wrong = f"there is a label {outside[0]}, and the network's classes are 0 to {classes - 1:,}"
+    elif data.classes not in (None, classes):
+        wrong = f"its {counted(data.classes or 0, 'sub-folder', ',')} can't be the network's {classes:,} classes, in sorted order"
+    if wrong:
+        raise DataError(f"{data.description}: {wrong}; give labels that are, or leave the scores out (--eval none)")
+
+
 def cross_entropy(outputs: Array, labels: Array) -> Array:
-    """-log of each label's probability, [samples], in nats; infinite for a label that is no class of the network's.
+    """-log of each label's probability, [samples], in nats.
 
     outputs: float64 [samples, classes], probabilities or logits.
     """
-    known = (labels >= 0) & (labels < outputs.shape[1])
-    own = outputs[np.arange(len(labels)), np.where(known, labels, 0)]
+    own = outputs[np.arange(len(labels)), labels]
     with np.errstate(divide="ignore", invalid="ignore"):
         if outputs.min(initial=0.0) >= 0 and np.abs(outputs.sum(1) - 1).max(initial=0.0) <= SUM:
-            loss = -np.log(own)
-        else:
-            top = outputs.max(axis=1)
-            loss = np.log(np.exp(outputs - top[:, None]).sum(1)) + top - own
-    return np.where(known, loss, np.inf)
+            return np.asarray(-np.log(own))
+        top = outputs.max(axis=1)
+        return np.asarray(np.log(np.exp(outputs - top[:, None]).sum(1)) + top - own)
 
 
 def effect(before: Scores, after: Scores) -> Effect:

@@ -82,6 +82,11 @@ class FuseReport(Report):
         count = len(self.kept)
         return f"--strict: {count} BatchNorm{'s stay' if count > 1 else ' stays'}" if count else ""
 
+    @property
+    def doubt(self) -> str:
+        """Why the check is inconclusive; empty where it isn't, or was left out."""
+        return self.verify.reason if self.verify is not None and self.verify.verdict == "inconclusive" else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectReport(FuseReport):

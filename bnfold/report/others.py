@@ -6,21 +6,18 @@ from dataclasses import dataclass
 
 from .base import Report
 from .fuse import FuseReport
-from .recalibrate import Accuracy, Effect, RecalibrateReport
+from .recalibrate import RecalibrateReport, ScoredReport
 from .verify import VerifyReport
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineReport(Report):
+class PipelineReport(ScoredReport):
     """What each step reported; None for a step that didn't run."""
 
     schema = "bnfold.pipeline/1"
     recalibrate: RecalibrateReport | None = None
     fuse: FuseReport | None = None
     verify: VerifyReport | None = None
-    accuracy_before: Accuracy | None = None
-    accuracy_after: Accuracy | None = None
-    effect: Effect | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -58,7 +58,25 @@ class Effect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecalibrateReport(Report):
+class ScoredReport(Report):
+    """What labelled samples say; None where there are none, or where a step failed before."""
+
+    accuracy_before: Accuracy | None = None
+    accuracy_after: Accuracy | None = None
+    effect: Effect | None = None
+
+    @property
+    def harm(self) -> str:
+        """By how much the scores fell, where they did; empty elsewhere."""
+        before, after = self.accuracy_before, self.accuracy_after
+        if before is None or after is None or self.effect is None or self.effect.verdict != "harmed":
+            return ""
+        scores = f"accuracy {before.accuracy:.1%} before and {after.accuracy:.1%} after, loss {before.loss:.4g} and {after.loss:.4g}"
+        return f"harmed: on {before.samples:,} labelled samples, {scores}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecalibrateReport(ScoredReport):
     """method, variance: as `methods` has them; variance is "biased" or "unbiased". before: the old statistics by layer, not in `to_dict`.
 
     until: the standard error that was asked for; reached: whether these samples were enough for it.
@@ -73,8 +91,5 @@ class RecalibrateReport(Report):
     reached: bool | None = None
     held_bytes: int = 0  # most bytes of activations held at once
     spilled_bytes: int = 0  # bytes that went to disk past the memory budget
-    accuracy_before: Accuracy | None = None
-    accuracy_after: Accuracy | None = None
-    effect: Effect | None = None
     notes: tuple[str, ...] = ()
     before: Mapping[str, Any] = field(default_factory=dict, repr=False, metadata={"hidden": True})

@@ -82,7 +82,7 @@ def inconclusive(both: Comparison, found: Findings) -> str:
     doubtful = "different" in levels or (both.thorough and not any(row.verdict != "skipped" for row in found.rows))
     if doubtful and truth is not None and truth.feeds and (reason := unsteady_oracle(both.reference, truth)):
         return reason
-    if different:
+    if different or (not both.thorough and _certified(found)):
         return ""
     if reason := found.reason("inconclusive"):
         return reason
@@ -104,6 +104,13 @@ def inconclusive(both: Comparison, found: Findings) -> str:
     if not certain and (missed := _unreached(both, found, truth)):
         return f"not all was exercised, and level 1 couldn't compare it: {missed}"
     return ""
+
+
+def _certified(found: Findings) -> bool:
+    """Whether a fold through which no data could be run is known to be right by its coefficients alone, which is enough to write it."""
+    level, truth = found.coefficients, found.truth
+    ran = truth is not None and bool(truth.feeds) and bool(truth.feeds[0])
+    return not ran and level.verdict == "equivalent" and level.certified > 0 and not level.uncertified
 
 
 def _unreached(both: Comparison, found: Findings, truth: Truth) -> str:
@@ -130,6 +137,8 @@ def summary(found: Findings) -> str:
         names = f", not {', '.join(left[:FEW_NAMES])}{' ...' * (len(left) > FEW_NAMES)}" if left else ""
         counted = f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms"
         parts.append(f"{counted} could be certified by their coefficients{names}")
+    if found.ran and found.truth is None:
+        parts.append(f"no outputs were compared: {found.function.reason}")
     if found.deviations:
         worst = max(found.deviations.values(), key=lambda each: each.ratio)
         share = f" ({worst.yardstick:.0e} of the largest number)"

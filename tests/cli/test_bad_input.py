@@ -262,22 +262,22 @@ def provider_that_is_not_here_for_the_last_step(folder: Path) -> None:
     pass
 
 
-@case("fuse model.onnx -o nowhere/out.onnx", 3, "nowhere is not a folder; make it first")
+@case("fuse model.onnx -o nowhere/out.onnx", 2, "nowhere is not a folder; make it first")
 def output_folder_missing(folder: Path) -> None:
     pass
 
 
-@case("fuse model.onnx -o x.npy/out.onnx", 3, "x.npy is not a folder; make it first")
+@case("fuse model.onnx -o x.npy/out.onnx", 2, "x.npy is not a folder; make it first")
 def output_folder_that_is_a_file(folder: Path) -> None:
     pass
 
 
-@case("pipeline model.onnx --data x.npy -o /proc/out.onnx", 3, "/proc/out.onnx: can't write to /proc")
+@case("pipeline model.onnx --data x.npy -o /proc/out.onnx", 2, "/proc/out.onnx: can't write to /proc")
 def output_not_writable(folder: Path) -> None:
     pass
 
 
-@case("inspect model.onnx --report /proc/r.json", 3, "/proc/r.json: can't write to /proc")
+@case("inspect model.onnx --report /proc/r.json", 2, "/proc/r.json: can't write to /proc")
 def report_not_writable(folder: Path) -> None:
     pass
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bnfold.data import InputSpec, open_data
 from bnfold.data.images import ImageOptions, Pipeline, resolve
-from bnfold.errors import DataError
+from bnfold.errors import DataError, UsageError
 
 F32 = np.dtype(np.float32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,6 +48,16 @@ def test_the_usual_steps(picture):
         "RGB -> resize to shorter side 36 (bilinear) -> centre crop 32x32 -> scale 1/255 -> mean 0.485, 0.456, 0.406 "
         "-> std 0.229, 0.224, 0.225 -> float32 CHW"
     )
+
+
+@pytest.mark.parametrize(("height", "width", "cropped"), [(32, 32, False), (20, 32, False), (33, 32, True)])
+def test_small_images_are_not_cropped_unasked(height, width, cropped, tmp_path):
+    image = Image.fromarray(PIXELS).resize((width, height))
+    image.save(tmp_path / "a.png")
+    whole = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(np.float32) / 255
+    assert np.array_equal(pipeline()(tmp_path / "a.png"), whole) != cropped
+    for asked in ({"crop": True}, {"crop_pct": 0.875}, {"resize": 36}):
+        assert not np.array_equal(pipeline(**asked)(tmp_path / "a.png"), whole)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,8 @@ def test_what_is_assumed_is_noted(folder):
     notes = open_data(str(folder), spec("n", 3, "h", "w")).notes
     assert notes == [
         "input 'x' takes float32 (n, 3, h, w); images are made 224x224, as no size is given",
-        "neither a resize nor crop_pct is given; 0.875 is taken, timm's default: resize to 256, crop the centre",
+        "neither a resize nor crop_pct is given; 0.875 is taken, timm's default: resize to 256, crop the centre; "
+        "images of at most 224x224 aren't cropped",
         "no mean and std are given: values are scaled to [0, 1] and not normalised",
     ]
     shaped = open_data(str(folder), spec("n", 3, "h", "w"), input_shapes={"x": (1, 3, 16, 16)})
@@ -207,14 +218,15 @@ def test_models_that_take_no_images(folder, tmp_path):
     ("options", "text"),
     [
         ({"size": 64}, "so images of 64x64 don't fit"),
-        ({"interpolation": "cubic"}, "interpolation 'cubic' isn't known; give one of nearest, lanczos"),
+        ({"interpolation": "cubic"}, "interpolation 'cubic' isn't known; give nearest, lanczos"),
         ({"crop_pct": 0.0}, "crop_pct is 0.0; it must be above 0"),
         ({"mean": (0.5, 0.5)}, "mean has 2 values"),
         ({"std": (0.0,)}, "std is 0.0; every value must be above 0"),
     ],
 )
 def test_options_that_contradict_the_model(options, text):
-    refused(text, lambda: pipeline(**options))
+    with pytest.raises(UsageError, match=re.escape(text)):
+        pipeline(**options)
 
 
 # Configurations

@@ -455,7 +455,6 @@ def test_cross_entropy_of_logits_and_of_probabilities() -> None:
     want = torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
     np.testing.assert_allclose(cross_entropy(logits.numpy(), labels.numpy()), want, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(cross_entropy(logits.softmax(1).numpy(), labels.numpy()), want, rtol=1e-9, atol=1e-12)
-    assert np.isinf(cross_entropy(logits.numpy()[:1], np.array([-1]))).all()
 
 
 def test_the_word_is_by_accuracy_then_by_loss() -> None:

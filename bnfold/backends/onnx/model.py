@@ -232,8 +232,8 @@ class OnnxModel(Model):
             return made
         return to_proto(made) if changed else copy.deepcopy(self.source)
 
-    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
-        save(self.model, path, force=force)
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
+        return save(self.model, path, force=force)
 
 
 def _port(value: ir.Value) -> Port:

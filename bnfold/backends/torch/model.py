@@ -273,10 +273,11 @@ class TorchModel(Model):
 
         return plan_of(self.source, self._call, **options)
 
-    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> None:
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
         from .files.save import save
 
         save(self.source, path, check=_held_against, force=force, example=self._call, as_state=as_state)
+        return [Path(path)]
 
 
 def _held_against(traced: Traced, made: ir.Model) -> VerifyReport:

@@ -48,7 +48,7 @@ class Loading:
 
     def save(self, model: Any, path: Path, job: Job, example: Any) -> None:
         """Write a model; a .pt file is a whole module only where one came in."""
-        api.save(model, path, force=job.force, example=example, as_state=self.arch is not None)
+        job.wrote(*api.save(model, path, force=job.force, example=example, as_state=self.arch is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

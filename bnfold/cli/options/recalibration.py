@@ -26,7 +26,7 @@ METHODS = "exact, precise, ioffe-szegedy, moving-average or prior"
 class Calibrating:
     """How statistics are measured."""
 
-    method: str = option("--method", f"{METHODS}. Default: exact.", STATISTICS, "NAME", default="exact")
+    method: str | None = option("--method", f"{METHODS}. Default: exact.", STATISTICS, "NAME")
     variance: str | None = option("--variance", "M2/n or M2/(n-1). Default: as the method's source has it.", STATISTICS, "biased|unbiased")
     momentum: str | None = option(
         "--momentum", "moving-average: weight of the newest batch; none for the plain mean.", STATISTICS, "M|none"
@@ -34,6 +34,10 @@ class Calibrating:
     prior: float | None = option("--prior", "prior: the old statistics count as N samples (16).", STATISTICS, "N", min=0)
     mean_shift: bool = option("--mean-shift", "prior: the variance of the mixture, means being apart.", STATISTICS)
     until: float | None = option("--until", "As many samples as bring each mean's standard error to E deviations.", STATISTICS, "E")
+
+    @property
+    def name(self) -> str:
+        return self.method or "exact"
 
     def chosen(self) -> Method:
         """The method with its settings."""
@@ -46,10 +50,10 @@ class Calibrating:
             ("--prior", self.prior is not None, "prior"),
             ("--mean-shift", self.mean_shift, "prior"),
         ):
-            if given and self.method != owner:
-                raise UsageError(f"{name} is for the method {owner}, not for {self.method}")
+            if given and self.name != owner:
+                raise UsageError(f"{name} is for the method {owner}, not for {self.name}")
         unbiased = None if self.variance is None else self.variance == "unbiased"
-        made = method(self.method, unbiased=unbiased, strength=self.prior, mean_shift=self.mean_shift or None)
+        made = method(self.name, unbiased=unbiased, strength=self.prior, mean_shift=self.mean_shift or None)
         if not isinstance(made, MovingAverage) or self.momentum is None:
             return made
         return dataclasses.replace(made, momentum=None if self.momentum == "none" else numbers(self.momentum, "--momentum")[0])
@@ -82,8 +86,10 @@ class Measuring:
     calibrating: Calibrating
     choosing: Choosing
     evaluate: str | None = option(
-        "--eval", "Labelled data to score before and after. Default: --data, where it has labels.", metavar="DATA"
+        "--eval", "Labelled data to score before and after; none for no scores. Default: --data, where it has labels.", metavar="DATA"
     )
+    accept_harm: bool = option("--accept-harm", "Write the model even where the scores say that it was harmed.")
+    force_random: bool = option("--force-random", "Measure on random numbers, which no trained network has seen; with --method.", DATA)
     memory_budget: int = option(
         "--memory-budget",
         "Activations held in memory before they spill to disk.",
@@ -105,12 +111,19 @@ class Measuring:
 
     def opened(self, data: str, model: Any, job: Job) -> tuple[Any, dict[str, Any]]:
         """The data to measure on, and how the model is called on them, as arguments likewise."""
+        if data == "random" and not (self.force_random and self.calibrating.method):
+            raise UsageError(
+                "--data random: statistics of random numbers make a network useless; give data like those that it will see "
+                "(to try it all the same: --method NAME --force-random)"
+            )
         example = self.feeding.read(model, data)
         batches = self.feeding.open(data, model, job, example, samples=self.feeding.samples)
         return batches, {"example": example, "batch_size": self.calibrating.batch_size(self.feeding), "progress": job.progress}
 
     def labelled(self, batches: Any, model: Any, job: Job, example: Any) -> Any:
         """The data to score."""
+        if self.evaluate == "none":
+            return None
         return batches if self.evaluate is None else self.feeding.open(self.evaluate, model, job, example)
 
 
@@ -156,4 +169,5 @@ def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, jo
 
     with replacing(beside(path)) as (part,):
         write(part, report.before)
+        job.wrote(beside(path), what="the old statistics")
         loading.save(model, path, job, example)

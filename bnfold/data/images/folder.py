@@ -29,25 +29,25 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _labelled(folder: Path) -> tuple[list[Path], Array | None, list[str]]:
-    """The images below a folder in sorted order; their labels, the places of their sub-folders in sorted order; notes."""
+def _labelled(folder: Path) -> tuple[list[Path], Array | None, int | None, list[str]]:
+    """The images below a folder in sorted order; their labels, the places of their sub-folders among these, sorted; how many; notes."""
     paths = sorted(find(folder))
     if not paths:
         raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) and no .npy files in it")
     inside = [p.relative_to(folder).parts for p in paths]
     if all(len(parts) == 1 for parts in inside):
-        return paths, None, []
+        return paths, None, None, []
     if any(len(parts) == 1 for parts in inside):
-        return paths, None, [f"{folder}: some images lie outside its sub-folders, so there are no labels"]
+        return paths, None, None, [f"{folder}: some images lie outside its sub-folders, so there are no labels"]
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _hidden(Path(p.name)))
-    return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), []
+    return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), len(classes), []
 
 
 def folder_source(asked: Request) -> Source:
     """A folder of images; as many as are asked for, when that is fewer, by a shuffle from the seed."""
     folder, samples = Path(asked.spec), asked.samples
     spec = shaped(asked.only_input("images serve", "an .npz file or FILE.py:FUNCTION"), asked.input_shapes)
-    paths, labels, notes = _labelled(folder)
+    paths, labels, classes, notes = _labelled(folder)
     pipeline, assumed = resolve(spec, asked.images)
     total = len(paths)
     if samples is not None and 0 < samples < total:
@@ -63,4 +63,4 @@ def folder_source(asked: Request) -> Source:
             yield Chunk({}, label, str(path), single=True, make=partial(make, path))
 
     of = f"{len(paths)} of {total} images" if len(paths) < total else counted(total, "image")
-    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, images=True)
+    return Source(chunks, f"{folder}: {of}: {pipeline}", (*notes, *assumed), len(paths), labels=labels, images=True, classes=classes)

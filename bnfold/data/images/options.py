@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnfold.errors import DataError
+from bnfold.errors import DataError, UsageError
 from bnfold.files import contents
+from bnfold.text import listed
 
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # at their codes in Pillow and Hugging Face
 CROP_PCT = 0.875
@@ -40,6 +41,15 @@ class ImageOptions:
     bgr: bool | None = None
     stretch: bool | None = None
 
+    def check(self) -> None:
+        """UsageError for what no images could be prepared with, whatever the model takes."""
+        if self.interpolation not in (None, *INTERPOLATIONS):
+            raise UsageError(f"interpolation {self.interpolation!r} isn't known; give {listed(INTERPOLATIONS, 'or')}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UsageError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1")
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise UsageError(f"std is {', '.join(map(str, self.std))}; every value must be above 0")
+
     @classmethod
     def from_config(cls, path: str | Path) -> ImageOptions:
         """Options of timm's config.json (or its pretrained_cfg alone) or of Hugging Face's preprocessor_config.json."""
@@ -50,13 +60,17 @@ class ImageOptions:
         try:
             if isinstance(config, dict):
                 timm = config.get("pretrained_cfg", config)
+                found: ImageOptions | None = None
                 if isinstance(timm, dict) and "input_size" in timm:
-                    return _from_timm(timm)
-                if config.keys() & {"image_mean", "do_normalize", "do_resize", "crop_size", "do_rescale", "size"}:
-                    return _from_hugging_face(config)
+                    found = _from_timm(timm)
+                elif config.keys() & {"image_mean", "do_normalize", "do_resize", "crop_size", "do_rescale", "size"}:
+                    found = _from_hugging_face(config)
+                if found is not None:
+                    found.check()
+                    return found
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as error:
             raise DataError(f"{path}: a setting has a form that bnfold doesn't know ({type(error).__name__}: {error})") from None
-        except DataError as error:
+        except (DataError, UsageError) as error:
             raise DataError(f"{path}: {error}") from None
         raise DataError(
             f"{path}: neither timm's pretrained_cfg (input_size) nor Hugging Face's preprocessor_config.json (size, image_mean)"

@@ -44,6 +44,7 @@ class Pipeline:
     std: tuple[float, ...]
     channels_last: bool
     bgr: bool
+    whole: bool  # images of at most `size` are resized to it and not cropped
 
     def __call__(self, content: Path | bytes, where: str | None = None) -> Array:
         """(C, H, W), or (H, W, C) with channels last, of a file or its bytes. CorruptError where these can't be decoded."""
@@ -60,8 +61,9 @@ class Pipeline:
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             text = "it is no image of a kind that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
             raise CorruptError(name, f"the image can't be decoded ({text})") from None
-        image = self._resized(image)
-        if self.crop:
+        whole = self.whole and image.height <= self.size[0] and image.width <= self.size[1]
+        image = self._scaled(image, self.size[::-1]) if whole else self._resized(image)
+        if self.crop and not whole:
             image = image.crop(_centre(image.size, self.size))
         if (image.height, image.width) != self.size:
             raise DataError(
@@ -84,6 +86,9 @@ class Pipeline:
             target = (round(width / ratio), round(height / ratio))
         else:
             target = (self.resize[1], self.resize[0])
+        return self._scaled(image, target)
+
+    def _scaled(self, image: Image, target: tuple[int, int]) -> Image:
         return image if target == image.size else image.resize(target, INTERPOLATIONS.index(self.interpolation))
 
     def _normalised(self, pixels: Array) -> Array:
@@ -121,7 +126,7 @@ def _centre(have: tuple[int, int], want: tuple[int, int]) -> tuple[int, int, int
 
 
 def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipeline, list[str]]:
-    """The pipeline for an input, and notes on what was assumed. DataError where the input takes no images, or options contradict it."""
+    """The pipeline for an input, and notes on what was assumed. DataError: it takes no images; UsageError: the options contradict it."""
     given, notes = options or ImageOptions(), []
     whole = f"input {spec.name!r} takes {spec}"
     if len(spec.shape) != 4 or not (is_float(spec.dtype) or np.can_cast(np.uint8, spec.dtype, "safe")):
@@ -139,39 +144,38 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
     if given.size is None and any(not isinstance(n, int) for n in sides):
         notes.append(f"{whole}; images are made {height}x{width}, as no size is given")
     if any(isinstance(n, int) and n != w for n, w in zip(sides, size, strict=True)):
-        raise DataError(f"{whole}, so images of {size[0]}x{size[1]} don't fit; give that size, or none")
-    interpolation = given.interpolation or "bilinear"
-    if interpolation not in INTERPOLATIONS:
-        raise DataError(f"interpolation {interpolation!r} isn't known; give one of {', '.join(INTERPOLATIONS)}")
+        raise UsageError(f"{whole}, so images of {size[0]}x{size[1]} don't fit; give that size, or none")
+    given.check()
     crop = given.crop is not False and not given.stretch
     resize, cover = None if given.stretch else given.resize, False
+    uncut = crop and given.crop is None and resize is None and given.crop_pct is None
     if resize is None and not crop:
         resize = size
     elif resize is None:
         pct = CROP_PCT if given.crop_pct is None else given.crop_pct
-        if not 0 < pct <= 1:
-            raise DataError(f"crop_pct is {pct}; it must be above 0 and at most 1")
         full = (math.floor(size[0] / pct), math.floor(size[1] / pct))
         resize, cover = (full[0], False) if full[0] == full[1] else (full, True)
         if given.crop_pct is None:
             notes.append(
-                f"neither a resize nor crop_pct is given; {CROP_PCT} is taken, timm's default: resize to {max(full)}, crop the centre"
+                f"neither a resize nor crop_pct is given; {CROP_PCT} is taken, timm's default: resize to {max(full)}, crop the centre; "
+                f"images of at most {size[0]}x{size[1]} aren't cropped"
             )
     mean, std = given.mean or (0.0,), given.std or (1.0,)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise DataError(f"{name} has {len(values)} values, and {whole}: {channels} channels; give one for each channel, or one for all")
-    if not all(v > 0 for v in std):
-        raise DataError(f"std is {', '.join(map(str, std))}; every value must be above 0")
+            raise UsageError(
+                f"{name} has {len(values)} values, and {whole}: {channels} channels; give one for each channel, or one for all"
+            )
     if given.bgr and channels != 3:
-        raise DataError(f"{whole}: BGR needs 3 channels, not {channels}")
+        raise UsageError(f"{whole}: BGR needs 3 channels, not {channels}")
     if is_float(spec.dtype) and given.mean is None and given.std is None:
         scaled = "scaled to [0, 1]" if given.scale is None else f"multiplied by {given.scale:g}"
         notes.append(f"no mean and std are given: values are {scaled} and not normalised")
     elif not is_float(spec.dtype) and (given.mean or given.std or given.scale):
         notes.append(f"{whole}: it gets pixels as they are, so scale, mean and std aren't used")
     scale = 1 / 255 if given.scale is None else given.scale
-    made = Pipeline(spec.dtype, channels, size, resize, cover, crop, interpolation, scale, mean, std, last, bool(given.bgr))
+    interpolation = given.interpolation or "bilinear"
+    made = Pipeline(spec.dtype, channels, size, resize, cover, crop, interpolation, scale, mean, std, last, bool(given.bgr), uncut)
     return made, notes
 
 

@@ -30,7 +30,7 @@ def table_source(asked: Request, files: Sequence[Path]) -> Source:
     """Samples of shards, or, where there are no `files`, of the folder that save_to_disk wrote.
 
     As many as are asked for: the first ones of shards, which are read in order, and a choice by the seed of a folder of save_to_disk.
-    DataError where pyarrow is missing or what it reads doesn't fit.
+    UnsupportedError where pyarrow is missing, DataError where what it reads doesn't fit.
     """
     spec, samples = asked.spec, asked.samples
     form = files[0].suffix.lower() if files else None

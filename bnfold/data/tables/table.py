@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnfold.errors import DataError
+from bnfold.errors import DataError, UnsupportedError
 from bnfold.text import counted, first_line
 
 from ..spec import Array
@@ -50,7 +50,7 @@ def reading(where: object) -> Iterator[None]:
     """A reader's errors as DataErrors of one line."""
     try:
         yield
-    except (DataError, MemoryError):
+    except (DataError, UnsupportedError, MemoryError):
         raise
     except Exception as error:  # of any kind: each reader has its own
         raise DataError(f"{where}: can't be read ({type(error).__name__}: {first_line(error)})") from None
@@ -151,7 +151,7 @@ def _pyarrow(spec: str, module: str = "pyarrow") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         what = "isn't installed" if error.name == "pyarrow" else f"can't be imported ({error})"
-        raise DataError(f"{spec}: reading it needs the pyarrow library, which {what}; install bnfold[datasets]") from None
+        raise UnsupportedError(f"{spec}: reading it needs the pyarrow library, which {what}; install bnfold[datasets]") from None
 
 
 def missing(column: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold._version import __version__
-from bnfold.errors import InputError, UnsupportedError, UsageError
+from bnfold.errors import UnsupportedError, UsageError
 from bnfold.files import Workplace, replacing
 from bnfold.report import VerifyReport
 
@@ -38,7 +38,7 @@ def ready(folder: Path, *, force: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise UsageError(f"{folder}: the folder isn't empty; give another name, or --force to replace it")
     if not folder.absolute().parent.is_dir():
-        raise InputError(f"{folder}: {folder.absolute().parent} is not a folder; make it first")
+        raise UsageError(f"{folder}: {folder.absolute().parent} is not a folder; make it first")
 
 
 def with_bundle(report: VerifyReport, located: Located | None, folder: Path, *, force: bool) -> VerifyReport:

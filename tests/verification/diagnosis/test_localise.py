@@ -267,7 +267,7 @@ def test_a_bundle_goes_into_no_folder_that_holds_something(tmp_path):
     assert not (folder / "mine.txt").exists()
     with pytest.raises(UsageError, match="a file; name a folder"):
         verify(*models, bundle=folder / "README.txt")
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         verify(*models, bundle=tmp_path / "nowhere" / "bundle")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
 

@@ -28,9 +28,9 @@ ALIGNMENT = 4096  # of weights in an external file, so that they can be mapped
 EMBEDDED = 1024  # bytes: smaller weights stay in the model file
 
 
-def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
-    """Write a model. Weights go beside it into `<name>.data` where the model had such a file, or would pass 2 GB; where the file that
-    is replaced has its own there, into `<name>.1.data`.
+def save(model: ir.Model, path: str | Path, *, force: bool = False) -> list[Path]:
+    """Write a model, and say which files these are. Weights go beside it into `<name>.data` where the model had such a file, or would pass
+    2 GB; where the file that is replaced has its own there, into `<name>.1.data`.
 
     Nothing is half-written: files appear when all are whole. A link is followed. The model isn't changed, and may have been read from
     the same files. Raises UsageError where one exists and `force` isn't given, InputError where it can't be written.
@@ -53,6 +53,7 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> None:
     for name in names[1:] if replaced else ():
         with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
             target.with_name(name).unlink()
+    return [path, *(path.with_name(name) for name in names[:1])]
 
 
 def _data_names(target: Path) -> tuple[str, str]:

@@ -128,7 +128,7 @@ def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, c
         with quiet():
             made = torch.onnx.export(traced.runnable, dynamo=True, optimize=False, verbose=False)
     except ImportError as error:
-        raise UsageError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install -U onnxscript, or write .pt2") from None
+        raise UnsupportedError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install -U onnxscript, or write .pt2") from None
     except Exception as error:  # the exporter raises whatever its parts raise
         raise UnsupportedError(f"torch.onnx.export can't write this model: {one_line(error)}; write .pt2 instead") from error
     assert made is not None
