@@ -50,14 +50,14 @@ def save(model: Any, path: str | Path, *, force: bool = False, example: Any = No
     return backends.open_model(model, example).save(path, force=force, as_state=as_state)
 
 
-def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectReport:
+def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_tensor: bool = False) -> InspectReport:
     """What `fuse` would do with each BatchNorm, and why one would stay, and the certificate of a folded model. Nothing is changed.
 
     example: as for `fuse`.
     """
     start = time.perf_counter()
     opened = backends.open_model(model, example)
-    report = opened.folded(clone=clone)[1]
+    report = opened.folded(clone=clone, keep_per_tensor=keep_per_tensor)[1]
     notes: tuple[str, ...] = ()
     try:
         found = certificate(opened.source)
@@ -69,7 +69,9 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False) -> InspectR
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
 
-def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Any, FuseReport]:
+def fuse(
+    model: Any, *, example: Any = None, check: bool = True, clone: bool = False, keep_per_tensor: bool = False
+) -> tuple[Any, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
     model: an onnx_ir.Model or onnx.ModelProto; a torch.nn.Module, of which a copy comes back in which BatchNorms are Identity and the
@@ -77,18 +79,21 @@ def fuse(model: Any, *, example: Any = None, check: bool = True, clone: bool = F
     module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back. clone: whether a
     convolution that something else reads too may be doubled, so that its BatchNorm can fold; a module's code allows no such thing.
+    keep_per_tensor: whether a BatchNorm stays that would make one scale for each channel of a quantised weight's one for all.
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
     opened = backends.open_model(model, example)
-    fused, report = fold(opened, example=example, check=check, clone=clone)
+    fused, report = fold(opened, example=example, check=check, clone=clone, keep_per_tensor=keep_per_tensor)
     return opened.in_source_form(fused.source, changed=report.changes), report
 
 
-def fold(model: Model, *, example: Any = None, check: bool = True, clone: bool = False) -> tuple[Model, FuseReport]:
+def fold(
+    model: Model, *, example: Any = None, check: bool = True, clone: bool = False, keep_per_tensor: bool = False
+) -> tuple[Model, FuseReport]:
     """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
-    fused, report = model.folded(clone=clone)
+    fused, report = model.folded(clone=clone, keep_per_tensor=keep_per_tensor)
     if report.batchnorms.before == 0 and not report.layers:
         raise NothingToDoError(model.nothing_to_fold)
     if check and any(layer.verdict == "folded" for layer in report.layers):

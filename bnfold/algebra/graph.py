@@ -14,6 +14,7 @@ import numpy as np
 
 from .affine import Affine, Array
 from .layouts import AS_STORED, Layout
+from .quantised import Quantised
 
 
 @dataclass(eq=False)
@@ -38,18 +39,6 @@ class Value:
         if self.probes is None:
             return None if self.rank is None else (None,) * self.rank
         return tuple(ns[0] if len(set(ns)) == 1 else None for ns in zip(*self.probes, strict=True))
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A tensor stored as integers with a scale: it can only be scaled along one axis, and negated where the integers allow it.
-
-    axis: of its scales in the stored array; None where it has one scale, which can become several along any axis. negatable: for each
-    place along an axis, whether all of its integers have a negative in the stored type.
-    """
-
-    axis: int | None
-    negatable: Callable[[int], tuple[bool, ...]]
 
 
 @dataclass(eq=False)
@@ -103,21 +92,12 @@ class Param:
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)
 
-    def rescaling(self, total: Affine) -> tuple[int, Array] | None:
-        """The axis of a quantised array along which a map scales it, and the factors; None where that is not all that it does."""
-        assert self.tensor is not None
-        assert self.tensor.quantised is not None
-        if total.shift.any() or not self.layout.linear:
+    def factors(self, total: Affine) -> Array | None:
+        """What a map multiplies the elements of the stored array by; None where that is not all that it does."""
+        if self.tensor is None or total.shift.any() or not self.layout.linear:
             return None
-        factors = self.layout.stored(self.layout.canonical(np.ones(self.tensor.shape)) * total.scale)
-        if factors.shape != self.tensor.shape:
-            return None
-        axis = self.tensor.quantised.axis
-        varying = [i for i in range(factors.ndim) if (factors != factors.take([0], i)).any()]
-        chosen = (varying[0] if varying else 0) if axis is None else axis
-        if varying and varying != [chosen]:
-            return None
-        return chosen, factors[tuple(slice(None) if i == chosen else 0 for i in range(factors.ndim))]
+        found = self.layout.stored(self.layout.canonical(np.ones(self.tensor.shape)) * total.scale)
+        return found if found.shape == self.tensor.shape else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +183,7 @@ class Graph:
     sites: list[Site]
     clones: list[Node] = field(default_factory=list)  # operators doubled for sites that folded, in the order of their making
     copies_weights: bool = True  # whether the front-end can give a user of a shared weight its own copy
+    one_scale: str = ""  # why a quantised weight that has one scale must keep it, "" where it needn't
 
     def __post_init__(self) -> None:
         self.number()

@@ -139,7 +139,7 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch, summands: Mappin
     assert host.window is not None
     weight, groups = host.node.params["weight"], host.node.attrs["groups"]
     out, fan_in, *size = weight.shape
-    if weight.tensor is not None and weight.tensor.quantised is not None:
+    if any(_is_quantised(node) for node in (host.node, branch.node)):  # the sum of two codes is no code
         return None
     if not graph.copies_weights and any(
         p.tensor is not None and len(p.tensor.users) > 1 for p in (host.node.params["weight"], host.node.params["bias"])
@@ -168,6 +168,11 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch, summands: Mappin
     place: tuple[Any, ...] = (channel, channel % fan_in, *offset)  # output channel o is input o % (in/g) of its own group
     delta[place] = s
     return _Delta(delta, t, np.abs(delta))
+
+
+def _is_quantised(node: Node | None) -> bool:
+    tensors = () if node is None else [param.tensor for param in node.params.values() if param.tensor is not None]
+    return any(t.quantised is not None and not t.quantised.small for t in tensors)
 
 
 def _offset(host: Window, size: tuple[int, ...], branch: Window | None, kernel: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from bnfold.algebra.affine import Affine, Array, Blocked, NoBias
-from bnfold.algebra.graph import Graph, Node, Param, Quantised, Site, Tensor
+from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor
+from bnfold.algebra.quantised import Rescaled
 
 Draft = dict[tuple[Node, str], Affine]
 
@@ -25,9 +26,8 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
             raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
         if not graph.copies_weights:
             _fits_sharers(node, role, draft)
-        if param.tensor is not None and param.tensor.quantised is not None:
-            _fits_integers(param.tensor.name, param.tensor.quantised, param.rescaling(param.updated(update)))
-        fits_type(node, role, param, update)
+        if rescaled(graph, node, role, update) is None:
+            fits_type(node, role, param, update)
     return draft
 
 
@@ -52,14 +52,34 @@ def _is_empty(param: Param, update: Affine) -> bool:
     return update.is_identity
 
 
-def _fits_integers(name: str, stored: Quantised, rescaling: tuple[int, Array] | None) -> None:
-    """Blocked unless a quantised weight stays what its integers say, up to a scale for each channel."""
-    if rescaling is None:
-        where = "any one axis" if stored.axis is None else f"axis {stored.axis}"
-        raise Blocked(f"{name} is quantised, and can be scaled along {where} alone")
-    axis, scales = rescaling
-    if stuck := [k for k, (s, able) in enumerate(zip(scales, stored.negatable(axis), strict=True)) if s < 0 and not able]:
-        raise Blocked(f"{name} is quantised, and channel {stuck[0]} would need the negative of an integer that has none")
+def rescaled(graph: Graph, node: Node, role: str, update: Affine | None = None) -> Rescaled | None:
+    """What its update, and one more, make of a quantised parameter; None where it isn't quantised, or is small and becomes floats.
+
+    Blocked where its codes can't take the map. One scale becomes several along the operator's outputs alone: elsewhere no runtime
+    computes with them.
+    """
+    param = node.params[role]
+    total = param.update if update is None else param.updated(update)
+    if param.tensor is None or total is None or (quantised := param.tensor.quantised) is None:
+        return None
+    try:
+        if (factors := param.factors(total)) is None:
+            raise Blocked("is quantised, and its integers take no shift")
+        one_scale = graph.one_scale or ("" if _along_outputs(node, role, total) else "scales can't vary along the axis that is summed over")
+        return quantised.rescaled(factors, one_scale)
+    except Blocked as blocked:
+        if quantised.small:
+            return None
+        raise Blocked(f"{param.tensor.name} {blocked}") from None
+
+
+def _along_outputs(node: Node, role: str, total: Affine) -> bool:
+    """Whether a map varies only along those axes of a parameter that are the operator's outputs."""
+    if role == "weight" and node.op == "Conv":
+        return total.varying in ((), (0,))
+    if role == "weight" and node.op == "Contraction":
+        return all(node.attrs["w"][axis] in node.attrs["y"] for axis in total.varying)
+    return True
 
 
 def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:

@@ -108,8 +108,10 @@ def kept(listed: Iterable[Listed], met: Container[Any]) -> list[Layer]:
 # --- the plan ------------------------------------------------------------------------------------------------------------------------
 
 
-def plan(graph: Graph, *, clone: bool = False, may: May | None = always) -> Planned:
-    """Decide what folds. clone: whether an operator that something else reads too may be doubled. may: which branches may merge, if any."""
+def plan(graph: Graph, *, clone: bool = False, keep_per_tensor: bool = False, may: May | None = always) -> Planned:
+    """Decide what folds. clone: whether an operator that something else reads too may be doubled. keep_per_tensor: whether a quantised
+    weight that has one scale must keep one. may: which branches may merge, if any."""
+    graph.one_scale = "--keep-per-tensor leaves it one" if keep_per_tensor else ""
     affine = [node for site in graph.sites for node in site.nodes]
     outcomes = fold(graph, clone=clone)
     merges = merge(graph, may) if may is not None else []

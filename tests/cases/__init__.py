@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from . import channels, convolutions, forms, forward, health, linear, moves, norms, operators, pools, precision, scopes, sharing, sums
+from . import (
+    channels,
+    convolutions,
+    forms,
+    forward,
+    health,
+    linear,
+    moves,
+    norms,
+    operators,
+    pools,
+    precision,
+    quantised,
+    scopes,
+    sharing,
+    sums,
+)
 from .builder import Net
 from .case import Case
 
@@ -19,6 +35,7 @@ ALL: list[Case] = [
     *scopes.CASES,
     *precision.CASES,
     *health.CASES,
+    *quantised.CASES,
     *forms.CASES,
     *operators.CASES,
 ]

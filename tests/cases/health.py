@@ -1,133 +1,15 @@
-"""BatchNorms that may not fold, or whose parameters are ill (lines 41, 42, 45, 47, 48)."""
+"""BatchNorms that may not fold, or whose parameters are ill (lines 45, 47, 48)."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from .builder import Net
 from .case import Theme
 
 CASES = Theme()
-
-
-# --- quantised (lines 41, 42) --------------------------------------------------------------------------------------
-
-
-def quantised(
-    net: Net, *, positive: bool = True, axis: int | None = 0, layer: str = "Conv", low: int = -120, zero: int = 0, bias: str = ""
-) -> None:
-    """A layer whose 8-bit weight is dequantised in the graph. axis: of its scales, None for one scale. bias: "int32" for one stored so."""
-    shape = {"Conv": (6, 4, 3, 3), "ConvTranspose": (4, 6, 3, 3), "Gemm": (4, 6)}[layer]
-    kind = np.uint8 if zero else np.int8
-    stored = net.rng.integers(low + zero, 120 + zero, shape)
-    stored.flat[0] = low + zero
-    count = () if axis is None else (shape[axis],)
-    scale = net.weight(net.rng.uniform(0.01, 0.03, count), "scale")
-    attrs: dict[str, Any] = {} if axis is None else {"axis": axis}
-    w = net.op("DequantizeLinear", net.constant(stored.astype(kind), "q"), scale, net.constant(np.full(count, zero, kind)), **attrs)
-    x = net.input("N", 4, "H", "W") if layer != "Gemm" else net.input("N", 4)
-    b = net.bias(6)
-    if bias:
-        b = net.op(
-            "DequantizeLinear", net.constant(net.rng.integers(-9000, 9000, 6).astype(np.int32)), net.constant(np.array(1e-3, net.dtype))
-        )
-    net.output(net.bn(net.op(layer, x, w, b), 6, positive=positive))
-
-
-def dequantised(name: str, left: int = 0, reason: str = "", **how: Any) -> None:
-    CASES.case(f"{name}, dequantised", 41, draw=partial(quantised, **how), left=left, reason=reason, double=False, opset=19)
-
-
-dequantised("int8 filter with a scale per channel")
-dequantised("int8 filter with a scale per channel, BatchNorm of both signs", positive=False)
-dequantised("int8 filter with one scale", axis=None)
-dequantised("int8 filter with one scale, BatchNorm of both signs", axis=None, positive=False)
-dequantised("int8 filter that holds -128, BatchNorm of both signs", low=-128, positive=False, left=1, reason=r"int8|quanti|negat|128")
-dequantised("uint8 filter with zero point 128", zero=128)
-dequantised("int8 matrix of a gemm", layer="Gemm", axis=1, positive=False)
-dequantised("int8 filter of a transposed conv", layer="ConvTranspose", axis=1, positive=False)
-dequantised("int8 filter of a transposed conv with one scale", layer="ConvTranspose", axis=None)
-dequantised("int8 filter of a transposed conv with a scale per input channel", layer="ConvTranspose", axis=0, left=1, reason="axis 0")
-dequantised("int8 matrix with one scale", layer="Gemm", axis=None, positive=False)
-dequantised("int8 filter with a scale per input channel", axis=1, left=1, reason=r"quanti|axis|scale")
-dequantised("int8 filter and int32 bias, which becomes a float one", bias="int32")
-
-
-def rounded(net: Net, *, layer: str = "Conv", axis: int | None = 0, kind: Any = np.int8, behind: str = "", block: bool = False) -> None:
-    """As quantisation-aware training is exported: a float weight, QuantizeLinear, DequantizeLinear, the layer, the BatchNorm."""
-    shape = {"Conv": (6, 4, 3, 3), "MatMul": (4, 6)}[layer]
-    w = net.weight(net.rng.uniform(-0.2, 0.2, shape), "w")
-    count: tuple[int, ...] = () if axis is None else (shape[axis],)
-    attrs: dict[str, Any] = {} if axis is None else {"axis": axis}
-    if block:
-        count, attrs = (6, 2, 3, 3), {"axis": 1, "block_size": 2}
-    scale, zero = net.weight(net.rng.uniform(0.01, 0.03, count), "scale"), net.constant(np.zeros(count, kind))
-    w = net.op("DequantizeLinear", net.op("QuantizeLinear", w, scale, zero, **attrs), scale, zero, **attrs)
-    if behind:
-        w = net.op(behind, w)
-    if layer == "MatMul":
-        net.output(net.bn(net.op(layer, net.input("N", 4), w), 6))
-        return
-    bias = net.op(
-        "DequantizeLinear", net.constant(net.rng.integers(-9000, 9000, 6).astype(np.int32)), net.constant(np.array(1e-3, net.dtype))
-    )
-    net.output(net.bn(net.op(layer, net.input("N", 4, "H", "W"), w, bias), 6))
-
-
-def rounding(name: str, opset: int, reason: str = "its weight is rounded by QuantizeLinear", **how: Any) -> None:
-    CASES.case(f"{name}, rounded in the graph", 51, draw=partial(rounded, **how), left=1, reason=reason, double=False, opset=opset)
-
-
-rounding("int8 filter with one scale", 10, axis=None)
-rounding("int8 filter with a scale per channel", 13)
-rounding("uint8 filter with a scale per channel", 19, kind=np.uint8)
-rounding("int8 matrix", 13, layer="MatMul", axis=1)
-rounding("int4 filter", 21, kind=ml_dtypes.int4)
-rounding("int8 filter in blocks", 21, block=True)
-rounding("int8 filter behind a copy", 13, behind="Identity")
-rounding("int8 filter with an Abs behind it", 13, behind="Abs")
-
-
-@CASES.case("int8 filter at opset 12, dequantised", 41, left=1, reason="opset 12 has no scale for each channel", double=False, opset=12)
-def _(net: Net) -> None:
-    quantised(net, axis=None)
-
-
-@CASES.case("int8 filter with computed scales, dequantised", 41, left=1, reason="scales are computed", double=False)
-def _(net: Net) -> None:
-    scale = net.op("Mul", net.constant(np.full(6, 0.02, net.dtype)), net.constant(np.array(0.5, net.dtype)))
-    stored = net.constant(net.rng.integers(-120, 120, (6, 4, 3, 3)).astype(np.int8))
-    w = net.op("DequantizeLinear", stored, scale, axis=0)
-    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
-
-
-@CASES.case("int8 filter behind Identity, dequantised", 41, double=False)
-def _(net: Net) -> None:
-    stored = net.op("Identity", net.constant(net.rng.integers(-120, 120, (6, 4, 3, 3)).astype(np.int8)))
-    scale = net.op("Identity", net.constant(np.full(6, 0.02, net.dtype)))
-    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), net.op("DequantizeLinear", stored, scale, axis=0)), 6))
-
-
-@CASES.case("int8 factors behind a conv, which stay as they are", 13, 41, double=False, opset=12)
-def _(net: Net) -> None:
-    stored, scale = net.constant(net.rng.integers(20, 120, (6, 1, 1)).astype(np.int8)), net.constant(np.array(0.02, net.dtype))
-    net.output(net.bn(net.op("Mul", net.conv(net.input("N", 4, "H", "W"), 4, 6), net.op("DequantizeLinear", stored, scale)), 6))
-
-
-@CASES.case("activations quantised between conv and BatchNorm", 42, left=1, reason=r"QuantizeLinear|rule")
-def _(net: Net) -> None:
-    scale, zero = net.constant(np.array(0.05, np.float32)), net.constant(np.array(10, np.uint8))
-    y = net.conv(net.input("N", 4, "H", "W"), 4, 6)
-    if net.dtype == np.float64:
-        y = net.op("Cast", y, to=1)
-    y = net.op("DequantizeLinear", net.op("QuantizeLinear", y, scale, zero), scale, zero)
-    if net.dtype == np.float64:
-        y = net.op("Cast", y, to=11)
-    net.output(net.bn(y, 6))
 
 
 # --- training mode (line 45) ------------------------------------------------------------------------------------------

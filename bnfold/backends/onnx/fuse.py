@@ -15,7 +15,7 @@ from .lowering.table import lowering as lowering_of
 from .write import write
 
 
-def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]:
+def fuse(model: ir.Model, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[ir.Model, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
     fused = inlined(model)
     held = list(batchnorms(fused))
@@ -23,12 +23,12 @@ def fuse(model: ir.Model, *, clone: bool = False) -> tuple[ir.Model, FuseReport]
     graph = lowering.graph()
     met = {node.native.node for site in graph.sites for node in site.nodes} | set(lowering.computed)
     others = kept([Listed(node, name_of(node), _channels(node), why) for node, why in held], met)
-    planned = plan(graph, clone=clone, may=always if held else None)
+    planned = plan(graph, clone=clone, keep_per_tensor=keep_per_tensor, may=always if held else None)
     notes: dict[Node, str] = {}
     added = 0
     values = {node: (lowering.constants.get(node.outputs[0]), lowering.shapes.dtype(node.outputs[0])) for node in lowering.computed}
     if values or planned.changes:
-        notes, added = write(fused, graph, planned.removed, planned.merges, values)
+        notes, added = write(fused, graph, planned.removed, planned.merges, values, constants=lowering.constants)
     others = [*map(_computed_layer, values), *others]
     if not planned.changes and all(layer.verdict == "kept" for layer in others):
         fused = model.clone()

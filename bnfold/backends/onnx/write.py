@@ -13,12 +13,17 @@ import onnx_ir as ir
 
 from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Graph, Node
+from bnfold.algebra.graph import Graph, Node, Tensor
+from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled
 from bnfold.folding.branches import Merge
+from bnfold.folding.feasible import rescaled
 from bnfold.text import unused
 
+from .graph.constants import Constants
 from .graph.edit import idle, inner_first, is_read
-from .graph.walk import all_graphs, nbytes, stored_tensor
+from .graph.quantised import dequantised, remade
+from .graph.quantised import quantised as stated
+from .graph.walk import all_graphs, nbytes, opset
 from .lowering.lowering import OnnxNative
 
 SHAPE_ONLY = ("Shape", "Size")
@@ -32,6 +37,8 @@ def write(
     removed: Iterable[Node],
     merges: Iterable[Merge] = (),
     computed: Mapping[ir.Node, tuple[npt.NDArray[Any] | None, ir.DataType | None]] | None = None,
+    *,
+    constants: Constants,
 ) -> tuple[dict[Node, str], int]:
     """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes and merged sums out.
 
@@ -41,7 +48,7 @@ def write(
     add. Raises RuntimeError on an update that
     nothing here can write: it must never be lost.
     """
-    writer = _Writer(model)
+    writer = _Writer(model, constants)
     writer.write(graph, removed, merges)
     for node, (array, dtype) in (computed or {}).items():
         if array is not None:
@@ -61,14 +68,15 @@ def numpy_type(dtype: ir.DataType | None) -> np.dtype[Any]:
 
 
 class _Writer:
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, constants: Constants) -> None:
+        self.model, self.constants = model, constants
         graphs = list(all_graphs(model.graph))
         self.names = {v.name for g in graphs for v in chain(g.inputs, g.initializers.values(), *(n.outputs for n in g)) if v.name}
         self.node_names = {node.name for g in graphs for node in g if node.name}
         self.idle_nodes = idle(model.graph)
         self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
+        self.scaled: dict[tuple[ir.Value, bytes, bytes], ir.Value] = {}  # by old weight, codes and scales
         self.notes: dict[Node, str] = {}
         self.bytes_added = 0
 
@@ -92,9 +100,13 @@ class _Writer:
                 continue
             if old is None:
                 value = self._initializer(f"{node.name}.{role}", array)
-            elif param.tensor is not None and param.tensor.quantised is not None and param.update is not None:
-                value = self._rescaled(old, *(param.rescaling(param.update) or ()))
+            elif (made := rescaled(graph, node, role)) is not None:
+                assert param.tensor is not None
+                value = self._requantised(native.node, slot, param.tensor, made)
+                self._note(node, made.said(param.tensor.name))
             else:
+                if param.tensor is not None and param.tensor.quantised is not None:
+                    self._note(node, BECOMES_FLOATS.format(param.tensor.name))
                 shared = param.tensor is not None and len(param.tensor.users) > 1
                 key = (old, array.shape, array.tobytes() if shared else b"")
                 if key not in alike:
@@ -145,7 +157,10 @@ class _Writer:
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
         if count := rounding.lost(exact, array):
-            self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+            self._note(node, f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}")
+
+    def _note(self, node: Node, text: str) -> None:
+        self.notes[node] = f"{self.notes[node]}; {text}" if node in self.notes else text
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         free = _unused(name, self.names)
@@ -156,33 +171,41 @@ class _Writer:
             self.model.graph.inputs.append(value)
         return value
 
-    def _rescaled(self, old: ir.Value, axis: int, factor: Array) -> ir.Value:
-        """A DequantizeLinear like the one that makes `old`: its scales times |factor|, its integers negated where that is negative."""
-        node = old.producer()
-        assert node is not None
-        held = [None if v is None else stored_tensor(v) for v in (*node.inputs, None)[:3]]
-        q, old_scale, zero = (None if tensor is None else tensor.numpy() for tensor in held)
-        assert q is not None
-        assert old_scale is not None
-        scales = np.abs(factor) * old_scale.astype(np.float64).reshape(-1)
-        along = [-1 if i == axis else 1 for i in range(q.ndim)]
-        zeros = np.zeros(1, q.dtype) if zero is None else zero.reshape(-1)
-        zeros = np.broadcast_to(zeros, len(factor))
-        mirrored = 2 * zeros.reshape(along).astype(np.int64) - q
-        integers = np.where((factor < 0).reshape(along), mirrored, q).astype(q.dtype)
-        name = old.name or "weight"
-        inputs = [
-            self._initializer(f"{name}.integers", integers),
-            self._initializer(f"{name}.scale", scales.astype(old_scale.dtype)),
-            self._initializer(f"{name}.zero_point", np.ascontiguousarray(zeros)),
-        ]
-        attributes = [a for key, a in node.attributes.items() if key != "axis"]
-        copy = ir.Node("", "DequantizeLinear", inputs, [*attributes, ir.AttrInt64("axis", axis)], num_outputs=1)
-        value = copy.outputs[0]
-        value.name, value.type, value.shape = _unused(name, self.names), old.type, old.shape
-        assert node.graph is not None
-        node.graph.insert_after(node, copy)
+    def _requantised(self, user: ir.Node, slot: int, tensor: Tensor, made: Rescaled) -> ir.Value:
+        """What a user reads in the place of a quantised tensor: the same integers with other scales, laid out anew as they were."""
+        quantised, old = tensor.quantised, tensor.native.producer()
+        assert quantised is not None
+        codes = quantised.read() if made.codes is None else made.codes
+        key = (tensor.native, codes.tobytes() if len(tensor.users) > 1 else b"", made.scale.tobytes() + made.zero.tobytes())
+        if key not in self.scaled:
+
+            def add(role: str, array: npt.NDArray[Any], former: ir.Value | None) -> ir.Value:
+                value = self._initializer(f"{tensor.name or 'weight'}.{role}", array)
+                self.made += [] if former is None else [(former, value)]
+                return value
+
+            copies = remade(old, made, quantised.code, add)
+            self._insert(old, copies)
+            now = stated(self.constants, opset(self.model), copies[-1])
+            if not isinstance(now, Quantised) or not np.array_equal(now.read(), codes):
+                raise RuntimeError(f"the integers of {tensor.name} would change")
+            self.scaled[key] = copies[-1].outputs[0]
+        value, given = self.scaled[key], user.inputs[slot]
+        assert given is not None
+        for node in reversed(dequantised(given)[1]):
+            copy = ir.Node("", node.op_type, [value, *node.inputs[1:]], node.attributes.values(), num_outputs=1)
+            copy.outputs[0].type, copy.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+            self._insert(node, [copy])
+            value = copy.outputs[0]
         return value
+
+    def _insert(self, old: ir.Node, copies: list[ir.Node]) -> None:
+        """Put operators behind the one in whose place they stand."""
+        assert old.graph is not None
+        old.graph.insert_after(old, copies)
+        for copy in copies:
+            copy.name = _unused(old.name, self.node_names) if old.name else None
+            copy.outputs[0].name = _unused(old.outputs[0].name or "weight", self.names)
 
     def _add_behind(self, node: ir.Node, bias: ir.Value) -> None:
         """An Add behind a node that has no bias of its own; a model output keeps its name."""

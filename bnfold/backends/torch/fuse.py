@@ -37,7 +37,7 @@ OTHERWISE = "the module's own code, or a hook, looks at it or at what it folds i
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
-def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedProgram, FuseReport]:
+def fuse(traced: Traced, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[nn.Module | ExportedProgram, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy.
 
     clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
@@ -48,7 +48,7 @@ def fuse(traced: Traced, *, clone: bool = False) -> tuple[nn.Module | ExportedPr
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
     others = kept(held(ctx, met), met)
-    planned = plan(graph, clone=clone)
+    planned = plan(graph, clone=clone, keep_per_tensor=keep_per_tensor)
     constants = of_constants(ctx)
     others = [*map(computed, constants), *others]
     if not planned.changes and not constants:

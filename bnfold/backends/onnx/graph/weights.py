@@ -36,6 +36,7 @@ _SOURCES: dict[str, tuple[int, ...] | None] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Einsum", "DequantizeLinear"), (0, 1)),
     **dict.fromkeys(("Concat", "Sum"), None),
     "Where": (1, 2),
+    "QuantizeLinear": (),  # its integers don't move by half a unit
     "Shape": (),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import Graph, Param, Quantised, Tensor, Value
+from bnfold.algebra.graph import Graph, Param, Tensor, Value
 from bnfold.algebra.layouts import AS_STORED, Layout, new, scaled
 from bnfold.algebra.lowering import Lowering
+from bnfold.algebra.quantised import Quantised
 from bnfold.algebra.rounding import limits, roundoff
 from bnfold.algebra.settings import Settings
 
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
+from ..graph.quantised import dequantised, quantised, relaid, rounding
 from ..graph.sequences import Sequences, without_sequences
 from ..graph.shapes import Shapes
-from ..graph.walk import all_graphs, arg, attribute, behind_identity, is_standard, name_of, subgraphs, whole
+from ..graph.walk import all_graphs, arg, attribute, behind_identity, is_standard, name_of, subgraphs
 
 COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 SHAPES = ("Shape", "Size")
@@ -65,6 +68,7 @@ class OnnxLowering(Lowering):
             self.constants = Constants(model, self.shapes)
             self.sequences = Sequences(model, self.constants, self.shapes)
         self.computed: list[ir.Node] = []
+        self._known: dict[ir.Node, Quantised | str] = {}
 
     def _computed_settings(self) -> dict[str, npt.NDArray[Any]]:
         """The small integers that the graph computes from constants and that decide a size which isn't known yet."""
@@ -97,7 +101,7 @@ class OnnxLowering(Lowering):
             kinds = [self.shapes.dtype(v) for v in node.outputs]
             numbers = bool(kinds) and all(kind is not None and kind not in FLOATS for kind in kinds)
             name = node.op_type if is_standard(node) else f"{node.domain}::{node.op_type}"
-            self.lower(node, name, "it isn't floating point" if numbers else "")
+            self.lower(node, name, rounding(name) or ("it isn't floating point" if numbers else ""))
 
     # --- see `Lowering` --------------------------------------------------------------------------------------------------------------
 
@@ -145,10 +149,14 @@ class OnnxLowering(Lowering):
     ) -> Param:
         v = given(op, key)
         tensor = None if v is None else self.tensor(v)
-        if tensor is None:
+        if v is None or tensor is None or (role == "constant" and tensor.quantised is not None and not tensor.quantised.small):
             raise Blocked(f"its {role} {self._untouchable(v)}")
-        shape = tensor.shape if shape is None else shape
-        return Param(tensor, shape, scaled(shape, tensor.shape) if layout is None else layout, slot=key)
+        if tensor.quantised is None or not (between := dequantised(v)[1]):
+            stored, made = AS_STORED, tensor.shape
+        else:
+            stored, made = relaid(between, self.shape), self.shape(v)
+        shape = made if shape is None else shape
+        return Param(tensor, shape, (scaled(shape, made) if layout is None else layout).after(stored), slot=key)
 
     def bias(self, op: ir.Node, key: int, weight: Param, shape: tuple[int, ...], stored: tuple[int, ...] | None = None) -> Param:
         if given(op, key) is not None:
@@ -183,26 +191,44 @@ class OnnxLowering(Lowering):
     # --- constants that may be rewritten ---------------------------------------------------------------------------------------------
 
     def tensor(self, v: ir.Value) -> Tensor | None:
-        """The constant as a tensor that may be rewritten; None where it is not a float constant or is stored quantised."""
-        v = behind_identity(v)
+        """The constant as a tensor that may be rewritten, or the quantised one that it is a copy of; None where it is no float constant,
+        or stored in a way that can't change."""
+        if not self.is_constant(v) or self.constants.dtype(v) not in FLOATS:
+            return None
+        how = self._quantised(v)
+        if isinstance(how, str):
+            return None
+        v = behind_identity(v) if how is None else self._stored_at(v)
         if v not in self._tensors:
-            dtype = self.constants.dtype(v) if self.constants.is_constant(v) else None
-            quantised: Quantised | str | None = None
-            if dtype not in FLOATS:
-                return None
-            if self._makers(v, "DequantizeLinear") and len(self._get(v).shape) > 1:  # a bias is small enough to become floats
-                quantised = self._integers(v)
-            if isinstance(quantised, str):
-                return None
-            made = Tensor(v.name or "", lambda: self._get(v), self.shape(v), largest(dtype), v, dtype, quantised=quantised)
+            shape, dtype = self.shape(v) if how is None else how.shape, self.constants.dtype(v)
+            read = partial(self._get, v) if how is None else how.array
+            made = self._tensors[v] = Tensor(v.name or "", read, shape, largest(dtype), v, dtype, quantised=how)
             made.cast_from = self._cast_from(v)
-            self._tensors[v] = made
         return self._tensors[v]
+
+    @staticmethod
+    def _stored_at(v: ir.Value) -> ir.Value:
+        """The output of the DequantizeLinear that a constant is a copy of."""
+        node, _ = dequantised(v)
+        assert node is not None
+        return node.outputs[0]
+
+    def _quantised(self, v: ir.Value) -> Quantised | str | None:
+        """How a constant is quantised, if it is; a clause where it therefore can't change."""
+        node, between = dequantised(v)
+        if len(self.shape(v)) < 2 and (node is None or between):
+            return None  # a bias is small enough to become floats
+        if node is None:
+            return "is quantised, and computed further behind DequantizeLinear" if self._makers(v, "DequantizeLinear") else None
+        if node not in self._known:
+            self._known[node] = quantised(self.constants, self.opset, node)
+        how = self._known[node]
+        return None if isinstance(how, Quantised) and how.small and between else how
 
     def _untouchable(self, v: ir.Value | None) -> str:
         """Why an input can't be rewritten, in words that follow what it is."""
-        if v is not None and self.constants.is_constant(v) and self._makers(v, "DequantizeLinear"):
-            how = self._integers(behind_identity(v))
+        how = self._quantised(v) if v is not None and self.is_constant(v) else None
+        if how is not None:
             return how if isinstance(how, str) else "is quantised"
         return "is not a float constant, or callers may override it"
 
@@ -219,32 +245,6 @@ class OnnxLowering(Lowering):
         array = self.constants.get(v)
         assert array is not None
         return array
-
-    def _integers(self, v: ir.Value) -> Quantised | str:
-        """How a weight behind DequantizeLinear may change; a clause that says why not where it may not."""
-        node = v.producer()
-        if self._makers(v, "QuantizeLinear"):
-            return "is rounded by QuantizeLinear"
-        if node is None or node.op_type != "DequantizeLinear":
-            return "is quantised, and computed further behind DequantizeLinear"
-        if self.opset < 13:
-            return f"is quantised, and opset {self.opset} has no scale for each channel"
-        if attribute(node, "block_size", 0):
-            return "is quantised in blocks"
-        q, scale, zero = (self.const(given(node, i)) for i in range(3))
-        if q is None or scale is None or any(x is not None and self.constants.stored(x) is None for x in node.inputs):
-            return "is quantised, and its integers or their scales are computed"
-        if q.dtype not in (np.int8, np.uint8, np.int16, np.uint16):
-            return f"is quantised as {q.dtype}, whose scales aren't changed"
-        axis = whole(node, "axis", 1) % q.ndim if max(scale.size, 1 if zero is None else zero.size) > 1 else None
-
-        def negatable(along: int) -> tuple[bool, ...]:
-            middle = 0 if zero is None else zero.astype(np.int64).reshape([-1 if i == axis else 1 for i in range(q.ndim)])
-            mirrored, kind = 2 * middle - q.astype(np.int64), np.iinfo(q.dtype)
-            stuck = np.argwhere((mirrored < kind.min) | (mirrored > kind.max))[:, along]
-            return tuple(k not in stuck for k in range(q.shape[along]))
-
-        return Quantised(axis, negatable)
 
     def _makers(self, v: ir.Value, op_type: str) -> bool:
         """Whether an operator of this type takes part in the making of a constant."""

@@ -7,7 +7,7 @@ Values are dropped after their last use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from bnfold.text import listed
 from ..files.schemas import forget_unknown
 from ..graph.inputs import inputs
 from ..graph.proto import self_contained
+from ..graph.quantised import stored_codes
 from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
@@ -50,11 +51,12 @@ class Oracle:
             raise UsageError(f"the model computes no value {listed(map(repr, sorted(unknown)))}")
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
+        codes = _take_codes(proto, model)
         forget_unknown(proto)
         state_bits(proto, {name: v.const_value.dtype.value for name, v in model.graph.initializers.items() if v.const_value is not None})
-        moving = frozenset() if jitter is None else weights(proto.graph, shapes_held(model))
+        moving = frozenset() if jitter is None else weights(proto.graph, _shapes_held(model, codes))
         to_float64(proto, jitter=jitter, moving=moving)
-        held = {}
+        held: dict[str, np.ndarray] = dict(codes)
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None
@@ -82,11 +84,20 @@ def moving(model: ir.Model) -> frozenset[str]:
     proto = self_contained(model, initializers=False)
     if proto.functions:
         proto = inliner.inline_local_functions(proto)
-    return weights(proto.graph, shapes_held(model))
+    return weights(proto.graph, _shapes_held(model, _take_codes(proto, model)))
 
 
-def shapes_held(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(v.const_value.shape.numpy()) for name, v in model.graph.initializers.items() if v.const_value is not None}
+def _take_codes(proto: onnx.ModelProto, model: ir.Model) -> dict[str, np.ndarray]:
+    """What the model rounds to integers of its stored arrays, which stands in the place of the operators that do it."""
+    codes = stored_codes(model)
+    for node in [node for node in proto.graph.node if codes and node.output[0] in codes]:
+        proto.graph.node.remove(node)
+    return codes
+
+
+def _shapes_held(model: ir.Model, codes: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    held = {name: tuple(v.const_value.shape.numpy()) for name, v in model.graph.initializers.items() if v.const_value is not None}
+    return held | {name: array.shape for name, array in codes.items()}
 
 
 class _Evaluator(ReferenceEvaluator):

@@ -1,0 +1,217 @@
+"""Weights behind QuantizeLinear and DequantizeLinear, as the algebra knows them, and how these two operators are made anew.
+
+Specification: github.com/onnx/onnx, docs/Operators.md and docs/Changelog.md: one scale (opset 10), one for each place along an axis (13),
+one for each block along an axis (21).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from bnfold.algebra.affine import Array
+from bnfold.algebra.layouts import AS_STORED, Layout
+from bnfold.algebra.quantised import Blocks, Quantised, Rescaled, Source, spread
+from bnfold.algebra.rounding import limits
+
+from .constants import FLOATS, Constants
+from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_tensor, whole
+
+MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+FLOAT8 = {np.dtype(getattr(ml_dtypes, f"float8_{kind}")) for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")}
+WHOLE = {np.dtype(kind) for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int32)}
+WHOLE |= {np.dtype(getattr(ml_dtypes, kind)) for kind in ("int2", "uint2", "int4", "uint4")}
+
+# Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
+ROUNDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+ROUNDED = "it rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
+INNER = "it multiplies by integers and scales of its own, which aren't rewritten: fold before quantising"
+HOLDS_SCALES = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "DynamicQuantizeLSTM"}
+HOLDS_SCALES |= {"QAttention", "QEmbedLayerNormalization", "GatherBlockQuantized", "QMoE", "QOrderedMatMul"}
+
+
+def rounding(name: str) -> str:
+    """Why no map crosses an operator that computes with integer codes; "" of any other. name: with its domain."""
+    domain, _, op = name.rpartition("::")
+    if domain == MICROSOFT and op in HOLDS_SCALES:
+        return INNER
+    codes = op in ROUNDS or (domain == MICROSOFT and op.startswith(("QLinear", "QGemm", "QuantizeBFP", "QOrdered")))
+    return ROUNDED if codes and domain in ("", MICROSOFT) else ""
+
+
+# --- what stands in a file -------------------------------------------------------------------------------------------------------------
+
+
+def dequantised(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
+    """The DequantizeLinear that makes a constant, None where there is none, and what lays it out anew behind it, the last first."""
+    between: list[ir.Node] = []
+    while (node := value.producer()) is not None and is_standard(node) and node.op_type in MOVING and node.inputs[0] is not None:
+        between.append(node)
+        value = node.inputs[0]
+    return (node, between) if node is not None and is_standard(node) and node.op_type == "DequantizeLinear" else (None, [])
+
+
+def relaid(between: list[ir.Node], shape: Callable[[ir.Value], tuple[int, ...]]) -> Layout:
+    """What operators that lay out anew make of an array."""
+    found = AS_STORED
+    for node in reversed(between):
+        made = shape(node.outputs[0])
+        if node.op_type == "Transpose":
+            given: Any = attribute(node, "perm", None)
+            found = _transposed(tuple(given or range(len(made))[::-1])).after(found)
+        elif node.op_type not in ("Identity", "Cast"):
+            assert node.inputs[0] is not None
+            found = _reshaped(shape(node.inputs[0]), made).after(found)
+    return found
+
+
+def _transposed(perm: tuple[int, ...]) -> Layout:
+    back = tuple(np.argsort(perm).tolist())
+    return Layout(f"transposed {perm}", lambda w: w.transpose(perm), lambda w: w.transpose(back))
+
+
+def _reshaped(stored: tuple[int, ...], made: tuple[int, ...]) -> Layout:
+    return Layout(f"{stored} as {made}", lambda w: w.reshape(made), lambda w: w.reshape(stored))
+
+
+def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | str:
+    """How the constant that a DequantizeLinear makes is stored; where it may not change, a clause that says why."""
+    codes, scale, zero = (*map(constants.get, node.inputs), None)[:3]
+    kind = None if node.inputs[1] is None else constants.dtype(node.inputs[1])
+    if codes is None or scale is None or kind is None or kind not in FLOATS:
+        return "is quantised, and its scales aren't of a type of which any multiple can be stored"
+    if codes.dtype not in FLOAT8 | WHOLE:
+        return f"is quantised as {codes.dtype}, whose scales aren't changed"
+    if codes.dtype in FLOAT8 and rounds_to(node) is not None:
+        return "is rounded to float8 when the model runs"
+    grid, blocks = _grid(node, codes.shape, scale.astype(np.float64))
+    return Quantised(
+        lambda: codes.astype(np.float64),
+        codes.shape,
+        grid,
+        np.zeros((1,) * codes.ndim) if zero is None else _grid(node, codes.shape, zero.astype(np.float64))[0],
+        blocks,
+        codes.dtype,
+        *bounds(codes.dtype),
+        np.dtype(kind.numpy()),
+        one_scale=f"opset {opset} has no scale for each channel" if opset < 13 else "",
+        one_zero=f"{codes.dtype} codes have no zero point" if codes.dtype in FLOAT8 or codes.dtype == np.int32 else "",
+        small=codes.ndim == 1,  # a bias
+        source=_source(constants, node, codes.dtype),
+    )
+
+
+def _grid(node: ir.Node, shape: tuple[int, ...], numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Blocks]:
+    """The scales or zeros of an array, in its rank, and the sizes of their blocks."""
+    if numbers.size == 1:
+        return numbers.reshape((1,) * len(shape)), shape
+    axis, size = whole(node, "axis", 1) % len(shape), whole(node, "block_size", 0)
+    if size:
+        return numbers, tuple(size if i == axis else 1 for i in range(len(shape)))
+    return numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))]), tuple(1 if i == axis else n for i, n in enumerate(shape))
+
+
+def rounds_to(node: ir.Node) -> ir.Node | None:
+    """The QuantizeLinear before a DequantizeLinear."""
+    maker = None if node.inputs[0] is None else behind_identity(node.inputs[0]).producer()
+    return maker if maker is not None and is_standard(maker) and maker.op_type == "QuantizeLinear" else None
+
+
+def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source | None:
+    """The stored array that a QuantizeLinear of the same scales rounds; None where there is none, or it is computed, so that codes are."""
+    maker = rounds_to(node)
+    held = None if maker is None or maker.inputs[0] is None else stored_tensor(maker.inputs[0])
+    if maker is None or held is None or held.dtype not in FLOATS:
+        return None
+    for one, other in zip((*maker.inputs, None)[1:3], (*node.inputs, None)[1:3], strict=True):
+        mine, theirs = (constants.get(v) for v in (one, other))
+        if not np.array_equal(0 if mine is None else mine, 0 if theirs is None else theirs):
+            return None
+    if any(whole(maker, name, default) != whole(node, name, default) for name, default in (("axis", 1), ("block_size", 0))):
+        return None
+    return Source(held.numpy, [partial(codes_of, bounds=bounds(codes), kind=kind) for kind in _quotients(np.dtype(held.dtype.numpy()))])
+
+
+def _quotients(kind: np.dtype[Any]) -> list[np.dtype[Any]]:
+    """The types in which runtimes divide by a scale: ONNX Runtime in float32 at least, the standard in the stored type."""
+    return [np.dtype(np.float32), kind] if kind.itemsize < 4 else [kind]
+
+
+def codes_of(
+    array: npt.NDArray[Any], scale: npt.NDArray[Any], zero: Array, *, bounds: tuple[float, float], kind: np.dtype[Any]
+) -> npt.NDArray[np.float64]:
+    """What QuantizeLinear makes of an array: half to even, cut at the bounds of the codes. kind: the type in which it divides."""
+    with np.errstate(all="ignore"):
+        quotient = array.astype(kind) / scale.astype(kind)
+    found: npt.NDArray[np.float64] = np.clip(np.rint(quotient.astype(np.float64)) + zero, *bounds)
+    return found
+
+
+def stored_codes(model: ir.Model) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of every QuantizeLinear that rounds a stored array with stored scales, as runtimes compute them."""
+    found = {}
+    for node in model.graph:
+        if node.op_type != "QuantizeLinear" or not is_standard(node):
+            continue
+        array, scale, zero = (*(None if v is None else stored_tensor(v) for v in node.inputs), None)[:3]
+        if array is None or scale is None or array.dtype not in FLOATS or (zero is None and len(node.inputs) > 2):
+            continue
+        kind = ir.DataType(whole(node, "output_dtype", 0) or ir.DataType.UINT8) if zero is None else zero.dtype
+        if (codes := np.dtype(kind.numpy())) not in WHOLE:
+            continue
+        numbers, about = array.numpy(), np.zeros(()) if zero is None else zero.numpy().astype(np.float64)
+        scales, zeros = (spread(*_grid(node, numbers.shape, each), numbers.shape) for each in (scale.numpy(), about))
+        made = codes_of(numbers, scales, zeros, bounds=bounds(codes), kind=_quotients(numbers.dtype)[0])
+        found[str(node.outputs[0].name)] = made.astype(codes)
+    return found
+
+
+def bounds(kind: np.dtype[Any]) -> tuple[float, float]:
+    """The lowest and the highest code of a type."""
+    if kind in FLOAT8:
+        return -float(limits(kind).max), float(limits(kind).max)
+    info: Any = ml_dtypes.iinfo(kind)  # type: ignore[no-untyped-call]  # it comes without types
+    return float(info.min), float(info.max)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------------------------
+
+
+def remade(
+    node: ir.Node, made: Rescaled, code: np.dtype[Any], add: Callable[[str, npt.NDArray[Any], ir.Value | None], ir.Value]
+) -> list[ir.Node]:
+    """A DequantizeLinear like one, with new numbers, behind a QuantizeLinear where one rounds its array.
+
+    code: their type. add: makes an initializer, in the place of a value whose name it gets if that goes.
+    """
+    maker = rounds_to(node) if made.source is not None else None
+    given = (*node.inputs, None)[:3]
+    blocked = whole(node, "block_size", 0) and made.scale.size > 1
+    shape = () if made.scale.size == 1 else made.scale.shape if blocked else (made.scale.size,)
+    scale, zero = add("scale", made.scale.reshape(shape), given[1]), given[2]
+    if zero is not None or made.zero.any():
+        zeros = np.broadcast_to(made.zero, made.scale.shape).reshape(shape).astype(code)
+        zero = add("zero_point", zeros, given[2])
+    first = given[0]
+    if maker is None and made.codes is not None:
+        first = add("integers", made.codes.astype(code), given[0])
+    found = []
+    for old in (node,) if maker is None else (maker, node):
+        if old is maker:
+            assert made.source is not None
+            first = add("weight", made.source, maker.inputs[0])
+        attributes = dict(old.attributes)
+        if made.axis is not None:
+            attributes.pop("block_size", None)
+            attributes["axis"] = ir.AttrInt64("axis", made.axis)
+        copy = ir.Node("", old.op_type, [first, scale, *([] if zero is None else [zero])], attributes.values(), num_outputs=1)
+        copy.outputs[0].type, copy.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
+        first = copy.outputs[0]
+        found.append(copy)
+    return found

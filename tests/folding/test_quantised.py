@@ -1,0 +1,124 @@
+"""Weights that are stored as integers: of a fold, not one integer may change but for its sign, also where they are rounded in the graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from cases import Case, Net
+from cases.quantised import CASES, SHAPES, drawn, layer
+from compare import batchnorms, difference, feeds, run_stored
+from onnx import TensorProto, helper
+
+import bnfold
+from bnfold.algebra.affine import Blocked
+from bnfold.algebra.quantised import Quantised
+
+FOLDED = [case for case in CASES if not case.left and "dead" not in case.name and "factors" not in case.name]
+
+
+def integers(model: onnx.ModelProto) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The codes of every quantised weight, and how far they are from their zeros, as ONNX Runtime computes them."""
+    probe, known, found = onnx.ModelProto(), {t.name for t in model.graph.initializer}, []
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in known:
+            attributes = {a.name: a.i for a in node.attribute}
+            found.append((attributes.get("axis", 1), attributes.get("block_size", 0), len(node.input) > 2))
+            for name in (node.input[0], *node.input[2:]):
+                wide = f"wide {len(probe.graph.output)}"
+                probe.graph.node.append(helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT))
+                probe.graph.output.append(helper.make_tensor_value_info(wide, TensorProto.FLOAT, None))
+        if node.input and all(name in known for name in node.input):
+            known |= set(node.output)
+    options = ort.SessionOptions()
+    options.graph_optimization_level, options.log_severity_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, 4
+    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    arrays, pairs = iter(session.run(None, feeds(model))), []
+    for axis, block, has_zero in found:
+        codes = next(arrays)
+        zero = next(arrays) if has_zero else np.zeros(())
+        if block:
+            zero = np.repeat(zero, block, axis).take(range(codes.shape[axis]), axis)
+        elif zero.ndim:
+            zero = zero.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
+        pairs.append((codes, codes - zero))
+    return [pair for pair in pairs if pair[0].ndim > 1]
+
+
+@pytest.mark.parametrize("case", FOLDED, ids=str)
+def test_no_integer_changes_but_for_its_sign(case: Case) -> None:
+    model = case.build()
+    fused, report = bnfold.fuse(model)
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent", report.verify.reason
+    before, after = integers(model), integers(fused)
+    assert len(after) >= len(before) > 0
+    for new in after:
+        assert any(old[0].shape == new[0].shape and _alike(old, new) for old in before)
+
+
+def _alike(old: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Whether all are as far from their zeros as they were, and those that keep their sign are equal."""
+    same = (np.sign(old[1]) == np.sign(new[1])) & (old[1] != 0)
+    return bool((np.abs(old[1]) == np.abs(new[1])).all() and (old[0] == new[0])[same].all())
+
+
+def test_one_scale_can_be_kept() -> None:
+    net = Net("one scale", opset=19)
+    drawn(net, axis=None)
+    model = net.model()
+    kept, report = bnfold.fuse(model, keep_per_tensor=True)
+    assert report.batchnorms.after == 1
+    assert "--keep-per-tensor" in report.layers[0].reason
+    assert kept == model
+    net = Net("one scale for equal factors", opset=19)
+    x, flat = net.input("N", 4, "H", "W"), [net.weight(np.full(6, value)) for value in (-0.5, 0.25, 0.1, 2.0)]
+    net.output(net.bn(layer(net, x, axis=None), 6, params=flat))
+    model = net.model()
+    fused, report = bnfold.fuse(model, keep_per_tensor=True)
+    assert batchnorms(fused) == 0, report.layers[0].reason
+    assert all(t.dims in ([], [1]) for t in fused.graph.initializer if t.data_type == 1 and "scale" in t.name)
+
+
+def quantised(codes: np.ndarray, *, one_zero: str = "", scale: float = 0.5, kind: str = "float32") -> Quantised:
+    grid, zero = np.full((len(codes), 1), scale), np.zeros((len(codes), 1))
+    blocks = (1, codes.shape[1])
+    return Quantised(lambda: codes, codes.shape, grid, zero, blocks, np.dtype(np.int8), -128, 127, np.dtype(kind), one_zero=one_zero)
+
+
+def test_what_codes_cannot_take_is_said() -> None:
+    codes = np.array([[1.0, 2.0], [-128.0, 3.0]])
+    minus = np.array([[-1.0, -1.0], [-2.0, -2.0]])
+    made = quantised(codes).rescaled(minus)
+    assert (made.mirrored, made.negated) == (1, 2)
+    np.testing.assert_array_equal(made.zero, [[0], [-1]])
+    np.testing.assert_array_equal(made.codes, [[-1, -2], [127, -4]])
+    with pytest.raises(Blocked, match="channel 1 would need the negative of -128; it has no zero point"):
+        quantised(codes, one_zero="it has no zero point").rescaled(minus)
+    with pytest.raises(Blocked, match="a scale of it would be 5e-09, which float16 can't hold"):
+        quantised(codes, kind="float16").rescaled(np.full((2, 2), 1e-8))
+    with pytest.raises(Blocked, match="would be no number"):
+        quantised(codes).rescaled(np.full((2, 2), np.nan))
+
+
+def test_a_weight_near_a_step_keeps_its_code() -> None:
+    """Of floats that lie at the middle of two steps, the rounding of both the new weight and the new scale decides."""
+    net = Net("ties", opset=13)
+    codes = net.rng.integers(-100, 100, SHAPES["Conv"]) + 0.5
+    scale = net.rng.uniform(0.01, 0.03, 6).astype(np.float32)
+    w = net.constant((codes * scale.reshape(-1, 1, 1, 1)).astype(np.float32))
+    ends = net.constant(scale), net.constant(np.zeros(6, np.int8))
+    w = net.op("DequantizeLinear", net.op("QuantizeLinear", w, *ends, axis=0), *ends, axis=0)
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6, positive=True))
+    model = net.model()
+    fused, _ = bnfold.fuse(model)
+    np.testing.assert_array_equal(integers(fused)[0][0], integers(model)[0][0])
+    assert difference(run_stored(model, feeds(model)), run_stored(fused, feeds(fused))) < 1e-5
+    assert [node.op_type for node in fused.graph.node] == ["QuantizeLinear", "DequantizeLinear", "Conv"]
+    moved = dict(zip(("w", "scale"), fused.graph.node[0].input[:2], strict=True))
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in fused.graph.initializer}
+    found = arrays[moved["w"]] / arrays[moved["scale"]].reshape(-1, 1, 1, 1)
+    assert (np.abs(found - integers(fused)[0][0]) < 0.1).any(), "some had to be moved to the middle of their step"
