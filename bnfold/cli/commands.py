@@ -23,14 +23,22 @@ STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
 
 
 @command
-def inspect(*, model: Path = o.MODEL, loading: Loading, shaping: Shaping, reporting: Reporting, clone: bool = o.CLONE) -> None:
+def inspect(
+    *,
+    model: Path = o.MODEL,
+    loading: Loading,
+    shaping: Shaping,
+    reporting: Reporting,
+    clone: bool = o.CLONE,
+    keep_per_tensor: bool = o.KEEP_PER_TENSOR,
+) -> None:
     """List every BatchNorm, and where it would fold to, or why it can't.
 
     Nothing is changed.
     """
     with Job(reporting) as job:
         loaded = loading.load(model, job)
-        job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone))
+        job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone, keep_per_tensor=keep_per_tensor))
 
 
 @command
@@ -122,6 +130,7 @@ def fuse(
     strict: bool = o.STRICT,
     no_verify: bool = o.option("--no-verify", "Leave out the check of the result."),
     clone: bool = o.CLONE,
+    keep_per_tensor: bool = o.KEEP_PER_TENSOR,
 ) -> int:
     """Fold BatchNorms into the weights around them.
 
@@ -135,7 +144,7 @@ def fuse(
         loaded = loading.load(model, job)
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
-        fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone)
+        fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone, keep_per_tensor=keep_per_tensor)
         stays = report.failure if strict else ""
         doubt = f"the check is inconclusive (--no-verify leaves it out): {report.doubt}" if report.doubt else ""
         failed = stays or doubt
@@ -209,6 +218,7 @@ def pipeline(
     reporting: Reporting,
     checking: Checking,
     strict: bool = o.STRICT,
+    keep_per_tensor: bool = o.KEEP_PER_TENSOR,
     baseline: Path | None = o.BASELINE,
 ) -> int:
     """Recalibrate, then fuse, then verify.
@@ -225,7 +235,7 @@ def pipeline(
         loaded = loading.load(model, job)
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
-        given |= {"strict": strict, "accept_harm": measuring.accept_harm, "providers": providers}
+        given |= {"strict": strict, "accept_harm": measuring.accept_harm, "keep_per_tensor": keep_per_tensor, "providers": providers}
         ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse

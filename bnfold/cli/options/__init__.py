@@ -202,6 +202,9 @@ SPEC = option("--data", FORMS, metavar="DATA")
 SPEC_OR_RANDOM = option("--data", f"{FORMS} Default: random.", metavar="DATA")
 STRICT = option("--strict", "Fail, with status 1 and nothing written, if a BatchNorm stays.")
 CLONE = option("--clone", "Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.")
+KEEP_PER_TENSOR = option(
+    "--keep-per-tensor", "Leave a BatchNorm where its fold would make a quantised weight's one scale one for each channel."
+)
 BASELINE = option(
     "--baseline", "An earlier --report of the same command: fail where something got worse, by more than noise.", OUTPUT, "REPORT.json"
 )

@@ -1,8 +1,4 @@
-"""Weights behind QuantizeLinear and DequantizeLinear, as the algebra knows them, and how these two operators are made anew.
-
-Specification: github.com/onnx/onnx, docs/Operators.md and docs/Changelog.md: one scale (opset 10), one for each place along an axis (13),
-one for each block along an axis (21).
-"""
+"""Weights behind QuantizeLinear and DequantizeLinear, as the algebra knows them, and how these two operators are made anew."""
 
 from __future__ import annotations
 
@@ -10,24 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from bnfold.algebra.affine import Array
 from bnfold.algebra.layouts import AS_STORED, Layout
-from bnfold.algebra.quantised import Blocks, Quantised, Rescaled, Source, spread
-from bnfold.algebra.rounding import limits
+from bnfold.algebra.quantised import Quantised, Rescaled, Source
 
+from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
 from .constants import FLOATS, Constants
 from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_tensor, whole
 
 MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
-FLOAT8 = {np.dtype(getattr(ml_dtypes, f"float8_{kind}")) for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")}
-WHOLE = {np.dtype(kind) for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int32)}
-WHOLE |= {np.dtype(getattr(ml_dtypes, kind)) for kind in ("int2", "uint2", "int4", "uint4")}
-
 # Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
 ROUNDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
 ROUNDED = "it rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
@@ -90,12 +80,12 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
         return f"is quantised as {codes.dtype}, whose scales aren't changed"
     if codes.dtype in FLOAT8 and rounds_to(node) is not None:
         return "is rounded to float8 when the model runs"
-    grid, blocks = _grid(node, codes.shape, scale.astype(np.float64))
+    grid, blocks = grid_of(node, codes.shape, scale.astype(np.float64))
     return Quantised(
         lambda: codes.astype(np.float64),
         codes.shape,
         grid,
-        np.zeros((1,) * codes.ndim) if zero is None else _grid(node, codes.shape, zero.astype(np.float64))[0],
+        np.zeros((1,) * codes.ndim) if zero is None else grid_of(node, codes.shape, zero.astype(np.float64))[0],
         blocks,
         codes.dtype,
         *bounds(codes.dtype),
@@ -105,16 +95,6 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
         small=codes.ndim == 1,  # a bias
         source=_source(constants, node, codes.dtype),
     )
-
-
-def _grid(node: ir.Node, shape: tuple[int, ...], numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Blocks]:
-    """The scales or zeros of an array, in its rank, and the sizes of their blocks."""
-    if numbers.size == 1:
-        return numbers.reshape((1,) * len(shape)), shape
-    axis, size = whole(node, "axis", 1) % len(shape), whole(node, "block_size", 0)
-    if size:
-        return numbers, tuple(size if i == axis else 1 for i in range(len(shape)))
-    return numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))]), tuple(1 if i == axis else n for i, n in enumerate(shape))
 
 
 def rounds_to(node: ir.Node) -> ir.Node | None:
@@ -135,49 +115,7 @@ def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source
             return None
     if any(whole(maker, name, default) != whole(node, name, default) for name, default in (("axis", 1), ("block_size", 0))):
         return None
-    return Source(held.numpy, [partial(codes_of, bounds=bounds(codes), kind=kind) for kind in _quotients(np.dtype(held.dtype.numpy()))])
-
-
-def _quotients(kind: np.dtype[Any]) -> list[np.dtype[Any]]:
-    """The types in which runtimes divide by a scale: ONNX Runtime in float32 at least, the standard in the stored type."""
-    return [np.dtype(np.float32), kind] if kind.itemsize < 4 else [kind]
-
-
-def codes_of(
-    array: npt.NDArray[Any], scale: npt.NDArray[Any], zero: Array, *, bounds: tuple[float, float], kind: np.dtype[Any]
-) -> npt.NDArray[np.float64]:
-    """What QuantizeLinear makes of an array: half to even, cut at the bounds of the codes. kind: the type in which it divides."""
-    with np.errstate(all="ignore"):
-        quotient = array.astype(kind) / scale.astype(kind)
-    found: npt.NDArray[np.float64] = np.clip(np.rint(quotient.astype(np.float64)) + zero, *bounds)
-    return found
-
-
-def stored_codes(model: ir.Model) -> dict[str, npt.NDArray[Any]]:
-    """The outputs of every QuantizeLinear that rounds a stored array with stored scales, as runtimes compute them."""
-    found = {}
-    for node in model.graph:
-        if node.op_type != "QuantizeLinear" or not is_standard(node):
-            continue
-        array, scale, zero = (*(None if v is None else stored_tensor(v) for v in node.inputs), None)[:3]
-        if array is None or scale is None or array.dtype not in FLOATS or (zero is None and len(node.inputs) > 2):
-            continue
-        kind = ir.DataType(whole(node, "output_dtype", 0) or ir.DataType.UINT8) if zero is None else zero.dtype
-        if (codes := np.dtype(kind.numpy())) not in WHOLE:
-            continue
-        numbers, about = array.numpy(), np.zeros(()) if zero is None else zero.numpy().astype(np.float64)
-        scales, zeros = (spread(*_grid(node, numbers.shape, each), numbers.shape) for each in (scale.numpy(), about))
-        made = codes_of(numbers, scales, zeros, bounds=bounds(codes), kind=_quotients(numbers.dtype)[0])
-        found[str(node.outputs[0].name)] = made.astype(codes)
-    return found
-
-
-def bounds(kind: np.dtype[Any]) -> tuple[float, float]:
-    """The lowest and the highest code of a type."""
-    if kind in FLOAT8:
-        return -float(limits(kind).max), float(limits(kind).max)
-    info: Any = ml_dtypes.iinfo(kind)  # type: ignore[no-untyped-call]  # it comes without types
-    return float(info.min), float(info.max)
+    return Source(held.numpy, [partial(codes_of, bounds=bounds(codes), kind=kind) for kind in quotients(np.dtype(held.dtype.numpy()))])
 
 
 # --- what is written -------------------------------------------------------------------------------------------------------------------

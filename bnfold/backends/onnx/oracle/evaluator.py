@@ -22,9 +22,9 @@ from bnfold.errors import BnfoldError, UnsupportedError, UsageError
 from bnfold.text import listed
 
 from ..files.schemas import forget_unknown
+from ..graph.codes import stored_codes
 from ..graph.inputs import inputs
 from ..graph.proto import self_contained
-from ..graph.quantised import stored_codes
 from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
