@@ -51,17 +51,17 @@ class Deviation:
 Deviations = dict[str, Deviation]  # by output
 
 
-def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch]) -> tuple[Truth | None, str]:
+def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], *, quick: bool) -> tuple[Truth | None, str]:
     """The reference in float64 with its yardstick, or in its stored type on the first provider and why; None where it runs in neither.
 
-    others: data of other sizes.
+    others: data of other sizes. quick: one run with moved weights does, where there are plenty of outputs.
     """
     feeds, others, reference = list(feeds), list(others), both.reference
     lacking: list[str] = []
     unfit = False
     for make in (reference.exact, partial(reference.session, next(iter(both.providers), "cpu"), reference.optimisations[0])):
         try:
-            return _truth(both, make, feeds, others, exact=not lacking), "; ".join(lacking)
+            return _truth(both, make, feeds, others, exact=not lacking, quick=quick), "; ".join(lacking)
         except (UnsupportedError, DataError) as error:
             if isinstance(error, DataError):
                 if not both.made_up:
@@ -74,7 +74,7 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch]) 
     return None, "; ".join(lacking) + f" (these are random data: say which shapes fit, {how})" * unfit
 
 
-def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], *, exact: bool) -> Truth:
+def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], *, exact: bool, quick: bool) -> Truth:
     both.progress("reference", 0, None)
 
     def truth(feeds: list[Batch]) -> Truth:
@@ -89,8 +89,8 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
     if both.thorough and 0 < sum(sizes) < ENOUGH and samples < ENOUGH_SAMPLES:
         found = truth([*feeds, *moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, both.seed)])
     both.progress("yardstick", 0, None)
-    least = FEW if both.thorough or sum(sizes) < PLENTY else 1
-    found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough)
+    least = 1 if quick and sum(sizes) >= PLENTY else FEW
+    found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough and least > 1)
 
     def again() -> Truth:
         other = truth(list(moved(feeds, 1, both.seed + 1)))

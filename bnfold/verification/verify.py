@@ -134,7 +134,8 @@ def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[
 
 def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch]) -> Findings:
     """Levels 2 and 3, and what they say of level 1."""
-    truth, lacking = truth_of(both, feeds, others)
+    certified = found.correspondence is not None and not found.correspondence.unpaired and found.coefficients.verdict == "equivalent"
+    truth, lacking = truth_of(both, feeds, others, quick=certified or not both.thorough)
     function, deviations = compare_functions(both, truth, lacking)
     elsewhere = compare_elsewhere(both) if both.thorough and function.verdict != "different" else ""
     if elsewhere:
