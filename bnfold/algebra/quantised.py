@@ -66,6 +66,12 @@ class Rescaled:
         return "; ".join(parts)
 
 
+def said_of_scale(name: str, *, grown: bool) -> str:
+    """The same of a factor of integers' products. grown: whether it had been one number."""
+    text = f"{name} scales integers, none of which changes"
+    return f"{text}; its one scale becomes one for each channel, which some targets don't take" if grown else text
+
+
 @dataclass(frozen=True, eq=False)
 class Quantised:
     """How a tensor is stored: see above. All arrays have the stored one's rank.

@@ -20,10 +20,12 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
     draft = {key: update for key, update in draft.items() if not _is_empty(key[0].params[key[1]], update)}
     for (node, role), update in draft.items():
         param = node.params[role]
-        if node.attrs.get("grows_add") and role == "bias" and param.tensor is None and not site.is_batchnorm:
+        if node.attrs.get("grows_add") and role in ("bias", "beta") and param.tensor is None and not site.is_batchnorm:
             raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
         if param.refusal:
             raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
+        if graph.one_scale and node.attrs.get("scales_integers") and param.shape.count(1) == len(param.shape) and update.varying:
+            raise Blocked(f"{node.name} is one scale, and {graph.one_scale}")
         if not graph.copies_weights:
             _fits_sharers(node, role, draft)
         if rescaled(graph, node, role, update) is None:

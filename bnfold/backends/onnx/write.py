@@ -14,7 +14,7 @@ import onnx_ir as ir
 from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Tensor
-from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled
+from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled, said_of_scale
 from bnfold.folding.branches import Merge
 from bnfold.folding.feasible import rescaled
 from bnfold.text import unused
@@ -95,6 +95,8 @@ class _Writer:
             dtype = native.dtype if old is None else param.tensor.dtype  # type: ignore[union-attr]
             array = rounded(exact, dtype)
             self._note_tiny(node, exact, array)
+            if node.attrs.get("scales_integers"):
+                self._note(node, said_of_scale(node.name, grown=array.size > (param.tensor.read().size if param.tensor else 1)))
             if isinstance(slot, str) and slot != "Add":
                 native.node.attributes[slot] = ir.AttrFloat32(slot, float(exact.ravel()[0]))
                 continue
@@ -102,7 +104,7 @@ class _Writer:
                 value = self._initializer(f"{node.name}.{role}", array)
             elif (made := rescaled(graph, node, role)) is not None:
                 assert param.tensor is not None
-                value = self._requantised(native.node, slot, param.tensor, made)
+                value = self._requantised(native.node.inputs[slot], param.tensor, made)
                 self._note(node, made.said(param.tensor.name))
             else:
                 if param.tensor is not None and param.tensor.quantised is not None:
@@ -171,11 +173,10 @@ class _Writer:
             self.model.graph.inputs.append(value)
         return value
 
-    def _requantised(self, user: ir.Node, slot: int, tensor: Tensor, made: Rescaled) -> ir.Value:
-        """What a user reads in the place of a quantised tensor: the same integers with other scales, laid out anew as they were."""
-        quantised, old = tensor.quantised, tensor.native.producer()
-        assert quantised is not None
-        codes = quantised.read() if made.codes is None else made.codes
+    def _requantised(self, given: ir.Value, tensor: Tensor, made: Rescaled) -> ir.Value:
+        """What is read in the place of a quantised tensor: the same integers with other scales, laid out anew as they were."""
+        assert tensor.quantised is not None
+        codes = tensor.quantised.read() if made.codes is None else made.codes
         key = (tensor.native, codes.tobytes() if len(tensor.users) > 1 else b"", made.scale.tobytes() + made.zero.tobytes())
         if key not in self.scaled:
 
@@ -184,28 +185,25 @@ class _Writer:
                 self.made += [] if former is None else [(former, value)]
                 return value
 
-            copies = remade(old, made, quantised.code, add)
-            self._insert(old, copies)
-            now = stated(self.constants, opset(self.model), copies[-1])
+            node = remade(tensor.native.producer(), made, tensor.quantised.code, add, self._insert)
+            now = stated(self.constants, opset(self.model), node)
             if not isinstance(now, Quantised) or not np.array_equal(now.read(), codes):
                 raise RuntimeError(f"the integers of {tensor.name} would change")
-            self.scaled[key] = copies[-1].outputs[0]
-        value, given = self.scaled[key], user.inputs[slot]
-        assert given is not None
+            self.scaled[key] = node.outputs[0]
+        value = self.scaled[key]
         for node in reversed(dequantised(given)[1]):
-            copy = ir.Node("", node.op_type, [value, *node.inputs[1:]], node.attributes.values(), num_outputs=1)
-            copy.outputs[0].type, copy.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-            self._insert(node, [copy])
-            value = copy.outputs[0]
+            value = self._insert(node, [value, *node.inputs[1:]], dict(node.attributes)).outputs[0]
         return value
 
-    def _insert(self, old: ir.Node, copies: list[ir.Node]) -> None:
-        """Put operators behind the one in whose place they stand."""
+    def _insert(self, old: ir.Node, inputs: list[ir.Value | None], attributes: Mapping[str, ir.Attr]) -> ir.Node:
+        """A node like one, right behind it, that reads other values."""
         assert old.graph is not None
-        old.graph.insert_after(old, copies)
-        for copy in copies:
-            copy.name = _unused(old.name, self.node_names) if old.name else None
-            copy.outputs[0].name = _unused(old.outputs[0].name or "weight", self.names)
+        copy = ir.Node("", old.op_type, inputs, attributes.values(), num_outputs=1, name=None)
+        made, value = copy.outputs[0], old.outputs[0]
+        copy.name = _unused(old.name, self.node_names) if old.name else None
+        made.name, made.type, made.shape = _unused(value.name or "weight", self.names), value.type, value.shape
+        old.graph.insert_after(old, copy)
+        return copy
 
     def _add_behind(self, node: ir.Node, bias: ir.Value) -> None:
         """An Add behind a node that has no bias of its own; a model output keeps its name."""

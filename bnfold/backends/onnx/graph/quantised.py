@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.layouts import AS_STORED, Layout
@@ -121,35 +120,24 @@ def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source
 # --- what is written -------------------------------------------------------------------------------------------------------------------
 
 
-def remade(
-    node: ir.Node, made: Rescaled, code: np.dtype[Any], add: Callable[[str, npt.NDArray[Any], ir.Value | None], ir.Value]
-) -> list[ir.Node]:
+def remade(node: ir.Node, made: Rescaled, code: np.dtype[Any], add: Callable[..., ir.Value], insert: Callable[..., ir.Node]) -> ir.Node:
     """A DequantizeLinear like one, with new numbers, behind a QuantizeLinear where one rounds its array.
 
-    code: their type. add: makes an initializer, in the place of a value whose name it gets if that goes.
+    code: the type of the codes. add: makes an initializer of a role and an array, in the place of a value whose name it gets if that goes.
+    insert: makes a node like one, of inputs and attributes.
     """
     maker = rounds_to(node) if made.source is not None else None
-    given = (*node.inputs, None)[:3]
+    first, old_scale, zero = (*node.inputs, None)[:3]
     blocked = whole(node, "block_size", 0) and made.scale.size > 1
     shape = () if made.scale.size == 1 else made.scale.shape if blocked else (made.scale.size,)
-    scale, zero = add("scale", made.scale.reshape(shape), given[1]), given[2]
+    scale = add("scale", made.scale.reshape(shape), old_scale)
     if zero is not None or made.zero.any():
-        zeros = np.broadcast_to(made.zero, made.scale.shape).reshape(shape).astype(code)
-        zero = add("zero_point", zeros, given[2])
-    first = given[0]
-    if maker is None and made.codes is not None:
-        first = add("integers", made.codes.astype(code), given[0])
-    found = []
-    for old in (node,) if maker is None else (maker, node):
-        if old is maker:
-            assert made.source is not None
-            first = add("weight", made.source, maker.inputs[0])
-        attributes = dict(old.attributes)
-        if made.axis is not None:
-            attributes.pop("block_size", None)
-            attributes["axis"] = ir.AttrInt64("axis", made.axis)
-        copy = ir.Node("", old.op_type, [first, scale, *([] if zero is None else [zero])], attributes.values(), num_outputs=1)
-        copy.outputs[0].type, copy.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
-        first = copy.outputs[0]
-        found.append(copy)
-    return found
+        zero = add("zero_point", np.broadcast_to(made.zero, made.scale.shape).reshape(shape).astype(code), zero)
+    more = [scale] if zero is None else [scale, zero]
+    changed = {} if made.axis is None else {"axis": ir.AttrInt64("axis", made.axis)}
+    if maker is not None:
+        source = add("weight", made.source, maker.inputs[0])
+        first = insert(maker, [source, *more], {**maker.attributes, **changed}).outputs[0]
+    elif made.codes is not None:
+        first = add("integers", made.codes.astype(code), first)
+    return insert(node, [first, *more], {**node.attributes, **changed})

@@ -13,6 +13,7 @@ from bnfold.algebra.geometry import pointwise
 from ..graph.constants import FLOATS
 from ..graph.walk import arg, attribute, in_training, number, whole
 from .commuting import used
+from .dynamic import scale_of, scaled
 from .lowering import OnnxLowering
 
 
@@ -68,11 +69,16 @@ def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
     if not any(constant):
         if ctx.opset < 7 and attribute(node, "broadcast", 0):
             raise Blocked("it broadcasts an activation in the way of opset 6")
-        if kind in ("add", "sub"):
+        scales = [(i, found) for i, v in enumerate(operands) if kind == "mul" and (found := scale_of(ctx, v)) is not None]
+        if scales:
+            scaled(ctx, node, scales[0][0], *scales[0][1])
+        elif kind in ("add", "sub"):
             pointwise(ctx, node, "Add", *operands, signs=(1, 1 if kind == "add" else -1))
         else:
             pointwise(ctx, node, "Mul", *operands, factors=2 if kind == "mul" else 1)
         return
+    if scale_of(ctx, node.outputs[0]) is not None:
+        return  # a part of the product that it scales
     which = constant.index(True)
     shape, x, c = None, operands[1 - which], ctx.const(operands[which])
     assert c is not None
