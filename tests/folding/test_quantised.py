@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -122,3 +125,71 @@ def test_a_weight_near_a_step_keeps_its_code() -> None:
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in fused.graph.initializer}
     found = arrays[moved["w"]] / arrays[moved["scale"]].reshape(-1, 1, 1, 1)
     assert (np.abs(found - integers(fused)[0][0]) < 0.1).any(), "some had to be moved to the middle of their step"
+
+
+# --- what onnxruntime.quantization writes ------------------------------------------------------------------------------------------------
+
+
+def dynamic(tmp_path: Path, layer: str, *, bias: bool = True, **how: Any) -> onnx.ModelProto:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    net = Net(f"dynamic {layer}", opset=17)
+    if layer == "Conv":
+        y = net.conv(net.input("N", 4, 8, 8), 4, 6, bias=bias)
+    else:
+        y = net.op("MatMul", net.input("N", 4), net.matrix(4, 6))
+        y = net.op("Add", y, net.bias(6)) if bias else y
+    net.output(net.bn(y, 6))
+    onnx.save(net.model(), tmp_path / "float.onnx")
+    kind = quantization.QuantType.QUInt8 if layer == "Conv" else quantization.QuantType.QInt8
+    quantization.quantize_dynamic(tmp_path / "float.onnx", tmp_path / "integers.onnx", weight_type=kind, **how)
+    return onnx.load(tmp_path / "integers.onnx")
+
+
+@pytest.mark.parametrize(
+    ("layer", "bias", "per_channel"),
+    [("Conv", True, False), ("Conv", False, False), ("MatMul", True, False), ("MatMul", True, True), ("MatMul", False, True)],
+)
+def test_dynamic_products_take_a_map_in_their_scales(layer: str, bias: bool, per_channel: bool, tmp_path: Path) -> None:
+    model = dynamic(tmp_path, layer, bias=bias, per_channel=per_channel)
+    fused, report = bnfold.fuse(model)
+    assert batchnorms(fused) == 0, report.layers[0].reason
+    assert report.verify is not None
+    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent"), report.verify.reason
+    assert "none of which changes" in report.layers[0].notes[0]
+    assert ("one scale becomes one for each channel" in report.layers[0].notes[0]) != per_channel
+    whole = [{t.name: t.raw_data for t in m.graph.initializer if t.data_type in (2, 3)} for m in (model, fused)]
+    assert whole[0] == whole[1] != {}
+    assert bnfold.verify(model, fused).verdict == "equivalent"
+    if not per_channel:
+        kept, report = bnfold.fuse(model, keep_per_tensor=True)
+        assert batchnorms(kept) == 1
+        assert "--keep-per-tensor leaves it one" in report.layers[0].reason
+
+
+def test_a_quantised_operator_is_a_barrier_with_a_reason(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.batches = iter([feeds(float_model, {"N": 8}, seed=seed) for seed in range(3)])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    net = Net("static", opset=17)
+    net.output(net.bn(net.conv(net.input("N", 4, 8, 8), 4, 6), 6))
+    float_model = net.model()
+    onnx.save(float_model, tmp_path / "float.onnx")
+    for form in (quantization.QuantFormat.QDQ, quantization.QuantFormat.QOperator):
+        quantization.quantize_static(tmp_path / "float.onnx", tmp_path / "integers.onnx", Reader(), quant_format=form)
+        model = onnx.load(tmp_path / "integers.onnx")
+        fused, report = bnfold.fuse(model)
+        assert fused == model
+        assert (
+            "rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
+            in report.layers[0].reason
+        )
+    fused, _ = bnfold.fuse(float_model)
+    onnx.save(fused, tmp_path / "float.onnx")  # what the reason says to do
+    quantization.quantize_static(tmp_path / "float.onnx", tmp_path / "integers.onnx", Reader())
+    assert batchnorms(onnx.load(tmp_path / "integers.onnx")) == 0

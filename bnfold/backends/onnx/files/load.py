@@ -18,6 +18,7 @@ from bnfold.text import one_line
 
 from . import wire
 from .external import Files, is_external
+from .quantisation import check_quantisation
 from .save import EXTERNAL, MAPS, save, to_proto
 from .schemas import check_operators, misfit, refused
 from .sniff import sniff
@@ -151,6 +152,7 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
         if "ai.onnx" in imports:  # another name of the standard operators, which onnx_ir shortens in nodes only
             imports.setdefault("", imports.pop("ai.onnx"))
     model.graph.meta[EXTERNAL] = external
+    check_quantisation(model)
     if why and refused(model):
         raise ModelError(f"its operators don't fit each other ({why}); export it again")
     model.graph.meta[MAPS] = maps
