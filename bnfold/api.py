@@ -262,13 +262,16 @@ def verify(
     bundle: Path | None = None,
     force: bool = False,
     coefficients_only: bool = False,
+    map_inputs: Mapping[str, str] | None = None,
+    map_outputs: Mapping[str, str] | None = None,
 ) -> VerifyReport:
     """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
 
     providers: of ONNX Runtime, each by its name, with options as "tensorrt:trt_fp16_enable=1"; or PyTorch's devices. allow_cpu_fallback:
     types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
     bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
-    coefficients_only: the first level alone, which runs neither model.
+    coefficients_only: the first level alone, which runs neither model. map_inputs, map_outputs: which of the candidate's is which of the
+    reference's, by the reference's names; what isn't said is paired by name, or else by place, which a note tells.
     """
     from .verification.verify import verify as verify_models
 
@@ -287,6 +290,8 @@ def verify(
             bundle=None if bundle is None else Path(bundle),
             force=force,
             coefficients_only=coefficients_only,
+            map_inputs=map_inputs,
+            map_outputs=map_outputs,
         )
 
 

@@ -29,13 +29,14 @@ def bench(
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
     optimise: bool = True,
+    map_inputs: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Time one batch through both models in turn: A B, B A, A B, ...
 
     batches: the first one is run; a random one of `batch_size` samples (1) where it is None. optimise: ONNX Runtime's own graph
-    optimisations, which fold too; a deployed model has them on. Seconds are medians per call; the ratio candidate / reference is the
-    median over the rounds, and its range holds the middle half of them.
+    optimisations, which fold too; a deployed model has them on. map_inputs: as for `api.verify`. Seconds are medians per call; the ratio
+    candidate / reference is the median over the rounds, and its range holds the middle half of them.
     """
     from .backends.open import open_both
     from .verification.comparison import alike
@@ -43,7 +44,7 @@ def bench(
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")
     first, second, batches = open_both(reference, candidate, batches, input_shapes, example)
-    first, second = alike(first, second)
+    first, second = alike(first, second, map_inputs)
     if batches is None:
         feeds = first.random(batch=batch_size or 1, seed=seed, input_shapes=input_shapes)
     else:

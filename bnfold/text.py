@@ -23,6 +23,14 @@ def listed(names: Iterable[object], word: str = "and") -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}" if texts else ""
 
 
+def meant(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'layer1.bn'?` for a name that is nearly one of those there are; "" where none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, [*names], 2, 0.7)
+    return f"; did you mean {listed(map(repr, near), 'or')}?" if near else ""
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of what an error says, at most so long and without its full stop; the error's type where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -172,6 +172,8 @@ def verify(
         "--against", "In place of CANDIDATE: hold a folded model, given alone, against this by its certificate.", o.MODELS, "ORIGINAL"
     ),
     data: str | None = o.SPEC_OR_RANDOM,
+    map_input: list[str] | None = o.MAP_INPUT,
+    map_output: list[str] | None = o.MAP_OUTPUT,
     baseline: Path | None = o.BASELINE,
     bundle: Path | None = o.option("--bundle", "Where the models differ, write the part that shows it, with a script.", o.OUTPUT, "DIR"),
     coefficients_only: bool = o.option(
@@ -196,6 +198,7 @@ def verify(
         one, other = (loading.load(path, job) for path in (reference, candidate))
         claimed = None if against is None else claim(other, candidate, one, reference)
         how = feeding.compared(data, one, job) | {"providers": providers, "samples": feeding.samples, "bundle": bundle, "force": job.force}
+        how |= {"map_inputs": o.pairs(map_input, "--map-input"), "map_outputs": o.pairs(map_output, "--map-output")}
         report = api.verify(one, other, **how, coefficients_only=coefficients_only)
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
@@ -259,6 +262,7 @@ def bench(
     reporting: Reporting,
     data: str | None = o.SPEC_OR_RANDOM,
     rounds: int = o.option("--rounds", "How often each is timed.", min=5, default=21, show_default=True),
+    map_input: list[str] | None = o.MAP_INPUT,
     unoptimised: bool = o.option("--unoptimised", "With ONNX Runtime's own optimisations off, which fold too."),
 ) -> None:
     """Time two models side by side.
@@ -270,5 +274,5 @@ def bench(
     with Job(reporting) as job, running.fallback():
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
-        how = feeding.compared(data, one, job)
+        how = feeding.compared(data, one, job) | {"map_inputs": o.pairs(map_input, "--map-input")}
         job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised))

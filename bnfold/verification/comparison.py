@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from bnfold.data.spec import Port
-from bnfold.errors import UnsupportedError
+from bnfold.errors import UnsupportedError, UsageError
 from bnfold.model import Model
+from bnfold.text import listed, meant
 
 if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress
@@ -48,18 +50,38 @@ class Comparison:
             return 1
 
 
-def alike(reference: Model, candidate: Model) -> tuple[Model, Model]:
-    """Both models, made to speak of their inputs and outputs by the reference's names."""
-    mixed = reference.kind != candidate.kind
-    if mixed:
+Names = Mapping[str, str]  # of the candidate's, by the reference's
+
+
+def alike(reference: Model, candidate: Model, inputs: Names | None = None, outputs: Names | None = None) -> tuple[Model, Model]:
+    """Both models, made to speak of their inputs and outputs by the reference's names.
+
+    inputs, outputs: which of the candidate's is which of the reference's, as far as a user says so; UsageError for names that aren't there.
+    A wrong pair can't make two models equivalent that aren't, so the others pair by their names and, where these differ, by their places.
+    """
+    if reference.kind != candidate.kind:
         reference, candidate = reference.beside(candidate), candidate.beside(reference)
-    names = [_paired(reference.ports()[i], candidate.ports()[i]) if i == 0 or mixed else {} for i in (0, 2)]
+    mine, theirs = reference.ports(), candidate.ports()
+    asked = (("input", 0, inputs or {}), ("output", 2, outputs or {}))
+    names = [{**_asked(what, mine[i], theirs[i], given), **_paired(mine[i], theirs[i], given)} for what, i, given in asked]
     renamed = any(mine != theirs for each in names for mine, theirs in each.items())
     return reference, candidate.renamed(*names) if renamed else candidate
 
 
-def _paired(mine: list[Port], theirs: list[Port]) -> dict[str, str]:
-    """For each name of the reference's the candidate's: the same where there is one, else what stands at the same place among the rest."""
+def _asked(what: str, mine: list[Port], theirs: list[Port], given: Names) -> Names:
+    for which, ports, names in (("reference", mine, [*given]), ("candidate", theirs, [*given.values()])):
+        known = [port.name for port in ports]
+        if unknown := [name for name in names if name not in known]:
+            raise UsageError(f"the {which} has no {what} {unknown[0]!r}; it has {listed(known)}{meant(unknown[0], known)}")
+        if len(set(names)) < len(names):
+            raise UsageError(f"one {what} of the {which} is named twice; name each once")
+    return given
+
+
+def _paired(mine: list[Port], theirs: list[Port], given: Names) -> dict[str, str]:
+    """For each other name of the reference's the candidate's: the same where there is one, else what stands at its place of the rest."""
+    mine = [port for port in mine if port.name not in given]
+    theirs = [port for port in theirs if port.name not in given.values()]
     if len(mine) != len(theirs) or {port.name for port in mine} == {port.name for port in theirs}:
         return {}
     left, found = [port.name for port in theirs], {}
@@ -89,13 +111,14 @@ def last_name(name: str) -> str:
 def interface_difference(reference: Model, candidate: Model) -> str:
     """How what callers see of the two differs, "" where it doesn't."""
     mine, theirs = reference.ports(), candidate.ports()
-    for what, want, have in (("input", mine[0], theirs[0]), ("output", mine[2], theirs[2])):
+    ports = (("input", mine[0], theirs[0], candidate.own_inputs), ("output", mine[2], theirs[2], candidate.own_outputs))
+    for what, want, have, paired in ports:
         names, others = [port.name for port in want], [port.name for port in have]
         if reason := _missing(what, " is missing; the candidate has " + (", ".join(map(repr, others)) or "none"), want, have):
             return reason
         if more := set(others) - set(names):
             return f"the candidate has an {what} more, {min(more)!r}"
-        if reference.kind == candidate.kind and names != others:
+        if reference.kind == candidate.kind and names != others and not paired:
             return f"the {what}s come in another order: {', '.join(others)}"
     return _missing("input", ", whose default callers may override, is missing", mine[1], theirs[1])
 
@@ -127,7 +150,7 @@ def interface_notes(reference: Model, candidate: Model) -> tuple[str, ...]:
         moved = [(name, other) for name, other in own.items() if name != other and (last_name(name) or "-") != last_name(other)]
         if moved and (len(own) > 1 or moved[0][0] != "output"):
             pairs = ", ".join(f"{name!r} with {other!r}" for name, other in moved)
-            notes.append(f"the candidate's {what}s have other names, and are paired by their places: {pairs}")
+            notes.append(f"the candidate's {what}s have other names, and were paired: {pairs}")
         if names != others:
             order = ", ".join(own.get(name, name) for name in others)
             notes.append(f"the candidate's {what}s come in another order, and are paired by their names: {order}")

@@ -22,7 +22,7 @@ from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
 from .coefficients import Correspondence, correspond
-from .comparison import Comparison, alike, interface_difference, interface_notes, silent
+from .comparison import Comparison, Names, alike, interface_difference, interface_notes, silent
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
 from .diagnosis.localise import first_difference
@@ -51,19 +51,21 @@ def verify(
     bundle: Path | None = None,
     force: bool = False,
     coefficients_only: bool = False,
+    map_inputs: Names | None = None,
+    map_outputs: Names | None = None,
 ) -> VerifyReport:
     """Compare a candidate with its reference.
 
     batches: what to feed; random data where it is None. samples: how many; 2, or 32 of small ones, where it is None, and whole batches
     of them: this is about rounding, of which each sample shows as much as the next.
     oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
-    the first difference by itself (see `bundle`); force: also where it exists and isn't empty.
+    the first difference by itself (see `bundle`); force: also where it exists and isn't empty. map_inputs, map_outputs: see `alike`.
     Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
     if bundle is not None:
         ready(bundle, force=force)
-    first, second = alike(reference, candidate)
+    first, second = alike(reference, candidate, map_inputs, map_outputs)
     wanted = () if oracle_only or coefficients_only else tuple(dict.fromkeys(providers))
     both = Comparison(first, second, batches is None, providers=wanted, seed=seed, progress=progress or silent)
     feeds: Iterable[Batch] | None = None

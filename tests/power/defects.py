@@ -56,8 +56,6 @@ class Net(Protocol):
     def second_output(self) -> None:
         """Give out one thing more."""
 
-    def rename_output(self) -> None: ...
-
 
 class OnnxNet:
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -145,14 +143,6 @@ class OnnxNet:
         made.CopyFrom(graph.output[0])
         made.name = "second"
 
-    def rename_output(self) -> None:
-        graph = self.model.graph
-        old = graph.output[0].name
-        for node in graph.node:
-            node.output[:] = ["renamed" if n == old else n for n in node.output]
-            node.input[:] = ["renamed" if n == old else n for n in node.input]
-        graph.output[0].name = "renamed"
-
 
 class _Answers(nn.Module):
     """The network, and its output under a name, with another or without."""
@@ -227,9 +217,6 @@ class TorchNet:
 
     def second_output(self) -> None:
         self.model = _Answers(self.model, "y", True)
-
-    def rename_output(self) -> None:
-        self.model = _Answers(self.model, "renamed", False)
 
 
 @dataclass(frozen=True)
@@ -431,13 +418,4 @@ def _missing(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.rando
     right.second_output()
     if isinstance(wrong, TorchNet):
         wrong.model = _Answers(wrong.model, "y", False)
-    return Seeded(right, wrong, np.inf)
-
-
-@defect("an output renamed")
-def _renamed(net: Net, folded: Net, sites: list[Site], fold: Fold, rng: np.random.Generator) -> Seeded | None:
-    right, wrong = net.copy(), folded.copy()
-    if isinstance(right, TorchNet):
-        right.model = _Answers(right.model, "y", False)
-    wrong.rename_output()
     return Seeded(right, wrong, np.inf)

@@ -379,9 +379,30 @@ def test_coefficients_only_needs_no_torch(here: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def test_a_missing_or_renamed_output_is_status_1(here: Path) -> None:
+def test_an_output_of_another_name_pairs_by_its_place_which_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong pair can't make two models equivalent that aren't; with another number of outputs there is no place to go by."""
     made = onnx.load("model.onnx")
-    made.graph.node[-1].output[0] = made.graph.output[0].name = "renamed"
+    made.graph.node.append(helper.make_node("Neg", ["y"], ["negative"]))
+    made.graph.output.append(helper.make_tensor_value_info("negative", 1, ["batch", 4, 6, 6]))
+    onnx.save(made, "two.onnx")
+    made, renaming = bnfold.fuse(made)[0], {"y": "a", "negative": "b"}
+    for node in made.graph.node:
+        node.output[:] = [renaming.get(name, name) for name in node.output]
+        node.input[:] = [renaming.get(name, name) for name in node.input]
+    for output in made.graph.output:
+        output.name = renaming[output.name]
     onnx.save(made, "renamed.onnx")
+    made.graph.output.reverse()
+    onnx.save(made, "swapped.onnx")
+    for more in ([], ["--coefficients-only"]):
+        assert run(["verify", "two.onnx", "renamed.onnx", "-q", *more]) == 0
+        assert "the candidate's outputs have other names, and were paired: 'y' with 'a', 'negative' with 'b'" in capsys.readouterr().out
+    assert run(["verify", "two.onnx", "swapped.onnx", "-q"]) == 1
+    assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "y=a"]) == 0
     assert run(["verify", "model.onnx", "renamed.onnx", "-q"]) == 1
-    assert run(["verify", "model.onnx", "renamed.onnx", "-q", "--coefficients-only"]) == 1
+    assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "yy=b"]) == 2
+    assert "the reference has no output 'yy'; it has y and negative; did you mean" not in capsys.readouterr().err
+    assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "negativ=a"]) == 2
+    assert "it has y and negative; did you mean 'negative'?" in capsys.readouterr().err
+    assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "y"]) == 2
+    assert "--map-output y: write it like REFERENCE=CANDIDATE" in capsys.readouterr().err

@@ -171,6 +171,17 @@ def part(text: str, option: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def pairs(given: Iterable[str] | None, option: str) -> dict[str, str]:
+    """Names by names, from "A=B" each."""
+    found = {}
+    for text in given or ():
+        name, equals, other = text.partition("=")
+        if not (name and equals and other):
+            raise UsageError(f"{option} {text}: write it like REFERENCE=CANDIDATE, the names of one {option.rpartition('-')[2]} in both")
+        found[name] = other
+    return found
+
+
 def json_object(text: str, option: str) -> dict[str, Any]:
     """A JSON object."""
     try:
@@ -205,6 +216,8 @@ CLONE = option("--clone", "Double an operator whose output is read elsewhere, if
 KEEP_PER_TENSOR = option(
     "--keep-per-tensor", "Leave a BatchNorm where its fold would make a quantised weight's one scale one for each channel."
 )
+MAP_INPUT = option("--map-input", "Which of the candidate's inputs is which; repeatable.", MODELS, "NAME=NAME")
+MAP_OUTPUT = option("--map-output", "The same of outputs; repeatable.", MODELS, "NAME=NAME")
 BASELINE = option(
     "--baseline", "An earlier --report of the same command: fail where something got worse, by more than noise.", OUTPUT, "REPORT.json"
 )

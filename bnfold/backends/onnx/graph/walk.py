@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -77,9 +79,24 @@ def is_standard(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx")
 
 
+WEIGHTED = {"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"}  # what a layer of PyTorch's becomes, beside others
+SCOPES, LAYERS = "pkg.torch.onnx.name_scopes", "bnfold.layers"  # keys of a node's metadata, and of a graph's
+
+
 def name_of(node: ir.Node) -> str:
-    """The node's name; a nameless one goes by its first output."""
+    """The node's name, or that of the layer of PyTorch's that the exporter says it is; a nameless one goes by its first output."""
+    if SCOPES in node.metadata_props and (layer := _layer(node)) and node.graph is not None:
+        if LAYERS not in node.graph.meta:
+            node.graph.meta[LAYERS] = Counter(filter(None, map(_layer, node.graph)))
+        if node.graph.meta[LAYERS][layer] == 1:
+            return layer
     return node.name or next((value.name for value in node.outputs if value.name), None) or node.op_type
+
+
+def _layer(node: ir.Node) -> str:
+    """The path of the module in whose code the operator was called, "" where that is the network itself or isn't known."""
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(SCOPES, "")) if node.op_type in WEIGHTED else []
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 MICROSOFT = "com.microsoft"  # the domain of the operators that ONNX Runtime adds to the standard
