@@ -70,7 +70,13 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_te
 
 
 def fuse(
-    model: Any, *, example: Any = None, check: bool = True, clone: bool = False, keep_per_tensor: bool = False
+    model: Any,
+    *,
+    example: Any = None,
+    check: bool = True,
+    clone: bool = False,
+    keep_per_tensor: bool = False,
+    equalise: bool = False,
 ) -> tuple[Any, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
@@ -80,23 +86,24 @@ def fuse(
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back. clone: whether a
     convolution that something else reads too may be doubled, so that its BatchNorm can fold; a module's code allows no such thing.
     keep_per_tensor: whether a BatchNorm stays that would make one scale for each channel of a quantised weight's one for all.
+    equalise: whether the ranges of weights are then made to match, for integers with one scale a tensor (`folding.equalise`); the model
+    then needs no BatchNorm.
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
     opened = backends.open_model(model, example)
-    fused, report = fold(opened, example=example, check=check, clone=clone, keep_per_tensor=keep_per_tensor)
+    how = {"clone": clone, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
+    fused, report = fold(opened, example=example, check=check, **how)
     return opened.in_source_form(fused.source, changed=report.changes), report
 
 
-def fold(
-    model: Model, *, example: Any = None, check: bool = True, clone: bool = False, keep_per_tensor: bool = False
-) -> tuple[Model, FuseReport]:
+def fold(model: Model, *, example: Any = None, check: bool = True, **how: bool) -> tuple[Model, FuseReport]:
     """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
-    fused, report = model.folded(clone=clone, keep_per_tensor=keep_per_tensor)
-    if report.batchnorms.before == 0 and not report.layers:
+    fused, report = model.folded(**how)
+    if report.batchnorms.before == 0 and not report.layers and not report.equalised:
         raise NothingToDoError(model.nothing_to_fold)
-    if check and any(layer.verdict == "folded" for layer in report.layers):
+    if check and report.changes:
         from .verification.verify import check_fold
 
         checked = check_fold(model, fused, example)

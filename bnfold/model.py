@@ -213,9 +213,8 @@ class Model(ABC):
         """Which optimisation of the runtime harms the model; None where none does."""
         return None
 
-    def folded(self, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[Model, FuseReport]:
-        """A copy with every BatchNorm folded that can be, and what became of each. clone: an operator that is read twice may be doubled.
-        keep_per_tensor: a quantised weight that has one scale keeps one."""
+    def folded(self, **how: bool) -> tuple[Model, FuseReport]:
+        """A copy with every BatchNorm folded that can be, and what became of each. how: see `folding.plan.plan`."""
         raise UnsupportedError("the model can't be folded")
 
     def lockstep(self, **options: Any) -> Any:

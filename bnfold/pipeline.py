@@ -23,6 +23,7 @@ def pipeline(
     strict: bool = False,
     accept_harm: bool = False,
     keep_per_tensor: bool = False,
+    equalise: bool = False,
     providers: Iterable[str] = ("cpu",),
     progress: api.Progress | None = None,
     **calibration: Any,
@@ -30,7 +31,7 @@ def pipeline(
     """The recalibrated and folded model; None in its place where the result isn't proven equivalent, where the new statistics harm it
     (unless with `accept_harm`), or where a BatchNorm stays with `strict`, and the last of the report's notes says why.
 
-    labelled: data with labels, to score the model before and after. keep_per_tensor: see `api.fuse`. The
+    labelled: data with labels, to score the model before and after. keep_per_tensor, equalise: see `api.fuse`. The
     statistics are measured on the first of the providers, the verdict is for all of them. calibration: further arguments of
     `api.recalibrate`. Raises what the steps raise.
     """
@@ -47,12 +48,12 @@ def pipeline(
     if progress is not None:
         progress("fold and check", 0, None)
     reference = open_model(fresh, example)
-    candidate, folded = api.fold(reference, example=example, keep_per_tensor=keep_per_tensor)
+    candidate, folded = api.fold(reference, example=example, keep_per_tensor=keep_per_tensor, equalise=equalise)
     if strict and folded.failure:
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, folded.failure))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
     verdict = api.verify(reference, candidate, batches, providers=providers, progress=checking)
-    unfolded = len(folded.kept) == len(folded.layers)
+    unfolded = not folded.changes
     proven = verdict.verdict == "equivalent" or (unfolded and verdict.verdict == "inconclusive")
     if unfolded and proven:
         notes += ("no BatchNorm folds, so there is no fold for the verdict to judge: the recalibrated model is given out",)

@@ -131,6 +131,7 @@ def fuse(
     no_verify: bool = o.option("--no-verify", "Leave out the check of the result."),
     clone: bool = o.CLONE,
     keep_per_tensor: bool = o.KEEP_PER_TENSOR,
+    equalise: bool = o.EQUALISE,
 ) -> int:
     """Fold BatchNorms into the weights around them.
 
@@ -144,7 +145,8 @@ def fuse(
         loaded = loading.load(model, job)
         example = shaping.call(loaded) if no_verify else shaping.example(loaded)
         job.progress("fold" if no_verify else "fold and check", 0, None)
-        fused, report = api.fuse(loaded, example=example, check=not no_verify, clone=clone, keep_per_tensor=keep_per_tensor)
+        how = {"clone": clone, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
+        fused, report = api.fuse(loaded, example=example, check=not no_verify, **how)
         stays = report.failure if strict else ""
         doubt = f"the check is inconclusive (--no-verify leaves it out): {report.doubt}" if report.doubt else ""
         failed = stays or doubt
@@ -222,6 +224,7 @@ def pipeline(
     checking: Checking,
     strict: bool = o.STRICT,
     keep_per_tensor: bool = o.KEEP_PER_TENSOR,
+    equalise: bool = o.EQUALISE,
     baseline: Path | None = o.BASELINE,
 ) -> int:
     """Recalibrate, then fuse, then verify.
@@ -238,8 +241,8 @@ def pipeline(
         loaded = loading.load(model, job)
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
-        given |= {"strict": strict, "accept_harm": measuring.accept_harm, "keep_per_tensor": keep_per_tensor, "providers": providers}
-        ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
+        given |= {"strict": strict, "accept_harm": measuring.accept_harm, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
+        ready, report = run(loaded, batches, labelled=labelled, providers=providers, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse
         if written and job.main:

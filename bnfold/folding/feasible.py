@@ -11,11 +11,11 @@ from bnfold.algebra.quantised import Rescaled
 Draft = dict[tuple[Node, str], Affine]
 
 
-def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
+def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> Draft:
     """The draft without its empty updates; Blocked where it can't be written. The one place where sharing is decided.
 
     A weight that several operators use may change only if it changes alike for all of them, or if the front-end can give
-    each its own copy.
+    each its own copy. copies: whether it may.
     """
     draft = {key: update for key, update in draft.items() if not _is_empty(key[0].params[key[1]], update)}
     for (node, role), update in draft.items():
@@ -26,7 +26,7 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
             raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
         if graph.one_scale and node.attrs.get("scales_integers") and param.shape.count(1) == len(param.shape) and update.varying:
             raise Blocked(f"{node.name} is one scale, and {graph.one_scale}")
-        if not graph.copies_weights:
+        if not (copies and graph.copies_weights):
             _fits_sharers(node, role, draft)
         if rescaled(graph, node, role, update) is None:
             fits_type(node, role, param, update)

@@ -11,24 +11,30 @@ import numpy as np
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Site, Value
-from bnfold.report import Counts, FuseReport, Layer, Merged
+from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
+from .equalise import equalise as equalise_ranges
 from .ranges import weight_ranges
 from .search import Outcome, fold
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch."""
+    """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch.
+
+    equalised: what became of ranges; scaled: the operators whose weights that changed.
+    """
 
     outcomes: tuple[Outcome, ...]
     merges: tuple[Merge, ...]
     removed: tuple[Node, ...]
+    equalised: tuple[Equalised, ...] = ()
+    scaled: tuple[Node, ...] = ()
 
     @property
     def changes(self) -> bool:
-        return bool(self.merges) or any(outcome.folded for outcome in self.outcomes)
+        return bool(self.scaled) or bool(self.merges) or any(outcome.folded for outcome in self.outcomes)
 
     @property
     def folded_sites(self) -> list[Site]:
@@ -47,10 +53,18 @@ class Planned:
         calls += [(1, layer.verdict == "folded") for layer in others]
         counts = Counts(sum(n for n, _ in calls), sum(n for n, folded in calls if not folded))
         merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
-        changed = (node for outcome in self.outcomes if outcome.folded for node in outcome.into)
+        changed = {node for outcome in self.outcomes if outcome.folded for node in outcome.into}
         hosts, gone = {m.host for m in self.merges}, {m.branch for m in self.merges}
-        ranges = weight_ranges([node for node in (*changed, *(m.host for m in self.merges)) if node not in gone], hosts)
-        return FuseReport(batchnorms=counts, layers=layers, merged=merged, ranges=ranges, bytes_added=bytes_added, notes=said)
+        ranges = weight_ranges(sorted((changed | hosts | {*self.scaled}) - gone, key=lambda node: node.index), hosts)
+        return FuseReport(
+            batchnorms=counts,
+            layers=layers,
+            merged=merged,
+            equalised=self.equalised,
+            ranges=ranges,
+            bytes_added=bytes_added,
+            notes=said,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,9 +122,11 @@ def kept(listed: Iterable[Listed], met: Container[Any]) -> list[Layer]:
 # --- the plan ------------------------------------------------------------------------------------------------------------------------
 
 
-def plan(graph: Graph, *, clone: bool = False, keep_per_tensor: bool = False, may: May | None = always) -> Planned:
+def plan(graph: Graph, *, clone: bool = False, keep_per_tensor: bool = False, equalise: bool = False, may: May | None = always) -> Planned:
     """Decide what folds. clone: whether an operator that something else reads too may be doubled. keep_per_tensor: whether a quantised
-    weight that has one scale must keep one. may: which branches may merge, if any."""
+    weight that has one scale must keep one. equalise: whether the ranges of weights are then made to match. may: which branches may
+    merge, if any.
+    """
     graph.one_scale = "--keep-per-tensor leaves it one" if keep_per_tensor else ""
     affine = [node for site in graph.sites for node in site.nodes]
     outcomes = fold(graph, clone=clone)
@@ -120,7 +136,12 @@ def plan(graph: Graph, *, clone: bool = False, keep_per_tensor: bool = False, ma
         outcomes = _after_merging(graph, outcomes, into_host, clone)
     left = set(graph.nodes)
     removed = tuple(node for node in affine if node not in left and node not in into_host)
-    return Planned(tuple(outcomes), tuple(merges), removed)
+    if not equalise:
+        return Planned(tuple(outcomes), tuple(merges), removed)
+    # A module's code goes on adding the value itself, by which the host's weight is less than the one that is planned.
+    barred = {m.host for m in merges if m.branch is None and not graph.copies_weights}
+    equalised, scaled = equalise_ranges(graph, barred)
+    return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), tuple(scaled))
 
 
 def normal_form(

@@ -6,7 +6,7 @@ themselves but for one number, keep few of their digits: what folding a BatchNor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 
@@ -21,11 +21,10 @@ MOST = 128  # weights of a channel that are looked at
 HARMFUL = 0.1
 
 
-def weight_ranges(nodes: Iterable[Node], merged: Iterable[Node]) -> tuple[WeightRange, ...]:
-    """Of each of the operators whose weight has output channels and changes, once. merged: those into which branches were merged."""
-    merged = set(merged)
+def weight_ranges(nodes: Iterable[Node], merged: Container[Node]) -> tuple[WeightRange, ...]:
+    """Of each of the operators whose weight changes. merged: those into which branches were merged."""
     found = []
-    for node in dict.fromkeys(nodes):
+    for node in nodes:
         param = node.params.get("weight")
         if param is None or param.tensor is None or param.tensor.quantised is not None or param.update is None:
             continue

@@ -149,7 +149,7 @@ def _may_go_down(site: Site) -> bool:
 
 
 @dataclass
-class _State:
+class State:
     agenda: list[tuple[int, Node]] = field(default_factory=list)  # a heap, the next to visit first
     maps: Maps = field(default_factory=dict)
     draft: Draft = field(default_factory=dict)
@@ -160,12 +160,12 @@ class _State:
         if (sign * node.index, node) not in self.agenda:
             heapq.heappush(self.agenda, (sign * node.index, node))
 
-    def take(self, node: Node, step: Step) -> _State:
-        return _State(list(self.agenda), dict(self.maps), self.draft | {(node, role): update for role, update in step.updates.items()})
+    def take(self, node: Node, step: Step) -> State:
+        return State(list(self.agenda), dict(self.maps), self.draft | {(node, role): update for role, update in step.updates.items()})
 
 
-def _search(start: _State, advance: Callable[[_State], list[_State]]) -> Draft:
-    """The draft of the first way on which nothing is blocked; else the reason of the first way tried."""
+def search(start: State, advance: Callable[[State], list[State]]) -> State:
+    """The end of the first way on which nothing is blocked; else the reason of the first way tried."""
     stack, first = [start], None
     for _ in range(ATTEMPTS):
         state = stack.pop()
@@ -175,7 +175,7 @@ def _search(start: _State, advance: Callable[[_State], list[_State]]) -> Draft:
                 stack.extend(reversed(others))
             if state.fail is not None:
                 raise state.fail
-            return state.draft
+            return state
         except Blocked as blocked:
             first = first or blocked
         except ValueError as error:  # of numpy: no input makes such a network run, whatever sizes its file leaves open
@@ -186,29 +186,29 @@ def _search(start: _State, advance: Callable[[_State], list[_State]]) -> Draft:
     raise first
 
 
-def _named(node: Node, blocked: Blocked) -> Blocked:
+def named(node: Node, blocked: Blocked) -> Blocked:
     reason = f"{node.label} {node.name} blocks, {blocked}"
     return Shared(reason, blocked.value, blocked.uses) if isinstance(blocked, Shared) else type(blocked)(reason)
 
 
-def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_on: Callable[[_State, Node, list[Affine]], None]) -> Draft:
+def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_on: Callable[[State, Node, list[Affine]], None]) -> Draft:
     """ways: the options that a node has for the maps that reached it. hand_on: takes the maps of one to the nodes that they reach."""
-    start = _State()
+    start = State()
     for node in site.nodes:
         start.visit(node, sign)
 
-    def advance(state: _State) -> list[_State]:
+    def advance(state: State) -> list[State]:
         _, node = heapq.heappop(state.agenda)
         try:
             steps = ways(node, state.maps)
         except Blocked as blocked:
-            raise _named(node, blocked) from None
+            raise named(node, blocked) from None
         states = [state.take(node, step) for step in steps]
         for each, step in zip(states, steps, strict=True):
             hand_on(each, node, step.maps)
         return states
 
-    return _search(start, advance)
+    return search(start, advance).draft
 
 
 def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
@@ -226,7 +226,7 @@ def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
             return [Step([wanted.after(coefficients(node))])]
         return [Step([])] if wanted.is_identity else rule_of(node).up(node, wanted)
 
-    def demand(state: _State, node: Node, maps: list[Affine]) -> None:
+    def demand(state: State, node: Node, maps: list[Affine]) -> None:
         for i, a in enumerate(maps):
             if a.is_identity:
                 continue
@@ -283,7 +283,7 @@ def _push_down(site: Site) -> Draft:
         maps = [carried.get(value, Affine.identity(value.rank or 0)) for value in node.inputs]
         return [Step([coefficients(node).after(maps[0])])] if node in site.nodes else rule_of(node).down(node, maps)
 
-    def release(state: _State, node: Node, maps: list[Affine]) -> None:
+    def release(state: State, node: Node, maps: list[Affine]) -> None:
         if maps[0].is_identity:
             return
         value = node.output

@@ -6,6 +6,7 @@
 from .base import InputFile as InputFile
 from .base import Report as Report
 from .fuse import Counts as Counts
+from .fuse import Equalised as Equalised
 from .fuse import FuseReport as FuseReport
 from .fuse import InspectReport as InspectReport
 from .fuse import Layer as Layer

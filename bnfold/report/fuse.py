@@ -48,6 +48,19 @@ class WeightRange:
 
 
 @dataclass(frozen=True)
+class Equalised:
+    """Channels whose ranges were made to match, or why they weren't. layers: that make them; into: that read them.
+
+    factor: the largest by which a channel was multiplied or divided.
+    """
+
+    layers: tuple[str, ...]
+    into: tuple[str, ...]
+    reason: str = ""
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Counts:
     before: int
     after: int
@@ -61,6 +74,7 @@ class FuseReport(Report):
     batchnorms: Counts
     layers: tuple[Layer, ...]
     merged: tuple[Merged, ...] = ()
+    equalised: tuple[Equalised, ...] = ()
     ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
     verify: VerifyReport | None = None  # the check before writing; None with check=False
@@ -68,8 +82,9 @@ class FuseReport(Report):
 
     @property
     def changes(self) -> bool:
-        """Whether anything folds or merges."""
-        return bool(self.merged) or any(layer.verdict == "folded" for layer in self.layers)
+        """Whether anything folds, merges or is equalised."""
+        scaled = any(each.factor != 1 for each in self.equalised)
+        return scaled or bool(self.merged) or any(layer.verdict == "folded" for layer in self.layers)
 
     @property
     def kept(self) -> tuple[Layer, ...]:

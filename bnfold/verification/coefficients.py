@@ -9,6 +9,7 @@ root, and one for each of root, division and product; the model is Higham, Accur
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
+from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Norm
 from bnfold.folding.plan import NormalForm
 from bnfold.report import Coefficients
 
+from .rescaling import rescaled
 from .roundoff import ShapesDifferError, UnitErrors, errors_of, hidden_summands, merged_summands, stored, type_of
 from .structure import STATISTICS, Structure
 
@@ -35,6 +38,7 @@ ONCE = 1.01  # units of roundoff, with what float32 arithmetic adds to them
 STANDS_OUT = 1 / 16  # the share of channels
 LEAST_CHANNELS, LEAST_NUMBERS = 16, 8  # of channels, and of numbers in each, that say anything about the others
 
+RESCALED = "scales were moved between layers, where they cancel"
 STATISTIC, EPSILON, UNKNOWN = "statistics", "epsilon", "something else"
 
 
@@ -86,7 +90,7 @@ class Correspondence:
             return Coefficients("different", self.checked, self.worst, text, *counts)
         if not self.checked and not self.paired:
             return Coefficients("skipped", 0, 0.0, "no coefficients that a fold could change", *counts)
-        return Coefficients("equivalent", self.checked, self.worst, "", *counts)
+        return Coefficients("equivalent", self.checked, self.worst, self.remark, *counts)
 
     @property
     def another_form(self) -> str:
@@ -106,9 +110,21 @@ class Correspondence:
 
 
 def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
-    """Pair the operators of two plans and compare their settings and coefficients."""
+    """Pair the operators of two plans and compare their settings and coefficients; once more where scales may have moved between layers."""
     structure = Structure(reference, candidate)
-    unpaired, hidden = structure.unpaired, hidden_summands(reference) | hidden_summands(candidate)
+    found = _compared(reference, candidate, structure)
+    if found.unpaired or len({m.node for m in found.mismatches}) < 2:
+        return found
+    with rescaled(reference, structure.parameters) as scales:
+        again = _compared(reference, candidate, structure, scales)
+    return found if again.mismatches else dataclasses.replace(again, remark=RESCALED)
+
+
+def _compared(
+    reference: NormalForm, candidate: NormalForm, structure: Structure, scales: Mapping[Node, Array] | None = None
+) -> Correspondence:
+    """What corresponds. scales: by which the reference's biases were multiplied for the occasion, if it was rescaled."""
+    unpaired, hidden = structure.unpaired, hidden_summands(reference, scales or {}) | hidden_summands(candidate)
     merged = merged_summands((*reference.merges, *candidate.merges))
     mismatches = [Mismatch(a, each.text, not each.number, setting=not each.number) for a, each in structure.settings]
     compared: list[Node] = []
@@ -121,7 +137,7 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
             unpaired = unpaired or str(error)
         else:
             worst = max(worst, float(errors.units.max(initial=0.0)))
-            if (found := _mismatch(pair.reference, pair.role, errors)) is not None:
+            if (found := _mismatch(pair.reference, pair.role, errors, once=scales is None)) is not None:
                 mismatches.append(found)
         compared.append(pair.reference)
     mismatches.sort(key=lambda m: m.node.index)
@@ -147,11 +163,11 @@ def correspond(reference: NormalForm, candidate: NormalForm) -> Correspondence:
     )
 
 
-def _mismatch(node: Node, role: str, errors: UnitErrors) -> Mismatch | None:
-    """What of an array is off by more than rounding explains; None where nothing is."""
+def _mismatch(node: Node, role: str, errors: UnitErrors, *, once: bool) -> Mismatch | None:
+    """What of an array is off by more than rounding explains; None where nothing is. once: whether what it is held against is exact."""
     units, axis = errors.units, errors.axis
     most = float(units.max(initial=0.0))
-    alone = errors.unit > HALF and role == "weight" and most > ONCE and _stands_out(errors)
+    alone = once and errors.unit > HALF and role == "weight" and most > ONCE and _stands_out(errors)
     if most <= errors.limit and not alone:
         return None
     place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[axis]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -90,10 +91,10 @@ def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: floa
     return np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
 
 
-def hidden_summands(plan: NormalForm) -> Summands:
+def hidden_summands(plan: NormalForm, scales: Mapping[Node, Array] = MappingProxyType({})) -> Summands:
     """What the planned shifts no longer show: |beta| + |s*mean|, and what a weight makes of them, for each site that went in.
 
-    Where branches were merged, those of all branches, and their own biases.
+    Where branches were merged, those of all branches, and their own biases. scales: by which biases were multiplied later, by channel.
     """
     found: Summands = {}
     into_host = {m.branch: m.host for m in plan.merges if m.branch is not None}
@@ -114,6 +115,8 @@ def hidden_summands(plan: NormalForm) -> Summands:
                 weight = node.params.get("weight")
                 went_down = site_node.index < node.index and weight is not None  # into W*t
                 found.setdefault(last(node), []).append(summands.max() * _row_sums(node) if went_down else summands)
+    for node, scale in scales.items():
+        found[node] = [each.ravel() * scale if each.size in (1, scale.size) else each * scale.max() for each in found.get(node, ())]
     return found
 
 

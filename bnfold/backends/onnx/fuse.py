@@ -15,7 +15,7 @@ from .lowering.table import lowering as lowering_of
 from .write import write
 
 
-def fuse(model: ir.Model, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[ir.Model, FuseReport]:
+def fuse(model: ir.Model, **how: bool) -> tuple[ir.Model, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
     fused = inlined(model)
     held = list(batchnorms(fused))
@@ -23,7 +23,7 @@ def fuse(model: ir.Model, *, clone: bool = False, keep_per_tensor: bool = False)
     graph = lowering.graph()
     met = {node.native.node for site in graph.sites for node in site.nodes} | set(lowering.computed)
     others = kept([Listed(node, name_of(node), _channels(node), why) for node, why in held], met)
-    planned = plan(graph, clone=clone, keep_per_tensor=keep_per_tensor, may=always if held else None)
+    planned = plan(graph, may=always if held else None, **how)
     notes: dict[Node, str] = {}
     added = 0
     values = {node: (lowering.constants.get(node.outputs[0]), lowering.shapes.dtype(node.outputs[0])) for node in lowering.computed}

@@ -212,10 +212,10 @@ class OnnxModel(Model):
 
     # --- what is made of it --------------------------------------------------------------------------------------------------------
 
-    def folded(self, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[OnnxModel, FuseReport]:
+    def folded(self, **how: bool) -> tuple[OnnxModel, FuseReport]:
         from .fuse import fuse
 
-        made, report = fuse(self.model, clone=clone, keep_per_tensor=keep_per_tensor)
+        made, report = fuse(self.model, **how)
         return OnnxModel(made), report
 
     def remade(self, made: ir.Model) -> OnnxModel:

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError
+from bnfold.folding.branches import always
 from bnfold.folding.plan import kept, plan
 from bnfold.report import Counts, FuseReport
 
@@ -27,28 +28,29 @@ from .export.trace import Traced, at_its_sizes
 from .lowering.table import lowering
 from .writing.differential import DifferentialTest, users_call
 from .writing.module import write_module
-from .writing.paths import Path, conflict, path_of, plain_name
+from .writing.paths import Allowed, Path, conflict, path_of, plain_name
 from .writing.program import copy_program, write_program
 
 MOST_PATHS = 8  # of a module that are found by trying
 MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced
 FEW_NAMES = 8
 OTHERWISE = "the module's own code, or a hook, looks at it or at what it folds into: folded, it computes something else"
+NOT_EQUALISED = "no ranges are equalised: the module's code has paths on which they wouldn't be alike, or looks at its weights"
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
-def fuse(traced: Traced, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[nn.Module | ExportedProgram, FuseReport]:
+def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Module | ExportedProgram, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy.
 
     clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
     """
     if isinstance(traced.model, nn.Module):
-        return _Folding(traced, traced.model).result()
+        return _Folding(traced, traced.model, equalise).result()
     ctx = lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
     others = kept(held(ctx, met), met)
-    planned = plan(graph, clone=clone, keep_per_tensor=keep_per_tensor)
+    planned = plan(graph, may=always, equalise=equalise, **how)
     constants = of_constants(ctx)
     others = [*map(computed, constants), *others]
     if not planned.changes and not constants:
@@ -59,9 +61,9 @@ def fuse(traced: Traced, *, clone: bool = False, keep_per_tensor: bool = False) 
 
 
 class _Folding:
-    """The folding of one module. refused: sites that don't fold on all paths, and why. merging: whether parallel branches may merge."""
+    """The folding of one module. refused: sites that don't fold on all paths, and why. allowed: what else is done."""
 
-    def __init__(self, traced: Traced, module: nn.Module) -> None:
+    def __init__(self, traced: Traced, module: nn.Module, equalise: bool) -> None:
         self._traced, self._module = traced, module
         others = [(f"call {k} of the example", each) for k, each in enumerate(traced.others, 2)]
         self._read = [("its first call" if others else shapes_text(traced), traced), *others]
@@ -69,7 +71,8 @@ class _Folding:
         if own is not None and (found := self._traced_at(own)) is not None:
             self._read.append((own.text, found))
         self._refused: dict[str, str] = {}
-        self._merging = True
+        self._allowed = Allowed(True, equalise)
+        self._said = ""
 
     def result(self) -> tuple[nn.Module, FuseReport]:
         paths = self._agreed()
@@ -92,18 +95,24 @@ class _Folding:
     def _agreed(self) -> list[Path]:
         """All paths, so planned that they fold alike."""
         while True:
-            paths = [path_of(text, traced, self._refused, self._merging) for text, traced in self._read]
+            paths = [path_of(text, traced, self._refused, self._allowed) for text, traced in self._read]
             if (found := conflict(paths)) is None:
                 return paths
             self._refuse(found.refused)
 
     def _refuse(self, found: Mapping[str, str]) -> None:
-        """Let some sites stay; none: let no branches merge."""
-        before = self._merging, len(self._refused)
-        self._merging &= bool(found)
+        """Let some sites stay; none: equalise no ranges, or else let no branches merge."""
+        before = self._allowed, len(self._refused)
+        if not found:
+            self._restrict()
         self._refused |= {name: reason for name, reason in found.items() if name not in self._refused}
-        if before == (self._merging, len(self._refused)):
+        if before == (self._allowed, len(self._refused)):
             raise RuntimeError(f"what must stay was folded again: {', '.join(found)}")
+
+    def _restrict(self) -> None:
+        """Do less: equalise no ranges, or else merge no branches."""
+        self._said = self._said or NOT_EQUALISED * self._allowed.equalising
+        self._allowed = Allowed(self._allowed.merging and self._allowed.equalising, False)
 
     def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
         return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]
@@ -123,7 +132,7 @@ class _Folding:
             nonlocal tries
             tries += 1
             rest = dict.fromkeys(everything - names, "")
-            alone = [path_of(text, traced, self._refused | rest, self._merging) for text, traced in self._read]
+            alone = [path_of(text, traced, self._refused | rest, self._allowed) for text, traced in self._read]
             if conflict(alone) is not None:
                 return False
             return not _changes(alone) or test.differing(self._exact(alone, test), [other]) is None
@@ -135,8 +144,8 @@ class _Folding:
             return guilty(names[:half]) + guilty(names[half:]) if half else names
 
         everything = {plain_name(o.site.name) for path in paths for o in path.planned.outcomes if o.folded}
-        if self._merging and any(path.planned.merges for path in paths):
-            self._merging = False
+        while self._allowed.equalising or (self._allowed.merging and any(path.planned.merges for path in paths)):
+            self._restrict()
             if holds(everything):
                 return
         found = guilty(sorted(everything)) or sorted(everything)
@@ -164,7 +173,7 @@ class _Folding:
         met = operators(o.site for o in paths[0].planned.outcomes if o.site.is_batchnorm)
         elsewhere = {layer.name for layer in layers[len(first.layers) :]}
         unmet = [layer for layer in kept(held(ctx, met), met) if layer.name not in elsewhere]
-        said = [self._traced.note, unexercised(self._traced) if after < before or merged else ""]
+        said = [self._traced.note, unexercised(self._traced) if first.changes or after < before or merged else "", self._said]
         return dataclasses.replace(
             first,
             layers=(*layers, *unmet),

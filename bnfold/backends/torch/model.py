@@ -259,10 +259,10 @@ class TorchModel(Model):
 
     # --- what is made of it --------------------------------------------------------------------------------------------------------------
 
-    def folded(self, *, clone: bool = False, keep_per_tensor: bool = False) -> tuple[TorchModel, FuseReport]:
+    def folded(self, **how: bool) -> tuple[TorchModel, FuseReport]:
         from .fuse import fuse
 
-        made, report = fuse(self.traced, clone=clone, keep_per_tensor=keep_per_tensor)
+        made, report = fuse(self.traced, **how)
         return TorchModel(made, self), report
 
     def remade(self, made: nn.Module | ExportedProgram) -> TorchModel:

@@ -218,6 +218,7 @@ KEEP_PER_TENSOR = option(
 )
 MAP_INPUT = option("--map-input", "Which of the candidate's inputs is which; repeatable.", MODELS, "NAME=NAME")
 MAP_OUTPUT = option("--map-output", "The same of outputs; repeatable.", MODELS, "NAME=NAME")
+EQUALISE = option("--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.")
 BASELINE = option(
     "--baseline", "An earlier --report of the same command: fail where something got worse, by more than noise.", OUTPUT, "REPORT.json"
 )

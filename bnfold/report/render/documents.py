@@ -37,12 +37,14 @@ def _fuse(report: FuseReport) -> Iterator[Part]:
     cells = []
     for layer in report.layers:
         spread = max((ranges[name] for name in layer.into if name in ranges), key=lambda each: each.after, default=None)
-        moved = "" if spread is None else f"{spread.before:.3g} to {spread.after:.3g}"
+        span = "" if spread is None else f"{spread.before:.3g} to {spread.after:.3g}"
         remarks = joined(layer.reason, *layer.notes)
-        cells.append((layer.name or "(no name)", _channels(layer.channels), layer.verdict, ", ".join(layer.into), moved, remarks))
+        cells.append((layer.name or "(no name)", _channels(layer.channels), layer.verdict, ", ".join(layer.into), span, remarks))
     yield Table("BatchNorms", ("BatchNorm", "channels", "verdict", "into", "weight range", "remarks"), cells)
     for merged in report.merged:
         yield Line(f"merged into {merged.into}: {', '.join(merged.branches)}")
+    moved = [(", ".join(e.layers), ", ".join(e.into), "" if e.reason else f"up to {e.factor:.3g}", e.reason) for e in report.equalised]
+    yield Table("Equalised ranges", ("made by", "read by", "factor", "remarks"), moved)
     yield from (Line(f"{each.name}: {each.warning}") for each in report.ranges if each.warning)
     if report.batchnorms.before:
         yield _counts(report)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ Key = tuple[Literal["tensor", "layer", "module"], str]  # a tensor that is there
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What changes at one place. sites: the names of those for whose sake, none for a merge of branches."""
+    """What changes at one place. sites: the names of those for whose sake alone; none for a merge of branches and for equalised ranges."""
 
     value: object
     sites: frozenset[str]
@@ -58,7 +58,7 @@ class Path:
         for outcome in self.planned.outcomes:
             for node in outcome.into if outcome.folded else ():
                 into.setdefault(node, set()).add(plain_name(outcome.site.name))
-        merged = {m.host for m in self.planned.merges}
+        merged = {m.host for m in self.planned.merges} | {*self.planned.scaled}
         found: dict[Key, Edit] = {}
         for update in self.fold.updates():
             there = not update.grows and update.place.how == "stored"
@@ -98,21 +98,28 @@ class Path:
         return next((each for each in self.planned.outcomes if plain_name(each.site.name) == site), None)
 
 
+class Allowed(NamedTuple):
+    """What is done besides folding: whether parallel branches may merge, and ranges may be equalised."""
+
+    merging: bool
+    equalising: bool
+
+
 @dataclass(frozen=True)
 class Conflict:
-    """Two paths that don't fold alike: sites that may not fold then, each with the reason; none where it is a merge of branches."""
+    """Two paths that don't fold alike: sites that may not fold then, each with the reason; none where it is what else is done."""
 
     refused: Mapping[str, str]
 
 
-def path_of(text: str, traced: Traced, refused: Mapping[str, str], merging: bool) -> Path:
-    """The plan for one path. refused: sites that may not fold, and why. merging: whether parallel branches may merge."""
+def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allowed) -> Path:
+    """The plan for one path. refused: sites that may not fold, and why."""
     ctx = lowering(traced)
     graph = ctx.graph()
     for site in graph.sites:
         site.refusal = site.refusal or refused.get(plain_name(site.name))
     ways = removals(ctx, graph.sites)
-    planned = plan(graph, may=may_merge(ctx, ways) if merging else None)
+    planned = plan(graph, may=may_merge(ctx, ways) if allowed.merging else None, equalise=allowed.equalising)
     for outcome in planned.outcomes:
         if not outcome.folded and (way := ways.get(outcome.site)) is not None and way.path is None:
             outcome.site.note = ""  # on what its call does once it is folded
