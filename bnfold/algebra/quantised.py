@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .affine import Array, Blocked
 from .rounding import lost, rounded
 
+ROUNDED = "it rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
 BECOMES_FLOATS = "{}, which was stored as integers, becomes floats: a shift is no whole number of its steps"
 Blocks = tuple[int, ...]  # the sizes of a block along each axis
 Rounding = Callable[[npt.NDArray[Any], npt.NDArray[Any], Array], Array]  # the codes of an array, by its scales and zeros

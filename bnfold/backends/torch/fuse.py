@@ -45,7 +45,7 @@ def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Mod
     clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
     """
     if isinstance(traced.model, nn.Module):
-        return _Folding(traced, traced.model, equalise).result()
+        return _Folding(traced, traced.model, Allowed(True, equalise, how.get("keep_per_tensor", False))).result()
     ctx = lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
@@ -63,7 +63,7 @@ def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Mod
 class _Folding:
     """The folding of one module. refused: sites that don't fold on all paths, and why. allowed: what else is done."""
 
-    def __init__(self, traced: Traced, module: nn.Module, equalise: bool) -> None:
+    def __init__(self, traced: Traced, module: nn.Module, allowed: Allowed) -> None:
         self._traced, self._module = traced, module
         others = [(f"call {k} of the example", each) for k, each in enumerate(traced.others, 2)]
         self._read = [("its first call" if others else shapes_text(traced), traced), *others]
@@ -71,7 +71,7 @@ class _Folding:
         if own is not None and (found := self._traced_at(own)) is not None:
             self._read.append((own.text, found))
         self._refused: dict[str, str] = {}
-        self._allowed = Allowed(True, equalise)
+        self._allowed = allowed
         self._said = ""
 
     def result(self) -> tuple[nn.Module, FuseReport]:
@@ -112,7 +112,7 @@ class _Folding:
     def _restrict(self) -> None:
         """Do less: equalise no ranges, or else merge no branches."""
         self._said = self._said or NOT_EQUALISED * self._allowed.equalising
-        self._allowed = Allowed(self._allowed.merging and self._allowed.equalising, False)
+        self._allowed = self._allowed._replace(merging=self._allowed.merging and self._allowed.equalising, equalising=False)
 
     def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
         return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]

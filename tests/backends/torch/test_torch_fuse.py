@@ -6,7 +6,6 @@ import copy
 import functools
 import io
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -820,39 +819,6 @@ def test_a_function_that_an_attribute_holds_is_no_hindrance() -> None:
     net = Net(lambda s, x: s.act(s.b(s.c(x))), c=nn.Conv2d(3, 4, 3), b=norm(4)).eval()
     net.act = lambda x: x.relu()
     assert [layer.verdict for layer in bnfold.fuse(net, example=IMAGE)[1].layers] == ["folded"]
-
-
-QUANTISERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "fake_quantize_per_tensor_affine": lambda w: torch.fake_quantize_per_tensor_affine(w, 0.02, 0, -128, 127),
-    "fake_quantize_per_channel_affine": lambda w: torch.fake_quantize_per_channel_affine(
-        w, torch.full((4,), 0.02), torch.zeros(4, dtype=torch.int32), 0, -128, 127
-    ),
-}
-
-
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_a_weight_that_the_network_rounds_stays(name: str) -> None:
-    """In modules and programs alike: what is folded would no longer be one of the few numbers. None has a form in float64."""
-    net = Net(lambda s, x: s.b(F.conv2d(x, QUANTISERS[name](s.w))), w=nn.Parameter(torch.randn(4, 3, 3, 3)), b=norm(4)).eval()
-    x = torch.randn(3, 3, 8, 8)
-    for model in (net, torch.export.export(net, (x,))):
-        fused, report = bnfold.fuse(model, example=x)
-        assert report.batchnorms.after == 1
-        assert f"its weight is rounded by {name}" in report.layers[0].reason
-        assert bnfold.verify(model, fused, [x]).verdict == "inconclusive"
-
-
-def test_fused_layers_of_quantisation_aware_training_stay() -> None:
-    quantization = pytest.importorskip("torch.ao.quantization")
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
-    net = quantization.fuse_modules_qat(net, [["0", "1"]])
-    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
-    x = torch.randn(3, 3, 8, 8)
-    net = quantization.prepare_qat(net)
-    net(x)
-    report = bnfold.inspect(net.apply(quantization.disable_observer).eval(), example=x)
-    assert report.batchnorms.after == 1
-    assert re.search("its weight is rounded by|its parameters are also read by", report.layers[0].reason)
 
 
 # --- values that are computed from weights alone, and written into ------------------------------------------------------------------

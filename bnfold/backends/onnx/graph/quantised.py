@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.algebra.layouts import AS_STORED, Layout
-from bnfold.algebra.quantised import Quantised, Rescaled, Source
+from bnfold.algebra.quantised import ROUNDED, Quantised, Rescaled, Source
 
 from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
 from .constants import FLOATS, Constants
@@ -19,7 +19,6 @@ from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_ten
 MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 # Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
 ROUNDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
-ROUNDED = "it rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
 INNER = "it multiplies by integers and scales of its own, which aren't rewritten: fold before quantising"
 HOLDS_SCALES = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "DynamicQuantizeLSTM"}
 HOLDS_SCALES |= {"QAttention", "QEmbedLayerNormalization", "GatherBlockQuantized", "QMoE", "QOrderedMatMul"}

@@ -21,7 +21,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..runtime.widen import call, widened
-from .walk import FAKE_QUANTISERS, RANDOM, mutates, operator_name, overload, tensor_named, value_of, written
+from .quantisers import quantiser
+from .walk import RANDOM, mutates, operator_name, overload, tensor_named, value_of, written
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -62,9 +63,7 @@ class ProgramConstants:
         if node.op != "call_function" or mutates(node) or not isinstance(value_of(node), (Tensor, list, tuple)):
             return False
         name = operator_name(node)
-        if FAKE_QUANTISERS.search(str(node.target)):  # what is folded would no longer be one of the few numbers
-            return False
-        if not name and getattr(node.target, "__name__", "") != "getitem":
+        if not name and getattr(node.target, "__name__", "") != "getitem" and quantiser(node) is None:
             return False
         if RANDOM.search(name) or name.startswith(("empty", "new_empty")):
             return False
@@ -76,18 +75,16 @@ class ProgramConstants:
     def is_constant(self, node: Any) -> bool:
         return isinstance(node, Node) and self._known.get(node, False)
 
-    def rounded_by(self, node: Any) -> str:
-        """The fake quantiser among the makers of a value that no input reaches; "" without one."""
-        by, stack, seen = "", [node] if isinstance(node, Node) else [], set[Node]()
+    def is_quantised(self, node: Any) -> bool:
+        """Whether a constant is computed from what is quantised."""
+        stack, seen = [node], {node}
         while stack:
-            maker = stack.pop()
-            if maker.name in self._program.graph_signature.user_inputs:
-                return ""
-            if maker.op == "call_function" and FAKE_QUANTISERS.search(str(maker.target)):
-                by = str(maker.target).split(".")[1]
-            stack.extend(source for source in maker.all_input_nodes if source not in seen)
-            seen.update(maker.all_input_nodes)
-        return by
+            each = stack.pop()
+            if quantiser(each) is not None:
+                return True
+            stack += [source for source in _read(each) if source not in seen]
+            seen.update(_read(each))
+        return False
 
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""

@@ -24,6 +24,7 @@ from bnfold.verification.inputs import is_several
 from .call import Call, Model, arguments_of, as_call, formed, known_example
 from .copies import shared_twin
 from .functional import graph_copy, settled, with_graph, with_known_sizes
+from .observers import OBSERVED, fake_quantisers, is_on, settled_quantisers, without_observers
 from .program import export, require_shapes
 from .ranges import taken
 from .regions import written_out
@@ -156,7 +157,8 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
     `note` says so. Raises UnsupportedError where torch.export can't read it, UsageError where an example is needed.
     """
     if isinstance(model, ExportedProgram):
-        return Traced(model, settled(with_known_sizes(written_out(model, casts=True))))
+        program, note = without_observers(model)
+        return Traced(model, settled(with_known_sizes(written_out(program, casts=True))), note=note)
     if not isinstance(model, nn.Module):
         raise UsageError(f"a torch.nn.Module or an ExportedProgram is expected, not {type(model).__name__}")
     evaluation = evaluation and any(module.training for module in model.modules())
@@ -185,11 +187,13 @@ def _read(
 ) -> Traced:
     """The data flow of a module in the first of some calls. opened: the axes that are left open at most."""
     require_shapes(model)
-    twin = shared_twin(model)
+    twin = settled_quantisers(shared_twin(model))
     if evaluation:
         twin.eval()
     most = 1 if one_size and opened is None else opened
     exported, opened, note = export(twin, model, calls[0], most, patient)
+    if on := sum(is_on(each, "observer_enabled") for each in fake_quantisers(model).values()):
+        note = "; ".join(filter(None, (note, OBSERVED.format(on))))
     named, held = _by_name(exported, model)
     program = settled(with_known_sizes(written_out(named, casts=False)))
     return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note, held)

@@ -124,7 +124,7 @@ def _chains(ctx: TorchLowering, run: list[Op]) -> list[Chain]:
         parts = [run[i:j] for i, j in dict.fromkeys(((before, behind), (first, behind), (before, end), (first, end)))]
         norms = ((part, norm) for part in parts if (norm := _norm(ctx, part)) is not None)
         chain = Chain(*next(norms, (parts[0], None)))
-        if chain.norm is None and not _is_all(ctx, run) and not _divides(ctx, chain.ops):
+        if chain.norm is None and (_power(ctx, chain.ops) == 1 or not (_is_all(ctx, run) or _power(ctx, chain.ops) == -1)):
             continue
         found.append(chain)
         start = run.index(chain.ops[-1]) + 1
@@ -151,8 +151,8 @@ def _root(ctx: TorchLowering, op: Op) -> tuple[Op, float] | None:
     return None
 
 
-def _divides(ctx: TorchLowering, ops: list[Op]) -> bool:
-    """Whether operators divide by the root of a stored vector, whatever else they do: not those that undo that, or divide by a length."""
+def _power(ctx: TorchLowering, ops: list[Op]) -> int:
+    """-1 where operators divide by the root of a stored vector, 1 where they undo that, 0 where they do neither, or divide by a length."""
     for op in ops:
         if (found := _root(ctx, op)) is None:
             continue
@@ -162,9 +162,10 @@ def _divides(ctx: TorchLowering, ops: list[Op]) -> bool:
             continue
         drawn = (torch.full(value_of(roots[0]).shape, number, dtype=torch.float64) for number in (1.0, 4.0))
         one, other = (_mapped(ctx, ops, {roots[0]: each}) for each in drawn)
-        if one is not None and other is not None and _close(one[0] * np.sqrt(1 + epsilon), other[0] * np.sqrt(4 + epsilon)):
-            return True
-    return False
+        if one is not None and other is not None:
+            low, high = np.sqrt((1 + epsilon, 4 + epsilon))
+            return next((k for k in (-1, 1) if _close(one[0] / low**k, other[0] / high**k)), 0)
+    return 0
 
 
 def _norm(ctx: TorchLowering, ops: list[Op]) -> StoredNorm | None:

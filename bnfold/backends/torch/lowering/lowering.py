@@ -13,15 +13,19 @@ from bnfold.algebra.affine import Array, Blocked
 from bnfold.algebra.graph import Graph, Node, Param, Tensor, Value
 from bnfold.algebra.layouts import AS_STORED, Layout, Shape, new, scaled
 from bnfold.algebra.lowering import Lowering
+from bnfold.algebra.quantised import ROUNDED
 from bnfold.algebra.settings import Settings
 
 from ..export.constants import ProgramConstants, as_float64
 from ..export.functional import entangled, functional
+from ..export.quantisers import quantiser
 from ..export.sizes import Sizes
 from ..export.trace import Traced
 from ..export.walk import FLOATS, arguments, dtype_of, frame, frames, is_float, is_tensor, mutates, operator_name, value_of, written
+from . import quantised
 from .module_host import ModuleHost
 from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
+from .quantised import Codes
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
 COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
@@ -52,6 +56,7 @@ class TorchLowering(Lowering):
         self._names: dict[str, int] = {}
         self.idle: dict[Op, Op] = {}  # operators that do nothing, with their inputs
         self.done: set[Op] = set()  # operators that were lowered together with another
+        self.codes: dict[Tensor, Codes] = {}  # of the quantised weights
         self._leaves = _leaf_frames(self.program)
 
     def graph(self) -> Graph:
@@ -62,7 +67,7 @@ class TorchLowering(Lowering):
                 continue  # constants are parameters of those who read them
             name = operator_name(op) or (op.target._schema.name if isinstance(op.target, torch._ops.OpOverload) else "")
             numbers = name in self._operators and is_tensor(op) and not is_float(op)
-            self.lower(op, name, "it isn't floating point" if numbers else "")
+            self.lower(op, name, ROUNDED if quantiser(op) is not None else "it isn't floating point" if numbers else "")
             if mutates(op):  # who reads the tensor from here on reads what was written
                 for target in written(op):
                     self._values[target] = self.value(op if is_tensor(op) else target)
@@ -80,7 +85,8 @@ class TorchLowering(Lowering):
     def _count_other_readers(self) -> None:
         """A weight that is also read in a way that no update can follow (by another operator, or as an output) must stay."""
         assert isinstance(self.host, ModuleHost)
-        for place, tensor in self._tensors.items():
+        places = [(place, tensor) for key, tensor in self._tensors.items() for place in (key, *self._places(tensor))]
+        for place, tensor in places:
             known = {(user.native.op, self.arg(user.native.op, user.params[role].slot.argument)) for user, role in tensor.users}
             for reader, read in dict.fromkeys(self.host.readers(place)):
                 if (reader, read) not in known and operator_name(reader) not in SIZES:
@@ -156,8 +162,7 @@ class TorchLowering(Lowering):
         argument: Any = self.arg(op, key) if key else None
         found = self._rewritable(op, argument, computed)
         if found is None:
-            by = self.constants.rounded_by(argument)
-            raise Blocked(f"its {role} is rounded by {by}" if by else f"its {role} is no constant that can be rewritten")
+            raise Blocked(f"its {role} is no constant that can be rewritten")
         tensor, base = found
         own = self.shape(argument)
         shape = own if shape is None else shape
@@ -212,6 +217,8 @@ class TorchLowering(Lowering):
         """The stored tensor that a constant is, or is computed from, and how; None where none can be rewritten."""
         if not isinstance(argument, Op) or not self.constants.is_constant(argument) or not is_float(argument):
             return None
+        if self.constants.is_quantised(argument):
+            return self._quantised(op, argument)
         place, source, base = self.host.weight(op, argument), argument, AS_STORED
         dtypes = [dtype_of(argument) or torch.float32]
         if place is None and computed and isinstance(self.host, ModuleHost) and (found := self.host.computed(op, argument)) is not None:
@@ -230,6 +237,20 @@ class TorchLowering(Lowering):
         tensor = self._tensors[place]
         tensor.limit = min(tensor.limit, *map(largest, dtypes))
         return tensor, base
+
+    def _quantised(self, op: Op, argument: Op) -> tuple[Tensor, Layout]:
+        """The tensor that is rounded or stored as integers, and how what the operator reads is laid out."""
+        name, codes, layout = quantised.read(self.constants, self.host, op, argument)
+        key: Any = codes.places.get("source", argument)
+        if key not in self._tensors:
+            kind, how = dtype_of(argument), codes.quantised
+            self._tensors[key] = Tensor(name, how.array, how.shape, largest(kind), key, kind, quantised=how)
+            self.codes[self._tensors[key]] = codes
+        return self._tensors[key], layout
+
+    def _places(self, tensor: Tensor) -> list[Place]:
+        """Where the scales and zero points of a quantised tensor are."""
+        return [place for role, place in self.codes[tensor].places.items() if role != "source"] if tensor in self.codes else []
 
     def _read(self, argument: Op) -> Array:
         stored = self.constants.stored(argument)

@@ -274,5 +274,6 @@ def computed_by(hook: object) -> tuple[str, str]:
 def reads_bias(owner: nn.Module) -> bool:
     """Whether a layer's forward is torch's own, which hands `self.bias` on to the operator."""
     own = [getattr(type(owner), name, None) for name in ("forward", "_conv_forward")]
-    plain = all(each is None or each.__module__.startswith("torch.nn.modules.") for each in own)
+    theirs = ("torch.nn.modules.", "torch.ao.nn.qat.", "torch.ao.nn.intrinsic.qat.")
+    plain = all(each is None or each.__module__.startswith(theirs) for each in own)
     return plain and isinstance(owner, (*CONVOLUTIONS, nn.Linear, nn.LayerNorm)) and not {"forward", "_conv_forward"} & vars(owner).keys()

@@ -18,6 +18,8 @@ from bnfold.verification.noise import deviation, plain
 
 from ..export.call import Call
 from ..export.copies import duplicate
+from ..export.observers import settled_quantisers
+from ..export.quantisers import described
 from ..export.tensors import flat_outputs, to_numpy
 from ..export.walk import FLOATS
 
@@ -29,11 +31,18 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch giv
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         mutable = func._schema.is_mutable
+        names = [argument.name for argument in func._schema.arguments]
+        rounding = described(func, dict(zip(names, args, strict=False)) | (kwargs or {}))
 
         def exact(leaf: Any) -> Any:
             return _double(leaf) if isinstance(leaf, torch.dtype) or not mutable else leaf
 
         args, kwargs = pytree.tree_map(exact, (args, kwargs or {}))
+        if rounding is not None:
+            stored = pytree.tree_map(
+                lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in FLOATS else leaf, (args, kwargs)
+            )
+            return rounding.exact(func(*stored[0], **stored[1]), lambda given: given)
         returned = func(*args, **kwargs)
         return returned if mutable else pytree.tree_map(_double, returned)
 
@@ -84,7 +93,7 @@ class Eager:
 
 def eager(module: nn.Module, exact: bool) -> Eager:
     """A copy of a module that runs."""
-    own = duplicate(module)
+    own = settled_quantisers(duplicate(module))
     return Eager(own.cpu().double() if exact else own, exact=exact)
 
 

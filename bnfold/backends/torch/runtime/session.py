@@ -25,6 +25,7 @@ from bnfold.model import Placement
 from bnfold.text import first_line
 
 from ..export.copies import duplicate
+from ..export.observers import fake_quantisers, settled_quantisers, without_observers
 from ..export.tensors import flat_outputs, to_numpy, to_tensor
 from ..export.trace import Traced
 from ..export.walk import in_training, is_batchnorm, mutates, written
@@ -102,7 +103,7 @@ class TorchSession:
         self._exact = precision == "full"
         self._traced = traced
         if isinstance(traced.model, ExportedProgram):
-            program = traced.model
+            program, _ = without_observers(traced.model)
             if self.device.type != "cpu":
                 from torch.export.passes import move_to_device_pass
 
@@ -113,8 +114,8 @@ class TorchSession:
         else:
             module = traced.model
             there = all(t.device == self.device for t in (*module.parameters(), *module.buffers()))
-            if jitter is not None or not there or any(each.training for each in module.modules()):
-                module = duplicate(module).to(self.device)
+            if jitter is not None or not there or any(each.training for each in module.modules()) or fake_quantisers(module):
+                module = settled_quantisers(duplicate(module)).to(self.device)
         if jitter is not None:
             move_weights(module, weights(traced.program), jitter)
         self.module = module

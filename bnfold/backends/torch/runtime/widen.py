@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
+from ..export.quantisers import quantiser
 from ..export.walk import FLOATS, dtype_of, function, mutates, operator_name, overload, storage_of, viewed, views, written
 
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
@@ -50,7 +51,8 @@ def writes_bits(ops: Iterable[Op]) -> str:
 
 def call(op: Op, value: Callable[[Op], Any], *, stored: bool = False) -> Any:
     """What an operator gives, tensors widened. value: of the operators before it. stored: whether its arguments get their stored types."""
-    stored = stored or reads_bits(op)
+    rounding = None if getattr(op.target, "__name__", "") == "getitem" else quantiser(op)
+    stored = stored or reads_bits(op) or rounding is not None
 
     def given(leaf: Any) -> Any:
         if isinstance(leaf, Op):
@@ -61,7 +63,14 @@ def call(op: Op, value: Callable[[Op], Any], *, stored: bool = False) -> Any:
             return leaf if stored or not (leaf in FLOATS or leaf in COMPLEX) else _wide(leaf)
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
+    def exact(leaf: Any) -> Any:
+        return value(leaf) if isinstance(leaf, Op) else leaf
+
+    if rounding is not None and rounding.kind == "dequantize":
+        return rounding.exact(None, exact)
     args, kwargs = pytree.tree_map(given, (tuple(op.args), dict(op.kwargs)))
     with torch.no_grad():
         returned = function(op)(*args, **kwargs)
+        if rounding is not None:
+            return rounding.exact(returned, exact)
     return pytree.tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, returned)

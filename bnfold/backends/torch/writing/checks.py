@@ -16,6 +16,7 @@ from bnfold.capture import quiet
 
 from ..export.call import Call
 from ..export.copies import duplicate
+from ..export.observers import settled_quantisers
 from ..export.walk import operator_name
 
 Check = Callable[[nn.Module, Call], bool]
@@ -50,7 +51,7 @@ def passed(model: nn.Module, example: Call | None, checks: Mapping[Key, Check]) 
 
     try:
         with quiet(), torch.no_grad():
-            copy = duplicate(model).eval()
+            copy = settled_quantisers(duplicate(model)).eval()
             for key in checks:
                 copy.get_submodule(key[0]).register_forward_pre_hook(partial(watch, key), with_kwargs=True)
             example.map_tensors(_own).on(copy)

@@ -20,6 +20,7 @@ from bnfold.algebra.affine import Array, Blocked
 from bnfold.algebra.layouts import AS_STORED, Layout
 
 from ..export.constants import ProgramConstants
+from ..export.quantisers import quantiser
 from ..export.walk import arguments, dtype_of, is_float, operator_name, value_of
 from ..runtime.widen import reads_bits
 
@@ -33,7 +34,10 @@ MOVES = {
 
 @dataclass(frozen=True)
 class Derived:
-    """root: the stored constant. layout: from its array to the computed one, and back. dtypes: of what stands on the way."""
+    """root: the stored constant, or what a quantiser gives. layout: from its array to the computed one, and back.
+
+    dtypes: of what stands on the way.
+    """
 
     root: Node
     layout: Layout
@@ -42,7 +46,7 @@ class Derived:
 
 def derived(constants: ProgramConstants, argument: Node) -> Derived | None:
     """How a computed constant comes from one stored tensor; None where the steps can't be undone."""
-    if constants.stored(argument) is not None:
+    if constants.stored(argument) is not None or quantiser(argument) is not None:
         return Derived(argument, AS_STORED, ())
     name, dtype = operator_name(argument), dtype_of(argument)
     if dtype is None or not is_float(argument):
@@ -107,7 +111,7 @@ def _moved(constants: ProgramConstants, op: Node, source: Node) -> Layout | None
         found[ids.ravel()] = w.ravel()
         return found.reshape(shape)
 
-    return Layout(f"moved {shape} {_digest(ids)}", lambda w: w.ravel()[ids], back, linear=False)
+    return Layout(f"moved {shape} {_digest(ids)}", lambda w: w.ravel()[ids], back)
 
 
 def _scaled(factor: Array, shape: tuple[int, ...]) -> Layout | None:

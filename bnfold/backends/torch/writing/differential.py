@@ -19,6 +19,7 @@ from bnfold.errors import UnsupportedError
 
 from ..export.call import Call, as_call
 from ..export.copies import duplicate
+from ..export.observers import settled_quantisers
 from ..export.other_calls import OtherCall, other_calls, shapes_text, users_shapes
 from ..export.regions import kind_of
 from ..export.trace import Traced, at_its_sizes
@@ -68,7 +69,7 @@ class DifferentialTest:
         None too where they differ on a traced call, though the code of both calls the same operators: that is no matter of paths, and for
         the check to find.
         """
-        run = Eager(copy, exact=self.exact)
+        run = Eager(settled_quantisers(copy), exact=self.exact)
         for traced, other in self._read:
             if self._differs(other.call, run):
                 return other if run(other.call) is None or _other_operators(traced, copy, other.call) else None

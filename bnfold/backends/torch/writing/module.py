@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Graph, Node, Site
+from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
 
 from ..export.copies import duplicate
+from ..export.observers import is_fake_quantiser, is_on
 from ..export.tensors import NUMPY, laid_out, to_tensor
-from ..export.walk import arguments, frame, writes_into_shared
+from ..export.walk import arguments, dtype_of, frame, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import ModuleHost
 from ..lowering.places import Place, Slot, TorchNative
@@ -41,6 +43,9 @@ class Fold:
             slot: Slot | None = param.slot
             if slot is None or not isinstance(slot.place, Place):
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
+            if param.tensor in self.ctx.codes:
+                yield from requantised(self.ctx, node, param)
+                continue
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
             yield Update(node, slot.place, exact, dtype, param.tensor is None)
@@ -59,13 +64,20 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A tensor that changes. exact: in float64; dtype: of the stored one; grows: whether there was none."""
+    """A tensor that changes. exact: in float64; dtype: of the stored one; grows: whether there was none.
+
+    quantiser: the fake quantiser that it belongs to, if so; axis: along which that has a scale for each channel from now on. said: what
+    is to be said of it.
+    """
 
     node: Node
     place: Place
     exact: Array
     dtype: torch.dtype
-    grows: bool
+    grows: bool = False
+    quantiser: str | None = None
+    axis: int | None = None
+    said: str = ""
 
 
 def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = False) -> tuple[nn.Module, dict[Node, str], int]:
@@ -82,9 +94,11 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     made: dict[str, Tensor] = {}
     for ctx, update in ((each.ctx, update) for each in folds for update in each.updates()):
         node, place = update.node, update.place
-        array = update.exact if exact else rounded(update.exact, NUMPY[update.dtype])
-        if count := lost(update.exact, array):
+        array = update.exact if exact and update.dtype.is_floating_point else rounded(update.exact, NUMPY[update.dtype])
+        if update.dtype.is_floating_point and (count := lost(update.exact, array)):
             notes[node] = f"{count} of the {array.size} coefficients of {node.name} are too small for {array.dtype}"
+        if update.said:
+            notes[node] = update.said
         if place.how == "plain":
             surgery.plain += [place.owner] * (place.owner not in surgery.plain)
             native: TorchNative = node.native
@@ -93,6 +107,8 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
             made.setdefault(f"{place.owner}.weight", to_tensor(computed.copy() if exact else rounded(computed, NUMPY[native.dtype])))
         elif place.how != "stored" and not update.grows:
             surgery.fixed[place.target] = place.how
+        if update.quantiser is not None:
+            surgery.quantisers[update.quantiser] = update.axis
         if update.grows:
             surgery.biases[place.owner] = list(array.shape)
         made[place.target] = to_tensor(np.ascontiguousarray(array))
@@ -125,6 +141,44 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
             if removal.norm is not None:
                 _make_identity(result, fold.made_identity(removal), removal.norm.epsilon, fold.left(site), held)
     return result, notes, added
+
+
+def requantised(ctx: TorchLowering, node: Node, param: Param) -> Iterator[Update]:
+    """What changes where a quantised weight does: what is rounded or the codes, the scales, the zero points, and what an observer saw."""
+    host = ctx.host
+    assert param.tensor is not None
+    assert param.update is not None
+    assert isinstance(host, ModuleHost)
+    codes, factors = ctx.codes[param.tensor], param.factors(param.update)
+    assert factors is not None
+    made = codes.exact().rescaled(factors)
+    owner, zero = codes.places["scale"].owner, codes.places.get("zero")
+    quantiser = host.module(owner)
+    source = made.source if made.source is not None else made.codes
+    if source is not None:
+        kind = dtype_of((codes.first or codes.last).source) or torch.float32
+        yield Update(node, codes.places["source"], np.asarray(source, np.float64), kind)
+    told = made.said(param.tensor.name)
+
+    def update(place: Place, array: Array, **more: Any) -> Update:
+        old = getattr(*owner_of(host.root, place.target))
+        array = np.broadcast_to(array, made.scale.shape)
+        return Update(node, place, array.reshape(tuple(old.shape) if array.size == old.numel() else -1), old.dtype, **more)
+
+    if zero is not None:
+        yield update(zero, made.zero)
+    if quantiser is None or not is_fake_quantiser(quantiser):
+        yield update(codes.places["scale"], made.scale, said=told)
+        return
+    if is_on(quantiser, "observer_enabled"):
+        told += "; the observer that would set them anew is off from now on"
+    yield update(codes.places["scale"], made.scale, quantiser=owner, axis=made.axis, said=told)
+    by = factors[tuple(slice(None, None, n) for n in made.blocks)]
+    seen: list[Any] = [getattr(quantiser.activation_post_process, name, None) for name in ("min_val", "max_val")]
+    if all(each is not None and each.numel() and each.isfinite().all() for each in seen):
+        ends = [codes.last.grid(each).double().cpu().numpy() * np.where(by == 0, 1.0, by) for each in seen]
+        for name, end in (("min_val", np.minimum(*ends)), ("max_val", np.maximum(*ends))):
+            yield update(Place(f"{owner}.activation_post_process.{name}"), end)
 
 
 def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:

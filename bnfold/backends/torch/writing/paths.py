@@ -99,10 +99,11 @@ class Path:
 
 
 class Allowed(NamedTuple):
-    """What is done besides folding: whether parallel branches may merge, and ranges may be equalised."""
+    """What is done besides folding: whether parallel branches may merge, and ranges may be equalised; and whether one scale stays one."""
 
     merging: bool
     equalising: bool
+    keep_per_tensor: bool
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
     for site in graph.sites:
         site.refusal = site.refusal or refused.get(plain_name(site.name))
     ways = removals(ctx, graph.sites)
-    planned = plan(graph, may=may_merge(ctx, ways) if allowed.merging else None, equalise=allowed.equalising)
+    may = may_merge(ctx, ways) if allowed.merging else None
+    planned = plan(graph, may=may, equalise=allowed.equalising, keep_per_tensor=allowed.keep_per_tensor)
     for outcome in planned.outcomes:
         if not outcome.folded and (way := ways.get(outcome.site)) is not None and way.path is None:
             outcome.site.note = ""  # on what its call does once it is folded

@@ -14,8 +14,10 @@ from torch.export.graph_signature import TensorArgument
 from torch.fx import Node as Op
 
 from bnfold.algebra.graph import Graph, Node
+from bnfold.algebra.quantised import BECOMES_FLOATS
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
+from bnfold.folding.feasible import rescaled
 
 from ..export.constants import KINDS
 from ..export.tensors import NUMPY, laid_out, to_tensor
@@ -23,6 +25,7 @@ from ..export.walk import arguments, mutates, set_argument, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.places import Slot, TorchNative
 from .editor import ProgramEditor
+from .requantised import requantised
 
 
 def write_program(
@@ -66,8 +69,15 @@ class _Writer(ProgramEditor):
             slot = param.slot
             if slot is None:
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
-            exact = param.layout.stored(param.read())
             op = self.copies[native.op]
+            if (made := rescaled(graph, node, role)) is not None and param.tensor is not None:
+                self.notes[node] = made.said(param.tensor.name)
+                argument, codes = self.ctx.arg(native.op, slot.argument), self.ctx.codes[param.tensor]
+                self._give(op, slot, requantised(self, self.ctx.constants, op, argument, codes, made))
+                continue
+            if param.tensor is not None and param.tensor.quantised is not None:
+                self.notes[node] = BECOMES_FLOATS.format(param.tensor.name)
+            exact = param.layout.stored(param.read())
             if slot.argument == "value" and param.tensor is None:
                 set_argument(op, "value", float(exact))
                 continue
@@ -78,10 +88,8 @@ class _Writer(ProgramEditor):
             old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
             key = (old, array.shape, array.tobytes() if old is not None and self._shared(old) else b"")
             if old is None or key not in alike:
-                device = None if old is None else self._device(old)
-                alike[key] = self._parameter(
-                    old, native, role, to_tensor(np.ascontiguousarray(array)).to(device or self._device(native.op))
-                )
+                device = self._device(native.op if old is None else old)
+                alike[key] = self._parameter(old, native, role, to_tensor(np.ascontiguousarray(array)).to(device))
             self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
         for node in removed:
             self._remove(node.native)

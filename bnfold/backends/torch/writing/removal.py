@@ -21,6 +21,7 @@ from bnfold.folding.branches import May
 
 from ..export.call import Call
 from ..export.copies import duplicate
+from ..export.observers import settled_quantisers
 from ..export.regions import kind_of
 from ..export.walk import elements, frame, frames, mutates, operator_name
 from ..lowering.chains import StoredNorm
@@ -113,7 +114,8 @@ def _removal(ctx: TorchLowering, host: ModuleHost, site: Site) -> Removal | None
         others = [op for op in host.inside(path) if op not in calls and not ctx.constants.is_constant(op) and op not in _items(ctx, calls)]
         if not others and type(module).__module__.startswith("torch.nn.modules."):
             return Removal(path)
-        for kept in _candidates(path, others):
+        hooked: list[tuple[str, ...]] = [()] if module._forward_hooks else []  # which may be all that calls others
+        for kept in hooked + _candidates(path, others):
             if all(_behaves(module, kept, node) for node in site.nodes[:1]):
                 return Removal(path, kept)
     norm = site.nodes[0].attrs.get("stored")
@@ -160,8 +162,8 @@ def _behaves(module: nn.Module, kept: tuple[str, ...], node: Node) -> bool:
     x = np.random.default_rng(0).standard_normal(shape)
     try:
         with torch.no_grad():
-            whole = duplicate(module).cpu().double()
-            left = duplicate(remains(module, list(kept))).cpu().double()
+            whole = settled_quantisers(duplicate(module)).cpu().double()
+            left = settled_quantisers(duplicate(remains(module, list(kept)))).cpu().double()
             want = whole(torch.from_numpy(x.copy()))
             got = left(torch.from_numpy(np.asarray(coefficients(node)(x))))
     except Exception:  # the user's code may raise anything; a module that can't be tried isn't replaced

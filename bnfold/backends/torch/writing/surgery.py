@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 from bnfold.errors import ModelError
 
 from ..export.copies import duplicate, shared_twin
+from ..export.observers import per_channel
 
 ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 
@@ -30,6 +31,8 @@ class Surgery:
     plain: layers whose subclass computed its weight in each call, now of torch's own class.
     fixed: weights that a parametrization or a hook (weight_norm, spectral_norm, pruning) computed, now stored, and which it was.
     biases: the layers that got a bias, with its size.
+    quantisers: fake quantisers of folded weights, which observe nothing from now on, each with the axis along which it got a scale for
+    each channel, None for one that stays as it is.
     keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
     persistent: buffers that changed, and that a state dict left out.
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
@@ -42,6 +45,7 @@ class Surgery:
     plain: list[str] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     biases: dict[str, list[int]] = field(default_factory=dict)
+    quantisers: dict[str, int | None] = field(default_factory=dict)
     persistent: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     keys: dict[str, str | None] = field(default_factory=dict)
@@ -108,6 +112,13 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
         owner = _at(module, path)
         weight = next(p for p in owner.parameters() if p.is_floating_point())
         owner.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
+    for path, axis in surgery.quantisers.items():
+        quantiser = _at(module, path)
+        switch = quantiser.observer_enabled
+        assert isinstance(switch, Tensor)
+        quantiser.observer_enabled = torch.zeros_like(switch)
+        if axis is not None:
+            per_channel(quantiser, axis)
     for path, kept in surgery.replaced.items():
         replace(module, path, remains(_at(module, path), kept, path in surgery.copied))
     for path, full in surgery.merged.items():
@@ -117,12 +128,18 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
 
 
 def remains(module: nn.Module, kept: list[str], copied: bool = False) -> nn.Module:
-    """What is left of a module without its BatchNorm: an Identity, or those of its own modules that stay, with the module's hooks."""
+    """What is left of a module without its BatchNorm: an Identity, or those of its own modules that stay, with the module's hooks.
+
+    Hooks find the module's own modules where they were: torch.ao's call a fake quantiser there.
+    """
     children = dict(module.named_children())
     left: nn.Module = Copy() if copied else nn.Identity()
     if kept:
         first = [("copy", left)] if copied else []
         left = nn.Sequential(OrderedDict([*first, *((name, children[name]) for name in kept)]))
+    for name, child in children.items() if module._forward_hooks or module._forward_pre_hooks else ():
+        if name not in left._modules:
+            left.add_module(name, child)
     left.train(module.training)
     return with_hooks(left, module)
 

@@ -1,0 +1,119 @@
+"""Quantisers that observe their input and set themselves anew in each call: torch.ao's and torchao's, as modules and as operators.
+
+A quantiser is read as what it is set to now. What it observes is no part of the function, and is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.fx import Node as Op
+
+from .functional import graph_copy, with_graph
+from .walk import arguments, is_tensor, tensor_named
+
+OBSERVING = re.compile(r"aten::_?fused_moving_avg_obs")
+SETTINGS = ("fake_quant_enabled", "observer_enabled", "scale", "zero_point", "activation_post_process", "is_per_channel", "qscheme")
+OBSERVED_INTO = ("running_min", "running_max", "scale", "zero_point")
+OBSERVED = "the observers of {} fake quantisers are on; it was read with the scales that they have now"
+
+
+def fake_quantisers(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that quantise and dequantise as torch.ao's and torchao's do, by their names."""
+    return {path: each for path, each in module.named_modules() if is_fake_quantiser(each)}
+
+
+def is_fake_quantiser(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in SETTINGS)
+
+
+def is_symmetric(quantiser: Any) -> bool:
+    return quantiser.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+
+
+def per_channel(quantiser: Any, axis: int) -> None:
+    """Let a fake quantiser that has one scale have one for each channel along an axis."""
+    scheme = torch.per_channel_symmetric if is_symmetric(quantiser) else torch.per_channel_affine
+    for each in (quantiser, quantiser.activation_post_process):
+        each.qscheme, each.ch_axis = scheme, axis
+    quantiser.is_per_channel = True
+
+
+def is_on(module: nn.Module, switch: str) -> bool:
+    return bool(getattr(module, switch).flatten()[:1].any())
+
+
+def settled_quantisers(module: nn.Module) -> nn.Module:
+    """The same module, whose fake quantisers observe nothing from now on, and read none of their switches."""
+    for each in fake_quantisers(module).values():
+        each.forward = MethodType(_rounded if is_on(each, "fake_quant_enabled") else _unrounded, each)
+    return module
+
+
+def _unrounded(self: Any, X: Tensor) -> Tensor:
+    return X
+
+
+def _rounded(self: Any, X: Tensor) -> Tensor:
+    ends = self.activation_post_process.quant_min, self.activation_post_process.quant_max
+    if self.is_per_channel:
+        return torch.fake_quantize_per_channel_affine(X, self.scale, self.zero_point, self.ch_axis, *ends)
+    return torch.fake_quantize_per_tensor_affine(X, self.scale, self.zero_point, *ends)
+
+
+def without_observers(program: ExportedProgram) -> tuple[ExportedProgram, str]:
+    """The same program, whose operators that observe and quantise do the latter alone, and what is to be said of it."""
+    if not any(map(_observes, program.graph.nodes)):
+        return program, ""
+    module, _ = graph_copy(program)
+    stored = {spec.arg.name: tensor_named(program, spec.target or "") for spec in program.graph_signature.input_specs}
+    on = 0
+    for op in list(module.graph.nodes):
+        if not _observes(op):
+            continue
+        given = arguments(op)
+        observing, rounding = (stored.get(given[name].name) for name in ("observer_on", "fake_quant_on"))
+        on += observing is None or bool(observing.any())
+        with module.graph.inserting_before(op):
+            made = given["self"] if rounding is not None and not rounding.any() else _quantising(module.graph, given)
+        if is_tensor(op):
+            op.replace_all_uses_with(made)
+        for item in [] if is_tensor(op) else list(op.users):  # behind its output and the mask come those numbers that it sets
+            item.replace_all_uses_with({0: made, **{2 + i: given[name] for i, name in enumerate(OBSERVED_INTO)}}[item.args[1]])
+            module.graph.erase_node(item)
+        module.graph.erase_node(op)
+    return with_graph(program, module, _without_updates(module, program)), OBSERVED.format(on) if on else ""
+
+
+def _observes(op: Op) -> bool:
+    return op.op == "call_function" and isinstance(op.target, torch._ops.OpOverload) and bool(OBSERVING.match(op.target._schema.name))
+
+
+def _quantising(graph: torch.fx.Graph, given: dict[str, Any]) -> Op:
+    ends = (given["quant_min"], given["quant_max"])
+    args: tuple[Any, ...] = (given["self"], given["scale"], given["zero_point"])
+    if given["per_row_fake_quant"]:
+        made = graph.call_function(torch.ops.aten.fake_quantize_per_channel_affine.default, (*args, given["ch_axis"], *ends))
+    else:
+        made = graph.call_function(torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams, (*args, *ends))
+    made.meta = dict(given["self"].meta)
+    return made
+
+
+def _without_updates(module: torch.fx.GraphModule, program: ExportedProgram) -> Any:
+    """The signature of a graph that no longer gives new numbers for the buffers that nothing writes into any more."""
+    signature = copy.deepcopy(program.graph_signature)
+    output = next(op for op in reversed(module.graph.nodes) if op.op == "output")
+    inputs = {spec.arg.name for spec in signature.input_specs}
+    given = list(zip(signature.output_specs, output.args[0], strict=True))
+    kept = [(s, v) for s, v in given if not (s.kind == OutputKind.BUFFER_MUTATION and isinstance(v, Op) and v.name in inputs)]
+    signature.output_specs = [spec for spec, _ in kept]
+    output.args = (tuple(value for _, value in kept),)
+    return signature

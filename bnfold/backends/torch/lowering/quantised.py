@@ -1,0 +1,145 @@
+"""Weights that are quantised, as the algebra knows them: rounded when the model runs, or stored as integer codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.fx import Node as Op
+
+from bnfold.algebra.affine import Array, Blocked
+from bnfold.algebra.layouts import Layout
+from bnfold.algebra.quantised import Quantised, Source, spread
+from bnfold.algebra.rounding import rounded
+
+from ..export.constants import ProgramConstants
+from ..export.observers import is_fake_quantiser, is_symmetric
+from ..export.quantisers import Quantiser, quantiser
+from ..export.tensors import NUMPY
+from ..export.walk import dtype_of, value_of
+from ..writing.derived import derived
+from .module_host import ModuleHost
+from .places import Host, Place
+
+KIND = np.dtype(np.float32)  # in which all of these operators have their scales
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A quantised weight. node: what dequantises. last: how; first: what quantises to its codes, None where these are stored.
+
+    places: where a module holds its "source" (what is rounded, or the codes), its "scale" and its "zero".
+    """
+
+    node: Op
+    last: Quantiser
+    first: Quantiser | None
+    quantised: Quantised
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    def placed(self, host: ModuleHost, op: Op) -> Codes:
+        """The same in a module, for an operator that reads it. Blocked where one of them isn't stored, but for a zero point of 0."""
+        given = {"source": (self.first or self.last).source, "scale": self.last.scale, "zero": self.last.zero}
+        found = {role: host.weight(op, each) for role, each in given.items() if isinstance(each, Op)}
+        places = {role: place for role, place in found.items() if isinstance(place, Place)}
+        if missing := [role for role in ("source", "scale") if role not in places]:
+            what = "what is rounded to its integers" if missing == ["source"] else "its scale"
+            raise Blocked(f"is quantised, and {what} is no parameter or buffer of the module")
+        if self.first is not None and (self.first.scale, self.first.zero) != (self.last.scale, self.last.zero):
+            raise Blocked("is quantised and dequantised by scales that are stored twice")
+        owner = host.module(places["scale"].owner)
+        one_scale = one_zero = ""
+        if owner is None or not is_fake_quantiser(owner):
+            one_scale, one_zero = "the module's code rounds by one", "the module's code knows no other zero point"
+        elif is_symmetric(owner):
+            one_zero = "a symmetric scheme has one zero point"
+        return dataclasses.replace(
+            self, places=places, quantised=dataclasses.replace(self.quantised, small=False, one_scale=one_scale, one_zero=one_zero)
+        )
+
+    def exact(self) -> Quantised:
+        """The same, whose new scales aren't rounded."""
+        return dataclasses.replace(self.quantised, kind=np.dtype(np.float64))
+
+
+def codes_of(constants: ProgramConstants, node: Op) -> Codes:
+    """How a quantised constant is stored. Blocked, in a clause behind its name, where it may not change."""
+    last = quantiser(node)
+    assert last is not None
+    shape = tuple(map(int, last.shape))
+    scale, zero = (_grid(constants, last, each) for each in (last.scale, last.zero))
+    array = constants.get(node)
+    if scale is None or zero is None or array is None:
+        raise Blocked("is quantised by scales that aren't constants")
+    blocks = last.blocks if scale.size > 1 else shape
+    zero = np.broadcast_to(zero, scale.shape)
+    first = last if last.kind == "fake_quantize" else quantiser(last.source)
+    if first is not None and first is not last and not _agrees(constants, first, last):
+        first = None
+    read = None if first is None else constants.get(first.source)
+    source = None
+    if first is not None and read is not None:
+        stored = rounded(read, NUMPY[dtype_of(first.source) or torch.float32])
+        source = Source(lambda: stored, [partial(_rounding, bounds=last.bounds, times=times) for times in _QUOTIENTS])
+
+    def codes() -> Array:
+        assert array is not None
+        found: Array = np.rint(array / spread(scale, blocks, shape) + spread(zero, blocks, shape))
+        return found
+
+    code = _type_of(last) if first is not None else NUMPY[dtype_of(last.source) or torch.int32]
+    small = len(shape) == 1  # a bias
+    return Codes(node, last, first, Quantised(codes, shape, scale, zero, blocks, code, *last.bounds, KIND, small=small, source=source))
+
+
+def _type_of(found: Quantiser) -> np.dtype[Any]:
+    """The narrowest type that holds the codes of a quantiser."""
+    low, high = found.bounds
+    kinds = map(np.dtype, ("int8", "uint8", "int16", "uint16"))
+    return next((kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.dtype("int32"))
+
+
+def read(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> tuple[str, Codes, Layout]:
+    """The name of a quantised constant that an operator reads, how it is stored, and how it is laid out there. Blocked as above."""
+    found = derived(constants, argument)
+    if found is None or quantiser(found.root) is None:
+        raise Blocked("its weight is quantised, and computed further behind that")
+    codes = codes_of(constants, found.root)
+    source = (codes.first or codes.last).source
+    roots = sorted(constants.roots(source), key=lambda root: -value_of(root).numel())
+    stored = constants.stored(roots[0]) if roots else None
+    name = source.name if stored is None else stored.target
+    try:
+        return name, codes.placed(host, op) if isinstance(host, ModuleHost) else codes, found.layout
+    except Blocked as blocked:
+        raise Blocked(f"{name} {blocked}") from None
+
+
+def _grid(constants: ProgramConstants, found: Quantiser, given: Any) -> Array | None:
+    """The scales or zeros, in the weight's rank."""
+    array = constants.get(given) if isinstance(given, Op) else np.asarray(0.0 if given is None else given)
+    return None if array is None else found.grid(torch.as_tensor(array)).double().numpy()
+
+
+def _agrees(constants: ProgramConstants, one: Quantiser, other: Quantiser) -> bool:
+    """Whether the codes that one gives mean to the other what they mean to it."""
+    pairs = ([_grid(constants, one, each) for each in pair] for pair in ((one.scale, other.scale), (one.zero, other.zero)))
+    same = all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
+    return one.kind == "quantize" and one.bounds == other.bounds and one.blocks == other.blocks and same
+
+
+def _rounding(
+    array: npt.NDArray[Any], scale: npt.NDArray[Any], zero: Array, *, bounds: tuple[float, float], times: Callable[[Any, Any], Any]
+) -> Array:
+    with np.errstate(all="ignore"):
+        found: Array = np.clip(np.rint(times(array.astype(np.float32), scale.astype(np.float32))) + zero, *bounds)
+    return found
+
+
+_QUOTIENTS: tuple[Callable[[Any, Any], Any], ...] = (lambda x, scale: x * (np.float32(1) / scale), np.divide)  # PyTorch's, and ONNX's

@@ -1,0 +1,301 @@
+"""BatchNorms behind weights that PyTorch quantises: they go into the scales, and not one integer changes but for its sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
+import torch.nn.functional as F
+from modules import Net, difference, norm, run
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import bnfold
+
+Q = torch.ops.quantized_decomposed
+IMAGE, ROWS = torch.randn(3, 4, 8, 8), torch.randn(5, 4)
+INT8 = (-128, 127)
+
+# --- layouts of programs -------------------------------------------------------------------------------------------------------------
+
+
+def codes(w: Tensor, scale: Tensor, zero: int = 0, axis: int = 0, low: int = -128) -> Tensor:
+    shape = [-1 if i == axis and scale.numel() > 1 else 1 for i in range(w.ndim)]
+    return (w / scale.reshape(shape) + zero).round().clamp(low, low + 255).to(torch.int8 if low else torch.uint8)
+
+
+def scales(w: Tensor, axis: int) -> Tensor:
+    return w.abs().amax([i for i in range(w.ndim) if i != axis]) / 127.5
+
+
+def per_channel(fake: bool = False, stored: bool = False, axis: int = 0, zero: int = 0, low: int = -128) -> Any:
+    """What makes a weight of a stored one, and that."""
+
+    def build(w: Tensor) -> tuple[dict[str, Tensor], Callable[[Any], Tensor]]:
+        s, ends = scales(w, axis), (low, low + 255)
+        z = torch.full(s.shape, zero, dtype=torch.int32 if fake else torch.int64)
+        kind = torch.int8 if low else torch.uint8
+        if fake:
+            return {"w": nn.Parameter(w), "s": s, "z": z}, lambda m: torch.fake_quantize_per_channel_affine(m.w, m.s, m.z, axis, *ends)
+        if stored:
+            held = {"w": codes(w, s, zero, axis, low), "s": s, "z": z}
+            return held, lambda m: Q.dequantize_per_channel(m.w, m.s, m.z, axis, *ends, kind)
+        return {"w": nn.Parameter(w), "s": s, "z": z}, lambda m: Q.dequantize_per_channel(
+            Q.quantize_per_channel(m.w, m.s, m.z, axis, *ends, kind), m.s, m.z, axis, *ends, kind
+        )
+
+    return build
+
+
+def per_tensor(fake: bool = False, stored: bool = False, tensors: bool = False, low: int = -128, zero: int = 0) -> Any:
+    def build(w: Tensor) -> tuple[dict[str, Tensor], Callable[[Any], Tensor]]:
+        s, ends, kind = w.abs().max() / 127.5, (low, low + 255), torch.int8 if low else torch.uint8
+        held: dict[str, Any] = {"w": codes(w, s, zero, low=low) if stored else nn.Parameter(w)}
+        held |= {"s": s, "z": torch.tensor(zero, dtype=torch.int32 if fake else torch.int64)} if tensors else {}
+
+        def weight(m: Any) -> Tensor:
+            numbers = (m.s, m.z) if tensors else (s.item(), zero)
+            if fake:
+                return torch.fake_quantize_per_tensor_affine(m.w, *numbers, *ends)
+            quantise, dequantise = Q.quantize_per_tensor, Q.dequantize_per_tensor
+            if tensors:
+                quantise, dequantise = quantise.tensor, dequantise.tensor
+            return dequantise(m.w if stored else quantise(m.w, *numbers, *ends, kind), *numbers, *ends, kind)
+
+        return held, weight
+
+    return build
+
+
+def groups(w: Tensor) -> tuple[dict[str, Tensor], Callable[[Any], Tensor]]:
+    s = w.reshape(len(w), -1, 2).abs().amax(2) / 7
+    held = {"w": (w / s.repeat_interleave(2, 1)).round().clamp(-8, 7).to(torch.int8), "s": s, "z": torch.zeros_like(s, dtype=torch.int64)}
+    return held, lambda m: Q.dequantize_per_channel_group(m.w, m.s, m.z, -8, 7, torch.int8, 2, torch.float32)
+
+
+OPERATORS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor]]] = {
+    "conv": ((6, 4, 3, 3), F.conv2d),
+    "depthwise": ((4, 1, 3, 3), lambda x, w: F.conv2d(x, w, groups=4)),
+    "transposed": ((4, 6, 2, 2), F.conv_transpose2d),
+    "linear": ((6, 4), F.linear),
+    "matrix": ((4, 6), torch.matmul),
+    "permuted": ((4, 6), lambda x, w: F.linear(x, w.t())),
+}
+LAYOUTS: dict[str, tuple[str, Any]] = {
+    "fake, per channel": ("conv", per_channel(fake=True)),
+    "fake, per channel, depthwise": ("depthwise", per_channel(fake=True)),
+    "fake, per channel, uint8": ("conv", per_channel(fake=True, low=0, zero=128)),
+    "fake, per channel, transposed": ("transposed", per_channel(fake=True, axis=1)),
+    "fake, per channel, linear": ("linear", per_channel(fake=True)),
+    "fake, one number": ("conv", per_tensor(fake=True)),
+    "fake, one number, uint8": ("conv", per_tensor(fake=True, low=0, zero=120)),
+    "fake, one tensor": ("linear", per_tensor(fake=True, tensors=True)),
+    "fake, one number, transposed": ("transposed", per_tensor(fake=True)),
+    "quantised, per channel": ("conv", per_channel()),
+    "quantised, per channel, matrix": ("matrix", per_channel(axis=1)),
+    "quantised, per channel, permuted": ("permuted", per_channel(axis=1)),
+    "quantised, one number": ("conv", per_tensor()),
+    "quantised, one tensor": ("conv", per_tensor(tensors=True)),
+    "stored, per channel": ("conv", per_channel(stored=True)),
+    "stored, per channel, uint8": ("depthwise", per_channel(stored=True, low=0, zero=100)),
+    "stored, per channel, transposed": ("transposed", per_channel(stored=True, axis=1)),
+    "stored, one number": ("conv", per_tensor(stored=True)),
+    "stored, one tensor": ("linear", per_tensor(stored=True, tensors=True)),
+    "stored, in groups": ("linear", groups),
+}
+
+
+def network(operator: str, layout: Any, **how: Any) -> Net:
+    torch.manual_seed(0)
+    shape, call = OPERATORS[operator]
+    held, weight = layout(torch.randn(shape))
+    out = 6 if 6 in shape else 4
+    return Net(lambda s, x: s.b(call(x, weight(s))), **held, b=norm(out, 2 if len(shape) == 4 else 1, **how)).eval()
+
+
+class Codes(torch.fx.Interpreter):
+    """Notes how far the codes of each quantised weight are from their zeros, when a program's module runs."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.found: list[Tensor] = []
+        self.held = {node: self.fetch_attr(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        returned = super().run_node(n)
+        if n.op == "call_function" and "quantize" in (name := str(n.target)) and n.all_input_nodes[0] in self.held:
+            self.held[n] = returned
+            if ".quantize" not in name:
+                _, scale, _, *rest = self.fetch_args_kwargs_from_env(n)[0]
+                first = returned[0] if isinstance(returned, tuple) else returned
+                shape = [1] * first.ndim
+                scale = torch.as_tensor(scale)
+                if scale.ndim == 2:
+                    scale = scale.repeat_interleave(2, 1)
+                elif scale.numel() > 1:
+                    shape[rest[0]] = -1
+                    scale = scale.reshape(shape)
+                self.found.append((first / scale).round())
+        return returned
+
+
+def distances(program: ExportedProgram, x: Tensor) -> list[Tensor]:
+    seen = Codes(program.module())
+    seen.run(x)
+    return seen.found
+
+
+@pytest.mark.parametrize(
+    ("name", "decomposed"), [(name, False) for name in LAYOUTS] + [(name, True) for name in LAYOUTS if "fake" in name or "linear" in name]
+)
+def test_a_program_takes_it_in_its_scales(name: str, decomposed: bool) -> None:
+    operator, layout = LAYOUTS[name]
+    x = ROWS if len(OPERATORS[operator][0]) == 2 else IMAGE
+    program = torch.export.export(network(operator, layout), (x,))
+    program = program.run_decompositions() if decomposed else program
+    fused, report = bnfold.fuse(program)
+    (layer,) = report.layers
+    assert layer.verdict == "folded", layer.reason
+    assert "takes it in its scales" in layer.notes[0]
+    assert "one scale becomes one for each channel" in layer.notes[0] or "one" not in name
+    assert difference(run(program, x), run(fused, x)) < 1e-5
+    assert bnfold.verify(program, fused, [x]).verdict == "equivalent"
+    (before,), (after,) = distances(program, x), distances(fused, x)
+    torch.testing.assert_close(before.abs(), after.abs(), rtol=0, atol=0)
+    assert len(fused.state_dict) + len(fused.constants) <= len(program.state_dict) + len(program.constants)
+
+
+# --- modules -------------------------------------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+ao = pytest.importorskip("torch.ao.quantization")
+
+
+class Digits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()
+        self.dw, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6)
+        self.up, self.bn3, self.relu3 = nn.ConvTranspose2d(6, 5, 2, stride=2), nn.BatchNorm2d(5), nn.ReLU()
+        self.pool, self.fc, self.bn4 = nn.AdaptiveAvgPool2d(1), nn.Linear(5, 10), nn.BatchNorm1d(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.dw(self.relu1(self.bn1(self.conv1(x)))))
+        x = self.relu3(self.bn3(self.up(x)))
+        return self.bn4(self.fc(self.pool(x).flatten(1)))
+
+
+X = torch.randn(4, 1, 8, 8)
+
+
+def trained(net: nn.Module, *, observing: bool = True) -> nn.Module:
+    """Scales and statistics as training leaves them."""
+    torch.manual_seed(1)
+    for _ in range(3):
+        net.train()(torch.randn(8, 1, 8, 8))
+    with torch.no_grad():
+        for each in net.modules():
+            if isinstance(each, nn.modules.batchnorm._BatchNorm):
+                each.weight.uniform_(0.5, 1.5)
+                each.bias.normal_()
+    net(torch.randn(8, 1, 8, 8))
+    return net.eval() if observing else net.apply(ao.disable_observer).eval()
+
+
+def weights_only(weight: Any, **how: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = Digits().train()
+    net.qconfig = ao.QConfig(activation=nn.Identity, weight=weight)
+    return trained(ao.prepare_qat(net), **how)
+
+
+SCHEMES = {
+    "per channel": ao.default_per_channel_weight_fake_quant,
+    "per channel, fused with its observer": ao.default_fused_per_channel_wt_fake_quant,
+    "per tensor": ao.default_weight_fake_quant,
+    "per tensor, fused with its observer": ao.default_fused_wt_fake_quant,
+}
+
+
+def module_codes(net: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for path, each in net.named_modules():
+        if hasattr(each, "weight_fake_quant"):
+            how = each.weight_fake_quant
+            scale = how.scale.reshape([-1, *[1] * (each.weight.ndim - 1)])
+            found[path] = (how.apply(ao.disable_observer)(each.weight) / scale).round()
+    return found
+
+
+@pytest.mark.parametrize("observing", [True, False], ids=["observing", "frozen"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_module_takes_it_in_the_scales_of_its_fake_quantisers(name: str, observing: bool) -> None:
+    net = weights_only(SCHEMES[name], observing=observing)
+    state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    fused, report = bnfold.fuse(net, example=X)
+    assert [layer.verdict for layer in report.layers] == ["folded"] * 4, report.layers
+    assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
+    assert bnfold.verify(net, fused, [X]).verdict == "equivalent"
+    before, after = module_codes(net), module_codes(fused)
+    assert len(before) == len(after) == 3
+    for path, old in before.items():
+        torch.testing.assert_close(old, after[path], rtol=0, atol=0)
+    with torch.no_grad():
+        assert difference([net.apply(ao.disable_observer)(X)], [fused(X)]) < 1e-5
+    quantiser = fused.conv1.weight_fake_quant
+    assert quantiser.is_per_channel
+    own = net.conv1.weight_fake_quant  # which may state another scale than its observer
+    ratios = [(each.calculate_qparams()[0] / each.scale).expand(6) for each in (own, quantiser)]
+    torch.testing.assert_close(*ratios)
+    assert ("observers of 3 fake quantisers are on" in " ".join(report.notes)) == observing
+    assert ("the observer that would set them anew is off" in report.layers[0].notes[0]) == observing
+
+
+def test_one_scale_of_a_module_can_be_kept() -> None:
+    kept, report = bnfold.fuse(weights_only(SCHEMES["per tensor"]), example=X, keep_per_tensor=True)
+    assert [layer.verdict for layer in report.layers] == ["kept", "kept", "folded", "kept"]
+    assert "--keep-per-tensor" in report.layers[0].reason
+    assert not kept.conv1.weight_fake_quant.is_per_channel
+
+
+def test_a_symmetric_scheme_that_lacks_a_negative_names_the_channel() -> None:
+    net = weights_only(SCHEMES["per channel"])
+    with torch.no_grad():
+        net.conv1.weight[2, 0, 0, 0] = -10
+        net.bn1.weight[2] = -1
+    report = bnfold.inspect(net, example=X)
+    assert "channel 2 would need the negative of -128; a symmetric scheme has one zero point" in report.layers[0].reason
+
+
+@pytest.mark.parametrize("scale", ["number", "buffer"])
+def test_what_a_modules_own_code_rounds_by_one_scale_stays(scale: str) -> None:
+    net = network("conv", per_tensor(fake=True, tensors=scale == "buffer"))
+    fused, report = bnfold.fuse(net, example=IMAGE)
+    assert report.batchnorms.after == 1
+    reason = "its scale is no parameter or buffer" if scale == "number" else "the module's code rounds by one"
+    assert reason in report.layers[0].reason
+    assert bnfold.verify(net, fused, [IMAGE]).verdict == "inconclusive"
+
+
+def test_scales_that_a_modules_own_code_reads_are_rewritten() -> None:
+    held, weight = per_channel(fake=True)(torch.randn(6, 4, 3, 3))
+    net = Net(lambda s, x: s.b(F.conv2d(x, weight(s), s.c)), **held, c=nn.Parameter(torch.randn(6)), b=norm(6, positive=True)).eval()
+    fused, report = bnfold.fuse(net, example=IMAGE)
+    assert report.batchnorms.after == 0, report.layers[0].reason
+    assert bnfold.verify(net, fused, [IMAGE]).verdict == "equivalent"
+    assert not torch.equal(net.s, fused.s)
+
+
+def test_activations_that_are_rounded_between_are_told_of() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(ao.QuantStub(), Digits().train(), ao.DeQuantStub())
+    net.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    net = trained(ao.prepare_qat(net))
+    fused, report = bnfold.fuse(net, example=X)
+    assert report.batchnorms.after == 4
+    assert all("rounds activations to integers" in layer.reason for layer in report.layers)
+    assert all("fold before quantising, or recalibrate" in layer.reason for layer in report.layers)
+    assert bnfold.verify(net, fused, [X]).verdict == "inconclusive"
