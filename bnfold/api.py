@@ -57,7 +57,8 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_te
     """
     start = time.perf_counter()
     opened = backends.open_model(model, example)
-    report = opened.folded(clone=clone, keep_per_tensor=keep_per_tensor)[1]
+    fused, report = opened.folded(clone=clone, keep_per_tensor=keep_per_tensor)
+    report = report.sized(opened.size(), fused.size())
     notes: tuple[str, ...] = ()
     try:
         found = certificate(opened.source)
@@ -112,7 +113,8 @@ def fold(model: Model, *, example: Any = None, check: bool = True, **how: bool) 
         report = dataclasses.replace(report, verify=checked)
     if report.changes:
         folded(model.source, fused.source, report)
-    return fused, dataclasses.replace(report, seconds=time.perf_counter() - start)
+    report = dataclasses.replace(report, seconds=time.perf_counter() - start)
+    return fused, report.sized(model.size(), fused.size())
 
 
 def recalibrate(
@@ -271,6 +273,7 @@ def verify(
     coefficients_only: bool = False,
     map_inputs: Mapping[str, str] | None = None,
     map_outputs: Mapping[str, str] | None = None,
+    by_layer: bool = False,
 ) -> VerifyReport:
     """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
 
@@ -278,7 +281,8 @@ def verify(
     types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
     bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
     coefficients_only: the first level alone, which runs neither model. map_inputs, map_outputs: which of the candidate's is which of the
-    reference's, by the reference's names; what isn't said is paired by name, or else by place, which a note tells.
+    reference's, by the reference's names; what isn't said is paired by name, or else by place, which a note tells. by_layer: compare every
+    layer, too (`layers` and `graph` of the report).
     """
     from .verification.verify import verify as verify_models
 
@@ -299,6 +303,7 @@ def verify(
             coefficients_only=coefficients_only,
             map_inputs=map_inputs,
             map_outputs=map_outputs,
+            by_layer=by_layer,
         )
 
 

@@ -32,7 +32,6 @@ Stream = Iterator[tuple[str, npt.NDArray[Any]]]
 @dataclass(frozen=True)
 class Placement:
     """Where a model's nodes run: so many, of so many, on the provider asked for.
-
     source: who says so: "session" (the runtime's own record), "profile" (of one run), "operators" (seen as one run called them).
     on_cpu: operator and name of those that fell to the CPU.
     """
@@ -60,7 +59,6 @@ class Runner(Protocol):
 class Model(ABC):
     """One model. What it gives is its caller's: nothing that a method does changes the model itself. A kind of model says what stands
     under "what a kind gives", by the model's own names; the rest follows from it.
-
     source: the object that a caller gave. kind: the framework. optimisations: with what settings of the runtime a candidate is tried; a
     reference runs with the first. own_inputs, own_outputs: the model's own names by those that a caller uses, where these are others.
     """
@@ -92,6 +90,10 @@ class Model(ABC):
     def holds_batchnorm(self) -> bool:
         """Whether there is an operator of that name; what is written out of simpler ones may be there all the same."""
         return False
+
+    def size(self) -> tuple[int, int] | None:
+        """How many operators compute, constants apart, and the bytes of what is stored; None where code would have to be read for it."""
+        return None
 
     def identity(self) -> str | None:
         """The same for two models of the same operators and numbers, whatever their names; None where that can't be told."""
@@ -232,8 +234,6 @@ class Model(ABC):
     def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
         """Write it atomically, and say which files these are; as_state: a state dict where the name leaves that open."""
         raise UnsupportedError("the model can't be written")
-
-    # --- the names by which it is called -----------------------------------------------------------------------------------------------
 
     def renamed(self, own_inputs: Mapping[str, str], own_outputs: Mapping[str, str]) -> Model:
         """The same model under other names of its inputs and outputs. own_inputs, own_outputs: its own, by those."""

@@ -26,14 +26,15 @@ def pipeline(
     equalise: bool = False,
     providers: Iterable[str] = ("cpu",),
     progress: api.Progress | None = None,
+    by_layer: bool = False,
     **calibration: Any,
 ) -> tuple[Any, PipelineReport]:
     """The recalibrated and folded model; None in its place where the result isn't proven equivalent, where the new statistics harm it
     (unless with `accept_harm`), or where a BatchNorm stays with `strict`, and the last of the report's notes says why.
 
-    labelled: data with labels, to score the model before and after. keep_per_tensor, equalise: see `api.fuse`. The
-    statistics are measured on the first of the providers, the verdict is for all of them. calibration: further arguments of
-    `api.recalibrate`. Raises what the steps raise.
+    labelled: data with labels, to score the model before and after. keep_per_tensor, equalise: see `api.fuse`; by_layer: see
+    `api.verify`. The statistics are measured on the first of the providers, the verdict is for all of them. calibration: further
+    arguments of `api.recalibrate`. Raises what the steps raise.
     """
     providers = tuple(providers)
     opened = open_model(model, example)
@@ -52,7 +53,7 @@ def pipeline(
     if strict and folded.failure:
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, folded.failure))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
-    verdict = api.verify(reference, candidate, batches, providers=providers, progress=checking)
+    verdict = api.verify(reference, candidate, batches, providers=providers, progress=checking, by_layer=by_layer)
     unfolded = not folded.changes
     proven = verdict.verdict == "equivalent" or (unfolded and verdict.verdict == "inconclusive")
     if unfolded and proven:

@@ -42,6 +42,16 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__
 
 
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `2 min 5 s`, `1 h 3 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def unused(stem: str, taken: set[str], form: str = "{}_{}", first: int = 2) -> str:
     """The stem, or else the first of the names numbered from it that isn't taken; now it is."""
     name = next(name for name in chain([stem], (form.format(stem, i) for i in count(first))) if name not in taken)

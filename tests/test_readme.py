@@ -26,7 +26,9 @@ def named(name: str) -> str:
     return found[1]
 
 
-def test_the_first_command_without_its_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_command_without_its_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     monkeypatch.chdir(tmp_path)
     install, command = named("first").split("&&\n")
@@ -35,6 +37,14 @@ def test_the_first_command_without_its_installation(tmp_path: Path, monkeypatch:
     assert program == ".venv/bin/bnfold"
     assert run(arguments) == 0
     assert (tmp_path / "digits-fused.onnx").is_file()
+    shown = re.search(r"^<!-- shown:.*?^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert shown
+    assert masked(capsys.readouterr().out) == masked(shown[1])
+
+
+def masked(text: str) -> str:
+    """What a command says but for its measured numbers, which another release of a library moves."""
+    return re.sub(r"[▏▎▍▌▋▊▉█ ]+", " ", re.sub(r"[\d.]+(e-\d+)?", "N", text))
 
 
 def test_ci_runs_the_two_commands_word_for_word(tmp_path: Path) -> None:

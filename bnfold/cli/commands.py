@@ -7,7 +7,7 @@ from pathlib import Path
 from bnfold import api
 from bnfold.certificates import claim
 from bnfold.errors import UsageError
-from bnfold.files import ready_to_write, write_text
+from bnfold.files import ready_to_write
 from bnfold.text import counted
 
 from . import options as o
@@ -19,6 +19,8 @@ from .options.recalibration import Choosing, Measuring, Task, beside, save
 
 __all__ = ["app"]
 
+STEPS = ("recalibrate", "fold and check", "verify")  # of a pipeline; scoring belongs to the first and the last
+LEVELS = ("weights", "outputs", "as deployed")  # of verify
 STATUS = {"equivalent": 0, "different": 1, "inconclusive": 6}
 
 
@@ -47,21 +49,16 @@ def recalibrate(
     model: Path = o.MODEL,
     task: Task,
     reporting: Reporting,
-    html: Path | None = o.option("--html", "The report as a page: a table and a chart of the drift.", o.OUTPUT, "FILE.html"),
 ) -> int:
     """Measure every BatchNorm's mean and variance afresh on your data.
 
     By default exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size. The old
     ones are kept in OUT.before.npz. Under torchrun, the processes share the data and write one result.
     """
-    from bnfold.report.render.pages import html as page
-
     how, data, out = task.measuring, task.data, task.out
     loading, settings = how.loading, how.settings(of_part=task.shard is not None)
     before = beside(out) if out is not None and data is not None else None
-    ready_to_write(
-        {out: loading.suffixes(model), before: [".npz"], task.stats: [".npz"], html: [".html"]}, force=reporting.force, inputs=[model]
-    )
+    ready_to_write({out: loading.suffixes(model), before: [".npz"], task.stats: [".npz"]}, force=reporting.force, inputs=[model])
     with Job(reporting) as job, how.running.fallback():
         provider = how.running.one_provider(model)
         loaded = loading.load(model, job)
@@ -81,12 +78,8 @@ def recalibrate(
         labelled = how.labelled(batches, loaded, job, given["example"])
         fresh, report = api.recalibrate(loaded, batches, labelled=labelled, provider=provider, **settings, **given)
         harm = "" if how.accept_harm else report.harm
-        if job.main:
-            if not harm:
-                save(loading, fresh, report, out, job, given["example"])
-            if html is not None:
-                write_text(html, page(report, str(model)))
-                job.wrote(html)
+        if job.main and not harm:
+            save(loading, fresh, report, out, job, given["example"])
         job.finish(report)
         if harm:
             job.fail(f"{harm}; the model was not written (--accept-harm writes it)")
@@ -195,13 +188,14 @@ def verify(
     if coefficients_only and data is not None:
         raise UsageError("--data and --coefficients-only exclude each other: coefficients are compared without data")
     check = Check("verify", checking, reference, candidate, force=reporting.force, baseline=baseline)
-    with Job(reporting, check) as job, running.fallback():
+    with Job(reporting, check, () if coefficients_only else LEVELS) as job, running.fallback():
         providers = ("cpu",) if coefficients_only else running.providers(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         claimed = None if against is None else claim(other, candidate, one, reference)
         how = feeding.compared(data, one, job) | {"providers": providers, "samples": feeding.samples, "bundle": bundle, "force": job.force}
         how |= {"map_inputs": o.pairs(map_input, "--map-input"), "map_outputs": o.pairs(map_output, "--map-output")}
-        report = api.verify(one, other, **how, coefficients_only=coefficients_only)
+        how |= {"coefficients_only": coefficients_only, "by_layer": job.html_path is not None}
+        report = api.verify(one, other, **how)
         report = report if claimed is None else claimed.held(report)
         worse = check.compare(report)
         if report.bundle:
@@ -236,13 +230,14 @@ def pipeline(
     loading, settings = measuring.loading, measuring.settings()
     ready_to_write({out: loading.suffixes(model)}, force=reporting.force, inputs=[model])
     check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
-    with Job(reporting, check) as job, measuring.running.fallback():
+    with Job(reporting, check, STEPS) as job, measuring.running.fallback():
         providers = measuring.running.providers(model)
         loaded = loading.load(model, job)
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
         given |= {"strict": strict, "accept_harm": measuring.accept_harm, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
-        ready, report = run(loaded, batches, labelled=labelled, providers=providers, **settings, **given)
+        given |= {"providers": providers, "by_layer": job.html_path is not None}
+        ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse
         if written and job.main:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
 from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
-from bnfold.text import listed, visible
+from bnfold.text import duration, listed, visible
 
 from .options import OUTPUT, option
 
@@ -40,7 +40,9 @@ class Reporting:
 
     as_json: bool = option("--json", "The report as JSON on standard output, and nothing else there.", OUTPUT)
     report: Path | None = option("--report", "Write the report to a file too.", OUTPUT, "FILE.json")
+    html: Path | None = option("--html", "Write the report as a page, for a browser.", OUTPUT, "FILE.html")
     force: bool = option("--force", "Overwrite files that exist.", OUTPUT)
+    verbose: bool = option("-v --verbose", "Show every layer and every figure.", OUTPUT)
     quiet: bool = option("-q --quiet", "No progress and no remarks.", OUTPUT)
     debug: bool = option("--debug", "Show the traceback of an error.", OUTPUT)
 
@@ -48,12 +50,14 @@ class Reporting:
 class Job:
     """Results go to standard output; progress, remarks and errors to standard error. check: where a verdict goes besides."""
 
-    def __init__(self, where: Reporting, check: Check | None = None) -> None:
-        self.as_json, self.force = where.as_json, where.force
+    def __init__(self, where: Reporting, check: Check | None = None, steps: Sequence[str] = ()) -> None:
+        """steps: how the names of stages begin that steps of the work begin with; any other stage belongs to the step that runs."""
+        self.as_json, self.force, self.verbose = where.as_json, where.force, where.verbose
         self.main = rank() == 0  # of several processes, one speaks and writes
-        self.report_path = where.report if self.main else None
+        self.report_path, self.html_path = (where.report, where.html) if self.main else (None, None)
         self.quiet = where.quiet or not self.main
         self._inputs: list[InputFile] = []
+        self.models: list[str] = []  # in the order in which they were opened
         self._start = time.perf_counter()
         self._err = _console(_Console, sys.stderr)
         self._bar: Progress | None = None
@@ -61,9 +65,9 @@ class Job:
         self._notes: set[str] = set()
         self._said: dict[str, float] = {}
         self._began: dict[str, tuple[int, float]] = {}
-        self._check = check
+        self._check, self._steps, self._step = check, steps, 0
         self._written: list[str] = []
-        ready_to_write({self.report_path: [".json"]}, force=where.force)
+        ready_to_write({self.report_path: [".json"], self.html_path: [".html"]}, force=where.force)
 
     def __enter__(self) -> Job:
         return self
@@ -80,7 +84,7 @@ class Job:
     @property
     def reports(self) -> bool:
         """Whether anyone wants the report itself, and so what came in."""
-        return self.as_json or self.report_path is not None
+        return self.as_json or self.report_path is not None or self.html_path is not None
 
     def came_in(self, *paths: Path) -> None:
         """Files that were read, for the report."""
@@ -107,30 +111,38 @@ class Job:
             return
         now = time.monotonic()
         first, begun = self._began.setdefault(stage, (done, now))
-        rate = f"{(done - first) / (now - begun):.3g}/s" if done > first and now > begun else ""
-        count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        found = [f"{done:,}" if total is None else f"{done:,} of {total:,}"] if done or total else []
+        if done > first and now > begun:
+            rate = (done - first) / (now - begun)
+            found += [f"{rate:.3g}/s", *([] if total is None else [f"{duration(max(total - done, 0) / rate)} left"])]
+        self._step = next((i for i, step in enumerate(self._steps) if i >= self._step and stage.startswith(step)), self._step)
+        name = f"step {self._step + 1} of {len(self._steps)}, {stage}" if self._steps else stage
         if self._err.is_terminal:
-            self._show_bar(stage, done, total, count=count, rate=rate)
+            self._show_bar(name, done, total, ", ".join(found))
         elif stage not in self._said or now - self._said[stage] >= EVERY:
-            self.remark(f"{stage}: {count}{f', {rate}' if rate else ''}" if stage in self._said else stage)
+            self.remark(f"{name}: {', '.join(found)}" if stage in self._said and found else name)
             self._said[stage] = now
 
-    def _show_bar(self, stage: str, done: int, total: int | None, **fields: Any) -> None:
+    def _show_bar(self, stage: str, done: int, total: int | None, found: str) -> None:
         """The bar of the stage, alone; the first makes the display."""
         if self._bar is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-            count, rate, left = TextColumn("{task.fields[count]}"), TextColumn("{task.fields[rate]}"), TextColumn("left")
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), count, TimeElapsedColumn(), rate, left)
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._err, transient=True)
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(12),
+                TextColumn("{task.fields[found]}"),
+                TimeElapsedColumn(),
+            )
+            self._bar = Progress(*columns, console=self._err, transient=True)
             self._bar.start()
         tasks = self._bar.tasks
         if tasks and tasks[0].description == stage:
-            self._bar.update(tasks[0].id, total=total, completed=done, **fields)
+            self._bar.update(tasks[0].id, total=total, completed=done, found=found)
             return
         for task in tasks:
             self._bar.remove_task(task.id)
-        self._bar.add_task(stage, total=total, completed=done, **fields)
+        self._bar.add_task(stage, total=total, completed=done, found=found)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -156,16 +168,25 @@ class Job:
         """Give out the report: as tables or as JSON, and to a file where one was asked for."""
         from bnfold.report.render.documents import document
         from bnfold.report.render.terminal import show
+        from bnfold.report.render.terminal import text as text_of
 
         self._stop()
         self._say_notes()
+        if self._began:
+            self.remark(f"took {duration(time.perf_counter() - self._start)}")
         if not self.main:
             return
         report = dataclasses.replace(report, seconds=time.perf_counter() - self._start, inputs=tuple(self._inputs))
         if self._check is not None:
             self._check.finished(report, self.remark)
             self.wrote(*self._check.pages)
-        if self.reports:
+        if self.html_path is not None:
+            from bnfold.report.render.html import html
+
+            command = report.schema.removeprefix("bnfold.").partition("/")[0]
+            write_text(self.html_path, html(report, command, self.models))
+            self.wrote(self.html_path)
+        if self.as_json or self.report_path is not None:
             text = json.dumps(report.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
             if self.report_path is not None:
                 write_text(self.report_path, text)
@@ -175,11 +196,9 @@ class Job:
                 return
         out = _console(_Console, sys.stdout)
         if out.is_terminal:
-            show(out, document(report))
-            return
-        page = io.StringIO()
-        show(_console(Console, page, width=UNBOUNDED), document(report))
-        _write("".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines()))
+            show(out, document(report, verbose=self.verbose))
+        else:
+            _write(text_of(report, verbose=self.verbose, width=UNBOUNDED) + "\n")
 
     def wrote(self, *paths: Path, what: str = "") -> None:
         """Files that were written, to be named at the end. what: they hold, where that isn't plain."""

@@ -32,6 +32,7 @@ def report(plan: Plan, measured: Measurement, method: Method, kept: Mapping[int,
         spilled_bytes=measured.spilled,
         notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(kept.items())), *measured.notes),
         before={layer.name: (layer.mean, layer.variance) for layer in layers},
+        after={layer.name: each for layer, each in zip(layers, statistics, strict=True)},
     )
 
 

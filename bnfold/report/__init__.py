@@ -24,7 +24,9 @@ from .verify import Coefficients as Coefficients
 from .verify import Deployment as Deployment
 from .verify import Difference as Difference
 from .verify import Function as Function
+from .verify import LayerError as LayerError
 from .verify import Levels as Levels
 from .verify import OutputError as OutputError
+from .verify import PairedOperator as PairedOperator
 from .verify import Verdict as Verdict
 from .verify import VerifyReport as VerifyReport

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .base import Report
@@ -68,7 +68,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class FuseReport(Report):
-    """bytes_added: what copies of shared weights add to the model."""
+    """bytes_added: what copies of shared weights add to the model. operators: how many compute, constants apart; bytes: of weights and
+    other constants as stored. Both are None where the model would have to be read once more to tell.
+    """
 
     schema = "bnfold.fuse/1"
     batchnorms: Counts
@@ -79,6 +81,15 @@ class FuseReport(Report):
     bytes_added: int = 0
     verify: VerifyReport | None = None  # the check before writing; None with check=False
     notes: tuple[str, ...] = ()
+    operators: Counts | None = None
+    bytes: Counts | None = None
+
+    def sized(self, before: tuple[int, int] | None, after: tuple[int, int] | None) -> FuseReport:
+        """The report with `operators` and `bytes`, where both models know how large they are."""
+        if before is None or after is None:
+            return self
+        operators, size = map(Counts, before, after)
+        return replace(self, operators=operators, bytes=size)
 
     @property
     def changes(self) -> bool:

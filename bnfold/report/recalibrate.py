@@ -77,7 +77,8 @@ class ScoredReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class RecalibrateReport(ScoredReport):
-    """method, variance: as `methods` has them; variance is "biased" or "unbiased". before: the old statistics by layer, not in `to_dict`.
+    """method, variance: as `methods` has them; variance is "biased" or "unbiased". before, after: mean and variance
+    of each channel by layer, not in `to_dict`.
 
     until: the standard error that was asked for; reached: whether these samples were enough for it.
     """
@@ -93,3 +94,4 @@ class RecalibrateReport(ScoredReport):
     spilled_bytes: int = 0  # bytes that went to disk past the memory budget
     notes: tuple[str, ...] = ()
     before: Mapping[str, Any] = field(default_factory=dict, repr=False, metadata={"hidden": True})
+    after: Mapping[str, Any] = field(default_factory=dict, repr=False, metadata={"hidden": True})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .base import Report
@@ -42,7 +42,8 @@ class Deployment:
 
     precision: "full", with float32 in full, or "as deployed", with what the provider does by itself (TF32); where there are both, the
     first decides. share: of the candidate's nodes, those that ran on the provider, `nodes` of `of`; None where nobody can say. counted:
-    by the runtime's own record ("session"), the profile of a run ("profile") or the operators that a run called ("operators").
+    by the runtime's own record ("session"), the profile of a run ("profile") or the operators that a run called ("operators"). limit: the
+    ratio up to which a candidate is right.
     """
 
     provider: str
@@ -55,6 +56,7 @@ class Deployment:
     nodes: int = 0
     of: int = 0
     counted: str = ""
+    limit: float = 2.0
 
     @property
     def name(self) -> str:
@@ -114,8 +116,46 @@ class Difference:
     batchnorm: str = ""
 
 
+@dataclass(frozen=True)
+class LayerError:
+    """How far one layer's values are off, in their stored types, those of the same layer of the reference in float64: the root mean square
+    of the error over that of the values. reference: of the reference itself, whose rounding it is; candidate: of the candidate.
+    """
+
+    name: str
+    operator: str
+    reference: float
+    candidate: float
+
+
+Mark = Literal["same", "holds", "folded", "merged", "differs", "gone", "new"]
+
+
+@dataclass(frozen=True)
+class PairedOperator:
+    """Two operators that stand at the same place of two networks; one of them is None where only the other network has it.
+
+    mark: what became of it. holds: the candidate's has taken something up; folded, merged: it is gone into another; gone, new: without a
+    counterpart. note: what it was folded or merged into, or what it holds. reads: the rows of the operators whose outputs the reference's
+    reads; candidate_reads: the candidate's likewise.
+    """
+
+    reference: str | None
+    candidate: str | None
+    operator: str
+    mark: Mark
+    note: str = ""
+    reads: tuple[int, ...] = ()
+    candidate_reads: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport(Report):
+    """samples: how many were compared, 0 where neither model was run; data: where they come from, "" where nobody said.
+
+    layers, graph: with `by_layer`; the graph, both networks operator by operator, is not in `to_dict`.
+    """
+
     schema = "bnfold.verify/1"
     verdict: Verdict
     levels: Levels
@@ -126,3 +166,7 @@ class VerifyReport(Report):
     reason: str = ""  # one sentence: why this verdict
     certificate: Certified | None = None
     notes: tuple[str, ...] = ()
+    samples: int = 0
+    data: str = ""
+    layers: tuple[LayerError, ...] = ()
+    graph: tuple[PairedOperator, ...] = field(default=(), repr=False, metadata={"hidden": True})

@@ -171,7 +171,7 @@ def _mismatch(node: Node, role: str, errors: UnitErrors, *, once: bool) -> Misma
     if most <= errors.limit and not alone:
         return None
     place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[axis]
-    text = f"the {role} of {node.label} {node.name} is off by {most:.3g} units of roundoff (channel {place})"
+    text = f"the {role} of {node.label} {node.name} is off by {most:.3g} times what rounding explains (channel {place})"
     text += "" if most > errors.limit else f", where the other channels are within {ONCE:.2g}"
     with np.errstate(all="ignore"):
         small = (np.abs(errors.have - errors.want) <= ANOTHER_FORM * np.abs(errors.want)) | (units <= ANOTHER_FORM_UNITS)

@@ -24,6 +24,7 @@ def silent(stage: str, done: int, total: int | None) -> None:
 @dataclass(frozen=True)
 class Comparison:
     """One verification. made_up: whether the data are random, so that it isn't the models' fault if they don't fit.
+    data: what they are. by_layer: whether every layer is compared, too.
 
     thorough: with several runs for the yardstick, and a look at whether the reference is a function of its inputs at all.
     """
@@ -33,6 +34,8 @@ class Comparison:
     made_up: bool
     thorough: bool = True
     providers: tuple[str, ...] = ()
+    data: str = ""
+    by_layer: bool = False
     seed: int = 0
     progress: Progress = silent
 

@@ -43,12 +43,12 @@ class Deployments:
 
     def _rows(self, provider: str, precision: str) -> list[Deployment]:
         both, truth = self.both, self.truth
-        rows = [Deployment(provider, option, 0.0, precision=precision) for option in both.candidate.optimisations]
+        rows = [Deployment(provider, option, 0.0, precision=precision, limit=self.limit) for option in both.candidate.optimisations]
         try:
             reference = both.reference.session(provider, both.reference.optimisations[0], precision=precision)
             if truth is None:
                 raise UnsupportedError(self.lacking)
-            both.progress(f"{provider}: reference", 0, None)
+            both.progress(f"as deployed, {provider}", 0, None)
             own = truth.compare(reference.run)
         except (UnsupportedError, DataError) as error:
             return [dataclasses.replace(row, verdict="skipped", reason=str(error)) for row in rows]
@@ -59,7 +59,7 @@ class Deployments:
 
     def _row(self, truth: Truth, own: Mapping[str, Errors], row: Deployment) -> Deployment:
         provider, option = row.provider, row.optimisation
-        self.both.progress(f"{provider}: candidate, optimisation {option}", 0, None)
+        self.both.progress(f"as deployed, {provider}, optimisation {option}", 0, None)
         try:
             candidate = self.both.candidate.session(provider, option, precision=row.precision)
             errors = truth.compare(candidate.run)

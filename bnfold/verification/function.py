@@ -75,7 +75,7 @@ def truth_of(both: Comparison, feeds: Iterable[Batch], others: Iterable[Batch], 
 
 
 def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], others: list[Batch], *, exact: bool, quick: bool) -> Truth:
-    both.progress("reference", 0, None)
+    both.progress("outputs, reference", 0, None)
 
     def truth(feeds: list[Batch]) -> Truth:
         found = Truth(make().run, feeds, others=others, depth=lambda: both.depth)
@@ -88,7 +88,7 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
     samples = sum(sample_count(batch) for batch in feeds)
     if both.thorough and 0 < sum(sizes) < ENOUGH and samples < ENOUGH_SAMPLES:
         found = truth([*feeds, *moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, both.seed)])
-    both.progress("yardstick", 0, None)
+    both.progress("outputs, rounded weights", 0, None)
     least = 1 if quick and sum(sizes) >= PLENTY else FEW
     found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough and least > 1)
 
@@ -105,7 +105,7 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     """The candidate against the truth, and its outputs by name. lacking: why the truth isn't in float64, "" where it is."""
     if truth is None:
         return Function("inconclusive", reason=lacking), {}
-    both.progress("candidate", 0, None)
+    both.progress("outputs, candidate", 0, None)
     candidate = both.candidate
     how = f"by the noise of the stored type, since {lacking}" if lacking else ""
     try:
@@ -138,7 +138,7 @@ def compare_elsewhere(both: Comparison) -> str:
     tried = both.reference.elsewhere(both.candidate)
     if tried is None:
         return ""
-    both.progress("other sizes", 0, None)
+    both.progress("outputs, other sizes", 0, None)
     reference, candidate, moved, calls = tried
     noisy: list[Any] = []
     for text, call in calls:

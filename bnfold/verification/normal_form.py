@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Normal:
-    """A model's normal form. stands: for a value of it, the name of the model's own value that equals it; none where a map that
-    moved has left no such value.
+    """A model's normal form. steps: its operators as they stood before. stands: for a value of it, the name of the model's own value
+    that equals it; none where a map that moved has left no such value.
     """
 
     def __init__(self, model: Model) -> None:
@@ -25,7 +25,7 @@ class Normal:
         inputs, outputs = ({own: name for name, own in names.items()} for names in (model.own_inputs, model.own_outputs))
         graph, named = model.lowered()
         self._sites = list(graph.sites)
-        steps = [_Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
+        self.steps = steps = [Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
         given = {v: v.name for step in steps for v in step.inputs if v.producer is None}
         self.inputs = [inputs.get(name, name) for name in given.values()]
         self.plan = plan = normal_form(graph, named).renamed(inputs, outputs)
@@ -50,7 +50,7 @@ class Normal:
         return self.model.stream(self.model.own(feeds), wanted, jitter=jitter, exact=exact)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """An operator as it stood before anything was planned."""
 
     node: Node
@@ -58,7 +58,7 @@ class _Step(NamedTuple):
     outputs: tuple[Value, ...]
 
 
-def _mapped(steps: list[_Step], outcomes: Iterable[Outcome]) -> set[Value]:
+def _mapped(steps: list[Step], outcomes: Iterable[Outcome]) -> set[Value]:
     """The values that planned maps change: between the operator that takes a map up and the one that it comes from, either way."""
     found: set[Value] = set()
     place = {step.node: i for i, step in enumerate(steps)}
@@ -76,7 +76,7 @@ def _mapped(steps: list[_Step], outcomes: Iterable[Outcome]) -> set[Value]:
     return found
 
 
-def _between(steps: list[_Step], place: Mapping[Node, int], first: set[Node], last: set[Node]) -> set[Value]:
+def _between(steps: list[Step], place: Mapping[Node, int], first: set[Node], last: set[Node]) -> set[Value]:
     """The values on the ways from the outputs of some operators to the inputs of others."""
     if not first or not last:
         return set()

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bnfold.report import Coefficients, Deployment, Function, Levels, OutputError, Verdict
+from bnfold.report.words import facts
 
 from .coefficients import Correspondence
 from .comparison import Comparison
 from .function import Deviation
+from .inputs import sample_count
 from .preconditions import constant, dead_layer, unreached, unsteady_oracle
 from .yardstick import Truth
-
-FEW_NAMES = 3  # of BatchNorms, in a sentence
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Findings:
     @property
     def levels(self) -> Levels:
         return Levels(self.coefficients, self.function, self.rows)
+
+    @property
+    def samples(self) -> int:
+        """How many were compared."""
+        return sum(sample_count(batch) for batch in self.truth.feeds) if self.truth is not None else 0
 
     @property
     def outputs(self) -> tuple[OutputError, ...]:
@@ -123,30 +128,13 @@ def _unreached(both: Comparison, found: Findings, truth: Truth) -> str:
 
 def summary(found: Findings) -> str:
     """What was found where nothing is wrong."""
-    coefficients, parts = found.coefficients, []
-    if found.correspondence is not None and found.correspondence.unfolded:
-        counted = f"the candidate has as many BatchNorms as the reference, {coefficients.batchnorms}"
-        same = ", and is the same model: there is no fold to judge" if found.same else ""
-        parts.append(f"nothing is folded: {counted}{same}")
-    if coefficients.verdict == "equivalent" and not coefficients.checked:
-        parts.append("no operator holds coefficients")
-    elif coefficients.verdict == "equivalent":
-        parts.append(f"{coefficients.checked} arrays are within {coefficients.worst:.2g} units of roundoff")
-    elif coefficients.batchnorms:
-        left = coefficients.uncertified
-        names = f", not {', '.join(left[:FEW_NAMES])}{' ...' * (len(left) > FEW_NAMES)}" if left else ""
-        counted = f"{coefficients.certified} of {coefficients.batchnorms} BatchNorms"
-        parts.append(f"{counted} could be certified by their coefficients{names}")
-    if found.ran and found.truth is None:
-        parts.append(f"no outputs were compared: {found.function.reason}")
-    if found.deviations:
-        worst = max(found.deviations.values(), key=lambda each: each.ratio)
-        share = f" ({worst.yardstick:.0e} of the largest number)"
-        parts.append(f"outputs differ by {worst.ratio:.2g} times what rounded weights explain{share}")
-    if ratios := [row.ratio for row in found.rows if row.verdict == "equivalent"]:
-        parts.append(f"deployed, the candidate errs at most {max(ratios):.2g} times as much as the reference")
-    parts += dict.fromkeys(row.reason for row in found.rows if row.verdict == "skipped" and row.ratio)
-    if not found.ran:
-        alike = [] if found.correspondence is None else [f"all {found.correspondence.paired} operators are set alike"]
-        parts += [*alike, "neither model was run"]
+    parts, level = [], found.correspondence
+    if level is not None and level.unfolded:
+        counted = f"the candidate has as many BatchNorms as the reference, {found.coefficients.batchnorms}"
+        parts.append(f"nothing is folded: {counted}{', and is the same model: there is no fold to judge' if found.same else ''}")
+        if found.same:
+            return parts[0]
+    parts += [f"{what}: {text}" for what, text in facts(found.levels, found.outputs, found.samples, "")]
+    if not found.ran and level is not None:
+        parts.insert(-1, f"all {level.paired} operators are set alike")
     return "; ".join(parts)

@@ -26,14 +26,18 @@ from .comparison import Comparison, Names, alike, interface_difference, interfac
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
 from .diagnosis.localise import first_difference
-from .diagnosis.sides import Located
+from .diagnosis.profile import layer_errors, paired_operators
+from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, truth_of
 from .inputs import given, is_several, random, resized, shortened
 from .verdict import Findings, verdict
+from .yardstick import FUNCTION_LIMIT
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
     from bnfold.recalibration.protocol import Progress
+
+RANDOM = "random data"
 
 
 def verify(
@@ -53,6 +57,7 @@ def verify(
     coefficients_only: bool = False,
     map_inputs: Names | None = None,
     map_outputs: Names | None = None,
+    by_layer: bool = False,
 ) -> VerifyReport:
     """Compare a candidate with its reference.
 
@@ -60,6 +65,7 @@ def verify(
     of them: this is about rounding, of which each sample shows as much as the next.
     oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
     the first difference by itself (see `bundle`); force: also where it exists and isn't empty. map_inputs, map_outputs: see `alike`.
+    by_layer: compare every layer, too.
     Raises DeviceError where a provider isn't there, DataError where the data don't fit.
     """
     start = time.perf_counter()
@@ -67,7 +73,10 @@ def verify(
         ready(bundle, force=force)
     first, second = alike(reference, candidate, map_inputs, map_outputs)
     wanted = () if oracle_only or coefficients_only else tuple(dict.fromkeys(providers))
-    both = Comparison(first, second, batches is None, providers=wanted, seed=seed, progress=progress or silent)
+    data = RANDOM if batches is None else str(getattr(batches, "description", "")).partition(": ")[0]
+    both = Comparison(
+        first, second, batches is None, providers=wanted, data=data, by_layer=by_layer, seed=seed, progress=progress or silent
+    )
     feeds: Iterable[Batch] | None = None
     others: list[Batch] = []
     if coefficients_only:
@@ -94,9 +103,11 @@ def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyRep
 
 def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
     first, second = alike(reference, fused)
-    both = Comparison(first, second, example is None, thorough=False)
+    known = first.example()
+    data = RANDOM if known is None and example is None else "the example"
+    both = Comparison(first, second, example is None, thorough=False, data=data)
     feeds: Iterable[Batch]
-    if (known := first.example()) is not None:
+    if known is not None:
         feeds = [shortened(first, known)]
     elif example is not None:
         calls = example if is_several(example) else [example]
@@ -130,8 +141,25 @@ def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[
         first_difference=layer,
         reason=reason,
         difference=None if located is None else located.difference,
+        samples=findings.samples,
+        data=both.data if findings.samples else "",
     )
+    if both.by_layer and findings.truth is not None and findings.truth.feeds:
+        report = _by_layer(both, report, findings, located)
     return report, located
+
+
+def _by_layer(both: Comparison, report: VerifyReport, findings: Findings, located: Located | None) -> VerifyReport:
+    """The report with every layer's errors and both networks side by side; as it is where one of them can't be seen into."""
+    both.progress("layers", 0, None)
+    sides = sides_of(both.reference, both.candidate) if located is None else located.sides
+    if sides is None or findings.truth is None:
+        return report
+    errors = layer_errors(sides, findings.truth.feeds[0])
+    level = findings.correspondence
+    off = {mismatch.node.name for mismatch in level.mismatches} if level is not None and report.verdict == "different" else set()
+    off |= {each.name for each in errors if not each.candidate <= FUNCTION_LIMIT * max(each.reference, both.unit)}
+    return dataclasses.replace(report, layers=errors, graph=paired_operators(sides, off))
 
 
 def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch]) -> Findings:
@@ -164,7 +192,7 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
 
 def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None]:
     """Level 1: also with operators doubled for a BatchNorm's sake, where without something has no counterpart."""
-    both.progress("coefficients", 0, 1)
+    both.progress("weights", 0, 1)
     try:
         found = correspond(both.reference.plan(), both.candidate.plan())
         if found.unpaired:

@@ -51,10 +51,10 @@ def test_a_checkpoint_becomes_each_of_its_forms(here: Path, capsys: pytest.Captu
     for out in ("f.safetensors", "f.pth", "f.pt2", "f.onnx"):
         assert run(["fuse", "c.pth", *ARCH, *SHAPE, "-o", out]) == 0
         printed = capsys.readouterr()
-        assert "1 BatchNorm, of which 0 stay" in printed.out
+        assert printed.out.startswith("1 of 1 folded, ")
         assert "names of the weights begin with 'module.'" in printed.err
         assert run(["verify", "c.pth", out, *ARCH, "--data", "x.npy"]) == 0
-        assert "verdict: equivalent" in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith("equivalent, ")
     onnx.checker.check_model(onnx.load("f.onnx"))
 
 
@@ -189,7 +189,7 @@ def test_inputs_that_are_integers(here: Path, capsys: pytest.CaptureFixture[str]
     for name in ("ids=1,4:int64", "mask=1,4:bool", "x=1,5"):
         known += ["--input-shape", name]
     assert run(["fuse", "t.pth", *known, "-o", "f.pth"]) == 0
-    assert "1 BatchNorm, of which 0 stay" in capsys.readouterr().out
+    assert "1 of 1 folded, " in capsys.readouterr().out
     assert run(["verify", "t.pth", "f.pth", *known]) == 0
     assert run(["fuse", "t.pth", *known, "-o", "f.pt2"]) == 0
     assert run(["verify", "t.pth", "f.pt2", *known]) == 0

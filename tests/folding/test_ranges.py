@@ -125,6 +125,6 @@ def test_the_command_shows_ranges_and_warns(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out.splitlines()
     (found,) = json.loads((tmp_path / "report.json").read_text())["ranges"]
     assert found.keys() == {"name", "before", "after", "error_before", "error", "warning"}
-    assert "weight range" in shown[0]
-    assert f"{found['before']:.3g} to {found['after']:.3g}" in shown[1]
-    assert f"{found['name']}: {found['warning']}" in shown
+    assert "weight range" in shown[1]
+    assert f"{found['before']:.3g} to {found['after']:.3g}" in shown[2]
+    assert f"{found['warning']} ({found['name']})" in shown

@@ -204,7 +204,7 @@ def test_a_graph_in_a_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "counts as one sample" in done.stdout
-    assert "verdict: equivalent" in done.stdout or '"verdict": "equivalent"' in done.stdout
+    assert "equivalent, compared on" in done.stdout or '"verdict": "equivalent"' in done.stdout
 
 
 # --- what holds no samples beside what does -------------------------------------------------------------------------------------

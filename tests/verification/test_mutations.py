@@ -44,7 +44,7 @@ def test_weight_of_one_channel_off_by_a_thousandth(network, layer):
     assert report.verdict == "different"
     assert report.first_difference == f"node_{layer}"
     assert report.levels.coefficients.verdict == report.levels.function.verdict == "different"
-    assert "units of roundoff (channel 2)" in report.reason
+    assert "times what rounding explains (channel 2)" in report.reason
 
 
 @pytest.mark.parametrize(("network", "layer"), PLACES)

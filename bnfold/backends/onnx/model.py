@@ -76,6 +76,10 @@ class OnnxModel(Model):
     def holds_batchnorm(self) -> bool:
         return any(True for _ in batchnorms(self.model))
 
+    def size(self) -> tuple[int, int]:
+        operators = sum(node.op_type != "Constant" for node in all_nodes(self._inlined.graph))
+        return operators, sum(tensor.nbytes for tensor in self._weights().values())
+
     def identity(self) -> str:
         """The same for two models of the same operators, with the same attributes, and the same numbers, whatever their names."""
         digest = hashlib.sha256()

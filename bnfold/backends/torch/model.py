@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -129,6 +130,14 @@ class TorchModel(Model):
     @property
     def holds_batchnorm(self) -> bool:
         return any(map(is_batchnorm, self.traced.program.graph.nodes))
+
+    def size(self) -> tuple[int, int] | None:
+        if "traced" not in vars(self):
+            return None
+        program = self.traced.program
+        operators = sum(op.op == "call_function" and op.target is not operator.getitem for op in program.graph.nodes)
+        held = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
+        return operators, sum(t.nbytes for t in held.values())
 
     def identity(self) -> str:
         """The same for two models of the same operators, with the same arguments, and the same numbers, whatever their names."""

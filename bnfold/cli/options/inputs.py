@@ -40,6 +40,7 @@ class Loading:
         )
         if job.reports:
             job.came_in(*files_of(model, path))
+        job.models.append(str(path))
         return model
 
     def suffixes(self, path: Path) -> tuple[str, ...]:

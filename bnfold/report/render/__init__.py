@@ -1,7 +1,7 @@
 """Reports for readers, and for other programs: what a report comes to, once for every rendering.
 
-A rendering (`terminal`, `pages`, `ci`) knows nothing of reports: it shows rows (one finding each), or lines and tables (`documents`), and
-escapes what stands in them.
+A rendering (`terminal`, `markdown`, `html`, `ci`) knows nothing of reports: it shows rows (one finding each), or lines, tables and
+drawings (`documents`), and escapes what stands in them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport
 from bnfold.report.others import PipelineReport
 from bnfold.report.verify import VerifyReport
+from bnfold.report.words import compared
+
+VERDICTS = ("equivalent", "different", "inconclusive", "improved", "harmed", "no effect")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,13 @@ class Row:
     verdict: str  # a level's or a BatchNorm's; or "worse", "failed" or "broken"
     found: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """All that a report comes to, in a few words each, of which a verdict may be one."""
+
+    parts: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,40 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """In a cell, or over a column, of a page alone: SVG in which everything is escaped."""
+
+    svg: str
+
+
+Cell = str | Bar | Picture
+
+
+@dataclass(frozen=True)
 class Table:
-    """Plain text in cells. prose: whether the last column holds sentences. Without rows there is no table."""
+    """Plain text in cells. prose: whether the last column holds sentences. Without rows there is no table.
+
+    names: the columns of names, whose common beginning and end may be left out; spare: the columns that may be, the first one first.
+    """
 
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str | Bar]]
+    columns: Sequence[str | Picture]
+    rows: Sequence[Sequence[Cell]]
     prose: bool = True
+    names: Sequence[int] = (0,)
+    spare: Sequence[int] = ()
 
 
-Part = Line | Table
+@dataclass(frozen=True)
+class Drawing:
+    """A picture for a page alone, in HTML in which everything is escaped."""
+
+    title: str
+    markup: str
+    caption: str
+
+
+Part = Headline | Line | Table | Drawing
 
 
 def verified(report: Report) -> VerifyReport | None:
@@ -69,7 +103,8 @@ def folded(report: Report) -> FuseReport | None:
 def rows(report: Report) -> Iterator[Row]:
     """The verdict, the levels that it comes from, and the BatchNorms."""
     if (verdict := verified(report)) is not None:
-        yield Row("verdict", "verdict", verdict.verdict, reason=verdict.reason)
+        on = compared(verdict.samples, verdict.data) if verdict.samples else ""
+        yield Row("verdict", "verdict", verdict.verdict, on, verdict.reason)
         yield from levels(verdict)
     if (fused := folded(report)) is not None:
         for layer in fused.layers:
@@ -84,7 +119,7 @@ def levels(report: VerifyReport) -> Iterator[Row]:
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     yield Row("function", "function, in float64", f.verdict, found, f.reason)
     for row in report.levels.deployment:
-        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference"
+        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference (at most {row.limit:g})"
         yield Row("deployment", row.name, row.verdict, joined(erred, row.placed), row.reason)
 
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import re
+import shutil
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from bnfold.report.base import Report
 from bnfold.text import visible
 
-from . import Bar, Part, Table
+from . import Bar, Cell, Drawing, Headline, Part, Table
 
 COLOURS = {
     "improved": "bold green",
     "harmed": "bold red",
     "no effect": "bold",
     "folded": "green",
+    "folds": "green",
     "kept": "yellow",
+    "stays": "yellow",
     "equivalent": "bold green",
     "different": "bold red",
     "inconclusive": "bold yellow",
@@ -25,15 +33,32 @@ COLOURS = {
 BAR = 12  # characters of the longest bar
 GAP = 2  # columns between two cells
 PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph
+LEFT_OUT = "*"  # what is shown of a name, in what is said of the rest
+
+Cells = list[list[str]]
+
+
+def text(report: Report, *, verbose: bool = False, width: int | None = None) -> str:
+    """A report as plain text. width: columns, those of the terminal where it is None."""
+    from .documents import document
+
+    page = io.StringIO()
+    width = shutil.get_terminal_size((100, 24)).columns if width is None else width
+    show(Console(file=page, width=width, color_system=None, markup=False, highlight=False, emoji=False), document(report, verbose=verbose))
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
 def show(console: Console, parts: Iterable[Part]) -> None:
     """Print what `document` gives."""
     for part in parts:
+        if isinstance(part, Drawing):
+            continue
         if isinstance(part, Table):
             _table(console, part)
+        elif isinstance(part, Headline):
+            console.print(Text(", ", style="bold").join(Text(visible(each), style=COLOURS.get(each, "bold")) for each in part.parts))
         elif part.verdict:
-            text = Text(f"{part.about}: ").append(_coloured(part.verdict))
+            text = Text(f"{part.about}: " if part.about else "").append(_coloured(part.verdict))
             console.print(text.append(f" - {visible(part.text)}") if part.text else text)
         else:
             console.print(Text(visible(part.text), style="bold" if part.title else ""))
@@ -43,38 +68,75 @@ def _coloured(text: str) -> Text:
     return Text(text, style=COLOURS.get(text, ""))
 
 
-def _shown(cell: str | Bar) -> str:
+def _shown(cell: Cell) -> str:
     """A cell's text; a bar in eighths of a character."""
-    if isinstance(cell, str):
-        return visible(cell)
+    if not isinstance(cell, Bar):
+        return visible(cell) if isinstance(cell, str) else ""
     eighths = round(BAR * 8 * min(cell.share, 1.0))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _table(console: Console, table: Table) -> None:
-    """A table without its empty columns, or, where it is too wide for the console, a paragraph for each row. Names are never cut."""
+    """A table without its empty columns. Where it is too wide for the console, what all names of a column begin and end with is left out
+    and told once, then spare columns are; if that doesn't do, a row is a paragraph. No name is cut."""
     rows = [[_shown(cell) for cell in row] for row in table.rows]
-    titles = [*map(visible, table.columns)]
+    titles = [*map(_shown, table.columns)]
     used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     if not used:
         return
-    widths = [max(len(titles[i]), *(len(row[i]) for row in rows)) for i in used]
-    if table.prose and used[-1] == len(titles) - 1:
-        widths[-1] = min(widths[-1], PROSE)
-    if sum(widths) + GAP * (len(used) - 1) <= console.width:
-        grid = Grid(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
-        for i in used:
-            grid.add_column(titles[i], overflow="fold", no_wrap=i != used[-1], justify="right" if _numbers(rows, i) else "left")
-        for row in rows:
-            grid.add_row(*(_coloured(row[i]) for i in used))
-        console.print(grid)
-        return
-    for row in rows:
+    ends: dict[int, tuple[str, str]] = {}
+    for i in (None, *table.spare, None):
+        if _fits(console, table, titles, rows, used):
+            _grid(console, titles, rows, used)
+            left = [f"{titles[k]}: {before}{LEFT_OUT}{behind}" for k, (before, behind) in ends.items() if before or behind]
+            if left:
+                console.print(Text(f"names in full: {'; '.join(left)}", style="dim"))
+            return
+        if i is not None and i in used:
+            used.remove(i)
+        elif not ends:
+            whole, (rows, ends) = rows, _shortened(rows, [k for k in table.names if k in used])
+    for row in whole:
         console.print(Text(row[0], style="bold"), overflow="fold")
         for i in used[1:]:
             if row[i]:
-                console.print(Text(f"  {titles[i]}: ").append(_coloured(row[i])), overflow="fold")
+                console.print(Text(f"  {titles[i]}: " if titles[i] else "  ").append(_coloured(row[i])), overflow="fold")
 
 
-def _numbers(rows: Sequence[Sequence[str]], column: int) -> bool:
+def _fits(console: Console, table: Table, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> bool:
+    widths = [max(cell_len(titles[i]), *(cell_len(row[i]) for row in rows)) for i in used]
+    if table.prose and used[-1] == len(titles) - 1:
+        widths[-1] = min(widths[-1], PROSE)
+    return sum(widths) + GAP * (len(used) - 1) <= console.width
+
+
+def _grid(console: Console, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> None:
+    grid = Grid(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", show_header=any(titles))
+    for i in used:
+        grid.add_column(titles[i], overflow="fold", no_wrap=i != used[-1], justify="right" if _numbers(rows, i) else "left")
+    for row in rows:
+        grid.add_row(*(_coloured(row[i]) for i in used))
+    console.print(grid)
+
+
+def _shortened(rows: Cells, names: Sequence[int]) -> tuple[Cells, dict[int, tuple[str, str]]]:
+    """The rows without what all names of a column begin and end with, by whole parts of a name; and that, by column."""
+    found: dict[int, tuple[str, str]] = {}
+    for i in names:
+        given = [row[i] for row in rows if row[i]]
+        before = "".join(_shared([re.split(r"(?<=[/.])", name) for name in given]))
+        rest = [re.split(r"(?=[/.])", name.removeprefix(before)) for name in given]
+        behind = "".join(reversed(_shared([parts[::-1] for parts in rest])))
+        found[i] = before, behind
+        rows = [[*row[:i], row[i].removeprefix(before).removesuffix(behind), *row[i + 1 :]] for row in rows]
+    return rows, found
+
+
+def _shared(names: Sequence[Sequence[str]]) -> list[str]:
+    """The parts with which all of several names begin, but for the last part of each."""
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name[:-1] for name in names), strict=False))
+    return [parts[0] for parts in same] if len(names) > 1 else []
+
+
+def _numbers(rows: Cells, column: int) -> bool:
     return all(row[column][:1].isdigit() or row[column] in ("", "kept", "inf", "nan") for row in rows) and column > 0

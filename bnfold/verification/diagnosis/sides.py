@@ -6,7 +6,7 @@ along with them (see `yardstick`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,20 +102,22 @@ def compare_values(sides: Sides, feeds: Batch) -> list[Compared]:
 
 
 def _compared(sides: Sides, feeds: Batch) -> Iterator[Compared]:
-    wanted = sides.comparable()
-    mine: dict[str, list[Pair]] = {}
-    theirs: dict[str, list[Pair]] = {}
-    for pair in wanted:
-        mine.setdefault(sides.reference.stands[pair.reference], []).append(pair)
-        theirs.setdefault(sides.candidate.stands[pair.candidate], []).append(pair)
-    streams = [
-        _by_pair(sides.reference.stream(feeds, mine, exact=sides.exact), mine),
-        _by_pair(sides.candidate.stream(feeds, theirs, exact=sides.exact), theirs),
-        _by_pair(sides.reference.stream(feeds, mine, jitter=1, exact=sides.exact), mine),
-    ]
+    runs = [(sides.reference, None, sides.exact), (sides.candidate, None, sides.exact), (sides.reference, 1, sides.exact)]
     with np.errstate(all="ignore"):
-        for pair, (want, got, moved) in _in_step(streams, wanted):
+        for pair, (want, got, moved) in together(sides, feeds, runs):
             yield _compare(pair, want, got, moved, sides)
+
+
+def together(sides: Sides, feeds: Batch, runs: Iterable[tuple[Normal, int | None, bool]]) -> Iterator[tuple[Pair, tuple[Values, ...]]]:
+    """Every comparable pair with its value from several runs: of one of the sides, with moved weights (a seed) or without, in float64 or in
+    the stored types."""
+    wanted = sides.comparable()
+    names: dict[Normal, dict[str, list[Pair]]] = {sides.reference: {}, sides.candidate: {}}
+    for pair in wanted:
+        names[sides.reference].setdefault(sides.reference.stands[pair.reference], []).append(pair)
+        names[sides.candidate].setdefault(sides.candidate.stands[pair.candidate], []).append(pair)
+    streams = [_by_pair(side.stream(feeds, names[side], jitter=jitter, exact=exact), names[side]) for side, jitter, exact in runs]
+    yield from _in_step(streams, wanted)
 
 
 def _by_pair(stream: Stream, names: Mapping[str, Sequence[Pair]]) -> Iterator[tuple[Pair, Values]]:

@@ -528,7 +528,7 @@ def test_openvino_by_the_command_of_the_readme(tmp_path: Path, digits: Path, res
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run(["bash", "-euc", named("openvino")], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert "verdict: equivalent" in done.stdout
+    assert done.stdout.startswith("equivalent, ")
 
     def openvino(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
