@@ -123,3 +123,36 @@ def test_the_shift_sample_shows_what_recalibration_brings_back(tmp_path: Path, m
     pytest.importorskip("matplotlib")
     script.draw(found, tmp_path / "shift.svg")
     assert "<svg" in (tmp_path / "shift.svg").read_text(encoding="utf-8")
+
+
+def test_the_quantised_sample_shows_what_integers_cost_and_what_brings_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In short: one network, three bits, one seed, two spreads; the tables are those of its page."""
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    path = Path(__file__).resolve().parent.parent / "samples" / "quantised" / "quantised.py"
+    spec = importlib.util.spec_from_file_location("quantised", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    name = "ReLU, depthwise"
+    for attribute, value in {"BITS": (3,), "NETWORKS": {name: script.NETWORKS[name]}, "SPREADS": (0, 2)}.items():
+        monkeypatch.setattr(script, attribute, value)
+    found = script.experiment(1)
+    real, _, folded, equalised, recalibrated = found[name, 3, False][0]
+    assert min(equalised, recalibrated) > folded + 0.05
+    assert real > 0.9
+    spread = script.spreads(1)
+    assert [warned > 0 for _, _, warned, _ in (spread[0][0], spread[2][0])] == [False, True]
+    assert spread[0][0][3] > spread[2][0][3] + 0.3
+    prepared = script.recipe(1)
+    before, after = (prepared[way, False][0] for way in ("as it is", "bnfold fuse --equalise"))
+    assert before[2]["BatchNormalization"] == 3
+    assert after[2] == {}
+    assert after[1] > before[1] - 0.02
+    page = path.with_name("README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(script, "experiment", lambda seeds: found)
+    monkeypatch.setattr(script, "spreads", lambda seeds: spread)
+    monkeypatch.setattr(script, "recipe", lambda seeds: prepared)
+    for table in script.tables(1):
+        assert table.splitlines()[0] in page

@@ -17,7 +17,7 @@ from bnfold.report import WeightRange
 LEVELS = 127  # of 8 bits on either side of zero
 MOST = 128  # weights of a channel that are looked at
 # Where the weights of the median channel are off by more than this much of themselves: about what 4 bits with a scale for each channel do
-# to weights, and where networks begin to lose accuracy.
+# to weights, and where networks begin to lose accuracy: see the figures of samples/quantised.
 HARMFUL = 0.1
 
 
@@ -36,8 +36,9 @@ def weight_ranges(nodes: Iterable[Node], merged: Container[Node]) -> tuple[Weigh
         warning = ""
         if error > HARMFUL:
             cause = "" if error_before > HARMFUL else ", from merging branches" if node in merged else ", from the fold"
-            advice = "" if _error(rows, per_channel=True) > HARMFUL else ": it needs a scale for each channel, or equalised ranges"
-            warning = f"int8 with one scale puts the weights of its median channel off by {error:.0%}{cause}{advice}"
+            helped = _error(rows, per_channel=True) <= HARMFUL
+            advice = "use a scale for each channel, or --equalise" if helped else "a scale for each channel is no help, --equalise may be"
+            warning = f"int8 with one scale puts the weights of its median channel off by {error:.0%}{cause}: {advice}"
         found.append(WeightRange(node.name, before, after, error_before, error, warning))
     return tuple(found)
 

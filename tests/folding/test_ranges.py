@@ -67,7 +67,7 @@ def test_the_range_before_and_after_and_the_error_of_int8(largest: float) -> Non
         assert error == pytest.approx(median_error(weight), rel=1e-3)
     assert bool(found.warning) == (largest > 2)
     if largest > 2:
-        assert found.warning.endswith(", from the fold: it needs a scale for each channel, or equalised ranges")
+        assert found.warning.endswith(", from the fold: use a scale for each channel, or --equalise")
 
 
 def test_merged_branches_with_outliers_in_each_channel_are_told_apart() -> None:
@@ -87,7 +87,7 @@ def test_merged_branches_with_outliers_in_each_channel_are_told_apart() -> None:
     (found,) = ranges(wild)[1]
     assert found.after < 1.1
     assert found.warning.startswith("int8 with one scale puts the weights of its median channel off by ")
-    assert found.warning.endswith("%, from merging branches")
+    assert found.warning.endswith("%, from merging branches: a scale for each channel is no help, --equalise may be")
 
 
 def test_channels_of_zeros_and_weights_that_stay_count_for_nothing() -> None:
