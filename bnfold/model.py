@@ -174,6 +174,10 @@ class Model(ABC):
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
         """The model in its stored types on a provider or device; jitter as above. UnsupportedError, DeviceError."""
 
+    def unrounded(self) -> Model | None:
+        """The model without the rounding of activations to integers, which makes it a continuous function; None where it rounds none."""
+        return None
+
     def place(self, provider: str, device: str | None) -> str:
         """Which of a provider of ONNX Runtime and a device of PyTorch it runs on."""
         return provider

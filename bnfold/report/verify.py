@@ -28,12 +28,14 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Function:
-    """Level 2. error: largest relative difference of the two in float64; yardstick: what rounded weights explain."""
+    """Level 2. error: largest relative difference of the two in float64; yardstick: what rounded weights explain. before_rounding: of both
+    without the rounding of activations to integers, across whose steps a right fold may move some."""
 
     verdict: Literal["equivalent", "different", "inconclusive", "skipped"]
     error: float = 0.0
     yardstick: float = 0.0
     reason: str = ""
+    before_rounding: bool = False
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def facts(levels: Levels, outputs: Sequence[object], samples: int, data: str) ->
         found.append(("weights", text + (f", not {names}" if names else "")))
     if f.verdict == "equivalent" and outputs:
         off = "don't differ" if not f.error else f"differ by {f.error:.1e} of the largest"
-        found.append(("outputs", f"{off}; rounding alone explains {f.yardstick:.1e}"))
+        where = "before activations are rounded to integers, " if f.before_rounding else ""
+        found.append(("outputs", f"{where}{off}; rounding alone explains {f.yardstick:.1e}"))
     if rows := [row for row in levels.deployment if row.verdict == "equivalent"]:
         worst = max(rows, key=lambda row: row.ratio)
         where = ", ".join(dict.fromkeys(row.provider for row in rows))

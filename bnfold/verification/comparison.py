@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,11 @@ class Comparison:
     def unit(self) -> float:
         """Unit roundoff of the coarser of their types."""
         return max(self.reference.roundoff, self.candidate.roundoff)
+
+    def unrounded(self) -> Comparison | None:
+        """The same of both models without the rounding of activations; None unless both round some."""
+        reference, candidate = self.reference.unrounded(), self.candidate.unrounded()
+        return None if reference is None or candidate is None else replace(self, reference=reference, candidate=candidate)
 
     @cached_property
     def depth(self) -> int:

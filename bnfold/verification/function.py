@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +124,20 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     except DataError as error:
         return Function("different", np.inf, reason=f"the candidate doesn't run on what the reference takes: {error}"), {}
     return found, deviations
+
+
+def compare_unrounded(both: Comparison, feeds: Iterable[Batch], found: Function) -> Function:
+    """Both models without the rounding of activations to integers. found: what came of them with it, which stands where nothing does.
+
+    With it, an activation that lies on a step falls on either side, in a right fold too, and steps are large. Without, a right fold moves
+    outputs by no more than the rounding of its weights.
+    """
+    truth, lacking = truth_of(both, feeds, [], quick=True)
+    function, _ = compare_functions(both, truth, lacking)
+    if function.verdict not in ("equivalent", "different"):
+        return found
+    reason = f"before activations are rounded to integers, {function.reason}" if function.verdict == "different" else ""
+    return dataclasses.replace(function, reason=reason, before_rounding=True)
 
 
 def _deviations(both: Comparison, truth: Truth, run: Run) -> Deviations:

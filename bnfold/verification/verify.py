@@ -28,7 +28,7 @@ from .diagnosis.bundle import ready, with_bundle
 from .diagnosis.localise import first_difference
 from .diagnosis.profile import layer_errors, paired_operators
 from .diagnosis.sides import Located, sides_of
-from .function import compare_elsewhere, compare_functions, truth_of
+from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
 from .inputs import given, is_several, random, resized, shortened
 from .verdict import Findings, verdict
 from .yardstick import FUNCTION_LIMIT
@@ -167,6 +167,9 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
     certified = found.correspondence is not None and not found.correspondence.unpaired and found.coefficients.verdict == "equivalent"
     truth, lacking = truth_of(both, feeds, others, quick=certified or not both.thorough)
     function, deviations = compare_functions(both, truth, lacking)
+    unrounded = both.unrounded() if function.verdict == "equivalent" and not lacking else None
+    if unrounded is not None and truth is not None:
+        function = compare_unrounded(unrounded, truth.feeds, function)
     elsewhere = compare_elsewhere(both) if both.thorough and function.verdict != "different" else ""
     if elsewhere:
         function = dataclasses.replace(function, verdict="different", error=math.inf, reason=elsewhere)

@@ -26,10 +26,11 @@ from .graph.extract import extract, reads
 from .graph.inline import inlined
 from .graph.inputs import inputs
 from .graph.proto import self_contained
-from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
+from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, is_standard, name_of
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
+from .oracle.quantised import ROUNDING
 from .runtime.providers import precisions, resolve
 from .runtime.session import Session
 
@@ -53,6 +54,7 @@ class OnnxModel(Model):
     kind = "onnx"
     optimisations = ("off", "on")
     nothing_to_fold = ALREADY_FOLDED  # where it was exported, say
+    _rounds = True
 
     def __init__(self, model: ir.Model | onnx.ModelProto) -> None:
         self.source = model
@@ -115,7 +117,14 @@ class OnnxModel(Model):
         return normal_form(graph, outputs, clone=clone, inputs=inputs, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
-        return Oracle(self.model, jitter=jitter, outputs=outputs)
+        return Oracle(self.model, jitter=jitter, outputs=outputs, rounds=self._rounds)
+
+    def unrounded(self) -> OnnxModel | None:
+        if not any(node.op_type in ROUNDING and is_standard(node) for node in all_nodes(self._inlined.graph)):
+            return None
+        made = copy.copy(self)
+        made._rounds = False
+        return made
 
     def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Session:
         model = self.model if jitter is None else self._moved(jitter)
@@ -163,7 +172,7 @@ class OnnxModel(Model):
         known = {v.name for node in self._inlined.graph for v in node.outputs}
         names = [name for name in wanted if name in known]
         if exact:
-            yield from Oracle(self._inlined, jitter=jitter).stream(feeds, names)
+            yield from Oracle(self._inlined, jitter=jitter, rounds=self._rounds).stream(feeds, names)
             return
         order = [v.name for node in self._inlined.graph for v in node.outputs if v.name in set(names)]
         model = self._inlined if jitter is None else OnnxModel(self._inlined)._moved(jitter)

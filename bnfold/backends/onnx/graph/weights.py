@@ -52,7 +52,7 @@ def weights(graph: onnx.GraphProto, held: Mapping[str, Shape]) -> frozenset[str]
     """The names of the stored arrays that are weights, in subgraphs too. held: the shapes of those that aren't in the graph itself."""
     shapes = {**held, **dict(_stored(graph))}
     producer = {name: node for node in all_nodes(graph) for name in node.output if name}
-    constant = _constants(graph, shapes)
+    constant = constants(graph, shapes)
     steering = _steering(graph, producer)
     found: set[str] = set()
     queue = [(name, least, rank) for node in all_nodes(graph) for name, least, rank in _read(node) if name in constant]
@@ -109,7 +109,7 @@ def _stored(graph: onnx.GraphProto) -> Iterator[tuple[str, Shape]]:
                     yield node.output[0], ()
 
 
-def _constants(graph: onnx.GraphProto, stored: Iterable[str]) -> set[str]:
+def constants(graph: onnx.GraphProto, stored: Iterable[str]) -> set[str]:
     """The values that are stored, or computed from such alone."""
     found = set(stored)
     for node in all_nodes(graph):  # in topological order

@@ -1,4 +1,4 @@
-"""Arithmetic of the float64 oracle: the broadcasting of opset 6, Gemm, Mean and DequantizeLinear."""
+"""Arithmetic of the float64 oracle: the broadcasting of opset 6, Gemm and Mean."""
 
 from __future__ import annotations
 
@@ -70,20 +70,3 @@ def mean(*inputs: Array) -> tuple[Array, ...]:
     for x in inputs[1:]:
         total = total + x
     return (np.asarray(total / len(inputs)),)
-
-
-@operator("DequantizeLinear", since=10)
-def dequantize_linear(
-    x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1, block_size: int = 0, output_dtype: int = 0
-) -> tuple[Array, ...]:
-    """Per tensor, per axis, or in blocks along the axis; (x - zero) * scale in float64, where float32 would round an int32 bias."""
-
-    def spread(p: Array) -> Array:
-        if p.size == 1 and p.ndim <= 1:
-            return p.reshape(())
-        if p.ndim == 1 and not block_size:
-            return p.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
-        return np.repeat(p, block_size, axis).take(range(x.shape[axis]), axis) if block_size else p
-
-    offset = 0.0 if zero is None else spread(zero).astype(np.float64)
-    return ((x.astype(np.float64) - offset) * spread(scale),)

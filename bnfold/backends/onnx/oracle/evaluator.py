@@ -25,10 +25,11 @@ from ..files.schemas import forget_unknown
 from ..graph.codes import stored_codes
 from ..graph.inputs import inputs
 from ..graph.proto import self_contained
-from ..graph.weights import weights
-from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, recurrent, resize  # noqa: F401 - they enter their operators into the table
+from ..graph.weights import constants, weights
+from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
-from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
+from .quantised import state_steps
+from .widen import all_nodes, bodies, maybe_jittered, state_bits, to_float64, widen
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -39,10 +40,11 @@ class Oracle:
 
     jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type (see
     `widen.jittered`), which is what rounding may have done to it. outputs: inner values to return besides the model's outputs.
+    rounds: whether activations are rounded to integers where the model does it (see `quantised`).
     Raises UnsupportedError, naming the operator, where the evaluator lacks one or can't run it.
     """
 
-    def __init__(self, model: ir.Model, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> None:
+    def __init__(self, model: ir.Model, *, jitter: int | None = None, outputs: Iterable[str] = (), rounds: bool = True) -> None:
         self._model = model
         proto = self_contained(model, initializers=False)
         self._outputs = list(dict.fromkeys((*(o.name for o in proto.graph.output), *outputs)))
@@ -56,6 +58,9 @@ class Oracle:
         state_bits(proto, {name: v.const_value.dtype.value for name, v in model.graph.initializers.items() if v.const_value is not None})
         moving = frozenset() if jitter is None else weights(proto.graph, _shapes_held(model, codes))
         to_float64(proto, jitter=jitter, moving=moving)
+        if jitter is not None or not rounds:
+            stored = constants(proto.graph, [*model.graph.initializers, *codes])
+            state_steps(all_nodes(proto.graph), stored, jitter=jitter, rounds=rounds)
         held: dict[str, np.ndarray] = dict(codes)
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
