@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import open as backends
-from .certificates import certificate, folded, loaded, recalibrated
-from .errors import NO_BATCHNORM, CheckError, ModelError, NothingToDoError
+from .backends.hub import local
+from .certificates import certificate, folded, loaded, nothing_to_fold, recalibrated
+from .errors import CheckError, ModelError, NothingToDoError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
@@ -32,22 +33,28 @@ def load(
 ) -> Any:
     """The model in a file: an onnx_ir.Model, a torch.nn.Module in evaluation mode, or an ExportedProgram. The content tells, not the name.
 
+    hf://OWNER/REPOSITORY/FILE is fetched by huggingface_hub, and timm:NAME is what timm makes of that name, with its pretrained weights.
+
     arch: what builds the network of a checkpoint, as "package.module:factory", "FILE.py:FACTORY" or the factory itself; arch_args: its
     arguments by name. trust_pickle: whether a file may be loaded that can run code. ignore_keys: patterns of names, as the shell's, that a
     checkpoint may hold though its architecture has no such weights. say: told what was found in a checkpoint, and where.
     Raises ModelError where the file can't be read, is unsafe, or doesn't fit; UnsupportedError for what isn't served.
     """
     how: dict[str, Any] = {"arch": arch, "arch_args": arch_args, "trust_pickle": trust_pickle, "ignore_keys": tuple(ignore_keys)}
-    return loaded(backends.load(Path(path), **how, say=say or (lambda text: None)), Path(path))
+    file = local(path)
+    return loaded(backends.load(file, **how, say=say or (lambda text: None)), file)
 
 
-def save(model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False) -> list[Path]:
+def save(
+    model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False, plain_state: bool = False
+) -> list[Path]:
     """Write a model atomically, and say which files that were; an existing one is kept unless `force`.
 
     An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt, for some of which a module needs an
-    example of its input.
+    example of its input. as_state: whether .pt is a state dict, and not the module. plain_state: whether a state dict leaves out what was
+    folded, with which `load` makes the folded network of the class that never was, and is for a class without the BatchNorms.
     """
-    return backends.open_model(model, example).save(path, force=force, as_state=as_state)
+    return backends.open_model(model, example).save(path, force=force, as_state=as_state, plain_state=plain_state)
 
 
 def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_tensor: bool = False) -> InspectReport:
@@ -65,7 +72,7 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_te
     except ModelError as error:
         found, notes = None, (str(error),)
     if not report.layers and not report.batchnorms.before:
-        notes += (NO_BATCHNORM if found is not None else opened.nothing_to_fold,)
+        notes += (nothing_to_fold(opened),)
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(FuseReport)}
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
@@ -103,7 +110,7 @@ def fold(model: Model, *, example: Any = None, check: bool = True, **how: bool) 
     start = time.perf_counter()
     fused, report = model.folded(**how)
     if report.batchnorms.before == 0 and not report.layers and not report.equalised:
-        raise NothingToDoError(model.nothing_to_fold)
+        raise NothingToDoError(nothing_to_fold(model))
     if check and report.changes:
         from .verification.verify import check_fold
 
@@ -157,7 +164,7 @@ def recalibrate(
 
     opened = backends.open_model(model, example)
     target = calibration.Target(layers, skip_layers, freeze, _place(opened, provider, device))
-    with cpu_fallback(allow_cpu_fallback):
+    with cpu_fallback(allow_cpu_fallback), _folded_already(opened):
         fresh, report = calibration.recalibrate(
             opened,
             batches,
@@ -240,6 +247,17 @@ def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any 
     opened = backends.open_model(model, example)
     fresh, names = calibration.restore(opened, old)
     return _made(opened, fresh), names
+
+
+@contextlib.contextmanager
+def _folded_already(model: Model) -> Iterator[None]:
+    """What finds no BatchNorm says so of a model that bnfold folded."""
+    try:
+        yield
+    except NothingToDoError:
+        if certificate(model.source) is None:
+            raise
+        raise NothingToDoError(nothing_to_fold(model)) from None
 
 
 def _place(model: Model, provider: str, device: str | None) -> str:

@@ -18,9 +18,11 @@ from weakref import WeakKeyDictionary
 
 from ._version import __version__
 from .backends.metadata import LONGEST, attach, files_of, text_in, text_of
-from .errors import CheckError, InputError, ModelError, UnsupportedError
+from .errors import NO_BATCHNORM, CheckError, InputError, ModelError, UnsupportedError
+from .text import listed
 
 if TYPE_CHECKING:
+    from .model import Model
     from .report import FuseReport, VerifyReport
 
 SCHEMA = "bnfold.certificate/1"
@@ -58,6 +60,12 @@ def loaded(model: Any, path: Path) -> Any:
     found = [(file, _stat(file)) for file in files_of(model, path)]
     _origins[model] = _Origin(tuple(_File(file.absolute(), *stat) for file, stat in found if stat is not None))
     return model
+
+
+def folder_of(model: Any) -> Path:
+    """Where the file lies that a model was read from; the working directory where it wasn't."""
+    files = _origin(model).files
+    return files[0].path.parent if files else Path.cwd()
 
 
 def sha256(path: Path) -> str:
@@ -107,6 +115,31 @@ def folded(model: Any, fused: Any, report: FuseReport) -> None:
     }
     _put(fused, found)
     _origins[fused] = origin
+
+
+def kept(fused: Any, files: Iterable[Path]) -> None:
+    """Put into the certificate of what a pipeline made that it was folded from the recalibrated model, now that this is in these files.
+
+    What the recalibrated one was made of is said before that, so that nobody holds the result against the wrong one.
+    """
+    if (found := certificate(fused)) is None:
+        return
+    before = {key: found[key] for key in ("schema", "bnfold", "inputs", "recalibrated")} | {"made_by": "recalibrate", "verdict": None}
+    inputs = [{"name": path.name, "sha256": sha256(path)} for path in files]
+    _put(fused, {**found, "inputs": inputs, "recalibrated": False, "earlier": [before, *found["earlier"]]})
+
+
+def nothing_to_fold(model: Model) -> str:
+    """What to say of a model that holds no BatchNorm: that bnfold folded them, where it did."""
+    try:
+        found = certificate(model.source)
+    except ModelError:
+        found = None
+    counts = found.get("batchnorms") if found is not None else None
+    if not isinstance(counts, Mapping):
+        return model.nothing_to_fold
+    names = ", ".join(_stated(found or {})) or "a model in memory"
+    return f"{NO_BATCHNORM}: bnfold has folded it already ({counts.get('before')} BatchNorms before, from {names})"
 
 
 def verified(fused: Any, report: VerifyReport) -> None:
@@ -216,17 +249,28 @@ def claim(fused: Any, path: Path, original: Any, original_path: Path) -> Claim:
     stated = _stated(found)
     for file in files_of(original, original_path):
         actual = _hash(file)
+        if actual not in stated.values() and any(actual in _stated(each).values() for each in _entries(found)):
+            raise UnsupportedError(
+                f"{file}: {path} was folded from {listed(stated)}, whose statistics were measured afresh on the way from this; hold it "
+                "against that"
+            )
         if actual not in stated.values():
-            listed = ", ".join(f"{hash_ or 'no hash'} ({name})" for name, hash_ in stated.items()) or "no file"
-            raise CheckError(f"{file}: not what {path} was made from: its SHA-256 is {actual}, and the certificate states {listed}")
+            files = ", ".join(f"{hash_ or 'no hash'} ({name})" for name, hash_ in stated.items()) or "no file"
+            raise CheckError(f"{file}: not what {path} was made from: its SHA-256 is {actual}, and the certificate states {files}")
     if found.get("recalibrated"):
         raise UnsupportedError(
             f"{path}: its certificate states {original_path}, but claims no equivalence with it, for the statistics were measured afresh "
-            f"in between; keep the file that bnfold recalibrate writes, and hold the folded one against that"
+            f"in between; run bnfold pipeline with --keep-recalibrated FILE, and hold the folded one against that file"
         )
     verdict = found.get("verdict")
     said = verdict.get("verdict") if isinstance(verdict, Mapping) else None
     return Claim(said if isinstance(said, str) else None)
+
+
+def _entries(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What came before."""
+    earlier = found.get("earlier")
+    return [entry for entry in earlier if isinstance(entry, Mapping)] if isinstance(earlier, list) else []
 
 
 def _stated(found: Mapping[str, Any]) -> dict[str, str]:

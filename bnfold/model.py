@@ -127,6 +127,11 @@ class Model(ABC):
         return False
 
     @property
+    def preprocessing(self) -> Mapping[str, Any] | None:
+        """How images become its input, as timm has it, where it says so."""
+        return None
+
+    @property
     def needs_example(self) -> bool:
         """Whether nothing at all says how it is called."""
         return False
@@ -235,9 +240,13 @@ class Model(ABC):
         """What was made of the model, in the form in which the model came in. changed: whether it says anything else than the model."""
         return made
 
-    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
-        """Write it atomically, and say which files these are; as_state: a state dict where the name leaves that open."""
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False, plain_state: bool = False) -> list[Path]:
+        """Write it atomically, and say which files these are (see `api.save`)."""
         raise UnsupportedError("the model can't be written")
+
+    def reloaded(self, path: Path, *, as_state: bool = False) -> str:
+        """How what `save` writes is loaded, where that isn't plain."""
+        return ""
 
     def renamed(self, own_inputs: Mapping[str, str], own_outputs: Mapping[str, str]) -> Model:
         """The same model under other names of its inputs and outputs. own_inputs, own_outputs: its own, by those."""

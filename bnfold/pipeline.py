@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import api
 from .backends.open import open_model
-from .certificates import verified
+from .certificates import nothing_to_fold, verified
 from .errors import NothingToDoError
 from .recalibration.scoring import effect, score, score_if_fits
 from .report import PipelineReport
@@ -27,14 +27,15 @@ def pipeline(
     providers: Iterable[str] = ("cpu",),
     progress: api.Progress | None = None,
     by_layer: bool = False,
+    keep: Callable[[Any], object] | None = None,
     **calibration: Any,
 ) -> tuple[Any, PipelineReport]:
     """The recalibrated and folded model; None in its place where the result isn't proven equivalent, where the new statistics harm it
     (unless with `accept_harm`), or where a BatchNorm stays with `strict`, and the last of the report's notes says why.
 
     labelled: data with labels, to score the model before and after. keep_per_tensor, equalise: see `api.fuse`; by_layer: see
-    `api.verify`. The statistics are measured on the first of the providers, the verdict is for all of them. calibration: further
-    arguments of `api.recalibrate`. Raises what the steps raise.
+    `api.verify`. The statistics are measured on the first of the providers, the verdict is for all of them. keep: given the recalibrated
+    model, which the folded one is equivalent to. calibration: further arguments of `api.recalibrate`. Raises what the steps raise.
     """
     providers = tuple(providers)
     opened = open_model(model, example)
@@ -42,10 +43,12 @@ def pipeline(
         opened.inputs()  # it is read once, now, and called so in all further steps
         example = opened
     if not opened.holds_batchnorm and not api.inspect(model, example=example).layers:
-        raise NothingToDoError(opened.nothing_to_fold)
+        raise NothingToDoError(nothing_to_fold(opened))
     before, notes = score_if_fits(opened, labelled, batches, provider=providers[0], progress=progress)
     scored = None if before is None else before.summary()
     fresh, recalibrated = api.recalibrate(model, batches, example=example, provider=providers[0], progress=progress, **calibration)
+    if keep is not None:
+        keep(fresh)
     if progress is not None:
         progress("fold and check", 0, None)
     reference = open_model(fresh, example)

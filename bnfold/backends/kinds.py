@@ -11,6 +11,8 @@ from typing import Any
 from bnfold.errors import UnsupportedError, UsageError
 from bnfold.files import unreadable
 
+from .hub import is_timm
+
 # By the ends of the names in a zip archive, the first that fits.
 ARCHIVES = (
     ("constants.pkl", "torchscript"),
@@ -21,7 +23,10 @@ ARCHIVES = (
 
 
 def kind_of(path: str | Path) -> str:
-    """ "pickle" (a checkpoint or a module), "safetensors", "pt2" or "torchscript"; "onnx" for all else, which its loader then judges."""
+    """ "pickle" (a checkpoint or a module), "safetensors", "pt2", "torchscript", or "timm" for a name; "onnx" for all else, which its
+    loader then judges."""
+    if is_timm(path):
+        return "timm"
     path = Path(path)
     if unreadable(path):
         return "onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bnfold import api
 from bnfold.certificates import claim
@@ -15,7 +16,7 @@ from .app import app, command
 from .check import Check, Checking
 from .job import Job, Reporting
 from .options.inputs import Feeding, Loading, Running, Shaping
-from .options.recalibration import Choosing, Measuring, Task, beside, save
+from .options.recalibration import Choosing, Measuring, Task, beside, save, save_kept
 
 __all__ = ["app"]
 
@@ -121,6 +122,7 @@ def fuse(
     out: Path | None = o.OUT,
     dry_run: bool = o.option("--dry-run", "Do it all, but write nothing."),
     strict: bool = o.STRICT,
+    data: str | None = o.option("--data", "A file of arrays, or a function, to check it on. Default: random.", o.DATA, "DATA"),
     no_verify: bool = o.option("--no-verify", "Leave out the check of the result."),
     clone: bool = o.CLONE,
     keep_per_tensor: bool = o.KEEP_PER_TENSOR,
@@ -136,7 +138,7 @@ def fuse(
     ready_to_write({target: loading.suffixes(model)}, force=reporting.force, inputs=[model])
     with Job(reporting, Check("fuse", checking, model, force=reporting.force, strict=strict)) as job:
         loaded = loading.load(model, job)
-        example = shaping.call(loaded) if no_verify else shaping.example(loaded)
+        example = shaping.call(loaded, data) if no_verify else shaping.example(loaded, data)
         job.progress("fold" if no_verify else "fold and check", 0, None)
         how = {"clone": clone, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
         fused, report = api.fuse(loaded, example=example, check=not no_verify, **how)
@@ -219,6 +221,7 @@ def pipeline(
     strict: bool = o.STRICT,
     keep_per_tensor: bool = o.KEEP_PER_TENSOR,
     equalise: bool = o.EQUALISE,
+    keep: Path | None = o.option("--keep-recalibrated", "Write what was folded too, for verify --against.", o.OUTPUT, "FILE"),
     baseline: Path | None = o.BASELINE,
 ) -> int:
     """Recalibrate, then fuse, then verify.
@@ -228,20 +231,22 @@ def pipeline(
     from bnfold.pipeline import pipeline as run
 
     loading, settings = measuring.loading, measuring.settings()
-    ready_to_write({out: loading.suffixes(model)}, force=reporting.force, inputs=[model])
+    suffixes = loading.suffixes(model)
+    ready_to_write({out: suffixes, keep: suffixes}, force=reporting.force, inputs=[model])
     check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
     with Job(reporting, check, STEPS) as job, measuring.running.fallback():
         providers = measuring.running.providers(model)
         loaded = loading.load(model, job)
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
+        recalibrated: list[Any] = []
         given |= {"strict": strict, "accept_harm": measuring.accept_harm, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
-        given |= {"providers": providers, "by_layer": job.html_path is not None}
+        given |= {"providers": providers, "keep": recalibrated.append, "by_layer": job.html_path is not None}
         ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse
         if written and job.main:
-            loading.save(ready, out, job, given["example"])
+            save_kept(loading, ready, out, recalibrated[0], keep, job, given["example"])
         job.finish(report)
         job.compared(check)
         if not written:

@@ -88,7 +88,7 @@ class Job:
 
     def came_in(self, *paths: Path) -> None:
         """Files that were read, for the report."""
-        self._inputs += [InputFile(str(path), sha256(path)) for path in paths]
+        self._inputs += [InputFile(str(path), sha256(path) if path.is_file() else "") for path in paths]
 
     def feed(self, data: Data) -> None:
         """Say what data go in, and what there is to know about them."""

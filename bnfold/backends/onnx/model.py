@@ -245,7 +245,7 @@ class OnnxModel(Model):
             return made
         return to_proto(made) if changed else copy.deepcopy(self.source)
 
-    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False, plain_state: bool = False) -> list[Path]:
         return save(self.model, path, force=force)
 
 

@@ -88,6 +88,11 @@ class TorchModel(Model):
         return bool(getattr(self.source, "pretrained_cfg", None)) or getattr(self.source, "example_input_array", None) is not None
 
     @property
+    def preprocessing(self) -> Mapping[str, Any] | None:
+        found = getattr(self.source, "pretrained_cfg", None)
+        return found if isinstance(found, Mapping) else None
+
+    @property
     def arguments(self) -> list[str]:
         return super().arguments if self.states_inputs else forward_names(self.source)
 
@@ -282,11 +287,16 @@ class TorchModel(Model):
 
         return plan_of(self.source, self._call, **options)
 
-    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False) -> list[Path]:
+    def save(self, path: str | Path, *, force: bool = False, as_state: bool = False, plain_state: bool = False) -> list[Path]:
         from .files.save import save
 
-        save(self.source, path, check=_held_against, force=force, example=self._call, as_state=as_state)
+        save(self.source, path, check=_held_against, force=force, example=self._call, as_state=as_state, plain_state=plain_state)
         return [Path(path)]
+
+    def reloaded(self, path: Path, *, as_state: bool = False) -> str:
+        from .files.save import reloaded
+
+        return reloaded(self.source, path, as_state=as_state)
 
 
 def _held_against(traced: Traced, made: ir.Model) -> VerifyReport:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from bnfold.backends.hub import local
 from bnfold.errors import UsageError
 
 # Titles of the help's panels.
@@ -42,9 +44,10 @@ def option(
     return dataclasses.field(default=default, metadata={DECLARED: made, READ: read and partial(read, option=names.split()[-1])})
 
 
-def argument(metavar: str, help: str) -> Any:
-    """An argument, which must be given unless its type has None in it."""
-    return dataclasses.field(metadata={DECLARED: typer.Argument(metavar=metavar, help=help, show_default=False)})
+def argument(metavar: str, help: str, read: Callable[..., Any] | None = None) -> Any:
+    """An argument, which must be given unless its type has None in it. read: as for `option`."""
+    made = typer.Argument(metavar=metavar, help=help, show_default=False)
+    return dataclasses.field(metadata={DECLARED: made, READ: read and partial(read, option=metavar)})
 
 
 class Interrupted(Exception):
@@ -182,6 +185,11 @@ def pairs(given: Iterable[str] | None, option: str) -> dict[str, str]:
     return found
 
 
+def model_file(text: str, option: str) -> Path:
+    """The file of a model, fetched where it is named by where it lies."""
+    return local(text)
+
+
 def json_object(text: str, option: str) -> dict[str, Any]:
     """A JSON object."""
     try:
@@ -201,9 +209,9 @@ def _matched(pattern: str, text: str, option: str, advice: str) -> re.Match[str]
 
 # --- options and arguments of several commands --------------------------------------------------------------------------------------
 
-MODEL = argument("MODEL", "The model: .onnx, .pt2, or a checkpoint with --arch.")
-REFERENCE = argument("REFERENCE", "The model that is right.")
-CANDIDATE = argument("CANDIDATE", "The model to compare with it.")
+MODEL = argument("MODEL", "The model: .onnx, .pt2, a checkpoint with --arch; hf://OWNER/REPO/FILE or timm:NAME.", read=model_file)
+REFERENCE = argument("REFERENCE", "The model that is right.", read=model_file)
+CANDIDATE = argument("CANDIDATE", "The model to compare with it.", read=model_file)
 OUT = option("-o --output", "The file to write.", metavar="OUT")
 FORMS = (
     "A .npy, .npz, .safetensors or .pt file; a folder of images or of .npy files; tar shards or .parquet files, as a folder or a pattern; "

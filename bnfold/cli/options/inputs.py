@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from bnfold import api
 from bnfold.backends.metadata import files_of
 from bnfold.backends.open import open_model, places, suffixes
+from bnfold.certificates import folder_of
 from bnfold.errors import UsageError
 
 from ..job import Job
-from . import DATA, IMAGES, MODELS, height_and_width, json_object, numbers, option, resize, shapes
+from . import DATA, IMAGES, MODELS, OUTPUT, height_and_width, json_object, numbers, option, resize, shapes
 
 if TYPE_CHECKING:
     from bnfold.data.images import ImageOptions
@@ -32,6 +33,10 @@ class Loading:
         "--ignore-keys", "Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.", MODELS, "PATTERN"
     )
 
+    plain_state: bool = option(
+        "--plain-state", "Write a state dict without what says that it was folded, for a class without the BatchNorms.", OUTPUT
+    )
+
     def load(self, path: Path, job: Job) -> Any:
         """The model in a file, which goes into the report."""
         ignored = tuple(self.ignore_keys or ())
@@ -47,9 +52,14 @@ class Loading:
         """How the name of what is made of this model may end."""
         return suffixes(path, checkpoint=self.arch is not None)
 
-    def save(self, model: Any, path: Path, job: Job, example: Any) -> None:
-        """Write a model; a .pt file is a whole module only where one came in."""
-        job.wrote(*api.save(model, path, force=job.force, example=example, as_state=self.arch is not None))
+    def save(self, model: Any, path: Path, job: Job, example: Any) -> list[Path]:
+        """Write a model, and say in which files; a .pt file is a whole module only where one came in."""
+        as_state = self.arch is not None
+        files = api.save(model, path, force=job.force, example=example, as_state=as_state, plain_state=self.plain_state)
+        job.wrote(*files)
+        if not self.plain_state and (how := open_model(model).reloaded(path, as_state=as_state)):
+            job.remark(f"{path}: {how}")
+        return files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +149,17 @@ class Shaping:
         found = first_of(str(spec))
         return None if found is None else opened.fed(found, 2)
 
-    def example(self, model: Any) -> Any:
-        """A random batch of the shapes asked for; None leaves the choice to the library."""
+    def example(self, model: Any, spec: str | None = None) -> Any:
+        """What to check a fold on: the first of the data, or a random batch of the shapes asked for; None leaves that to the library."""
         opened = open_model(model)
         if not opened.states_inputs:
-            return self.call(model)
+            return self.call(model, spec)
+        if spec not in (None, "random"):
+            from bnfold.data.open import first_of
+
+            if (found := first_of(spec)) is None:
+                raise UsageError(f"--data {spec}: neither a file of arrays nor a function that returns batches, which `fuse` takes")
+            return found
         shapes = self.shapes(opened)
         if shapes is None and self.seed == 0:
             return None
@@ -157,7 +173,12 @@ class Imaging:
     """What is done to images."""
 
     max_bad: str | None = option("--max-bad", "How many images may be undecodable. Default: 1%.", IMAGES, "N|P%")
-    preprocess: Path | None = option("--preprocess", "A configuration of timm, or a preprocessor's of Hugging Face.", IMAGES, "CONFIG.json")
+    preprocess: str | None = option(
+        "--preprocess",
+        "As the model itself says (timm; hf: the file beside it), as torchvision does, or a configuration of timm or Hugging Face.",
+        IMAGES,
+        "timm|torchvision|hf|CONFIG.json",
+    )
     image_size: tuple[int, int] | None = option("--image-size", "What the network gets.", IMAGES, "H[,W]", read=height_and_width)
     resize: int | tuple[int, int] | None = option(
         "--resize", "First: the shorter side, or both, in pixels; 0 for no resize.", IMAGES, "N|H,W", read=resize
@@ -173,16 +194,19 @@ class Imaging:
         "--channels-last/--channels-first", "(N, H, W, C) or (N, C, H, W), where the shape leaves it open.", IMAGES
     )
 
-    def options(self) -> ImageOptions | None:
+    def options(self, model: Model) -> ImageOptions | None:
         """What the command line says goes before the configuration; None where nothing is said."""
         given = {name: value for name, value in vars(self).items() if value is not None and name not in ("max_bad", "preprocess")}
         if self.preprocess is None and not given:
             return None
-        from bnfold.data.images import ImageOptions
+        from bnfold.data.images.options import ImageOptions, preset
 
         if "image_size" in given:
             given["size"] = given.pop("image_size")
-        base = ImageOptions() if self.preprocess is None else ImageOptions.from_config(self.preprocess)
+        base = ImageOptions()
+        if self.preprocess is not None:
+            found = preset(self.preprocess, model.preprocessing, folder_of(model.source))
+            base = found or ImageOptions.from_config(self.preprocess)
         return dataclasses.replace(base, **given)
 
 
@@ -207,7 +231,7 @@ class Feeding(Shaping):
             batch_size=self.batch_size,
             samples=samples,
             seed=self.seed,
-            images=self.images.options(),
+            images=self.images.options(opened),
             input_shapes=self.shapes(opened),
             column=self.column,
             max_bad=self.images.max_bad or MAX_BAD,

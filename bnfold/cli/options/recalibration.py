@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnfold.certificates import kept
 from bnfold.errors import UsageError
 from bnfold.files import replacing
 
@@ -171,3 +172,16 @@ def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, jo
         write(part, report.before)
         job.wrote(beside(path), what="the old statistics")
         loading.save(model, path, job, example)
+
+
+def save_kept(loading: Loading, model: Any, path: Path, recalibrated: Any, keep: Path | None, job: Job, example: Any) -> None:
+    """What a pipeline made, and before it what that was folded from, where it is to be kept: both, or neither."""
+    files = [] if keep is None else loading.save(recalibrated, keep, job, example)
+    try:
+        if files:
+            kept(model, files)
+        loading.save(model, path, job, example)
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise

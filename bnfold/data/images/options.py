@@ -57,11 +57,16 @@ class ImageOptions:
             config = json.loads(contents(Path(path), LONGEST, "the configuration"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: can't be read as JSON ({error})") from None
+        return cls.from_settings(config, str(path))
+
+    @classmethod
+    def from_settings(cls, config: Any, where: str) -> ImageOptions:
+        """The same of what stands in such a file."""
         try:
-            if isinstance(config, dict):
+            if isinstance(config, Mapping):
                 timm = config.get("pretrained_cfg", config)
                 found: ImageOptions | None = None
-                if isinstance(timm, dict) and "input_size" in timm:
+                if isinstance(timm, Mapping) and "input_size" in timm:
                     found = _from_timm(timm)
                 elif config.keys() & {"image_mean", "do_normalize", "do_resize", "crop_size", "do_rescale", "size"}:
                     found = _from_hugging_face(config)
@@ -69,12 +74,33 @@ class ImageOptions:
                     found.check()
                     return found
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as error:
-            raise DataError(f"{path}: a setting has a form that bnfold doesn't know ({type(error).__name__}: {error})") from None
+            raise DataError(f"{where}: a setting has a form that bnfold doesn't know ({type(error).__name__}: {error})") from None
         except (DataError, UsageError) as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{where}: {error}") from None
         raise DataError(
-            f"{path}: neither timm's pretrained_cfg (input_size) nor Hugging Face's preprocessor_config.json (size, image_mean)"
+            f"{where}: neither timm's pretrained_cfg (input_size) nor Hugging Face's preprocessor_config.json (size, image_mean)"
         )
+
+
+IMAGENET = ImageOptions(crop=True, crop_pct=224 / 256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear")
+
+
+def preset(name: str, settings: Mapping[str, Any] | None, folder: Path) -> ImageOptions | None:
+    """What "timm", "torchvision" or "hf" stands for; None for another text, which is a file's name.
+
+    settings: timm's, which came with the model; folder: where the model lies, and Hugging Face's preprocessor_config.json beside it. Of
+    torchvision, whose models bring nothing, the transform of its first weights: 256/224 of the size, the centre, ImageNet's mean and std.
+    """
+    if name == "timm":
+        if not settings:
+            raise UsageError("--preprocess timm: the model brings no pretrained_cfg of timm's; give its config.json")
+        return ImageOptions.from_settings(settings, "the model's pretrained_cfg")
+    if name == "hf":
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            raise UsageError(f"--preprocess hf: there is no {path}; give the file")
+        return ImageOptions.from_config(path)
+    return IMAGENET if name == "torchvision" else None
 
 
 def _from_timm(config: Mapping[str, Any]) -> ImageOptions:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from bnfold.data.functions import module_of
+from bnfold.data.functions import importable, module_of
 from bnfold.errors import UsageError
-from bnfold.text import one_line
+from bnfold.text import meant, one_line
 
 Arch = str | Callable[..., nn.Module]
 
@@ -41,7 +41,11 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     try:
         if place.endswith(".py") and not Path(place).is_file():
             raise UsageError(f"--arch {place}: no such file")
-        found: Any = module_of(Path(place), "bnfold_arch") if place.endswith(".py") else importlib.import_module(place)
+        if place.endswith(".py"):
+            found: Any = module_of(Path(place), "bnfold_arch")
+        else:
+            with importable(Path.cwd()):
+                found = importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise UsageError(f"--arch {arch}: there is no module {error.name!r}; install it, or give the path of a file") from None
     except UsageError:
@@ -50,7 +54,7 @@ def _found(arch: str) -> Callable[..., nn.Module]:
         raise UsageError(f"--arch {arch}: importing it fails with {type(error).__name__}: {one_line(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"--arch {arch}: {place} has no {name!r}")
+            raise UsageError(f"--arch {arch}: {place} has no {name!r}{meant(part, vars(found))}")
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"--arch {arch}: {name!r} is of type {type(found).__name__}, which can't be called")

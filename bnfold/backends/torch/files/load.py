@@ -18,6 +18,7 @@ from bnfold.text import one_line
 from .architecture import Arch, build
 from .archive import check_archive
 from .checkpoint import Say, put, state_of, surgery_of, unpickled
+from .hub import from_timm
 
 NEEDS_ARCH = "weights without a network; say what builds it, with --arch package.module:factory or --arch FILE.py:FACTORY"
 
@@ -43,6 +44,8 @@ def load(
             f"{path}: a TorchScript archive, whose network can't be changed; give the checkpoint with --arch, or export the module to ONNX "
             f"or with torch.export"
         )
+    if kind == "timm":
+        return from_timm(str(path).removeprefix("timm:"), arch_args)
     if kind == "pt2":
         return _certified(_program(path, trust_pickle), text_in_archive(path))
     if kind == "safetensors":

@@ -40,13 +40,14 @@ def save(
     force: bool = False,
     example: Any = None,
     as_state: bool = False,
+    plain_state: bool = False,
 ) -> None:
     """Write a model. By the suffix: .pt2 an exported program; .onnx, checked against the model; .safetensors, .pth, .bin and .ckpt a state
     dict, which of a folded network says what was folded; .pt the pickled module, or with `as_state` a state dict too.
 
-    example: how a module is called, for .pt2 and .onnx. check: holds an ONNX model against this one. Raises UsageError for another suffix,
-    where the file exists without `force`, and where an exported program shall become a state dict; CheckError where the ONNX model isn't
-    equivalent; InputError where it can't be written.
+    plain_state: a state dict says nothing else. example: how a module is called, for .pt2 and .onnx. check: holds an ONNX model against
+    this one. Raises UsageError for another suffix, where the file exists without `force`, and where an exported program shall become a
+    state dict; CheckError where the ONNX model isn't equivalent; InputError where it can't be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -69,15 +70,26 @@ def save(
         with _written(target) as file:
             _write_pickle(model, file)
         return
-    surgery = getattr(model, ATTRIBUTE, None)
+    surgery = None if plain_state else getattr(model, ATTRIBUTE, None)
     dense = torch.contiguous_format if suffix == ".safetensors" else torch.preserve_format
     state = {name: tensor.detach().cpu().clone(memory_format=dense) for name, tensor in model.state_dict().items()}  # none share storage
     if suffix == ".safetensors":
-        _save_safetensors(state, surgery, text_of(model), target)
+        _save_safetensors(state, surgery, None if plain_state else text_of(model), target)
         return
-    beside = ({} if surgery is None else {RECORD: surgery.to_dict()}) | _stated(model)
+    beside = {} if plain_state else ({} if surgery is None else {RECORD: surgery.to_dict()}) | _stated(model)
     with _written(target) as file:
         torch.save({"state_dict": state, **beside} if beside else state, file)
+
+
+def reloaded(model: nn.Module | ExportedProgram, path: Path, *, as_state: bool) -> str:
+    """How a folded state dict is loaded; "" for what else `save` writes."""
+    suffix = path.suffix.lower()
+    if not hasattr(model, ATTRIBUTE) or suffix in (".pt2", ".onnx") or (suffix == ".pt" and not as_state):
+        return ""
+    return (
+        f"folded weights, and what was folded, by which bnfold.load({path.name!r}, arch=...) makes the folded network of the class that "
+        "never was; --plain-state writes the weights alone, for load_state_dict of a class without the BatchNorms"
+    )
 
 
 @contextlib.contextmanager
