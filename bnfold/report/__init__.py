@@ -3,6 +3,7 @@
 `inputs` and `seconds` are filled in by whoever knows them: the command line knows the files, a library call that got a live model doesn't.
 """
 
+from .base import RENDERINGS
 from .base import InputFile as InputFile
 from .base import Report as Report
 from .fuse import Counts as Counts
@@ -30,3 +31,18 @@ from .verify import OutputError as OutputError
 from .verify import PairedOperator as PairedOperator
 from .verify import Verdict as Verdict
 from .verify import VerifyReport as VerifyReport
+
+
+def _text(report: Report) -> str:
+    from .render.terminal import text
+
+    return text(report)
+
+
+def _html(report: Report) -> str:
+    from .render.html import embedded
+
+    return embedded(report)
+
+
+RENDERINGS.update(text=_text, html=_html)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bnfold._version import __version__
+
+# How a report is shown, by form. The package fills it in: a rendering knows all reports, and is imported when one is shown.
+RENDERINGS: dict[str, Callable[[Report], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Report:
     bnfold: str = __version__
     inputs: tuple[InputFile, ...] = ()
     seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """What the report comes to, as the command line shows it."""
+        return RENDERINGS["text"](self)
+
+    def _repr_html_(self) -> str:
+        """All of it, for a notebook."""
+        return RENDERINGS["html"](self)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; a number that JSON can't say (NaN, infinity) becomes null."""

@@ -31,7 +31,6 @@ from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
 from .inputs import given, is_several, random, resized, shortened
 from .verdict import Findings, verdict
-from .yardstick import FUNCTION_LIMIT
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -155,11 +154,10 @@ def _by_layer(both: Comparison, report: VerifyReport, findings: Findings, locate
     sides = sides_of(both.reference, both.candidate) if located is None else located.sides
     if sides is None or findings.truth is None:
         return report
-    errors = layer_errors(sides, findings.truth.feeds[0])
     level = findings.correspondence
     off = {mismatch.node.name for mismatch in level.mismatches} if level is not None and report.verdict == "different" else set()
-    off |= {each.name for each in errors if not each.candidate <= FUNCTION_LIMIT * max(each.reference, both.unit)}
-    return dataclasses.replace(report, layers=errors, graph=paired_operators(sides, off))
+    graph = paired_operators(sides, off | {report.first_difference})
+    return dataclasses.replace(report, layers=layer_errors(sides, findings.truth.feeds[0]), graph=graph)
 
 
 def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch]) -> Findings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from bnfold.text import counted
 from . import Headline, Line, Part, Row, Table, folded, tables, verified
 from .tables import NAMELESS
 
+SHARE = re.compile(r"(\d+)%")
 FEW = 5  # layers that are named of many with one thing to be said of them, and shown of those that moved
 
 # --- on a terminal ----------------------------------------------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ def _inspect(report: InspectReport, verbose: bool) -> Iterator[Part]:
     if verbose:
         yield tables.ranges(report)
     else:
-        yield from _grouped("", [(each.warning, each.name) for each in report.ranges if each.warning])
+        yield from _grouped("", _warnings(report))
     yield from (Line(f"would merge into {merged.into}: {', '.join(merged.branches)}") for merged in report.merged)
     yield from _remarks(report)
     if report.certificate is not None:
@@ -55,7 +58,7 @@ def _layers(report: FuseReport, verbose: bool) -> Iterator[Part]:
     else:
         yield from _grouped("stays", [(layer.reason, layer.name) for layer in report.kept])
         yield from _grouped("", [(note, layer.name) for layer in report.layers for note in layer.notes])
-        yield from _grouped("", [(each.warning, each.name) for each in report.ranges if each.warning])
+        yield from _grouped("", _warnings(report))
         if report.merged:
             count = sum(len(merged.branches) for merged in report.merged)
             yield Line(f"{count:,} parallel branches merged into {counted(len(report.merged), 'operator', ',')}")
@@ -74,6 +77,16 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
             + (text or "no reason is known")
             + f" ({', '.join(names[:FEW] if some else names)}{f' and {len(names) - FEW:,} more' if some else ''})"
         )
+
+
+def _warnings(report: FuseReport) -> list[tuple[str, str]]:
+    """What there is to warn of in ranges of weights, by name; of what differs by a percentage alone the largest is said."""
+    found = [
+        (SHARE.sub("{}", each.warning), int((SHARE.findall(each.warning) or [0])[0]), each.name) for each in report.ranges if each.warning
+    ]
+    worst = {text: max(share for other, share, _ in found if other == text) for text, _, _ in found}
+    several = Counter(text for text, _, _ in found)
+    return [(text.replace("{}", f"{'up to ' * (several[text] > 1)}{worst[text]}%"), name) for text, _, name in found]
 
 
 def _remarks(report: FuseReport) -> Iterator[Part]:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from bnfold.report.base import Report
+from bnfold.text import counted
 
 from . import Bar, Cell, Drawing, Headline, Part, Picture, Table
 from .drawings import breakable, escaped
 from .page import page
 
+MANY = 40  # rows of a table that is closed until somebody opens it
 SHORT = 28  # characters of a cell that stays on one line
 CLASSES = {
     "equivalent": "good",
@@ -26,15 +28,17 @@ CLASSES = {
     "kept": "doubt",
     "stays": "doubt",
 }
+# All of it holds within one element, so that it leaves the page of a notebook alone.
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #59636e; --line: #d1d9e0; --band: #f6f8fa;
+.bnfold { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #59636e; --line: #d1d9e0; --band: #f6f8fa;
   --good: #1a7f37; --bad: #c4232c; --doubt: #8a5a00; --one: #3569a8; --other: #b4552d; }
-@media (prefers-color-scheme: dark) { :root { --page: #14181d; --text: #e4e9ee; --soft: #9aa5b1; --line: #3a424c;
-  --band: #1d232a;
-  --good: #4cc06a; --bad: #ff7b72; --doubt: #e0a93b; --one: #79aee8; --other: #e8946c; } }
+@media (prefers-color-scheme: dark) { .bnfold { --page: #14181d; --text: #e4e9ee; --soft: #9aa5b1; --line: #3a424c;
+  --band: #1d232a; --good: #4cc06a; --bad: #ff7b72; --doubt: #e0a93b; --one: #79aee8; --other: #e8946c; } }
+html:has(> .bnfold) { background: var(--page); }
+.bnfold { font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", sans-serif; color: var(--text); background: var(--page);
+  overflow-wrap: normal;
+body& { margin: 0 auto; max-width: 78rem; padding: 1.2rem clamp(.8rem, 3vw, 2rem) 3rem; }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", sans-serif; margin: 0 auto; max-width: 78rem;
-  padding: 1.2rem clamp(.8rem, 3vw, 2rem) 3rem; color: var(--text); background: var(--page); overflow-wrap: normal; }
 h1 { font-size: 1.25rem; font-weight: 600; margin: .4rem 0; }
 h2 { font-size: 1.05rem; font-weight: 600; margin: 2.2rem 0 .5rem; }
 p { margin: .35rem 0; max-width: 60rem; }
@@ -47,10 +51,9 @@ p { margin: .35rem 0; max-width: 60rem; }
 .soft { color: var(--soft); font-size: .87rem; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-  }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); font-size: .87rem; vertical-align: bottom; }
-td { white-space: nowrap; } td:not(.long):not(.text) > wbr { display: none; } td.long { white-space: normal; min-width: 11rem; }
+td { white-space: nowrap; } td:not(.long):not(.text) > wbr { display: none; } td.long { white-space: normal; min-width: 19rem; }
 td.text { white-space: normal; min-width: 13rem; }
 td.n, th.n { text-align: right; }
 td.bar { min-width: 8rem; }
@@ -80,8 +83,11 @@ tr.folded small, tr.merged small, tr.holds small { color: var(--good); }
 tr.differs .op { border-color: var(--bad); } tr.differs small { color: var(--bad); font-weight: 600; }
 tr.gone .op, tr.new .op { border: 1px dashed var(--doubt); } tr.gone small, tr.new small { color: var(--doubt); }
 @media (max-width: 600px) { .op span { display: block; } th, td { padding-right: .5rem; font-size: .9rem; }
+  td.long, td.text { min-width: 9rem; }
   td:not(.n) { white-space: normal; } td:not(.long):not(.text) > wbr { display: inline; } }
+summary { cursor: pointer; color: var(--soft); }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: .87rem; }
+}
 """
 
 
@@ -91,9 +97,15 @@ def html(report: Report, command: str, files: Sequence[str]) -> str:
     took = f"{report.seconds:.1f} s, " if report.seconds else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n<h1>{breakable(title)}</h1>\n{fragment(page(report))}"
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body class='bnfold'>\n<h1>{breakable(title)}</h1>\n"
+        f"{fragment(page(report))}"
         f"<footer>{took}bnfold {escaped(report.bnfold)}</footer>\n</body></html>\n"
     )
+
+
+def embedded(report: Report) -> str:
+    """A report in a page of somebody else's, a notebook, say."""
+    return f'<div class="bnfold"><style>{STYLE}</style>\n{fragment(page(report))}</div>'
 
 
 def fragment(parts: Iterable[Part]) -> str:
@@ -134,7 +146,10 @@ def _table(table: Table) -> str:
     rows = ("".join(_cell(row[i], "n" if i in numbers else "text" if i == last else "") for i in used) for row in table.rows)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     title = f"<h2>{escaped(table.title)}</h2>\n" if table.title else ""
-    return f'{title}<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>\n'
+    text = f'<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>\n'
+    if len(table.rows) > MANY:
+        text = f"<details><summary>{counted(len(table.rows), 'row', ',')}</summary>\n{text}</details>\n"
+    return title + text
 
 
 def _title(title: str | Picture) -> str:

@@ -45,7 +45,7 @@ def _error(want: Values, got: Values) -> float:
     return float(np.sqrt(off / square)) if square else float(np.sqrt(off))
 
 
-def paired_operators(sides: Sides, differing: Collection[str]) -> tuple[PairedOperator, ...]:
+def paired_operators(sides: Sides, differing: Collection[str | None]) -> tuple[PairedOperator, ...]:
     """Both networks as they stand, side by side. differing: the names of operators that are known to differ."""
     partners = {pair.node: pair.other for pair in sides.pairs if pair.other is not None}
     theirs = {sides.candidate.name_of(step.node): step.node for step in sides.candidate.steps}
@@ -73,7 +73,9 @@ def _name(side: Normal, node: Node | None) -> str | None:
     return None if node is None else side.name_of(node)
 
 
-def _mark(sides: Sides, mine: Node | None, other: Node | None, merged: Mapping[Node, str], differing: Collection[str]) -> tuple[Mark, str]:
+def _mark(
+    sides: Sides, mine: Node | None, other: Node | None, merged: Mapping[Node, str], differing: Collection[str | None]
+) -> tuple[Mark, str]:
     """What became of an operator, and a note on it."""
     if mine is None:
         return "new", ""
