@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import fuse, inspect, load, measure_part, merge_parts, recalibrate, restore, save, verify
+    from .api import fuse, inspect, load, recalibrate, restore, save, verify
     from .certificates import certificate
     from .errors import (
         BnfoldError,
@@ -30,9 +30,12 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from .parts import measure_part, merge_parts
 
-_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "measure_part", "merge_parts", "restore", "fuse", "verify"), ".api") | {
-    "certificate": ".certificates"
+_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "restore", "fuse", "verify"), ".api") | {
+    "certificate": ".certificates",
+    "measure_part": ".parts",
+    "merge_parts": ".parts",
 }
 _HOME |= dict.fromkeys(
     (

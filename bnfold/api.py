@@ -163,7 +163,7 @@ def recalibrate(
     from .recalibration.methods import method as chosen
 
     opened = backends.open_model(model, example)
-    target = calibration.Target(layers, skip_layers, freeze, _place(opened, provider, device))
+    target = calibration.Target(layers, skip_layers, freeze, place(opened, provider, device))
     with cpu_fallback(allow_cpu_fallback), _folded_already(opened):
         fresh, report = calibration.recalibrate(
             opened,
@@ -177,61 +177,7 @@ def recalibrate(
             samples=samples,
             progress=progress,
         )
-    return _made(opened, fresh), report
-
-
-def measure_part(
-    model: Any,
-    batches: Iterable[Any],
-    part: tuple[int, int],
-    path: str | Path,
-    *,
-    method: str | Method = "precise",
-    layers: Sequence[str] = (),
-    skip_layers: Sequence[str] = (),
-    freeze: bool = False,
-    example: Any = None,
-    batch_size: int | None = None,
-    samples: int | None = None,
-    provider: str = "cpu",
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> RecalibrateReport:
-    """Measure one of several parts of the data apart from the others, for `merge_parts`: where processes can't talk to each other.
-
-    part: which of how many, from 0 on; each process is given all the data, and measures its own share of the micro-batches. path: the
-    .npz file for what was measured. The other arguments are those of `recalibrate`, and the same for all parts. Raises UnsupportedError
-    where the parts would not add up to the whole: in lockstep, what stands behind a BatchNorm depends on all data; a moving average on
-    their order.
-    """
-    from .recalibration import recalibrate as calibration
-    from .recalibration.methods import method as chosen
-
-    opened = backends.open_model(model, example)
-    target = calibration.Target(layers, skip_layers, freeze, _place(opened, provider, device))
-    return calibration.measure_part(
-        opened, batches, chosen(method), target, part, Path(path), batch_size=batch_size, samples=samples, progress=progress
-    )
-
-
-def merge_parts(
-    model: Any,
-    paths: Iterable[str | Path],
-    *,
-    example: Any = None,
-    layers: Sequence[str] = (),
-    skip_layers: Sequence[str] = (),
-    freeze: bool = False,
-) -> tuple[Any, RecalibrateReport]:
-    """The model with the statistics of all parts together (see `measure_part`).
-
-    UsageError unless each part is there once, and measured on this model.
-    """
-    from .recalibration import recalibrate as calibration
-
-    opened = backends.open_model(model, example)
-    fresh, report = calibration.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
-    return _made(opened, fresh), report
+    return made(opened, fresh), report
 
 
 def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any = None) -> tuple[Any, list[str]]:
@@ -246,7 +192,7 @@ def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any 
     old = kept_statistics.read(Path(before)) if isinstance(before, (str, Path)) else before
     opened = backends.open_model(model, example)
     fresh, names = calibration.restore(opened, old)
-    return _made(opened, fresh), names
+    return made(opened, fresh), names
 
 
 @contextlib.contextmanager
@@ -260,7 +206,7 @@ def _folded_already(model: Model) -> Iterator[None]:
         raise NothingToDoError(nothing_to_fold(model)) from None
 
 
-def _place(model: Model, provider: str, device: str | None) -> str:
+def place(model: Model, provider: str, device: str | None) -> str:
     """Where it runs; of several processes on a machine with several GPUs, each on its own."""
     from .recalibration.distributed import local_rank
 
@@ -268,7 +214,7 @@ def _place(model: Model, provider: str, device: str | None) -> str:
     return f"{chosen}:{local_rank()}" if chosen == "cuda" and local_rank() else chosen
 
 
-def _made(model: Model, fresh: Model) -> Any:
+def made(model: Model, fresh: Model) -> Any:
     """The copy with new statistics, in the form in which the model came in."""
     return model.in_source_form(recalibrated(model.source, fresh.source))
 

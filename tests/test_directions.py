@@ -14,7 +14,7 @@ ROOT = Path(bnfold.__file__).parent
 ROOMS = """
     __init__ __main__
     cli
-    pipeline bench
+    pipelines benchmark parts
     api
     certificates
     backends

@@ -14,7 +14,7 @@ import bnfold
 from bnfold.backends.onnx.files.load import to_proto
 from bnfold.backends.open import open_both, open_model
 from bnfold.folding import plan
-from bnfold.pipeline import pipeline
+from bnfold.pipelines import pipeline
 from bnfold.verification.comparison import alike
 from bnfold.verification.verify import verify
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold import api
+from bnfold import parts as parts_of
 from bnfold.certificates import claim
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write
@@ -72,7 +73,7 @@ def recalibrate(
         assert data is not None
         batches, given = how.opened(data, loaded, job)
         if task.shard is not None and task.stats is not None:
-            job.finish(api.measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
+            job.finish(parts_of.measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
             job.wrote(task.stats)
             return 0
         assert out is not None
@@ -106,7 +107,7 @@ def merge_stats(
     with Job(reporting) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
-        fresh, report = api.merge_parts(loaded, parts, example=example, **choosing.settings())
+        fresh, report = parts_of.merge_parts(loaded, parts, example=example, **choosing.settings())
         save(loading, fresh, report, out, job, example)
         job.finish(report)
 
@@ -228,7 +229,7 @@ def pipeline(
 
     The first step that fails ends it, and then nothing is written.
     """
-    from bnfold.pipeline import pipeline as run
+    from bnfold.pipelines import pipeline as run
 
     loading, settings = measuring.loading, measuring.settings()
     suffixes = loading.suffixes(model)
@@ -272,7 +273,7 @@ def bench(
 
     In turn, round by round, so that a change in the machine's speed meets both: the ratio holds where the seconds don't.
     """
-    from bnfold.bench import bench as run
+    from bnfold.benchmark import bench as run
 
     with Job(reporting) as job, running.fallback():
         provider = running.one_provider(reference, candidate)

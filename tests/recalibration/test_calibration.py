@@ -165,8 +165,8 @@ def test_parts_add_up_to_the_whole(tmp_path: Path, method: str, count: int) -> N
     whole, report = bnfold.recalibrate(model, DATA, method=method, batch_size=5)
     paths = [tmp_path / f"{i}.npz" for i in range(count)]
     for i, path in enumerate(paths):
-        api.measure_part(model, DATA, (i, count), path, method=method, batch_size=5)
-    merged, found = api.merge_parts(model, paths[::-1])
+        bnfold.measure_part(model, DATA, (i, count), path, method=method, batch_size=5)
+    merged, found = bnfold.merge_parts(model, paths[::-1])
     agree(statistics(merged), statistics(whole), 1e-7)
     assert (found.samples, found.method, found.variance) == (37, report.method, report.variance)
 
@@ -176,8 +176,8 @@ def test_parts_of_a_pytorch_model(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4)).eval()
     whole, _ = bnfold.recalibrate(module, DATA, method="precise", batch_size=5)
     for i in range(2):
-        api.measure_part(module, DATA, (i, 2), tmp_path / f"{i}.npz", method="precise", batch_size=5)
-    merged, _ = api.merge_parts(module, [tmp_path / "0.npz", tmp_path / "1.npz"], example=torch.from_numpy(DATA[:2]))
+        bnfold.measure_part(module, DATA, (i, 2), tmp_path / f"{i}.npz", method="precise", batch_size=5)
+    merged, _ = bnfold.merge_parts(module, [tmp_path / "0.npz", tmp_path / "1.npz"], example=torch.from_numpy(DATA[:2]))
     agree(statistics(merged), statistics(whole), 1e-7)
 
 
@@ -186,38 +186,38 @@ def test_a_single_layer_s_parts_add_up_with_the_exact_method(tmp_path: Path) -> 
     net = OnnxNet("one")
     net.output(net.bn(net.conv(net.input("N", 3, 8, 7), 3, 6), 6))
     for i in range(2):
-        api.measure_part(net.model(), DATA, (i, 2), tmp_path / f"{i}.npz", method="exact", batch_size=5)
-    merged, _ = api.merge_parts(net.model(), [tmp_path / "0.npz", tmp_path / "1.npz"])
+        bnfold.measure_part(net.model(), DATA, (i, 2), tmp_path / f"{i}.npz", method="exact", batch_size=5)
+    merged, _ = bnfold.merge_parts(net.model(), [tmp_path / "0.npz", tmp_path / "1.npz"])
     agree(statistics(merged), statistics(bnfold.recalibrate(net.model(), DATA)[0]), 1e-7)
 
 
 def test_parts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     for method, why in (("exact", "depends on the statistics of those before it"), ("moving-average", "depends on the order")):
         with pytest.raises(UnsupportedError, match=why):
-            api.measure_part(onnx_network(), DATA, (0, 2), tmp_path / "0.npz", method=method)
+            bnfold.measure_part(onnx_network(), DATA, (0, 2), tmp_path / "0.npz", method=method)
     assert not (tmp_path / "0.npz").exists()
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     model, paths = onnx_network(), [tmp_path / f"{i}.npz" for i in range(3)]
     for i, path in enumerate(paths):
-        api.measure_part(model, DATA, (i, 3), path, method="precise")
+        bnfold.measure_part(model, DATA, (i, 3), path, method="precise")
     with pytest.raises(UsageError, match="of 3 parts, 1 is missing"):
-        api.merge_parts(model, [paths[0], paths[2]])
+        bnfold.merge_parts(model, [paths[0], paths[2]])
     with pytest.raises(UsageError, match="part 0 was given already"):
-        api.merge_parts(model, [*paths, paths[0]])
+        bnfold.merge_parts(model, [*paths, paths[0]])
     with pytest.raises(UsageError, match="measured on another model"):
-        api.merge_parts(bnfold.recalibrate(model, DATA)[0], paths)
-    api.measure_part(model, DATA, (1, 3), tmp_path / "other.npz", method="ioffe-szegedy")
+        bnfold.merge_parts(bnfold.recalibrate(model, DATA)[0], paths)
+    bnfold.measure_part(model, DATA, (1, 3), tmp_path / "other.npz", method="ioffe-szegedy")
     with pytest.raises(UsageError, match="measured with other method"):
-        api.merge_parts(model, [paths[0], tmp_path / "other.npz", paths[2]])
+        bnfold.merge_parts(model, [paths[0], tmp_path / "other.npz", paths[2]])
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(DataError, match="this isn't what a part of the data gave"):
-        api.merge_parts(model, [tmp_path / "text.npz"])
+        bnfold.merge_parts(model, [tmp_path / "text.npz"])
     with pytest.raises(DataError, match="no such file"):
-        api.merge_parts(model, [tmp_path / "none.npz"])
+        bnfold.merge_parts(model, [tmp_path / "none.npz"])
     with pytest.raises(UsageError, match="there is no part 3 of 3"):
-        api.measure_part(model, DATA, (3, 3), tmp_path / "x.npz")
+        bnfold.measure_part(model, DATA, (3, 3), tmp_path / "x.npz")
 
 
 # --- how many samples are enough ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.backends.open import open_model
-from bnfold.bench import bench
+from bnfold.benchmark import bench
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, sample_inputs
 from bnfold.recalibration.methods import Prior

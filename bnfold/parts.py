@@ -1,0 +1,68 @@
+"""Parts of the data measured apart from each other, by processes that can't talk, and put together afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .api import Progress, made, place
+from .backends import open as backends
+from .report import RecalibrateReport
+
+if TYPE_CHECKING:
+    from .recalibration.methods import Method
+
+
+def measure_part(
+    model: Any,
+    batches: Iterable[Any],
+    part: tuple[int, int],
+    path: str | Path,
+    *,
+    method: str | Method = "precise",
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    freeze: bool = False,
+    example: Any = None,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    provider: str = "cpu",
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> RecalibrateReport:
+    """Measure one of several parts of the data apart from the others, for `merge_parts`: where processes can't talk to each other.
+
+    part: which of how many, from 0 on; each process is given all the data, and measures its own share of the micro-batches. path: the
+    .npz file for what was measured. The other arguments are those of `recalibrate`, and the same for all parts. Raises UnsupportedError
+    where the parts would not add up to the whole: in lockstep, what stands behind a BatchNorm depends on all data; a moving average on
+    their order.
+    """
+    from .recalibration import recalibrate as calibration
+    from .recalibration.methods import method as chosen
+
+    opened = backends.open_model(model, example)
+    target = calibration.Target(layers, skip_layers, freeze, place(opened, provider, device))
+    return calibration.measure_part(
+        opened, batches, chosen(method), target, part, Path(path), batch_size=batch_size, samples=samples, progress=progress
+    )
+
+
+def merge_parts(
+    model: Any,
+    paths: Iterable[str | Path],
+    *,
+    example: Any = None,
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    freeze: bool = False,
+) -> tuple[Any, RecalibrateReport]:
+    """The model with the statistics of all parts together (see `measure_part`).
+
+    UsageError unless each part is there once, and measured on this model.
+    """
+    from .recalibration import recalibrate as calibration
+
+    opened = backends.open_model(model, example)
+    fresh, report = calibration.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
+    return made(opened, fresh), report
