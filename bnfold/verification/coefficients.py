@@ -23,7 +23,7 @@ from bnfold.folding.plan import NormalForm
 from bnfold.report import Coefficients
 
 from .rescaling import rescaled
-from .roundoff import ShapesDifferError, UnitErrors, errors_of, hidden_summands, merged_summands, stored, type_of
+from .roundoff import DOUBLE, ShapesDifferError, UnitErrors, errors_of, hidden_summands, merged_summands, stored, type_of
 from .structure import STATISTICS, Structure
 
 # Where one in two coefficients of several layers is off by this much, relatively and in units of roundoff, and the outputs still agree to
@@ -38,6 +38,7 @@ ONCE = 1.01  # units of roundoff, with what float32 arithmetic adds to them
 STANDS_OUT = 1 / 16  # the share of channels
 LEAST_CHANNELS, LEAST_NUMBERS = 16, 8  # of channels, and of numbers in each, that say anything about the others
 
+MEASURED = 4  # times the limit in float64, where factors that were measured in it are no more exact than what they are held against
 RESCALED = "scales were moved between layers, where they cancel"
 STATISTIC, EPSILON, UNKNOWN = "statistics", "epsilon", "something else"
 
@@ -164,11 +165,12 @@ def _compared(
 
 
 def _mismatch(node: Node, role: str, errors: UnitErrors, *, once: bool) -> Mismatch | None:
-    """What of an array is off by more than rounding explains; None where nothing is. once: whether what it is held against is exact."""
+    """What of an array is off by more than rounding explains; None where nothing is. once: whether what it is held against is rounded once
+    at most; else it has factors in it, in float64, that were measured."""
     units, axis = errors.units, errors.axis
     most = float(units.max(initial=0.0))
     alone = once and errors.unit > HALF and role == "weight" and most > ONCE and _stands_out(errors)
-    if most <= errors.limit and not alone:
+    if most <= errors.limit * (1 if once or errors.unit > DOUBLE else MEASURED) and not alone:
         return None
     place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[axis]
     text = f"the {role} of {node.label} {node.name} is off by {most:.3g} times what rounding explains (channel {place})"
