@@ -18,18 +18,20 @@ from torch.utils import _pytree as pytree
 from bnfold.errors import BnfoldError
 from bnfold.folding.branches import always
 from bnfold.folding.plan import kept, plan
-from bnfold.report import Counts, FuseReport
+from bnfold.report import Counts, FuseReport, Layer
 
 from .export.census import computed, held, of_constants, operators
 from .export.copies import duplicate, require_copies
 from .export.other_calls import OtherCall, shapes_text
 from .export.regions import has_regions
-from .export.trace import Traced, at_its_sizes
+from .export.trace import Traced, at_its_sizes, trace
 from .lowering.table import lowering
 from .writing.differential import DifferentialTest, users_call
 from .writing.module import write_module
 from .writing.paths import Allowed, Path, conflict, path_of, plain_name
 from .writing.program import copy_program, write_program
+from .writing.simulated import note, simulating
+from .writing.surgery import ATTRIBUTE, Surgery, restructure
 
 MOST_PATHS = 8  # of a module that are found by trying
 MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced
@@ -45,7 +47,7 @@ def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Mod
     clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
     """
     if isinstance(traced.model, nn.Module):
-        return _Folding(traced, traced.model, Allowed(True, equalise, how.get("keep_per_tensor", False))).result()
+        return _of_module(traced, traced.model, Allowed(True, equalise, how.get("keep_per_tensor", False)))
     ctx = lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
@@ -58,6 +60,22 @@ def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Mod
     fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges, constants)
     said = (WRITTEN_OUT,) * has_regions(traced.model)
     return fused, planned.report(notes, bytes_added=added, others=others, said=said)
+
+
+def _of_module(traced: Traced, module: nn.Module, allowed: Allowed) -> tuple[nn.Module, FuseReport]:
+    """Where its layers simulate a fold, they become what they simulate first."""
+    if not (layers := simulating(module)):
+        return _Folding(traced, module, allowed).result()
+    plain = restructure(duplicate(module), Surgery(simulated=list(layers)))
+    fused, report = _Folding(trace(plain, traced), plain, allowed).result()
+    surgery: Surgery = getattr(fused, ATTRIBUTE, None) or Surgery()
+    surgery.simulated = list(layers)
+    left = plain.state_dict()
+    surgery.keys = {name: surgery.keys.get(name, name) if name in left else None for name in module.state_dict()}
+    setattr(fused, ATTRIBUTE, surgery)
+    made = tuple(Layer(f"{path}.bn", each.bn.num_features, "folded", (path,), "", (note(each),)) for path, each in layers.items())
+    counts = Counts(report.batchnorms.before + len(made), report.batchnorms.after)
+    return fused, dataclasses.replace(report, layers=(*made, *report.layers), batchnorms=counts)
 
 
 class _Folding:

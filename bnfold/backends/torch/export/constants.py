@@ -8,7 +8,7 @@ is the function that the model states, not its rounding on the way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from ..runtime.widen import call, widened
 from .quantisers import quantiser
-from .walk import RANDOM, mutates, operator_name, overload, tensor_named, value_of, written
+from .walk import RANDOM, function, mutates, operator_name, overload, tensor_named, value_of, written
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -137,6 +137,22 @@ class ProgramConstants:
             self._values[node] = widened(self._attribute(node)) if node.op == "get_attr" else self._computed(node)
         return self._values[node]
 
+    def as_run(self, op: Node, value: Callable[[Node], Any]) -> Callable[[Node], Any]:
+        """`value` for what an operator reads, but for constants that it rounds: these as they are computed when the model runs."""
+        found = quantiser(op)
+        if found is None or not self.is_constant(found.source) or self.stored(found.source) is not None:
+            return value
+        return lambda node: self._in_stored_types(node) if node is found.source else value(node)
+
+    def _in_stored_types(self, node: Node) -> Any:
+        if (stored := self.stored(node)) is not None:
+            return stored.tensor.detach().cpu()
+        if node.op == "get_attr":
+            return self._attribute(node)
+        args, kwargs = map_arg((node.args, node.kwargs), self._in_stored_types)
+        with torch.no_grad():
+            return function(node)(*args, **kwargs)
+
     def _attribute(self, node: Node) -> Any:
         return attrgetter(str(node.target))(self._program.graph_module)
 
@@ -144,7 +160,7 @@ class ProgramConstants:
         if len(_read(node)) < len(node.all_input_nodes):
             return self.tensor(_read(node)[0])
         try:
-            return call(node, self.tensor)
+            return call(node, self.as_run(node, self.tensor))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return None
 

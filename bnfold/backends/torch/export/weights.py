@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from .constants import ProgramConstants
+from .quantisers import quantiser
 from .walk import is_float, operator_name
 
 _LINEAR = re.compile(
@@ -45,7 +46,10 @@ def weights(program: ExportedProgram) -> frozenset[str]:
             if tensor.is_floating_point() and tensor.numel() >= least and tensor.ndim >= rank and not steers:
                 found.add(stored.target)
             continue
-        name = operator_name(source)
+        name, rounding = operator_name(source), quantiser(source)
+        if rounding is not None:  # the codes don't move by half a unit
+            queue.extend((each, 1, 0) for each in [rounding.scale] if isinstance(each, Op) and constants.is_constant(each))
+            continue
         inputs = source.all_input_nodes
         every = name in _ARITHMETIC or name in _ALL or _LINEAR.fullmatch(name)
         queue.extend((each, 2 if name in _ARITHMETIC else least, rank) for each in (inputs if every else inputs[:1]))

@@ -21,6 +21,8 @@ from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.text import first_line
 
+from ..export.constants import ProgramConstants
+from ..export.quantisers import quantiser
 from ..export.regions import under
 from ..export.tensors import to_tensor
 from ..export.trace import Traced
@@ -83,7 +85,12 @@ class Interpreter(torch.fx.Interpreter):
 
 
 class Float64Interpreter(Interpreter):
-    """Casts to another floating-point type give float64 too, and what reads bits reads those that are stored (see `widen`)."""
+    """Casts to another floating-point type give float64 too, and what reads bits reads those that are stored (see `widen`).
+
+    constants: of the program, where it has some that are computed and rounded.
+    """
+
+    constants: ProgramConstants | None = None
 
     def fed(self, tensor: Tensor) -> Tensor:
         return widened(tensor)
@@ -103,7 +110,7 @@ class Float64Interpreter(Interpreter):
 
     def _returned(self, op: Op) -> Any:
         try:
-            return call(op, self.env.__getitem__)
+            return call(op, self.constants.as_run(op, self.env.__getitem__) if self.constants is not None else self.env.__getitem__)
         except Exception:
             if reads_bits(op) or mutates(op):
                 raise
@@ -138,13 +145,16 @@ class TorchOracle:
             if isinstance(tensor := self._tensors[name], Tensor):
                 seed = seed_of(target, jitter) if jitter is not None and target in moving else None
                 self._tensors[name] = _exact(tensor, seed)
+        self._constants = ProgramConstants(program) if any(map(quantiser, program.graph.nodes)) else None
         by_name = {op.name: op for op in program.graph.nodes}
         self._wanted = traced.output_nodes | {name: by_name[name] for name in outputs if name in by_name}
 
     def values(self, feeds: Batch) -> Iterator[tuple[Op, Any]]:
         """See `Interpreter.values`. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, self._traced.specs, any_float=True)
-        return Float64Interpreter(self._traced.program.graph_module, self._tensors).values(feeds)
+        run = Float64Interpreter(self._traced.program.graph_module, self._tensors)
+        run.constants = self._constants
+        return run.values(feeds)
 
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
         """The outputs by name, floating-point ones in float64. Raises DataError for feeds that don't fit."""

@@ -16,6 +16,7 @@ from bnfold.errors import ModelError
 
 from ..export.copies import duplicate, shared_twin
 from ..export.observers import per_channel
+from .simulated import simulated
 
 ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 
@@ -24,6 +25,7 @@ ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
 class Surgery:
     """Changes by the qualified names of modules.
 
+    simulated: layers that simulated a fold, and were replaced by what they simulate.
     divided: names of a layer with several that got a copy of their own.
     untied: names of parameters that shared one, and have their own now.
     replaced: BatchNorms that are gone, each with the names of its own modules that stay (an activation), none for an Identity.
@@ -38,6 +40,7 @@ class Surgery:
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
+    simulated: list[str] = field(default_factory=list)
     divided: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     replaced: dict[str, list[str]] = field(default_factory=dict)
@@ -95,6 +98,9 @@ def rebuild(module: nn.Module, surgery: Surgery) -> nn.Module:
 
 def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
     """The same, in place."""
+    for path in surgery.simulated:
+        layer = _at(module, path)
+        replace(module, path, with_hooks(simulated(layer), layer))
     for path in surgery.divided:
         setattr(*owner_of(module, path), shared_twin(_at(module, path)))
     for target in surgery.untied:
