@@ -90,6 +90,10 @@ class ProgramConstants:
         """The tensor of a constant that isn't computed."""
         return self._stored.get(node.name) if isinstance(node, Node) and self.is_constant(node) else None
 
+    def named(self, target: str) -> list[Node]:
+        """The inputs of the graph for a stored tensor."""
+        return [node for node in self._known if (each := self._stored.get(node.name)) is not None and each.target == target]
+
     def roots(self, node: Node) -> list[Node]:
         """The stored tensors that a constant is computed from."""
         found: dict[Node, None] = {}

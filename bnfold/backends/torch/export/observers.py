@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -46,6 +47,19 @@ def per_channel(quantiser: Any, axis: int) -> None:
     quantiser.is_per_channel = True
 
 
+def fit_quantisers(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let fake quantisers hold as many scales as a state dict has for them: one, or one for each output channel."""
+    for path, each in fake_quantisers(module).items():
+        owners: tuple[Any, ...] = (each, each.activation_post_process)
+        for owner, name in ((owners[0], "scale"), (owners[0], "zero_point"), (owners[1], "min_val"), (owners[1], "max_val")):
+            inner = "" if owner is each else "activation_post_process."
+            given, own = state.get(f"{path}.{inner}{name}"), getattr(owner, name, None)
+            if given is not None and isinstance(own, Tensor) and given.shape != own.shape:
+                owner._buffers[name] = own.new_empty(given.shape)
+        if owners[0].scale.numel() > 1 and not owners[0].is_per_channel:
+            per_channel(each, 0)
+
+
 def is_on(module: nn.Module, switch: str) -> bool:
     return bool(getattr(module, switch).flatten()[:1].any())
 
@@ -53,7 +67,7 @@ def is_on(module: nn.Module, switch: str) -> bool:
 def settled_quantisers(module: nn.Module) -> nn.Module:
     """The same module, whose fake quantisers observe nothing from now on, and read none of their switches."""
     for each in fake_quantisers(module).values():
-        each.forward = MethodType(_rounded if is_on(each, "fake_quant_enabled") else _unrounded, each)
+        each.forward = MethodType(rounded if is_on(each, "fake_quant_enabled") else _unrounded, each)
     return module
 
 
@@ -61,7 +75,8 @@ def _unrounded(self: Any, X: Tensor) -> Tensor:
     return X
 
 
-def _rounded(self: Any, X: Tensor) -> Tensor:
+def rounded(self: Any, X: Tensor) -> Tensor:
+    """What a fake quantiser gives that observes nothing."""
     ends = self.activation_post_process.quant_min, self.activation_post_process.quant_max
     if self.is_per_channel:
         return torch.fake_quantize_per_channel_affine(X, self.scale, self.zero_point, self.ch_axis, *ends)

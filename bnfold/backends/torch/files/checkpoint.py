@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from bnfold.errors import ModelError
 from bnfold.text import one_line
 
+from ..export.observers import fit_quantisers
 from ..writing.surgery import Surgery, rebuild
 
 RECORD = "bnfold"  # where a folded state dict keeps what was folded
@@ -96,6 +97,8 @@ def put(
     state, prefix = _without_prefixes(state, wanted)
     if prefix:
         say(f"{where}: the names of the weights begin with {prefix!r}, which was left out")
+    fit_quantisers(module, state)
+    wanted = module.state_dict()
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in state and name not in counters]
     extra = [name for name in state if name not in wanted and not name.endswith("num_batches_tracked") and name != "n_averaged"]

@@ -37,6 +37,7 @@ from ..runtime.interpreter import TorchOracle
 from ..runtime.session import device_of
 from ..writing.freeze import frozen
 from ..writing.program import copy_program
+from ..writing.simulated import keep_codes, rounded_with, simulating, with_statistics
 from . import operations
 from .operations import TorchCall, TorchCut, TorchOperation
 from .stage import StoredTensors, TorchStage
@@ -169,6 +170,9 @@ class TorchPlan(StagePlan[Op, Op]):
             return "they are computed"
         if not self._are_named(stored):
             return NAMELESS
+        owner = stored[1].target.rpartition(".")[0].rpartition(".")[0]
+        if isinstance(self._model, nn.Module) and rounded_with(self.constants, stored[1].target) and owner not in self._simulating:
+            return "the module's code rounds weights by them too: give the model as an exported program (torch.export.export)"
         return None if is_float(given["input"]) else "its input isn't floating point"
 
     def _is_stored(self, name: str) -> bool:
@@ -207,6 +211,10 @@ class TorchPlan(StagePlan[Op, Op]):
         return {} if mixes else made
 
     @cached_property
+    def _simulating(self) -> dict[str, Any]:
+        return simulating(self._model, evaluation=True) if isinstance(self._model, nn.Module) else {}
+
+    @cached_property
     def _oracle(self) -> TorchOracle:
         return TorchOracle(self._traced)
 
@@ -241,11 +249,7 @@ class TorchPlan(StagePlan[Op, Op]):
     def write(self) -> nn.Module | ExportedProgram:
         new = {name: tensor for layer in self.statistics for name, tensor in self._tensors(layer).items()}
         if isinstance(self._model, ExportedProgram):
-            program = copy_program(self._model)
-            for name, tensor in new.items():
-                holder = program.state_dict if name in program.state_dict else program.constants
-                holder[name] = tensor.to(holder[name].device)
-            return program
+            return with_statistics(copy_program(self._model), self.constants, new)
         module = duplicate(self._model)
         with torch.no_grad():
             for name, tensor in new.items():
@@ -261,6 +265,9 @@ class TorchPlan(StagePlan[Op, Op]):
                     owner.training = False
                     if isinstance(owner, nn.modules.batchnorm._BatchNorm):
                         owner.eval()  # an activation of its own too
+        for path, layer in self._simulating.items():
+            if any(name.startswith(f"{path}.bn.") for name in new):
+                keep_codes(module.get_submodule(path), layer)
         return module
 
 

@@ -1,0 +1,122 @@
+"""torch.ao's layers that simulate a fold: they become what they simulate, and their integers stay, also where the statistics change."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from modules import difference
+from test_torch_quantised import Digits, X, trained
+from torch import Tensor, nn
+
+import bnfold
+from bnfold.backends.torch.export.observers import settled_quantisers
+
+ao = pytest.importorskip("torch.ao.quantization")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+DATA = [torch.randn(8, 1, 8, 8) * 2 + 1 for _ in range(3)]
+
+
+def eager(backend: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = ao.fuse_modules_qat(Digits().train(), [["conv1", "bn1", "relu1"], ["dw", "bn2"]])
+    net = nn.Sequential(ao.QuantStub(), net, ao.DeQuantStub())
+    net.qconfig = ao.get_default_qat_qconfig(backend)
+    return trained(ao.prepare_qat(net), observing=False)
+
+
+def traced(backend: str) -> nn.Module:
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    torch.manual_seed(0)
+    return trained(prepare_qat_fx(Digits().train(), ao.get_default_qat_qconfig_mapping(backend), (X,)), observing=False)
+
+
+NETS: dict[str, Any] = {
+    "eager, per channel": (eager, "fbgemm", ["1.conv1", "1.dw"]),
+    "FX, per tensor": (traced, "qnnpack", ["conv1", "dw", "fc"]),
+}
+
+
+def codes(net: nn.Module, path: str) -> Tensor:
+    layer: Any = net.get_submodule(path)
+    shape, weight = [-1, *[1] * (layer.weight.ndim - 1)], layer.weight
+    if hasattr(layer, "bn"):
+        weight = weight * (layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)).reshape(shape)
+    return (layer.weight_fake_quant(weight) / layer.weight_fake_quant.scale.reshape(shape)).round()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_layer_becomes_what_it_simulates(name: str) -> None:
+    make, backend, paths = NETS[name]
+    net = make(backend)
+    fused, report = bnfold.fuse(net, example=X)
+    folded = {layer.name: layer for layer in report.layers if layer.verdict == "folded"}
+    assert {f"{path}.bn" for path in paths} <= folded.keys()
+    assert "becomes the layer that it simulates" in folded[f"{paths[0]}.bn"].notes[0]
+    assert report.batchnorms.before == 4
+    for path in paths:
+        layer = fused.get_submodule(path)
+        assert not hasattr(layer, "bn")
+        assert type(layer).__name__ == type(net.get_submodule(path)).__name__.replace("Bn1d", "").replace("Bn", "")
+        assert torch.equal(codes(net, path), codes(fused, path))
+        assert torch.equal(layer.weight_fake_quant.scale, net.get_submodule(path).weight_fake_quant.scale)
+    assert bnfold.verify(net, fused, DATA).verdict == "equivalent"
+    with torch.no_grad():
+        assert difference([net(X)], [fused(X)]) < 1e-4
+
+
+def test_what_it_becomes_is_converted_to_integers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(ao.QuantStub(), nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), ao.DeQuantStub()).train()
+    net = ao.fuse_modules_qat(net, [["1", "2", "3"]])
+    net.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    net = trained(ao.prepare_qat(net), observing=False)
+    want, got = (ao.convert(copy.deepcopy(each)) for each in (net, bnfold.fuse(net, example=X)[0]))
+    assert type(got[1]) is type(want[1])
+    assert torch.equal(want[1].weight().int_repr(), got[1].weight().int_repr())
+    assert difference([want(X)], [got(X)]) < 0.02
+    with pytest.raises(bnfold.UnsupportedError):
+        bnfold.inspect(want, example=X)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_new_statistics_leave_the_integers(name: str) -> None:
+    make, backend, paths = NETS[name]
+    net = make(backend)
+    fresh, _ = bnfold.recalibrate(net, DATA)
+    assert all(torch.equal(codes(net, path), codes(fresh, path)) for path in paths)
+    again = bnfold.recalibrate(fresh, DATA)[1]
+    assert all(abs(layer.mean_shift) < 1e-4 and abs(layer.var_ratio - 1) < 1e-3 for layer in again.layers)
+    fused, report = bnfold.fuse(fresh, example=X)
+    assert all(torch.equal(codes(net, path), codes(fused, path)) for path in paths)
+    assert bnfold.verify(fresh, fused, DATA).verdict == "equivalent"
+    program = torch.export.export(settled_quantisers(copy.deepcopy(net)), (DATA[0],))
+    other, _ = bnfold.recalibrate(program, DATA)
+    with torch.no_grad():
+        assert difference([fresh(DATA[0])], [other.module()(DATA[0])]) < 1e-5
+    folded, program_report = bnfold.fuse(other)
+    assert program_report.batchnorms == report.batchnorms
+    assert bnfold.verify(other, folded, [DATA[0]]).verdict == "equivalent"
+    assert not any("sqrt" in str(op.target) for op in folded.graph.nodes), "the simulation is gone"
+
+
+def test_a_folded_layer_is_loaded_again(tmp_path: Any) -> None:
+    net = eager("qnnpack")
+    fused, _ = bnfold.fuse(bnfold.recalibrate(net, DATA)[0], example=X)
+    (tmp_path / "made.py").write_text(
+        "import torch\nfrom torch import nn\nimport torch.ao.quantization as ao\nfrom test_torch_simulated import eager\n"
+        "def make(): return eager('qnnpack')\n"
+    )
+    bnfold.save(fused, tmp_path / "fused.safetensors")
+    loaded = bnfold.load(tmp_path / "fused.safetensors", arch=f"{tmp_path / 'made.py'}:make")
+    with torch.no_grad():
+        assert torch.equal(fused(X), loaded(X))
+
+
+def test_a_layer_in_training_mode_is_told_of() -> None:
+    net = eager("fbgemm").train()
+    report = bnfold.inspect(net, example=X)
+    assert report.batchnorms.after == 4
