@@ -1,4 +1,4 @@
-"""What the sweeps over real architectures share: a process for each architecture, a file of the results so far, a table in README.md.
+"""What the sweeps over real architectures share: a process for each architecture, a file of the results so far, a table in tests/README.md.
 
 A sweep that was interrupted goes on where it stopped, and what failed is tried again.
 """
@@ -25,7 +25,7 @@ def options(package: str, about: str | None, limit: int) -> argparse.ArgumentPar
     parser.add_argument("names", nargs="*")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / f"bnfold-{package}.jsonl")
     parser.add_argument("--limit", type=int, default=limit, help="seconds for one architecture")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write-readme", action="store_true", help="put the table into tests/README.md")
     return parser
 
 
@@ -57,11 +57,11 @@ def in_a_process(name: str, module: str, *arguments: str, limit: int, environmen
 
 
 def publish(package: str, table: str, *, in_readme: bool) -> None:
-    """Print the table, and put it between the package's marks in README.md."""
+    """Print the table, and put it between the package's marks in tests/README.md."""
     print("\n" + table)
     if not in_readme:
         return
-    readme = ROOT / "README.md"
+    readme = ROOT / "tests" / "README.md"
     text = readme.read_text(encoding="utf-8")
     marks = f"<!-- {package} -->", f"<!-- /{package} -->"
     start, end = (text.index(mark) for mark in marks)
