@@ -136,6 +136,38 @@ case("int8 filter and int32 bias, no shift", bias="int32", shift=False, act=True
 case("int8 filter and int32 bias of one scale, no shift", bias="int32 of one scale", shift=False)
 case("int8 filter without bias", bias="")
 
+
+@CASES.case("int8 filters of one, two and three axes, grouped and depthwise", 52, double=False, opset=19, notes=MIRRORED)
+def _(net: Net) -> None:
+    outputs = []
+    for i, (out, fan_in, groups, *kernel) in enumerate(((6, 4, 1, 3), (6, 2, 2, 3, 3), (4, 1, 4, 3, 3), (6, 4, 1, 2, 2, 2))):
+        x = net.input("N", 4, *"DHW"[: len(kernel)], name=f"x{i}")
+        w = weight(net, (out, fan_in, *kernel), full=True, axis=0 if i else None)
+        outputs.append(net.bn(net.op("Conv", x, w, net.bias(out), group=groups), out))
+    net.output(*outputs)
+
+
+@CASES.case("an int8 matrix of a gemm, transposed and halved", 52, double=False, opset=19, notes="takes it in its scales")
+def _(net: Net) -> None:
+    net.output(net.bn(net.op("Gemm", net.input("N", 4), weight(net, (6, 4), full=True), net.bias(6), transB=1, alpha=0.5), 6))
+
+
+@CASES.case("an int8 matrix that is made a filter", 52, double=False, opset=19, notes="takes it in its scales")
+def _(net: Net) -> None:
+    w = net.reshape(weight(net, (6, 36), full=True), 6, 4, 3, 3)
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
+
+
+@CASES.case("an int8 table", 52, double=False, opset=19, below=5, notes="takes it in its scales")
+def _(net: Net) -> None:
+    rows = net.op("Gather", weight(net, (5, 6), axis=1), net.input("N", dtype=np.int64))
+    net.output(net.bn(rows, 6, shift=False))
+
+
+case("int8 filter in the newest opset", opset=25, full=True, notes=MIRRORED)
+case("int8 filter in the newest opset, rounded in the graph", 51, opset=25, float_first=True)
+
+
 # rounded when the model runs, as quantisation-aware training is exported
 for kind, name, opset in ((np.int8, "int8", 13), (np.uint8, "uint8", 19), (np.int16, "int16", 21), (ml_dtypes.int4, "int4", 21)):
     zero = 128 if kind == np.uint8 else 0
@@ -173,7 +205,7 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), net.op("DequantizeLinear", stored, scale, axis=0)), 6))
 
 
-@CASES.case("a float filter, computed and then rounded", 51, double=False, opset=19)
+@CASES.case("a float filter, computed and then rounded", 51, double=False, opset=19, after={"QuantizeLinear": 1, "Mul": 0})
 def _(net: Net) -> None:
     w = net.op("Mul", net.filters(6, 4, 3, 3), net.weight(net.rng.uniform(0.5, 1, (6, 1, 1, 1))))
     scale, zero = net.weight(net.rng.uniform(0.004, 0.006, 6), "scale"), net.constant(np.zeros(6, np.int8))

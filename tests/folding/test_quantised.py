@@ -34,7 +34,7 @@ def integers(model: onnx.ModelProto) -> list[tuple[np.ndarray, np.ndarray]]:
                 wide = f"wide {len(probe.graph.output)}"
                 probe.graph.node.append(helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT))
                 probe.graph.output.append(helper.make_tensor_value_info(wide, TensorProto.FLOAT, None))
-        if node.input and all(name in known for name in node.input):
+        if node.op_type == "Constant" or (node.input and all(name in known for name in node.input)):
             known |= set(node.output)
     options = ort.SessionOptions()
     options.graph_optimization_level, options.log_severity_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, 4
@@ -193,3 +193,37 @@ def test_a_quantised_operator_is_a_barrier_with_a_reason(tmp_path: Path) -> None
     onnx.save(fused, tmp_path / "float.onnx")  # what the reason says to do
     quantization.quantize_static(tmp_path / "float.onnx", tmp_path / "integers.onnx", Reader())
     assert batchnorms(onnx.load(tmp_path / "integers.onnx")) == 0
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
+def test_a_network_trained_for_quantisation_becomes_what_it_simulates(backend: str, tmp_path: Path) -> None:
+    """Its convolutions have the scale of their BatchNorm in their weight before it is rounded, and divide by it behind: all of it folds."""
+    torch = pytest.importorskip("torch")
+    quantization = pytest.importorskip("torch.ao.quantization")
+    nn = torch.nn
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3, bias=False), nn.BatchNorm2d(6)]
+    net, x = nn.Sequential(quantization.QuantStub(), *layers), torch.randn(8, 4, 9, 9)
+    net = quantization.fuse_modules_qat(net.train(), [["1", "2", "3"], ["4", "5"]])
+    net.qconfig = quantization.get_default_qat_qconfig(backend, version=0)
+    net = quantization.prepare_qat(net)
+    for _ in range(3):
+        net(3 * x + 1)
+    net.apply(quantization.disable_observer).eval()
+    names: dict[str, Any] = {
+        "opset_version": 17,
+        "do_constant_folding": False,
+        "training": torch.onnx.TrainingMode.PRESERVE,
+        "dynamo": False,
+    }
+    torch.onnx.export(net, (x,), tmp_path / "trained.onnx", **names)
+    model = onnx.load(tmp_path / "trained.onnx")
+    assert batchnorms(model) == 2
+    fused, _ = bnfold.fuse(model)
+    assert batchnorms(fused) == 0
+    assert {"Div", "Add", "Mul"}.isdisjoint(node.op_type for node in fused.graph.node), "the simulation is gone, too"
+    found = bnfold.verify(model, fused)
+    assert found.verdict == "equivalent", found.reason
+    for (old, _), (new, _) in zip(integers(model), integers(fused), strict=True):
+        assert (np.abs(old - new) > 1).sum() == 0
+        assert (old != new).mean() < 0.01, "runtimes work the float weight out in float32, on whose steps it may lie"

@@ -26,11 +26,11 @@ from .graph.extract import extract, reads
 from .graph.inline import inlined
 from .graph.inputs import inputs
 from .graph.proto import self_contained
-from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, is_standard, name_of
+from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
-from .oracle.quantised import ROUNDING
+from .oracle.quantised import rounds
 from .runtime.providers import precisions, resolve
 from .runtime.session import Session
 
@@ -120,7 +120,7 @@ class OnnxModel(Model):
         return Oracle(self.model, jitter=jitter, outputs=outputs, rounds=self._rounds)
 
     def unrounded(self) -> OnnxModel | None:
-        if not any(node.op_type in ROUNDING and is_standard(node) for node in all_nodes(self._inlined.graph)):
+        if not any(rounds(self._skeleton.graph, self._inlined.graph.initializers)):
             return None
         made = copy.copy(self)
         made._rounds = False

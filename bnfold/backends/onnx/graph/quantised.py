@@ -7,14 +7,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.layouts import AS_STORED, Layout
 from bnfold.algebra.quantised import ROUNDED, Quantised, Rescaled, Source
+from bnfold.algebra.rounding import rounded
 
 from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
 from .constants import FLOATS, Constants
-from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_tensor, whole
+from .walk import MICROSOFT, attribute, behind_identity, is_standard, whole
 
 MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 # Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
@@ -102,10 +104,11 @@ def rounds_to(node: ir.Node) -> ir.Node | None:
 
 
 def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source | None:
-    """The stored array that a QuantizeLinear of the same scales rounds; None where there is none, or it is computed, so that codes are."""
+    """The array that a QuantizeLinear of the same scales rounds; None where there is none."""
     maker = rounds_to(node)
-    held = None if maker is None or maker.inputs[0] is None else stored_tensor(maker.inputs[0])
-    if maker is None or held is None or held.dtype not in FLOATS:
+    value = None if maker is None else maker.inputs[0]
+    kind = None if value is None else constants.dtype(value)
+    if maker is None or kind is None or kind not in FLOATS:
         return None
     for one, other in zip((*maker.inputs, None)[1:3], (*node.inputs, None)[1:3], strict=True):
         mine, theirs = (constants.get(v) for v in (one, other))
@@ -113,7 +116,14 @@ def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source
             return None
     if any(whole(maker, name, default) != whole(node, name, default) for name, default in (("axis", 1), ("block_size", 0))):
         return None
-    return Source(held.numpy, [partial(codes_of, bounds=bounds(codes), kind=kind) for kind in quotients(np.dtype(held.dtype.numpy()))])
+    stored = np.dtype(kind.numpy())
+
+    def read() -> npt.NDArray[Any]:
+        array = constants.get(value)
+        assert array is not None
+        return rounded(array, stored)
+
+    return Source(read, [partial(codes_of, bounds=bounds(codes), kind=each) for each in quotients(stored)])
 
 
 # --- what is written -------------------------------------------------------------------------------------------------------------------

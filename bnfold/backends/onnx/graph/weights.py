@@ -114,7 +114,11 @@ def constants(graph: onnx.GraphProto, stored: Iterable[str]) -> set[str]:
     found = set(stored)
     for node in all_nodes(graph):  # in topological order
         names = [name for name in node.input if name]
-        if names and all(name in found for name in names) and not any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute):
+        if (
+            (names or node.op_type == "Constant")
+            and all(name in found for name in names)
+            and not any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute)
+        ):
             found.update(name for name in node.output if name)
     return found
 

@@ -25,11 +25,11 @@ from ..files.schemas import forget_unknown
 from ..graph.codes import stored_codes
 from ..graph.inputs import inputs
 from ..graph.proto import self_contained
-from ..graph.weights import constants, weights
+from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
 from .quantised import state_steps
-from .widen import all_nodes, bodies, maybe_jittered, state_bits, to_float64, widen
+from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -59,8 +59,7 @@ class Oracle:
         moving = frozenset() if jitter is None else weights(proto.graph, _shapes_held(model, codes))
         to_float64(proto, jitter=jitter, moving=moving)
         if jitter is not None or not rounds:
-            stored = constants(proto.graph, [*model.graph.initializers, *codes])
-            state_steps(all_nodes(proto.graph), stored, jitter=jitter, rounds=rounds)
+            state_steps(quantised.rounds(proto.graph, [*model.graph.initializers, *codes]), jitter if rounds else None)
         held: dict[str, np.ndarray] = dict(codes)
         for name, value in model.graph.initializers.items():
             tensor = value.const_value

@@ -9,7 +9,7 @@ function of it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -17,8 +17,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from ..graph.weights import constants
 from .convolution import conv
 from .registry import Array, operator
+from .widen import all_nodes
 
 STEPS = "steps"
 ROUNDED, MOVED, CONTINUOUS = -1, 0, -2  # from MOVED on, seeds
@@ -26,12 +28,18 @@ REACH = 2.0**-8  # of a step: by how much what is rounded may be off
 ROUNDING = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
 
 
-def state_steps(nodes: Iterable[onnx.NodeProto], constant: Container[str], *, jitter: int | None, rounds: bool) -> None:
-    """Say at each operator that rounds activations how it does. constant: the values that are none. jitter: a seed for what is moved."""
+def rounds(graph: onnx.GraphProto, held: Iterable[str]) -> Iterator[onnx.NodeProto]:
+    """The operators that round activations. held: the arrays that are stored elsewhere."""
+    found = [node for node in all_nodes(graph) if node.op_type in ROUNDING and node.domain in ("", "ai.onnx")]
+    constant = constants(graph, held) if found else set()
+    yield from (node for node in found if node.input[0] not in constant)
+
+
+def state_steps(nodes: Iterable[onnx.NodeProto], jitter: int | None) -> None:
+    """Say at each operator that it doesn't round, or, with a seed, that it is off by chance."""
     for node in nodes:
-        if node.op_type in ROUNDING and node.domain in ("", "ai.onnx") and node.input[0] not in constant:
-            seed = CONTINUOUS if not rounds or jitter is None else MOVED + zlib.crc32(f"{jitter} {node.output[0]}".encode())
-            node.attribute.append(helper.make_attribute(STEPS, seed))
+        seed = CONTINUOUS if jitter is None else MOVED + zlib.crc32(f"{jitter} {node.output[0]}".encode())
+        node.attribute.append(helper.make_attribute(STEPS, seed))
 
 
 def _stepped(quotient: Array, steps: int) -> Array:
