@@ -2,11 +2,11 @@
 
     model = bnfold.load("model.onnx")
     fresh, report = bnfold.recalibrate(model, batches)
-    fused, report = bnfold.fuse(model)
-    report = bnfold.verify(model, fused, batches)
-    bnfold.save(fused, "fused.onnx")
+    fused, report = bnfold.fuse(fresh)
+    if bnfold.verify(fresh, fused, batches):
+        bnfold.save(fused, "fused.onnx")
 
-Everything is imported when first asked for, so that `import bnfold` costs nothing.
+`bnfold.pipeline` does all of it at once. Everything is imported when first asked for, so that `import bnfold` costs nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import fuse, inspect, load, recalibrate, restore, save, verify
+    from .benchmark import bench
     from .certificates import certificate
     from .errors import (
         BnfoldError,
@@ -31,26 +32,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .parts import measure_part, merge_parts
-
-_HOME = dict.fromkeys(("load", "save", "inspect", "recalibrate", "restore", "fuse", "verify"), ".api") | {
-    "certificate": ".certificates",
-    "measure_part": ".parts",
-    "merge_parts": ".parts",
-}
-_HOME |= dict.fromkeys(
-    (
-        "BnfoldError",
-        "CheckError",
-        "DataError",
-        "DeviceError",
-        "InputError",
-        "ModelError",
-        "NothingToDoError",
-        "UnsupportedError",
-        "UsageError",
-    ),
-    ".errors",
-)
+    from .pipelines import pipeline
+    from .report import BenchReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
 
 __all__ = [  # noqa: RUF022 - in the order of the work
     "__version__",
@@ -63,7 +46,16 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "restore",
     "fuse",
     "verify",
+    "pipeline",
+    "bench",
     "certificate",
+    "Report",
+    "InspectReport",
+    "RecalibrateReport",
+    "FuseReport",
+    "VerifyReport",
+    "PipelineReport",
+    "BenchReport",
     "BnfoldError",
     "CheckError",
     "DataError",
@@ -74,12 +66,27 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "UnsupportedError",
     "UsageError",
 ]
+_HOMES = {
+    "bench": ".benchmark",
+    "certificate": ".certificates",
+    "measure_part": ".parts",
+    "merge_parts": ".parts",
+    "pipeline": ".pipelines",
+}
+
+
+def _home(name: str) -> str:
+    return ".errors" if name.endswith("Error") else ".report" if name.endswith("Report") else _HOMES.get(name, ".api")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'bnfold' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name], "bnfold"), name)
+    found = getattr(importlib.import_module(_home(name), "bnfold"), name)
+    if not isinstance(found, type):
+        found = importlib.import_module(".library", "bnfold").verb(found)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

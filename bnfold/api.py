@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from .backends import open as backends
 from .backends.hub import local
@@ -16,9 +16,16 @@ from .errors import CheckError, ModelError, NothingToDoError
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
+    import torch
+
     from .model import Model
     from .recalibration.methods import Method
 
+# What a caller may give, and, of a verb that makes a model, gets back: the same kind.
+AnyModel = Union["onnx_ir.Model", "onnx.ModelProto", "torch.nn.Module", "torch.export.ExportedProgram", "Model"]
+M = TypeVar("M", bound=AnyModel)
 Progress = Callable[[str, int, "int | None"], None]
 
 
@@ -46,7 +53,7 @@ def load(
 
 
 def save(
-    model: Any, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False, plain_state: bool = False
+    model: AnyModel, path: str | Path, *, force: bool = False, example: Any = None, as_state: bool = False, plain_state: bool = False
 ) -> list[Path]:
     """Write a model atomically, and say which files that were; an existing one is kept unless `force`.
 
@@ -57,7 +64,7 @@ def save(
     return backends.open_model(model, example).save(path, force=force, as_state=as_state, plain_state=plain_state)
 
 
-def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_tensor: bool = False) -> InspectReport:
+def inspect(model: AnyModel, *, example: Any = None, clone: bool = False, keep_per_tensor: bool = False) -> InspectReport:
     """What `fuse` would do with each BatchNorm, and why one would stay, and the certificate of a folded model. Nothing is changed.
 
     example: as for `fuse`.
@@ -78,14 +85,14 @@ def inspect(model: Any, *, example: Any = None, clone: bool = False, keep_per_te
 
 
 def fuse(
-    model: Any,
+    model: M,
     *,
     example: Any = None,
     check: bool = True,
     clone: bool = False,
     keep_per_tensor: bool = False,
     equalise: bool = False,
-) -> tuple[Any, FuseReport]:
+) -> tuple[M, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
     model: an onnx_ir.Model or onnx.ModelProto; a torch.nn.Module, of which a copy comes back in which BatchNorms are Identity and the
@@ -125,7 +132,7 @@ def fold(model: Model, *, example: Any = None, check: bool = True, **how: bool) 
 
 
 def recalibrate(
-    model: Any,
+    model: M,
     batches: Iterable[Any],
     *,
     method: str | Method = "exact",
@@ -141,8 +148,8 @@ def recalibrate(
     provider: str = "cpu",
     device: str | None = None,
     allow_cpu_fallback: Iterable[str] = (),
-    progress: Progress | None = None,
-) -> tuple[Any, RecalibrateReport]:
+    progress: Progress | bool | None = None,
+) -> tuple[M, RecalibrateReport]:
     """Measure every BatchNorm's mean and variance afresh; by default exactly, layer by layer in one pass (lockstep).
 
     batches: an iterable of arrays or tensors, tuples or dicts by input name; labels may ride along. method: one of `methods.METHODS` by
@@ -175,12 +182,12 @@ def recalibrate(
             memory_budget=memory_budget,
             batch_size=batch_size,
             samples=samples,
-            progress=progress,
+            progress=told(progress),
         )
     return made(opened, fresh), report
 
 
-def restore(model: Any, before: str | Path | Mapping[str, Any], *, example: Any = None) -> tuple[Any, list[str]]:
+def restore(model: M, before: str | Path | Mapping[str, Any], *, example: Any = None) -> tuple[M, list[str]]:
     """The model with its old statistics again, and the names of the layers that got them.
 
     before: the file that the command line kept beside a recalibrated model, or a report's `before`. Raises DataError where it is another
@@ -220,8 +227,8 @@ def made(model: Model, fresh: Model) -> Any:
 
 
 def verify(
-    reference: Any,
-    candidate: Any,
+    reference: AnyModel,
+    candidate: AnyModel,
     batches: Iterable[Any] | None = None,
     *,
     providers: Iterable[str] = ("cpu",),
@@ -231,7 +238,7 @@ def verify(
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
     allow_cpu_fallback: Iterable[str] = (),
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     bundle: Path | None = None,
     force: bool = False,
     coefficients_only: bool = False,
@@ -261,7 +268,7 @@ def verify(
             batch_size=batch_size,
             seed=seed,
             input_shapes=None if input_shapes is None else dict(input_shapes),
-            progress=progress,
+            progress=told(progress),
             bundle=None if bundle is None else Path(bundle),
             force=force,
             coefficients_only=coefficients_only,
@@ -269,6 +276,11 @@ def verify(
             map_outputs=map_outputs,
             by_layer=by_layer,
         )
+
+
+def told(progress: Progress | bool | None) -> Progress | None:
+    """What is told of progress; True is for `bnfold.library`, which makes of it what shows the stages."""
+    return None if isinstance(progress, bool) else progress
 
 
 def cpu_fallback(names: Iterable[str]) -> contextlib.AbstractContextManager[None]:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .api import Progress
+from .api import AnyModel, Progress, told
 from .capture import overhearing
-from .data import Chunk
+from .data import Chunk, as_batches
 from .data.inputs import Inputs
+from .data.source import peek
 from .errors import DataError, UsageError
 from .report import BenchReport
 
@@ -18,8 +19,8 @@ ROUND = 0.02  # seconds: in a round a model runs at least so long, so that the c
 
 
 def bench(
-    reference: Any,
-    candidate: Any,
+    reference: AnyModel,
+    candidate: AnyModel,
     batches: Iterable[Any] | None = None,
     *,
     provider: str = "cpu",
@@ -30,17 +31,18 @@ def bench(
     example: Any = None,
     optimise: bool = True,
     map_inputs: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> BenchReport:
     """Time one batch through both models in turn: A B, B A, A B, ...
 
-    batches: the first one is run; a random one of `batch_size` samples (1) where it is None. optimise: ONNX Runtime's own graph
-    optimisations, which fold too; a deployed model has them on. map_inputs: as for `api.verify`. Seconds are medians per call; the ratio
-    candidate / reference is the median over the rounds, and its range holds the middle half of them.
+    batches: the first one is run, of an array all of it; a random one of `batch_size` samples (1) where it is None. optimise: ONNX
+    Runtime's own graph optimisations, which fold too; a deployed model has them on. map_inputs: as for `api.verify`. Seconds are
+    medians per call; the ratio candidate / reference is the median over the rounds, and its range holds the middle half of them.
     """
     from .backends.open import open_both
     from .verification.comparison import alike
 
+    progress = told(progress)
     if rounds < 2:
         raise UsageError(f"{rounds} rounds give no range; at least 2 are needed")
     first, second, batches = open_both(reference, candidate, batches, input_shapes, example)
@@ -48,9 +50,10 @@ def bench(
     if batches is None:
         feeds = first.random(batch=batch_size or 1, seed=seed, input_shapes=input_shapes)
     else:
-        feeds = next(iter(batches), {})
-        if not feeds:
+        item = peek(batches)[0]
+        if item is None:
             raise DataError("the data hold no batch, so there is nothing to time: give at least one sample")
+        feeds = next(iter(as_batches([item], first.inputs(), batch_size=batch_size, flat=first.flat)))
     calls = []
     for side in (first, second):
         side.require(provider)

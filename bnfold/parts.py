@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .api import Progress, made, place
+from .api import AnyModel, M, Progress, made, place, told
 from .backends import open as backends
 from .report import RecalibrateReport
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def measure_part(
-    model: Any,
+    model: AnyModel,
     batches: Iterable[Any],
     part: tuple[int, int],
     path: str | Path,
@@ -29,7 +29,7 @@ def measure_part(
     samples: int | None = None,
     provider: str = "cpu",
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> RecalibrateReport:
     """Measure one of several parts of the data apart from the others, for `merge_parts`: where processes can't talk to each other.
 
@@ -44,19 +44,19 @@ def measure_part(
     opened = backends.open_model(model, example)
     target = calibration.Target(layers, skip_layers, freeze, place(opened, provider, device))
     return calibration.measure_part(
-        opened, batches, chosen(method), target, part, Path(path), batch_size=batch_size, samples=samples, progress=progress
+        opened, batches, chosen(method), target, part, Path(path), batch_size=batch_size, samples=samples, progress=told(progress)
     )
 
 
 def merge_parts(
-    model: Any,
+    model: M,
     paths: Iterable[str | Path],
     *,
     example: Any = None,
     layers: Sequence[str] = (),
     skip_layers: Sequence[str] = (),
     freeze: bool = False,
-) -> tuple[Any, RecalibrateReport]:
+) -> tuple[M, RecalibrateReport]:
     """The model with the statistics of all parts together (see `measure_part`).
 
     UsageError unless each part is there once, and measured on this model.

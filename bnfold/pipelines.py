@@ -15,7 +15,7 @@ from .report import PipelineReport
 
 
 def pipeline(
-    model: Any,
+    model: api.M,
     batches: Any,
     *,
     labelled: Any = None,
@@ -25,11 +25,11 @@ def pipeline(
     keep_per_tensor: bool = False,
     equalise: bool = False,
     providers: Iterable[str] = ("cpu",),
-    progress: api.Progress | None = None,
+    progress: api.Progress | bool | None = None,
     by_layer: bool = False,
     keep: Callable[[Any], object] | None = None,
     **calibration: Any,
-) -> tuple[Any, PipelineReport]:
+) -> tuple[api.M | None, PipelineReport]:
     """The recalibrated and folded model; None in its place where the result isn't proven equivalent, where the new statistics harm it
     (unless with `accept_harm`), or where a BatchNorm stays with `strict`, and the last of the report's notes says why.
 
@@ -37,7 +37,7 @@ def pipeline(
     `api.verify`. The statistics are measured on the first of the providers, the verdict is for all of them. keep: given the recalibrated
     model, which the folded one is equivalent to. calibration: further arguments of `api.recalibrate`. Raises what the steps raise.
     """
-    providers = tuple(providers)
+    providers, progress = tuple(providers), api.told(progress)
     opened = open_model(model, example)
     if not opened.states_inputs:
         opened.inputs()  # it is read once, now, and called so in all further steps

@@ -13,6 +13,7 @@ ROOT = Path(bnfold.__file__).parent
 # From the top down. Rooms on one line don't know each other.
 ROOMS = """
     __init__ __main__
+    library
     cli
     pipelines benchmark parts
     api

@@ -151,6 +151,8 @@ def fuse(
         job.finish(report)
         if failed:
             job.fail(f"{failed}; nothing was written")
+        elif report.in_training:
+            job.warn(report.in_training)
         elif not report.changes:
             job.warn(f"nothing folds: {len(report.kept)} of {counted(len(report.kept), 'BatchNorm')} stay, and the model is as it was")
     return 1 if stays else STATUS["inconclusive"] if doubt else 0

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from bnfold.text import counted
+
 from .base import Report
 from .verify import VerifyReport
 
@@ -107,6 +109,12 @@ class FuseReport(Report):
         """What `--strict` says of them; empty where none stays."""
         count = len(self.kept)
         return f"--strict: {count} BatchNorm{'s stay' if count > 1 else ' stays'}" if count else ""
+
+    @property
+    def in_training(self) -> str:
+        """What to say of BatchNorms that stay since they are in training mode; empty where none does."""
+        count = sum("it is in training mode" in layer.reason for layer in self.kept)
+        return f"{counted(count, 'BatchNorm')} in training mode can't fold: call eval() on the model, or export it so" if count else ""
 
     @property
     def doubt(self) -> str:

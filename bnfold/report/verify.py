@@ -172,3 +172,11 @@ class VerifyReport(Report):
     data: str = ""
     layers: tuple[LayerError, ...] = ()
     graph: tuple[PairedOperator, ...] = field(default=(), repr=False, metadata={"hidden": True})
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether the verdict is that; neither different nor inconclusive models are equivalent."""
+        return self.verdict == "equivalent"
+
+    def __bool__(self) -> bool:
+        return self.equivalent

@@ -1,0 +1,120 @@
+"""The library as programs and notebooks meet it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bnfold
+from bnfold.library import in_python
+
+
+@pytest.fixture
+def x(here: Path) -> np.ndarray:
+    """Data for the models in the working directory."""
+    return np.load("x.npy")
+
+
+def test_a_verdict_is_true_where_it_is_equivalent_alone(x: np.ndarray) -> None:
+    model, another = bnfold.load("model.onnx"), bnfold.load("another.onnx")
+    fused, _ = bnfold.fuse(model)
+    reports = [bnfold.verify(model, other, [x]) for other in (fused, another, model)]
+    assert [report.verdict for report in reports] == ["equivalent", "different", "inconclusive"]
+    assert [report.equivalent for report in reports] == [bool(report) for report in reports] == [True, False, False]
+
+
+def test_all_verbs_are_there(x: np.ndarray) -> None:
+    model = bnfold.load("model.onnx")
+    ready, report = bnfold.pipeline(model, [x])
+    assert isinstance(report, bnfold.PipelineReport)
+    assert report.verify
+    timed = bnfold.bench(model, ready, x, rounds=2)
+    assert isinstance(timed, bnfold.BenchReport)
+    assert timed.batch_size == len(x)  # an array is one batch, not as many as it has rows
+    assert bnfold.bench(model, ready, [x[:3], x], rounds=2).batch_size == 3
+    assert isinstance(bnfold.inspect(model), bnfold.InspectReport)
+    assert bnfold.pipeline is bnfold.pipeline
+
+
+def test_progress_for_the_asking(x: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    model = bnfold.load("model.onnx")
+    bnfold.recalibrate(model, [x])
+    assert capsys.readouterr().err == ""
+    bnfold.recalibrate(model, [x], progress=True)
+    err = capsys.readouterr().err
+    assert "\r" in err
+    assert err.endswith("\r")
+    assert "\n" not in err
+    seen = []
+    bnfold.recalibrate(model, [x], progress=lambda *found: seen.append(found))
+    assert all(stage in err for stage, *_ in seen[:1])
+
+
+def test_what_goes_on_is_logged(x: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    model = bnfold.load("model.onnx")
+    with caplog.at_level(logging.DEBUG, "bnfold"):
+        fused, _ = bnfold.fuse(model)
+        bnfold.verify(model, fused, [x])
+    found = {(record.levelname, record.message.partition(":")[0]) for record in caplog.records if record.name == "bnfold"}
+    assert {("DEBUG", "fuse begins"), ("INFO", "fuse"), ("INFO", "verify")} <= found
+    assert sum(level == "DEBUG" for level, _ in found) > 2  # the stages too
+    assert any("equivalent" in record.message for record in caplog.records)
+
+
+def test_a_module_in_training_mode_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    with caplog.at_level(logging.WARNING, "bnfold"):
+        bnfold.fuse(net.eval(), example=torch.randn(2, 3, 8, 8))
+        assert caplog.records == []
+        bnfold.fuse(net.train(), example=torch.randn(2, 3, 8, 8))
+    assert [record.message for record in caplog.records] == [
+        "fuse: 1 BatchNorm in training mode can't fold: call eval() on the model, or export it so"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a.pth: say what builds it, with --arch FILE.py:FACTORY", "a.pth: say what builds it, with arch=FILE.py:FACTORY"),
+        ("give the --arch that they were trained with", "give the arch that they were trained with"),
+        ("give --trust-pickle if you trust it", "give trust_pickle=True if you trust it"),
+        ("--input-shape names 'z'", "input_shapes names 'z'"),
+        ("a - b, -o and --- stay", "a - b, -o and --- stay"),
+    ],
+)
+def test_errors_speak_of_arguments(text: str, said: str) -> None:
+    assert in_python(text) == said
+
+
+def test_errors_of_verbs_speak_of_arguments(here: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.ones(3)}, "state.pth")
+    with pytest.raises(bnfold.UsageError, match=r"with arch=package.module:factory or arch=FILE.py:FACTORY"):
+        bnfold.load("state.pth")
+
+
+@pytest.mark.slow
+def test_a_verb_gives_back_the_type_that_it_was_given(tmp_path: Path) -> None:
+    """As a type checker sees it."""
+    pytest.importorskip("mypy")
+    pytest.importorskip("torch")
+    (tmp_path / "mine.py").write_text(
+        "import bnfold, onnx_ir, torch\n"
+        "class Net(torch.nn.Module): ...\n"
+        "def go(net: Net, model: onnx_ir.Model) -> None:\n"
+        "    reveal_type(bnfold.fuse(net)[0])\n"
+        "    reveal_type(bnfold.recalibrate(model, [])[0])\n"
+        "    bnfold.fuse('model.onnx')\n"
+    )
+    environment = {"PYTHONPATH": str(Path(bnfold.__file__).parents[1]), "PATH": ""}
+    line = [sys.executable, "-m", "mypy", "--follow-imports=silent", "mine.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert 'Revealed type is "mine.Net"' in done.stdout, done.stdout + done.stderr
+    assert 'Revealed type is "onnx_ir' in done.stdout
+    assert done.stdout.count("error:") == 1
