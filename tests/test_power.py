@@ -45,7 +45,7 @@ def test_what_half_precision_hides_is_below_a_bound_that_the_report_states(found
     for run in below:
         assert run["dtype"] == "float16"
         assert run["size"] <= 5
-        assert "times what rounding explains" in run["reason"]
+        assert "rounding alone explains" in run["reason"]
 
 
 def test_an_epsilon_shows_only_in_the_coefficients(found: list[dict[str, Any]]) -> None:

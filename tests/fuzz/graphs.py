@@ -96,8 +96,10 @@ def build(seed: int) -> onnx.ModelProto:
 
 
 def tried(seed: int, *, save: Path | None = None, say: Say | None = None) -> Found:
-    """Fold the network of a seed, and compare all that must not change; of every fourth, operators may be doubled, of every
-    third, ranges are equalised."""
+    """Fold the network of a seed, and compare all that must not change.
+
+    Of every fourth, operators may be doubled; of every third, ranges are equalised.
+    """
     model = build(seed)
     if save is not None:
         onnx.save(model, save)
