@@ -280,7 +280,7 @@ class Data:
         if not total:
             raise DataError(f"{self.description}: there are no samples; give at least one")
         if self._limit is not None and total < self._limit:
-            self._note(f"{self._limit} samples are asked for, and the data hold {total}")
+            self._note(f"{counted(self._limit, 'sample')} {'is' if self._limit == 1 else 'are'} asked for, and the data hold {total}")
         rest = wanted % self._fixed if self._fixed and self._inputs.batched else 0
         only = f"can't fill a batch of {self._fixed}, the only size that the model takes"
         if rest == wanted:

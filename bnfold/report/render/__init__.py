@@ -14,6 +14,7 @@ from bnfold.report.fuse import FuseReport
 from bnfold.report.others import PipelineReport
 from bnfold.report.verify import VerifyReport
 from bnfold.report.words import compared
+from bnfold.text import counted
 
 VERDICTS = ("equivalent", "different", "inconclusive", "improved", "harmed", "no effect")
 
@@ -114,7 +115,7 @@ def rows(report: Report) -> Iterator[Row]:
 def levels(report: VerifyReport) -> Iterator[Row]:
     """The three levels: what each measured, and what it says."""
     c, f = report.levels.coefficients, report.levels.function
-    found = f"worst of {c.checked} arrays off by {c.worst:.2g} units of roundoff" if c.checked else ""
+    found = f"worst of {counted(c.checked, 'array')} off by {c.worst:.2g} units of roundoff" if c.checked else ""
     yield Row("coefficients", "coefficients", c.verdict, found, c.reason)
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     yield Row("function", "function, in float64", f.verdict, found, f.reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import Headline, Line, Part, Row, Table, folded, tables, verified
 from .tables import NAMELESS
 
 SHARE = re.compile(r"(\d+)%")
+OTHER_NAME = re.compile(r"(?<![\w/.])(?:[\w.:-]*/[\w./:-]*\w|[^\W\d]\w*(?:\.\w+)+)(?![\w/])")  # in what is said of a layer
 FEW = 5  # layers that are named of many with one thing to be said of them, and shown of those that moved
 
 # --- on a terminal ----------------------------------------------------------------------------------------------------------------------
@@ -66,27 +66,24 @@ def _layers(report: FuseReport, verbose: bool) -> Iterator[Part]:
 
 
 def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
-    """Layers with one thing to be said of them, the first few by name."""
-    groups: dict[str, list[str]] = {}
+    """Layers with one thing to be said of them, the first few by name. What is said may differ by names and percentages."""
+    groups: dict[str, list[tuple[str, str]]] = {}
     for text, name in found:
-        groups.setdefault(text, []).append(name or NAMELESS)
-    for text, names in groups.items():
+        groups.setdefault(SHARE.sub("", OTHER_NAME.sub("", text)), []).append((text, name or NAMELESS))
+    for same in groups.values():
+        text, names = same[0][0] or "no reason is known", [name for _, name in same]
+        if len({text for text, _ in same}) > 1:
+            most = max((int(share) for each, _ in same for share in SHARE.findall(each)), default=0)
+            text = SHARE.sub(f"up to {most}%", OTHER_NAME.sub("*", text))
         some = len(names) > FEW + 1
-        yield Line(
-            (f"{len(names):,} {word if len(names) == 1 else word.rstrip('s')}: " if word else "")
-            + (text or "no reason is known")
-            + f" ({', '.join(names[:FEW] if some else names)}{f' and {len(names) - FEW:,} more' if some else ''})"
-        )
+        listed = ", ".join(names[:FEW] if some else names) + (f" and {len(names) - FEW:,} more" if some else "")
+        count = f"{len(names):,} {word if len(names) == 1 else word.rstrip('s')}: " if word else ""
+        yield Line(f"{count}{text} ({listed})")
 
 
 def _warnings(report: FuseReport) -> list[tuple[str, str]]:
-    """What there is to warn of in ranges of weights, by name; of what differs by a percentage alone the largest is said."""
-    found = [
-        (SHARE.sub("{}", each.warning), int((SHARE.findall(each.warning) or [0])[0]), each.name) for each in report.ranges if each.warning
-    ]
-    worst = {text: max(share for other, share, _ in found if other == text) for text, _, _ in found}
-    several = Counter(text for text, _, _ in found)
-    return [(text.replace("{}", f"{'up to ' * (several[text] > 1)}{worst[text]}%"), name) for text, _, name in found]
+    """What there is to warn of in ranges of weights, by name."""
+    return [(each.warning, each.name) for each in report.ranges if each.warning]
 
 
 def _remarks(report: FuseReport) -> Iterator[Part]:
