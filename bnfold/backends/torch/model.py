@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -29,7 +28,7 @@ from .export.functional import entangled, functional
 from .export.sizes import Sizes
 from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
-from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates
+from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates, size_of
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import StoredTypes, TorchOracle, inner
 from .runtime.session import TorchSession, device_of, precise, precisions
@@ -137,12 +136,7 @@ class TorchModel(Model):
         return any(map(is_batchnorm, self.traced.program.graph.nodes))
 
     def size(self) -> tuple[int, int] | None:
-        if "traced" not in vars(self):
-            return None
-        program = self.traced.program
-        operators = sum(op.op == "call_function" and op.target is not operator.getitem for op in program.graph.nodes)
-        held = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
-        return operators, sum(t.nbytes for t in held.values())
+        return size_of(self.traced.program) if "traced" in vars(self) else None
 
     def identity(self) -> str:
         """The same for two models of the same operators, with the same arguments, and the same numbers, whatever their names."""

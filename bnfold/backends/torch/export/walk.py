@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -198,3 +199,10 @@ def function(op: Node) -> Callable[..., Any]:
     """What a call_function node calls."""
     assert callable(op.target)
     return op.target
+
+
+def size_of(program: ExportedProgram) -> tuple[int, int]:
+    """How many operators compute, and the bytes of what is stored, each tensor once."""
+    operators = sum(op.op == "call_function" and op.target is not operator.getitem for op in program.graph.nodes)
+    held = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
+    return operators, sum(t.nbytes for t in held.values())
