@@ -5,7 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from .api import AnyModel, Progress, told
 from .capture import overhearing
@@ -13,8 +17,9 @@ from .data import Chunk, as_batches
 from .data.inputs import Inputs
 from .data.source import peek
 from .errors import DataError, UsageError
-from .report import BenchReport
+from .report import BenchReport, Latency
 
+DRAWS = 1000  # of the bootstrap
 ROUND = 0.02  # seconds: in a round a model runs at least so long, so that the clock's grain doesn't show
 
 
@@ -30,14 +35,15 @@ def bench(
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     example: Any = None,
     optimise: bool = True,
+    threads: int | None = None,
     map_inputs: Mapping[str, str] | None = None,
     progress: Progress | bool | None = None,
 ) -> BenchReport:
     """Time one batch through both models in turn: A B, B A, A B, ...
 
     batches: the first one is run, of an array all of it; a random one of `batch_size` samples (1) where it is None. optimise: ONNX
-    Runtime's own graph optimisations, which fold too; a deployed model has them on. map_inputs: as for `api.verify`. Seconds are
-    medians per call; the ratio candidate / reference is the median over the rounds, and its range holds the middle half of them.
+    Runtime's own graph optimisations, which fold too; a deployed model has them on. map_inputs: as for `api.verify`. threads: that one
+    operator may use. See `BenchReport` for what is found.
     """
     from .backends.open import open_both
     from .verification.comparison import alike
@@ -54,43 +60,65 @@ def bench(
         if item is None:
             raise DataError("the data hold no batch, so there is nothing to time: give at least one sample")
         feeds = next(iter(as_batches([item], first.inputs(), batch_size=batch_size, flat=first.flat)))
-    calls = []
+    calls: list[Callable[[int], list[float]]] = []
     for side in (first, second):
         side.require(provider)
         setting = "on" if optimise and "on" in side.optimisations else "off"
-        calls.append(_call(side.session(provider, setting, precision="as deployed"), feeds))
-    repeats = [max(1, round(ROUND / max(call(1), 1e-9))) for call in calls]
+        calls.append(_call(side.session(provider, setting, precision="as deployed", threads=threads or 0), feeds))
+    repeats = [max(1, round(ROUND / max(*call(1), 1e-9))) for call in calls]
     times: list[list[float]] = [[], []]
+    single: list[list[float]] = [[], []]
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
-            times[which].append(calls[which](repeats[which]) / repeats[which])
+            found = calls[which](repeats[which])
+            single[which] += found
+            times[which].append(sum(found) / len(found))
         if progress is not None:
             progress("time", number + 1, rounds)
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    ratio, low, high = _ratio(np.array(times), seed)
+    size = Inputs(first.inputs(), lambda note: None).fitted(Chunk(feeds, None, "the batch"))[1]
     return BenchReport(
         provider=provider,
         optimisation="on" if optimise else "off",
         rounds=rounds,
-        batch_size=Inputs(first.inputs(), lambda note: None).fitted(Chunk(feeds, None, "the batch"))[1],
+        batch_size=size,
         reference=statistics.median(times[0]),
         candidate=statistics.median(times[1]),
-        ratio=statistics.median(ratios),
+        ratio=ratio,
         ratio_low=low,
         ratio_high=high,
+        latencies=tuple(_latency(each, size) for each in single),
+        threads=threads,
     )
 
 
-def _call(session: Any, feeds: Any) -> Callable[[int], float]:
-    """Seconds that a number of calls take; the first two, which allocate, are behind it."""
+def _ratio(times: npt.NDArray[np.float64], seed: int) -> tuple[float, float, float]:
+    """The ratio of the medians, and its 95 % interval by a bootstrap over rounds. times: [2, rounds]."""
+    ratio = float(np.divide(*np.median(times, axis=1)[::-1]))
+    rounds = times.shape[1]
+    drawn = times[:, np.random.default_rng(seed).integers(0, rounds, (DRAWS, rounds))]
+    reference, candidate = np.median(drawn, axis=2)
+    low, high = np.quantile(candidate / reference, (0.025, 0.975))
+    return ratio, min(float(low), ratio), max(float(high), ratio)
+
+
+def _latency(seconds: list[float], samples: int) -> Latency:
+    p50, p95, p99 = map(float, np.quantile(seconds, (0.5, 0.95, 0.99)))
+    return Latency(p50, p95, p99, samples / p50)
+
+
+def _call(session: Any, feeds: Any) -> Callable[[int], list[float]]:
+    """Seconds that each of a number of calls takes; the first two, which allocate, are behind it."""
     for _ in range(2):
         session.run(feeds)
 
-    def seconds(times: int) -> float:
+    def seconds(times: int) -> list[float]:
+        marks = [0.0] * (times + 1)
         with overhearing():  # once, so that it isn't part of every call
-            start = time.perf_counter()
-            for _ in range(times):
+            marks[0] = time.perf_counter()
+            for number in range(times):
                 session.run(feeds)
-            return time.perf_counter() - start
+                marks[number + 1] = time.perf_counter()
+        return [b - a for a, b in pairwise(marks)]
 
     return seconds

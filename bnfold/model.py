@@ -176,8 +176,9 @@ class Model(ABC):
         """The model in float64; with a seed, every weight moved by up to half a unit in the last place. outputs: further values."""
 
     @abstractmethod
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Runner:
-        """The model in its stored types on a provider or device; jitter as above. UnsupportedError, DeviceError."""
+    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0) -> Runner:
+        """The model in its stored types on a provider or device; jitter as above. threads: that an operator may use, 0 for as many as the
+        runtime likes. UnsupportedError, DeviceError."""
 
     def unrounded(self) -> Model | None:
         """The model without the rounding of activations to integers, which makes it a continuous function; None where it rounds none."""
@@ -285,9 +286,9 @@ class Model(ABC):
         """The float64 oracle (see `oracle`)."""
         return self._renaming(self.oracle(jitter=jitter, outputs=outputs))
 
-    def session(self, provider: str, optimisation: str = "off", *, jitter: int | None = None, precision: str = "full") -> Runner:
+    def session(self, provider: str, optimisation: str = "off", **how: Any) -> Runner:
         """The model as it runs on a provider (see `deployed`)."""
-        return self._renaming(self.deployed(provider, optimisation, jitter=jitter, precision=precision))
+        return self._renaming(self.deployed(provider, optimisation, **how))
 
     def _renaming(self, runner: Runner) -> Runner:
         return _Renaming(runner, self.own_inputs, _by_value(self.own_outputs)) if self.own_inputs or self.own_outputs else runner

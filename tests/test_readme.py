@@ -112,7 +112,7 @@ def test_the_table_of_commands_is_complete() -> None:
 def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     for command in EXAMPLES:
-        run([command.replace("_", "-"), "--help"])
+        run([command.replace("_", "-"), "--help-all"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {"--help", "--nproc-per-node"}  # torchrun's

@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
     """Run a command; its exit status. Whatever goes wrong is one line on standard error, a traceback only with --debug."""
     from bnfold.recalibration.distributed import close
 
-    from .commands import app
+    from .commands import command_line
     from .options import Interrupted
 
     debug = "--debug" in arguments
@@ -67,7 +67,9 @@ def run(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
-            status = app(args=arguments, prog_name="bnfold", standalone_mode=False)
+            parser = command_line(everything="--help-all" in arguments)
+            asked = ["--help" if each == "--help-all" else each for each in arguments]
+            status = parser.main(args=asked, prog_name="bnfold", standalone_mode=False)
         close()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, Interrupted):

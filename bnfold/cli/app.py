@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,11 +28,21 @@ app = typer.Typer(
     help="Recalibrate, fold and verify the BatchNorm layers of trained networks.",
     epilog="Exit status: 0 done or equivalent; 1 the check failed; 2 usage; 3 an input can't be read, or is unsafe or invalid; "
     "4 nothing to do, or unsupported; 5 a device or provider is not available; 6 inconclusive; 70 a defect of bnfold; 130 interrupted.",
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def command_line(*, everything: bool) -> Any:
+    """The parser of the whole command line. everything: whether its help shows what few need, too."""
+    made: Any = typer.main.get_command(app)
+    for each in made.commands.values():
+        for parameter in each.params:
+            parameter.hidden = parameter.hidden and not everything
+        if not everything and any(getattr(parameter, "hidden", False) for parameter in each.params):
+            each.epilog += f"\n\nMore options: bnfold {each.name} --help-all"
+    return made
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:

@@ -13,13 +13,13 @@ from bnfold.files import ready_to_write
 from bnfold.text import counted
 
 from . import options as o
-from .app import app, command
+from .app import app, command, command_line
 from .check import Check, Checking
 from .job import Job, Reporting
 from .options.inputs import Feeding, Loading, Running, Shaping
 from .options.recalibration import Choosing, Measuring, Task, beside, save, save_kept
 
-__all__ = ["app"]
+__all__ = ["app", "command_line"]
 
 STEPS = ("recalibrate", "fold and check", "verify")  # of a pipeline; scoring belongs to the first and the last
 LEVELS = ("weights", "outputs", "as deployed")  # of verify
@@ -269,6 +269,7 @@ def bench(
     data: str | None = o.SPEC_OR_RANDOM,
     rounds: int = o.option("--rounds", "How often each is timed.", min=5, default=21, show_default=True),
     map_input: list[str] | None = o.MAP_INPUT,
+    threads: int | None = o.option("--threads", "Threads that one operator may use. Default: as the runtime likes.", min=1),
     unoptimised: bool = o.option("--unoptimised", "With ONNX Runtime's own optimisations off, which fold too."),
 ) -> None:
     """Time two models side by side.
@@ -281,4 +282,4 @@ def bench(
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
         how = feeding.compared(data, one, job) | {"map_inputs": o.pairs(map_input, "--map-input")}
-        job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised))
+        job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised, threads=threads))

@@ -16,6 +16,7 @@ import numpy as np
 
 from bnfold.algebra.affine import Array
 from bnfold.errors import UsageError
+from bnfold.text import meant
 
 from .moments import Moments, Samples, pool
 
@@ -208,7 +209,7 @@ def method(choice: str | Method, **settings: Any) -> Method:
     if isinstance(choice, Method):
         return choice
     if choice not in METHODS:
-        raise UsageError(f"no method of recalibration is called {choice!r}; there are {', '.join(METHODS)}")
+        raise UsageError(f"no method of recalibration is called {choice!r}; there are {', '.join(METHODS)}{meant(choice, METHODS)}")
     given = {name: value for name, value in settings.items() if value is not None}
     known = [setting.name for setting in fields(METHODS[choice])]
     if wrong := [name for name in given if name not in known]:

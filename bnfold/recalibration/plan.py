@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from bnfold.algebra.rounding import narrowed
 from bnfold.errors import NothingToDoError, UsageError
+from bnfold.text import meant
 
 from .methods import Statistics
 from .moments import Pointwise
@@ -54,7 +55,7 @@ class Selection:
             if not any(fnmatchcase(name, pattern) for name in self._asked):
                 names = list(self._asked)
                 told = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise UsageError(f"no BatchNorm is called {pattern!r}; there are {told or 'none'}")
+                raise UsageError(f"no BatchNorm is called {pattern!r}; there are {told or 'none'}{meant(pattern, names)}")
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

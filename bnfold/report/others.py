@@ -21,9 +21,21 @@ class PipelineReport(ScoredReport):
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Latency:
+    """How long calls took, in seconds: the median, and what one in twenty and one in a hundred passes. throughput: samples per second."""
+
+    p50: float
+    p95: float
+    p99: float
+    throughput: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchReport(Report):
-    """Medians over interleaved rounds, in seconds per call; ratio: candidate / reference, round by round, and its quartiles."""
+    """Medians over interleaved rounds, in seconds per call; ratio: candidate / reference of these, with its 95 % interval by a bootstrap
+    over the rounds, each of which has both. latencies: of the reference's and the candidate's single calls.
+    """
 
     schema = "bnfold.bench/1"
     provider: str
@@ -35,3 +47,10 @@ class BenchReport(Report):
     ratio_low: float
     ratio_high: float
     optimisation: str = "on"  # ONNX Runtime's own: "off" or "on"
+    latencies: tuple[Latency, ...] = ()
+    threads: int | None = None  # that one operator may use; None is the runtime's choice
+
+    @property
+    def faster(self) -> str:
+        """Which one is, "reference" or "candidate"; empty where the interval holds 1: then these rounds don't tell."""
+        return "candidate" if self.ratio_high < 1 else "reference" if self.ratio_low > 1 else ""

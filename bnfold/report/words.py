@@ -47,7 +47,8 @@ def _parts(report: Report) -> Iterator[str]:
             yield f"first at {report.first_difference}"
         yield f"compared {compared(report.samples, report.data)}"
     elif isinstance(report, BenchReport):
-        yield f"the candidate takes {report.ratio:.3f} times as long as the reference"
+        times = f"{report.ratio:.3g} times as long as the reference ({report.ratio_low:.3g} to {report.ratio_high:.3g})"
+        yield f"the candidate takes {times}" if report.faster else f"no difference beyond noise: the candidate takes {times}"
 
 
 def _folded(report: FuseReport) -> str:

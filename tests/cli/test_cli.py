@@ -280,10 +280,58 @@ def test_pipeline_stops_where_the_verdict_is_not_equivalent(here: Path, capsys: 
 
 
 def test_bench_gives_a_ratio_with_its_range(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "model.onnx", "model.onnx", "--rounds", "5", "--batch-size", "2", "--unoptimised"]) == 0
+    line = ["bench", "model.onnx", "model.onnx", "--rounds", "5", "--batch-size", "2", "--unoptimised", "--threads", "1"]
+    assert run([*line, "--report", "r.json"]) == 0
     out = capsys.readouterr().out
-    assert "5 interleaved rounds; batch 2, cpu, optimisation off" in out
+    assert "5 interleaved rounds; batch 2, cpu, optimisation off, 1 thread" in out
     assert "candidate / reference: " in out
+    found = json.loads(Path("r.json").read_text())
+    assert found["ratio"] == found["candidate"] / found["reference"]  # the seconds that are shown don't contradict it
+    for side in found["latencies"]:
+        assert 0 < side["p50"] <= side["p95"] <= side["p99"]
+        assert side["throughput"] == 2 / side["p50"]
+    if found["ratio_low"] <= 1 <= found["ratio_high"]:
+        assert "no difference" in out
+
+
+def test_bench_tells_no_winner_where_noise_could_be_it_and_no_ratio_of_nothing() -> None:
+    from bnfold.benchmark import _ratio
+    from bnfold.report import BenchReport, Latency
+    from bnfold.report.render.terminal import text
+
+    rng = np.random.default_rng(0)
+    noise = 1 + 0.2 * rng.standard_normal((2, 21))
+    for factor, faster in ((1.0, ""), (8e-5, "candidate"), (3.0, "reference")):
+        ratio, low, high = _ratio(noise * [[1.0], [factor]], 0)
+        sides = (Latency(1.0, 1.0, 1.0, 1.0),) * 2
+        times = {"reference": 1.0, "candidate": ratio, "ratio": ratio, "ratio_low": low, "ratio_high": high, "latencies": sides}
+        report = BenchReport(provider="cpu", rounds=21, batch_size=1, **times)
+        assert report.faster == faster
+        assert ("no difference" in text(report)) == (not faster)
+        assert "0.000" not in text(report)
+
+
+def test_the_help_takes_two_screens_and_names_the_rest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        assert run([command, "--help"]) == 0
+        short = capsys.readouterr().out
+        assert run([command, "--help-all"]) == 0
+        whole = capsys.readouterr().out
+        assert len(short.splitlines()) <= 100
+        assert set(re.findall(r"--[a-z-]+", short)) < set(re.findall(r"--[a-z-]+", whole)) | {"--help-all"}
+        assert f"bnfold {command} --help-all" in short
+        assert "[default: 0]" in short
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell: str) -> None:
+    """As the shell calls it."""
+    words = {"bash": {"COMP_WORDS": "bnfold fuse --dry", "COMP_CWORD": "2"}}.get(shell, {"_TYPER_COMPLETE_ARGS": "bnfold fuse --dry"})
+    environment = os.environ | words | {"_BNFOLD_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    program = "import sys; from bnfold.cli import main; sys.argv = ['bnfold']; main()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "--dry-run" in done.stdout, done.stderr
 
 
 def test_a_memory_budget_changes_nothing_but_the_memory(here: Path) -> None:

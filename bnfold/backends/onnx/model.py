@@ -126,9 +126,11 @@ class OnnxModel(Model):
         made._rounds = False
         return made
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> Session:
+    def deployed(
+        self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0
+    ) -> Session:
         model = self.model if jitter is None else self._moved(jitter)
-        return Session(model, provider=provider, optimise=optimisation == "on", precision=precision)
+        return Session(model, provider=provider, optimise=optimisation == "on", precision=precision, threads=threads)
 
     def precisions(self, provider: str) -> tuple[str, ...]:
         return precisions(provider)

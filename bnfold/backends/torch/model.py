@@ -196,8 +196,10 @@ class TorchModel(Model):
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> TorchOracle:
         return TorchOracle(self.traced, jitter=jitter, outputs=outputs)
 
-    def deployed(self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full") -> TorchSession:
-        return TorchSession(self.traced, device=self._device(provider), jitter=jitter, precision=precision)
+    def deployed(
+        self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0
+    ) -> TorchSession:
+        return TorchSession(self.traced, device=self._device(provider), jitter=jitter, precision=precision, threads=threads)
 
     def precisions(self, provider: str) -> tuple[str, ...]:
         return precisions(self._device(provider))

@@ -21,9 +21,63 @@ import typer
 
 from bnfold.backends.hub import local
 from bnfold.errors import UsageError
+from bnfold.text import meant
 
 # Titles of the help's panels.
 MODELS, DATA, STATISTICS, IMAGES, OUTPUT = "Models", "Data", "Statistics", "Images", "Output"
+# What few need, and --help-all shows beside the others.
+RARE = {
+    *(
+        "--ignore-keys",
+        "--plain-state",
+        "--allow-cpu-fallback",
+        "--column",
+        "--max-bad",
+        "--resize",
+    ),
+    *(
+        "--crop/--no-crop",
+        "--crop-pct",
+        "--scale",
+        "--interpolation",
+        "--bgr/--rgb",
+    ),
+    *(
+        "--channels-last/--channels-first",
+        "--variance",
+        "--momentum",
+        "--prior",
+        "--mean-shift",
+        "--skip-layers",
+    ),
+    *(
+        "--freeze",
+        "--force-random",
+        "--memory-budget",
+        "--map-input",
+        "--map-output",
+        "--keep-per-tensor",
+    ),
+    *(
+        "--junit",
+        "--markdown",
+        "--debug",
+        "--accept-harm",
+        "--trust-pickle",
+        "--restore",
+        "--shard",
+        "--stats",
+    ),
+    *(
+        "--image-size",
+        "--until",
+        "--clone",
+        "--equalise",
+        "--coefficients-only",
+        "--unoptimised",
+    ),
+    *("--keep-recalibrated",),
+}
 DECLARED, READ = "typer", "read"  # keys of a field's metadata
 
 
@@ -40,7 +94,8 @@ def option(
     """An option. names: as "-o --output"; panel: of the help; read: makes the value of a text and the option's name; more: as
     `typer.Option` has it. Without a default it must be given, but for a type that has None in it, and for bool, which is False.
     """
-    made = typer.Option(*names.split(), help=help, rich_help_panel=panel, metavar=metavar, **{"show_default": False} | more)
+    settings = {"show_default": default not in (MISSING, None), "hidden": names.split()[-1] in RARE} | more
+    made = typer.Option(*names.split(), help=help, rich_help_panel=panel, metavar=metavar, **settings)
     return dataclasses.field(default=default, metadata={DECLARED: made, READ: read and partial(read, option=names.split()[-1])})
 
 
@@ -126,7 +181,7 @@ def shapes(given: Iterable[str], names: Sequence[str], option: str) -> dict[str,
             raise UsageError(f"{option} {text}: the model has {len(names)} inputs ({', '.join(names)}); write NAME={text}")
         name = name if equals else names[0]
         if name not in names:
-            raise UsageError(f"{option} {text}: the model has no input '{name}'; its inputs are {', '.join(names)}")
+            raise UsageError(f"{option} {text}: the model has no input '{name}'; its inputs are {', '.join(names)}{meant(name, names)}")
         if not re.fullmatch(r"[0-9]{1,9}([,x][0-9]{1,9})*", sizes):
             raise UsageError(f"{option} {text}: not a shape; write it like 1,3,224,224")
         if re.match("0+([,x]|$)", sizes):

@@ -215,8 +215,8 @@ class Feeding(Shaping):
     """What data go in."""
 
     images: Imaging
-    batch_size: int | None = option("--batch-size", "Samples that go through at once.", DATA, min=1)
-    samples: int | None = option("--samples", "Use at most so many samples.", DATA, min=1)
+    batch_size: int | None = option("--batch-size", "Samples that go through at once. Default: 8, or as the data come.", DATA, min=1)
+    samples: int | None = option("--samples", "Use at most so many samples. Default: all; to compare models, a few.", DATA, min=1)
     column: str | None = option("--column", "Of a table: what goes in, where several columns could.", DATA, "NAME")
 
     def open(self, spec: str, model: Any, job: Job, example: Any, *, samples: int | None = None) -> Any:

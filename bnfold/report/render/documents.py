@@ -138,12 +138,16 @@ def _pipeline(report: PipelineReport, verbose: bool) -> Iterator[Part]:
 
 def _bench(report: BenchReport, verbose: bool) -> Iterator[Part]:
     """Two models side by side."""
-    times = [("reference", f"{report.reference * 1e3:.3f} ms"), ("candidate", f"{report.candidate * 1e3:.3f} ms")]
-    yield Table("Latency", ("model", "median time of a call"), times, prose=False, names=())
-    how = f"batch {report.batch_size}, {report.provider}, optimisation {report.optimisation}"
+    cells = [
+        (name, *(f"{each * 1e3:.3g} ms" for each in (found.p50, found.p95, found.p99)), f"{found.throughput:.3g}/s")
+        for name, found in zip(("reference", "candidate"), report.latencies, strict=True)
+    ]
+    yield Table("Latency", ("model", "median of a call", "95 %", "99 %", "samples"), cells, prose=False, names=())
+    threads = "" if report.threads is None else f", {counted(report.threads, 'thread')}"
+    how = f"batch {report.batch_size}, {report.provider}, optimisation {report.optimisation}{threads}"
     yield Line(f"{report.rounds} interleaved rounds; {how}")
-    half = f"half of the rounds between {report.ratio_low:.3f} and {report.ratio_high:.3f}"
-    yield Line(f"candidate / reference: {report.ratio:.3f} ({half})")
+    noise = "" if report.faster else "; 1 is within it, so these rounds show no difference"
+    yield Line(f"candidate / reference: {report.ratio:.3g} (95 % interval {report.ratio_low:.3g} to {report.ratio_high:.3g}{noise})")
 
 
 _PARTS: dict[type, Callable[[Any, bool], Iterator[Part]]] = {

@@ -92,15 +92,18 @@ class Where(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
 class TorchSession:
     """A model in its stored types on a device.
 
-    jitter: a seed; one in twelve of its weights (see `weights`) is then moved to the next stored number, up or down. precision: "full", or
-    "as deployed", with PyTorch's own settings for TF32. placement: on another device than the CPU, after the first run, the operators
-    that it called. Raises DeviceError where the device isn't there.
+    jitter: a seed; one in twelve of its weights (see `weights`) is then moved to the next stored number, up or down. precision: "full",
+    or "as deployed", with PyTorch's own settings for TF32. threads: while it runs; 0 leaves them as they are. placement: on another
+    device than the CPU, after the first run, the operators that it called. Raises DeviceError where the device isn't there.
     """
 
-    def __init__(self, traced: Traced, *, device: str = "cpu", jitter: int | None = None, precision: str = "full") -> None:
+    def __init__(
+        self, traced: Traced, *, device: str = "cpu", jitter: int | None = None, precision: str = "full", threads: int = 0
+    ) -> None:
         self.device = device_of(device)
         self.placement: Placement | None = None
         self._exact = precision == "full"
+        self._threads = threads
         self._traced = traced
         if isinstance(traced.model, ExportedProgram):
             program, _ = without_observers(traced.model)
@@ -137,7 +140,7 @@ class TorchSession:
         where = Where(self.device) if self.placement is None and self.device.type != "cpu" else None
         with precise() if self._exact else torch.no_grad():
             try:
-                with where or nullcontext():
+                with where or nullcontext(), _threads(self._threads):
                     returned = call.on(self.module)
             except torch.OutOfMemoryError as error:
                 raise DeviceError(f"not enough memory on {self.device}: {first_line(error)}; use a smaller batch size") from None
@@ -148,6 +151,17 @@ class TorchSession:
         if where is not None:
             self.placement = Placement(where.there, where.all, "operators")
         return {name: to_numpy(tensor) for name, tensor in flat_outputs(returned).items()}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads for each operator, while this lasts; 0 for those that there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _updates(program: ExportedProgram) -> bool:
