@@ -42,11 +42,8 @@ def write(
 ) -> tuple[dict[Node, str], int]:
     """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes and merged sums out.
 
-    computed: nodes to replace by the constants that they make.
-
-    Returns a note for each node whose weights lost precision to the range of their type, and the bytes that copies of shared weights
-    add. Raises RuntimeError on an update that
-    nothing here can write: it must never be lost.
+    computed: nodes to replace by the constants that they make. Returns a note for each node of whose weights there is something to say,
+    and the bytes that copies of shared weights add. Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
     writer = _Writer(model, constants)
     writer.write(graph, removed, merges)
@@ -75,7 +72,7 @@ class _Writer:
         self.node_names = {node.name for g in graphs for node in g if node.name}
         self.idle_nodes = idle(model.graph)
         self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
-        self.made: list[tuple[ir.Value, ir.Value]] = []  # (old weight, new weight)
+        self.made: list[tuple[ir.Value, ir.Value]] = []  # (old, new)
         self.scaled: dict[tuple[ir.Value, bytes, bytes], ir.Value] = {}  # by old weight, codes and scales
         self.notes: dict[Node, str] = {}
         self.bytes_added = 0
@@ -198,9 +195,10 @@ class _Writer:
     def _insert(self, old: ir.Node, inputs: list[ir.Value | None], attributes: Mapping[str, ir.Attr]) -> ir.Node:
         """A node like one, right behind it, that reads other values."""
         assert old.graph is not None
-        copy = ir.Node("", old.op_type, inputs, attributes.values(), num_outputs=1, name=None)
+        name = _unused(old.name, self.node_names) if old.name else None
+        copy = ir.Node("", old.op_type, inputs, attributes.values(), num_outputs=1, name=name)
         made, value = copy.outputs[0], old.outputs[0]
-        copy.name = _unused(old.name, self.node_names) if old.name else None
+        self.made.append((value, made))
         made.name, made.type, made.shape = _unused(value.name or "weight", self.names), value.type, value.shape
         old.graph.insert_after(old, copy)
         return copy
@@ -278,7 +276,7 @@ class _Writer:
                 del graph.initializers[name]
 
     def _keep_names(self) -> None:
-        """A weight that was rewritten for all of its users keeps its name; who reads only its shape reads the new one's."""
+        """What was rewritten for all of its users keeps its name; who reads only its shape reads the new one's."""
         claimed: set[str] = set()
         for old, new in self.made:
             graph, interface = old.graph, old.is_graph_input() or old.is_graph_output()
@@ -293,6 +291,8 @@ class _Writer:
                 claimed.add(old.name)
                 self.bytes_added -= _nbytes(new)  # it took the old one's place
                 new.name = old.name
+                if (copy := new.producer()) is not None:
+                    copy.name = old.producer().name  # type: ignore[union-attr]
 
 
 def _nbytes(value: ir.Value) -> int:

@@ -47,6 +47,14 @@ def dequantised(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
     return (node, between) if node is not None and is_standard(node) and node.op_type == "DequantizeLinear" else (None, [])
 
 
+def stored_name(value: ir.Value) -> str:
+    """What a constant is called in its file: one that is dequantised, or rounded before, as what is stored."""
+    node = value.producer()
+    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear", "Identity") and node.inputs[0] is not None:
+        value, node = node.inputs[0], node.inputs[0].producer()
+    return value.name or ""
+
+
 def relaid(between: list[ir.Node], shape: Callable[[ir.Value], tuple[int, ...]]) -> Layout:
     """What operators that lay out anew make of an array."""
     found = AS_STORED

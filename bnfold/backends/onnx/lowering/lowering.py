@@ -21,7 +21,7 @@ from bnfold.algebra.rounding import limits, roundoff
 from bnfold.algebra.settings import Settings
 
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
-from ..graph.quantised import dequantised, quantised, relaid, rounding
+from ..graph.quantised import dequantised, quantised, relaid, rounding, stored_name
 from ..graph.sequences import Sequences, without_sequences
 from ..graph.shapes import Shapes
 from ..graph.walk import all_graphs, arg, attribute, behind_identity, is_standard, name_of, subgraphs
@@ -202,7 +202,7 @@ class OnnxLowering(Lowering):
         if v not in self._tensors:
             shape, dtype = self.shape(v) if how is None else how.shape, self.constants.dtype(v)
             read = partial(self._get, v) if how is None else how.array
-            made = self._tensors[v] = Tensor(v.name or "", read, shape, largest(dtype), v, dtype, quantised=how)
+            made = self._tensors[v] = Tensor(stored_name(v), read, shape, largest(dtype), v, dtype, quantised=how)
             made.cast_from = self._cast_from(v)
         return self._tensors[v]
 
