@@ -60,6 +60,7 @@ def run(arguments: list[str]) -> int:
 
     from .commands import command_line
     from .options import Interrupted
+    from .settings import defaults
 
     debug = "--debug" in arguments
     heard.clear()
@@ -69,7 +70,8 @@ def run(arguments: list[str]) -> int:
                 warnings.simplefilter("ignore")
             parser = command_line(everything="--help-all" in arguments)
             asked = ["--help" if each == "--help-all" else each for each in arguments]
-            status = parser.main(args=asked, prog_name="bnfold", standalone_mode=False)
+            found = defaults(parser, arguments, _remark if not {"-q", "--quiet"} & {*arguments} else lambda text: None)
+            status = parser.main(args=asked, prog_name="bnfold", standalone_mode=False, default_map=found)
         close()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, Interrupted):
@@ -122,6 +124,11 @@ def _say(text: str, status: int) -> int:
         if on_github():
             annotate("error", "bnfold", text.removeprefix("error: "))
     return status
+
+
+def _remark(text: str) -> None:
+    with reader_may_leave(sys.stderr):
+        print(f"bnfold: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def _interrupt(*_: object) -> None:

@@ -44,6 +44,7 @@ class Reporting:
     force: bool = option("--force", "Overwrite files that exist.", OUTPUT)
     verbose: bool = option("-v --verbose", "Show every layer and every figure.", OUTPUT)
     quiet: bool = option("-q --quiet", "No progress and no remarks.", OUTPUT)
+    recipe: str | None = option("--recipe", "A set of options in bnfold.toml or pyproject.toml.", OUTPUT, "NAME")
     debug: bool = option("--debug", "Show the traceback of an error.", OUTPUT)
 
 
