@@ -33,6 +33,8 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What ONNX Runtime's log puts before each message: time, severity, place; and a path of its sources.
 LOG = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ \[([VIWEF]):[^\]]*\] ?")
 
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"  # ONNX Runtime reads it when it is imported
+
 heard: deque[str] = deque(maxlen=SEVERAL)  # what was printed, run by run; `bnfold --debug` shows it
 
 # Reads until whoever started it has closed its end: a byte before that says that all is well.
@@ -209,6 +211,22 @@ def _take(file: IO[bytes]) -> str:
     os.ftruncate(file.fileno(), 0)
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     return data.decode("utf-8", "replace")
+
+
+def _silence() -> str | None:
+    before = os.environ.get(NO_TELEMETRY)
+    os.environ[NO_TELEMETRY] = "1"
+    return before
+
+
+def _unsilence(before: str | None) -> None:
+    if before is None:
+        del os.environ[NO_TELEMETRY]
+    else:
+        os.environ[NO_TELEMETRY] = before
+
+
+without_telemetry = Switch(_silence, _unsilence)  # of ONNX Runtime, while it is imported
 
 
 def open_streams() -> None:

@@ -11,6 +11,7 @@ import shutil
 import stat
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def contents(path: Path, most: int, what: str) -> bytes:
     if len(found) > most:
         raise InputError(f"{path}: {what} has more than {most:,} bytes; is this the right file?")
     return found
+
+
+def most_unpacked(packed: int, least: int = 1 << 31) -> int:
+    """How many bytes may come of so many packed ones. Data seldom shrink to a tenth; what grows more, past `least`, is a bomb."""
+    return max(20 * packed, least)
+
+
+def bomb(path: Path) -> str:
+    """What is wrong with an archive that unpacks to far more than it is, in a clause; "" where nothing is. Raises BadZipFile, OSError."""
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        made, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+    return f"it has {size:,} bytes and would unpack to {made:,}" if made > most_unpacked(size) else ""
 
 
 def ready_to_write(paths: Mapping[Path | None, Sequence[str]], *, force: bool, inputs: Iterable[Path] = ()) -> None:

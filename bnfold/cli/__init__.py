@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -10,7 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from typing import Any
 
-from bnfold.capture import COLOUR, heard, open_streams, own_stderr, reader_may_leave
+from bnfold.capture import COLOUR, NO_TELEMETRY, heard, open_streams, own_stderr, reader_may_leave
 from bnfold.errors import InputError
 from bnfold.text import visible
 
@@ -37,6 +38,7 @@ def main() -> None:
     """Run the command of the process's arguments and exit with the contract's status (see `bnfold.errors`)."""
     sys.meta_path.insert(0, _WhenUsed)
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ[NO_TELEMETRY] = "1"
     open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.errors import DataError
+from bnfold.files import bomb, unreadable
 from bnfold.text import first_line
 
 
@@ -18,10 +19,12 @@ def read(path: Path) -> Any:
     form = path.suffix.lower()
     try:
         check_beginning(path)
+        if what := bomb(path):
+            raise DataError(f"{path}: {what}; save it without compression")
         return READERS[form](path)
     except DataError:
         raise
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError, RuntimeError, MemoryError) as error:
         reason = first_line(error)
     except Exception as error:
         # safetensors' and pickle's own errors derive from Exception alone
@@ -71,6 +74,8 @@ BEGINNINGS = {".parquet": (b"PAR1",), ".npy": (b"\x93NUMPY",), ".npz": (b"PK",),
 def check_beginning(path: Path) -> None:
     """DataError for a file that doesn't begin as its name says."""
     form = path.suffix.lower()
+    if why := unreadable(path):
+        raise DataError(f"{path}: can't be read as {form} ({why})")
     try:
         with open(path, "rb") as file:
             head = file.read(64)

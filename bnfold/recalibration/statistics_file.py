@@ -18,7 +18,7 @@ import numpy as np
 from bnfold._version import __version__
 from bnfold.algebra.affine import Array
 from bnfold.errors import DataError, UsageError
-from bnfold.files import replacing, unreadable
+from bnfold.files import bomb, replacing, unreadable
 from bnfold.text import first_line
 
 from .methods import METHODS, Accumulator, Method
@@ -118,12 +118,14 @@ def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if why := unreadable(path):
         raise DataError(f"{path}: {why}; it should hold {what}")
     try:
-        with zipfile.ZipFile(path):  # numpy takes what is no archive for a pickle, and says that
-            pass
+        if not zipfile.is_zipfile(path):  # numpy takes what is no archive for a pickle, and says that
+            raise ValueError("File is not a zip file")
+        if too_much := bomb(path):
+            raise ValueError(too_much)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         head = json.loads(str(arrays.pop("head", "{}")))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, MemoryError) as error:
         raise DataError(f"{path}: this isn't {what} ({first_line(error)})") from None
     found = head.get("schema") if isinstance(head, dict) else None
     if found != schema:

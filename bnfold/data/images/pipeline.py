@@ -6,6 +6,7 @@ turn upright by EXIF, convert to the model's channels, resize, crop the centre, 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnfold.capture import Switch
 from bnfold.errors import DataError, UsageError
 
 from ..corrupt import CorruptError
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SIZE = 224
+# Pillow knows many more, and starts a program for one (EPS).
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+MOST_PIXELS = 1 << 27  # of an image that is decoded
+LARGE = 1 << 22  # pixels, beyond which images are decoded one at a time, so that memory holds one of them
+_one_at_a_time = Switch(lambda: None, lambda before: None, alone=True)
 
 
 @dataclass(frozen=True)
@@ -52,17 +59,21 @@ class Pipeline:
 
         name = where or str(content)
         try:
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as file:
+                if (pixels := file.width * file.height) > MOST_PIXELS:
+                    raise CorruptError(name, f"the image has {file.width}x{file.height} pixels; reduce it below {MOST_PIXELS:,} first")
                 if file.mode.startswith(("I", "F")):
                     raise DataError(
                         f"{name}: the image has more than 8 bits per channel; save it with 8, or prepare it with FILE.py:FUNCTION"
                     )
-                image = ImageOps.exif_transpose(file).convert(MODES[self.channels])
+                with _one_at_a_time() if pixels > LARGE else contextlib.nullcontext():
+                    ImageOps.exif_transpose(file, in_place=True)
+                    image = file.convert(MODES[self.channels])
+                    whole = self.whole and image.height <= self.size[0] and image.width <= self.size[1]
+                    image = self._scaled(image, self.size[::-1], name) if whole else self._resized(image, name)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            text = "it is no image of a kind that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
+            text = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
             raise CorruptError(name, f"the image can't be decoded ({text})") from None
-        whole = self.whole and image.height <= self.size[0] and image.width <= self.size[1]
-        image = self._scaled(image, self.size[::-1]) if whole else self._resized(image)
         if self.crop and not whole:
             image = image.crop(_centre(image.size, self.size))
         if (image.height, image.width) != self.size:
@@ -74,7 +85,7 @@ class Pipeline:
         made = made[..., ::-1] if self.bgr else made
         return np.ascontiguousarray(made if self.channels_last else made.transpose(2, 0, 1))
 
-    def _resized(self, image: Image) -> Image:
+    def _resized(self, image: Image, name: str) -> Image:
         if self.resize == 0:
             return image
         width, height = image.size
@@ -86,9 +97,11 @@ class Pipeline:
             target = (round(width / ratio), round(height / ratio))
         else:
             target = (self.resize[1], self.resize[0])
-        return self._scaled(image, target)
+        return self._scaled(image, target, name)
 
-    def _scaled(self, image: Image, target: tuple[int, int]) -> Image:
+    def _scaled(self, image: Image, target: tuple[int, int], name: str) -> Image:
+        if target[0] * target[1] > MOST_PIXELS:
+            raise CorruptError(name, f"resized, it would have {target[0]}x{target[1]} pixels; it is too narrow, or --resize too large")
         return image if target == image.size else image.resize(target, INTERPOLATIONS.index(self.interpolation))
 
     def _normalised(self, pixels: Array) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import itertools
 import json
@@ -11,20 +10,24 @@ import lzma
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
 from bnfold.errors import DataError
+from bnfold.files import most_unpacked
 from bnfold.text import counted
 
 from .table import ROWS, DataTable, Rows, reading
 
 TRIED = 5  # samples that show what all hold
 KEYS = {f"json.{key}": key for key in ("label", "cls", "class", "class_id")}  # of the .json files, as columns that may hold labels
-PACKED: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress}
+PACKED: dict[str, Callable[[], Any]] = {"gz": partial(zlib.decompressobj, 31), "bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
+LEAST = 1 << 28  # bytes that any packed file may unpack to
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(("txt", "text", "transcript"), bytes.decode),
     **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), int),
@@ -119,8 +122,23 @@ def _samples(path: Path, wanted: Container[str] | None = None) -> Iterator[tuple
 def _decoded(field: str, content: bytes) -> Any:
     *_, inner, kind = ["", *field.lower().split(".")]
     if kind in PACKED:
-        kind, content = inner, PACKED[kind](content)
+        kind, content = inner, _unpacked(content, PACKED[kind])
     return DECODERS[kind](content) if kind in DECODERS else content
+
+
+def _unpacked(content: bytes, decompressor: Callable[[], Any]) -> bytes:
+    """The content, of one stream or several, in bounded memory."""
+    parts, most = [], most_unpacked(len(content), LEAST)
+    while content:
+        one = decompressor()
+        parts.append(one.decompress(content, most + 1))
+        most -= len(parts[-1])
+        if most < 0:
+            raise ValueError(f"a file of {len(content):,} bytes unpacks to more than {most_unpacked(len(content), LEAST):,}")
+        if not one.eof:
+            raise EOFError("a packed file is cut short")
+        content = one.unused_data
+    return b"".join(parts)
 
 
 def _tensor(content: bytes) -> Any:

@@ -3,6 +3,7 @@
 It needs numpy, and onnxruntime for .onnx, torch for .pt2. bnfold, which wrote it, isn't needed.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,4 +83,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     sys.exit(main())

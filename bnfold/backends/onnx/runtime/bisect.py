@@ -19,7 +19,7 @@ from bnfold.errors import UnsupportedError
 from ..graph.extract import extract
 from ..graph.inline import inlined
 from ..graph.proto import self_contained, stored_bytes
-from .providers import resolve
+from .providers import resolve, runtime
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
@@ -214,8 +214,7 @@ class _Search:
         return any(_off(right[name], wrong[name]) > self.limit for name in right)
 
     def _run(self, part: onnx.ModelProto, feeds: Arrays, optimise: bool, disabled: Iterable[str] = ()) -> dict[str, npt.NDArray[Any]]:
-        import onnxruntime as ort
-
+        ort = runtime()
         options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
         options.log_severity_level = 4
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL

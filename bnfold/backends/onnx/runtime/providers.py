@@ -14,7 +14,7 @@ import re
 import sys
 from typing import Any
 
-from bnfold.capture import overhearing
+from bnfold.capture import overhearing, without_telemetry
 from bnfold.errors import DeviceError, UnsupportedError, UsageError
 from bnfold.text import listed
 
@@ -43,10 +43,13 @@ _FORMER = ("ROCMExecutionProvider",)
 
 
 def runtime() -> Any:
-    """ONNX Runtime. It looks for devices when it is imported, and prints what it misses."""
+    """ONNX Runtime. It looks for devices when it is imported, and prints what it misses.
+
+    From 1.31 on it would keep a database of what it is used for in the user's home, from its import on, and send it: that is switched off.
+    """
     if "onnxruntime" not in sys.modules:
-        with overhearing():
-            importlib.import_module("onnxruntime")
+        with overhearing(), without_telemetry():
+            importlib.import_module("onnxruntime").disable_telemetry_events()
     return sys.modules["onnxruntime"]
 
 

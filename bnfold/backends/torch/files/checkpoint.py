@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnfold.errors import ModelError
+from bnfold.files import bomb
 from bnfold.text import one_line
 
 from ..export.observers import fit_quantisers
@@ -170,6 +171,11 @@ def _few(names: list[str]) -> str:
 def unpickled(path: Path, trust_pickle: bool) -> Any:
     """The object in a pickle. Without trust, of plain types and tensors alone."""
     mapped = zipfile.is_zipfile(path)
+    try:
+        if what := bomb(path):
+            raise ModelError(f"{path}: {what}; save it again")
+    except zipfile.BadZipFile as error:
+        raise ModelError(f"{path}: can't be read as a PyTorch file ({one_line(error)}); download or save it again") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
