@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.errors import DataError
-from bnfold.files import bomb, unreadable
+from bnfold.files import bomb, most_unpacked, unreadable
 from bnfold.text import first_line
 
 
@@ -57,7 +58,21 @@ def _torch(path: Path) -> Any:
         raise DataError(
             f"{path}: reading it needs PyTorch, which isn't installed; install bnfold[torch], or save it as .npy or .npz"
         ) from None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    size = path.stat().st_size
+    if (made := _stands_for(found, {})) > most_unpacked(size):
+        raise DataError(f"{path}: it has {size:,} bytes and stands for {made:,.0f}, some of its numbers for many; save plain arrays")
+    return found
+
+
+def _stands_for(found: Any, seen: dict[int, float]) -> float:
+    """The bytes that it takes where nothing stands for more than one thing. seen: what is known of containers; one in itself is endless."""
+    if not isinstance(found, (list, tuple, dict)):
+        return float(getattr(found, "nbytes", 8))
+    if id(found) not in seen:
+        seen[id(found)] = math.inf
+        seen[id(found)] = 8.0 + sum(_stands_for(each, seen) for each in (found.values() if isinstance(found, dict) else found))
+    return seen[id(found)]
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -18,9 +18,10 @@ from bnfold.text import one_line
 
 from . import wire
 from .external import Files, is_external
+from .fit import misfit, refused
 from .quantisation import check_quantisation
 from .save import EXTERNAL, MAPS, save, to_proto
-from .schemas import check_operators, misfit, refused
+from .schemas import check_operators
 from .sniff import sniff
 from .validate import check_complete, check_names, check_values, data_type, tensors, without_maps
 

@@ -6,14 +6,12 @@ sloppy, so what nobody reads may be odd: an attribute that this version of an op
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, defs
 
 from bnfold.errors import ModelError, UnsupportedError
@@ -21,11 +19,7 @@ from bnfold.errors import ModelError, UnsupportedError
 from .parameters import Dims, troubles
 from .validate import domain_of, inner_graphs, label, nodes
 
-FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data")
-SMALL = 128  # numbers: larger weights are no sizes or axes
-# What ONNX Runtime says of a model whose operators or versions it doesn't have, which tells nothing of the model.
-LACKS = ("No Op registered", "is not a registered", "opset", "IR version", "mport domain", "can't be loaded")
-LARGEST = 1 << 30  # numbers that an input may hold by the sizes that it states
+MOST_CALLED = 200_000  # operators that calls of functions may come to
 KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
 CHOICES = {  # of attributes that are one of a few words
     "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
@@ -41,8 +35,6 @@ def check_operators(proto: ModelProto) -> None:
     _check_calls(proto, opsets)
     _Scope(opsets, False).check_graph(proto.graph, {})
     inputs = {info.name: info for info in proto.graph.input}
-    for info in inputs.values():
-        _check_size(info)
     for info in proto.graph.output:
         if info.name in inputs and info.type != inputs[info.name].type:
             raise ModelError(f"value '{info.name}' is an input and an output, of different types or shapes; export the model again")
@@ -191,14 +183,18 @@ def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
             for inner in inner_graphs(node):
                 yield from calls(inner.node)
 
-    callees = [set(calls(function.node)) for function in proto.functions]
+    callees = [Counter(calls(function.node)) for function in proto.functions]
     left = set(range(len(callees)))
-    while ready := {i for i in left if not callees[i] & left}:
+    comes_to: dict[int, int] = {}  # operators, with those of the functions that it calls
+    while ready := {i for i in left if not callees[i].keys() & left}:
+        comes_to |= {i: len(proto.functions[i].node) + sum(n * comes_to[k] for k, n in callees[i].items()) for i in ready}
         left -= ready
     if left:
         circle = ", ".join(sorted(_name(proto.functions[i]) for i in left)[:3])
         raise ModelError(f"functions call each other in a circle ({circle}); export the model again")
     called = [*calls(proto.graph.node)]
+    if (total := sum(map(comes_to.__getitem__, called))) > MOST_CALLED:
+        raise ModelError(f"its functions come to {total:,} operators, more than {MOST_CALLED:,}; export the model without functions")
     seen = set(called)
     while called:
         function = proto.functions[index := called.pop()]
@@ -209,8 +205,8 @@ def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
                     f"function {_name(function)} uses version {entry.version} of the operators '{domain or 'ai.onnx'}', and the model "
                     f"{opsets[domain]}; export the model with one version"
                 )
-        called += callees[index] - seen
-        seen |= callees[index]
+        called += callees[index].keys() - seen
+        seen |= callees[index].keys()
 
 
 def forget_unknown(proto: ModelProto) -> None:
@@ -222,56 +218,6 @@ def forget_unknown(proto: ModelProto) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name in known]
             del node.attribute[:]
             node.attribute.extend(kept)
-
-
-def misfit(proto: ModelProto) -> str:
-    """Why operators don't fit each other, by ONNX's own inference of types and shapes; "" if they do.
-
-    What the file says of inner values is not asked. Large weights tell their types and shapes alone.
-    """
-    graph = proto.graph
-    skeleton = ModelProto(ir_version=max(proto.ir_version, 4), opset_import=proto.opset_import, functions=proto.functions)
-    skeleton.graph.node.extend(graph.node)
-    skeleton.graph.input.extend(graph.input)
-    stated = {info.name for info in graph.input}
-    for tensor in graph.initializer:
-        if math.prod(tensor.dims) <= SMALL and any(tensor.HasField("raw_data") or getattr(tensor, field) for field in FIELDS):
-            skeleton.graph.initializer.append(tensor)
-        elif tensor.name not in stated:
-            skeleton.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    own = {name for node in graph.node if domain_of(node.domain) for name in node.output}
-    skeleton.graph.value_info.extend(info for info in graph.value_info if info.name in own)
-    for info in graph.output:
-        made = skeleton.graph.output.add()
-        made.CopyFrom(info)
-        if info.name not in own:
-            made.type.tensor_type.ClearField("shape")
-    try:
-        onnx.shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True, data_prop=True)
-    except Exception as error:  # it raises its own kind, and others for what it can't read
-        return " ".join(str(error).split()).removeprefix("[ShapeInferenceError] ")[:300]
-    return ""
-
-
-def refused(model: ir.Model) -> bool:
-    """Whether ONNX Runtime refuses a model for what it is, not because it lacks an operator or a version."""
-    from ..runtime.session import Session
-
-    try:
-        Session(model)
-    except UnsupportedError as error:
-        return not any(text in str(error) for text in LACKS)
-    except Exception:
-        return False
-    return False
-
-
-def _check_size(info: onnx.ValueInfoProto) -> None:
-    """An input that no machine holds: its sizes are wrong, and whoever feeds it would run out of memory."""
-    kind = info.type.tensor_type
-    dims = [dim.dim_value for dim in kind.shape.dim if dim.dim_value > 0]
-    if math.prod(dims) > LARGEST:
-        raise ModelError(f"input '{info.name}' states the sizes {dims}, more than {LARGEST:,} numbers; export the model with its true ones")
 
 
 def _value(attribute: AttributeProto) -> Any:

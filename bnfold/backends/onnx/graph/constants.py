@@ -7,6 +7,7 @@ the float64 oracle, so that what is folded is the function that the file states,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .walk import is_standard, stored_tensor, subgraphs, whole
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
+MOST = 1 << 26  # numbers that a constant may be computed to, unless there are stored ones of such a size
 FLOATS = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE}
 
 
@@ -27,6 +29,7 @@ class Constants:
         self._shapes = shapes
         self._known: dict[ir.Value, bool] = {}
         self._values: dict[ir.Value, npt.NDArray[Any]] = {}
+        self._most = max(MOST, 4 * sum(t.size for v in model.graph.initializers.values() if (t := v.const_value) is not None))
 
     def is_constant(self, value: ir.Value | None) -> bool:
         """Whether the value is the same in every run, whatever the caller feeds."""
@@ -59,7 +62,8 @@ class Constants:
             if unknown:
                 stack.extend(unknown)
                 continue
-            self._known[current] = all(self._known[v] for v in needed) and (node.op_type != "CastLike" or self._like(node) is not None)
+            same = all(self._known[v] for v in needed) and (node.op_type != "CastLike" or self._like(node) is not None)
+            self._known[current] = same and self._size(current) <= self._most
         return self._known[value]
 
     def _sizes(self, node: ir.Node) -> npt.NDArray[np.int64] | None:
@@ -73,6 +77,10 @@ class Constants:
         if any(sizes != found[0] for sizes in found) or None in found[0]:
             return None
         return np.array(found[0], np.int64)
+
+    def _size(self, value: ir.Value) -> int:
+        """How many numbers it has, as far as that is known."""
+        return max((math.prod(n or 1 for n in dims) for dims in self._shapes.probes(value) or ()), default=0)
 
     def _like(self, node: ir.Node) -> ir.DataType | None:
         return self._shapes.dtype(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
@@ -139,7 +147,7 @@ class Constants:
             kind = self._shapes.dtype(value)
             result.type = ir.TensorType(kind if kind is not None else ir.DataType.FLOAT)
         graph = ir.Graph([], [result], nodes=copies, initializers=list(leaves.values()), opset_imports=opsets, name="constant")
-        oracle = Oracle(ir.Model(graph, ir_version=max(self._model.ir_version or 8, 4)))
+        oracle = Oracle(ir.Model(graph, ir_version=max(self._model.ir_version or 8, 4)), most=self._most)
         return np.asarray(next(iter(oracle.run({}).values())))
 
 

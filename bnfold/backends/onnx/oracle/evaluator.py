@@ -7,6 +7,7 @@ Values are dropped after their last use.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +19,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpFunction, OpRun, RuntimeContextError
 
 from bnfold.data.inputs import check_feeds
-from bnfold.errors import BnfoldError, UnsupportedError, UsageError
+from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
 from bnfold.text import listed
 
+from ..files.fit import most_made
 from ..files.schemas import forget_unknown
 from ..graph.codes import stored_codes
 from ..graph.inputs import inputs
@@ -28,11 +30,14 @@ from ..graph.proto import self_contained
 from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
+from .extent import said_size
 from .quantised import state_steps
 from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
+
+MOST_TURNS = 100_000  # of a loop
 
 
 class Oracle:
@@ -40,11 +45,20 @@ class Oracle:
 
     jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type (see
     `widen.jittered`), which is what rounding may have done to it. outputs: inner values to return besides the model's outputs.
-    rounds: whether activations are rounded to integers where the model does it (see `quantised`).
+    rounds: whether activations are rounded to integers where the model does it (see `quantised`). most: how many numbers a value may
+    have; by default as many as weights and inputs let one expect.
     Raises UnsupportedError, naming the operator, where the evaluator lacks one or can't run it.
     """
 
-    def __init__(self, model: ir.Model, *, jitter: int | None = None, outputs: Iterable[str] = (), rounds: bool = True) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        jitter: int | None = None,
+        outputs: Iterable[str] = (),
+        rounds: bool = True,
+        most: int | None = None,
+    ) -> None:
         self._model = model
         proto = self_contained(model, initializers=False)
         self._outputs = list(dict.fromkeys((*(o.name for o in proto.graph.output), *outputs)))
@@ -67,19 +81,25 @@ class Oracle:
             array = widen(tensor.numpy())
             held[name] = maybe_jittered(array, tensor.dtype.value, name, jitter, moving)
         self._evaluator = _Evaluator(proto)
+        self._most, self._stored = most, sum(array.size for array in held.values())
         self._weights = held  # here, since the evaluator refers to itself, so that what it holds goes late
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
         """The outputs by name, in the model's order, then the extra ones; floating-point ones in float64. Feeds of any
         floating-point type go in as they are, widened. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, inputs(self._model, feeds), set(self._weights), any_float=True)
+        self._bounded(feeds)
         with np.errstate(all="ignore"):
             results = self._evaluator.run(self._outputs, self._weights | {name: widen(array) for name, array in feeds.items()})
         return dict(zip(self._outputs, results, strict=True))
 
+    def _bounded(self, feeds: Batch) -> None:
+        self._evaluator.most = self._most or most_made(self._stored + sum(array.size for array in feeds.values()))
+
     def stream(self, feeds: Batch, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """These values as they are computed, each given out once and then no longer held than the model needs it."""
         check_feeds(feeds, inputs(self._model, feeds), set(self._weights), any_float=True)
+        self._bounded(feeds)
         yield from self._evaluator.stream(names, self._weights | {name: widen(array) for name, array in feeds.items()})
 
 
@@ -105,7 +125,12 @@ def _shapes_held(model: ir.Model, codes: Mapping[str, np.ndarray]) -> dict[str, 
 
 
 class _Evaluator(ReferenceEvaluator):
-    """The reference evaluator with our operators, in functions and subgraphs too, holding values no longer than needed."""
+    """The reference evaluator with our operators, in functions and subgraphs too, holding values no longer than needed.
+
+    most: how many numbers a value may have.
+    """
+
+    most = sys.maxsize
 
     def __init__(self, proto: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(proto, onnx.FunctionProto):  # the body of an operator that the standard defines as a function
@@ -165,14 +190,17 @@ class _Evaluator(ReferenceEvaluator):
             if node.has_linked_attribute and attributes:
                 extra["linked_attributes"] = attributes
             try:
+                if (size := said_size(node.op_type, [results[name] for name in node.input])) > self.most:
+                    raise ModelError(f"a {node.op_type} (node {_named(node)}) would make {size:,.0f} numbers; don't use this file")
                 outputs = node.run(*(results[name] for name in node.input), **extra)
             except (BnfoldError, MemoryError):
                 raise
             except Exception as error:
-                name = node.onnx_node.name or node.onnx_node.output[0]
                 raise UnsupportedError(
-                    f"the float64 oracle can't run the operator {node.op_type} (node {name!r}): {_short(error)}"
+                    f"the float64 oracle can't run the operator {node.op_type} (node {_named(node)}): {_short(error)}"
                 ) from None
+            if (size := max((value.size for value in outputs if isinstance(value, np.ndarray)), default=0)) > self.most:
+                raise ModelError(f"a {node.op_type} (node {_named(node)}) makes {size:,} numbers; don't use this file")
             # A few of the evaluator's operators answer in float32 whatever goes in (AffineGrid, TfIdfVectorizer).
             widened = (widen(value) if isinstance(value, np.ndarray) else value for value in outputs)
             results.update(zip(node.output, widened, strict=False))
@@ -191,6 +219,10 @@ class _Evaluator(ReferenceEvaluator):
                 seen |= names
             self._dead = dead[::-1]
         return self._dead
+
+
+def _named(node: OpRun) -> str:
+    return repr(node.onnx_node.name or node.onnx_node.output[0])
 
 
 class _Operator(OpRun):
@@ -242,6 +274,8 @@ class _Loop(OpRun):
         limit = None if trips is None else int(np.asarray(trips).item())
         step = 0
         while going and (limit is None or step < limit):
+            if step == MOST_TURNS:
+                raise ModelError(f"a Loop goes on for more than {MOST_TURNS:,} turns; don't use this file")
             fed = dict(zip(body.input_names, (np.array(step, np.int64), np.array(going), *state), strict=True))
             outputs = run_body({**(context or {}), **fed}, attributes=attributes)
             going, state, now = bool(np.asarray(outputs[0]).item()), outputs[1 : 1 + len(state)], outputs[1 + len(state) :]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +15,14 @@ from onnx import TensorProto
 from bnfold.capture import overhearing
 from bnfold.data.inputs import check_feeds
 from bnfold.data.spec import shape_text
-from bnfold.errors import DataError, DeviceError, UsageError
+from bnfold.errors import DataError, DeviceError, ModelError, UsageError
 from bnfold.files import Workplace
 from bnfold.model import Placement
 
 from ..files.validate import tensors
 from ..graph.inputs import inputs
 from ..graph.proto import self_contained, skeleton, stored_bytes
+from ..graph.walk import all_nodes
 from .placement import assigned, honoured, name_nodes, profiled
 from .providers import CPU, resolve, runtime, runtime_message, short, start
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec
 
 
+LONGEST = 60  # seconds of a run with loops in it
 # Protocol buffers can't hold more; the margin is for the graph around the weights.
 PROTO_LIMIT = 2**31 - 2**24
 # numpy has these types only through ml_dtypes, which ONNX Runtime's Python interface doesn't take.
@@ -66,6 +70,7 @@ class Session:
         self.provider = resolve(provider)
         self._model = model
         self._optional = set(model.graph.initializers)
+        self._loops = any(node.op_type == "Loop" for node in all_nodes(model.graph))
         self._widened: dict[str, np.dtype[Any]] = {}
 
         options = ort.SessionOptions()
@@ -95,10 +100,12 @@ class Session:
         """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, inputs(self._model, feeds), self._optional)
         given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
-        with overhearing():
+        with overhearing(), self._ending() as options:
             try:
-                results = self._session.run(self._outputs, given)
+                results = self._session.run(self._outputs, given, options)
             except Exception as error:
+                if options is not None and options.terminate:
+                    raise ModelError(f"a loop of the model doesn't end within {LONGEST} s; don't use this file") from None
                 shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
                 text = runtime_message(error)
                 if "llocate memory" in text or "out of memory" in text.lower():
@@ -110,6 +117,20 @@ class Session:
             honoured(self.placement, self._asked, lambda: skeleton(self._model))
         named = zip(self._outputs, results, strict=True)
         return {k: v.astype(self._widened[k]) if k in self._widened else v for k, v in named}
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[Any]:
+        """The options of a run, by which one is ended whose loop goes on and on; None for a model without loops."""
+        if not self._loops:
+            yield None
+            return
+        options = runtime().RunOptions()
+        timer = threading.Timer(LONGEST, setattr, (options, "terminate", True))
+        timer.start()
+        try:
+            yield options
+        finally:
+            timer.cancel()
 
     def _source(self, model: ir.Model, extra: tuple[str, ...]) -> bytes | str:
         """What ONNX Runtime loads: bytes, or past the limit of protocol buffers a file with external data."""

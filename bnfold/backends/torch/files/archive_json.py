@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,11 @@ SIZES = re.compile(
     "RShift|PowByNatural|FloatPow|IsNonOverlappingAndDenseIndicator"
 )
 ASSUMPTIONS = re.compile("positive|integer|nonnegative|real|precision|evaluate")
+# Of expressions: bits of a value, parts, an exponent or a shift, and how many sizes are held against each other.
+MOST_BITS, MOST_NODES, MOST_EXPONENT, MOST_COMPARED = 1 << 14, 4000, 64, 12
+POWERS = re.compile("Pow|PowByNatural|FloatPow|pow|LShift|RShift|RoundDecimal|Float|round|ldexp")
+ENDLESS = ("exp", "exp2", "expm1", "factorial", "comb", "perm", "gamma", "lgamma", "sinh", "cosh")
+LARGEST_OF = re.compile("Max|Min|max|min|Piecewise|And|Or")
 GUARDS = re.compile("max|min|abs|round|int|float|bool")
 ARITHMETIC = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.Load,
@@ -156,6 +162,8 @@ def _is_arithmetic(text: str, call: Callable[[ast.Call], bool], more: tuple[type
         return False
     try:
         tree = ast.parse(text.strip(), mode="eval")
+        if _bits(tree.body) > MOST_BITS or sum(1 for _ in ast.walk(tree)) > MOST_NODES:
+            return False
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -178,6 +186,47 @@ def _is_arithmetic(text: str, call: Callable[[ast.Call], bool], more: tuple[type
             if not isinstance(node.value, str) or not wanted.fullmatch(node.value):
                 return False
     return True
+
+
+def _bits(node: ast.AST) -> float:
+    """The most bits that a value may have, where a size has 64: what is beyond all bounds takes its time, symbols or not."""
+    if isinstance(node, ast.Constant):
+        return _literal_bits(node.value)
+    if isinstance(node, ast.Call):
+        kind = node.func.id if isinstance(node.func, ast.Name) else node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        parts: list[ast.AST] = [*node.args, *(keyword.value for keyword in node.keywords)]
+    elif isinstance(node, ast.BinOp):
+        kind, parts = type(node.op).__name__, [node.left, node.right]
+    else:
+        kind, parts = "", list(ast.iter_child_nodes(node))
+    bits = [_bits(part) for part in parts]
+    if POWERS.fullmatch(kind) and len(parts) > 1:
+        return bits[0] * _exponent(parts[1])
+    if kind in ENDLESS or (LARGEST_OF.fullmatch(kind) and len(parts) > MOST_COMPARED):
+        return math.inf
+    if LARGEST_OF.fullmatch(kind):
+        return 2 * sum(bits)  # each is held against each, so that they may not be nested without end
+    return max(bits, default=0.0) + 1 if kind in ("Add", "Sub") else max(sum(bits), 64.0)
+
+
+def _literal_bits(value: Any) -> float:
+    if isinstance(value, str):
+        if not re.fullmatch(r"[\d.e+-]+", value):
+            return 64.0  # a name
+        value = float(value)
+    if isinstance(value, float):
+        return 64.0 if math.isfinite(value) else math.inf
+    return float(value.bit_length()) if isinstance(value, int) else 64.0
+
+
+def _exponent(node: ast.AST) -> float:
+    """An exponent's magnitude, which must be stated, and small."""
+    stated = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    found = [float(abs(value)) for value in stated if isinstance(value, (int, float)) and abs(value) <= MOST_EXPONENT]
+    plain = len(found) == len(stated) > 0
+    named = any(isinstance(part, ast.Name) and part.id not in ("Integer", "Rational", "Float") for part in ast.walk(node))
+    powers = any(isinstance(part, (ast.Pow, ast.LShift, ast.Mult)) for part in ast.walk(node))
+    return max(1.0, *found) if plain and not named and not powers else math.inf
 
 
 def _in_structure(text: str) -> Iterator[str]:
