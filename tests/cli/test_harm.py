@@ -253,7 +253,8 @@ def test_streams_that_are_closed_or_full_change_nothing(more: str, here: Path) -
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = f"set -o pipefail; {sys.executable} -W error -m bnfold fuse model.onnx -o out.onnx {more}"
     found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
-    assert (found.returncode, found.stderr.replace("bnfold: fold and check\n", "")) == (0, "")
+    assert found.returncode == 0
+    assert [line for line in found.stderr.splitlines() if not line.startswith(("bnfold: fold and check", "bnfold: took "))] == []
     assert len(onnx.load("out.onnx").graph.node) == 1
 
 

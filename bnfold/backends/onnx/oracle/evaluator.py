@@ -30,7 +30,7 @@ from ..graph.proto import self_contained
 from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
-from .extent import said_size
+from .extent import check_made, check_said, named
 from .quantised import state_steps
 from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
 
@@ -190,17 +190,15 @@ class _Evaluator(ReferenceEvaluator):
             if node.has_linked_attribute and attributes:
                 extra["linked_attributes"] = attributes
             try:
-                if (size := said_size(node.op_type, [results[name] for name in node.input])) > self.most:
-                    raise ModelError(f"a {node.op_type} (node {_named(node)}) would make {size:,.0f} numbers; don't use this file")
+                check_said(node.onnx_node, [results[name] for name in node.input], self.most)
                 outputs = node.run(*(results[name] for name in node.input), **extra)
             except (BnfoldError, MemoryError):
                 raise
             except Exception as error:
                 raise UnsupportedError(
-                    f"the float64 oracle can't run the operator {node.op_type} (node {_named(node)}): {_short(error)}"
+                    f"the float64 oracle can't run the operator {node.op_type} (node {named(node.onnx_node)}): {_short(error)}"
                 ) from None
-            if (size := max((value.size for value in outputs if isinstance(value, np.ndarray)), default=0)) > self.most:
-                raise ModelError(f"a {node.op_type} (node {_named(node)}) makes {size:,} numbers; don't use this file")
+            check_made(node.onnx_node, outputs, self.most)
             # A few of the evaluator's operators answer in float32 whatever goes in (AffineGrid, TfIdfVectorizer).
             widened = (widen(value) if isinstance(value, np.ndarray) else value for value in outputs)
             results.update(zip(node.output, widened, strict=False))
@@ -219,10 +217,6 @@ class _Evaluator(ReferenceEvaluator):
                 seen |= names
             self._dead = dead[::-1]
         return self._dead
-
-
-def _named(node: OpRun) -> str:
-    return repr(node.onnx_node.name or node.onnx_node.output[0])
 
 
 class _Operator(OpRun):

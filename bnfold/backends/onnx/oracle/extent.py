@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
+
+from bnfold.errors import ModelError
 
 
 def _numbers(value: Any) -> list[float]:
@@ -49,10 +52,24 @@ SAID: dict[str, Callable[..., float]] = {
 }
 
 
-def said_size(op_type: str, inputs: Sequence[Any]) -> float:
-    """How many numbers the output will have; 0 where the inputs' values don't say so, or make no sense, which the operator will tell."""
-    say = SAID.get(op_type)
+def check_said(node: onnx.NodeProto, inputs: Sequence[Any], most: int) -> None:
+    """ModelError where the inputs' values ask for more numbers than `most`. Where they make no sense, the operator will tell."""
+    say = SAID.get(node.op_type)
     try:
-        return 0.0 if say is None else say(*inputs)
+        size = 0.0 if say is None else say(*inputs)
     except (TypeError, ValueError, IndexError, OverflowError):
-        return 0.0
+        return
+    if size > most:
+        raise ModelError(f"a {node.op_type} (node {named(node)}) would make {size:,.0f} numbers; don't use this file")
+
+
+def check_made(node: onnx.NodeProto, outputs: Iterable[Any], most: int) -> None:
+    """ModelError where an output has more numbers than `most`."""
+    size = max((value.size for value in outputs if isinstance(value, np.ndarray)), default=0)
+    if size > most:
+        raise ModelError(f"a {node.op_type} (node {named(node)}) makes {size:,} numbers; don't use this file")
+
+
+def named(node: onnx.NodeProto) -> str:
+    """What a node is called in an error."""
+    return repr(node.name or node.output[0])
