@@ -58,7 +58,7 @@ def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Mod
     if not planned.changes and not constants:
         return copy_program(traced.model), planned.report({}, bytes_added=0, others=others)
     fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges, constants)
-    said = (WRITTEN_OUT,) * has_regions(traced.model)
+    said = (WRITTEN_OUT,) * has_regions(traced.model) + (traced.note,) * bool(traced.note)
     return fused, planned.report(notes, bytes_added=added, others=others, said=said)
 
 

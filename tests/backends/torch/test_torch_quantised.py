@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -299,3 +301,60 @@ def test_activations_that_are_rounded_between_are_told_of() -> None:
     assert all("rounds activations to integers" in layer.reason for layer in report.layers)
     assert all("fold before quantising, or recalibrate" in layer.reason for layer in report.layers)
     assert bnfold.verify(net, fused, [X]).verdict == "inconclusive"
+
+
+def test_observers_of_a_network_that_is_still_to_be_quantised_are_passed_over() -> None:
+    net = nn.Sequential(ao.QuantStub(), trained(Digits()), ao.DeQuantStub()).eval()
+    net.qconfig = ao.get_default_qconfig("qnnpack")
+    net = ao.prepare(net)
+    net(X)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    fused, report = bnfold.fuse(net, example=X)
+    assert report.batchnorms.after == 0
+    assert "calibrate a folded copy anew" in " ".join(report.notes)
+    assert bnfold.verify(net, fused, [X]).verdict == "equivalent"
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    assert fused[1].bn1.activation_post_process is not net[1].bn1.activation_post_process
+
+
+class Own(ao.FakeQuantize):
+    def forward(self, X: Tensor) -> Tensor:
+        return super().forward(X) + 1
+
+
+@pytest.mark.parametrize("kind", ["learned scales", "a forward of its own"])
+def test_a_quantiser_that_nobody_knows_is_told_of(kind: str) -> None:
+    from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+
+    how = {"quant_min": -128, "quant_max": 127, "dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric}
+    made = Own.with_args(**how) if "own" in kind else _LearnableFakeQuantize.with_args(observer=ao.MovingAverageMinMaxObserver, **how)
+    with pytest.raises(bnfold.UnsupportedError, match="weight_fake_quant"):
+        bnfold.fuse(weights_only(made), example=X)
+
+
+def test_weights_that_are_packed_are_told_of() -> None:
+    net = ao.quantize_dynamic(trained(Digits()), {nn.Linear})
+    with pytest.raises(bnfold.UnsupportedError, match=r"weights are packed .* \(fc, Linear\): fold the model before it is converted"):
+        bnfold.fuse(net, example=X)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_program_whose_operators_observe_is_read_as_it_is_set(decomposed: bool, tmp_path: Any) -> None:
+    net = weights_only(SCHEMES["per channel, fused with its observer"])
+    program = torch.export.export(net, (X,))
+    program = program.run_decompositions() if decomposed else program
+    fused, report = bnfold.fuse(program)
+    assert report.batchnorms.after == 0
+    assert "the observers of 3 fake quantisers are on" in " ".join(report.notes)
+    assert not any("moving_avg" in str(op.target) for op in fused.graph.nodes)
+    assert not fused.graph_signature.buffers_to_mutate
+    bnfold.save(fused, tmp_path / "fused.pt2")
+    assert bnfold.verify(program, bnfold.load(tmp_path / "fused.pt2"), [X]).verdict == "equivalent"
+
+
+def test_the_operators_of_a_file_are_known_in_a_new_process(tmp_path: Any) -> None:
+    torch.export.save(torch.export.export(network("conv", per_channel(stored=True)), (IMAGE,)), tmp_path / "net.pt2")
+    run = [sys.executable, "-m", "bnfold", "fuse", str(tmp_path / "net.pt2"), "-o", str(tmp_path / "out.pt2")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 folded" in done.stdout

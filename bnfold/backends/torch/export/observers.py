@@ -23,6 +23,8 @@ from .walk import arguments, is_tensor, tensor_named
 OBSERVING = re.compile(r"aten::_?fused_moving_avg_obs")
 SETTINGS = ("fake_quant_enabled", "observer_enabled", "scale", "zero_point", "activation_post_process", "is_per_channel", "qscheme")
 OBSERVED_INTO = ("running_min", "running_max", "scale", "zero_point")
+THEIRS = ("torch.ao.", "torchao.")  # of a class with another forward nobody knows what it does
+PASSED_OVER = "its observers were passed over, and what they saw is of the network as it was: calibrate a folded copy anew"
 OBSERVED = "the observers of {} fake quantisers are on; it was read with the scales that they have now"
 
 
@@ -31,8 +33,22 @@ def fake_quantisers(module: nn.Module) -> dict[str, nn.Module]:
     return {path: each for path, each in module.named_modules() if is_fake_quantiser(each)}
 
 
+def observers(module: nn.Module) -> list[nn.Module]:
+    """The modules that only observe what comes by, as before a network is quantised without training."""
+    known = (each for each in module.modules() if hasattr(each, "calculate_qparams") and not hasattr(each, "fake_quant_enabled"))
+    return [each for each in known if type(each).forward.__module__.startswith(THEIRS)]
+
+
+def note_on(module: nn.Module) -> str:
+    """What is to be said of a module's observers; "" where they are off, or it has none."""
+    if on := sum(is_on(each, "observer_enabled") for each in fake_quantisers(module).values()):
+        return OBSERVED.format(on)
+    inside = {id(each.activation_post_process) for each in fake_quantisers(module).values()}
+    return PASSED_OVER if any(id(each) not in inside for each in observers(module)) else ""
+
+
 def is_fake_quantiser(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in SETTINGS)
+    return all(hasattr(module, name) for name in SETTINGS) and type(module).forward.__module__.startswith(THEIRS)
 
 
 def is_symmetric(quantiser: Any) -> bool:
@@ -65,7 +81,9 @@ def is_on(module: nn.Module, switch: str) -> bool:
 
 
 def settled_quantisers(module: nn.Module) -> nn.Module:
-    """The same module, whose fake quantisers observe nothing from now on, and read none of their switches."""
+    """The same module, whose observers and fake quantisers observe nothing from now on, and read none of their switches."""
+    for each in observers(module):
+        each.forward = MethodType(_unrounded, each)
     for each in fake_quantisers(module).values():
         each.forward = MethodType(rounded if is_on(each, "fake_quant_enabled") else _unrounded, each)
     return module

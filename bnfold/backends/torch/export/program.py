@@ -23,8 +23,13 @@ from .walk import arguments, operator_name
 MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so does the time that each takes
 
 
-def require_shapes(model: nn.Module) -> None:
-    """A lazy parameter gets its shape in the first call, which is the user's to make."""
+def require_readable(model: nn.Module) -> None:
+    """A lazy parameter gets its shape in the first call, which is the user's to make; packed weights can't be read at all."""
+    if packed := [(path, each) for path, each in model.named_modules() if hasattr(each, "_packed_params")]:
+        raise UnsupportedError(
+            f"{type(model).__name__} is converted to integers already, and its weights are packed where nothing can rewrite them "
+            f"({packed[0][0]}, {type(packed[0][1]).__name__}): fold the model before it is converted, as prepare or prepare_qat left it"
+        )
     if any(nn.parameter.is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())):
         raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
 

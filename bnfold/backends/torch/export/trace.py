@@ -24,8 +24,8 @@ from bnfold.verification.inputs import is_several
 from .call import Call, Model, arguments_of, as_call, formed, known_example
 from .copies import shared_twin
 from .functional import graph_copy, settled, with_graph, with_known_sizes
-from .observers import OBSERVED, fake_quantisers, is_on, settled_quantisers, without_observers
-from .program import export, require_shapes
+from .observers import note_on, settled_quantisers, without_observers
+from .program import export, require_readable
 from .ranges import taken
 from .regions import written_out
 from .tensors import NUMPY, axis_of, output_name
@@ -186,14 +186,13 @@ def _read(
     model: nn.Module, calls: tuple[Call, ...], evaluation: bool, one_size: bool, opened: int | None = None, patient: bool = False
 ) -> Traced:
     """The data flow of a module in the first of some calls. opened: the axes that are left open at most."""
-    require_shapes(model)
+    require_readable(model)
     twin = settled_quantisers(shared_twin(model))
     if evaluation:
         twin.eval()
     most = 1 if one_size and opened is None else opened
     exported, opened, note = export(twin, model, calls[0], most, patient)
-    if on := sum(is_on(each, "observer_enabled") for each in fake_quantisers(model).values()):
-        note = "; ".join(filter(None, (note, OBSERVED.format(on))))
+    note = "; ".join(filter(None, (note, note_on(model))))
     named, held = _by_name(exported, model)
     program = settled(with_known_sizes(written_out(named, casts=False)))
     return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note, held)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from .archive import check_archive
 from .checkpoint import Say, put, state_of, surgery_of, unpickled
 from .hub import from_timm
 
+PACKAGES = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed", "torchao": "torchao", "torchvision": "torchvision"}
 NEEDS_ARCH = "weights without a network; say what builds it, with --arch package.module:factory or --arch FILE.py:FACTORY"
 
 
@@ -96,6 +99,7 @@ def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | N
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
     if not trust_pickle:
         check_archive(path)
+    _register_operators(path)
     try:
         with quiet():
             return torch.export.load(path)
@@ -103,3 +107,21 @@ def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
         raise ModelError(
             f"{path}: torch {torch.__version__} can't load this exported program: {one_line(error)}; export it again with this version"
         ) from error
+
+
+def _register_operators(path: Path) -> None:
+    """Import the packages whose operators a program calls: torch doesn't know these before."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
+        return  # which the loading says better
+    for namespace, package in PACKAGES.items():
+        if any(f"torch.ops.{namespace}.".encode() in text for text in texts):
+            try:
+                with quiet():
+                    import_module(package)
+            except ImportError as error:
+                raise ModelError(
+                    f"{path}: it calls operators of {package}, which can't be imported ({one_line(error)}); install it"
+                ) from None

@@ -25,7 +25,7 @@ from bnfold.model import Placement
 from bnfold.text import first_line
 
 from ..export.copies import duplicate
-from ..export.observers import fake_quantisers, settled_quantisers, without_observers
+from ..export.observers import observers, settled_quantisers, without_observers
 from ..export.tensors import flat_outputs, to_numpy, to_tensor
 from ..export.trace import Traced
 from ..export.walk import in_training, is_batchnorm, mutates, written
@@ -117,7 +117,7 @@ class TorchSession:
         else:
             module = traced.model
             there = all(t.device == self.device for t in (*module.parameters(), *module.buffers()))
-            if jitter is not None or not there or any(each.training for each in module.modules()) or fake_quantisers(module):
+            if jitter is not None or not there or any(each.training for each in module.modules()) or observers(module):
                 module = settled_quantisers(duplicate(module)).to(self.device)
         if jitter is not None:
             move_weights(module, weights(traced.program), jitter)
