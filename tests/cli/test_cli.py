@@ -86,8 +86,9 @@ def test_results_on_standard_output_and_nothing_of_it_cut(here: Path, capsys: py
     reason = bnfold.inspect(bnfold.load("none.onnx")).layers[0].reason
     assert row.split()[:3] == ["bn", "4", "stays"]
     assert reason
-    assert row.endswith(reason)
+    assert f"1 stays: {reason} (bn)" in out.splitlines()
     assert out.startswith("0 of 1 would fold, ")
+    assert f"1 stays: {reason} (bn)" in out.splitlines()
     assert err == ""
 
 

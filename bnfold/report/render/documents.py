@@ -39,29 +39,26 @@ def _fuse(report: FuseReport, verbose: bool) -> Iterator[Part]:
 
 def _inspect(report: InspectReport, verbose: bool) -> Iterator[Part]:
     """Where every BatchNorm would go."""
-    yield tables.layers(report, () if verbose else (4, 1))
-    if verbose:
-        yield tables.ranges(report)
-    else:
-        yield from _grouped("", _warnings(report))
-    yield from (Line(f"would merge into {merged.into}: {', '.join(merged.branches)}") for merged in report.merged)
-    yield from _remarks(report)
+    if not verbose:
+        yield tables.layers(report, verbose=False)
+    yield from _layers(report, verbose)
     if report.certificate is not None:
         yield Line("certificate, as it states", title=True)
         yield from (Line(f"  {text}") for text in tables.certificate(report.certificate))
 
 
 def _layers(report: FuseReport, verbose: bool) -> Iterator[Part]:
+    would = "would merge" if isinstance(report, InspectReport) else "merged"
     if verbose:
         yield from (tables.layers(report), tables.ranges(report))
-        yield from (Line(f"merged into {merged.into}: {', '.join(merged.branches)}") for merged in report.merged)
+        yield from (Line(f"{would} into {merged.into}: {', '.join(merged.branches)}") for merged in report.merged)
     else:
         yield from _grouped("stays", [(layer.reason, layer.name) for layer in report.kept])
         yield from _grouped("", [(note, layer.name) for layer in report.layers for note in layer.notes])
-        yield from _grouped("", _warnings(report))
+        yield from _grouped("", [(each.warning, each.name) for each in report.ranges if each.warning])
         if report.merged:
             count = sum(len(merged.branches) for merged in report.merged)
-            yield Line(f"{count:,} parallel branches merged into {counted(len(report.merged), 'operator', ',')}")
+            yield Line(f"{count:,} parallel branches {would} into {counted(len(report.merged), 'operator', ',')}")
     yield from _remarks(report)
 
 
@@ -79,11 +76,6 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
         listed = ", ".join(names[:FEW] if some else names) + (f" and {len(names) - FEW:,} more" if some else "")
         count = f"{len(names):,} {word if len(names) == 1 else word.rstrip('s')}: " if word else ""
         yield Line(f"{count}{text} ({listed})")
-
-
-def _warnings(report: FuseReport) -> list[tuple[str, str]]:
-    """What there is to warn of in ranges of weights, by name."""
-    return [(each.warning, each.name) for each in report.ranges if each.warning]
 
 
 def _remarks(report: FuseReport) -> Iterator[Part]:

@@ -19,21 +19,16 @@ NAMELESS = "(no name)"
 MOVED = "each figure is the layer's worst channel's; means move in old standard deviations, and the variance is new over old"
 
 
-def layers(report: FuseReport, spare: Sequence[int] = ()) -> Table:
-    """What became of every BatchNorm, or would."""
+def layers(report: FuseReport, *, verbose: bool = True) -> Table:
+    """What became of every BatchNorm, or would; verbose: with all that there is to say of each."""
     words = {"folded": "folds", "kept": "stays"} if isinstance(report, InspectReport) else {}
-    cells = [
-        (
-            layer.name or NAMELESS,
-            channels(layer.channels),
-            words.get(layer.verdict, layer.verdict),
-            ", ".join(layer.into),
-            _spread(report, layer.into),
-            joined(layer.reason, *layer.notes),
-        )
-        for layer in report.layers
-    ]
-    return Table("BatchNorms", ("BatchNorm", "channels", "verdict", "into", "weight range", "remarks"), cells, names=(0, 3), spare=spare)
+    titles = ["BatchNorm", "channels", "verdict", "into", "weight range", *(["remarks"] if verbose else [])]
+    cells = []
+    for layer in report.layers:
+        verdict = words.get(layer.verdict, layer.verdict)
+        figures = (layer.name or NAMELESS, channels(layer.channels), verdict, ", ".join(layer.into), _spread(report, layer.into))
+        cells.append([*figures, joined(layer.reason, *layer.notes)][: len(titles)])
+    return Table("BatchNorms", titles, cells, prose=verbose, names=(0, 3), spare=() if verbose else (4, 1))
 
 
 def _spread(report: FuseReport, into: Sequence[str]) -> str:

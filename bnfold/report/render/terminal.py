@@ -34,6 +34,7 @@ BAR = 12  # characters of the longest bar
 GAP = 2  # columns between two cells
 PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph
 LEFT_OUT = "*"  # what is shown of a name, in what is said of the rest
+NEAR = "./"  # what two names of a row have in common
 
 Cells = list[list[str]]
 
@@ -78,24 +79,28 @@ def _shown(cell: Cell) -> str:
 
 def _table(console: Console, table: Table) -> None:
     """A table without its empty columns. Where it is too wide for the console, what all names of a column begin and end with is left out
-    and told once, then spare columns are; if that doesn't do, a row is a paragraph. No name is cut."""
-    rows = [[_shown(cell) for cell in row] for row in table.rows]
+    and told once, then what other names in a row share with the first, then spare columns; else a row is a paragraph. No name is cut."""
+    whole = rows = [[_shown(cell) for cell in row] for row in table.rows]
     titles = [*map(_shown, table.columns)]
     used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     if not used:
         return
-    ends: dict[int, tuple[str, str]] = {}
-    for i in (None, *table.spare, None):
+    told: list[str] = []
+    names = [i for i in table.names if i in used]
+    for step in ("", "ends", "places", *table.spare):
+        if step == "ends":
+            rows, ends = _shortened(rows, names)
+            told += [f"{titles[k]}: {before}{LEFT_OUT}{behind}" for k, (before, behind) in ends.items() if before or behind]
+        elif step == "places":
+            rows, found = _nearer(rows, names)
+            told += [f"{NEAR} is where the first name is"] if found else []
+        elif isinstance(step, int) and step in used:
+            used.remove(step)
         if _fits(console, table, titles, rows, used):
             _grid(console, titles, rows, used)
-            left = [f"{titles[k]}: {before}{LEFT_OUT}{behind}" for k, (before, behind) in ends.items() if before or behind]
-            if left:
-                console.print(Text(f"names in full: {'; '.join(left)}", style="dim"))
+            if told:
+                console.print(Text(f"names in full: {'; '.join(told)}", style="dim"))
             return
-        if i is not None and i in used:
-            used.remove(i)
-        elif not ends:
-            whole, (rows, ends) = rows, _shortened(rows, [k for k in table.names if k in used])
     for row in whole:
         console.print(Text(row[0], style="bold"), overflow="fold")
         for i in used[1:]:
@@ -130,6 +135,18 @@ def _shortened(rows: Cells, names: Sequence[int]) -> tuple[Cells, dict[int, tupl
         found[i] = before, behind
         rows = [[*row[:i], row[i].removeprefix(before).removesuffix(behind), *row[i + 1 :]] for row in rows]
     return rows, found
+
+
+def _nearer(rows: Cells, names: Sequence[int]) -> tuple[Cells, bool]:
+    """The rows with names told from the place of the row's first name, where they have one in common; and whether any is."""
+    found = [[*row] for row in rows]
+    for row in found:
+        mine = re.split(r"(?<=[/.])", row[names[0]]) if names else []
+        for i in names[1:]:
+            several = row[i].split(", ")
+            shared = ["".join(_shared([mine, re.split(r"(?<=[/.])", name)])) for name in several]
+            row[i] = ", ".join(NEAR + name.removeprefix(place) if place else name for name, place in zip(several, shared, strict=True))
+    return found, found != rows
 
 
 def _shared(names: Sequence[Sequence[str]]) -> list[str]:
