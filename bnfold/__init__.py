@@ -31,9 +31,10 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from .explanations import explain
     from .parts import measure_part, merge_parts
     from .pipelines import pipeline
-    from .report import BenchReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
+    from .report import BenchReport, ExplainReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
 
 __all__ = [  # noqa: RUF022 - in the order of the work
     "__version__",
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "verify",
     "pipeline",
     "bench",
+    "explain",
     "certificate",
     "Report",
     "InspectReport",
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "VerifyReport",
     "PipelineReport",
     "BenchReport",
+    "ExplainReport",
     "BnfoldError",
     "CheckError",
     "DataError",
@@ -69,6 +72,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
 _HOMES = {
     "bench": ".benchmark",
     "certificate": ".certificates",
+    "explain": ".explanations",
     "measure_part": ".parts",
     "merge_parts": ".parts",
     "pipeline": ".pipelines",

@@ -14,6 +14,7 @@ from .fuse import Layer as Layer
 from .fuse import Merged as Merged
 from .fuse import WeightRange as WeightRange
 from .others import BenchReport as BenchReport
+from .others import ExplainReport as ExplainReport
 from .others import Latency as Latency
 from .others import PipelineReport as PipelineReport
 from .recalibrate import Accuracy as Accuracy

@@ -21,6 +21,15 @@ class PipelineReport(ScoredReport):
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplainReport(Report):
+    """What there is to say of a rule, an operator or a BatchNorm, line by line."""
+
+    schema = "bnfold.explain/1"
+    what: str
+    text: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Latency:
     """How long calls took, in seconds: the median, and what one in twenty and one in a hundred passes. throughput: samples per second."""

@@ -8,7 +8,7 @@ from bnfold.text import counted
 
 from .base import Report
 from .fuse import Counts, FuseReport, InspectReport
-from .others import BenchReport, PipelineReport
+from .others import BenchReport, ExplainReport, PipelineReport
 from .recalibrate import Accuracy, Effect, RecalibrateReport
 from .verify import Levels, VerifyReport
 
@@ -46,6 +46,8 @@ def _parts(report: Report) -> Iterator[str]:
         if report.first_difference:
             yield f"first at {report.first_difference}"
         yield f"compared {compared(report.samples, report.data)}"
+    elif isinstance(report, ExplainReport):
+        yield report.what
     elif isinstance(report, BenchReport):
         times = f"{report.ratio:.3g} times as long as the reference ({report.ratio_low:.3g} to {report.ratio_high:.3g})"
         yield f"the candidate takes {times}" if report.faster else f"no difference beyond noise: the candidate takes {times}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport, InspectReport
-from bnfold.report.others import BenchReport, PipelineReport
+from bnfold.report.others import BenchReport, ExplainReport, PipelineReport
 from bnfold.report.recalibrate import RecalibrateReport
 from bnfold.report.verify import VerifyReport
 from bnfold.report.words import headline
@@ -149,6 +149,7 @@ _PARTS: dict[type, Callable[[Any, bool], Iterator[Part]]] = {
     VerifyReport: _verify,
     PipelineReport: _pipeline,
     BenchReport: _bench,
+    ExplainReport: lambda report, verbose: map(Line, report.text),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport, InspectReport
-from bnfold.report.others import BenchReport, PipelineReport
+from bnfold.report.others import BenchReport, ExplainReport, PipelineReport
 from bnfold.report.recalibrate import RecalibrateReport
 from bnfold.report.verify import VerifyReport
 from bnfold.report.words import headline
@@ -31,7 +31,7 @@ def page(report: Report) -> list[Part]:
             parts.append(Line(verdict.certificate.reason))
     if isinstance(report, (PipelineReport, RecalibrateReport)):
         parts += tables.effects(report)
-    if isinstance(report, BenchReport):
+    if isinstance(report, (BenchReport, ExplainReport)):
         parts += document(report)[1:]
     parts += [Line(note) for note in dict.fromkeys(_notes(report))]
     if fused is not None:

@@ -1,0 +1,109 @@
+"""What the rules say in words: which maps may cross an operator, why a BatchNorm stays, and what would let it go."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from . import api
+from .algebra.rules import RULES
+from .errors import UsageError
+from .report import ExplainReport, Layer
+from .text import listed, meant
+
+ANY, ORDERED, SCALES = "any map crosses", "maps cross whose scales aren't negative", "pure scalings cross, whose scales aren't negative"
+# Of each rule: which maps cross, the equation of which it is the proof, and operators that it is for.
+WORDS: dict[str, tuple[str, str, str]] = {
+    "Identity": (ANY, "a(x) = a(x)", "Identity Dropout Cast contiguous clone dropout"),
+    "Average": (ANY, "mean(s*x + t) = s*mean(x) + t", "GlobalAveragePool AveragePool ReduceMean adaptive_avg_pool2d avg_pool2d mean"),
+    "Resize": (ANY, "weights that sum to 1 are a mean", "Resize Upsample interpolate upsample_nearest2d upsample_bilinear2d"),
+    "Crop": (ANY, "a slice by computed bounds", "Slice CenterCropPad"),
+    "Lookup": (f"{ANY} that doesn't vary along the axis", "a(x[i]) = a(x)[i]", "Gather GatherElements index_select gather"),
+    "Move": (
+        f"{ANY}; its coefficients move as the data do",
+        "out[i] = in[source(i)]",
+        "Reshape Flatten Transpose Concat Split Slice view cat",
+    ),
+    "Max": (ORDERED, "max(s*x + t) = s*max(x) + t if s >= 0", "MaxPool GlobalMaxPool ReduceMax max_pool2d amax"),
+    "Relu": (SCALES, "relu(s*x) = s*relu(x) if s >= 0", "Relu LeakyRelu PRelu Abs relu leaky_relu prelu"),
+    "Pad": ("maps cross that keep what it fills with", "a(pad(x, v)) = pad(a(x), a(v)), so t = 0 for zeros", "Pad constant_pad_nd pad"),
+    "Sum": (ANY, "s*sum(x) + t = sum(s*x + t/n)", "ReduceSum sum"),
+    "Add": ("any map, with its shift into one branch; downwards shifts alone", "s*(x + y) + t = (s*x + t) + s*y", "Add Sub add sub"),
+    "Mul": ("pure scalings, into one factor", "s*(x*y) = (s*x)*y", "Mul mul"),
+    "MatMul": ("pure scalings, into one factor", "s*(x@y) = (s*x)@y", "MatMul matmul bmm"),
+    "Mean": (f"{ANY}, the same for all branches", "mean(a(x), a(y)) = a(mean(x, y))", "Mean"),
+    "Where": (f"{ANY}, the same for both branches", "c ? a(x) : a(y) = a(c ? x : y)", "Where where"),
+    "Maximum": (f"{ORDERED}, the same for both branches", "max(a(x), a(y)) = a(max(x, y))", "Max Min maximum minimum"),
+    "Conv": (
+        "a map ends here; upwards any, downwards with a shift only if every output sees every tap",
+        "W*(s*x)",
+        "Conv ConvTranspose conv2d",
+    ),
+    "Contraction": ("a map ends here", "(s*W)x + (s*b + t)", "Gemm MatMul Einsum linear addmm"),
+    "Affine": ("a map ends here", "s*(s'*x + t') + t", "BatchNormalization Mul Add batch_norm"),
+    "Normalisation": (
+        "a map ends here, upwards",
+        "s*(gamma*n(x) + beta) + t",
+        "LayerNormalization InstanceNormalization GroupNormalization layer_norm",
+    ),
+    "Table": ("a map ends here, upwards", "s*W[i] + t = (s*W + t)[i]", "Gather embedding"),
+    "Constant": ("a map ends here, upwards", "a(c) is a constant", "Constant"),
+    "Recurrent": ("a map ends here, downwards, in its input weights", "W(s*x + t) = (W*s)x + W*t", "LSTM GRU RNN lstm gru"),
+}
+# What would let a BatchNorm go, by what its reason says; all that fit are told.
+ADVICE = (
+    (r"training mode", "export the model in evaluation mode (model.eval()), or give it statistics by `bnfold recalibrate --freeze`"),
+    (r"no running statistics|track_running_stats", "give it statistics by `bnfold recalibrate --freeze`"),
+    (
+        r"is read (by|elsewhere|twice)|other readers|read by",
+        "--clone doubles the operator before it, if that one is a convolution or a product",
+    ),
+    (r"is an output of the model", "a value that callers see mustn't change; take that output away where nobody needs it"),
+    (
+        r"scales (is|are) negative",
+        "the gammas that are negative can't cross a maximum or a Relu; retrain with gamma >= 0, or move the BatchNorm",
+    ),
+    (r"shift is not zero", "what pads with zeros must not see a shift: pad with edges or mirrored, or pad in front of the BatchNorm"),
+    (
+        r"no rule lets a map cross",
+        "a non-linearity stands between it and the weights; in a block as conv, BatchNorm, activation it would fold",
+    ),
+    (r"is quantised|QuantizeLinear|QLinear", "fold before quantising"),
+    (r"is (nan|inf)|no number", "its statistics or weights are damaged: `bnfold recalibrate` measures them afresh"),
+    (r"isn't known|isn't certain|dynamic", "state the shape of the input (--input-shape, or fixed axes in the export)"),
+)
+
+
+def explain(what: str, model: Any = None, *, example: Any = None) -> ExplainReport:
+    """What can cross an operator (the name of a rule, or of an operator of ONNX's or PyTorch's), or, of a model, why a BatchNorm stays.
+
+    Raises UsageError where there is nothing of that name.
+    """
+    start = time.perf_counter()
+    if model is None:
+        found, names = list(_rules(what)), [*RULES, *(name for *_, names in WORDS.values() for name in names.split())]
+        if not found:
+            raise UsageError(f"no rule and no operator is called {what!r}: nothing crosses what isn't in the table{meant(what, names)}")
+        return ExplainReport(what=what, text=tuple(found), seconds=time.perf_counter() - start)
+    layers = {layer.name: layer for layer in api.inspect(model, example=example).layers}
+    if what not in layers:
+        raise UsageError(f"no BatchNorm is called {what!r}; there are {listed(map(repr, layers)) or 'none'}{meant(what, layers)}")
+    return ExplainReport(what=what, text=tuple(_layer(layers[what])), seconds=time.perf_counter() - start)
+
+
+def _rules(what: str) -> Iterator[str]:
+    for name, (crosses, equation, operators) in WORDS.items():
+        if what.lower() in (name.lower(), *operators.lower().split()):
+            yield f"{name}: {crosses}; {equation}"
+            yield f"  such as {', '.join(operators.split())}"
+
+
+def _layer(layer: Layer) -> Iterator[str]:
+    if layer.verdict == "folded":
+        yield f"it folds into {listed(layer.into) or 'nothing: it changes nothing'}"
+    else:
+        yield f"it stays: {layer.reason}"
+        yield from (f"what would let it go: {advice}" for pattern, advice in ADVICE if re.search(pattern, layer.reason))
+    yield from layer.notes
