@@ -13,7 +13,7 @@ from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport
 from bnfold.report.others import PipelineReport
 from bnfold.report.verify import VerifyReport
-from bnfold.report.words import compared
+from bnfold.report.words import headline
 from bnfold.text import counted
 
 VERDICTS = ("equivalent", "different", "inconclusive", "improved", "harmed", "no effect")
@@ -104,8 +104,7 @@ def folded(report: Report) -> FuseReport | None:
 def rows(report: Report) -> Iterator[Row]:
     """The verdict, the levels that it comes from, and the BatchNorms."""
     if (verdict := verified(report)) is not None:
-        on = compared(verdict.samples, verdict.data) if verdict.samples else ""
-        yield Row("verdict", "verdict", verdict.verdict, on, verdict.reason)
+        yield Row("verdict", "verdict", verdict.verdict, ", ".join(headline(report)), verdict.reason)
         yield from levels(verdict)
     if (fused := folded(report)) is not None:
         for layer in fused.layers:
