@@ -13,6 +13,7 @@ from .backends import open as backends
 from .backends.hub import local
 from .certificates import certificate, folded, loaded, nothing_to_fold, recalibrated
 from .errors import CheckError, ModelError, NothingToDoError
+from .folding.options import FoldOptions
 from .report import FuseReport, InspectReport, RecalibrateReport, VerifyReport
 
 if TYPE_CHECKING:
@@ -64,14 +65,14 @@ def save(
     return backends.open_model(model, example).save(path, force=force, as_state=as_state, plain_state=plain_state)
 
 
-def inspect(model: AnyModel, *, example: Any = None, clone: bool = False, keep_per_tensor: bool = False) -> InspectReport:
+def inspect(model: AnyModel, *, example: Any = None, **options: Any) -> InspectReport:
     """What `fuse` would do with each BatchNorm, and why one would stay, and the certificate of a folded model. Nothing is changed.
 
-    example: as for `fuse`.
+    example, options: as for `fuse`.
     """
     start = time.perf_counter()
     opened = backends.open_model(model, example)
-    fused, report = opened.folded(clone=clone, keep_per_tensor=keep_per_tensor)
+    fused, report = opened.folded(FoldOptions(**options))
     report = report.sized(opened.size(), fused.size())
     notes: tuple[str, ...] = ()
     try:
@@ -84,38 +85,26 @@ def inspect(model: AnyModel, *, example: Any = None, clone: bool = False, keep_p
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
 
-def fuse(
-    model: M,
-    *,
-    example: Any = None,
-    check: bool = True,
-    clone: bool = False,
-    keep_per_tensor: bool = False,
-    equalise: bool = False,
-) -> tuple[M, FuseReport]:
+def fuse(model: M, *, example: Any = None, check: bool = True, **options: Any) -> tuple[M, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
     model: an onnx_ir.Model or onnx.ModelProto; a torch.nn.Module, of which a copy comes back in which BatchNorms are Identity and the
     weights around are new, all else being as it was; or an ExportedProgram. example: a batch for the check; random inputs without it. A
     module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
-    unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back. clone: whether a
-    convolution that something else reads too may be doubled, so that its BatchNorm can fold; a module's code allows no such thing.
-    keep_per_tensor: whether a BatchNorm stays that would make one scale for each channel of a quantised weight's one for all.
-    equalise: whether the ranges of weights are then made to match, for integers with one scale a tensor (`folding.equalise`); the model
-    then needs no BatchNorm.
+    unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back.
+    options: what else may be done, all off: `clone`, `keep_per_tensor`, `equalise`, `lower` (see `bnfold.folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
     opened = backends.open_model(model, example)
-    how = {"clone": clone, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
-    fused, report = fold(opened, example=example, check=check, **how)
+    fused, report = fold(opened, FoldOptions(**options), example=example, check=check)
     return opened.in_source_form(fused.source, changed=report.changes), report
 
 
-def fold(model: Model, *, example: Any = None, check: bool = True, **how: bool) -> tuple[Model, FuseReport]:
+def fold(model: Model, options: FoldOptions, *, example: Any = None, check: bool = True) -> tuple[Model, FuseReport]:
     """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
-    fused, report = model.folded(**how)
+    fused, report = model.folded(options)
     if report.batchnorms.before == 0 and not report.layers and not report.equalised:
         raise NothingToDoError(nothing_to_fold(model))
     if check and report.changes:

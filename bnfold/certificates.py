@@ -99,7 +99,7 @@ def folded(model: Any, fused: Any, report: FuseReport) -> None:
     """Write the certificate of a fold into its result. model: what was folded, `fused`: a new one, of onnx_ir or PyTorch."""
     origin = _origin(model)
     norms = [layer for layer in report.layers if layer.batchnorm]
-    layers = {verdict: [layer.name for layer in norms if layer.verdict == verdict] for verdict in ("folded", "kept")}
+    layers = {verdict: [layer.name for layer in norms if layer.verdict == verdict] for verdict in ("folded", "lowered", "kept")}
     found = {
         "schema": SCHEMA,
         "bnfold": __version__,
@@ -175,7 +175,8 @@ def _earlier(model: Any) -> list[dict[str, Any]]:
     if own is None:
         return []
     before = own.get("earlier")
-    brief = {key: value for key, value in own.items() if key not in ("earlier", "folded", "kept", "constants", "merged", "verdict")}
+    names = ("earlier", "folded", "lowered", "kept", "constants", "merged", "verdict")
+    brief = {key: value for key, value in own.items() if key not in names}
     verdict = own.get("verdict")
     brief["verdict"] = verdict.get("verdict") if isinstance(verdict, Mapping) else None
     return [brief, *(before if isinstance(before, list) else [])][:MOST_EARLIER]

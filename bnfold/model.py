@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .data.random import random_feeds
 from .data.spec import Port
 from .errors import UnsupportedError
+from .folding.options import PLAIN, FoldOptions
 from .folding.plan import NormalForm
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Model(ABC):
         """The model in each of the calls that its example states."""
         return (self,)
 
-    def normal_form(self, *, clone: bool = False) -> NormalForm:
+    def normal_form(self, options: FoldOptions = PLAIN) -> NormalForm:
         """See `plan`. UnsupportedError: it has none."""
         raise UnsupportedError("the model has no graph that bnfold can read")
 
@@ -225,8 +226,8 @@ class Model(ABC):
         """Which optimisation of the runtime harms the model; None where none does."""
         return None
 
-    def folded(self, **how: bool) -> tuple[Model, FuseReport]:
-        """A copy with every BatchNorm folded that can be, and what became of each. how: see `folding.plan.plan`."""
+    def folded(self, options: FoldOptions = PLAIN) -> tuple[Model, FuseReport]:
+        """A copy with every BatchNorm folded that can be, and what became of each."""
         raise UnsupportedError("the model can't be folded")
 
     def lockstep(self, **options: Any) -> Any:
@@ -275,12 +276,12 @@ class Model(ABC):
         made = random_feeds(self.specs, batch=batch, seed=seed, input_shapes=shapes, sizes=self.sizes()).items()
         return {self._public(name): array for name, array in made}
 
-    def plan(self, *, clone: bool = False) -> NormalForm:
-        """The normal form, worked out once. clone: with operators doubled for a BatchNorm's sake. UnsupportedError: it has none."""
-        plans: dict[bool, NormalForm] = vars(self).setdefault("_plans", {})
-        if clone not in plans:
-            plans[clone] = self.normal_form(clone=clone).renamed(_by_value(self.own_inputs), _by_value(self.own_outputs))
-        return plans[clone]
+    def plan(self, options: FoldOptions = PLAIN) -> NormalForm:
+        """The normal form, worked out once with the same options. UnsupportedError: it has none."""
+        plans: dict[FoldOptions, NormalForm] = vars(self).setdefault("_plans", {})
+        if options not in plans:
+            plans[options] = self.normal_form(options).renamed(_by_value(self.own_inputs), _by_value(self.own_outputs))
+        return plans[options]
 
     def exact(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
         """The float64 oracle (see `oracle`)."""

@@ -10,6 +10,7 @@ from . import api
 from .backends.open import open_model
 from .certificates import nothing_to_fold, verified
 from .errors import NothingToDoError
+from .folding.options import FoldOptions
 from .recalibration.scoring import effect, score, score_if_fits
 from .report import PipelineReport
 
@@ -22,8 +23,6 @@ def pipeline(
     example: Any = None,
     strict: bool = False,
     accept_harm: bool = False,
-    keep_per_tensor: bool = False,
-    equalise: bool = False,
     providers: Iterable[str] = ("cpu",),
     progress: api.Progress | bool | None = None,
     by_layer: bool = False,
@@ -33,11 +32,12 @@ def pipeline(
     """The recalibrated and folded model; None in its place where the result isn't proven equivalent, where the new statistics harm it
     (unless with `accept_harm`), or where a BatchNorm stays with `strict`, and the last of the report's notes says why.
 
-    labelled: data with labels, to score the model before and after. keep_per_tensor, equalise: see `api.fuse`; by_layer: see
-    `api.verify`. The statistics are measured on the first of the providers, the verdict is for all of them. keep: given the recalibrated
-    model, which the folded one is equivalent to. calibration: further arguments of `api.recalibrate`. Raises what the steps raise.
+    labelled: data with labels, to score the model before and after. by_layer: see `api.verify`. The statistics are measured on the first
+    of the providers, the verdict is for all of them. keep: given the recalibrated model, which the folded one is equivalent to.
+    calibration: further arguments of `api.recalibrate`, and the options of `api.fuse`. Raises what the steps raise.
     """
     providers, progress = tuple(providers), api.told(progress)
+    options = FoldOptions(**{f.name: calibration.pop(f.name) for f in dataclasses.fields(FoldOptions) if f.name in calibration})
     opened = open_model(model, example)
     if not opened.states_inputs:
         opened.inputs()  # it is read once, now, and called so in all further steps
@@ -52,7 +52,7 @@ def pipeline(
     if progress is not None:
         progress("fold and check", 0, None)
     reference = open_model(fresh, example)
-    candidate, folded = api.fold(reference, example=example, keep_per_tensor=keep_per_tensor, equalise=equalise)
+    candidate, folded = api.fold(reference, options, example=example)
     if strict and folded.failure:
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, folded.failure))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)

@@ -52,6 +52,7 @@ def test_a_folded_file_states_what_it_is(fused: Path) -> None:
         "recalibrated": False,
         "batchnorms": {"before": 1, "after": 0},
         "folded": ["bn"],
+        "lowered": [],
         "kept": [],
         "constants": [],
         "merged": [],

@@ -14,6 +14,7 @@ import bnfold
 from bnfold.backends.onnx.files.load import to_proto
 from bnfold.backends.open import open_both, open_model
 from bnfold.folding import plan
+from bnfold.folding.options import FoldOptions
 from bnfold.pipelines import pipeline
 from bnfold.verification.comparison import alike
 from bnfold.verification.verify import verify
@@ -42,7 +43,7 @@ def test_a_plan_outlives_a_comparison(digits: Path) -> None:
     one, other = ({**verify(first, second).to_dict(), "seconds": 0} for _ in range(2))
     assert one == other
     assert first.plan() is first.plan()
-    assert first.plan(clone=True) is not first.plan()
+    assert first.plan(FoldOptions(clone=True)) is not first.plan()
 
 
 def test_what_is_opened_is_given_back_as_it_came(digits: Path) -> None:

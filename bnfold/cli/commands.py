@@ -16,6 +16,7 @@ from . import options as o
 from .app import app, command, command_line
 from .check import Check, Checking
 from .job import Job, Reporting
+from .options.folding import Folding
 from .options.inputs import Feeding, Loading, Running, Shaping
 from .options.recalibration import Choosing, Measuring, Task, beside, save, save_kept
 
@@ -33,8 +34,7 @@ def inspect(
     loading: Loading,
     shaping: Shaping,
     reporting: Reporting,
-    clone: bool = o.CLONE,
-    keep_per_tensor: bool = o.KEEP_PER_TENSOR,
+    folding: Folding,
 ) -> None:
     """List every BatchNorm, and where it would fold to, or why it can't.
 
@@ -42,7 +42,7 @@ def inspect(
     """
     with Job(reporting) as job:
         loaded = loading.load(model, job)
-        job.finish(api.inspect(loaded, example=shaping.call(loaded), clone=clone, keep_per_tensor=keep_per_tensor))
+        job.finish(api.inspect(loaded, example=shaping.call(loaded), **folding.options))
 
 
 @command
@@ -120,14 +120,12 @@ def fuse(
     shaping: Shaping,
     reporting: Reporting,
     checking: Checking,
+    folding: Folding,
     out: Path | None = o.OUT,
     dry_run: bool = o.option("--dry-run", "Do it all, but write nothing."),
     strict: bool = o.STRICT,
     data: str | None = o.option("--data", "A file of arrays, or a function, to check it on. Default: random.", o.DATA, "DATA"),
     no_verify: bool = o.option("--no-verify", "Leave out the check of the result."),
-    clone: bool = o.CLONE,
-    keep_per_tensor: bool = o.KEEP_PER_TENSOR,
-    equalise: bool = o.EQUALISE,
 ) -> int:
     """Fold BatchNorms into the weights around them.
 
@@ -141,8 +139,7 @@ def fuse(
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data) if no_verify else shaping.example(loaded, data)
         job.progress("fold" if no_verify else "fold and check", 0, None)
-        how = {"clone": clone, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
-        fused, report = api.fuse(loaded, example=example, check=not no_verify, **how)
+        fused, report = api.fuse(loaded, example=example, check=not no_verify, **folding.options)
         stays = report.failure if strict else ""
         doubt = f"the check is inconclusive (--no-verify leaves it out): {report.doubt}" if report.doubt else ""
         failed = stays or doubt
@@ -221,9 +218,8 @@ def pipeline(
     measuring: Measuring,
     reporting: Reporting,
     checking: Checking,
+    folding: Folding,
     strict: bool = o.STRICT,
-    keep_per_tensor: bool = o.KEEP_PER_TENSOR,
-    equalise: bool = o.EQUALISE,
     keep: Path | None = o.option("--keep-recalibrated", "Write what was folded too, for verify --against.", o.OUTPUT, "FILE"),
     baseline: Path | None = o.BASELINE,
 ) -> int:
@@ -243,7 +239,7 @@ def pipeline(
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
         recalibrated: list[Any] = []
-        given |= {"strict": strict, "accept_harm": measuring.accept_harm, "keep_per_tensor": keep_per_tensor, "equalise": equalise}
+        given |= {"strict": strict, "accept_harm": measuring.accept_harm, **folding.options}
         given |= {"providers": providers, "keep": recalibrated.append, "by_layer": job.html_path is not None}
         ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
         worse = check.compare(report)

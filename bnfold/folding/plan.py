@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
 from .equalise import equalise as equalise_ranges
+from .lower import Written, lower
+from .options import PLAIN, FoldOptions
 from .ranges import weight_ranges
 from .search import Outcome, fold
 
@@ -23,7 +25,7 @@ from .search import Outcome, fold
 class Planned:
     """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch.
 
-    equalised: what became of ranges; scaled: the operators whose weights that changed.
+    equalised: what became of ranges; scaled: the operators whose weights that changed. written: operators in the place of others.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -31,10 +33,11 @@ class Planned:
     removed: tuple[Node, ...]
     equalised: tuple[Equalised, ...] = ()
     scaled: tuple[Node, ...] = ()
+    written: tuple[Written, ...] = ()
 
     @property
     def changes(self) -> bool:
-        return bool(self.scaled) or bool(self.merges) or any(outcome.folded for outcome in self.outcomes)
+        return bool(self.scaled or self.merges or self.written) or any(outcome.folded for outcome in self.outcomes)
 
     @property
     def folded_sites(self) -> list[Site]:
@@ -49,15 +52,16 @@ class Planned:
         """
         others = tuple(others)
         layers = (*(_layer(o, notes) for o in self.outcomes if o.site.is_batchnorm or o.folded), *others)
-        calls = [(len(o.site.nodes), o.folded) for o in self.outcomes if o.site.is_batchnorm]
-        calls += [(1, layer.verdict == "folded") for layer in others]
-        counts = Counts(sum(n for n, _ in calls), sum(n for n, folded in calls if not folded))
+        calls = [(len(o.site.nodes), o.verdict) for o in self.outcomes if o.site.is_batchnorm]
+        calls += [(1, layer.verdict) for layer in others]
+        counts = Counts(sum(n for n, _ in calls), sum(n for n, verdict in calls if verdict == "kept"))
         merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
         changed = {node for outcome in self.outcomes if outcome.folded for node in outcome.into}
         hosts, gone = {m.host for m in self.merges}, {m.branch for m in self.merges}
         ranges = weight_ranges(sorted((changed | hosts | {*self.scaled}) - gone, key=lambda node: node.index), hosts)
         return FuseReport(
             batchnorms=counts,
+            lowered=sum(n for n, verdict in calls if verdict == "lowered"),
             layers=layers,
             merged=merged,
             equalised=self.equalised,
@@ -122,33 +126,38 @@ def kept(listed: Iterable[Listed], met: Container[Any]) -> list[Layer]:
 # --- the plan ------------------------------------------------------------------------------------------------------------------------
 
 
-def plan(graph: Graph, *, clone: bool = False, keep_per_tensor: bool = False, equalise: bool = False, may: May | None = always) -> Planned:
-    """Decide what folds. clone: whether an operator that something else reads too may be doubled. keep_per_tensor: whether a quantised
-    weight that has one scale must keep one. equalise: whether the ranges of weights are then made to match. may: which branches may
-    merge, if any.
-    """
-    graph.one_scale = "--keep-per-tensor leaves it one" if keep_per_tensor else ""
+def plan(
+    graph: Graph, options: FoldOptions = PLAIN, may: May | None = always, replaceable: Callable[[Site], bool] = lambda site: True
+) -> Planned:
+    """Decide what folds, and what becomes of the rest. may: which branches may merge, if any. replaceable: whether the front-end can put
+    other operators in the place of a site's."""
+    graph.one_scale = "--keep-per-tensor leaves it one" if options.keep_per_tensor else ""
     affine = [node for site in graph.sites for node in site.nodes]
-    outcomes = fold(graph, clone=clone)
+    outcomes = fold(graph, clone=options.clone)
     merges = merge(graph, may) if may is not None else []
     into_host = {m.branch: m.host for m in merges if m.branch is not None}
     if merges:
-        outcomes = _after_merging(graph, outcomes, into_host, clone)
+        outcomes = _after_merging(graph, outcomes, into_host, options.clone)
     left = set(graph.nodes)
     removed = tuple(node for node in affine if node not in left and node not in into_host)
-    if not equalise:
-        return Planned(tuple(outcomes), tuple(merges), removed)
+    equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
+    written: list[Written] = []
+    if options.lower is not None:
+        outcomes, written = lower(graph, outcomes, options.lower, replaceable)
+    return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), tuple(scaled), tuple(written))
+
+
+def _equalised(graph: Graph, merges: Iterable[Merge]) -> tuple[list[Equalised], list[Node]]:
     # A module's code goes on adding the value itself, by which the host's weight is less than the one that is planned.
     barred = {m.host for m in merges if m.branch is None and not graph.copies_weights}
-    equalised, scaled = equalise_ranges(graph, barred)
-    return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), tuple(scaled))
+    return equalise_ranges(graph, barred)
 
 
 def normal_form(
     graph: Graph,
     outputs: Mapping[str, Value],
+    options: FoldOptions = PLAIN,
     *,
-    clone: bool = False,
     inputs: Iterable[Value] = (),
     constants: Mapping[str, Array] = MappingProxyType({}),
 ) -> NormalForm:
@@ -159,7 +168,7 @@ def normal_form(
     limits = [(float(node.attrs["limit"]), f"{node.label} {node.name}") for node in graph.nodes if "limit" in node.attrs and node.inputs]
     for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
         graph.bypass(node)  # it may stand in the way of a merge
-    planned = plan(graph, clone=clone)
+    planned = plan(graph, options)
     left = set(graph.nodes)
     ends = {name: graph.end(value, left) for name, value in outputs.items()}
     narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
@@ -209,6 +218,7 @@ def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
     if not site.is_batchnorm:
         said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
     into = tuple(dict.fromkeys(node.name for node in outcome.into))
+    if outcome.lowered:
+        said.append(outcome.lowered)
     reason = "" if outcome.folded else outcome.reason
-    verdict: Literal["folded", "kept"] = "folded" if outcome.folded else "kept"
-    return Layer(site.name, site.channels, verdict, into, reason, tuple(said), site.is_batchnorm)
+    return Layer(site.name, site.channels, outcome.verdict, into, reason, tuple(said), site.is_batchnorm)

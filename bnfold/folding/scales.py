@@ -25,7 +25,7 @@ from bnfold.algebra.rule import Step, identity
 from bnfold.algebra.rules import rule_of
 
 from .feasible import Draft
-from .search import State, named, search
+from .ways import State, named, search
 
 SAME = 1e-9  # relative: what divisions leave of equality
 

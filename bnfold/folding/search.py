@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,21 +21,23 @@ from bnfold.algebra.rules import rule_of
 
 from .duplicate import Clones, Shared
 from .feasible import Draft, checked
-
-Maps = dict[Any, Affine]  # going up, what each (user, input) demands; going down, what each value carries
-
-ATTEMPTS = 64  # how many ways through the sums and products of one network are tried for one site
+from .ways import Maps, State, named, search
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a site. into: the nodes that absorbed it; reason: why it stays."""
+    """What became of a site. into: the nodes that absorbed it; reason: why it doesn't fold; lowered: what it is written as instead."""
 
     site: Site
     folded: bool
     into: tuple[Node, ...] = ()
     reason: str = ""
     note: str = ""
+    lowered: str = ""
+
+    @property
+    def verdict(self) -> Literal["folded", "lowered", "kept"]:
+        return "folded" if self.folded else "lowered" if self.lowered else "kept"
 
 
 def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
@@ -95,18 +97,22 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
 
 
 def _commit(graph: Graph, site: Site, draft: Draft, note: str = "") -> Outcome:
-    for (node, role), update in draft.items():
-        node.params[role].update = node.params[role].updated(update)
+    into = _apply(draft)
     for node in site.nodes:
         graph.bypass(node)
-    into = sorted({node for node, _ in draft}, key=lambda node: node.index)
-    return Outcome(site, True, tuple(into), note=note)
+    return Outcome(site, True, into, note=note)
+
+
+def _apply(draft: Draft) -> tuple[Node, ...]:
+    """Let the parameters await their updates; whose they are."""
+    for (node, role), update in draft.items():
+        node.params[role].update = node.params[role].updated(update)
+    return tuple(sorted({node for node, _ in draft}, key=lambda node: node.index))
 
 
 def _leave_shift(graph: Graph, site: Site, draft: Draft) -> Outcome:
     """Let the scale of a site go, and its calls add their shift."""
-    for (node, role), update in draft.items():
-        node.params[role].update = node.params[role].updated(update)
+    into = _apply(draft)
     for node in site.nodes:
         shift = coefficients(node).shift
         for role, param in node.params.items():
@@ -114,7 +120,6 @@ def _leave_shift(graph: Graph, site: Site, draft: Draft) -> Outcome:
                 param.tensor.users.remove((node, role))
         node.params = {}
         node.attrs.update(gain=1.0, mean=0.0, shift=shift)
-    into = tuple(sorted({node for node, _ in draft}, key=lambda node: node.index))
     site.note = ""
     note = f"its call stays in the forward, where it now adds its shift alone, for which {into[0].name} has no place"
     return Outcome(site, True, into, note=note)
@@ -145,50 +150,7 @@ def _may_go_down(site: Site) -> bool:
     return site.is_batchnorm or all(node.inputs[0].producer is None for node in site.nodes)
 
 
-# --- the search: one state per choice, depth first -----------------------------------------------------------------------------
-
-
-@dataclass
-class State:
-    agenda: list[tuple[int, Node]] = field(default_factory=list)  # a heap, the next to visit first
-    maps: Maps = field(default_factory=dict)
-    draft: Draft = field(default_factory=dict)
-    fail: Blocked | None = None
-
-    def visit(self, node: Node, sign: int) -> None:
-        """sign: 1 for an order from the front to the back, -1 for the reverse."""
-        if (sign * node.index, node) not in self.agenda:
-            heapq.heappush(self.agenda, (sign * node.index, node))
-
-    def take(self, node: Node, step: Step) -> State:
-        return State(list(self.agenda), dict(self.maps), self.draft | {(node, role): update for role, update in step.updates.items()})
-
-
-def search(start: State, advance: Callable[[State], list[State]]) -> State:
-    """The end of the first way on which nothing is blocked; else the reason of the first way tried."""
-    stack, first = [start], None
-    for _ in range(ATTEMPTS):
-        state = stack.pop()
-        try:
-            while state.agenda and state.fail is None:
-                state, *others = advance(state)
-                stack.extend(reversed(others))
-            if state.fail is not None:
-                raise state.fail
-            return state
-        except Blocked as blocked:
-            first = first or blocked
-        except ValueError as error:  # of numpy: no input makes such a network run, whatever sizes its file leaves open
-            first = first or Blocked(f"the sizes of its constants don't fit each other ({error})")
-        if not stack:
-            break
-    assert first is not None
-    raise first
-
-
-def named(node: Node, blocked: Blocked) -> Blocked:
-    reason = f"{node.label} {node.name} blocks, {blocked}"
-    return Shared(reason, blocked.value, blocked.uses) if isinstance(blocked, Shared) else type(blocked)(reason)
+# --- one push, either way ---------------------------------------------------------------------------------------------------------
 
 
 def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_on: Callable[[State, Node, list[Affine]], None]) -> Draft:

@@ -18,9 +18,9 @@ class Layer:
 
     name: str
     channels: int  # 0 where they aren't known
-    verdict: Literal["folded", "kept"]
+    verdict: Literal["folded", "lowered", "kept"]  # lowered: written as other operators, of which a note tells
     into: tuple[str, ...]  # the operators that hold its coefficients now
-    reason: str  # why it was kept; empty where it was folded
+    reason: str  # why it doesn't fold; empty where it does
     notes: tuple[str, ...] = ()  # health and hazards: dead channels, weights that became subnormal
     batchnorm: bool = True
 
@@ -78,6 +78,7 @@ class FuseReport(Report):
     batchnorms: Counts
     layers: tuple[Layer, ...]
     merged: tuple[Merged, ...] = ()
+    lowered: int = 0  # BatchNorms that other operators stand for now
     equalised: tuple[Equalised, ...] = ()
     ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
@@ -95,9 +96,9 @@ class FuseReport(Report):
 
     @property
     def changes(self) -> bool:
-        """Whether anything folds, merges or is equalised."""
+        """Whether anything folds, merges, is lowered or equalised."""
         scaled = any(each.factor != 1 for each in self.equalised)
-        return scaled or bool(self.merged) or any(layer.verdict == "folded" for layer in self.layers)
+        return scaled or bool(self.merged) or any(layer.verdict != "kept" for layer in self.layers)
 
     @property
     def kept(self) -> tuple[Layer, ...]:

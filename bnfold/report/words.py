@@ -59,7 +59,8 @@ def _folded(report: FuseReport) -> str:
     others = [layer for layer in report.layers if not layer.batchnorm]
     if not count and others:
         return f"{counted(len(others), 'constant operator', ',')} {would}"
-    return f"{count - left:,} of {count:,} {would}" if count else "no BatchNorm"
+    also = f", {report.lowered:,} written as other operators" if report.lowered else ""
+    return f"{count - left - report.lowered:,} of {count:,} {would}{also}" if count else "no BatchNorm"
 
 
 def _measured(report: RecalibrateReport) -> str:

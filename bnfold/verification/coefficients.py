@@ -23,7 +23,7 @@ from bnfold.folding.plan import NormalForm
 from bnfold.report import Coefficients
 
 from .rescaling import rescaled
-from .roundoff import DOUBLE, ShapesDifferError, UnitErrors, errors_of, hidden_summands, merged_summands, stored, type_of
+from .roundoff import DOUBLE, ShapesDifferError, UnitErrors, chain_errors, errors_of, hidden_summands, merged_summands, stored, type_of
 from .structure import STATISTICS, Structure
 
 # Where one in two coefficients of several layers is off by this much, relatively and in units of roundoff, and the outputs still agree to
@@ -141,6 +141,12 @@ def _compared(
             if (found := _mismatch(pair.reference, pair.role, errors, once=scales is None)) is not None:
                 mismatches.append(found)
         compared.append(pair.reference)
+    for one, other in structure.chains:
+        for role, errors in chain_errors(one, other):
+            worst = max(worst, float(errors.units.max(initial=0.0)))
+            if (found := _mismatch(one.nodes[0], role, errors, once=False)) is not None:
+                mismatches.append(found)
+        compared += one.nodes
     mismatches.sort(key=lambda m: m.node.index)
     off = {m.node for m in mismatches}
     right = {*compared} - off

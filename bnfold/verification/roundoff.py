@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from bnfold.algebra.graph import Node, Param
 from bnfold.folding.branches import Merge
 from bnfold.folding.plan import NormalForm
 
+from .chains import Chain, coefficients_of
 from .structure import FIXED, ParameterPair, has, order_of_axes
 
 LIMIT = 4.0  # units of roundoff
@@ -73,6 +74,14 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
     unit, tiny = precision(_limit(pair))
     units = in_units(want, have, magnitude, unit, tiny)
     return UnitErrors(want, have, units, unit, _channel_axis(a, role, units.ndim), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
+
+
+def chain_errors(one: Chain, other: Chain) -> Iterator[tuple[str, UnitErrors]]:
+    """Of the maps of affine operators in a row: scale and shift."""
+    unit, tiny = precision(float(other.nodes[0].attrs["limit"]))
+    limit = LIMIT if unit > DOUBLE else DOUBLE_LIMIT
+    for role, want, have, magnitude in coefficients_of(one, other):
+        yield role, UnitErrors(want, have, in_units(want, have, magnitude, unit, tiny), unit, min(1, max(want.ndim - 1, 0)), limit)
 
 
 def _with(magnitude: Array, summands: Iterable[Array]) -> Array:

@@ -13,6 +13,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.settings import Setting, differing, differing_moves, place, same, settings
 
+from .chains import Chain, chain
 from .pairing import Walk, comparable, product_before
 
 if TYPE_CHECKING:
@@ -32,14 +33,15 @@ class ParameterPair(NamedTuple):
 
 
 class Structure(Walk):
-    """Both plans' operators side by side. parameters: to be compared; settings: those that differ, each with its operator; idle: the
-    operators that do nothing, and that the other side hasn't.
+    """Both plans' operators side by side. parameters: to be compared; chains: the same of affine operators in a row, in other words;
+    settings: those that differ, each with its operator; idle: the operators that do nothing, and that the other side hasn't.
     """
 
     def __init__(self, reference: NormalForm, candidate: NormalForm) -> None:
         super().__init__(reference, candidate)
         self._left = set(reference.graph.nodes), set(candidate.graph.nodes)
         self.parameters: dict[ParameterPair, None] = {}
+        self.chains: list[tuple[Chain, Chain]] = []
         self.settings: list[tuple[Node, Setting]] = []
         self.idle: set[Node] = set()
         self._alike: set[tuple[Value, Value]] = set()  # inputs of the graphs that operators hold
@@ -67,6 +69,10 @@ class Structure(Walk):
             elif (node := next((node for node in (p, q) if _does_nothing(node)), None)) is not None:
                 self.idle.add(node)
                 self.push(*(node.inputs[0] if value.producer is node else value for value in (a, b)))
+            elif (one := chain(a)) is not None and (other := chain(b)) is not None:
+                self.chains.append((one, other))
+                self.nodes |= {(mine, theirs): None for mine in one.nodes for theirs in other.nodes}
+                self.push(one.source, other.source)
             else:
                 self.trouble.append((p.index, f"{p.label} {p.name} stands where the candidate has {q.label} {q.name}"))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import UnsupportedError
+from bnfold.folding.options import FoldOptions
 from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress
 
 RANDOM = "random data"
+CLONED = FoldOptions(clone=True)
 
 
 def verify(
@@ -197,7 +199,7 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     try:
         found = correspond(both.reference.plan(), both.candidate.plan())
         if found.unpaired:
-            found = correspond(both.reference.plan(clone=True), both.candidate.plan(clone=True))
+            found = correspond(both.reference.plan(CLONED), both.candidate.plan(CLONED))
     except UnsupportedError as error:
         return Coefficients("skipped", reason=str(error)), None
     return found.report(), found

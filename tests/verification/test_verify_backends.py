@@ -30,7 +30,7 @@ class Doubled(Model):
     def interface(self):
         return [Port("x", "float", ("N", 8))], [], [Port("y", "float", ("N", 8))]
 
-    def normal_form(self, *, clone=False):
+    def normal_form(self, options):
         raise UnsupportedError("it has no graph")
 
     def oracle(self, *, jitter=None, outputs=()):

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from bnfold.algebra.graph import Node
 from bnfold.folding.branches import always
+from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import Listed, kept, plan
 from bnfold.report import FuseReport, Layer
 
@@ -15,7 +16,7 @@ from .lowering.table import lowering as lowering_of
 from .write import write
 
 
-def fuse(model: ir.Model, **how: bool) -> tuple[ir.Model, FuseReport]:
+def fuse(model: ir.Model, options: FoldOptions = PLAIN) -> tuple[ir.Model, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy."""
     fused = inlined(model)
     held = list(batchnorms(fused))
@@ -23,12 +24,12 @@ def fuse(model: ir.Model, **how: bool) -> tuple[ir.Model, FuseReport]:
     graph = lowering.graph()
     met = {node.native.node for site in graph.sites for node in site.nodes} | set(lowering.computed)
     others = kept([Listed(node, name_of(node), _channels(node), why) for node, why in held], met)
-    planned = plan(graph, may=always if held else None, **how)
+    planned = plan(graph, options, always if held else None)
     notes: dict[Node, str] = {}
     added = 0
     values = {node: (lowering.constants.get(node.outputs[0]), lowering.shapes.dtype(node.outputs[0])) for node in lowering.computed}
     if values or planned.changes:
-        notes, added = write(fused, graph, planned.removed, planned.merges, values, constants=lowering.constants)
+        notes, added = write(fused, graph, planned, values, constants=lowering.constants)
     others = [*map(_computed_layer, values), *others]
     if not planned.changes and all(layer.verdict == "kept" for layer in others):
         fused = model.clone()

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from bnfold.algebra.rounding import roundoff
 from bnfold.data.spec import Port
 from bnfold.errors import ALREADY_FOLDED
+from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Stream
 
@@ -105,7 +106,7 @@ class OnnxModel(Model):
         defaults = [v for v in graph.inputs if v.name in graph.initializers] if (self.model.ir_version or 0) >= 4 else []
         return [_port(v) for v in fed], [_port(v) for v in defaults], [_port(v) for v in graph.outputs]
 
-    def normal_form(self, *, clone: bool = False) -> NormalForm:
+    def normal_form(self, options: FoldOptions = PLAIN) -> NormalForm:
         model = inlined(self.model)
         lowering = lowering_of(model)
         graph, known = lowering.graph(), lowering.constants
@@ -114,7 +115,7 @@ class OnnxModel(Model):
         fed = {f"the default of input {v.name}": held_tensor(v) for v in model.graph.inputs if not known.is_constant(v)}
         constants |= {name: tensor.numpy() for name, tensor in fed.items() if tensor is not None}
         inputs = [lowering.value(v) for v in model.graph.inputs]
-        return normal_form(graph, outputs, clone=clone, inputs=inputs, constants=constants)
+        return normal_form(graph, outputs, options, inputs=inputs, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.model, jitter=jitter, outputs=outputs, rounds=self._rounds)
@@ -227,10 +228,10 @@ class OnnxModel(Model):
 
     # --- what is made of it --------------------------------------------------------------------------------------------------------
 
-    def folded(self, **how: bool) -> tuple[OnnxModel, FuseReport]:
+    def folded(self, options: FoldOptions = PLAIN) -> tuple[OnnxModel, FuseReport]:
         from .fuse import fuse
 
-        made, report = fuse(self.model, **how)
+        made, report = fuse(self.model, options)
         return OnnxModel(made), report
 
     def remade(self, made: ir.Model) -> OnnxModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,16 +15,18 @@ from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Tensor
 from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled, said_of_scale
-from bnfold.folding.branches import Merge
 from bnfold.folding.feasible import rescaled
+from bnfold.folding.lower import Written
+from bnfold.folding.plan import Planned
 from bnfold.text import unused
 
 from .graph.constants import Constants
 from .graph.edit import idle, inner_first, is_read
 from .graph.quantised import dequantised, remade
 from .graph.quantised import quantised as stated
-from .graph.walk import all_graphs, nbytes, opset
+from .graph.walk import all_graphs, arg, nbytes, opset
 from .lowering.lowering import OnnxNative
+from .operators import add_behind, put
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -34,19 +36,18 @@ _unused = partial(unused, form="{}.{}")
 def write(
     model: ir.Model,
     graph: Graph,
-    removed: Iterable[Node],
-    merges: Iterable[Merge] = (),
+    planned: Planned,
     computed: Mapping[ir.Node, tuple[npt.NDArray[Any] | None, ir.DataType | None]] | None = None,
     *,
     constants: Constants,
 ) -> tuple[dict[Node, str], int]:
-    """Apply the updates of a planned graph to the model that it was lowered from, and take the removed nodes and merged sums out.
+    """Apply a plan to the model that its graph was lowered from.
 
     computed: nodes to replace by the constants that they make. Returns a note for each node of whose weights there is something to say,
     and the bytes that copies of shared weights add. Raises RuntimeError on an update that nothing here can write: it must never be lost.
     """
     writer = _Writer(model, constants)
-    writer.write(graph, removed, merges)
+    writer.write(graph, planned)
     for node, (array, dtype) in (computed or {}).items():
         if array is not None:
             writer.compute(node, rounded(array, dtype))
@@ -77,7 +78,7 @@ class _Writer:
         self.notes: dict[Node, str] = {}
         self.bytes_added = 0
 
-    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
+    def write(self, graph: Graph, planned: Planned) -> None:
         self._make_clones(graph.clones)
         alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
@@ -113,7 +114,7 @@ class _Writer:
                     self.made.append((old, alike[key]))
                 value = alike[key]
             if slot == "Add":
-                self._add_behind(native.node, value)
+                add_behind(native.node, value, opset(self.model), self._named)
                 continue
             assert isinstance(slot, int)
             if len(native.node.inputs) <= slot:
@@ -121,14 +122,32 @@ class _Writer:
             native.node.replace_input_with(slot, value)
             if role == "bias":
                 native.node.attributes.update(native.reset)
-        for node in removed:
+        for each in planned.written:
+            self._write_in_place(each)
+        for node in (*planned.removed, *(each.node for each in planned.written)):
             self._remove(node.native.node, node.native.positions[0])
-        for m in merges:
+        for m in planned.merges:
             self._remove(m.add.native.node, m.kept_input)
             if m.branch is not None:
                 self.idle_nodes.discard(m.branch.native.node)
         self.sweep()
         self._keep_names()
+
+    def _write_in_place(self, written: Written) -> None:
+        """Put operators in the place of another one, which is still to be taken out."""
+        native: OnnxNative = written.node.native
+        dtype = (
+            self.constants.dtype(arg(native.node, 1)) or native.dtype
+        )  # coefficients may be of a wider type than the data, which then are cast
+
+        def initializer(name: str, exact: Array) -> ir.Value:
+            array = rounded(exact, dtype)
+            self._note_tiny(written.node, exact, array)
+            return self._initializer(name, array)
+
+        casts = None if dtype == native.dtype else (dtype, native.dtype)
+        made = put(written, opset(self.model), initializer, self._named, casts)
+        native.node.replace_input_with(native.positions[0], made)
 
     def _make_clones(self, clones: list[Node]) -> None:
         """Make the ONNX nodes of doubled operators, and let those who want the copy read it."""
@@ -160,6 +179,10 @@ class _Writer:
 
     def _note(self, node: Node, text: str) -> None:
         self.notes[node] = f"{self.notes[node]}; {text}" if node in self.notes else text
+
+    def _named(self, name: str, value: str) -> tuple[str, str]:
+        """Unused names for a node and what it gives; a node without a name stays without."""
+        return _unused(name, self.node_names) if name else "", _unused(value, self.names)
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         free = _unused(name, self.names)
@@ -202,26 +225,6 @@ class _Writer:
         made.name, made.type, made.shape = _unused(value.name or "weight", self.names), value.type, value.shape
         old.graph.insert_after(old, copy)
         return copy
-
-    def _add_behind(self, node: ir.Node, bias: ir.Value) -> None:
-        """An Add behind a node that has no bias of its own; a model output keeps its name."""
-        old, graph = node.outputs[0], node.graph
-        assert graph is not None
-        add = ir.Node("", "Add", [None, bias], num_outputs=1, name=_unused(f"{node.name}.bias", self.node_names) if node.name else None)
-        new = add.outputs[0]
-        new.type, new.shape = old.type, None if old.shape is None else old.shape.copy()
-        if self.model.opset_imports.get("", 7) < 7:
-            add.attributes["broadcast"] = ir.AttrInt64("broadcast", 1)
-        output = old.is_graph_output()
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        add.replace_input_with(0, old)
-        graph.insert_after(node, add)
-        if output:
-            name = old.name
-            old.name = _unused(f"{name}.product", self.names)
-            new.name = name
-        else:
-            new.name = _unused(f"{old.name}.biased", self.names)
 
     def _remove(self, node: ir.Node, kept: int) -> None:
         """Take a node out: its users read its input number `kept`. A graph output keeps its name."""

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError
-from bnfold.folding.branches import always
+from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import kept, plan
 from bnfold.report import Counts, FuseReport, Layer
 
@@ -41,23 +41,23 @@ NOT_EQUALISED = "no ranges are equalised: the module's code has paths on which t
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
-def fuse(traced: Traced, *, equalise: bool = False, **how: bool) -> tuple[nn.Module | ExportedProgram, FuseReport]:
+def fuse(traced: Traced, options: FoldOptions = PLAIN) -> tuple[nn.Module | ExportedProgram, FuseReport]:
     """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy.
 
-    clone: an operator that something else reads too may be doubled; a module's code can't be, so there it changes nothing.
+    No operator is doubled in a module's code, which stays as it is.
     """
     if isinstance(traced.model, nn.Module):
-        return _of_module(traced, traced.model, Allowed(True, equalise, how.get("keep_per_tensor", False)))
+        return _of_module(traced, traced.model, Allowed(True, options))
     ctx = lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
     others = kept(held(ctx, met), met)
-    planned = plan(graph, may=always, equalise=equalise, **how)
+    planned = plan(graph, options)
     constants = of_constants(ctx)
     others = [*map(computed, constants), *others]
     if not planned.changes and not constants:
         return copy_program(traced.model), planned.report({}, bytes_added=0, others=others)
-    fused, notes, added = write_program(ctx, graph, planned.removed, planned.merges, constants)
+    fused, notes, added = write_program(ctx, graph, planned, constants)
     said = (WRITTEN_OUT,) * has_regions(traced.model) + (traced.note,) * bool(traced.note)
     return fused, planned.report(notes, bytes_added=added, others=others, said=said)
 
@@ -129,8 +129,9 @@ class _Folding:
 
     def _restrict(self) -> None:
         """Do less: equalise no ranges, or else merge no branches."""
-        self._said = self._said or NOT_EQUALISED * self._allowed.equalising
-        self._allowed = self._allowed._replace(merging=self._allowed.merging and self._allowed.equalising, equalising=False)
+        merging, options = self._allowed
+        self._said = self._said or NOT_EQUALISED * options.equalise
+        self._allowed = Allowed(merging and options.equalise, dataclasses.replace(options, equalise=False))
 
     def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
         return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]
@@ -162,7 +163,7 @@ class _Folding:
             return guilty(names[:half]) + guilty(names[half:]) if half else names
 
         everything = {plain_name(o.site.name) for path in paths for o in path.planned.outcomes if o.folded}
-        while self._allowed.equalising or (self._allowed.merging and any(path.planned.merges for path in paths)):
+        while self._allowed.options.equalise or (self._allowed.merging and any(path.planned.merges for path in paths)):
             self._restrict()
             if holds(everything):
                 return
@@ -174,19 +175,21 @@ class _Folding:
         first, *others = (path.planned.report(notes, bytes_added=added) for path in paths)
         known = {plain_name(layer.name) for layer in first.layers}
         layers, merged, before, after = list(first.layers), list(first.merged), first.batchnorms.before, first.batchnorms.after
+        lowered = first.lowered
         for path, report in zip(paths[1:], others, strict=True):
             into = {layer.name: layer.into for layer in report.layers if layer.verdict == "folded"}
             layers = [dataclasses.replace(each, into=tuple(dict.fromkeys((*each.into, *into.get(each.name, ()))))) for each in layers]
             more = [layer for layer in report.layers if plain_name(layer.name) not in known]
             sites = {plain_name(layer.name) for layer in more}
             calls = [
-                (len(o.site.nodes), o.folded) for o in path.planned.outcomes if o.site.is_batchnorm and plain_name(o.site.name) in sites
+                (len(o.site.nodes), o.verdict) for o in path.planned.outcomes if o.site.is_batchnorm and plain_name(o.site.name) in sites
             ]
             layers += more
             merged += [each for each in report.merged if each not in merged]
             known |= sites
             before += sum(n for n, _ in calls)
-            after += sum(n for n, folded in calls if not folded)
+            after += sum(n for n, verdict in calls if verdict == "kept")
+            lowered += sum(n for n, verdict in calls if verdict == "lowered")
         ctx = paths[0].fold.ctx
         met = operators(o.site for o in paths[0].planned.outcomes if o.site.is_batchnorm)
         elsewhere = {layer.name for layer in layers[len(first.layers) :]}
@@ -197,6 +200,7 @@ class _Folding:
             layers=(*layers, *unmet),
             merged=tuple(merged),
             batchnorms=Counts(before + len(unmet), after + len(unmet)),
+            lowered=lowered,
             notes=(*first.notes, *(text for text in said if text)),
         )
 

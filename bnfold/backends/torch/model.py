@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from bnfold.algebra.rounding import roundoff
 from bnfold.data.spec import Port
 from bnfold.errors import NO_BATCHNORM
+from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Shapes, Stream
 
@@ -178,7 +179,7 @@ class TorchModel(Model):
                 sizes.pop(spec.shape[0], None)
         return sizes
 
-    def normal_form(self, *, clone: bool = False) -> NormalForm:
+    def normal_form(self, options: FoldOptions = PLAIN) -> NormalForm:
         # As a program, not as a module: what can be folded is a matter of the function, not of who wrote the code.
         lowering = lowering_of(Traced(self.traced.program, self.traced.program))
         graph = lowering.graph()
@@ -191,7 +192,7 @@ class TorchModel(Model):
         }
         constants = {f"output {name}": array for name, op in fixed.items() if (array := lowering.const(op)) is not None}
         outputs = {name: value for name, value in lowering.named_outputs.items() if name not in fixed}
-        return normal_form(graph, outputs, clone=clone, inputs=fed, constants=constants)
+        return normal_form(graph, outputs, options, inputs=fed, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> TorchOracle:
         return TorchOracle(self.traced, jitter=jitter, outputs=outputs)
@@ -269,10 +270,10 @@ class TorchModel(Model):
 
     # --- what is made of it --------------------------------------------------------------------------------------------------------------
 
-    def folded(self, **how: bool) -> tuple[TorchModel, FuseReport]:
+    def folded(self, options: FoldOptions = PLAIN) -> tuple[TorchModel, FuseReport]:
         from .fuse import fuse
 
-        made, report = fuse(self.traced, **how)
+        made, report = fuse(self.traced, options)
         return TorchModel(made, self), report
 
     def remade(self, made: nn.Module | ExportedProgram) -> TorchModel:

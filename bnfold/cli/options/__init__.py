@@ -275,13 +275,8 @@ FORMS = (
 SPEC = option("--data", FORMS, metavar="DATA")
 SPEC_OR_RANDOM = option("--data", f"{FORMS} Default: random.", metavar="DATA")
 STRICT = option("--strict", "Fail, with status 1 and nothing written, if a BatchNorm stays.")
-CLONE = option("--clone", "Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.")
-KEEP_PER_TENSOR = option(
-    "--keep-per-tensor", "Leave a BatchNorm where its fold would make a quantised weight's one scale one for each channel."
-)
 MAP_INPUT = option("--map-input", "Which of the candidate's inputs is which; repeatable.", MODELS, "NAME=NAME")
 MAP_OUTPUT = option("--map-output", "The same of outputs; repeatable.", MODELS, "NAME=NAME")
-EQUALISE = option("--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.")
 BASELINE = option(
     "--baseline", "An earlier --report of the same command: fail where something got worse, by more than noise.", OUTPUT, "REPORT.json"
 )

@@ -19,6 +19,7 @@ CLASSES = {
     "improved": "good",
     "folded": "good",
     "folds": "good",
+    "lowered": "good",
     "different": "bad",
     "harmed": "bad",
     "failed": "bad",

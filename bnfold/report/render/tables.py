@@ -180,7 +180,9 @@ def certificate(found: Mapping[str, Any]) -> Iterator[str]:
         merged, constants = (len(given(found, key, list)) for key in ("merged", "constants"))
         others = f"; {counted(constants, 'other constant operator', ',')} folded" if constants else ""
         others += f"; {merged:,} operators merged from branches" if merged else ""
-        yield f"BatchNorms: {before - after:,} folded, {after:,} kept{others}"
+        lowered = len(given(found, "lowered", list))
+        also = f"{lowered:,} lowered, " if lowered else ""
+        yield f"BatchNorms: {before - after - lowered:,} folded, {also}{after:,} kept{others}"
     verdict = found.get("verdict")
     reason = given(verdict, "reason", str)
     yield f"verdict: {given(verdict, 'verdict', str) or 'none'}" + (f" - {reason}" if reason else "")

@@ -24,6 +24,7 @@ COLOURS = {
     "no effect": "bold",
     "folded": "green",
     "folds": "green",
+    "lowered": "green",
     "kept": "yellow",
     "stays": "yellow",
     "equivalent": "bold green",

@@ -44,7 +44,9 @@ def batchnorm(ctx: TorchLowering, op: Op) -> None:
     keys = ("weight", "bias")
     weights.batchnorm(ctx, op, given["input"], keys, constants, epsilon(given), layer=layer, channels=channels, name=name, refusal=refusal)
     if ctx.nodes[-1].op == "Affine":
-        ctx.nodes[-1].attrs["stored"] = _stored(ctx, given)
+        wide = dtype_of(given["running_var"])
+        mixed = None if wide == dtype_of(given["input"]) else wide
+        ctx.nodes[-1].attrs |= {"stored": _stored(ctx, given), "mixed": mixed}
 
 
 def _stored(ctx: TorchLowering, given: dict[str, Any]) -> StoredNorm | None:

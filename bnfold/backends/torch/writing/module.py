@@ -16,6 +16,7 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
+from bnfold.folding.lower import Written
 
 from ..export.copies import duplicate
 from ..export.observers import is_fake_quantiser, is_on
@@ -24,18 +25,23 @@ from ..export.walk import arguments, dtype_of, frame, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import ModuleHost
 from ..lowering.places import Place, Slot, TorchNative
+from .operators import CONSTANTS
 from .removal import Removal, fills, unit_variance
-from .surgery import Surgery, owner_of, restructure
+from .surgery import FIRST, Surgery, owner_of, restructure
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What is folded on one path through a module: its planned graph, and how the BatchNorms that fold are taken out."""
+    """What is folded on one path through a module: its planned graph, and how the BatchNorms that fold are taken out.
+
+    written: those in whose place there are operators from now on, with what these are.
+    """
 
     ctx: TorchLowering
     graph: Graph
     removed: Mapping[Site, Removal]
     merges: Sequence[Merge]
+    written: Mapping[Site, Written]
 
     def updates(self) -> Iterator[Update]:
         for node, role, param in self.graph.updates():
@@ -117,6 +123,13 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for site, removal in (each for fold in folds for each in fold.removed.items()):
         if removal.path is not None:
             surgery.replaced[removal.path] = list(removal.kept)
+            if (written := next((fold.written[site] for fold in folds if site in fold.written), None)) is not None:
+                surgery.operators[removal.path] = {role: list(array.shape) for role, array in written.constants.items()}
+                inner = f"{removal.path}.{FIRST}" if removal.kept else removal.path
+                dtype = NUMPY[written.node.attrs.get("mixed") or written.node.native.dtype]
+                for role, array in written.constants.items():
+                    rounded_once = array if exact else rounded(array, dtype)
+                    made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(rounded_once))
             copies = any(writes_into_shared(node.native.end, node.native.operands[0]) for node in site.nodes)
             if copies and removal.path not in surgery.copied:
                 surgery.copied.append(removal.path)

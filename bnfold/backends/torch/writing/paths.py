@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from bnfold.algebra.graph import Node
+from bnfold.folding.options import FoldOptions
 from bnfold.folding.plan import Planned, plan
 from bnfold.folding.search import Outcome
 
@@ -65,12 +66,13 @@ class Path:
             sites = into.get(update.node, set()) if update.node not in merged else set()
             found["tensor" if there else "layer", update.place.target] = Edit(update.exact, frozenset(sites))
         for site, removal in self.fold.removed.items():
-            edit = Edit(removal.kept, frozenset({plain_name(site.name)}))
+            written = self.fold.written.get(site)
+            left: object = removal.kept if written is None else np.concatenate([array.ravel() for array in written.constants.values()])
+            edit = Edit(left, frozenset({plain_name(site.name)}))
             if removal.path is not None:
                 found["module", self.host.canonical(removal.path)] = edit
-            left = Edit(self.fold.left(site), edit.sites)
             for name in self.fold.made_identity(removal):
-                found["tensor", name] = left
+                found["tensor", name] = Edit(self.fold.left(site), edit.sites)
         for m in self.planned.merges:
             if m.branch is not None:
                 found["module", self.host.canonical(frame(m.branch.native.op))] = Edit("merged", frozenset())
@@ -99,11 +101,10 @@ class Path:
 
 
 class Allowed(NamedTuple):
-    """What is done besides folding: whether parallel branches may merge, and ranges may be equalised; and whether one scale stays one."""
+    """Whether parallel branches may merge, and with what options sites are folded."""
 
     merging: bool
-    equalising: bool
-    keep_per_tensor: bool
+    options: FoldOptions
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,20 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
     """The plan for one path. refused: sites that may not fold, and why."""
     ctx = lowering(traced)
     graph = ctx.graph()
+    ways = removals(ctx, graph.sites)
     for site in graph.sites:
         site.refusal = site.refusal or refused.get(plain_name(site.name))
-    ways = removals(ctx, graph.sites)
-    may = may_merge(ctx, ways) if allowed.merging else None
-    planned = plan(graph, may=may, equalise=allowed.equalising, keep_per_tensor=allowed.keep_per_tensor)
+    may = may_merge(ctx, {site: way for site, way in ways.items() if site.refusal is None}) if allowed.merging else None
+    modules = {node: site for site, way in ways.items() if way.path is not None for node in site.nodes}
+    planned = plan(graph, allowed.options, may, lambda site: {*site.nodes} == {*modules.get(site.nodes[0], site).nodes} & {*modules})
     for outcome in planned.outcomes:
         if not outcome.folded and (way := ways.get(outcome.site)) is not None and way.path is None:
             outcome.site.note = ""  # on what its call does once it is folded
     way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
     removed = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
-    return Path(text, planned, Fold(ctx, graph, removed, planned.merges))
+    written = {modules[each.node]: each for each in planned.written}
+    removed |= {site: ways[site] for site in written}
+    return Path(text, planned, Fold(ctx, graph, removed, planned.merges, written))
 
 
 def conflict(paths: list[Path]) -> Conflict | None:

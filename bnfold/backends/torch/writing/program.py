@@ -7,17 +7,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.fx import Node as Op
 
+from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.quantised import BECOMES_FLOATS
 from bnfold.algebra.rounding import lost, rounded
-from bnfold.folding.branches import Merge
 from bnfold.folding.feasible import rescaled
+from bnfold.folding.lower import Written
+from bnfold.folding.plan import Planned
 
 from ..export.constants import KINDS
 from ..export.tensors import NUMPY, laid_out, to_tensor
@@ -25,11 +28,12 @@ from ..export.walk import arguments, mutates, set_argument, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.places import Slot, TorchNative
 from .editor import ProgramEditor
+from .operators import CONSTANTS, calls
 from .requantised import requantised
 
 
 def write_program(
-    ctx: TorchLowering, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge] = (), computed: Iterable[Op] = ()
+    ctx: TorchLowering, graph: Graph, planned: Planned, computed: Iterable[Op] = ()
 ) -> tuple[ExportedProgram, dict[Node, str], int]:
     """A folded copy of the program that was lowered, notes, and the bytes that copies of shared weights add.
 
@@ -37,7 +41,7 @@ def write_program(
     The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: none may be lost.
     """
     writer = _Writer(ctx)
-    writer.write(graph, removed, merges)
+    writer.write(graph, planned)
     for op in computed:
         writer.compute(op)
     return writer.finish(), writer.notes, writer.bytes_added
@@ -61,7 +65,7 @@ class _Writer(ProgramEditor):
         self.made: dict[str, list[int]] = {}  # bytes of the new tensors made of an old one
         self.bytes_added = 0
 
-    def write(self, graph: Graph, removed: Iterable[Node], merges: Iterable[Merge]) -> None:
+    def write(self, graph: Graph, planned: Planned) -> None:
         self._make_clones(graph.clones)
         alike: dict[tuple[Any, tuple[int, ...], bytes], Op] = {}  # equal copies of one weight are one weight
         for node, role, param in list(graph.updates()):
@@ -83,17 +87,18 @@ class _Writer(ProgramEditor):
                 continue
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
             array = rounded(exact, NUMPY[dtype])
-            if count := lost(exact, array):
-                self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+            self._note_tiny(node, exact, array)
             old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
             key = (old, array.shape, array.tobytes() if old is not None and self._shared(old) else b"")
             if old is None or key not in alike:
                 device = self._device(native.op if old is None else old)
                 alike[key] = self._parameter(old, native, role, to_tensor(np.ascontiguousarray(array)).to(device))
             self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
-        for node in removed:
-            self._remove(node.native)
-        for m in merges:
+        for node in planned.removed:
+            self._remove(node.native, self._current(node.native.operands[0]))
+        for each in planned.written:
+            self._remove(each.node.native, self._written(each))
+        for m in planned.merges:
             self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
 
     def _shared(self, op: Op) -> bool:
@@ -164,8 +169,33 @@ class _Writer(ProgramEditor):
         items[int(index)] = value
         set_argument(op, name, items)
 
-    def _remove(self, native: TorchNative) -> None:
-        self._replace(self.copies[native.end], self._current(native.operands[0]))
+    def _written(self, written: Written) -> Op:
+        """Operators in front of the one whose place they take."""
+        native: TorchNative = written.node.native
+        constants: dict[str, Op] = {}
+        for role, exact in written.constants.items():
+            array = rounded(exact, NUMPY[written.node.attrs.get("mixed") or native.dtype])
+            self._note_tiny(written.node, exact, array)
+            tensor = to_tensor(array).to(self._device(native.op))
+            constants[role] = self.store(self.new_name(f"{_path(native)}.{CONSTANTS[role]}"), torch.nn.Parameter(tensor))
+        value: Op = self._current(native.operands[0])
+        with self.graph.inserting_before(self.copies[native.op]):
+            for target, more in calls(written.constants, constants):
+                value = self.graph.call_function(target, (value, *more))
+                value.meta = dict(native.end.meta)
+            if (wide := written.node.attrs.get("mixed")) is not None:
+                value.meta["val"] = value.meta["val"].to(wide)
+                value = self.graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": native.dtype})
+                value.meta = dict(native.end.meta)
+        return value
+
+    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
+        if count := lost(exact, array):
+            self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+
+    def _remove(self, native: TorchNative, by: Op) -> None:
+        """Let another stand in the place of an operator."""
+        self._replace(self.copies[native.end], by)
         for op in map(self.copies.__getitem__, reversed(native.group[:-1])):
             if mutates(op) and not op.users:
                 self.graph.erase_node(op)

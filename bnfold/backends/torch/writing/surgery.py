@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -16,9 +16,11 @@ from bnfold.errors import ModelError
 
 from ..export.copies import duplicate, shared_twin
 from ..export.observers import per_channel
+from .operators import operators
 from .simulated import simulated
 
 ATTRIBUTE = "_bnfold_surgery"  # of a folded module: its `Surgery`
+FIRST = "first"  # what stands before those of a module's own that stay
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Surgery:
     divided: names of a layer with several that got a copy of their own.
     untied: names of parameters that shared one, and have their own now.
     replaced: BatchNorms that are gone, each with the names of its own modules that stay (an activation), none for an Identity.
+    operators: those of the replaced in whose place there are operators with constants, each with their shapes.
     merged: branches whose weights went into another branch of their sum, each with whether it must keep its shape.
     plain: layers whose subclass computed its weight in each call, now of torch's own class.
     fixed: weights that a parametrization or a hook (weight_norm, spectral_norm, pruning) computed, now stored, and which it was.
@@ -44,6 +47,7 @@ class Surgery:
     divided: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     replaced: dict[str, list[str]] = field(default_factory=dict)
+    operators: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     merged: dict[str, bool] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
@@ -126,22 +130,25 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
         if axis is not None:
             per_channel(quantiser, axis)
     for path, kept in surgery.replaced.items():
-        replace(module, path, remains(_at(module, path), kept, path in surgery.copied))
+        replace(module, path, remains(_at(module, path), kept, path in surgery.copied, surgery.operators.get(path)))
     for path, full in surgery.merged.items():
         replace(module, path, Zero(full))
     setattr(module, ATTRIBUTE, surgery)
     return module
 
 
-def remains(module: nn.Module, kept: list[str], copied: bool = False) -> nn.Module:
+def remains(module: nn.Module, kept: list[str], copied: bool = False, shapes: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
     """What is left of a module without its BatchNorm: an Identity, or those of its own modules that stay, with the module's hooks.
 
+    shapes: of the constants of operators in its place, which are the first then.
     Hooks find the module's own modules where they were: torch.ao's call a fake quantiser there.
     """
     children = dict(module.named_children())
     left: nn.Module = Copy() if copied else nn.Identity()
+    if shapes is not None:
+        left = operators(shapes, next(each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()))
     if kept:
-        first = [("copy", left)] if copied else []
+        first = [(FIRST, left)] if copied or shapes is not None else []
         left = nn.Sequential(OrderedDict([*first, *((name, children[name]) for name in kept)]))
     for name, child in children.items() if module._forward_hooks or module._forward_pre_hooks else ():
         if name not in left._modules:

@@ -1,0 +1,97 @@
+"""Operators with constants, in the place of another one (see `folding.lower`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.algebra.affine import Array
+from bnfold.folding.lower import Written
+
+from .graph.walk import name_of
+from .lowering.lowering import OnnxNative
+
+ALIGNS = 7  # from this opset on, a constant aligns with the last axes by itself
+
+Named = Callable[[str, str], tuple[str, str]]
+
+
+def put(
+    written: Written,
+    opset: int,
+    initializer: Callable[[str, Array], ir.Value],
+    named: Named,
+    casts: tuple[ir.DataType | None, ir.DataType | None] | None = None,
+) -> ir.Value:
+    """Put the operators before the one whose place they take, and give what comes out of them.
+
+    initializer: makes a constant of a name and exact numbers. named: makes unused names of those for a node and its output.
+    casts: to what type the tensor is cast for the operators, and to what behind them; None where they take it as it is.
+    """
+    native: OnnxNative = written.node.native
+    old = native.node
+    graph, value = old.graph, old.inputs[native.positions[0]]
+    assert graph is not None
+    assert value is not None
+    if "weight" in written.constants:
+        steps = [("Conv", [initializer(f"{name_of(old)}.{role}", written.constants[role]) for role in ("weight", "bias")])]
+    else:
+        rank = written.node.output.rank or 0
+        arrays = {kind: _stored(array, rank, opset) for kind, array in written.constants.items()}
+        steps = [(kind, [initializer(f"{name_of(old)}.{kind.lower()}", array)]) for kind, array in arrays.items()]
+    settings = [_settings(written, kind, opset) for kind, _ in steps]
+    if casts is not None:
+        steps = [("Cast", []), *steps, ("Cast", [])]
+        settings = [_cast(casts[0]), *settings, _cast(casts[1])]
+    for (kind, constants), attributes in zip(steps, settings, strict=True):
+        name, output = named(f"{name_of(old)}.{kind.lower()}", f"{value.name}.{kind.lower()}")
+        node = ir.Node("", kind, [value, *constants], attributes, num_outputs=1, name=name)
+        made = node.outputs[0]
+        made.name, made.type, made.shape = output, old.outputs[0].type or value.type, old.outputs[0].shape
+        if casts is not None and attributes is not settings[-1]:
+            made.type = None if casts[0] is None else ir.TensorType(casts[0])
+        graph.insert_before(old, node)
+        value = made
+    return value
+
+
+def _stored(array: Array, rank: int, opset: int) -> Array:
+    """A constant of the tensor's rank without the ones in front, which broadcasting adds; before opset 7 without those behind too."""
+    array = array.reshape((1,) * (rank - array.ndim) + array.shape)
+    first = next((axis for axis, n in enumerate(array.shape) if n != 1), rank)
+    last = max((axis + 1 for axis, n in enumerate(array.shape) if n != 1), default=rank) if opset < ALIGNS else rank
+    return array.reshape(array.shape[first:last])
+
+
+def _cast(dtype: ir.DataType | None) -> list[ir.Attr]:
+    return [ir.AttrInt64("to", int(dtype or ir.DataType.FLOAT))]
+
+
+def _settings(written: Written, kind: str, opset: int) -> list[ir.Attr]:
+    if kind == "Conv":
+        weight = written.constants["weight"]
+        return [ir.AttrInt64("group", len(weight)), ir.AttrInt64s("kernel_shape", [1] * (weight.ndim - 2))]
+    if opset >= ALIGNS:
+        return []
+    axis = next((axis for axis, n in enumerate(np.shape(written.constants[kind])) if n != 1), None)
+    return [ir.AttrInt64("broadcast", 1)] + ([] if axis is None else [ir.AttrInt64("axis", axis)])
+
+
+def add_behind(node: ir.Node, constant: ir.Value, opset: int, named: Named) -> None:
+    """An Add of a constant behind a node; a model output keeps its name."""
+    old, graph = node.outputs[0], node.graph
+    assert graph is not None
+    output, before = old.is_graph_output(), old.name or ""
+    name, free = named(f"{node.name}.bias" if node.name else "", f"{before}.product" if output else f"{before}.biased")
+    settings = [] if opset >= ALIGNS else [ir.AttrInt64("broadcast", 1)]
+    add = ir.Node("", "Add", [None, constant], settings, num_outputs=1, name=name or None)
+    new = add.outputs[0]
+    new.type, new.shape = old.type, None if old.shape is None else old.shape.copy()
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    add.replace_input_with(0, old)
+    graph.insert_after(node, add)
+    new.name = free
+    if output:
+        old.name, new.name = free, before

@@ -1,0 +1,61 @@
+"""Operators with constants, in the place of a module or of an operator of a program (see `folding.lower`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfold.algebra.affine import Array
+
+KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Mul": torch.mul, "Add": torch.add, "Max": torch.maximum, "Min": torch.minimum}
+ATEN = {
+    "Mul": torch.ops.aten.mul.Tensor,
+    "Add": torch.ops.aten.add.Tensor,
+    "Max": torch.ops.aten.maximum.default,
+    "Min": torch.ops.aten.minimum.default,
+}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONSTANTS = {"Mul": "mul", "Add": "add", "Max": "max", "Min": "min", "weight": "weight", "bias": "bias"}  # and what holds them in a module
+
+
+class Elementwise(nn.Module):
+    """An operator with a constant each, in their order: x * mul, x + add, max(x, max), min(x, min)."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], like: Tensor) -> None:
+        """shapes: of the constants, by the operators' names (`KINDS`). like: says on what device they are, and of what type."""
+        super().__init__()
+        self.kinds = [kind for kind in KINDS if kind in shapes]
+        for kind in self.kinds:
+            self.register_buffer(CONSTANTS[kind], torch.zeros(*shapes[kind], dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] to [N, C, ...], in the type of x, also where the constants are of a wider one."""
+        y = x
+        for kind in self.kinds:
+            y = KINDS[kind](y, getattr(self, CONSTANTS[kind]))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(self.kinds)
+
+
+def calls(arrays: Mapping[str, Array], constants: Mapping[str, Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators of a program, each with what it is given besides the tensor. constants: in the program's terms."""
+    if "weight" not in arrays:
+        return [(ATEN[kind], (constant,)) for kind, constant in constants.items()]
+    channels, _, *kernel = np.shape(arrays["weight"])
+    one, zero = [1] * len(kernel), [0] * len(kernel)
+    return [(torch.ops.aten.convolution.default, (*constants.values(), one, zero, one, False, zero, channels))]
+
+
+def operators(shapes: Mapping[str, Sequence[int]], like: Tensor) -> nn.Module:
+    """A module that computes them: of one convolution, torch's own."""
+    if "weight" not in shapes:
+        return Elementwise(shapes, like)
+    channels, _, *kernel = shapes["weight"]
+    kind = CONVOLUTIONS[len(kernel) - 1]
+    return kind(channels, channels, 1, groups=channels, dtype=like.dtype, device=like.device)

@@ -1,0 +1,45 @@
+"""The options of what a fold may do."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from bnfold.errors import UsageError
+from bnfold.folding.options import Lowering
+
+from . import option
+
+FOLDING = "Folding"
+
+
+def lowering(text: str, option: str) -> Lowering:
+    """One of the two."""
+    if text not in get_args(Lowering):
+        raise UsageError(f"{option} {text}: write {' or '.join(get_args(Lowering))}")
+    return cast(Lowering, text)
+
+
+@dataclass(frozen=True)
+class Folding:
+    """See `FoldOptions`, by whose names these go."""
+
+    clone: bool = option("--clone", "Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.", FOLDING)
+    keep_per_tensor: bool = option(
+        "--keep-per-tensor", "Leave a BatchNorm where its fold would make a quantised weight's one scale one for each channel.", FOLDING
+    )
+    equalise: bool = option(
+        "--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.", FOLDING
+    )
+    lower: Lowering | None = option(
+        "--lower",
+        "Write what stays for targets without BatchNorm, exactly: as Mul and Add, or as a depthwise convolution of one tap.",
+        FOLDING,
+        "mul-add|depthwise",
+        read=lowering,
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

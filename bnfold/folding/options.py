@@ -1,0 +1,33 @@
+"""What a fold may do beyond what costs nothing and changes no operator but those that it folds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Lowering = Literal["mul-add", "depthwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldOptions:
+    """The options of a fold, by the names that `bnfold.fuse`, `bnfold.inspect` and `bnfold.pipeline.pipeline` take.
+
+    clone: a convolution that something else reads too may be doubled, so that its BatchNorm can fold; a module's code allows no such thing.
+    keep_per_tensor: a BatchNorm stays that would make one scale for each channel of a quantised weight's one for all.
+    equalise: the ranges of weights are then made to match, for integers with one scale a tensor (see `equalise`); no BatchNorm is needed.
+    lower: what stays of BatchNorms is written as operators that every target has, in the same arithmetic: "mul-add" a multiplication and an
+    addition by constants, "depthwise" a convolution of one tap for each channel (where there are channels behind a batch axis, and one to
+    three spatial axes; else as "mul-add"). Raises ValueError for another word.
+    """
+
+    clone: bool = False
+    keep_per_tensor: bool = False
+    equalise: bool = False
+    lower: Lowering | None = None
+
+    def __post_init__(self) -> None:
+        if self.lower is not None and self.lower not in get_args(Lowering):
+            raise ValueError(f"lower is {self.lower!r}; it is one of {', '.join(get_args(Lowering))}, or None")
+
+
+PLAIN = FoldOptions()
