@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from modules import difference
-from test_torch_quantised import Digits, X, trained
+from test_torch_quantised import SCHEMES, Digits, X, trained, weights_only
 from torch import Tensor, nn
 
 import bnfold
@@ -120,3 +120,41 @@ def test_a_layer_in_training_mode_is_told_of() -> None:
     net = eager("fbgemm").train()
     report = bnfold.inspect(net, example=X)
     assert report.batchnorms.after == 4
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
+def test_what_the_exporters_make_of_a_quantised_network_folds_too(dynamo: bool, tmp_path: Any) -> None:
+    net = weights_only(SCHEMES["per channel"], observing=False)
+    how: dict[str, Any] = {"optimize": False} if dynamo else {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESERVE}
+    net = settled_quantisers(net) if dynamo else net  # the newer one reads no switches of a fake quantiser
+    torch.onnx.export(net, (X,), tmp_path / "net.onnx", dynamo=dynamo, **how)
+    model = bnfold.load(tmp_path / "net.onnx")
+    fused, report = bnfold.fuse(model)
+    assert [layer.verdict for layer in report.layers if layer.batchnorm] == ["folded"] * 4
+    assert sum("takes it in its scales" in " ".join(layer.notes) for layer in report.layers) == 3
+    assert bnfold.verify(model, fused).verdict == "equivalent"
+
+
+def test_a_program_that_torchao_prepares_folds() -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+
+    torch.manual_seed(0)
+    graph = torch.export.export(Digits().train(), (X,)).module()
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_qat=True))
+    net = prepare_qat_pt2e(graph, quantizer)
+    for _ in range(3):
+        net(torch.randn(4, 1, 8, 8))
+    net = move_exported_model_to_eval(net)
+    program = torch.export.export(settled_quantisers(copy.deepcopy(net)), (X,))
+    fused, report = bnfold.fuse(program)
+    reasons = {layer.name: layer.reason for layer in report.layers if layer.batchnorm}
+    assert reasons["bn1"] == reasons["bn2"] == ""
+    assert "scales along axis 0, and the map varies along axis 1" in reasons["bn3"], "torchao has them along a transposed filter's inputs"
+    assert "rounds activations to integers" in reasons["bn4"]
+    levels = bnfold.verify(program, fused, [X]).levels
+    assert levels.coefficients.verdict == levels.function.verdict == "equivalent"
+    report = bnfold.inspect(net, example=X)
+    assert all(layer.reason for layer in report.layers)
