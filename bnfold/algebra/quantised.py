@@ -182,7 +182,7 @@ class Quantised:
 def spread(grid: npt.NDArray[Any], blocks: Blocks, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """A number for each block as one for each element, or as what broadcasts to it."""
     for axis, (block, size) in enumerate(zip(blocks, shape, strict=True)):
-        if 1 < block < size:
+        if 1 < block < size and grid.shape[axis] > 1:
             grid = np.repeat(grid, block, axis).take(range(size), axis)
     return grid
 

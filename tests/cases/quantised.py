@@ -120,6 +120,7 @@ case("uint4 filter that holds 0", opset=21, kind=ml_dtypes.uint4, zero=8, full=T
 case("int8 filter, half-precision scales", scale_type=np.float16, behind=["Cast"])
 case("int8 filter in blocks of the input channels", opset=21, axis=1, block=2)
 case("int8 filter in uneven blocks that holds -128", opset=21, axis=1, block=3, full=True, notes=MIRRORED)
+case("int8 filter in blocks without zero points", opset=21, axis=1, block=2, bare=True)
 stays("int8 filter in blocks of two output channels", "in blocks of 2 along axis 0", opset=21, axis=0, block=2)
 stays("int8 filter, a scale per input channel", "scales along axis 1, and the map varies along axis 0", axis=1)
 case("int8 filter of a transposed conv", op="ConvTranspose", axis=1, full=True, notes=MIRRORED)

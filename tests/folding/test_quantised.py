@@ -43,7 +43,7 @@ def integers(model: onnx.ModelProto) -> list[tuple[np.ndarray, np.ndarray]]:
     for axis, block, has_zero in found:
         codes = next(arrays)
         zero = next(arrays) if has_zero else np.zeros(())
-        if block:
+        if block and zero.ndim:
             zero = np.repeat(zero, block, axis).take(range(codes.shape[axis]), axis)
         elif zero.ndim:
             zero = zero.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
@@ -227,3 +227,28 @@ def test_a_network_trained_for_quantisation_becomes_what_it_simulates(backend: s
     for (old, _), (new, _) in zip(integers(model), integers(fused), strict=True):
         assert (np.abs(old - new) > 1).sum() == 0
         assert (old != new).mean() < 0.01, "runtimes work the float weight out in float32, on whose steps it may lie"
+
+
+@pytest.mark.parametrize(("what", "reason"), [("zero", "aren't as many as it has places for"), ("scale", "no positive number")])
+def test_computed_numbers_that_make_no_sense_leave_the_batchnorm(what: str, reason: str) -> None:
+    net = Net("computed numbers", opset=21)
+    codes = net.constant(net.rng.integers(-100, 100, SHAPES["Conv"]).astype(np.int8))
+    scale, zero = net.weight(np.full(6, 0.01)), net.constant(np.zeros(6, np.int8))
+    if what == "scale":
+        scale = net.op("Neg", scale)
+    else:
+        zero = net.op("Sub", codes, codes)
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), net.op("DequantizeLinear", codes, scale, zero, axis=0)), 6))
+    report = bnfold.inspect(net.model())
+    assert reason in report.layers[0].reason
+
+
+def test_operators_of_the_runtime_that_hold_scales_say_so() -> None:
+    net = Net("holds scales", opset=21)
+    x = net.input("N", 32)
+    packed = net.constant(net.rng.integers(0, 256, (8, 1, 16)).astype(np.uint8)), net.weight(np.full(8, 0.1))
+    y = net.op("MatMulNBits", x, *packed, domain="com.microsoft", K=32, N=8, bits=4, block_size=32)
+    net.output(net.bn(y, 8), shape=["N", 8])
+    model = net.model()
+    assert bnfold.fuse(model)[0] == model
+    assert "it multiplies by integers and scales of its own" in bnfold.inspect(model).layers[0].reason

@@ -89,11 +89,17 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
     if codes.dtype in FLOAT8 and rounds_to(node) is not None:
         return "is rounded to float8 when the model runs"
     grid, blocks = grid_of(node, codes.shape, scale.astype(np.float64))
+    zeros = np.zeros((1,) * codes.ndim) if zero is None else grid_of(node, codes.shape, zero.astype(np.float64))[0]
+    most = [-(-n // block) if n else 0 for n, block in zip(codes.shape, blocks, strict=True)]
+    if any(each.ndim != codes.ndim or any(n not in (1, m) for n, m in zip(each.shape, most, strict=True)) for each in (grid, zeros)):
+        return "is quantised, and its scales and zero points aren't as many as it has places for"
+    if not (np.isfinite(grid) & (grid > 0)).all():
+        return "is quantised, and a scale of it is computed to be no positive number"
     return Quantised(
         lambda: codes.astype(np.float64),
         codes.shape,
         grid,
-        np.zeros((1,) * codes.ndim) if zero is None else grid_of(node, codes.shape, zero.astype(np.float64))[0],
+        zeros,
         blocks,
         codes.dtype,
         *bounds(codes.dtype),
