@@ -18,6 +18,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import fuse, inspect, load, recalibrate, restore, save, verify
+    from .averaging import average
     from .benchmark import bench
     from .certificates import certificate
     from .errors import (
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "verify",
     "pipeline",
     "bench",
+    "average",
     "explain",
     "certificate",
     "Report",
@@ -70,6 +72,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "UsageError",
 ]
 _HOMES = {
+    "average": ".averaging",
     "bench": ".benchmark",
     "certificate": ".certificates",
     "explain": ".explanations",

@@ -234,6 +234,10 @@ class Model(ABC):
         """The model cut into stages, for recalibration (`recalibration.lockstep.Plan`). NothingToDoError: it holds no BatchNorm."""
         raise UnsupportedError("the statistics of the model can't be measured")
 
+    def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> Any:
+        """The model with the mean of its weights and the others'. shares: its own first, then theirs. ModelError: another network."""
+        raise UnsupportedError("models of this kind can't be averaged: give checkpoints, or ONNX files")
+
     def remade(self, made: Any) -> Model:
         """What was made of the model, called as this one is."""
         raise UnsupportedError("nothing can be made of the model")

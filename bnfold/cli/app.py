@@ -21,6 +21,7 @@ EXAMPLES = {
     "verify": f"bnfold verify {SAMPLE} fused.onnx",
     "pipeline": f"bnfold pipeline {SAMPLE} --data samples/digits/calibration.npz --eval samples/digits/test.npz -o ready.onnx",
     "bench": f"bnfold bench {SAMPLE} fused.onnx",
+    "average": f"bnfold average {SAMPLE} fresh.onnx --data samples/digits/calibration.npz --eval samples/digits/test.npz -o mean.onnx",
     "explain": "bnfold explain MaxPool",
 }
 

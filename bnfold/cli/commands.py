@@ -12,6 +12,7 @@ from bnfold.errors import UsageError
 from bnfold.files import ready_to_write
 from bnfold.text import counted
 
+from . import extras as extras
 from . import options as o
 from .app import app, command, command_line
 from .check import Check, Checking
@@ -279,20 +280,3 @@ def bench(
         one, other = (loading.load(path, job) for path in (reference, candidate))
         how = feeding.compared(data, one, job) | {"map_inputs": o.pairs(map_input, "--map-input")}
         job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised, threads=threads))
-
-
-@command
-def explain(
-    *,
-    what: str = o.argument("RULE|LAYER", "An operator or a rule; with MODEL, one of its BatchNorms."),
-    model: Path | None = o.argument("[MODEL]", "The model that the BatchNorm is in.", read=o.model_file),
-    loading: Loading,
-    shaping: Shaping,
-    reporting: Reporting,
-) -> None:
-    """Say what can cross an operator, or why a BatchNorm stays and what would let it go."""
-    from bnfold.explanations import explain as run
-
-    with Job(reporting) as job:
-        loaded = None if model is None else loading.load(model, job)
-        job.finish(run(what, loaded, example=None if loaded is None else shaping.call(loaded)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from bnfold.algebra.rounding import roundoff
 from bnfold.data.spec import Port
-from bnfold.errors import ALREADY_FOLDED
+from bnfold.errors import ALREADY_FOLDED, ModelError
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Stream
@@ -234,6 +234,22 @@ class OnnxModel(Model):
         made, report = fuse(self.model, options)
         return OnnxModel(made), report
 
+    def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> ir.Model:
+        made = self.model.clone()
+        for name, value in made.graph.initializers.items():
+            tensors = [_weight(each, name) for each in (self, *others)]
+            first = tensors[0]
+            if any((tensor.dtype, tensor.shape) != (first.dtype, first.shape) for tensor in tensors):
+                raise ModelError(f"the models are of different networks: {name} has another type or shape in one of them")
+            if first.dtype in FLOATS:
+                mean = sum(share * tensor.numpy().astype(np.float64) for share, tensor in zip(shares, tensors, strict=True))
+                value.const_value = ir.Tensor(np.asarray(mean).astype(first.numpy().dtype), dtype=first.dtype, name=name)
+            elif any(not np.array_equal(tensor.numpy(), first.numpy()) for tensor in tensors):
+                raise ModelError(f"{name} holds integers, which differ between the models; average them before they are quantised")
+        if any([node.op_type for node in each.model.graph] != [node.op_type for node in made.graph] for each in _onnx(others)):
+            raise ModelError("the models are of different networks: their operators differ")
+        return made
+
     def remade(self, made: ir.Model) -> OnnxModel:
         return OnnxModel(made)
 
@@ -250,6 +266,19 @@ class OnnxModel(Model):
 
     def save(self, path: str | Path, *, force: bool = False, as_state: bool = False, plain_state: bool = False) -> list[Path]:
         return save(self.model, path, force=force)
+
+
+def _onnx(models: Iterable[Model]) -> list[OnnxModel]:
+    if wrong := next((each for each in models if not isinstance(each, OnnxModel)), None):
+        raise ModelError(f"an ONNX model can't be averaged with one of {wrong.kind}")
+    return [each for each in models if isinstance(each, OnnxModel)]
+
+
+def _weight(model: Model, name: str) -> ir.TensorProtocol:
+    found = _onnx([model])[0].model.graph.initializers.get(name)
+    if found is None or found.const_value is None:
+        raise ModelError(f"the models are of different networks: one of them has no weight {name}")
+    return found.const_value
 
 
 def _port(value: ir.Value) -> Port:

@@ -276,6 +276,11 @@ class TorchModel(Model):
         made, report = fuse(self.traced, options)
         return TorchModel(made, self), report
 
+    def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> nn.Module:
+        from .writing.average import average
+
+        return average([self.source, *(other.source for other in others)], shares)
+
     def remade(self, made: nn.Module | ExportedProgram) -> TorchModel:
         return TorchModel(made, self)
 

@@ -1,0 +1,65 @@
+"""Commands beside the main ones, which `commands` has with its own: averaging checkpoints, and explanations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bnfold.errors import UsageError
+from bnfold.files import ready_to_write
+
+from . import options as o
+from .app import command
+from .job import Job, Reporting
+from .options.inputs import Loading, Shaping
+from .options.recalibration import Measuring, beside, save
+
+
+@command
+def average(
+    *,
+    models: list[Path] = o.argument("MODEL MODEL...", "Checkpoints of one network, two or more."),
+    data: str = o.SPEC,
+    out: Path = o.OUT,
+    measuring: Measuring,
+    reporting: Reporting,
+) -> int:
+    """Average the weights of checkpoints (SWA, EMA, soups), and measure the BatchNorms afresh.
+
+    With labels, it is scored both ways: before, with the mean of the checkpoints' statistics, and after, with those of the data.
+    """
+    from bnfold.averaging import average as run
+
+    if len(models) < 2:
+        raise UsageError("average takes two models or more; `bnfold recalibrate` measures one's statistics")
+    loading = measuring.loading
+    ready_to_write({out: loading.suffixes(models[0]), beside(out): [".npz"]}, force=reporting.force, inputs=models)
+    with Job(reporting) as job, measuring.running.fallback():
+        provider = measuring.running.one_provider(*models)
+        loaded = [loading.load(path, job) for path in models]
+        batches, given = measuring.opened(data, loaded[0], job)
+        labelled = measuring.labelled(batches, loaded[0], job, given["example"])
+        made, report = run(loaded, batches, labelled=labelled, provider=provider, **measuring.settings(), **given)
+        harm = "" if measuring.accept_harm else report.harm
+        if job.main and not harm:
+            save(loading, made, report, out, job, given["example"])
+        job.finish(report)
+        if harm:
+            job.fail(f"{harm}; the model was not written (--accept-harm writes it)")
+    return int(bool(harm))
+
+
+@command
+def explain(
+    *,
+    what: str = o.argument("RULE|LAYER", "An operator or a rule; with MODEL, one of its BatchNorms."),
+    model: Path | None = o.argument("[MODEL]", "The model that the BatchNorm is in.", read=o.model_file),
+    loading: Loading,
+    shaping: Shaping,
+    reporting: Reporting,
+) -> None:
+    """Say what can cross an operator, or why a BatchNorm stays and what would let it go."""
+    from bnfold.explanations import explain as run
+
+    with Job(reporting) as job:
+        loaded = None if model is None else loading.load(model, job)
+        job.finish(run(what, loaded, example=None if loaded is None else shaping.call(loaded)))
