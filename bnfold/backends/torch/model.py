@@ -31,7 +31,7 @@ from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
 from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates, size_of
 from .lowering.table import lowering as lowering_of
-from .runtime.interpreter import StoredTypes, TorchOracle, inner
+from .runtime.interpreter import StoredTypes, TorchOracle, inner, rounds
 from .runtime.session import TorchSession, device_of, precise, precisions
 from .writing.extract import boundary, extract
 
@@ -53,6 +53,7 @@ class TorchModel(Model):
     kind = "torch"
     nothing_to_fold = NO_BATCHNORM
     _beside_onnx = False
+    _rounds = True
 
     def __init__(self, model: nn.Module | ExportedProgram | Traced, example: Any = None) -> None:
         self.source = model
@@ -195,7 +196,14 @@ class TorchModel(Model):
         return normal_form(graph, outputs, options, inputs=fed, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> TorchOracle:
-        return TorchOracle(self.traced, jitter=jitter, outputs=outputs)
+        return TorchOracle(self.traced, jitter=jitter, outputs=outputs, rounds=self._rounds)
+
+    def unrounded(self) -> TorchModel | None:
+        if not rounds(self.traced.program):
+            return None
+        made = copy.copy(self)
+        made._rounds = False
+        return made
 
     def deployed(
         self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0

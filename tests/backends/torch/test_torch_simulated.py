@@ -158,3 +158,14 @@ def test_a_program_that_torchao_prepares_folds() -> None:
     assert levels.coefficients.verdict == levels.function.verdict == "equivalent"
     report = bnfold.inspect(net, example=X)
     assert all(layer.reason for layer in report.layers)
+
+
+def test_without_the_rounding_of_activations_a_wrong_scale_shows() -> None:
+    net = eager("fbgemm")
+    fused, _ = bnfold.fuse(net, example=X)
+    levels = bnfold.verify(net, fused, DATA).levels
+    assert levels.function.before_rounding
+    assert levels.function.error < 1e-5
+    with torch.no_grad():
+        fused.get_submodule("1.conv1").weight_fake_quant.scale[2] *= 1.001
+    assert bnfold.verify(net, fused, DATA).verdict == "different"

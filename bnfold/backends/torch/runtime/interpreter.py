@@ -87,10 +87,11 @@ class Interpreter(torch.fx.Interpreter):
 class Float64Interpreter(Interpreter):
     """Casts to another floating-point type give float64 too, and what reads bits reads those that are stored (see `widen`).
 
-    constants: of the program, where it has some that are computed and rounded.
+    constants: of the program, where it quantises. rounds: whether it rounds activations to integers.
     """
 
     constants: ProgramConstants | None = None
+    rounds = True
 
     def fed(self, tensor: Tensor) -> Tensor:
         return widened(tensor)
@@ -103,10 +104,20 @@ class Float64Interpreter(Interpreter):
     def called(self, op: Op) -> Any:
         if operator_name(op) == "_assert_tensor_metadata":  # of the stored types
             return None
+        if (
+            not self.rounds
+            and (rounding := quantiser(op)) is not None
+            and not self._is_weight(op)
+            and getattr(op.target, "__name__", "") != "getitem"
+        ):
+            return self.env[rounding.source] if is_tensor(op) else (self.env[rounding.source],)
         returned = self._returned(op)
         if self._writes and operator_name(op) in ("to", "type_as") and dtype_of(op) != dtype_of(op.args[0]):
             return returned.clone()  # as the cast does that float64 makes needless
         return returned
+
+    def _is_weight(self, op: Op) -> bool:
+        return self.constants is not None and self.constants.is_constant(op)
 
     def _returned(self, op: Op) -> Any:
         try:
@@ -132,10 +143,12 @@ class TorchOracle:
     """A model in float64, from its graph.
 
     jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type, which is what
-    rounding may have done to it. outputs: inner values to return besides the model's outputs, by their names in the graph.
+    rounding may have done to it. outputs: inner values to return besides the model's outputs, by their names in the graph. rounds: whether
+    it rounds activations to integers.
     """
 
-    def __init__(self, traced: Traced, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> None:
+    def __init__(self, traced: Traced, *, jitter: int | None = None, outputs: Iterable[str] = (), rounds: bool = True) -> None:
+        self._rounds = rounds
         self._traced, program = traced, traced.program
         if where := writes_bits(program.graph.nodes):
             raise UnsupportedError(f"the model writes into numbers by their bits (in {where}), which has no form in float64")
@@ -153,7 +166,7 @@ class TorchOracle:
         """See `Interpreter.values`. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, self._traced.specs, any_float=True)
         run = Float64Interpreter(self._traced.program.graph_module, self._tensors)
-        run.constants = self._constants
+        run.constants, run.rounds = self._constants, self._rounds
         return run.values(feeds)
 
     def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
@@ -190,6 +203,12 @@ def stored_tensors(program: ExportedProgram) -> dict[str, Any]:
     """What it stores, by the same names."""
     found = {name: tensor_named(program, target) for name, target in _targets(program).items()}
     return {name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in found.items()}
+
+
+def rounds(program: ExportedProgram) -> bool:
+    """Whether a program rounds activations to integers."""
+    rounding = [op for op in program.graph.nodes if quantiser(op) is not None]
+    return bool(rounding) and not all(map(ProgramConstants(program).is_constant, rounding))
 
 
 def inner(traced: Traced) -> list[Op]:
