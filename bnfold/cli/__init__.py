@@ -72,6 +72,7 @@ def run(arguments: list[str]) -> int:
                 warnings.simplefilter("ignore")
             parser = command_line(everything="--help-all" in arguments)
             asked = ["--help" if each == "--help-all" else each for each in arguments]
+            asked = [*asked[1:2], "--help"] if asked[:1] == ["help"] else asked
             found = defaults(parser, arguments, _remark if not {"-q", "--quiet"} & {*arguments} else lambda text: None)
             status = parser.main(args=asked, prog_name="bnfold", standalone_mode=False, default_map=found)
         close()

@@ -50,6 +50,13 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert EXAMPLES[command] in capsys.readouterr().out
 
 
+def test_help_is_asked_for_as_people_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, other in ((["help"], ["--help"]), (["help", "fuse"], ["fuse", "--help"])):
+        assert run(line) == run(other) == 0
+        one, two = capsys.readouterr().out.split("Usage:")[1:]
+        assert one.split() == two.split()
+
+
 def test_the_help_comes_at_once() -> None:
     """Under 0.3 s for the whole process: of processor time, which a busy machine doesn't stretch much."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from bnfold.data.functions import importable, module_of
-from bnfold.errors import UsageError
+from bnfold.errors import BnfoldError, UsageError
 from bnfold.text import meant, one_line
 
 Arch = str | Callable[..., nn.Module]
@@ -26,9 +26,8 @@ def build(arch: Arch, args: Mapping[str, Any] | None) -> nn.Module:
     try:
         module = factory(**dict(args or {}))
     except Exception as error:  # the user's code may raise anything
-        raise UsageError(
-            f"--arch {name}: it fails with {type(error).__name__}: {one_line(error)}; see --arch-args for its arguments"
-        ) from error
+        why = "" if isinstance(error, BnfoldError) else f"it fails with {type(error).__name__}: "
+        raise UsageError(f"--arch {name}: {why}{one_line(error)}; see --arch-args for its arguments") from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {name}: it gives an object of type {type(module).__name__}, not a torch.nn.Module")
     return module.eval()
