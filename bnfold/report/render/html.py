@@ -84,7 +84,7 @@ tr.folded small, tr.merged small, tr.holds small { color: var(--good); }
 tr.differs .op { border-color: var(--bad); } tr.differs small { color: var(--bad); font-weight: 600; }
 tr.gone .op, tr.new .op { border: 1px dashed var(--doubt); } tr.gone small, tr.new small { color: var(--doubt); }
 @media (max-width: 600px) { .op span { display: block; } th, td { padding-right: .5rem; font-size: .9rem; }
-  td.long, td.text { min-width: 9rem; }
+  td.long, td.text { min-width: 9rem; } table:not(.graph) td:first-child { min-width: 7rem; }
   td:not(.n) { white-space: normal; } td:not(.long):not(.text) > wbr { display: inline; } }
 summary { cursor: pointer; color: var(--soft); }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: .87rem; }
@@ -158,7 +158,7 @@ def _title(title: str | Picture) -> str:
 
 
 def _is_number(cell: Cell) -> bool:
-    return isinstance(cell, str) and re.match(r"[-+±]?[\d.]|$|kept$|inf$|nan$", cell) is not None
+    return isinstance(cell, str) and re.match(r"[-+±]? ?[\d.]|$|kept$|inf$|nan$", cell) is not None
 
 
 def _cell(cell: Cell, kind: str) -> str:
