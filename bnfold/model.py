@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 
 from .data.random import random_feeds
@@ -19,42 +17,18 @@ from .data.spec import Port
 from .errors import UnsupportedError
 from .folding.options import PLAIN, FoldOptions
 from .folding.plan import NormalForm
+from .running import Extract as Extract
+from .running import Placement as Placement
+from .running import Renaming, by_value
+from .running import Runner as Runner
+from .running import Shapes as Shapes
+from .running import Stream as Stream
 
 if TYPE_CHECKING:
     from .algebra.graph import Graph, Value
     from .data import Batch, InputSpec
     from .data.source import Flat
     from .report import FuseReport
-
-Shapes = Mapping[str, tuple[int, ...]]
-Stream = Iterator[tuple[str, npt.NDArray[Any]]]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model's nodes run: so many, of so many, on the provider asked for.
-    source: who says so: "session" (the runtime's own record), "profile" (of one run), "operators" (seen as one run called them).
-    on_cpu: operator and name of those that fell to the CPU.
-    """
-
-    nodes: int
-    of: int
-    source: str
-    on_cpu: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Extract:
-    """A piece of a model that runs by itself. suffix: of the file that holds it; data: the file's content."""
-
-    suffix: str
-    data: bytes
-
-
-class Runner(Protocol):
-    """Something that computes outputs by name from inputs by name. It may have a `placement`, complete after a run."""
-
-    def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]: ...
 
 
 class Model(ABC):
@@ -270,7 +244,7 @@ class Model(ABC):
 
     def ports(self) -> tuple[list[Port], list[Port], list[Port]]:
         """See `interface`."""
-        (inputs, defaults, outputs), named = self.interface(), _by_value(self.own_outputs)
+        (inputs, defaults, outputs), named = self.interface(), by_value(self.own_outputs)
         given = [dataclasses.replace(port, name=self._public(port.name)) for port in inputs]
         return given, defaults, [dataclasses.replace(port, name=named.get(port.name, port.name)) for port in outputs]
 
@@ -284,7 +258,7 @@ class Model(ABC):
         """The normal form, worked out once with the same options. UnsupportedError: it has none."""
         plans: dict[FoldOptions, NormalForm] = vars(self).setdefault("_plans", {})
         if options not in plans:
-            plans[options] = self.normal_form(options).renamed(_by_value(self.own_inputs), _by_value(self.own_outputs))
+            plans[options] = self.normal_form(options).renamed(by_value(self.own_inputs), by_value(self.own_outputs))
         return plans[options]
 
     def exact(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Runner:
@@ -296,24 +270,7 @@ class Model(ABC):
         return self._renaming(self.deployed(provider, optimisation, **how))
 
     def _renaming(self, runner: Runner) -> Runner:
-        return _Renaming(runner, self.own_inputs, _by_value(self.own_outputs)) if self.own_inputs or self.own_outputs else runner
+        return Renaming(runner, self.own_inputs, by_value(self.own_outputs)) if self.own_inputs or self.own_outputs else runner
 
     def _public(self, name: str) -> str:
         return next((given for given, own in self.own_inputs.items() if own == name), name)
-
-
-class _Renaming:
-    def __init__(self, runner: Runner, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-        self._runner, self._inputs, self._outputs = runner, inputs, outputs
-
-    @property
-    def placement(self) -> Placement | None:
-        return getattr(self._runner, "placement", None)
-
-    def run(self, feeds: Batch) -> dict[str, npt.NDArray[Any]]:
-        found = self._runner.run({self._inputs.get(name, name): np.asarray(array) for name, array in feeds.items()})
-        return {self._outputs.get(name, name): array for name, array in found.items()}
-
-
-def _by_value(names: Mapping[str, str]) -> dict[str, str]:
-    return {own: name for name, own in names.items()}

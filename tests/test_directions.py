@@ -22,7 +22,8 @@ ROOMS = """
     verification
     recalibration
     model
-    folding data
+    running folding
+    data
     report
     files text capture
     algebra
