@@ -32,7 +32,7 @@ def load(path: Path, *, say: Any, **how: Any) -> Any:
     except ImportError as error:
         if error.name != "torch":
             raise
-        raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install 'bnfold[torch]'") from None
+        raise UnsupportedError(f"{path}: a PyTorch file, which needs PyTorch: pip install torch onnxscript") from None
     return load_torch(path, kind, **how, say=say)
 
 

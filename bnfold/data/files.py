@@ -56,7 +56,7 @@ def _torch(path: Path) -> Any:
         import torch
     except ImportError:
         raise DataError(
-            f"{path}: reading it needs PyTorch, which isn't installed; install bnfold[torch], or save it as .npy or .npz"
+            f"{path}: reading it needs PyTorch, which isn't installed: pip install torch onnxscript, or save it as .npy or .npz"
         ) from None
     found = torch.load(path, map_location="cpu", weights_only=True)
     size = path.stat().st_size

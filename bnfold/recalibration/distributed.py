@@ -34,7 +34,7 @@ class Group(Processes):
         try:
             import torch.distributed as dist
         except ImportError:
-            raise UnsupportedError("several processes need PyTorch to talk to each other: pip install 'bnfold[torch]'") from None
+            raise UnsupportedError("several processes need PyTorch to talk to each other: pip install torch onnxscript") from None
         self._dist = dist
         self._mine = not dist.is_initialized()
         if self._mine:

@@ -654,13 +654,14 @@ def act(shell: Shell, tmp_path: Path, **given: str) -> subprocess.CompletedProce
 
 
 def test_the_action_recalibrates_and_folds(shell: Shell, tmp_path: Path) -> None:
+    shell("mv samples/digits/test.npz 'samples/digits/test images.npz'")
     done = act(
         shell,
         tmp_path,
         model="samples/digits/digits.onnx",
         data="samples/digits/calibration.npz",
         output="fused model.onnx",
-        args="--eval samples/digits/test.npz\n--seed 3\n",
+        args="--eval 'samples/digits/test images.npz'\n--seed 3\n",
     )
     assert done.returncode == 0, done.stderr
     work = tmp_path / "work"
@@ -677,6 +678,32 @@ def test_the_action_folds_without_data_and_passes_the_status_on(shell: Shell, tm
     done = act(shell, tmp_path, model="fused.onnx", output="again.onnx")
     assert done.returncode == 4
     assert annotations(done.stderr)[0][0] == "error"
+    done = act(shell, tmp_path, model="fused.onnx", output="again.onnx", args="--layers 'a b")
+    assert (done.returncode, done.stderr) == (2, "::error title=bnfold::args: a quote that is opened isn't closed\n")
+
+
+@pytest.mark.parametrize(("extra", "suffix"), [("", ""), ("torch,datasets", "[torch,datasets]")])
+def test_the_action_installs_its_own_copy_with_the_extra(extra: str, suffix: str, tmp_path: Path) -> None:
+    """By a Python whose environments have a pip that writes down what it was to install."""
+    pip, python = tmp_path / "bnfold" / "bin" / "pip", tmp_path / "python3"
+    pip.parent.mkdir(parents=True)
+    for path, script in {pip: f'shift; shift; echo "$@" > {tmp_path}/asked', python: f'echo "$@" > {tmp_path}/made'}.items():
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    step = parsed(SAMPLES / "action.yml")["runs"]["steps"][0]
+    given = {"SOURCE": "a folder", "EXTRA": extra, "RUNNER_TEMP": str(tmp_path), "GITHUB_PATH": str(tmp_path / "path")}
+    command = ["/bin/bash", "-eo", "pipefail", "-c", step["run"]]
+    subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | given, check=True)
+    assert (tmp_path / "asked").read_text() == f"a folder{suffix}\n"
+    assert (tmp_path / "path").read_text() == f"{pip.parent}\n"
+
+
+def test_the_job_of_gitlab_says_what_it_needs_to_install(tmp_path: Path) -> None:
+    (job,) = parsed(SAMPLES / "gitlab-ci.yml").values()
+    command = ["/bin/bash", "-ec", "\n".join(job["before_script"])]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"} | job["variables"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "BNFOLD: is what pip installs" in done.stderr
 
 
 @pytest.mark.parametrize("args", ["", "--strict --seed 2"])

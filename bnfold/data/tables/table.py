@@ -151,7 +151,7 @@ def _pyarrow(spec: str, module: str = "pyarrow") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         what = "isn't installed" if error.name == "pyarrow" else f"can't be imported ({error})"
-        raise UnsupportedError(f"{spec}: reading it needs the pyarrow library, which {what}; install bnfold[datasets]") from None
+        raise UnsupportedError(f"{spec}: reading it needs the pyarrow library, which {what}: pip install pyarrow") from None
 
 
 def missing(column: Any) -> bool:
