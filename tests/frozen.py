@@ -113,7 +113,11 @@ def names() -> Found:
     """The parameters of the public functions, with their kinds and defaults; the bases and statuses of the public errors."""
     public = {name: getattr(bnfold, name) for name in bnfold.__all__}
     functions = {name: inspect.signature(value).parameters.values() for name, value in public.items() if inspect.isfunction(value)}
-    errors = {name: [base.__name__ for base in value.__mro__] for name, value in public.items() if inspect.isclass(value)}
+    errors = {
+        name: [base.__name__ for base in value.__mro__]
+        for name, value in public.items()
+        if inspect.isclass(value) and name.endswith("Error")
+    }
     parameters = {name: [f"{p.kind.description} {p.replace(annotation=p.empty)}" for p in of] for name, of in functions.items()}
     return {"all": list(public), **parameters, **{name: [*of, public[name].exit_status] for name, of in errors.items()}}
 
