@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from ._version import __version__
 from .backends.metadata import LONGEST, attach, files_of, text_in, text_of
 from .errors import NO_BATCHNORM, CheckError, InputError, ModelError, UnsupportedError
-from .text import listed
+from .text import encodable, listed
 
 if TYPE_CHECKING:
     from .model import Model
@@ -184,7 +184,7 @@ def _earlier(model: Any) -> list[dict[str, Any]]:
 
 def _put(model: Any, found: dict[str, Any]) -> None:
     text = json.dumps(found, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    attach(model, text)
+    attach(model, encodable(text))
 
 
 # --- reading it -----------------------------------------------------------------------------------------------------------------------

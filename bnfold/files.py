@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, UsageError
+from .text import encodable
 
 try:
     import fcntl
@@ -97,9 +98,9 @@ def may_write(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. A path in it that is no UTF-8 appears with the escapes that Python and JSON have for its bytes."""
+    """Write a file whole or not at all."""
     with replacing(path) as (part,):
-        part.write_bytes(text.encode("utf-8", "backslashreplace"))
+        part.write_text(encodable(text), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -64,6 +64,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub("\ufffd", text)
 
 
+def encodable(text: str) -> str:
+    """The text as UTF-8 can hold it: a path that isn't UTF-8 has the escapes that JSON and Python have for what is no character."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def visible(text: str) -> str:
     """The text as a terminal or the log of a CI job may show it: on one line, seen and doing nothing.
 

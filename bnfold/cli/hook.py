@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from bnfold.text import visible
+
 from . import _explain
 
 
@@ -20,7 +22,7 @@ def main(paths: Sequence[str]) -> int:
             statuses.append(_explain(error))
             continue
         if count := sum(layer.verdict == "folded" for layer in layers):
-            print(f"{path}: {count} BatchNorm{'s' * (count != 1)} would fold: bnfold fuse {path} -o fused.onnx")
+            print(visible(f"{path}: {count} BatchNorm{'s' * (count != 1)} would fold: bnfold fuse {path} -o fused.onnx"))
             statuses.append(1)
     return 1 if 1 in statuses else next(iter(statuses), 0)
 

@@ -276,3 +276,21 @@ def test_nothing_is_written_into_the_users_home(here: Path) -> None:
     ):
         subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
         assert [path for path in Path("home").rglob("*") if path.is_file()] == []
+
+
+def test_a_name_that_is_no_utf8_is_a_name(here: Path) -> None:
+    """In reports, pages, JUnit's XML and certificates alike; on the terminal it is seen and does nothing."""
+    odd, made = os.fsdecode(b"m\xff\x1b[31m.onnx"), os.fsdecode(b"out\xff.onnx")
+    os.rename("model.onnx", odd)
+    lines = (
+        ["fuse", odd, "-o", made, "--report", "r.json", "--junit", "j.xml", "--markdown", "s.md"],
+        ["recalibrate", odd, "--data", "x.npy", "-o", "fresh.onnx", "--html", "h.html"],
+        ["verify", made, "--against", odd],
+    )
+    for line in lines:
+        found = subprocess.run([sys.executable, "-m", "bnfold", *line], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert found.returncode in (0, 6), found.stderr
+        assert b"\x1b" not in found.stdout + found.stderr
+    assert json.loads(Path("r.json").read_text())["inputs"][0]["path"] == odd
+    for name in ("j.xml", "s.md", "h.html"):
+        assert "\x1b" not in Path(name).read_text(encoding="utf-8")

@@ -1,6 +1,8 @@
 """Thousands of files made wrong, or of networks that nobody drew: a line for each that fails, and what became of the rest.
 
     python -m tests.fuzz onnx --count 3000 --seed 0     mutated ONNX files, of the seeds from 0 on
+    python -m tests.fuzz torch                          mutated files of PyTorch
+    python -m tests.fuzz modules                        random networks as modules and exported programs
     python -m tests.fuzz graphs --only 1234             one random network again, and what there is to say about it; --save FILE keeps it
 
 Status 1 where one fails: see the module of each kind for what that means.
@@ -15,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-KINDS = {"onnx": "onnx_files", "graphs": "graphs"}
+KINDS = {"onnx": "onnx_files", "torch": "torch_files", "graphs": "graphs", "modules": "modules"}
 
 
 def main() -> int:

@@ -25,6 +25,8 @@ from bnfold.text import one_line
 from .archive_json import is_plain_text, payload_troubles, program_troubles
 
 REMEDY = "give --trust-pickle if you trust where it comes from"
+# What reading an archive raises whose parts aren't what they should be.
+DAMAGED = (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, LookupError, TypeError, AttributeError)
 LARGEST_JSON = 1 << 28  # bytes
 RATIO = 200  # of unpacked to packed, beyond which an entry is a bomb; archives of PyTorch aren't packed at all
 # The entries of an archive that holds nothing but an exported program, below its root.
@@ -45,8 +47,9 @@ def check_archive(path: Path) -> None:
             entries = archive.infolist()
         if trouble := next(_in_directory(entries), None) or next(_in_entries(path, entries), None):
             raise ModelError(f"{path}: {trouble}, which can run code when it is loaded; {REMEDY}")
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, RecursionError) as error:
-        raise ModelError(f"{path}: a damaged exported program ({one_line(error)}); export it again") from None
+    except DAMAGED as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"{path}: a damaged exported program ({what}); export it again") from None
 
 
 def _in_directory(entries: list[zipfile.ZipInfo]) -> Iterator[str]:
