@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, UsageError
-from .text import encodable
 
 try:
     import fcntl
@@ -98,9 +97,9 @@ def may_write(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. What UTF-8 can't hold of a path gets the escapes that Python and JSON have for it."""
     with replacing(path) as (part,):
-        part.write_text(encodable(text), encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

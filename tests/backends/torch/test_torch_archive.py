@@ -190,7 +190,7 @@ ATTACKS: dict[str, tuple[Callable[[Entries], Entries], str]] = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_archive_that_could_run_code_is_refused(attack: str, plain: Entries, here: Path) -> None:
     change, text = ATTACKS[attack]
-    with pytest.raises(bnfold.ModelError, match=rf"{text}.*can run code when it is loaded; give --trust-pickle"):
+    with pytest.raises(bnfold.ModelError, match=rf"{text}.*can run code when it is loaded; give trust_pickle=True"):
         bnfold.load(written(change(plain)))
     assert not Path("boom").exists()
 
