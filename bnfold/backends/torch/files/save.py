@@ -125,6 +125,19 @@ def _save_safetensors(state: dict[str, Tensor], surgery: Surgery | None, text: s
             save_file(state, part, metadata=metadata)
         except SafetensorError as error:
             raise OSError(one_line(error)) from None
+        _in_order(part)
+
+
+def _in_order(path: Path) -> None:
+    """The metadata of a safetensors file by their names: its library writes them in another order each time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, check: Callable[[Traced, ir.Model], VerifyReport]) -> None:
