@@ -111,15 +111,15 @@ def test_weights_keep_their_type(net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("arch", "args", "text"),
     [
-        (None, None, "weights without a network; say what builds it, with --arch"),
+        (None, None, "weights without a network; say what builds it, with arch"),
         ("net.py", None, "write it as package.module:factory or FILE.py:FACTORY"),
-        ("nope.py:make", None, "^--arch nope.py: no such file"),
+        ("nope.py:make", None, "^arch=nope.py: no such file"),
         ("net.py:nope", None, "net.py has no 'nope'"),
         ("net.py:number", None, "'number' is of type int, which can't be called"),
         ("no.such.package:make", None, "there is no module 'no'"),
-        ("net.py:broken", None, "--arch net.py:broken: it fails with ValueError: no such luck"),
+        ("net.py:broken", None, "arch=net.py:broken: it fails with ValueError: no such luck"),
         ("net.py:odd", None, "it gives an object of type int, not a torch.nn.Module"),
-        ("net.py:make", {"depth": 3}, "it fails with TypeError: .*'depth'; see --arch-args"),
+        ("net.py:make", {"depth": 3}, "it fails with TypeError: .*'depth'; see arch_args"),
     ],
 )
 def test_an_architecture_that_doesnt_work(arch: str | None, args: Any, text: str, net: nn.Module) -> None:
@@ -148,7 +148,7 @@ def test_keys_that_mean_nothing_are_passed_over(net: nn.Module) -> None:
     assert "thop.pth: counters of a profiler, passed over: module.total_ops, module.bn.total_params" in said
 
     torch.save({**counted, "module.loss.weight": torch.zeros(3)}, "loss.pth")
-    with pytest.raises(bnfold.ModelError, match=r"1 aren't in the architecture.*--ignore-keys PATTERN, such as '\*loss\.\*'"):
+    with pytest.raises(bnfold.ModelError, match=r"1 aren't in the architecture.*ignore_keys=PATTERN, such as '\*loss\.\*'"):
         bnfold.load("loss.pth", arch="net.py:make")
     assert same(net, bnfold.load("loss.pth", arch="net.py:make", ignore_keys=["module.loss.*", "nothing"], say=said.append))
     assert said[-3:-1] == ["loss.pth: passed over, as asked: module.loss.weight", "loss.pth: no key matches 'nothing'"]
@@ -160,9 +160,9 @@ def test_keys_that_mean_nothing_are_passed_over(net: nn.Module) -> None:
 
 def test_a_module_is_unpickled_only_with_trust(net: nn.Module) -> None:
     torch.save(net, "whole.pt")
-    with pytest.raises(bnfold.ModelError, match=r"more than weights.*Net\), and could run code.*--trust-pickle"):
+    with pytest.raises(bnfold.ModelError, match=r"more than weights.*Net\), and could run code.*trust_pickle=True"):
         bnfold.load("whole.pt")
-    with pytest.raises(bnfold.ModelError, match="--trust-pickle"):
+    with pytest.raises(bnfold.ModelError, match="trust_pickle=True"):
         bnfold.load("whole.pt", arch="net.py:make")
     assert same(net, bnfold.load("whole.pt", trust_pickle=True))
     torch.save({"model": net, "epoch": 1}, "nested.pt")
@@ -185,7 +185,7 @@ def test_no_code_runs_without_trust(here: Path) -> None:
 
 def test_torchscript_is_recognised(net: nn.Module) -> None:
     torch.jit.save(torch.jit.trace(net, X), "ts.pt")
-    with pytest.raises(bnfold.UnsupportedError, match=r"TorchScript archive.*--arch, or export"):
+    with pytest.raises(bnfold.UnsupportedError, match=r"TorchScript archive.*arch, or export"):
         bnfold.load("ts.pt")
 
 
