@@ -138,6 +138,7 @@ def recalibrate(
     device: str | None = None,
     allow_cpu_fallback: Iterable[str] = (),
     progress: Progress | bool | None = None,
+    resume: str | Path | None = None,
 ) -> tuple[M, RecalibrateReport]:
     """Measure every BatchNorm's mean and variance afresh; by default exactly, layer by layer in one pass (lockstep).
 
@@ -148,7 +149,8 @@ def recalibrate(
     and after, and to say in a word whether it improved. example: how a PyTorch module is called, where the first batch doesn't show it.
     memory_budget: bytes of activations to hold before they spill to disk. batch_size: how many samples go through
     the network at once, which changes nothing in the exact method. provider: of ONNX Runtime; device: "cpu" or "cuda", for PyTorch.
-    allow_cpu_fallback: as for `verify`.
+    allow_cpu_fallback: as for `verify`. resume: a folder in which what is measured is kept stage by stage; a call with the same model, data
+    and settings goes on from what an earlier one left there, with a result that is the same to the bit, and any other is a UsageError.
 
     In a process of several that torchrun started (or with a torch.distributed process group), each gives the same data and measures its own
     share of the micro-batches; all get the result.
@@ -172,6 +174,7 @@ def recalibrate(
             batch_size=batch_size,
             samples=samples,
             progress=told(progress),
+            resume=None if resume is None else Path(resume),
         )
     return made(opened, fresh), report
 

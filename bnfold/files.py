@@ -158,7 +158,7 @@ class Workplace:
             self.path = where / f".bnfold-{secrets.token_hex(8)}"
             self.path.mkdir(mode=0o700)
             with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another process took it for a dead one's, and clears it away
-                self._left = weakref.finalize(self, _leave, self.path, _locked(self.path), os.getpid())
+                self._left = weakref.finalize(self, _leave, self.path, locked(self.path), os.getpid())
                 return
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ def _leave(folder: Path, lock: int | None, process: int) -> None:
         os.close(lock)
 
 
-def _locked(folder: Path) -> int | None:
+def locked(folder: Path) -> int | None:
     """A lock on a folder; None where there are none. BlockingIOError: another process has it. FileNotFoundError: it is gone."""
     if fcntl is None:
         return None
@@ -200,7 +200,7 @@ def _clear(folder: Path) -> None:
         found = [Path(entry) for entry in entries if WORKPLACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
         for path in found:
             with contextlib.suppress(OSError):
-                if (lock := _locked(path)) is None:
+                if (lock := locked(path)) is None:
                     continue
                 old = path / Workplace.OLD
                 for each in old.iterdir() if old.is_dir() else ():

@@ -7,7 +7,7 @@ chunks to the model's inputs (`spec`, `inputs`) and cuts them into batches (`bat
 from .batches import Data
 from .inputs import WHOLE, Counted
 from .open import as_batches, open_data
-from .source import BATCH_SIZE, LABELS, Chunk
+from .source import BATCH_SIZE, LABELS, Chunk, digest
 from .spec import Array, Batch, InputSpec
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "Data",
     "InputSpec",
     "as_batches",
+    "digest",
     "open_data",
 ]

@@ -131,6 +131,9 @@ class Data:
         """The same data as process `index` of `count` reads them."""
         return self._with(self._source, shard=(index, count))
 
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
     def spread(self, count: int) -> Data:
         """So many samples, evenly spaced, where it is known how many there are: the first ones of sorted data say nothing of the others."""
         total = self._source.total

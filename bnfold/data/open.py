@@ -118,7 +118,16 @@ def _source(asked: Request) -> Source:
         unused.append(f"{source.description}: this is no table, so --column {asked.column} isn't used")
     if asked.images is not None and not source.images:
         unused.append(f"{source.description}: these are no image files, so the image options aren't used")
-    return replace(source, notes=(*source.notes, *unused))
+    return replace(source, notes=(*source.notes, *unused), files=lambda: tables or _files(asked.spec))
+
+
+def _files(spec: str) -> Iterator[Path]:
+    """The files that data are read from: one, those of a folder, or the one that a function stands in."""
+    path = Path(spec)
+    if path.is_dir():
+        yield from sorted(found for found in path.rglob("*") if found.is_file())
+    elif (path := path if path.is_file() else Path(spec.rpartition(":")[0])).is_file():
+        yield path
 
 
 def _file_or_function(asked: Request) -> Source:

@@ -5,9 +5,11 @@ Here are those of Python's objects: arrays, mappings and tuples of arrays, itera
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +51,7 @@ class Source:
     again: a second pass is possible. images: the chunks are images, one each, decoded when they are needed (`Chunk.make`).
     ahead: reading takes time, so it is done in the background. whole: all data, where they are one chunk; how many samples it has depends
     on the model that they are for. classes: how many there are, where the labels are places among them (sub-folders of images).
+    files: those that they are read from.
     """
 
     open: Callable[[], Iterator[Chunk]]
@@ -63,6 +66,15 @@ class Source:
     count: Callable[[], int] | None = None
     whole: Chunk | None = None
     classes: int | None = None
+    files: Callable[[], Iterable[Path]] | None = None
+
+    def fingerprint(self) -> str:
+        """The same for the same data, as far as that is known without reading them: arrays by their numbers, files by sizes and times."""
+        if self.whole is not None:
+            return digest(self.whole.arrays)
+        found = [(path, path.stat()) for path in (self.files() if self.files is not None else ())]
+        text = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in found)
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,15 @@ class Request:
         if len(self.inputs) != 1:
             raise DataError(f"{self.spec}: {what} a model with one input, and this one has {len(self.inputs)}; give {instead}")
         return self.inputs[0]
+
+
+def digest(batch: Mapping[str, Array]) -> str:
+    """Of names, types, shapes and numbers."""
+    found = hashlib.sha256()
+    for name, array in batch.items():
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def is_array(obj: Any) -> bool:

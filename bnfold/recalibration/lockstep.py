@@ -38,7 +38,8 @@ from bnfold.text import counted
 from .changes import report
 from .data_checks import unscaled, unshuffled
 from .distributed import Processes, together
-from .methods import Method
+from .journal import Journal
+from .methods import TOGETHER, Method
 from .methods import method as chosen
 from .moments import Moments, Samples, pool
 from .plan import Plan
@@ -54,12 +55,14 @@ def recalibrate(
     memory_budget: int = 1 << 30,
     progress: Progress | None = None,
     group: Processes | None = None,
+    journal: Journal | None = None,
 ) -> RecalibrateReport:
     """Measure the statistics of all layers of a plan and set them.
 
     batches: micro-batches by input name, read once; where several processes share the work, this one's. memory_budget: bytes of activations
-    to hold in memory; the rest goes to a temporary file. Raises DataError for data that hold no batch, that don't fit, or that drive a
-    BatchNorm's input to NaN or infinity; UnsupportedError for a moving average over several processes, which would depend on their order.
+    to hold in memory; the rest goes to a temporary file. journal: where what is measured is kept, to go on from it. Raises DataError for
+    data that hold no batch, that don't fit, or that drive a BatchNorm's input to NaN or infinity; UnsupportedError for a moving average
+    over several processes, which would depend on their order.
     """
     how, group = chosen(method), group or Processes()
     if memory_budget < 0:
@@ -67,15 +70,21 @@ def recalibrate(
     if group.size > 1 and not (how.lockstep or how.additive):
         raise UnsupportedError(f"the method {how} depends on the order of the data, so several processes can't share it; use one")
     if how.lockstep:
-        measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group)
+        measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group, journal)
     else:
-        measured = measure(plan, batches, how, progress=progress, group=group)
+        measured = measure(plan, batches, how, progress=progress, group=group, journal=journal)
         kept = settle(plan, measured, how)
     return report(plan, measured, how, kept)
 
 
 def measure(
-    plan: Plan, batches: Iterable[Values], method: Method, *, progress: Progress | None = None, group: Processes | None = None
+    plan: Plan,
+    batches: Iterable[Values],
+    method: Method,
+    *,
+    progress: Progress | None = None,
+    group: Processes | None = None,
+    journal: Journal | None = None,
 ) -> Measurement:
     """Measure while each micro-batch is normalised by itself; nothing is set. The sum of what parts of the data give is that of all data.
 
@@ -84,10 +93,20 @@ def measure(
     layers = plan.layers
     found, failed, skipped = Measurement([method.start(layer.mean, layer.variance) for layer in layers]), None, 0
     first: list[Moments] = []  # what the first layer saw
+    done = 0
     try:
+        if (resumed := None if journal is None else journal.passed()) is not None:
+            done, found, skipped, first = resumed.done, resumed.found, resumed.skipped, list(resumed.first)
         stages = list(plan.stages(own=True))
         watched = {reading.call for reading in stages[0].readings if reading.layer == stages[0].readings[0].layer}
         for index, data in enumerate(batches):
+            if index < done:
+                continue
+            if index % TOGETHER == 0:
+                for tally in found.tallies:
+                    tally.together()
+                if journal is not None:
+                    journal.pass_done(index, found, skipped, first)
             seen = _through(stages, data, layers, index)
             if seen is None:
                 if not found.batches:
@@ -112,6 +131,8 @@ def measure(
         found.tallies = [reduce(add, tallies) for tallies in zip(*(part.tallies for part in every), strict=True)]
     found.count(every)
     found.notes = [*unshuffled(first), *unscaled(layers[0], found.tallies[0].moments)]
+    if done:
+        found.notes.append(f"went on behind {done} micro-batches, which had been measured before")
     if skipped:
         found.notes.append(f"{counted(skipped, 'sample')} left out, in micro-batches too small to be normalised by themselves")
     return found
@@ -153,14 +174,26 @@ def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[i
 
 
 def _in_lockstep(
-    plan: Plan, batches: Iterable[Values], method: Method, memory_budget: int, progress: Progress | None, group: Processes
+    plan: Plan,
+    batches: Iterable[Values],
+    method: Method,
+    memory_budget: int,
+    progress: Progress | None,
+    group: Processes,
+    journal: Journal | None,
 ) -> tuple[Measurement, dict[int, str]]:
     layers = plan.layers
     found = Measurement([method.start(layer.mean, layer.variance) for layer in layers])
     kept: dict[int, str] = {}
     sizes: list[int] = []  # the samples of this process's micro-batches
-    with Frontier(memory_budget, plan.device_room) as frontier:
-        for number, stage in enumerate(plan.stages()):
+    resumed = None if journal is None else journal.stages()
+    with Frontier(memory_budget, plan.device_room, journal) as frontier:
+        if resumed is not None:
+            found, sizes = resumed.found, list(resumed.sizes)
+            frontier.found(resumed.values)
+            kept = settle(plan, found, method, resumed.layers)
+        done, known = (0, None) if resumed is None else (resumed.done, resumed.dtypes)
+        for number, stage in enumerate(plan.stages(done=done, known=known), done):
             mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
             total = len(sizes) * plan.stage_count if number else None
             failed = None
@@ -193,6 +226,10 @@ def _in_lockstep(
             if number == 0:
                 first = next(iter(mine))
                 found.notes = unscaled(layers[first], found.tallies[first].moments)
+            if journal is not None:
+                journal.stage_done(found, mine, sizes, stage.keeps)
+    if done:
+        found.notes.append(f"went on behind stage {done} of {plan.stage_count}, up to which all had been measured before")
     found.held, found.spilled = frontier.peak, frontier.spilled
     return found, kept
 

@@ -40,9 +40,14 @@ class Accumulator:
     @property
     def moments(self) -> Moments:
         """Of all elements."""
-        whole = pool(self._parts)
-        self._parts, self._waiting = [whole], 0
+        self.together()
+        whole = self._parts[0]
+        assert isinstance(whole, Moments)
         return whole
+
+    def together(self) -> None:
+        """Pool what has been added so far."""
+        self._parts, self._waiting = [pool(self._parts)], 0
 
     def add(self, batch: Moments | Samples) -> None:
         """One more micro-batch; many are pooled at once, which takes a small part of the time."""
@@ -50,7 +55,7 @@ class Accumulator:
         self._waiting += batch.mean.size
         self.steps += 1
         if len(self._parts) > TOGETHER or self._waiting > ELEMENTS:
-            self._parts, self._waiting = [self.moments], 0
+            self.together()
 
     def __add__(self, other: Accumulator) -> Accumulator:
         """Both together, but for the moving average, which has no sum."""

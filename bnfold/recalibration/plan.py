@@ -135,14 +135,15 @@ class StagePlan(ABC, Generic[N, V]):
     def stage_count(self) -> int:
         return len(self._cuts)
 
-    def stages(self, own: bool = False) -> Iterator[Stage]:
+    def stages(self, own: bool = False, done: int = 0, known: Mapping[str, np.dtype[Any]] | None = None) -> Iterator[Stage]:
         """The stages in order; the next is made after the statistics that this one measured were set.
 
         own: each call that is measured is normalised with what `Stage.run` is told, and all stages are made before the first runs.
+        done: how many are left out, whose statistics are set already; known: the types of the values that they left for later stages.
         """
         cuts = cut(self._operations, self.calls)[0] if own else self._cuts  # where nothing waits, nothing runs twice
         place = {call.node: i for i, call in enumerate(self.calls)}
-        for number, part in enumerate(cuts):
+        for number, part in enumerate(cuts[done:], done):
             readings = [
                 Reading(str(each.source.name), each.layer, place[each.node], each.per_activation, self._through(each), each.axis)
                 for each in part.calls
@@ -172,6 +173,10 @@ class StagePlan(ABC, Generic[N, V]):
     @abstractmethod
     def outputs(self, batch: Batch) -> Mapping[str, npt.NDArray[Any]]:
         """What the model gives as it came, by output name; none of it where a BatchNorm in training mode mixes the samples of a batch."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """The same for the same operators and numbers, whatever their names."""
 
     @abstractmethod
     def find(self) -> None:

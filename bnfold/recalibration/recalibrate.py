@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.data import WHOLE
+from bnfold._version import __version__
+from bnfold.data import WHOLE, digest
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import DataError, NothingToDoError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
@@ -17,12 +20,14 @@ from bnfold.report import RecalibrateReport
 from . import statistics_file as kept_statistics
 from .changes import report
 from .distributed import Processes, processes
+from .journal import Journal
 from .lockstep import measure, settle
 from .lockstep import recalibrate as run_plan
 from .methods import Method
 from .plan import Plan, Selection, every
 from .protocol import Progress
 from .scoring import Scores, effect, score, score_if_fits
+from .statistics_file import fingerprint
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, Data, InputSpec
@@ -67,11 +72,12 @@ def recalibrate(
     batch_size: int | None = None,
     samples: int | None = None,
     progress: Progress | None = None,
+    resume: Path | None = None,
 ) -> tuple[Model, RecalibrateReport]:
     """A copy of the model with new statistics, and what changed (see `api.recalibrate`)."""
     start = time.perf_counter()
     group = processes()
-    run = _Run(*called(model, batches, batch_size), target, method, memory_budget, batch_size, group, progress)
+    run = _Run(*called(model, batches, batch_size), target, method, memory_budget, batch_size, group, progress, resume, until)
     scores: Scores | None = None
     notes: tuple[str, ...] = ()
     if labelled is not None and not group.rank:
@@ -96,6 +102,8 @@ class _Run:
     batch_size: int | None
     group: Processes
     progress: Progress | None
+    resume: Path | None
+    until: float | None
 
     @property
     def again(self) -> bool:
@@ -115,10 +123,9 @@ class _Run:
                 data = data_of(self.batches, plan, one_size, self.batch_size, samples, spread)
                 mine = data.sharded(self.group.rank, self.group.size) if self.group.size > 1 else data
                 batches = fitting(mine, plan.specs, one_size)
-                with self.model.computing():
-                    found = run_plan(
-                        plan, batches, method=self.method, memory_budget=self.memory_budget, progress=self.progress, group=self.group
-                    )
+                how: dict[str, Any] = {"method": self.method, "memory_budget": self.memory_budget, "progress": self.progress}
+                with self.model.computing(), self._journal(plan, batches, samples, one_size) as (journal, batches):
+                    found = run_plan(plan, batches, **how, group=self.group, journal=journal)
                 break
             except (_OtherSizeError, DataError) as error:
                 if not one_size:
@@ -127,6 +134,33 @@ class _Run:
             data.know_bad(mine, self.group.gather)
         notes = (*found.notes, *(note for note in data.notes if note == WHOLE))
         return self.model.remade(plan.write()), dataclasses.replace(found, notes=notes)
+
+    @contextlib.contextmanager
+    def _journal(
+        self, plan: Plan, batches: Iterator[Batch], samples: int | None, one_size: bool
+    ) -> Iterator[tuple[Journal | None, Iterator[Batch]]]:
+        """What is kept of a measurement where that is asked for, and the micro-batches."""
+        if self.resume is None:
+            yield None, batches
+            return
+        target = self.target
+        run = {
+            "bnfold": __version__,
+            "data set": data_of(self.batches, plan, one_size, self.batch_size, None).fingerprint(),
+            "method": f"{self.method.name} {dataclasses.asdict(self.method)}",
+            "choice of layers": f"{[*target.layers]} without {[*target.skipped]}" + " frozen" * target.freeze,
+            "model": fingerprint(plan.layers),
+            "device": target.device.partition(":")[0],
+            "batch size": f"{self.batch_size}",
+            "number of processes": f"{self.group.size}",
+            "standard error": f"{self.until}",
+        }
+        first = next(batches, None)
+        rest = batches if first is None else itertools.chain([first], batches)
+        of = {"model": plan.identity(), "data set": digest({} if first is None else first)}
+        name = f"{samples or 'all'}-samples" + "-one-size" * one_size
+        with Journal(self.resume, run, name, of, plan.layers, self.method, self.group) as journal:
+            yield journal, rest
 
 
 class _OtherSizeError(Exception):

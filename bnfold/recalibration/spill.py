@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import bisect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,21 @@ from bnfold.errors import UsageError
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """An array that lies in the file. nbytes from offset on are its own."""
+class Slot:
+    """An array that lies in a file. nbytes from offset on are its own. file: its name, where there are several."""
 
     offset: int
     nbytes: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    file: str = ""
+
+
+class Store(Protocol):
+    """Files in which values lie until they are needed, whether or not memory has room for them."""
+
+    def write(self, batch: int, name: str, array: npt.NDArray[Any]) -> Slot: ...
+    def read(self, slot: Slot) -> npt.NDArray[Any]: ...
 
 
 class Frontier:
@@ -36,12 +44,13 @@ class Frontier:
     A value that isn't one of numpy's arrays lies on a device, which has room for `device_room` bytes: `room` is what is left of it.
     Micro-batches are visited in the same order stage after stage, so of all values the newest is the one that is needed last:
     it goes to disk, and nothing is ever moved. peak: the most bytes held at once, wherever they lay; spilled: bytes written to disk.
-    Use as a context manager.
+    store: where everything is written besides, and read again where memory has no room for it. Use as a context manager.
     """
 
-    def __init__(self, memory_budget: int, device_room: int = 0) -> None:
+    def __init__(self, memory_budget: int, device_room: int = 0, store: Store | None = None) -> None:
         self._budget = memory_budget
-        self.room = device_room
+        self.room = 0 if store is not None else device_room  # what lies on a device can't be written
+        self._store = store
         self._values: dict[int, dict[str, Any]] = {}
         self._file = _Scratch()
         self._in_memory = self._held = self.peak = self.spilled = 0
@@ -61,28 +70,44 @@ class Frontier:
         self._held += array.nbytes
         self.peak = max(self.peak, self._held)
         entry = array
+        stored = None if self._store is None else self._store.write(batch, name, array)
         if not isinstance(array, np.ndarray):
             self.room -= array.nbytes
         elif self._in_memory + array.nbytes > self._budget and array.nbytes and not array.dtype.hasobject:
-            entry = self._file.write(array)
+            entry = stored or self._file.write(array)
             self.spilled += array.nbytes
         else:
             self._in_memory += array.nbytes
         self._values.setdefault(batch, {})[name] = entry
 
+    def found(self, values: Sequence[Mapping[str, Slot]]) -> None:
+        """Take over what lies in the store already, by micro-batch and name."""
+        self._values = {batch: dict(slots) for batch, slots in enumerate(values)}
+        self._held = self.peak = sum(slot.nbytes for slots in values for slot in slots.values())
+
     def get(self, batch: int, name: str) -> Any:
         entry = self._values[batch][name]
-        return self._file.read(entry) if isinstance(entry, _Slot) else entry
+        return (self._store or self._file).read(entry) if isinstance(entry, Slot) else entry
 
     def drop(self, batch: int, name: str) -> None:
         entry = self._values[batch].pop(name)
         self._held -= entry.nbytes
-        if isinstance(entry, _Slot):
-            self._file.free(entry)
+        if isinstance(entry, Slot):
+            if self._store is None:
+                self._file.free(entry)
         elif not isinstance(entry, np.ndarray):
             self.room += entry.nbytes
         else:
             self._in_memory -= entry.nbytes
+
+
+def copied(copy: Callable[[memoryview], int], array: npt.NDArray[Any]) -> None:
+    """Copy an array to a file or from it, which the system may do in pieces. OSError where the file ends before."""
+    left = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+    while left:
+        if not (count := copy(left)):
+            raise OSError("the file ends too early")
+        left = left[count:]
 
 
 class _Scratch:
@@ -93,12 +118,13 @@ class _Scratch:
         self._end = 0
         self._gaps: list[tuple[int, int]] = []  # [start, end), sorted, never touching each other
 
-    def write(self, array: npt.NDArray[Any]) -> _Slot:
+    def write(self, array: npt.NDArray[Any]) -> Slot:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="bnfold-", buffering=0)  # noqa: SIM115 (it lives as long as this object)
-        slot = _Slot(self._room(array.nbytes), array.nbytes, array.dtype, array.shape)
+        slot = Slot(self._room(array.nbytes), array.nbytes, array.dtype, array.shape)
         try:
-            self._all(self._file.write, slot, np.ascontiguousarray(array))
+            self._file.seek(slot.offset)
+            copied(self._file.write, np.ascontiguousarray(array))
         except OSError as error:
             raise UsageError(
                 f"no room for {array.nbytes / 2**20:.0f} MiB more of held activations in {tempfile.gettempdir()} ({error.strerror}): "
@@ -106,20 +132,14 @@ class _Scratch:
             ) from None
         return slot
 
-    def read(self, slot: _Slot) -> npt.NDArray[Any]:
+    def read(self, slot: Slot) -> npt.NDArray[Any]:
         array = np.empty(slot.shape, slot.dtype)
-        self._all(self._file.readinto, slot, array)  # type: ignore[union-attr]
-        return array
-
-    def _all(self, copy: Callable[[memoryview], int], slot: _Slot, array: npt.NDArray[Any]) -> None:
-        """Copy an array to the file or from it, which the system may do in pieces."""
-        left = array.reshape(-1).view(np.uint8).data
         assert self._file is not None
         self._file.seek(slot.offset)
-        while left:
-            left = left[copy(left) :]
+        copied(self._file.readinto, array)  # type: ignore[attr-defined]  # an unbuffered file has it
+        return array
 
-    def free(self, slot: _Slot) -> None:
+    def free(self, slot: Slot) -> None:
         start, end = slot.offset, slot.offset + slot.nbytes
         at = bisect.bisect(self._gaps, (start, end))
         if at < len(self._gaps) and self._gaps[at][0] == end:

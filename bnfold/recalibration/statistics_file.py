@@ -25,7 +25,12 @@ from .methods import METHODS, Accumulator, Method
 from .moments import Moments
 from .protocol import BatchNorm, Measurement
 
-OLD, PART = "bnfold.statistics/1", "bnfold.part/1"
+OLD, PART, PROGRESS = "bnfold.statistics/1", "bnfold.part/1", "bnfold.progress/1"
+WHAT = {
+    OLD: "the old statistics of a recalibrated model",
+    PART: "what a part of the data gave (--stats)",
+    PROGRESS: "what a measurement keeps to go on from (--resume)",
+}
 MOMENTS = ("count", "mean", "m2", "samples", "weight", "spread")
 
 
@@ -34,12 +39,12 @@ def write(path: Path, before: Mapping[str, tuple[Array, Array]]) -> None:
     arrays = {
         f"{i}/{role}": array for i, pair in enumerate(before.values()) for role, array in zip(("mean", "variance"), pair, strict=True)
     }
-    _write(path, {"schema": OLD, "layers": list(before)}, arrays)
+    write_arrays(path, {"schema": OLD, "layers": list(before)}, arrays)
 
 
 def read(path: Path) -> dict[str, tuple[Array, Array]]:
     """What `write` kept. DataError for another file."""
-    head, arrays = _read(path, OLD)
+    head, arrays = read_arrays(path, OLD)
     try:
         return {name: (arrays[f"{i}/mean"], arrays[f"{i}/variance"]) for i, name in enumerate(head["layers"])}
     except KeyError as error:
@@ -69,16 +74,16 @@ def write_part(path: Path, layers: Sequence[BatchNorm], measured: Measurement, m
     }
     arrays: dict[str, Any] = {}
     for i, tally in enumerate(measured.tallies):
-        arrays |= {f"{i}/{name}": np.asarray(getattr(tally.moments, name)) for name in MOMENTS}
+        arrays |= packed(tally.moments, str(i))
         arrays[f"{i}/batches"] = tally.batches
-    _write(path, head, arrays)
+    write_arrays(path, head, arrays)
 
 
 def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Measurement, Method]:
     """All parts together. UsageError unless they are just the parts of one measurement of this model."""
     if not paths:
         raise UsageError("name the files that the parts were written to")
-    found = [_read(path, PART) for path in paths]
+    found = [read_arrays(path, PART) for path in paths]
     first, model = found[0][0], fingerprint(layers)
     seen: dict[int, Path] = {}
     for path, (head, _) in zip(paths, found, strict=True):
@@ -100,21 +105,32 @@ def read_parts(paths: Sequence[Path], layers: Sequence[BatchNorm]) -> tuple[Meas
     for i, layer in enumerate(layers):
         total = method.start(layer.mean, layer.variance)
         for arrays in in_order:
-            values = {name: arrays[f"{i}/{name}"] for name in MOMENTS}
-            moments = Moments(**{name: value if value.ndim else value.item() for name, value in values.items()})
-            total = total + Accumulator(moments, arrays[f"{i}/batches"], total.running)
+            total = total + Accumulator(unpacked(arrays, str(i)), arrays[f"{i}/batches"], total.running)
         tallies.append(total)
     samples, batches = (sum(head[key] for head, _ in found) for key in ("samples", "batches"))
     return Measurement(tallies, samples, batches), method
 
 
-def _write(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
+def packed(moments: Moments, name: str) -> dict[str, Any]:
+    """As arrays of a file."""
+    return {f"{name}/{field}": np.asarray(getattr(moments, field)) for field in MOMENTS}
+
+
+def unpacked(arrays: Mapping[str, Any], name: str) -> Moments:
+    """What `packed` made arrays of."""
+    values = {field: arrays[f"{name}/{field}"] for field in MOMENTS}
+    return Moments(**{field: value if value.ndim else value.item() for field, value in values.items()})
+
+
+def write_arrays(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """A file of arrays and what they are. head: with `schema`."""
     with replacing(path) as (part,), open(part, "wb") as file:
         np.savez(file, head=np.array(json.dumps({"schema": head["schema"], "bnfold": __version__} | head)), **arrays)
 
 
-def _read(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    what = "the old statistics of a recalibrated model" if schema == OLD else "what a part of the data gave (--stats)"
+def read_arrays(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_arrays` wrote. DataError for a file of another schema."""
+    what = WHAT[schema]
     if why := unreadable(path):
         raise DataError(f"{path}: {why}; it should hold {what}")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from bnfold.model import Extract, Model, Stream
 from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS
 from .graph.extract import extract, reads
+from .graph.identity import identity, stored_tensors
 from .graph.inline import inlined
 from .graph.inputs import inputs
 from .graph.proto import self_contained
@@ -63,17 +63,9 @@ class OnnxModel(Model):
 
     @cached_property
     def roundoff(self) -> float:
-        kinds = {t.dtype for t in self._weights().values() if t.dtype in FLOATS}
+        kinds = {t.dtype for t in stored_tensors(self.model).values() if t.dtype in FLOATS}
         kinds |= {v.dtype for v in (*self.model.graph.inputs, *self.model.graph.outputs) if v.dtype in FLOATS}
         return max((roundoff(kind.numpy()) for kind in kinds), default=2.0**-24)
-
-    def _weights(self) -> dict[ir.Value, ir.TensorProtocol]:
-        """Every stored tensor, those of subgraphs and of Constant nodes too."""
-        found = {}
-        for graph in all_graphs(self.model.graph):
-            values = (*graph.initializers.values(), *(v for node in graph for v in node.outputs))
-            found.update({v: tensor for v in values if (tensor := held_tensor(v)) is not None})
-        return found
 
     @property
     def holds_batchnorm(self) -> bool:
@@ -81,19 +73,10 @@ class OnnxModel(Model):
 
     def size(self) -> tuple[int, int]:
         operators = sum(node.op_type != "Constant" for node in all_nodes(self._inlined.graph))
-        return operators, sum(tensor.nbytes for tensor in self._weights().values())
+        return operators, sum(tensor.nbytes for tensor in stored_tensors(self.model).values())
 
     def identity(self) -> str:
-        """The same for two models of the same operators, with the same attributes, and the same numbers, whatever their names."""
-        digest = hashlib.sha256()
-        for node in all_nodes(self.model.graph):
-            digest.update(f"{node.domain}:{node.op_type}:{len(node.inputs)}:{len(node.outputs)}".encode())
-            for name in sorted(node.attributes):
-                made = ir.to_proto(node.attributes[name])
-                digest.update(made.SerializeToString(deterministic=True) if not made.HasField("g") else name.encode())
-        for tensor in self._weights().values():
-            digest.update(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes())
-        return digest.hexdigest()
+        return identity(self.model)
 
     @property
     def specs(self) -> list[InputSpec]:
@@ -140,7 +123,7 @@ class OnnxModel(Model):
         """The model with one in twelve of its weights moved to the next stored number, up or down (see MOVED)."""
         copy = OnnxModel(self.model.clone())
         rng, names = np.random.default_rng(seed), moving(self.model)
-        for value, tensor in copy._weights().items():
+        for value, tensor in stored_tensors(copy.model).items():
             array = tensor.numpy()
             if tensor.dtype not in FLOATS or value.name not in names:
                 continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
 from bnfold.algebra.rounding import roundoff
@@ -141,17 +138,7 @@ class TorchModel(Model):
         return size_of(self.traced.program) if "traced" in vars(self) else None
 
     def identity(self) -> str:
-        """The same for two models of the same operators, with the same arguments, and the same numbers, whatever their names."""
-        digest, program = hashlib.sha256(), self.traced.program
-        for op in program.graph.nodes:
-            if op.op == "call_function":
-                rest = [each for each in (*op.args, *op.kwargs.items()) if not isinstance(each, Op)]
-                digest.update(f"{op.target}{rest}".encode())
-        for tensor in (*program.state_dict.values(), *program.constants.values()):
-            if isinstance(tensor, Tensor):
-                found = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + found.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return self.traced.identity()
 
     @property
     def specs(self) -> list[InputSpec]:

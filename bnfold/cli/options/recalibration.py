@@ -91,6 +91,7 @@ class Measuring:
     )
     accept_harm: bool = option("--accept-harm", "Write the model even where the scores say that it was harmed.")
     force_random: bool = option("--force-random", "Measure on random numbers, which no trained network has seen; with --method.", DATA)
+    resume: Path | None = option("--resume", "Keep what is measured, stage by stage, and go on from what is kept there.", DATA, "DIR")
     memory_budget: int = option(
         "--memory-budget",
         "Activations held in memory before they spill to disk.",
@@ -105,7 +106,9 @@ class Measuring:
         """What the options say, as arguments of `api.recalibrate`, or of `api.measure_part`."""
         found = {"method": self.calibrating.chosen(), **self.choosing.settings()}
         if not of_part:
-            return found | {"until": self.calibrating.until, "memory_budget": self.memory_budget}
+            return found | {"until": self.calibrating.until, "memory_budget": self.memory_budget, "resume": self.resume}
+        if self.resume is not None:
+            raise UsageError("--resume keeps what all data give, and --shard measures a part of them, whose file is that; leave one out")
         if self.calibrating.until is not None:
             raise UsageError("--until looks at all data, and --shard measures a part of them; leave one out")
         return found

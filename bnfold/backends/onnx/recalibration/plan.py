@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from bnfold.recalibration.plan import Select, StagePlan, every
 from bnfold.recalibration.protocol import BatchNorm, Reading
 
 from ..graph.constants import Constants
+from ..graph.identity import identity
 from ..graph.inline import inlined
 from ..graph.inputs import inputs
 from ..graph.sequences import Sequences
@@ -139,15 +140,17 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
     def weights(self, convolution: ir.Node) -> Pointwise:
         return operations.pointwise(convolution, self.constants)
 
-    def stages(self, own: bool = False) -> Iterator[OnnxStage]:
+    def stages(self, own: bool = False, done: int = 0, known: Mapping[str, np.dtype[Any]] | None = None) -> Iterator[OnnxStage]:
         values = itertools.chain(self.model.graph.inputs, *(node.outputs for node in self.model.graph))
         types = {value.name or "": self._shapes.dtype(value) for value in values}
         self._kinds = {name: dtype.value for name, dtype in types.items() if dtype is not None}
-        self._measured: dict[ir.Node, list[npt.NDArray[Any]]] = {}
+        self._kinds |= {name: ir.DataType.from_numpy(dtype).value for name, dtype in (known or {}).items()}
+        set_already = [call for part in self._cuts[:done] for call in part.calls if call.layer in self.statistics]
+        self._measured: dict[ir.Node, list[npt.NDArray[Any]]] = {call.node: self.statistics[call.layer] for call in set_already}
         empty = [[np.empty(shape, dtype) for dtype, shape in self.forms(layer)] for layer in range(len(self.layers))]
         self._given = {call.node: (i, empty[call.layer]) for i, call in enumerate(self.calls)} if own else {}
         lacking = []
-        for stage in super().stages(own):
+        for stage in super().stages(own, done):
             assert isinstance(stage, OnnxStage)
             yield stage
             lacking += [stage.lacks] * bool(stage.lacks)
@@ -164,6 +167,9 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
         return OnnxStage(self.model, part, readings, self._measured, self._kinds, self.provider, self._given)
 
     # --- the model ------------------------------------------------------------------------------------------------------------
+
+    def identity(self) -> str:
+        return identity(self.model)
 
     @property
     def specs(self) -> list[InputSpec]:

@@ -6,6 +6,7 @@ are dynamic where the model lets them be; where it doesn't, the batch alone, and
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,19 @@ class Traced:
     def runnable(self) -> ExportedProgram:
         """The program that computes by itself what the model does."""
         return self.program if self.exported is None else self.exported
+
+    def identity(self) -> str:
+        """The same for two models of the same operators, with the same arguments, and the same numbers, whatever their names."""
+        digest, program = hashlib.sha256(), self.program
+        for op in program.graph.nodes:
+            if op.op == "call_function":
+                rest = [each for each in (*op.args, *op.kwargs.items()) if not isinstance(each, torch.fx.Node)]
+                digest.update(f"{op.target}{rest}".encode())
+        for tensor in (*program.state_dict.values(), *program.constants.values()):
+            if isinstance(tensor, Tensor):
+                found = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + found.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def others(self) -> list[Traced]:

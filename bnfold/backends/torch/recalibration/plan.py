@@ -201,6 +201,9 @@ class TorchPlan(StagePlan[Op, Op]):
 
     # --- the model ------------------------------------------------------------------------------------------------------------
 
+    def identity(self) -> str:
+        return self._traced.identity()
+
     @property
     def specs(self) -> list[InputSpec]:
         return self._traced.specs
