@@ -185,12 +185,12 @@ def restore(model: M, before: str | Path | Mapping[str, Any], *, example: Any = 
     before: the file that the command line kept beside a recalibrated model, or a report's `before`. Raises DataError where it is another
     model's.
     """
-    from .recalibration import recalibrate as calibration
+    from .recalibration import parts
     from .recalibration import statistics_file as kept_statistics
 
     old = kept_statistics.read(Path(before)) if isinstance(before, (str, Path)) else before
     opened = backends.open_model(model, example)
-    fresh, names = calibration.restore(opened, old)
+    fresh, names = parts.restore(opened, old)
     return made(opened, fresh), names
 
 

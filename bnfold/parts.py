@@ -38,12 +38,13 @@ def measure_part(
     where the parts would not add up to the whole: in lockstep, what stands behind a BatchNorm depends on all data; a moving average on
     their order.
     """
+    from .recalibration import parts as parts_of
     from .recalibration import recalibrate as calibration
     from .recalibration.methods import method as chosen
 
     opened = backends.open_model(model, example)
     target = calibration.Target(layers, skip_layers, freeze, place(opened, provider, device))
-    return calibration.measure_part(
+    return parts_of.measure_part(
         opened, batches, chosen(method), target, part, Path(path), batch_size=batch_size, samples=samples, progress=told(progress)
     )
 
@@ -61,8 +62,9 @@ def merge_parts(
 
     UsageError unless each part is there once, and measured on this model.
     """
+    from .recalibration import parts as parts_of
     from .recalibration import recalibrate as calibration
 
     opened = backends.open_model(model, example)
-    fresh, report = calibration.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
+    fresh, report = parts_of.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
     return made(opened, fresh), report
