@@ -17,6 +17,11 @@ def test_a_mutated_file_is_right_or_refused(first: int) -> None:
     assert sum(text.startswith("ModelError: ") for text in became) > 10, became
 
 
+def test_a_file_that_would_end_the_process_is_refused() -> None:
+    """A block of 2**62, by whose square ONNX Runtime divides."""
+    assert "its blocksize is 4611686018427387904" in tried(500_096).became
+
+
 @pytest.mark.slow
 def test_thousands_of_mutated_files_are_right_or_refused() -> None:
     assert [seed for seed in range(100_000, 103_000) if tried(seed).problem] == []

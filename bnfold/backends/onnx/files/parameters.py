@@ -39,6 +39,9 @@ def troubles(op_type: str, values: dict[str, Any], dims: list[Dims | None], vers
     elif op_type == "Transpose" and "perm" in values:
         if sorted(values["perm"]) != list(range(len(values["perm"]))):
             yield f"its perm {list(values['perm'])} is no order of axes"
+    elif op_type in ("DepthToSpace", "SpaceToDepth"):
+        if not 1 <= values.get("blocksize", 1) <= 1 << 16:  # ONNX Runtime divides by its square, which may come to 0
+            yield f"its blocksize is {values['blocksize']}"
     elif op_type == "Einsum":
         left = values.get("equation", "").partition("->")[0]
         if len(left.split(",")) != len(dims):
