@@ -16,6 +16,12 @@ def unary(f: Callable[[Array], Array]) -> Run:
     return lambda _, xs: f(xs[0])
 
 
+def clamp(params: dict[str, Array], xs: list[Array]) -> Array:
+    """What lies outside of two bounds becomes the nearer one."""
+    ends = params["low"], params["high"]
+    return np.minimum(np.maximum(xs[0], np.minimum(*ends)), np.maximum(*ends))
+
+
 def windows(x: Array, *kernel: int) -> Array:
     """Windows over the last axes, one after the other: [..., *positions, *kernel]."""
     axes = tuple(range(x.ndim - len(kernel), x.ndim))

@@ -15,6 +15,7 @@ from specimen_operators import (
     Array,
     Run,
     affine,
+    clamp,
     contraction,
     conv,
     conv_transpose,
@@ -141,6 +142,7 @@ def undoes(fill: float) -> Callable[[list[Affine]], bool]:
 GAIN = np.array([0.5, 2.0, 1.5]).reshape(1, 3, 1, 1)
 MEAN = np.array([0.3, -1.0, 0.8]).reshape(1, 3, 1, 1)
 IMAGE = (2, 3, 4, 6)
+ONES = (1, 1, 1, 1)
 SPACE = (2, 3)
 
 
@@ -205,6 +207,18 @@ SPECIMENS = [
         {"mixes": (2,), "drops": True, "strict": True},
     ),
     # stretchings
+    Specimen("two bounds", "Clamp", [IMAGE], clamp, always, always, {"limit": 1e30}, {"low": ONES, "high": ONES}),
+    Specimen(
+        "one bound",
+        "Clamp",
+        [IMAGE],
+        clamp,
+        always,
+        always,
+        {"limit": 1e30},
+        {"low": ONES, "high": ONES},
+        given={"low": 0.0, "high": 1e30},
+    ),
     Specimen("relu", "Relu", [IMAGE], unary(lambda x: np.maximum(x, 0)), both(increasing, unshifted), each(increasing, unshifted)),
     Specimen(
         "leaky", "Relu", [IMAGE], unary(lambda x: np.where(x > 0, x, -0.3 * x)), both(increasing, unshifted), each(increasing, unshifted)

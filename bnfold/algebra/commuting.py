@@ -71,6 +71,45 @@ def _looked_up(node: Node, a: Affine, here: str, there: str) -> Affine:
     return a.map(lambda c: c.reshape(*c.shape[:axis], *(1,) * new, *c.shape[axis + old :]))
 
 
+def clamp_up(node: Node, a: Affine) -> list[Step]:
+    """a(clamp(x; l, h)) = clamp(a(x); a(l), a(h)) if s > 0, with the bounds swapped if s < 0; and both are t where s = 0."""
+    ends = [_mapped(a, bound) for bound in _bounds(node)]
+    return [Step([a], _rebounded(node, np.minimum(*ends), np.maximum(*ends)))]
+
+
+def clamp_down(node: Node, maps: list[Affine]) -> list[Step]:
+    """clamp(a(x); l, h) = a(clamp(x; b(l), b(h))) with b the inverse of a; where s = 0, it is the constant clamp(t; l, h)."""
+    a, (low, high) = maps[0], _bounds(node)
+    still = a.scale == 0
+    with np.errstate(over="ignore"):
+        inverse = Affine(1 / np.where(still, 1.0, a.scale), np.where(still, 0.0, -a.shift / np.where(still, 1.0, a.scale)))
+    ends = [_mapped(inverse, bound) for bound in (low, high)]
+    out = Affine(a.scale, np.where(still, np.clip(a.shift, low, high), a.shift))
+    return [Step([out], _rebounded(node, np.minimum(*ends), np.maximum(*ends)))]
+
+
+def _bounds(node: Node) -> tuple[Array, Array]:
+    """A clamp's bounds as they are by now; infinite where there is none, which the largest number of the type stands for."""
+    limit = node.attrs["limit"]
+    ends = [node.params[role].read() for role in ("low", "high")]
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    return np.where(low <= -limit, -np.inf, low), np.where(high >= limit, np.inf, high)
+
+
+def _mapped(a: Affine, bound: Array) -> Array:
+    """A bound, which may be infinite, behind a map."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(a.scale == 0, a.shift, a.scale * bound + a.shift)
+
+
+def _rebounded(node: Node, low: Array, high: Array) -> dict[str, Affine]:
+    limit = node.attrs["limit"]
+    bounds = {"low": np.clip(low, -limit, limit), "high": np.clip(high, -limit, limit)}
+    if (why := node.attrs.get("clips")) and any((c != node.params[role].read()).any() for role, c in bounds.items()):
+        raise Blocked(why)
+    return {role: Affine(np.zeros(()), c) for role, c in bounds.items()}
+
+
 def sum_up(node: Node, a: Affine) -> list[Step]:
     """s*sum(x) + t = sum(s*x + t/n)."""
     return [Step([_shared_out(node, commutes().up(node, a), lambda shift, n: shift / n)])]

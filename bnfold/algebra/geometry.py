@@ -51,9 +51,25 @@ def pointwise(ctx: Lowering, op: Op, kind: str, *inputs: Ref, **attrs: Any) -> N
 
 
 def clip(ctx: Lowering, op: Op, x: Ref, low: float | None, high: float | None) -> None:
-    if low != 0 or (high is not None and high < 3.4e38):
-        raise Blocked("it clips at a bound other than zero")
-    pointwise(ctx, op, "Relu", x)
+    """bounds: None and infinite ones are none."""
+    rectifies = low == 0 and (high is None or high >= 3.4e38)
+    kind = {} if rectifies else {"why": "it clips at a bound other than zero"}
+    bounds = (-np.inf if low is None else low, np.inf if high is None else high)
+    pointwise(ctx, op, "Relu" if rectifies else "Barrier", x, bounds=bounds, **kind)
+
+
+def bounds_of(ctx: Lowering, op: Op, refs: Sequence[Ref], *, above: bool) -> dict[str, Any]:
+    """What a maximum or minimum (above) of two states besides, where one of them is a constant that doesn't make the other larger."""
+    constants = [ctx.is_constant(ref) for ref in refs]
+    if len(refs) != 2 or sum(constants) != 1:
+        return {}
+    c, x = ctx.const(refs[constants.index(True)]), ctx.value(refs[constants.index(False)])
+    if c is None or x.sizes is None or c.ndim > len(x.sizes):
+        return {}
+    c = c.reshape((1,) * (len(x.sizes) - c.ndim) + c.shape)
+    if any(n not in (1, own) for n, own in zip(c.shape, x.sizes, strict=True)):
+        return {}
+    return {"bounds": (-np.inf, c) if above else (c, np.inf)}
 
 
 # --- along axes --------------------------------------------------------------------------------------------------------------------

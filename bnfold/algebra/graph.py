@@ -212,8 +212,8 @@ class Graph:
         return max(behind.values(), default=0)
 
     def updates(self) -> Iterator[tuple[Node, str, Param]]:
-        """Every parameter that awaits an update."""
-        for node in self.nodes:
+        """Every parameter that awaits an update; a clamp's bounds are none: another operator takes its place (see `folding.clamps`)."""
+        for node in (node for node in self.nodes if node.op != "Clamp"):
             for role, param in node.params.items():
                 if param.update is not None:
                     yield node, role, param

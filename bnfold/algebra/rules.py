@@ -38,6 +38,8 @@ RULES: dict[str, Rule] = {
     "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise; of one element any map
     # stretchings cross
     "Relu": STRETCHING,  # relu(s*x) = s*relu(x) if s >= 0; leaky, parametric, absolute value, L1 and L2 norms
+    # any map crosses, and the bounds move along; on request, since a clamp with bounds for each channel is another operator
+    "Clamp": Rule(commuting.clamp_up, commuting.clamp_down),  # a(clamp(x; l, h)) = clamp(a(x); a(l), a(h))
     # maps that fix the fill cross
     "Pad": Rule(commuting.fill_up, commuting.fill_down),  # a(pad(x, v)) = pad(a(x), a(v)); average pooling that counts its zeros
     # several activations

@@ -60,7 +60,7 @@ class Setting(NamedTuple):
 
 Stated = Callable[[], Settings]
 # Of these all that they are is in their coefficients and their attributes, whatever they are called.
-SAID_BY_COEFFICIENTS = {"Affine", "Contraction", "Table", "Constant"}
+SAID_BY_COEFFICIENTS = {"Affine", "Clamp", "Contraction", "Table", "Constant"}
 COMMUTATIVE = {"Add", "Mul", "Mean", "Maximum"}
 
 

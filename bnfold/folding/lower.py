@@ -31,7 +31,8 @@ class Written:
     @property
     def said(self) -> str:
         """What it is written as."""
-        return "written as a depthwise convolution" if "weight" in self.constants else f"written as {' and '.join(self.constants)}"
+        names = "a depthwise convolution" if "weight" in self.constants else " and ".join(self.constants)
+        return f"written as {names or 'nothing'}"
 
 
 def lower(graph: Graph, outcomes: Iterable[Outcome], how: Lowering, may: Callable[[Site], bool]) -> tuple[list[Outcome], list[Written]]:

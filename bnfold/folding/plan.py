@@ -14,6 +14,7 @@ from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
+from .clamps import clamped, free, joined
 from .equalise import equalise as equalise_ranges
 from .lower import Written, lower
 from .options import PLAIN, FoldOptions
@@ -133,6 +134,8 @@ def plan(
     other operators in the place of a site's."""
     graph.one_scale = "--keep-per-tensor leaves it one" if options.keep_per_tensor else ""
     affine = [node for site in graph.sites for node in site.nodes]
+    if options.clamps:
+        free(graph)
     outcomes = fold(graph, clone=options.clone)
     merges = merge(graph, may) if may is not None else []
     into_host = {m.branch: m.host for m in merges if m.branch is not None}
@@ -141,9 +144,10 @@ def plan(
     left = set(graph.nodes)
     removed = tuple(node for node in affine if node not in left and node not in into_host)
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
-    written: list[Written] = []
+    written = list(clamped(graph))
     if options.lower is not None:
-        outcomes, written = lower(graph, outcomes, options.lower, replaceable)
+        outcomes, lowered = lower(graph, outcomes, options.lower, replaceable)
+        written += lowered
     return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), tuple(scaled), tuple(written))
 
 
@@ -169,6 +173,8 @@ def normal_form(
     for node in [n for n in graph.nodes if n.op == "Identity" and len(n.inputs) == len(n.outputs) == 1]:
         graph.bypass(node)  # it may stand in the way of a merge
     planned = plan(graph, options)
+    if options.clamps:
+        joined(graph)
     left = set(graph.nodes)
     ends = {name: graph.end(value, left) for name, value in outputs.items()}
     narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))

@@ -56,7 +56,7 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
         mine, theirs = np.abs(want), np.zeros(())
     else:
         param, other = a.params[role], b.params[its_role]
-        if not has(a, role) and not has(b, its_role):
+        if not has(a, role) and not has(b, its_role) and param.default == other.default:
             return None
         want, have, mine, theirs = param.read(), other.read(), _magnitude(param), _magnitude(other)
         order = order_of_axes(a, b) if a.op == b.op == "Contraction" and role == its_role == "weight" else None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress
 
 RANDOM = "random data"
-CLONED = FoldOptions(clone=True)
+OTHERWISE = (FoldOptions(clone=True), FoldOptions(clamps=True))  # what may have been done besides folding
 
 
 def verify(
@@ -199,7 +199,8 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     try:
         found = correspond(both.reference.plan(), both.candidate.plan())
         if found.unpaired:
-            found = correspond(both.reference.plan(CLONED), both.candidate.plan(CLONED))
+            ways = (correspond(both.reference.plan(how), both.candidate.plan(how)) for how in OTHERWISE)
+            found = next((each for each in ways if not each.unpaired), found)
     except UnsupportedError as error:
         return Coefficients("skipped", reason=str(error)), None
     return found.report(), found

@@ -160,7 +160,7 @@ def test_every_operator_of_the_cases_is_lowered_to_a_row() -> None:
     from bnfold.backends.onnx.lowering.table import lower
 
     found = {node.op for case in ALL for node in lower(onnx_ir.from_proto(case.build())).nodes}
-    assert found - {"Barrier"} == set(RULES)
+    assert found - {"Barrier"} == set(RULES) - {"Clamp"}  # which a Relu becomes on request
 
 
 def test_every_onnx_operator_is_in_a_case() -> None:

@@ -24,7 +24,7 @@ from .graph.constants import Constants
 from .graph.edit import idle, inner_first, is_read
 from .graph.quantised import dequantised, remade
 from .graph.quantised import quantised as stated
-from .graph.walk import all_graphs, arg, nbytes, opset
+from .graph.walk import all_graphs, nbytes, opset
 from .lowering.lowering import OnnxNative
 from .operators import add_behind, put
 
@@ -136,9 +136,7 @@ class _Writer:
     def _write_in_place(self, written: Written) -> None:
         """Put operators in the place of another one, which is still to be taken out."""
         native: OnnxNative = written.node.native
-        dtype = (
-            self.constants.dtype(arg(native.node, 1)) or native.dtype
-        )  # coefficients may be of a wider type than the data, which then are cast
+        dtype = written.node.attrs.get("mixed") or native.dtype
 
         def initializer(name: str, exact: Array) -> ir.Value:
             array = rounded(exact, dtype)

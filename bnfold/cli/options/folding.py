@@ -29,6 +29,9 @@ class Folding:
     keep_per_tensor: bool = option(
         "--keep-per-tensor", "Leave a BatchNorm where its fold would make a quantised weight's one scale one for each channel.", FOLDING
     )
+    clamps: bool = option(
+        "--clamps", "Let BatchNorms pass a ReLU or another clip, which becomes a maximum with a bound for each channel.", FOLDING
+    )
     equalise: bool = option(
         "--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.", FOLDING
     )

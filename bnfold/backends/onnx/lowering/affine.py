@@ -52,6 +52,8 @@ def batchnorm(ctx: OnnxLowering, node: ir.Node) -> None:
         note="its file says spatial=0, but its parameters are one per channel: read as spatial=1" if odd else "",
         refusal=refusal,
     )
+    wide, own = ctx.constants.dtype(arg(node, 1)), ctx.shapes.dtype(x)
+    ctx.nodes[-1].attrs["mixed"] = wide if own in FLOATS and wide != own else None  # coefficients of a wider type than the data
 
 
 def _inferred(ctx: OnnxLowering, node: ir.Node) -> int:

@@ -65,7 +65,17 @@ def clip(ctx: OnnxLowering, node: ir.Node) -> None:
     low, high = ctx.static(node, "min", 1, [-np.inf]), ctx.static(node, "max", 2, [np.inf])
     if low is None or high is None:
         raise Blocked("its bounds are computed")
-    geometry.clip(ctx, node, arg(node), low[0], high[0])
+    _clips(ctx, node, arg(node), low[0], high[0])
+
+
+def relu(ctx: OnnxLowering, node: ir.Node) -> None:
+    _clips(ctx, node, arg(node), 0.0, None)
+
+
+def _clips(ctx: OnnxLowering, node: ir.Node, x: ir.Value, low: float, high: float | None) -> None:
+    geometry.clip(ctx, node, x, low, high)
+    if ctx.opset < 8:
+        ctx.nodes[-1].attrs["clips"] = "before opset 8 a Max doesn't broadcast"
 
 
 def prelu(ctx: OnnxLowering, node: ir.Node) -> None:
@@ -178,9 +188,10 @@ def _other(ctx: OnnxLowering, node: ir.Node) -> ir.Value:
 
 def maximum(ctx: OnnxLowering, node: ir.Node) -> None:
     if rectifies(ctx, node):
-        pointwise(ctx, node, "Relu", _other(ctx, node))
+        _clips(ctx, node, _other(ctx, node), 0.0, None)
     else:
-        several("Maximum")(ctx, node)
+        given = [v for v in node.inputs if v is not None]
+        pointwise(ctx, node, "Maximum", *given, **geometry.bounds_of(ctx, node, given, above=node.op_type == "Min"))
 
 
 def where(ctx: OnnxLowering, node: ir.Node) -> None:

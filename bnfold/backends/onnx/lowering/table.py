@@ -34,8 +34,7 @@ OPERATORS: dict[str, Lower] = {
     # several activations
     "Sum": several("Add"),
     "Mean": several("Mean"),
-    "Max": commuting.maximum,
-    "Min": several("Maximum"),
+    **dict.fromkeys(("Max", "Min"), commuting.maximum),
     "Where": commuting.where,
     # any map crosses
     "Identity": commuting.identity,
@@ -49,7 +48,8 @@ OPERATORS: dict[str, Lower] = {
     **dict.fromkeys(("MaxPool", "GlobalMaxPool"), windowed("Max")),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), reduced("Max")),
     # stretchings
-    **dict.fromkeys(("Relu", "LeakyRelu", "Abs"), elementwise("Relu")),
+    "Relu": commuting.relu,
+    **dict.fromkeys(("LeakyRelu", "Abs"), elementwise("Relu")),
     "PRelu": commuting.prelu,
     "Clip": commuting.clip,
     **dict.fromkeys(("LpPool", "GlobalLpPool"), windowed("Relu")),

@@ -11,6 +11,7 @@ from bnfold.algebra.graph import Param
 
 from ..export.walk import arguments, is_float, operator_name
 from .lowering import Lower, TorchLowering, each, first
+from .module_host import ModuleHost
 from .movement import mirror
 from .places import Slot
 
@@ -33,7 +34,21 @@ def dropout(ctx: TorchLowering, op: Op) -> None:
 def clamp(ctx: TorchLowering, op: Op) -> None:
     given = arguments(op)
     low, high = (given.get(name, given.get(f"{name}_val")) for name in ("min", "max"))
-    geometry.clip(ctx, op, first(op), *(None if isinstance(bound, Op) else bound for bound in (low, high)))
+    if any(isinstance(bound, Op) for bound in (low, high)):
+        raise Blocked("its bounds are computed")
+    _clips(ctx, op, low, high)
+
+
+def relu(ctx: TorchLowering, op: Op) -> None:
+    _clips(ctx, op, 0.0, None)
+
+
+def _clips(ctx: TorchLowering, op: Op, low: float | None, high: float | None) -> None:
+    if not is_float(first(op)):
+        raise Blocked("its input isn't floating point")
+    geometry.clip(ctx, op, first(op), low, high)
+    if isinstance(ctx.host, ModuleHost):
+        ctx.nodes[-1].attrs["clips"] = ctx.host.why_not_replaced(op)
 
 
 def threshold(ctx: TorchLowering, op: Op) -> None:
@@ -141,7 +156,8 @@ def maximum(ctx: TorchLowering, op: Op) -> None:
     given = [value for value in arguments(op).values() if isinstance(value, Op)]
     if len(given) != 2:
         raise Blocked("it compares with a number")
-    pointwise(ctx, op, "Maximum", *given)
+    bounds = {} if operator_name(op)[0] == "f" else geometry.bounds_of(ctx, op, given, above=operator_name(op) == "minimum")
+    pointwise(ctx, op, "Maximum", *given, **bounds)
 
 
 def cast(ctx: TorchLowering, op: Op) -> None:

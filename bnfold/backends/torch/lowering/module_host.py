@@ -20,12 +20,13 @@ from bnfold.algebra.layouts import AS_STORED
 from ..export.call import Call
 from ..export.constants import ProgramConstants
 from ..export.copies import duplicate
-from ..export.walk import arguments, frame, frames, operator_name, value_of
+from ..export.walk import arguments, frame, frames, mutates, operator_name, value_of, viewed
 from ..writing.checks import WITH_BIAS, Check, bias_check, passed
 from ..writing.derived import Derived, derived
 from .places import Place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CLIPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 COMPUTED = re.compile(r"(?:(?P<owner>.*)\.)?parametrizations\.(?P<attribute>\w+)\.(?:original\d*|\d+\..*)")
 HOOKS = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
 
@@ -228,6 +229,20 @@ class ModuleHost:
                     ends = self._constants.ends(user) if self._constants.is_constant(user) else [(user, node)]
                     found.setdefault(named.target, []).extend(ends)
         return found
+
+    # --- a clip that becomes another module ------------------------------------------------------------------------------------------
+
+    def why_not_replaced(self, op: Node) -> str:
+        """Why no other module can stand in the place of the one whose call clips, "" where one can."""
+        module = self._modules.get(frame(op))
+        if not isinstance(module, CLIPS):
+            return "the code calls it as a function"
+        if len(self.inside(frame(op))) > 1 or len(self._names[id(module)]) > 1:
+            return "the code calls its module in several places"
+        x = op.all_input_nodes[0]
+        if getattr(module, "inplace", False) and not (mutates(op) and len(x.users) == 1 and viewed(x) is None):
+            return "it writes into what others may read"
+        return ""
 
     # --- a bias that isn't there yet -------------------------------------------------------------------------------------------------
 

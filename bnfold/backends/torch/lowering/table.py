@@ -58,7 +58,8 @@ OPERATORS: dict[str, Lower] = {
     **dict.fromkeys(("amax", "amin", "max", "min"), reduced("Max")),
     **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), commuting.maximum),
     # stretchings
-    **dict.fromkeys(("relu", "leaky_relu", "abs"), elementwise("Relu")),
+    "relu": commuting.relu,
+    **dict.fromkeys(("leaky_relu", "abs"), elementwise("Relu")),
     **dict.fromkeys(("prelu", "_prelu_kernel"), commuting.prelu),
     "rrelu": commuting.rrelu,
     **dict.fromkeys(("clamp", "clamp_min", "hardtanh"), commuting.clamp),

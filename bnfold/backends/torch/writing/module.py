@@ -34,14 +34,14 @@ from .surgery import FIRST, Surgery, owner_of, restructure
 class Fold:
     """What is folded on one path through a module: its planned graph, and how the BatchNorms that fold are taken out.
 
-    written: those in whose place there are operators from now on, with what these are.
+    written: the modules in whose place there are operators from now on, with what these are.
     """
 
     ctx: TorchLowering
     graph: Graph
     removed: Mapping[Site, Removal]
     merges: Sequence[Merge]
-    written: Mapping[Site, Written]
+    written: Mapping[str, Written]
 
     def updates(self) -> Iterator[Update]:
         for node, role, param in self.graph.updates():
@@ -123,16 +123,15 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for site, removal in (each for fold in folds for each in fold.removed.items()):
         if removal.path is not None:
             surgery.replaced[removal.path] = list(removal.kept)
-            if (written := next((fold.written[site] for fold in folds if site in fold.written), None)) is not None:
-                surgery.operators[removal.path] = {role: list(array.shape) for role, array in written.constants.items()}
-                inner = f"{removal.path}.{FIRST}" if removal.kept else removal.path
-                dtype = NUMPY[written.node.attrs.get("mixed") or written.node.native.dtype]
-                for role, array in written.constants.items():
-                    rounded_once = array if exact else rounded(array, dtype)
-                    made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(rounded_once))
             copies = any(writes_into_shared(node.native.end, node.native.operands[0]) for node in site.nodes)
             if copies and removal.path not in surgery.copied:
                 surgery.copied.append(removal.path)
+    for path, written in (each for fold in folds for each in fold.written.items()):
+        inner = f"{path}.{FIRST}" if surgery.replaced.setdefault(path, []) else path
+        surgery.operators[path] = {role: list(array.shape) for role, array in written.constants.items()}
+        dtype = NUMPY[written.node.attrs.get("mixed") or written.node.native.dtype]
+        for role, array in written.constants.items():
+            made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(array if exact else rounded(array, dtype)))
     for m in (each for fold in folds for each in fold.merges):
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)

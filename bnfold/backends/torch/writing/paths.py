@@ -66,13 +66,15 @@ class Path:
             sites = into.get(update.node, set()) if update.node not in merged else set()
             found["tensor" if there else "layer", update.place.target] = Edit(update.exact, frozenset(sites))
         for site, removal in self.fold.removed.items():
-            written = self.fold.written.get(site)
-            left: object = removal.kept if written is None else np.concatenate([array.ravel() for array in written.constants.values()])
-            edit = Edit(left, frozenset({plain_name(site.name)}))
+            edit = Edit(removal.kept, frozenset({plain_name(site.name)}))
             if removal.path is not None:
                 found["module", self.host.canonical(removal.path)] = edit
             for name in self.fold.made_identity(removal):
                 found["tensor", name] = Edit(self.fold.left(site), edit.sites)
+        for path, written in self.fold.written.items():
+            sites = into.get(written.node, {plain_name(s.name) for s in self.fold.removed if written.node in s.nodes})
+            numbers = np.concatenate([array.ravel() for array in written.constants.values()])
+            found["module", self.host.canonical(path)] = Edit(numbers, frozenset(sites))
         for m in self.planned.merges:
             if m.branch is not None:
                 found["module", self.host.canonical(frame(m.branch.native.op))] = Edit("merged", frozenset())
@@ -129,8 +131,10 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
             outcome.site.note = ""  # on what its call does once it is folded
     way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
     removed = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
-    written = {modules[each.node]: each for each in planned.written}
-    removed |= {site: ways[site] for site in written}
+    lowered = {modules[each.node] for each in planned.written if each.node in modules}
+    removed |= {site: ways[site] for site in lowered}
+    places = [ways[modules[each.node]].path if each.node in modules else frame(each.node.native.op) for each in planned.written]
+    written = {path: each for path, each in zip(places, planned.written, strict=True) if path}
     return Path(text, planned, Fold(ctx, graph, removed, planned.merges, written))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -130,26 +130,27 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
         if axis is not None:
             per_channel(quantiser, axis)
     for path, kept in surgery.replaced.items():
-        replace(module, path, remains(_at(module, path), kept, path in surgery.copied, surgery.operators.get(path)))
+        first: nn.Module | None = Copy() if path in surgery.copied else None
+        if (shapes := surgery.operators.get(path)) is not None:
+            tensors = (each for owner in (_at(module, path), module) for each in (*owner.parameters(), *owner.buffers()))
+            first = operators(shapes, next(each for each in tensors if each.is_floating_point()))
+        replace(module, path, remains(_at(module, path), kept, first))
     for path, full in surgery.merged.items():
         replace(module, path, Zero(full))
     setattr(module, ATTRIBUTE, surgery)
     return module
 
 
-def remains(module: nn.Module, kept: list[str], copied: bool = False, shapes: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
+def remains(module: nn.Module, kept: list[str], first: nn.Module | None = None) -> nn.Module:
     """What is left of a module without its BatchNorm: an Identity, or those of its own modules that stay, with the module's hooks.
 
-    shapes: of the constants of operators in its place, which are the first then.
-    Hooks find the module's own modules where they were: torch.ao's call a fake quantiser there.
+    first: what stands before those. Hooks find the module's own modules where they were: torch.ao's call a fake quantiser there.
     """
     children = dict(module.named_children())
-    left: nn.Module = Copy() if copied else nn.Identity()
-    if shapes is not None:
-        left = operators(shapes, next(each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()))
+    left = nn.Identity() if first is None else first
     if kept:
-        first = [(FIRST, left)] if copied or shapes is not None else []
-        left = nn.Sequential(OrderedDict([*first, *((name, children[name]) for name in kept)]))
+        before = [] if first is None else [(FIRST, first)]
+        left = nn.Sequential(OrderedDict([*before, *((name, children[name]) for name in kept)]))
     for name, child in children.items() if module._forward_hooks or module._forward_pre_hooks else ():
         if name not in left._modules:
             left.add_module(name, child)
