@@ -119,8 +119,9 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], m
         "--help",
         "--help-all",
         "--install-completion",
+        "--no-deps",
         "--nproc-per-node",
-    }  # torchrun's
+    }  # pip's, torchrun's
 
 
 def test_every_link_leads_somewhere() -> None:

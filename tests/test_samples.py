@@ -1,4 +1,4 @@
-"""The committed sample is what its script makes. The slow test trains it again."""
+"""The committed files are what their script makes, and each sample shows, in short, what its page says. The slow test trains again."""
 
 from __future__ import annotations
 
@@ -6,16 +6,45 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
 import pytest
 from compare import batchnorms, operators
 
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+
+
+def script(name: str, **settings: object) -> ModuleType:
+    """The script of a sample, imported, with constants of its own."""
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    path = SAMPLES / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for setting, value in settings.items():
+        assert hasattr(module, setting)
+        setattr(module, setting, value)
+    return module
+
+
+def page(name: str) -> str:
+    return (SAMPLES / name / "README.md").read_text(encoding="utf-8")
+
+
+def is_on(table: str, name: str) -> bool:
+    """Whether a page has a table with this one's titles and the first words of its rows."""
+    rows = [line.split(" | ")[0] for line in table.splitlines()]
+    return table.splitlines()[0] in page(name) and all(f"\n{row}" in page(name) for row in rows)
+
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return Path(__file__).resolve().parent.parent / "samples" / "digits"
+    return SAMPLES / "digits"
 
 
 def shape(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -65,14 +94,9 @@ def test_the_sample_is_small(folder: Path) -> None:
 def test_the_script_and_the_files_agree_on_the_weights(folder: Path) -> None:
     """Same parameters by name and shape, without training."""
     torch = pytest.importorskip("torch")
-    pytest.importorskip("sklearn")
-    spec = importlib.util.spec_from_file_location("digits_train", folder / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.CALIBRATION == 512
-    network = script.Network()
+    sample = script("digits/train")
+    assert sample.CALIBRATION == 512
+    network = sample.Network()
     with torch.no_grad():
         assert network.eval()(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
@@ -100,59 +124,86 @@ def test_training_again_makes_the_same_data_and_the_same_network(folder: Path, t
     }
 
 
-def test_the_shift_sample_shows_what_recalibration_brings_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In short: fewer steps of training, one shift, two numbers of images."""
-    pytest.importorskip("torch")
-    pytest.importorskip("sklearn")
-    path = Path(__file__).resolve().parent.parent / "samples" / "shift" / "shift.py"
-    spec = importlib.util.spec_from_file_location("shift", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    for name, value in {"SIZES": (16, 128), "SHOWN": (16, 128), "EPOCHS": 4}.items():
-        monkeypatch.setattr(script, name, value)
-    monkeypatch.setattr(script, "SHIFTS", {"contrast": script.SHIFTS["contrast"]})
-    found = script.experiment(1)
-    scores = found["contrast"]["methods"]
-    assert set(scores) == set(script.METHODS)
-    assert scores["exact"][128] > found["contrast"]["as it is"] + 0.2
-    rows = script.table(found).splitlines()
-    assert len(rows) == 2 + len(script.METHODS)
-    assert rows[2].endswith(f"| {scores['exact'][16]:.1%} | {scores['exact'][128]:.1%} |")
-    pytest.importorskip("matplotlib")
-    script.draw(found, tmp_path / "shift.svg")
-    assert "<svg" in (tmp_path / "shift.svg").read_text(encoding="utf-8")
+def test_corruptions_cost_accuracy_and_recalibration_brings_much_of_it_back() -> None:
+    """In short: one network, hardly trained, two corruptions."""
+    sample = script("corruptions/corruptions", EPOCHS=3)
+    for name in set(sample.CORRUPTIONS) - {"contrast", "rotation"}:
+        del sample.CORRUPTIONS[name]
+    by_severity, by_way = sample.experiment(1)
+    ((before, after),) = by_severity["contrast", 5]
+    assert after > before + 0.3
+    ((before, after),) = by_severity["rotation", 5]
+    assert after < before + 0.3  # which it can't mend
+    (uncorrupted,) = by_way["", 10]
+    one, most = (uncorrupted[1 + sample.WAYS.index(("exact", size))] for size in (1, 512))
+    assert most > one + 0.05
+    by_line, by_method = sample.tables(by_severity, by_way).split("\n\n")
+    assert is_on(by_line, "corruptions")
+    assert is_on(by_method, "corruptions")
+
+
+def test_averaged_networks_work_when_aligned_and_measured_afresh() -> None:
+    sample = script("averaging/averaging", EPOCHS=4)
+    alone, as_they_are, in_line = sample.two_networks([32])
+    assert min(alone[1:]) > 0.95
+    assert in_line[2] > max(as_they_are[2], in_line[1]) + 0.15
+    _, *measured = sample.swa()
+    assert min(score for row in measured for score in row[1:]) > 0.95
+    for table in sample.table(sample.TITLES[0], sample.two_networks([])), sample.table(sample.TITLES[1], measured):
+        assert is_on(table, "averaging")
+
+
+def test_aligned_channels_are_the_same_function() -> None:
+    sample = script("averaging/averaging")
+    torch = pytest.importorskip("torch")
+    first, second = sample.Network().eval(), sample.Network().eval()
+    x = torch.rand(16, 1, 8, 8)
+    moved = sample.aligned(first, second, x)
+    torch.testing.assert_close(moved(x), second(x))
+    assert not torch.equal(moved.stem.weight, second.stem.weight)
+
+
+def test_the_branches_of_repvgg_become_a_plain_network(capsys: pytest.CaptureFixture[str]) -> None:
+    script("reparam/reparam", EPOCHS=1).main()
+    shown = capsys.readouterr().out
+    assert "\n| Conv | 10 | 5 |\n" in shown
+    assert "equivalent, compared on 32 samples" in shown
+    assert is_on(shown.split("\n\n")[0], "reparam")
+
+
+def test_a_keras_network_is_recalibrated_folded_and_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "torch":
+        pytest.skip("Keras runs on another back-end")
+    trained, fresh, read = script("keras/keras_digits").main()
+    assert fresh > trained + 0.3
+    assert read == pytest.approx(fresh, abs=0.005)
+
+
+def test_two_processes_measure_what_one_does() -> None:
+    assert max(script("torchrun/processes", METHODS=("exact",)).main(2).values()) < 1e-6
 
 
 def test_the_quantised_sample_shows_what_integers_cost_and_what_brings_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """In short: one network, three bits, one seed, two spreads; the tables are those of its page."""
-    pytest.importorskip("torch")
-    pytest.importorskip("sklearn")
-    path = Path(__file__).resolve().parent.parent / "samples" / "quantised" / "quantised.py"
-    spec = importlib.util.spec_from_file_location("quantised", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     name = "ReLU, depthwise"
-    for attribute, value in {"BITS": (3,), "NETWORKS": {name: script.NETWORKS[name]}, "SPREADS": (0, 2)}.items():
-        monkeypatch.setattr(script, attribute, value)
-    found = script.experiment(1)
+    sample = script("quantised/quantised", BITS=(3,), SPREADS=(0, 2))
+    sample.NETWORKS = {name: sample.NETWORKS[name]}
+    found = sample.experiment(1)
     real, _, folded, equalised, recalibrated = found[name, 3, False][0]
     assert min(equalised, recalibrated) > folded + 0.05
     assert real > 0.9
-    spread = script.spreads(1)
+    spread = sample.spreads(1)
     assert [warned > 0 for _, _, warned, _ in (spread[0][0], spread[2][0])] == [False, True]
     assert spread[0][0][3] > spread[2][0][3] + 0.3
-    prepared = script.recipe(1)
+    prepared = sample.recipe(1)
     before, after = (prepared[way, False][0] for way in ("as it is", "bnfold fuse --equalise"))
     assert before[2]["BatchNormalization"] == 3
     assert after[2] == {}
     assert after[1] > before[1] - 0.02
-    page = path.with_name("README.md").read_text(encoding="utf-8")
-    monkeypatch.setattr(script, "experiment", lambda seeds: found)
-    monkeypatch.setattr(script, "spreads", lambda seeds: spread)
-    monkeypatch.setattr(script, "recipe", lambda seeds: prepared)
-    for table in script.tables(1):
-        assert table.splitlines()[0] in page
+    monkeypatch.setattr(sample, "experiment", lambda seeds: found)
+    monkeypatch.setattr(sample, "spreads", lambda seeds: spread)
+    monkeypatch.setattr(sample, "recipe", lambda seeds: prepared)
+    for table in sample.tables(1):
+        assert table.splitlines()[0] in page("quantised")

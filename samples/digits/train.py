@@ -57,14 +57,14 @@ class Block(nn.Module):
 class Network(nn.Module):
     """Images (N, 1, 8, 8) in [0, 1] to logits (N, 10)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.bn = norm(16)
-        self.block1 = Block(16, 16)
-        self.block2 = Block(16, 32, stride=2)
-        self.block3 = Block(32, 32, groups=32)
-        self.head = nn.Linear(32, 10)
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn = norm(width)
+        self.block1 = Block(width, width)
+        self.block2 = Block(width, 2 * width, stride=2)
+        self.block3 = Block(2 * width, 2 * width, groups=2 * width)
+        self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn(self.stem(x)))
