@@ -2,7 +2,7 @@
 
 It goes to an unnamed file while `overhearing`, so nothing is loose on the terminal. Where the process dies meanwhile, by whatever
 signal, a small helper process that waits for just that writes it to standard error: nothing is lost. (There is none on Windows.)
-Python's own output is meant to stay where it is: the command line gives `sys.stderr` a descriptor of its own (`own_stderr`).
+Python's own output is meant to stay where it is: the command line gives `sys.stderr` a descriptor of its own (`cli/streams.py`).
 
 Descriptors belong to the whole process, which may have threads and fork: see `Switch`.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import logging
 import os
 import re
@@ -24,8 +23,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
-
-from .errors import InputError
 
 MOST = 1 << 16  # bytes that are kept of one hearing, the last ones
 SEVERAL = 200  # hearings that are kept
@@ -227,61 +224,6 @@ def _unsilence(before: str | None) -> None:
 
 
 without_telemetry = Switch(_silence, _unsilence)  # of ONNX Runtime, while it is imported
-
-
-def open_streams() -> None:
-    """Let the standard streams lead nowhere that a process was started without: a file that it opens would take their places."""
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, so this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 - for as long as the process runs
-
-
-def own_stderr() -> None:
-    """Give Python's standard error a descriptor of its own, so that progress goes on while the runtime is overheard.
-
-    It takes whatever is written, though nobody may read it any more, or its disk be full: that is nothing to stop for.
-    """
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        if (before := sys.stderr).fileno() == 2:
-            before.flush()
-            raw = io.BufferedWriter(_Lossy(os.dup(2), "w"))
-            own = sys.stderr = io.TextIOWrapper(raw, before.encoding, before.errors, line_buffering=True)
-
-            def back() -> None:
-                sys.stderr = before
-                own.close()
-
-            atexit.register(back)
-
-
-class _Lossy(io.FileIO):
-    """A file that drops what it can't write."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-@contextlib.contextmanager
-def reader_may_leave(stream: Any) -> Iterator[None]:
-    """Write to a stream whose reader may have left, as in `bnfold ... | head`: nothing is wrong then, and nothing more is read.
-
-    Raises InputError where it can't be written for another reason, such as a full disk.
-    """
-    try:
-        yield
-    except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # what is left in Python's buffer goes there
-        os.close(nowhere)
-        if not isinstance(error, BrokenPipeError):
-            raise InputError(f"the results can't be written ({error.strerror or error}); see to where standard output goes") from None
 
 
 class _Muted:

@@ -11,9 +11,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from typing import Any
 
-from bnfold.capture import COLOUR, NO_TELEMETRY, heard, open_streams, own_stderr, reader_may_leave
+from bnfold.capture import COLOUR, NO_TELEMETRY, heard
 from bnfold.errors import InputError
 from bnfold.text import visible
+
+from .streams import open_streams, own_stderr, reader_may_leave
 
 __all__ = ["main", "run"]
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bnfold.capture import reader_may_leave
 from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
 from bnfold.recalibration.distributed import rank
@@ -22,6 +21,7 @@ from bnfold.report import InputFile, Report
 from bnfold.text import duration, listed, visible
 
 from .options import OUTPUT, option
+from .streams import reader_may_leave
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -351,7 +351,8 @@ def test_debug_shows_what_was_heard(monkeypatch: pytest.MonkeyPatch, here: Path,
 
 CRASH = """
 import os, sys
-from bnfold.capture import overhearing, own_stderr
+from bnfold.capture import overhearing
+from bnfold.cli.streams import own_stderr
 own_stderr()
 with overhearing():
     os.write(2, b"CUDA error 700: an illegal memory access\\n")

@@ -1,0 +1,68 @@
+"""The standard streams of a process that is the command line."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from bnfold.errors import InputError
+
+
+def open_streams() -> None:
+    """Let the standard streams lead nowhere that a process was started without: a file that it opens would take their places."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, so this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 - for as long as the process runs
+
+
+def own_stderr() -> None:
+    """Give Python's standard error a descriptor of its own, so that progress goes on while the runtime is overheard.
+
+    It takes whatever is written, though nobody may read it any more, or its disk be full: that is nothing to stop for.
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        if (before := sys.stderr).fileno() == 2:
+            before.flush()
+            raw = io.BufferedWriter(_Lossy(os.dup(2), "w"))
+            own = sys.stderr = io.TextIOWrapper(raw, before.encoding, before.errors, line_buffering=True)
+
+            def back() -> None:
+                sys.stderr = before
+                own.close()
+
+            atexit.register(back)
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what it can't write."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+@contextlib.contextmanager
+def reader_may_leave(stream: Any) -> Iterator[None]:
+    """Write to a stream whose reader may have left, as in `bnfold ... | head`: nothing is wrong then, and nothing more is read.
+
+    Raises InputError where it can't be written for another reason, such as a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # what is left in Python's buffer goes there
+        os.close(nowhere)
+        if not isinstance(error, BrokenPipeError):
+            raise InputError(f"the results can't be written ({error.strerror or error}); see to where standard output goes") from None
