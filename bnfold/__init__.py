@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .explanations import explain
-    from .parts import measure_part, merge_parts
+    from .parts import measure_part, merge_models, merge_parts
     from .pipelines import pipeline
     from .report import BenchReport, ExplainReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
 
@@ -44,6 +44,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "inspect",
     "recalibrate",
     "measure_part",
+    "merge_models",
     "merge_parts",
     "restore",
     "fuse",
@@ -77,6 +78,7 @@ _HOMES = {
     "certificate": ".certificates",
     "explain": ".explanations",
     "measure_part": ".parts",
+    "merge_models": ".parts",
     "merge_parts": ".parts",
     "pipeline": ".pipelines",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,3 +69,21 @@ def merge_parts(
     opened = backends.open_model(model, example)
     fresh, report = parts_of.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
     return made(opened, fresh), report
+
+
+def merge_models(
+    models: Sequence[M], counts: Sequence[int], *, example: Any = None, layers: Sequence[str] = (), skip_layers: Sequence[str] = ()
+) -> tuple[M, RecalibrateReport]:
+    """The first model with the statistics of all data together, of which each model has its own part's: clients that measured apart.
+
+    counts: how many samples each was measured on. The variance is that of all data (the law of total variance), not the mean of the
+    variances. Raises DataError unless the models are the same but for their statistics.
+    """
+    from .recalibration import parts as parts_of
+    from .recalibration import recalibrate as calibration
+    from .verification.verify import verify
+
+    opened = [backends.open_model(model, example) for model in models]
+    compared = partial(verify, coefficients_only=True)
+    fresh, report = parts_of.merge_models(opened, counts, calibration.Target(layers, skip_layers), compared)
+    return made(opened[0], fresh), report

@@ -93,8 +93,9 @@ def recalibrate(
 def merge_stats(
     *,
     model: Path = o.MODEL,
-    parts: list[Path] = o.argument("STATS...", "What recalibrate --shard wrote."),
+    parts: list[Path] = o.argument("STATS...", "What recalibrate --shard wrote; or models that were each measured on data of their own."),
     out: Path = o.OUT,
+    counts: list[int] | None = o.option("--counts", "How many samples each model was measured on.", metavar="N,N,...", read=o.counts),
     loading: Loading,
     shaping: Shaping,
     reporting: Reporting,
@@ -102,13 +103,26 @@ def merge_stats(
 ) -> None:
     """Put together what parts of the data gave (recalibrate --shard), and write the model with these statistics.
 
-    All parts must be there, each once, measured on this model by one method.
+    All parts must be there, each once, measured on this model by one method. Or, with --counts, put together the statistics of MODEL and
+    of others that are the same but for their statistics, as those of clients: the variance is that of all data.
     """
+    whole = counts is not None
+    if whole != any(path.suffix.lower() != ".npz" for path in parts):
+        raise UsageError(
+            "--counts is for models, and STATS are measurements, which hold their own"
+            if whole
+            else "--counts N,N,... is missing: say how many samples each model was measured on, MODEL's first"
+        )
     ready_to_write({out: loading.suffixes(model), beside(out): [".npz"]}, force=reporting.force, inputs=[model, *parts])
     with Job(reporting) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
-        fresh, report = parts_of.merge_parts(loaded, parts, example=example, **choosing.settings())
+        if counts is None:
+            fresh, report = parts_of.merge_parts(loaded, parts, example=example, **choosing.settings())
+        else:
+            models = [loaded, *(loading.load(path, job) for path in parts)]
+            chosen = {"layers": choosing.layers or (), "skip_layers": choosing.skip_layers or ()}
+            fresh, report = parts_of.merge_models(models, counts, example=example, **chosen)
         save(loading, fresh, report, out, job, example)
         job.finish(report)
 

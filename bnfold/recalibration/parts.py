@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bnfold.errors import DataError, UnsupportedError, UsageError
-from bnfold.report import RecalibrateReport
+from bnfold.report import RecalibrateReport, VerifyReport
 
 from . import statistics_file as kept_statistics
 from .changes import report
 from .lockstep import measure, settle
-from .methods import Method
-from .protocol import Progress
+from .methods import Accumulator, Exact, Method
+from .moments import Moments, pool
+from .plan import Plan
+from .protocol import BatchNorm, Measurement, Progress
 from .recalibrate import Target, called, data_of, fitting
 
 if TYPE_CHECKING:
@@ -72,6 +77,61 @@ def merge(model: Model, paths: Iterable[str | Path], target: Target) -> tuple[Mo
     kept = settle(plan, measured, method)
     found = report(plan, measured, method, kept)
     return model.remade(plan.write()), dataclasses.replace(found, seconds=time.perf_counter() - start)
+
+
+def merge_models(
+    models: Sequence[Model], counts: Sequence[int], target: Target, compared: Callable[[Model, Model], VerifyReport]
+) -> tuple[Model, RecalibrateReport]:
+    """A copy of the first model with the statistics of all data together, on which the models' own were measured apart.
+
+    counts: how many samples each was measured on, n_k. With N = sum n_k, mean = sum n_k mean_k / N and variance =
+    sum n_k (variance_k + (mean_k - mean)^2) / N, the law of total variance: the mean of the variances alone leaves out how far apart the
+    models' data are. compared: holds the coefficients of two models against each other. Raises DataError unless the models are the same
+    but for their statistics.
+    """
+    start = time.perf_counter()
+    if len(models) != len(counts) or min(counts) < 1:
+        told = ", ".join(map(str, counts))
+        raise UsageError(f"there are {len(models)} models and the counts {told}: give each model's number of samples, 1 or more")
+    plans = [target.plan(model) for model in models]
+    plan, method = plans[0], Exact()
+    notes = [f"the statistics of {len(models)} models together; all else is the first model's"]
+    if plan.stage_count > 1:
+        notes.append("behind a BatchNorm, each model saw its data as its own statistics had normalised them")
+    for number, (model, other) in enumerate(zip(models[1:], plans[1:], strict=True), 2):
+        _take_over(plan, other, f"model {number}")
+        found = compared(models[0], model.remade(other.write()))
+        if found.verdict == "different":
+            raise DataError(
+                f"model {number} differs from the first not in statistics alone: {found.reason}; statistics go together only where all "
+                f"else is the same"
+            )
+        if found.verdict != "equivalent":
+            notes.append(f"whether model {number} is the first but for its statistics can't be told: {found.reason}")
+    tallies = []
+    for layer, *others in zip(*(each.layers for each in plans), strict=True):
+        seen = [_stated(each, count) for each, count in zip((layer, *others), counts, strict=True)]
+        tallies.append(Accumulator(pool(seen), np.zeros((2, layer.mean.size)), (layer.mean, layer.variance)))
+    measured = Measurement(tallies, sum(counts), len(counts))
+    kept = settle(plan, measured, method)
+    made = report(plan, measured, method, kept)
+    return models[0].remade(plan.write()), dataclasses.replace(made, notes=(*made.notes, *notes), seconds=time.perf_counter() - start)
+
+
+def _stated(layer: BatchNorm, count: int) -> Moments:
+    """The moments of so many elements that a layer's statistics are those of. How its samples differ among themselves isn't known."""
+    return Moments(count, layer.mean, layer.variance * count, 0, 0.0, np.zeros((5, layer.mean.size)))
+
+
+def _take_over(plan: Plan, other: Plan, what: str) -> None:
+    """Give a model the old statistics of another. DataError where they don't fit."""
+    for mine, its in itertools.zip_longest(plan.layers, other.layers):
+        if mine is None or its is None or (mine.name, mine.mean.size) != (its.name, its.mean.size):
+            one, two = ("no more BatchNorms" if each is None else f"{each.name} of {each.mean.size} channels" for each in (mine, its))
+            raise DataError(f"{what} has {two}, and the first has {one}: they are different networks")
+    for index, layer in enumerate(plan.layers):
+        if why := other.set(index, (layer.mean, layer.variance)):
+            raise DataError(f"{what}: {layer.name} can't have the first model's statistics: {why}")
 
 
 def restore(model: Model, before: Mapping[str, Any]) -> tuple[Model, list[str]]:

@@ -609,3 +609,65 @@ def test_another_kind_of_file_is_told_in_plain_words(folder: Path) -> None:
     found = bnfold_cli("recalibrate", "net.onnx", "--restore", "labelled.npz", "-o", "out.onnx", folder=folder)
     assert found.returncode == 3
     assert "this isn't the old statistics of a recalibrated model, but arrays of something else" in found.stderr
+
+
+# --- models that were measured apart -----------------------------------------------------------------------------------------
+
+
+def module_of_clients() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4)).eval()
+
+
+CLIENTS = [DATA[:9] - 2, DATA[9:20] * 2, DATA[20:]]
+COUNTS = [len(part) for part in CLIENTS]
+
+
+@pytest.mark.parametrize("make", [onnx_network, module_of_clients], ids=["onnx", "torch"])
+def test_models_have_the_variance_of_all_their_data(make: Any) -> None:
+    """By the law of total variance; in front of all BatchNorms, that is what all data in one place give."""
+    clients = [bnfold.recalibrate(make(), part)[0] for part in CLIENTS]
+    merged, report = bnfold.merge_models(clients, COUNTS, example=torch.from_numpy(DATA[:2]))
+    every, found = [statistics(client) for client in clients], statistics(merged)
+    n = np.array(COUNTS)[:, None]
+    names = list(found)
+    for mean, variance in zip(names[::2], names[1::2], strict=True):
+        means, variances = (np.stack([each[name] for each in every]) for name in (mean, variance))
+        wanted = (n * means).sum(0) / n.sum()
+        np.testing.assert_allclose(found[mean], wanted, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found[variance], (n * (variances + (means - wanted) ** 2)).sum(0) / n.sum(), rtol=1e-6)
+    whole = statistics(bnfold.recalibrate(make(), np.concatenate(CLIENTS))[0])
+    agree({name: found[name] for name in names[:2]}, {name: whole[name] for name in names[:2]})
+    assert report.samples == 37
+    assert "all else is the first model's" in report.notes[0]
+    assert report.to_dict()["layers"][0]["stderr"] is None  # which nobody knows
+
+
+def test_models_that_are_not_the_same_otherwise_are_refused() -> None:
+    one, other = module_of_clients(), module_of_clients()
+    other[3].weight.data[0] *= 1.01
+    how = {"example": torch.from_numpy(DATA[:2])}
+    with pytest.raises(DataError, match=r"model 2 differs from the first not in statistics alone: .*3"):
+        bnfold.merge_models([one, other], [1, 1], **how)
+    fewer = nn.Sequential(*module_of_clients()[:4]).eval()
+    with pytest.raises(DataError, match="model 2 has no more BatchNorms, and the first has 4 of 4 channels"):
+        bnfold.merge_models([one, fewer], [1, 1], **how)
+    with pytest.raises(UsageError, match="2 models and the counts 5"):
+        bnfold.merge_models([one, one], [5], **how)
+
+
+def test_checkpoints_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\nmake = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n")
+    torch.manual_seed(0)
+    states = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict()]
+    states.append(states[0] | {"1.running_mean": torch.ones(4), "1.running_var": torch.full((4,), 3.0)})
+    for name, state in zip("ab", states, strict=True):
+        torch.save(state, tmp_path / f"{name}.pth")
+    line = ("merge-stats", "a.pth", "b.pth", "--arch", "net.py:make", "--input-shape", "1,3,8,7", "-o", "out.pth")
+    assert "--counts N,N,... is missing" in bnfold_cli(*line, folder=tmp_path).stderr
+    done = bnfold_cli(*line, "--counts", "30,10", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = torch.load(tmp_path / "out.pth")
+    torch.testing.assert_close(made["1.running_mean"], torch.full((4,), 0.25))
+    torch.testing.assert_close(made["1.running_var"], torch.full((4,), 1.5 + 0.75 * 0.25**2 + 0.25 * 0.75**2))
+    assert torch.equal(made["0.weight"], states[0]["0.weight"])

@@ -220,6 +220,12 @@ def resize(text: str, option: str) -> int | tuple[int, int]:
     return int(match[1]) if match[1] else (int(match[2]), int(match[3]))
 
 
+def counts(text: str, option: str) -> list[int]:
+    """Numbers of samples from "100,250"."""
+    _matched(r"[1-9]\d*(,[1-9]\d*)*", text, option, "write one number for each model, such as 100,250")
+    return [int(n) for n in text.split(",")]
+
+
 def part(text: str, option: str) -> tuple[int, int]:
     """(which, of how many) from "0/4"."""
     advice = "write it like 0/4, the first of four parts, up to 3/4"
