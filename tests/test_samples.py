@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from compare import batchnorms, operators
+from vision import package
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
@@ -179,6 +180,30 @@ def test_a_keras_network_is_recalibrated_folded_and_saved(monkeypatch: pytest.Mo
     trained, fresh, read = script("keras/keras_digits").main()
     assert fresh > trained + 0.3
     assert read == pytest.approx(fresh, abs=0.005)
+
+
+def test_a_callback_of_lightning_measures_when_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+    sample = script("callbacks/lightning_callback")
+    torch = pytest.importorskip("torch")
+    x, y, *_ = sample.digits()
+    module, callback = sample.Digits(), sample.Recalibrate(samples=64)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], **quiet)
+    trainer.fit(module, sample.DataLoader(sample.TensorDataset(x, y), batch_size=32))
+    assert callback.report.samples == 64
+    with torch.no_grad():
+        made = module.network.stem(x[:64])
+    torch.testing.assert_close(module.network.bn.running_mean, made.mean((0, 2, 3)))
+    assert module.network.training
+
+
+def test_an_average_of_timm_is_recalibrated_and_folded() -> None:
+    pytest.importorskip("torch")
+    package("timm")
+    _, averaged, fresh, folded = script("callbacks/timm_ema", STEPS=60).main()
+    assert fresh > averaged + 0.2
+    assert folded == pytest.approx(fresh, abs=0.005)
 
 
 def test_two_processes_measure_what_one_does() -> None:
