@@ -139,7 +139,10 @@ def normalised_up(node: Node, a: Affine) -> list[Step]:
     gamma = node.params["gamma"]
     if outside := [axis for axis in a.varying if gamma.shape[axis] != a.shape[axis]]:
         raise Blocked(f"the map varies along axis {outside[0]}, along which its own scale doesn't")
-    return [Step([identity(v) for v in node.inputs], {"gamma": a.linear, "beta": a})]
+    if "beta" not in node.params and a.shift.any():
+        raise NoBias("it has no bias")
+    updates = {"gamma": a.linear, "beta": a}
+    return [Step([identity(v) for v in node.inputs], {role: updates[role] for role in node.params})]
 
 
 # --- affine operators themselves: BatchNorm, and Mul, Add, Sub, Div by constants ---------------------------------------------

@@ -155,14 +155,16 @@ def table(ctx: Lowering, op: Op, key: Key, indices: Ref, axis: int) -> None:
     ctx.emit("Table", op, [indices], {"axes": axes}, {"table": rows})
 
 
-def normalisation(ctx: Lowering, op: Op, x: Ref, gamma: Key, beta: Key, *, trailing: bool) -> None:
-    """By the data's own statistics, and its own scale and bias: of the last axes (trailing), or of the channels."""
+def normalisation(ctx: Lowering, op: Op, x: Ref, gamma: Key, beta: Key | None, *, trailing: bool) -> None:
+    """By the data's own statistics, and its own scale and bias: of the last axes (trailing), or of the channels. beta: None for none."""
     own, rank = ctx.param(op, gamma, role="own scale"), ctx.rank(x)
     shape = (1,) * (rank - len(own.shape)) + own.shape if trailing else (1, *own.shape, *(1,) * (rank - 2))
-    bias = ctx.bias(op, beta, own, shape, own.shape)
-    if bias.refusal:
-        raise Blocked(bias.refusal)
-    ctx.emit("Normalisation", op, [x], {}, {"gamma": own.seen_as(shape, scaled(shape, own.shape)), "beta": bias})
+    params = {"gamma": own.seen_as(shape, scaled(shape, own.shape))}
+    if beta is not None:
+        params["beta"] = ctx.bias(op, beta, own, shape, own.shape)
+        if params["beta"].refusal:
+            raise Blocked(params["beta"].refusal)
+    ctx.emit("Normalisation", op, [x], {}, params)
 
 
 # --- affine operators: the sites -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ class FoldOptions:
     keep_per_tensor: a BatchNorm stays that would make one scale for each channel of a quantised weight's one for all.
     clamps: BatchNorms also pass a ReLU, ReLU6 or another clip, which becomes a maximum and a minimum with bounds for each channel; in a
     module, where it is a module that is called once. A runtime may have fused a ReLU with the convolution before it, and not a maximum.
+    norm_affine: the scale and shift of layer, group, instance and RMS normalisations move into what reads them, where all of that can take
+    them; no BatchNorm is needed.
     equalise: the ranges of weights are then made to match, for integers with one scale a tensor (see `equalise`); no BatchNorm is needed.
     lower: what stays of BatchNorms is written as operators that every target has, in the same arithmetic: "mul-add" a multiplication and an
     addition by constants, "depthwise" a convolution of one tap for each channel (where there are channels behind a batch axis, and one to
@@ -25,6 +27,7 @@ class FoldOptions:
     clone: bool = False
     keep_per_tensor: bool = False
     clamps: bool = False
+    norm_affine: bool = False
     equalise: bool = False
     lower: Lowering | None = None
 

@@ -17,6 +17,7 @@ from .branches import May, Merge, always, merge
 from .clamps import clamped, free, joined
 from .equalise import equalise as equalise_ranges
 from .lower import Written, lower
+from .norms import move
 from .options import PLAIN, FoldOptions
 from .ranges import weight_ranges
 from .search import Outcome, fold
@@ -26,7 +27,8 @@ from .search import Outcome, fold
 class Planned:
     """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch.
 
-    equalised: what became of ranges; scaled: the operators whose weights that changed. written: operators in the place of others.
+    equalised: what became of ranges; scaled: the operators whose weights that, or the scale of a normalisation, changed. said: what of
+    normalisations stays. written: operators in the place of others.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -35,6 +37,7 @@ class Planned:
     equalised: tuple[Equalised, ...] = ()
     scaled: tuple[Node, ...] = ()
     written: tuple[Written, ...] = ()
+    said: tuple[str, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -68,7 +71,7 @@ class Planned:
             equalised=self.equalised,
             ranges=ranges,
             bytes_added=bytes_added,
-            notes=said,
+            notes=(*said, *self.said),
         )
 
 
@@ -142,13 +145,18 @@ def plan(
     if merges:
         outcomes = _after_merging(graph, outcomes, into_host, options.clone)
     left = set(graph.nodes)
+    moved: list[Node] = []
+    said: list[str] = []
+    if options.norm_affine:
+        outcomes, moved, said = move(graph, outcomes)
+        left = set(graph.nodes)
     removed = tuple(node for node in affine if node not in left and node not in into_host)
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
     written = list(clamped(graph))
     if options.lower is not None:
         outcomes, lowered = lower(graph, outcomes, options.lower, replaceable)
         written += lowered
-    return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), tuple(scaled), tuple(written))
+    return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), (*moved, *scaled), tuple(written), tuple(said))
 
 
 def _equalised(graph: Graph, merges: Iterable[Merge]) -> tuple[list[Equalised], list[Node]]:
@@ -221,7 +229,7 @@ def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
         said.append(site.note)
     if outcome.note:
         said.append(outcome.note)
-    if not site.is_batchnorm:
+    if not site.is_batchnorm and not outcome.note:
         said.append(f"a constant {site.nodes[0].label}, not a BatchNorm")
     into = tuple(dict.fromkeys(node.name for node in outcome.into))
     if outcome.lowered:

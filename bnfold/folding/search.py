@@ -75,7 +75,7 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
     if site.refusal is not None:
         return Outcome(site, False, reason=site.refusal)
     reasons, shift_alone = [], False
-    for push, where in ((_push_up, "before it"), (_push_down, "behind it")):
+    for push, where in ((_push_up, "before it"), (push_down, "behind it")):
         if where == "behind it" and not _may_go_down(site):
             continue
         try:
@@ -84,7 +84,7 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
             reasons.append(f"{where}: {blocked}")
             shift_alone |= isinstance(blocked, NoBias) and where == "before it"
             continue
-        return _commit(graph, site, draft)
+        return commit(graph, site, draft)
     if clone and (found := _with_clones(graph, site)) is not None:
         return found
     if site.holds_shift and shift_alone:
@@ -96,14 +96,14 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
     return Outcome(site, False, reason="; ".join(reasons))
 
 
-def _commit(graph: Graph, site: Site, draft: Draft, note: str = "") -> Outcome:
-    into = _apply(draft)
+def commit(graph: Graph, site: Site, draft: Draft, note: str = "") -> Outcome:
+    into = apply(draft)
     for node in site.nodes:
         graph.bypass(node)
     return Outcome(site, True, into, note=note)
 
 
-def _apply(draft: Draft) -> tuple[Node, ...]:
+def apply(draft: Draft) -> tuple[Node, ...]:
     """Let the parameters await their updates; whose they are."""
     for (node, role), update in draft.items():
         node.params[role].update = node.params[role].updated(update)
@@ -112,7 +112,7 @@ def _apply(draft: Draft) -> tuple[Node, ...]:
 
 def _leave_shift(graph: Graph, site: Site, draft: Draft) -> Outcome:
     """Let the scale of a site go, and its calls add their shift."""
-    into = _apply(draft)
+    into = apply(draft)
     for node in site.nodes:
         shift = coefficients(node).shift
         for role, param in node.params.items():
@@ -130,7 +130,7 @@ def _with_clones(graph: Graph, site: Site) -> Outcome | None:
     clones = Clones(graph)
     while True:
         try:
-            outcome = _commit(graph, site, checked(graph, site, _push_up(site)), clones.note)
+            outcome = commit(graph, site, checked(graph, site, _push_up(site)), clones.note)
             graph.clones += [copy for _, copy in clones.made]
             return outcome
         except Shared as shared:
@@ -238,7 +238,7 @@ def _as_is(user: Node, i: int, value: Value) -> Affine:
     return Affine.identity(value.rank or 0)
 
 
-def _push_down(site: Site) -> Draft:
+def push_down(site: Site) -> Draft:
     """Forwards: whatever comes out of a node goes into all of its users, and none of it may reach an output."""
 
     def ways(node: Node, carried: Maps) -> list[Step]:

@@ -35,10 +35,17 @@ from .verdict import Findings, verdict
 
 if TYPE_CHECKING:
     from bnfold.data import Batch
+    from bnfold.folding.plan import NormalForm
     from bnfold.recalibration.protocol import Progress
 
 RANDOM = "random data"
-OTHERWISE = (FoldOptions(clone=True), FoldOptions(clamps=True))  # what may have been done besides folding
+MOVED = FoldOptions(norm_affine=True)
+OTHERWISE = (FoldOptions(clone=True), FoldOptions(clamps=True), MOVED)  # what may have been done besides folding
+
+
+def _holds_norms(plan: NormalForm) -> bool:
+    """Whether there are normalisations with a scale of their own."""
+    return any(node.op == "Normalisation" for node in plan.graph.nodes)
 
 
 def verify(
@@ -194,13 +201,16 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
 
 
 def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None]:
-    """Level 1: also with operators doubled for a BatchNorm's sake, where without something has no counterpart."""
+    """Level 1: where something has no counterpart, also as if more had been done than folding."""
     both.progress("weights", 0, 1)
     try:
         found = correspond(both.reference.plan(), both.candidate.plan())
         if found.unpaired:
             ways = (correspond(both.reference.plan(how), both.candidate.plan(how)) for how in OTHERWISE)
             found = next((each for each in ways if not each.unpaired), found)
+        if found.mismatches and _holds_norms(both.reference.plan()):
+            again = correspond(both.reference.plan(MOVED), both.candidate.plan(MOVED))
+            found = found if again.unpaired or again.mismatches else again
     except UnsupportedError as error:
         return Coefficients("skipped", reason=str(error)), None
     return found.report(), found

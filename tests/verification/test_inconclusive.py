@@ -158,7 +158,7 @@ def chosen(factor, *, again=False):
 
 def built(nodes, inputs, *, again, **arrays):
     names = ["h", "s", "y"] if again else ["h", "y"]
-    ends = [helper.make_node("Relu", [a], [b]) for a, b in itertools.pairwise(names)]
+    ends = [helper.make_node("Abs", [a], [b]) for a, b in itertools.pairwise(names)]
     graph = helper.make_graph(
         [*nodes, *ends],
         "g",

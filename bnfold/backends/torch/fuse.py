@@ -37,7 +37,7 @@ MOST_PATHS = 8  # of a module that are found by trying
 MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced
 FEW_NAMES = 8
 OTHERWISE = "the module's own code, or a hook, looks at it or at what it folds into: folded, it computes something else"
-NOT_EQUALISED = "no ranges are equalised: the module's code has paths on which they wouldn't be alike, or looks at its weights"
+NOT_MOVED = "no ranges are equalised, and no normalisation gives up its scale: the code has paths that wouldn't agree, or looks at weights"
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
@@ -119,7 +119,7 @@ class _Folding:
             self._refuse(found.refused)
 
     def _refuse(self, found: Mapping[str, str]) -> None:
-        """Let some sites stay; none: equalise no ranges, or else let no branches merge."""
+        """Let some sites stay; none: do less (see `_restrict`)."""
         before = self._allowed, len(self._refused)
         if not found:
             self._restrict()
@@ -127,11 +127,16 @@ class _Folding:
         if before == (self._allowed, len(self._refused)):
             raise RuntimeError(f"what must stay was folded again: {', '.join(found)}")
 
+    @property
+    def _does_more(self) -> bool:
+        return self._allowed.options.equalise or self._allowed.options.norm_affine
+
     def _restrict(self) -> None:
-        """Do less: equalise no ranges, or else merge no branches."""
+        """Do less: equalise no ranges and leave normalisations alone, or else merge no branches."""
         merging, options = self._allowed
-        self._said = self._said or NOT_EQUALISED * options.equalise
-        self._allowed = Allowed(merging and options.equalise, dataclasses.replace(options, equalise=False))
+        more = self._does_more
+        self._said = self._said or NOT_MOVED * more
+        self._allowed = Allowed(merging and more, dataclasses.replace(options, equalise=False, norm_affine=False))
 
     def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
         return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]
@@ -163,7 +168,7 @@ class _Folding:
             return guilty(names[:half]) + guilty(names[half:]) if half else names
 
         everything = {plain_name(o.site.name) for path in paths for o in path.planned.outcomes if o.folded}
-        while self._allowed.options.equalise or (self._allowed.merging and any(path.planned.merges for path in paths)):
+        while self._does_more or (self._allowed.merging and any(path.planned.merges for path in paths)):
             self._restrict()
             if holds(everything):
                 return

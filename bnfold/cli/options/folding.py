@@ -32,6 +32,9 @@ class Folding:
     clamps: bool = option(
         "--clamps", "Let BatchNorms pass a ReLU or another clip, which becomes a maximum with a bound for each channel.", FOLDING
     )
+    norm_affine: bool = option(
+        "--norm-affine", "Move scale and shift of layer, group, instance and RMS normalisations into all that reads them too.", FOLDING
+    )
     equalise: bool = option(
         "--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.", FOLDING
     )

@@ -105,6 +105,10 @@ def normalisation(ctx: TorchLowering, op: Op) -> None:
     weights.normalisation(ctx, op, given["input"], "weight", "bias", trailing=name == "layer_norm")
 
 
+def rms_norm(ctx: TorchLowering, op: Op) -> None:
+    weights.normalisation(ctx, op, arguments(op)["input"], "weight", None, trailing=True)
+
+
 def recurrent(ctx: TorchLowering, op: Op) -> None:
     """lstm, gru and rnn: the input weights of the first layer, one set for each direction (LSTM's order of gates doesn't matter here)."""
     given = arguments(op)

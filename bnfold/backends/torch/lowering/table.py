@@ -41,6 +41,7 @@ OPERATORS: dict[str, Lower] = {
     "einsum": absorbing.einsum,
     "embedding": absorbing.embedding,
     **dict.fromkeys(("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "instance_norm"), absorbing.normalisation),
+    "rms_norm": absorbing.rms_norm,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), absorbing.recurrent),
     # any map crosses
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "positive"), elementwise("Identity")),
