@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .affine import Array
+from .affine import Array, Blocked
 
 Shape = tuple[int, ...]
 
@@ -42,7 +43,12 @@ AS_STORED = Layout("as stored", lambda w: w, lambda w: w)
 
 
 def scaled(canonical: Shape, stored: Shape, factor: float = 1.0) -> Layout:
-    """A constant in another shape, `factor` times. An array that grew is stored in the canonical rank, which broadcasts alike."""
+    """A constant in another shape, `factor` times. An array that grew is stored in the canonical rank, which broadcasts alike.
+
+    Raises Blocked where one shape has more elements than the other.
+    """
+    if math.prod(canonical) != math.prod(stored):
+        raise Blocked(f"its parameter of shape {stored} doesn't fit where {canonical} must stand")
     if factor == 1 and canonical == stored:
         return AS_STORED
     if factor == 1:

@@ -53,6 +53,8 @@ def convolution(
     how much of it counts.
     """
     shape, kernel = weight.shape, weight.shape[2:]
+    if not kernel:
+        raise Blocked(f"its weight has the shape {shape}, which has no kernel")
     padded = padding is None or any(map(any, padding))
     attrs: dict[str, Any] = {"groups": groups, "uniform": not padded, "uneven": "it pads with zeros"}
     if transposed:

@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -495,3 +496,22 @@ def test_a_proto_whose_data_are_not_loaded(tmp_path: Path) -> None:
     proto = onnx.load(outside(tmp_path / "m.onnx"), load_external_data=False)
     with pytest.raises(ModelError, match=r"the data of tensor 'weight' are in a file that isn't loaded; load them with onnx.load"):
         from_proto(proto)
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        ("y = LayerNormalization <axis = 1> (x, w, wide)", r"its parameter of shape \(4, 3\) doesn't fit"),
+        ("y = com.microsoft.FusedConv <activation = 'Relu'> (x, vector)", r"its weight has the shape \(2,\), which has no kernel"),
+    ],
+)
+def test_parameters_that_no_schema_checks_keep_a_batchnorm(node: str, reason: str) -> None:
+    """Where ONNX states no shape, the operator is a barrier that says why."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[N, 2, 3] x) => (float[N, 2, 3] z)'
+        "<float[2, 3] w = {1, 1, 1, 1, 1, 1}, float[4, 3] wide = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, float[2] vector = {1, 2}>"
+        f"{{ {node} z = BatchNormalization (y, vector, vector, vector, vector) }}".replace("'", '"')
+    )
+    (layer,) = bnfold.inspect(model).layers
+    assert layer.verdict == "kept"
+    assert re.search(reason, layer.reason)
