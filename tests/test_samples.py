@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +207,17 @@ def test_an_average_of_timm_is_recalibrated_and_folded() -> None:
     _, averaged, fresh, folded = script("callbacks/timm_ema", STEPS=60).main()
     assert fresh > averaged + 0.2
     assert folded == pytest.approx(fresh, abs=0.005)
+
+
+def test_a_pass_of_olive_recalibrates_and_folds(tmp_path: Path) -> None:
+    pytest.importorskip("olive")
+    shutil.copytree(SAMPLES, tmp_path / "samples")
+    command = re.search(r"olive (run .*)", page("callbacks"))
+    assert command
+    paths = os.pathsep.join([str(SAMPLES.parent), "samples/callbacks"])
+    environment = os.environ | {"PYTHONPATH": paths, "OLIVE_DISABLE_TELEMETRY": "1"}
+    subprocess.run([sys.executable, "-m", "olive", *command[1].split()], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert batchnorms(onnx.load(tmp_path / "folded" / "model.onnx")) == 0
 
 
 def test_two_processes_measure_what_one_does() -> None:
