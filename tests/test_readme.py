@@ -124,6 +124,17 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], m
     }  # pip's, torchrun's
 
 
+def test_nothing_asks_an_index_for_bnfold() -> None:
+    """It is on none: what is said to be installed is in a clone, or has an address."""
+    files = [
+        ROOT / "README.md",
+        *(p for room in ("bnfold", "samples") for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".md", ".yml")),
+    ]
+    asked = re.compile(r"install (?:-q |-U )?['\"]?bnfold(?:\[\w+\])?(?! @)['\"`;,\s]")
+    assert asked.search("pip install 'bnfold[torch]'")
+    assert not [path for path in files if asked.search(path.read_text(encoding="utf-8"))]
+
+
 def test_every_link_leads_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
