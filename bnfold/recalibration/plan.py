@@ -10,6 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -89,6 +90,7 @@ class StagePlan(ABC, Generic[N, V]):
         self.frozen: set[int] = set()
         self.statistics: dict[int, list[npt.NDArray[Any]]] = {}
         self.keys: list[Any] = []
+        self._places: dict[Any, int] = {}
         self.flat: Callable[[Any], dict[str, Any] | None] | None = None  # takes a batch in the form in which the model is called
 
     @property
@@ -116,10 +118,19 @@ class StagePlan(ABC, Generic[N, V]):
 
     def place(self, key: Any, layer: Callable[[], BatchNorm]) -> int:
         """That of a call's layer. key: the same for all calls of a layer, which is made at the first."""
-        if key not in self.keys:
+        if key not in self._places:
+            self._places[key] = len(self.keys)
             self.layers.append(layer())
             self.keys.append(key)
-        return self.keys.index(key)
+        return self._places[key]
+
+    @cached_property
+    def nodes(self) -> dict[int, list[N]]:
+        """The operators that normalise, by layer; once all are found."""
+        found: dict[int, list[N]] = {}
+        for call in self.calls:
+            found.setdefault(call.layer, []).append(call.node)
+        return found
 
     def keeps(self, name: str, why: str) -> None:
         self.notes.append(f"{name} keeps its statistics: {why}")

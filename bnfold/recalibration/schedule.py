@@ -7,7 +7,7 @@ ones: that costs less than to hold the large value, so the small ones are held, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -77,6 +77,13 @@ def cut(
     return _Cutter(operations, calls, sizes or {}).cut()
 
 
+def _places(bits: int) -> Iterator[int]:
+    """Those of the bits that are set, in order."""
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+
+
 class _Cutter(Generic[N, V]):
     def __init__(self, operations: Sequence[Operation[N, V]], calls: Sequence[NormCall[N, V]], sizes: Mapping[V, int]) -> None:
         self._operations, self._calls, self._sizes = operations, calls, sizes
@@ -86,11 +93,15 @@ class _Cutter(Generic[N, V]):
         for call in calls:
             self._of_layer[call.layer] = self._of_layer.get(call.layer, 0) | bits[call.node]
         self._behind: dict[V, int] = {}  # bit i: the value depends on the outcome of call i
+        self._next: dict[V, int] = {}  # bit i: and no other call stands between
         for each in operations:
             mask = bits.get(each.node, 0)
+            near = 0
             for value in each.reads:
                 mask |= self._behind.get(value, 0)
+                near |= self._next.get(value, 0)
             self._behind.update(dict.fromkeys(each.makes, mask))
+            self._next.update(dict.fromkeys(each.makes, bits.get(each.node, near)))
 
     def cut(self) -> tuple[list[Cut[N, V]], set[int]]:
         waves = self._waves()
@@ -129,16 +140,32 @@ class _Cutter(Generic[N, V]):
         """
         behind = [self._behind.get(call.source, 0) for call in self._calls]
         layers = [call.layer for call in self._calls]
-        left = list(range(len(self._calls)))
+        next_to = [list(_places(self._next.get(call.source, 0))) for call in self._calls]  # the calls that it waits for, but for theirs
+        lacks = [len(each) for each in next_to]
+        for_it: list[list[int]] = [[] for _ in self._calls]
+        for i, each in enumerate(next_to):
+            for j in each:
+                for_it[j].append(i)
+        pending = (1 << len(self._calls)) - 1
+        ready = [i for i, count in enumerate(lacks) if not count]
         waves = []
-        while left:
-            pending = sum(1 << i for i in left)
-            ready = [i for i in left if not behind[i] & pending]
-            later = [i for i in left if behind[i] & pending]
-            waiting = {layers[i] for i in later if not behind[i] & pending & self._of_layer[layers[i]]}
+        while ready:
+            open_ = {layer: self._of_layer[layer] & pending for layer in {layers[i] for i in ready}}
+            waiting = {
+                layer
+                for layer, calls in open_.items()
+                if calls.bit_count() > 1 and any(lacks[i] and not behind[i] & calls for i in _places(calls))
+            }
             wave = [i for i in ready if layers[i] not in waiting] or ready
             waves.append([self._calls[i] for i in wave])
-            left = [i for i in left if i not in wave]
+            ready = sorted({*ready} - {*wave})
+            for i in wave:
+                pending ^= 1 << i
+                for j in for_it[i]:
+                    lacks[j] -= 1
+                    if not lacks[j]:
+                        ready.append(j)
+            ready.sort()
         return waves
 
     def _run(self, runs: dict[Operation[N, V], int], k: int, values: Sequence[V]) -> None:

@@ -109,10 +109,10 @@ class OnnxLowering(Lowering):
         return given(op, key)
 
     def keys(self, op: ir.Node, refs: Iterable[ir.Value]) -> list[int]:
-        found: list[int] = []
-        for v in refs:  # a value may stand twice
-            found.append(next(i for i, x in enumerate(op.inputs) if x is v and i not in found))
-        return found
+        places: dict[ir.Value | None, list[int]] = {}
+        for i, v in enumerate(op.inputs):  # a value may stand twice
+            places.setdefault(v, []).append(i)
+        return [places[v].pop(0) for v in refs]
 
     def outputs(self, op: ir.Node) -> dict[int, ir.Value]:
         return dict(enumerate(op.outputs))

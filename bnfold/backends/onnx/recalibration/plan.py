@@ -184,15 +184,12 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
         return Session(self.model.clone())
 
     def forms(self, layer: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-        node = self._nodes(layer)[0]
+        node = self.nodes[layer][0]
         return [(numpy_type(self.constants.dtype(arg(node, index))), self._value(node, 3).shape) for index in (3, 4)]
-
-    def _nodes(self, layer: int) -> list[ir.Node]:
-        return [call.node for call in self.calls if call.layer == layer]
 
     def write(self) -> ir.Model:
         for layer in self.frozen & self.statistics.keys():
-            for node in self._nodes(layer):
+            for node in self.nodes[layer]:
                 leave_training(node, opset(self.model))
-        replace(self.model, [(self._nodes(layer), arrays) for layer, arrays in self.statistics.items()])
+        replace(self.model, [(self.nodes[layer], arrays) for layer, arrays in self.statistics.items()])
         return self.model

@@ -175,7 +175,7 @@ def _evaluator(proto: onnx.ModelProto, lent: Arrays, kinds: dict[str, int]) -> C
 
 def _proto(model: ir.Model, part: OnnxCut, measured: Measured, kinds: dict[str, int], given: Given) -> tuple[onnx.ModelProto, Arrays]:
     """The stage as a model, and the large weights that go to the session beside it."""
-    nodes, stored = _with_constants(model.graph, part, {*measured, *given})
+    nodes, stored = _with_constants(part, {*measured, *given})
     graph = onnx.GraphProto(name="stage")
     names: set[str] = set()
     for node in nodes:
@@ -225,28 +225,33 @@ def _proto(model: ir.Model, part: OnnxCut, measured: Measured, kinds: dict[str, 
     return proto, lent
 
 
-def _with_constants(graph: ir.Graph, part: OnnxCut, fresh: Collection[ir.Node]) -> tuple[list[ir.Node], list[ir.Value]]:
+def _with_constants(part: OnnxCut, fresh: Collection[ir.Node]) -> tuple[list[ir.Node], list[ir.Value]]:
     """The stage's nodes and those that compute the constants they read, and the stored values that all of these read.
 
     fresh: BatchNormalization nodes whose own means and variances aren't read.
     """
-    wanted: set[ir.Node] = set()
+    wanted: dict[ir.Node, None] = {}
     stored: dict[ir.Value, None] = {}
-    stack = list(part.nodes)
-    while stack:
-        node = stack.pop()
-        if node in wanted:
-            continue
-        wanted.add(node)
-        for value in list(sources(node))[: 3 if node in fresh else None]:
-            maker = value.producer()
-            if value in part.reads:
+    given = set(part.reads)
+    for last in part.nodes:
+        stack = [(last, False)]
+        while stack:  # each behind those whose values it reads
+            node, ready = stack.pop()
+            if node in wanted:
                 continue
-            if maker is None:
-                stored[value] = None
-            else:
-                stack.append(maker)
-    return [node for node in graph if node in wanted], list(stored)
+            if ready:
+                wanted[node] = None
+                continue
+            stack.append((node, True))
+            for value in list(sources(node))[: 3 if node in fresh else None]:
+                maker = value.producer()
+                if value in given:
+                    continue
+                if maker is None:
+                    stored[value] = None
+                else:
+                    stack.append((maker, False))
+    return list(wanted), list(stored)
 
 
 def _as_it_runs(node: ir.Node, made: onnx.NodeProto, version: int, fresh: bool) -> None:

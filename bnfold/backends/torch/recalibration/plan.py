@@ -223,7 +223,7 @@ class TorchPlan(StagePlan[Op, Op]):
 
     def forms(self, layer: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
         """Where a layer has no statistics, the type of its weight or of what it normalises."""
-        op = next(call.node for call in self.calls if call.layer == layer)
+        op = self.nodes[layer][0]
         given = arguments(op)
         like = given.get("weight")
         kind = (given.get("input", op) if like is None else like).meta["val"].dtype
