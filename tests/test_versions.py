@@ -12,7 +12,7 @@ from tests import versions
 
 
 def test_the_bounds_are_those_of_the_project() -> None:
-    assert set(versions.bounds()) == {"numpy", "onnx", "onnx-ir", "onnxruntime", "pillow", "rich", "safetensors", "typer"}
+    assert set(versions.bounds()) == {"numpy", "onnx", "onnx-ir", "onnxruntime", "pillow", "rich", "safetensors", "tomli", "typer"}
     assert set(versions.bounds("torch")) == {"torch", "onnxscript"}
 
 

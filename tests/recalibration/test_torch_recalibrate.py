@@ -328,7 +328,7 @@ def test_on_cuda() -> None:
 def test_a_device_that_isnt_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(bnfold.DeviceError, match=r"device cuda isn't available: .*; use --device cpu"):
+    with pytest.raises(bnfold.DeviceError, match=r"device cuda isn't available: .*; use device cpu"):
         bnfold.recalibrate(network(), DATA, device="cuda")
     with pytest.raises(bnfold.UsageError, match="PyTorch models run on cpu or cuda, not on 'tpu'"):
         bnfold.recalibrate(network(), DATA, device="tpu")
