@@ -271,3 +271,23 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     assert full.stderr.count("\n") == 1
     assert "can't be written to (File too large): make room there" in full.stderr
     assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_lost_process_and_those_that_go_on(tmp_path: Path) -> None:
+    """One of two is killed before it has its record of the second stage, the other has its own: both go on behind the first."""
+    onnx.save(residual(), tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", X)
+    (tmp_path / "killed.py").write_text(KILLED.replace("at and before:", "at and before and os.environ['RANK'] == '1':"))
+    (tmp_path / "whole.py").write_text("import sys\nfrom bnfold.cli import run\nsys.exit(run(sys.argv[1:]))\n")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    base = ["recalibrate", "m.onnx", "--data", "x.npy", "-o", "out.onnx", "--resume", "kept", "--report", "r.json"]
+    how: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}}
+    lost = subprocess.run([*start, "killed.py", "stage_done", "2", "before", *base], **how, check=False, capture_output=True, timeout=120)
+    assert lost.returncode != 0
+    assert b"another process has stopped" in lost.stderr
+    subprocess.run([*start, "whole.py", *base], **how, check=True, timeout=120)
+    assert any("went on behind stage 1 " in note for note in json.loads((tmp_path / "r.json").read_text())["notes"])
+    wanted, made = (onnx.load_from_string(numbers(each)) for each in (recalibrate(residual(), X)[0], onnx.load(tmp_path / "out.onnx")))
+    for one, other in zip(wanted.graph.initializer, made.graph.initializer, strict=True):
+        np.testing.assert_allclose(onnx.numpy_helper.to_array(one), onnx.numpy_helper.to_array(other), rtol=1e-6, atol=1e-6)
