@@ -93,7 +93,7 @@ def fuse(model: M, *, example: Any = None, check: bool = True, **options: Any) -
     module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back.
     options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `equalise`,
-    `lower` (see `folding.options.FoldOptions`).
+    `lower`, `target` (see `folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """

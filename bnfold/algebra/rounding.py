@@ -60,6 +60,15 @@ def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
     return int((np.abs(stored.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact)).sum())
 
 
+def told(exact: Array, dtype: np.dtype[Any]) -> str:
+    """How many coefficients are beyond a type, or too small for it, in a clause; "" where none is."""
+    array = rounded(exact, dtype)
+    over = int((~np.isfinite(array.astype(np.float64)) & np.isfinite(exact)).sum())
+    tiny = lost(exact, array)
+    parts = [f"{over} beyond the largest number of {dtype}"] * (over > 0) + [f"{tiny} too small for it to keep their digits"] * (tiny > 0)
+    return f"{' and '.join(parts)}, of {exact.size}" if parts else ""
+
+
 def roundoff(dtype: np.dtype[Any]) -> float:
     """Unit roundoff of a floating-point type: half the distance from 1 to the next number."""
     return float(limits(dtype).eps) / 2

@@ -56,7 +56,7 @@ def convolution(
     if not kernel:
         raise Blocked(f"its weight has the shape {shape}, which has no kernel")
     padded = padding is None or any(map(any, padding))
-    attrs: dict[str, Any] = {"groups": groups, "uniform": not padded, "uneven": "it pads with zeros"}
+    attrs: dict[str, Any] = {"groups": groups, "uniform": not padded, "uneven": "it pads with zeros", "transposed": transposed}
     if transposed:
         weight = weight.seen_as(*swapped(shape, groups))
         plain = not padded and not extended and {*kernel, *stride} <= {1}

@@ -82,18 +82,17 @@ class Clones:
 
 def multiply_adds(node: Node) -> int | None:
     """Multiplications that an operator with weights does for one sample, at the first probe's sizes; None where they aren't known."""
+    if node.op == "Recurrent":
+        return None
     if "weight" not in node.params:
         return 0
-    sizes = None if node.output.probes is None else node.output.probes[0]
-    if sizes is None or None in sizes:
+    transposed = node.attrs.get("transposed", False)  # its taps are spread from each element that it reads
+    probes = node.inputs[0].probes if transposed else node.output.probes
+    if probes is None or None in probes[0]:
         return None
-    shape = node.params["weight"].shape
-    fan_in = (
-        int(np.prod(shape[1:])) if node.op == "Conv" else shape[node.attrs["w"].index(_summed(node))] if node.op == "Contraction" else 1
-    )
-    return int(np.prod([n for n in sizes[1:] if n is not None])) * fan_in
-
-
-def _summed(node: Node) -> str:
-    letters: str = node.attrs["w"]
-    return next(name for name in letters if name not in node.attrs["y"])
+    shape, letters = node.params["weight"].shape, node.attrs.get("w", "")
+    if node.op == "Conv":
+        taps = shape[0] // node.attrs.get("groups", 1) * int(np.prod(shape[2:])) if transposed else int(np.prod(shape[1:]))
+    else:
+        taps = int(np.prod([n for n, name in zip(shape, letters, strict=True) if name not in node.attrs["y"]]))
+    return int(np.prod([n for n in probes[0][1:] if n is not None])) * taps

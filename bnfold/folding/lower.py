@@ -14,6 +14,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Array
 from bnfold.algebra.graph import Graph, Node, Site
 
+from .duplicate import multiply_adds
 from .options import Lowering
 from .search import Outcome
 
@@ -77,3 +78,13 @@ def _overflow(written: Written) -> str:
     limit = written.node.attrs["limit"]
     largest = max(float(np.abs(array).max(initial=0.0)) for array in written.constants.values())
     return f"it would hold {largest:.3g}, beyond the largest {limit:.3g} of its type" if not largest <= limit else ""
+
+
+def work(graph: Graph, written: Iterable[Written] = ()) -> int | None:
+    """Multiplications of all operators with weights for one sample, those included that are written in the place of others."""
+    counts = [multiply_adds(node) for node in graph.nodes]
+    for each in written:
+        sizes = None if each.node.output.probes is None else each.node.output.probes[0]
+        if "weight" in each.constants:
+            counts.append(None if sizes is None or None in sizes else int(np.prod([n or 1 for n in sizes[1:]])))
+    return None if None in counts else sum(n for n in counts if n is not None)

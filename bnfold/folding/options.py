@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Lowering = Literal["mul-add", "depthwise"]
+Target = Literal["float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,9 @@ class FoldOptions:
     equalise: the ranges of weights are then made to match, for integers with one scale a tensor (see `equalise`); no BatchNorm is needed.
     lower: what stays of BatchNorms is written as operators that every target has, in the same arithmetic: "mul-add" a multiplication and an
     addition by constants, "depthwise" a convolution of one tap for each channel (where there are channels behind a batch axis, and one to
-    three spatial axes; else as "mul-add"). Raises ValueError for another word.
+    three spatial axes; else as "mul-add").
+    target: the type to which the model will be converted: what would overflow there, or lose its digits, is told.
+    Raises ValueError for another word.
     """
 
     clone: bool = False
@@ -30,10 +33,12 @@ class FoldOptions:
     norm_affine: bool = False
     equalise: bool = False
     lower: Lowering | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
-        if self.lower is not None and self.lower not in get_args(Lowering):
-            raise ValueError(f"lower is {self.lower!r}; it is one of {', '.join(get_args(Lowering))}, or None")
+        for name, value, words in (("lower", self.lower, get_args(Lowering)), ("target", self.target, get_args(Target))):
+            if value is not None and value not in words:
+                raise ValueError(f"{name} is {value!r}; it is one of {', '.join(words)}, or None")
 
 
 PLAIN = FoldOptions()

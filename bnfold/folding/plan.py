@@ -11,16 +11,19 @@ import numpy as np
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Site, Value
+from bnfold.algebra.rounding import BFLOAT16, told
 from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
 from .clamps import clamped, free, joined
 from .equalise import equalise as equalise_ranges
-from .lower import Written, lower
+from .lower import Written, lower, work
 from .norms import move
-from .options import PLAIN, FoldOptions
+from .options import PLAIN, FoldOptions, Target
 from .ranges import weight_ranges
 from .search import Outcome, fold
+
+NARROW: Mapping[Target, np.dtype[Any]] = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Planned:
     """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch.
 
     equalised: what became of ranges; scaled: the operators whose weights that, or the scale of a normalisation, changed. said: what of
-    normalisations stays. written: operators in the place of others.
+    normalisations stays. work: multiply-adds for a sample, before and after. written: operators in the place of others.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -38,6 +41,7 @@ class Planned:
     scaled: tuple[Node, ...] = ()
     written: tuple[Written, ...] = ()
     said: tuple[str, ...] = ()
+    work: tuple[int | None, int | None] = (None, None)
 
     @property
     def changes(self) -> bool:
@@ -54,7 +58,7 @@ class Planned:
 
         notes: on nodes that absorbed something. others: the model's BatchNorms that the plan didn't see. said: the report's notes.
         """
-        others = tuple(others)
+        others, (before, after) = tuple(others), self.work
         layers = (*(_layer(o, notes) for o in self.outcomes if o.site.is_batchnorm or o.folded), *others)
         calls = [(len(o.site.nodes), o.verdict) for o in self.outcomes if o.site.is_batchnorm]
         calls += [(1, layer.verdict) for layer in others]
@@ -71,6 +75,7 @@ class Planned:
             equalised=self.equalised,
             ranges=ranges,
             bytes_added=bytes_added,
+            multiply_adds=None if before is None or after is None else Counts(before, after),
             notes=(*said, *self.said),
         )
 
@@ -137,6 +142,7 @@ def plan(
     other operators in the place of a site's."""
     graph.one_scale = "--keep-per-tensor leaves it one" if options.keep_per_tensor else ""
     affine = [node for site in graph.sites for node in site.nodes]
+    before = work(graph)
     if options.clamps:
         free(graph)
     outcomes = fold(graph, clone=options.clone)
@@ -156,7 +162,25 @@ def plan(
     if options.lower is not None:
         outcomes, lowered = lower(graph, outcomes, options.lower, replaceable)
         written += lowered
-    return Planned(tuple(outcomes), tuple(merges), removed, tuple(equalised), (*moved, *scaled), tuple(written), tuple(said))
+    said += _in_target(graph, written, options.target) if options.target is not None else []
+    return Planned(
+        tuple(outcomes),
+        tuple(merges),
+        removed,
+        tuple(equalised),
+        (*moved, *scaled),
+        tuple(written),
+        tuple(said),
+        (before, work(graph, written)),
+    )
+
+
+def _in_target(graph: Graph, written: Iterable[Written], target: Target) -> list[str]:
+    """What becomes of the new coefficients in the type to which the model will be converted."""
+    arrays = [(node, role, param.layout.stored(param.read())) for node, role, param in graph.updates()]
+    arrays += [(each.node, role, array) for each in written for role, array in each.constants.items()]
+    found = ((node, role, told(array, NARROW[target])) for node, role, array in arrays)
+    return [f"--target {target}: the {role} of {node.name} has coefficients {clause}" for node, role, clause in found if clause]
 
 
 def _equalised(graph: Graph, merges: Iterable[Merge]) -> tuple[list[Equalised], list[Node]]:

@@ -82,6 +82,7 @@ class FuseReport(Report):
     equalised: tuple[Equalised, ...] = ()
     ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
+    multiply_adds: Counts | None = None  # of the layers with weights, for one sample; None where a size isn't known
     verify: VerifyReport | None = None  # the check before writing; None with check=False
     notes: tuple[str, ...] = ()
     operators: Counts | None = None

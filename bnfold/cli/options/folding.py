@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from bnfold.errors import UsageError
-from bnfold.folding.options import Lowering
+from bnfold.folding.options import Lowering, Target
 
 from . import option
 
@@ -19,6 +19,13 @@ def lowering(text: str, option: str) -> Lowering:
     if text not in get_args(Lowering):
         raise UsageError(f"{option} {text}: write {' or '.join(get_args(Lowering))}")
     return cast(Lowering, text)
+
+
+def target(text: str, option: str) -> Target:
+    """One of the narrow types."""
+    if text not in get_args(Target):
+        raise UsageError(f"{option} {text}: write {' or '.join(get_args(Target))}")
+    return cast(Target, text)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,10 @@ class Folding:
         FOLDING,
         "mul-add|depthwise",
         read=lowering,
+    )
+
+    target: Target | None = option(
+        "--target", "Tell what of the new weights would overflow, or lose its digits, in the type to come.", FOLDING, "TYPE", read=target
     )
 
     @property

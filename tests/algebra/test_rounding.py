@@ -1,0 +1,86 @@
+"""Folded arrays against exact rational arithmetic, in every type in which weights are stored."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+import bnfold
+
+TYPES = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+EPSILON = 0.25
+ROOTS = {2.0: Fraction(3, 2), 6.0: Fraction(5, 2), 12.0: Fraction(7, 2)}  # of variance and epsilon
+
+
+def numpy_type(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def drawn(name: str, *, scale: float = 1.0) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A convolution and a BatchNorm whose standard deviations are rational."""
+    rng, kind = np.random.default_rng(7), numpy_type(name)
+    sizes = {"w": (6, 4, 3, 3), "b": (6,), "gamma": (6,), "beta": (6,), "mean": (6,)}
+    arrays = {key: (rng.normal(size=size) * (scale if key == "w" else 1)).astype(kind) for key, size in sizes.items()}
+    arrays["var"] = rng.choice([*ROOTS], 6).astype(kind)
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"]),
+        helper.make_node("BatchNormalization", ["h", "gamma", "beta", "mean", "var"], ["y"], epsilon=EPSILON),
+    ]
+    stored = [helper.make_tensor(key, TYPES[name], a.shape, a.tobytes(), raw=True) for key, a in arrays.items()]
+    x, y = (helper.make_tensor_value_info(v, TYPES[name], shape) for v, shape in (("x", [1, 4, 5, 5]), ("y", [1, 6, 3, 3])))
+    graph = helper.make_graph(nodes, "g", [x], [y], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10), arrays
+
+
+def folded(name: str, **how: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], bnfold.report.FuseReport]:
+    model, arrays = drawn(name, **how)
+    fused, report = bnfold.fuse(model, check=False)
+    kind = numpy_type(name)
+    found = {t.name: np.frombuffer(t.raw_data, kind).reshape(tuple(t.dims)) for t in fused.graph.initializer}
+    return arrays, found, report
+
+
+def nearest(stored: np.generic, exact: Fraction) -> bool:
+    """Whether no neighbour of a stored number is nearer."""
+    own = abs(Fraction(float(stored)) - exact)
+    neighbours = (np.nextafter(stored, stored.dtype.type(way * np.inf)) for way in (-1, 1))
+    return all(own <= abs(Fraction(float(other)) - exact) for other in neighbours if np.isfinite(float(other)))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_folded_arrays_are_the_exact_ones_rounded_once(name: str) -> None:
+    arrays, found, _ = folded(name)
+    exact = {key: [Fraction(float(n)) for n in a.ravel()] for key, a in arrays.items()}
+    for c in range(6):
+        s = exact["gamma"][c] / ROOTS[float(arrays["var"][c])]
+        for k in range(36):
+            assert nearest(found["w"].reshape(6, 36)[c, k], s * exact["w"][36 * c + k])
+        assert nearest(found["b"][c], s * (exact["b"][c] - exact["mean"][c]) + exact["beta"][c])
+
+
+@pytest.mark.parametrize("target", ["float16", "bfloat16"])
+def test_what_a_target_can_not_hold_is_told(target: str) -> None:
+    model, _ = drawn("float32", scale=1e-6 if target == "float16" else 1e-38)
+    told = bnfold.fuse(model, target=target, check=False)[1].notes
+    assert [note for note in told if note.startswith(f"--target {target}: the weight of h")]
+    assert "too small for it to keep their digits" in told[0]
+    assert not bnfold.fuse(drawn("float32")[0], target=target, check=False)[1].notes
+    large, _ = drawn("float32", scale=1e6)
+    over = bnfold.fuse(large, target=target, check=False)[1].notes
+    assert bool(over) == (target == "float16")
+
+
+def test_multiply_adds_are_counted() -> None:
+    report = bnfold.fuse(drawn("float32")[0], check=False)[1]
+    assert report.multiply_adds is not None
+    assert (report.multiply_adds.before, report.multiply_adds.after) == (6 * 36 * 9,) * 2
+
+
+def test_an_unknown_target_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="one of float16, bfloat16, or None"):
+        bnfold.fuse(drawn("float32")[0], target="int8")
