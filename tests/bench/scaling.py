@@ -2,8 +2,8 @@
 
     python -m tests.bench.scaling [--sizes 250,500,1000] [--shapes chain,concat,readers,moves]
 
-Each line: the seconds of inspect, of fuse without its check, of comparing the coefficients of both, and of cutting into the stages of
-recalibration; then how much the slowest of these grew since the line before, where the graph grew as the sizes say.
+Each line: the processor seconds of inspect, of fuse without its check, of comparing the coefficients of both, and of cutting into the
+stages of recalibration; then how much the slowest of these grew since the line before, where the graph grew as the sizes say.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def main() -> None:
         for size in map(int, args.sizes.split(",")):
             seconds = []
             for run in steps(graph(shape, size)).values():
-                start = time.perf_counter()
+                start = time.process_time()
                 run()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             growth = "" if before is None else f"{max(np.array(seconds) / before):.1f}"
             print(f"| {shape} | {size:,} | " + " | ".join(f"{each:.2f}" for each in seconds) + f" | {growth} |", flush=True)
             before = np.array(seconds)
