@@ -53,9 +53,8 @@ def pointwise(ctx: Lowering, op: Op, kind: str, *inputs: Ref, **attrs: Any) -> N
 def clip(ctx: Lowering, op: Op, x: Ref, low: float | None, high: float | None) -> None:
     """bounds: None and infinite ones are none."""
     rectifies = low == 0 and (high is None or high >= 3.4e38)
-    kind = {} if rectifies else {"why": "it clips at a bound other than zero"}
-    bounds = (-np.inf if low is None else low, np.inf if high is None else high)
-    pointwise(ctx, op, "Relu" if rectifies else "Barrier", x, bounds=bounds, **kind)
+    attrs: dict[str, Any] = {"bounds": (-np.inf if low is None else low, np.inf if high is None else high)}
+    pointwise(ctx, op, "Relu" if rectifies else "Barrier", x, **attrs, why="it clips at a bound other than zero")
 
 
 def bounds_of(ctx: Lowering, op: Op, refs: Sequence[Ref], *, above: bool) -> dict[str, Any]:
@@ -67,9 +66,8 @@ def bounds_of(ctx: Lowering, op: Op, refs: Sequence[Ref], *, above: bool) -> dic
     if c is None or x.sizes is None or c.ndim > len(x.sizes):
         return {}
     c = c.reshape((1,) * (len(x.sizes) - c.ndim) + c.shape)
-    if any(n not in (1, own) for n, own in zip(c.shape, x.sizes, strict=True)):
-        return {}
-    return {"bounds": (-np.inf, c) if above else (c, np.inf)}
+    fits = all(n in (1, own) for n, own in zip(c.shape, x.sizes, strict=True))
+    return {"bounds": (-np.inf, c) if above else (c, np.inf)} if fits else {}
 
 
 # --- along axes --------------------------------------------------------------------------------------------------------------------
