@@ -515,3 +515,24 @@ def test_parameters_that_no_schema_checks_keep_a_batchnorm(node: str, reason: st
     (layer,) = bnfold.inspect(model).layers
     assert layer.verdict == "kept"
     assert re.search(reason, layer.reason)
+
+
+def test_an_operand_that_is_left_out_of_many_is_refused() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 2] x) => (float[N, 2] y) { y = Sum (x, , x) }'
+    )
+    assert model.graph.node[0].input == ["x", "", "x"]
+    with pytest.raises(ModelError, match=r"its input data_0 \(number 1\) is left out"):
+        bnfold.inspect(model)
+
+
+def test_a_graph_that_a_call_hands_to_a_function_is_refused() -> None:
+    inner = helper.make_graph([], "inner", [], [])
+    call = helper.make_node("F", ["x"], ["y"], domain="own", body=inner)
+    function = helper.make_function("own", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [helper.make_opsetid("", 17)])
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2]) for name in "xy"]
+    graph = helper.make_graph([call], "g", ports[:1], ports[1:])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=9)
+    with pytest.raises(UnsupportedError, match="functions can't be put in the places of their calls"):
+        bnfold.inspect(model)

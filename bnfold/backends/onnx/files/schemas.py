@@ -19,6 +19,7 @@ from bnfold.errors import ModelError, UnsupportedError
 from .parameters import Dims, troubles
 from .validate import domain_of, inner_graphs, label, nodes
 
+OPTION = defs.OpSchema.FormalParameterOption
 MOST_CALLED = 200_000  # operators that calls of functions may come to
 KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
 CHOICES = {  # of attributes that are one of a few words
@@ -146,8 +147,11 @@ def _check_arity(node: NodeProto, schema: Any, version: int) -> None:
             asked = f"{low}" if low == high else f"at least {low}" if len(given) < low else f"at most {high}"
             raise _wrong(node, f"it has {len(given)} {what}s, and opset {version} asks for {asked}")
         for i, name in enumerate(given):
-            if not name and i < len(formal) and formal[i].option == defs.OpSchema.FormalParameterOption.Single:
-                raise _wrong(node, f"its {what} {formal[i].name} (number {i}) is left out, which opset {version} requires")
+            asked_for = formal[min(i, len(formal) - 1)]
+            if not name and (
+                asked_for.option == OPTION.Single or (what == "input" and asked_for.option == OPTION.Variadic and asked_for.is_homogeneous)
+            ):
+                raise _wrong(node, f"its {what} {asked_for.name} (number {i}) is left out, which opset {version} requires")
 
 
 def _check_word(node: NodeProto, name: str, word: bytes) -> None:
