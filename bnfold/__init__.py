@@ -18,8 +18,6 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import fuse, inspect, load, recalibrate, restore, save, verify
-    from .averaging import average
-    from .benchmark import bench
     from .certificates import certificate
     from .errors import (
         BnfoldError,
@@ -32,10 +30,12 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from .explanations import explain
-    from .parts import measure_part, merge_models, merge_parts
-    from .pipelines import pipeline
     from .report import BenchReport, ExplainReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
+    from .verbs.averaging import average
+    from .verbs.benchmark import bench
+    from .verbs.explanations import explain
+    from .verbs.parts import measure_part, merge_models, merge_parts
+    from .verbs.pipelines import pipeline
 
 __all__ = [  # noqa: RUF022 - in the order of the work
     "__version__",
@@ -73,14 +73,14 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "UsageError",
 ]
 _HOMES = {
-    "average": ".averaging",
-    "bench": ".benchmark",
+    "average": ".verbs.averaging",
+    "bench": ".verbs.benchmark",
     "certificate": ".certificates",
-    "explain": ".explanations",
-    "measure_part": ".parts",
-    "merge_models": ".parts",
-    "merge_parts": ".parts",
-    "pipeline": ".pipelines",
+    "explain": ".verbs.explanations",
+    "measure_part": ".verbs.parts",
+    "merge_models": ".verbs.parts",
+    "merge_parts": ".verbs.parts",
+    "pipeline": ".verbs.pipelines",
 }
 
 

@@ -15,7 +15,7 @@ ROOMS = """
     __init__ __main__
     library
     cli
-    pipelines benchmark parts explanations averaging
+    verbs
     api
     certificates
     backends

@@ -9,7 +9,7 @@ import pytest
 import bnfold
 from bnfold.algebra.rules import RULES
 from bnfold.cli import run
-from bnfold.explanations import WORDS
+from bnfold.verbs.explanations import WORDS
 
 
 def test_every_rule_has_its_words() -> None:

@@ -15,7 +15,7 @@ from bnfold.backends.onnx.files.load import to_proto
 from bnfold.backends.open import open_both, open_model
 from bnfold.folding import plan
 from bnfold.folding.options import FoldOptions
-from bnfold.pipelines import pipeline
+from bnfold.verbs.pipelines import pipeline
 from bnfold.verification.comparison import alike
 from bnfold.verification.verify import verify
 

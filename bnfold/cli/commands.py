@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bnfold import api
-from bnfold import parts as parts_of
 from bnfold.certificates import claim
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write
 from bnfold.text import counted
+from bnfold.verbs import parts as parts_of
 
 from . import extras as extras
 from . import options as o
@@ -242,7 +242,7 @@ def pipeline(
 
     The first step that fails ends it, and then nothing is written.
     """
-    from bnfold.pipelines import pipeline as run
+    from bnfold.verbs.pipelines import pipeline as run
 
     loading, settings = measuring.loading, measuring.settings()
     suffixes = loading.suffixes(model)
@@ -287,7 +287,7 @@ def bench(
 
     In turn, round by round, so that a change in the machine's speed meets both: the ratio holds where the seconds don't.
     """
-    from bnfold.benchmark import bench as run
+    from bnfold.verbs.benchmark import bench as run
 
     with Job(reporting) as job, running.fallback():
         provider = running.one_provider(reference, candidate)

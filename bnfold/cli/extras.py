@@ -27,7 +27,7 @@ def average(
 
     With labels, it is scored both ways: before, with the mean of the checkpoints' statistics, and after, with those of the data.
     """
-    from bnfold.averaging import average as run
+    from bnfold.verbs.averaging import average as run
 
     if len(models) < 2:
         raise UsageError("average takes two models or more; `bnfold recalibrate` measures one's statistics")
@@ -58,7 +58,7 @@ def explain(
     reporting: Reporting,
 ) -> None:
     """Say what can cross an operator, or why a BatchNorm stays and what would let it go."""
-    from bnfold.explanations import explain as run
+    from bnfold.verbs.explanations import explain as run
 
     with Job(reporting) as job:
         loaded = None if model is None else loading.load(model, job)

@@ -31,7 +31,7 @@ from onnxruntime.quantization.preprocess import quant_pre_process
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.pipelines import pipeline
+from bnfold.verbs.pipelines import pipeline
 
 EPOCHS, BATCH, LEARNING_RATE = 6, 32, 0.003
 BITS = (4, 3)

@@ -303,9 +303,9 @@ def test_bench_gives_a_ratio_with_its_range(here: Path, capsys: pytest.CaptureFi
 
 
 def test_bench_tells_no_winner_where_noise_could_be_it_and_no_ratio_of_nothing() -> None:
-    from bnfold.benchmark import _ratio
     from bnfold.report import BenchReport, Latency
     from bnfold.report.render.terminal import text
+    from bnfold.verbs.benchmark import _ratio
 
     rng = np.random.default_rng(0)
     noise = 1 + 0.2 * rng.standard_normal((2, 21))

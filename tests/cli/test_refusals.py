@@ -73,7 +73,7 @@ def test_statistics_that_harm_are_status_1_with_their_scores_and_nothing_is_writ
 
 
 def test_the_library_gives_no_model_that_was_harmed(classifier: Path) -> None:
-    from bnfold.pipelines import pipeline
+    from bnfold.verbs.pipelines import pipeline
 
     model = bnfold.load("model.onnx")
     skewed, same = (dict(np.load(name)) for name in ("skewed.npz", "same.npz"))

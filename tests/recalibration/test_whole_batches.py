@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.backends.open import open_model
-from bnfold.benchmark import bench
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, sample_inputs
 from bnfold.recalibration.methods import Prior
 from bnfold.recalibration.moments import measure
+from bnfold.verbs.benchmark import bench
 
 RNG = np.random.default_rng(0)
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

@@ -518,9 +518,7 @@ def test_parameters_that_no_schema_checks_keep_a_batchnorm(node: str, reason: st
 
 
 def test_an_operand_that_is_left_out_of_many_is_refused() -> None:
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 2] x) => (float[N, 2] y) { y = Sum (x, , x) }'
-    )
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g (float[N, 2] x) => (float[N, 2] y) { y = Sum (x, , x) }')
     assert model.graph.node[0].input == ["x", "", "x"]
     with pytest.raises(ModelError, match=r"its input data_0 \(number 1\) is left out"):
         bnfold.inspect(model)

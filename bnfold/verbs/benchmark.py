@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .api import AnyModel, Progress, told
-from .capture import overhearing
-from .data import Chunk, as_batches
-from .data.inputs import Inputs
-from .data.source import peek
-from .errors import DataError, UsageError
-from .report import BenchReport, Latency
+from bnfold.api import AnyModel, Progress, told
+from bnfold.capture import overhearing
+from bnfold.data import Chunk, as_batches
+from bnfold.data.inputs import Inputs
+from bnfold.data.source import peek
+from bnfold.errors import DataError, UsageError
+from bnfold.report import BenchReport, Latency
 
 DRAWS = 1000  # of the bootstrap
 ROUND = 0.02  # seconds: in a round a model runs at least so long, so that the clock's grain doesn't show
@@ -45,8 +45,8 @@ def bench(
     Runtime's own graph optimisations, which fold too; a deployed model has them on. map_inputs: as for `api.verify`. threads: that one
     operator may use. See `BenchReport` for what is found.
     """
-    from .backends.open import open_both
-    from .verification.comparison import alike
+    from bnfold.backends.open import open_both
+    from bnfold.verification.comparison import alike
 
     progress = told(progress)
     if rounds < 2:

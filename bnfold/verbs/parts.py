@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .api import AnyModel, M, Progress, made, place, told
-from .backends import open as backends
-from .report import RecalibrateReport
+from bnfold.api import AnyModel, M, Progress, made, place, told
+from bnfold.backends import open as backends
+from bnfold.report import RecalibrateReport
 
 if TYPE_CHECKING:
-    from .recalibration.methods import Method
+    from bnfold.recalibration.methods import Method
 
 
 def measure_part(
@@ -39,9 +39,9 @@ def measure_part(
     where the parts would not add up to the whole: in lockstep, what stands behind a BatchNorm depends on all data; a moving average on
     their order.
     """
-    from .recalibration import parts as parts_of
-    from .recalibration import recalibrate as calibration
-    from .recalibration.methods import method as chosen
+    from bnfold.recalibration import parts as parts_of
+    from bnfold.recalibration import recalibrate as calibration
+    from bnfold.recalibration.methods import method as chosen
 
     opened = backends.open_model(model, example)
     target = calibration.Target(layers, skip_layers, freeze, place(opened, provider, device))
@@ -63,8 +63,8 @@ def merge_parts(
 
     UsageError unless each part is there once, and measured on this model.
     """
-    from .recalibration import parts as parts_of
-    from .recalibration import recalibrate as calibration
+    from bnfold.recalibration import parts as parts_of
+    from bnfold.recalibration import recalibrate as calibration
 
     opened = backends.open_model(model, example)
     fresh, report = parts_of.merge(opened, paths, calibration.Target(layers, skip_layers, freeze))
@@ -79,9 +79,9 @@ def merge_models(
     counts: how many samples each was measured on. The variance is that of all data (the law of total variance), not the mean of the
     variances. Raises DataError unless the models are the same but for their statistics.
     """
-    from .recalibration import parts as parts_of
-    from .recalibration import recalibrate as calibration
-    from .verification.verify import verify
+    from bnfold.recalibration import parts as parts_of
+    from bnfold.recalibration import recalibrate as calibration
+    from bnfold.verification.verify import verify
 
     opened = [backends.open_model(model, example) for model in models]
     compared = partial(verify, coefficients_only=True)

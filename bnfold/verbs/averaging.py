@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import api
-from .backends.open import open_model
-from .errors import UsageError
-from .model import Model
-from .report import RecalibrateReport
+from bnfold import api
+from bnfold.backends.open import open_model
+from bnfold.errors import UsageError
+from bnfold.model import Model
+from bnfold.report import RecalibrateReport
 
 
 def average(

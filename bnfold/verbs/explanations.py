@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from . import api
-from .algebra.rules import RULES
-from .errors import UsageError
-from .report import ExplainReport, Layer
-from .text import listed, meant
+from bnfold import api
+from bnfold.algebra.rules import RULES
+from bnfold.errors import UsageError
+from bnfold.report import ExplainReport, Layer
+from bnfold.text import listed, meant
 
 ANY, ORDERED, SCALES = "any map crosses", "maps cross whose scales aren't negative", "pure scalings cross, whose scales aren't negative"
 # Of each rule: which maps cross, the equation of which it is the proof, and operators that it is for.

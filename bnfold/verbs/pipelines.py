@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import api
-from .backends.open import open_model
-from .certificates import nothing_to_fold, verified
-from .errors import NothingToDoError
-from .folding.options import FoldOptions
-from .recalibration.scoring import effect, score, score_if_fits
-from .report import PipelineReport
+from bnfold import api
+from bnfold.backends.open import open_model
+from bnfold.certificates import nothing_to_fold, verified
+from bnfold.errors import NothingToDoError
+from bnfold.folding.options import FoldOptions
+from bnfold.recalibration.scoring import effect, score, score_if_fits
+from bnfold.report import PipelineReport
 
 
 def pipeline(

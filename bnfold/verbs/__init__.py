@@ -1,0 +1,1 @@
+"""Verbs made of others, or beside them."""
