@@ -28,6 +28,11 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "Max": (ORDERED, "max(s*x + t) = s*max(x) + t if s >= 0", "MaxPool GlobalMaxPool ReduceMax max_pool2d amax"),
     "Relu": (SCALES, "relu(s*x) = s*relu(x) if s >= 0", "Relu LeakyRelu PRelu Abs relu leaky_relu prelu"),
+    "Clamp": (
+        f"with --clamps {ANY}; without, none",
+        "a(clamp(x; l, h)) = clamp(a(x); a(l), a(h)), the bounds swapped if s < 0",
+        "Clip relu6 hardtanh clamp",
+    ),
     "Pad": ("maps cross that keep what it fills with", "a(pad(x, v)) = pad(a(x), a(v)), so t = 0 for zeros", "Pad constant_pad_nd pad"),
     "Sum": (ANY, "s*sum(x) + t = sum(s*x + t/n)", "ReduceSum sum"),
     "Add": ("any map, with its shift into one branch; downwards shifts alone", "s*(x + y) + t = (s*x + t) + s*y", "Add Sub add sub"),
