@@ -106,7 +106,7 @@ def merge_models(
                 f"model {number} differs from the first not in statistics alone: {found.reason}; statistics go together only where all "
                 f"else is the same"
             )
-        if found.verdict != "equivalent":
+        if found.levels.coefficients.verdict != "equivalent":
             notes.append(f"whether model {number} is the first but for its statistics can't be told: {found.reason}")
     tallies = []
     for layer, *others in zip(*(each.layers for each in plans), strict=True):

@@ -640,6 +640,7 @@ def test_models_have_the_variance_of_all_their_data(make: Any) -> None:
     agree({name: found[name] for name in names[:2]}, {name: whole[name] for name in names[:2]})
     assert report.samples == 37
     assert "all else is the first model's" in report.notes[0]
+    assert "can't be told" not in " ".join(report.notes)
     assert report.to_dict()["layers"][0]["stderr"] is None  # which nobody knows
 
 
