@@ -81,7 +81,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         import tomli as tomllib
     try:
         return tomllib.loads(contents(path, LONGEST, "the file of options").decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if path.name == "pyproject.toml":
             return {}  # other tools will say so
         raise InputError(f"{path}: no TOML ({error})") from None

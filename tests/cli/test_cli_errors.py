@@ -58,6 +58,7 @@ NONSENSE = {
     "inspect model.onnx --fast": "No such option: --fast",
     "recalibrate model.onnx -o out.onnx": "--data DATA is missing",
     "recalibrate model.onnx --data x.npy -o out.onnx --batch-size 0": "--batch-size",
+    "fuse model.onnx -o out.onnx --seed -1": "--seed",
     "recalibrate model.onnx --data x.npy -o out.onnx --memory-budget lots": "--memory-budget lots: not a size; write it like 512M or 2G",
     "recalibrate model.onnx --data x.npy -o out.onnx --device cuda": "--device cuda: that is for PyTorch models; for ONNX give --provider",
     "recalibrate model.onnx --data x.npy -o out.onnx --mean a,b": "--mean a,b: not numbers; write them like 0.485,0.456,0.406",

@@ -63,10 +63,11 @@ WRONG = {
     "seed = 'x'": (2, "--seed"),
     "trust-pickle = true": (2, "trust-pickle: that is asked for on the command line, each time"),
     "seed =": (3, "no TOML"),
+    f"seed = {'[' * 9999}": (3, "no TOML"),
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_what_is_wrong_is_one_line(text: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bnfold.toml").write_text(text)
     status, says = WRONG[text]

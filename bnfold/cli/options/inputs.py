@@ -105,7 +105,7 @@ class Shaping:
         DATA,
         "[NAME=]1,3,224,224[:TYPE]",
     )
-    seed: int = option("--seed", "For everything random.", DATA, default=0)
+    seed: int = option("--seed", "For everything random.", DATA, default=0, min=0)
 
     def shapes(self, model: Model) -> dict[str, tuple[int, ...]] | None:
         """The shapes asked for, by input name. What doesn't state its inputs is read for the shape that is asked for."""
