@@ -20,6 +20,7 @@ from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 from bnfold.text import unused
 
+from .folded import rounded
 from .graph.constants import Constants
 from .graph.edit import idle, inner_first, is_read
 from .graph.quantised import dequantised, remade
@@ -53,16 +54,6 @@ def write(
             writer.compute(node, rounded(array, dtype))
     writer.sweep()
     return writer.notes, writer.bytes_added
-
-
-def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
-    """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
-    return rounding.rounded(array, numpy_type(dtype))
-
-
-def numpy_type(dtype: ir.DataType | None) -> np.dtype[Any]:
-    """A stored type as numpy has it, float32 where it isn't known."""
-    return np.dtype((dtype or ir.DataType.FLOAT).numpy())
 
 
 class _Writer:

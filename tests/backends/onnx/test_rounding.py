@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bnfold.backends.onnx.write import rounded
+from bnfold.backends.onnx.folded import rounded
 
 
 def test_the_halfway_case_that_two_roundings_get_wrong() -> None:

@@ -16,6 +16,7 @@ from bnfold.recalibration.moments import Pointwise
 from bnfold.recalibration.plan import Select, StagePlan, every
 from bnfold.recalibration.protocol import BatchNorm, Reading
 
+from ..folded import numpy_type
 from ..graph.constants import Constants
 from ..graph.identity import identity
 from ..graph.inline import inlined
@@ -24,7 +25,6 @@ from ..graph.sequences import Sequences
 from ..graph.shapes import Shapes
 from ..graph.walk import all_nodes, arg, attribute, batchnorms, behind_identity, in_training, is_batchnorm, name_of, number, opset
 from ..runtime.session import Session
-from ..write import numpy_type
 from . import operations
 from .operations import OnnxCall, OnnxCut, OnnxOperation
 from .stage import OnnxStage
