@@ -29,14 +29,12 @@ def weight_ranges(nodes: Iterable[Node], merged: Container[Node]) -> tuple[Weigh
         if param is None or param.tensor is None or param.tensor.quantised is not None or param.update is None:
             continue
         channels = output_axes(node)
-        rows = _rows(param.layout.canonical(param.tensor.read()), channels)
-        before, error_before = _ratio(rows), _error(rows)
-        rows = _rows(param.read(), channels)
-        after, error = _ratio(rows), _error(rows)
+        before, error_before, _ = _measured(param.layout.canonical(param.tensor.read()), channels)
+        after, error, by_channel = _measured(param.read(), channels)
         warning = ""
         if error > HARMFUL:
             cause = "" if error_before > HARMFUL else ", from merging branches" if node in merged else ", from the fold"
-            helped = _error(rows, per_channel=True) <= HARMFUL
+            helped = by_channel <= HARMFUL
             advice = "use a scale for each channel, or --equalise" if helped else "a scale for each channel is no help, --equalise may be"
             warning = f"int8 with one scale puts the weights of its median channel off by {error:.0%}{cause}: {advice}"
         found.append(WeightRange(node.name, before, after, error_before, error, warning))
@@ -50,32 +48,31 @@ def output_axes(node: Node) -> tuple[int, ...]:
     return (0,)
 
 
-def _rows(weight: Array, channels: tuple[int, ...]) -> Array:
-    """The weight as a matrix, a row an output channel; without the channels of zeros, which any quantiser keeps."""
+def _measured(weight: Array, channels: tuple[int, ...]) -> tuple[float, float, float]:
+    """The largest over the median of the channels' largest magnitudes, and the errors of 8 bits with one scale and with one per channel.
+
+    Channels of zeros, which any quantiser keeps, don't count. No copy of the weight is made.
+    """
     rows = np.moveaxis(weight, channels, range(len(channels)))
     rows = rows.reshape(int(np.prod(rows.shape[: len(channels)])), -1)
-    return rows[rows.any(axis=1)]
+    largest = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
+    live = largest != 0
+    if not live.any():
+        return 1.0, 0.0, 0.0
+    seen, largest = rows[live, :: -(-rows.shape[1] // MOST)], largest[live]
+    one, each = (_error(seen, np.broadcast_to(most, largest.shape)) for most in (largest.max(), largest))
+    return float(largest.max() / np.median(largest)), one, each
 
 
-def _ratio(rows: Array) -> float:
-    """The largest over the median of the channels' largest magnitudes."""
-    largest = np.abs(rows).max(axis=1, initial=0.0)
-    return float(largest.max() / np.median(largest)) if len(rows) else 1.0
-
-
-def _error(rows: Array, *, per_channel: bool = False) -> float:
+def _error(seen: Array, largest: Array) -> float:
     """How far 8 bits put the weights of the median channel off: the median error over the median weight, of those that aren't 0.
 
-    Not the mean squares, in which one large weight hides what becomes of all the others.
+    Not the mean squares, in which one large weight hides what becomes of all the others. largest: what the steps of each row reach to.
     """
-    if not len(rows):
-        return 0.0
-    step = np.abs(rows).max(axis=1 if per_channel else None, keepdims=True) / LEVELS
-    seen = rows[:, :: -(-rows.shape[1] // MOST)]
     live = seen.any(axis=1)
     if not live.any():
         return 0.0
-    seen, step = seen[live], np.broadcast_to(step, (len(rows), 1))[live]
+    seen, step = seen[live], largest[live, None] / LEVELS
     seen = np.where(seen == 0, np.nan, seen)
     with np.errstate(all="ignore"):
         off = np.abs(np.round(seen / step) * step - seen)
