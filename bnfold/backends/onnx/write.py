@@ -13,14 +13,14 @@ import onnx_ir as ir
 
 from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Graph, Node, Tensor
+from bnfold.algebra.graph import Graph, Node, Param, Tensor
 from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled, said_of_scale
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 from bnfold.text import unused
 
-from .folded import rounded
+from .folded import Weights, rounded
 from .graph.constants import Constants
 from .graph.edit import idle, inner_first, is_read
 from .graph.quantised import dequantised, remade
@@ -65,54 +65,20 @@ class _Writer:
         self.idle_nodes = idle(model.graph)
         self.idle_weights = {v for g in graphs for v in g.initializers.values() if not v.uses()}
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old, new)
+        self.alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         self.scaled: dict[tuple[ir.Value, bytes, bytes], ir.Value] = {}  # by old weight, codes and scales
         self.notes: dict[Node, str] = {}
+        self.weights = Weights()
         self.bytes_added = 0
 
     def write(self, graph: Graph, planned: Planned) -> None:
         self._make_clones(graph.clones)
-        alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         updates = list(graph.updates())
         for node, role, param in updates:
             if not isinstance(node.native, OnnxNative) or param.slot is None:
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
         for node, role, param in updates:
-            native: OnnxNative = node.native
-            slot = param.slot
-            exact = param.layout.stored(param.read())
-            old: ir.Value | None = None if param.tensor is None else param.tensor.native
-            dtype = native.dtype if old is None else param.tensor.dtype  # type: ignore[union-attr]
-            array = rounded(exact, dtype)
-            self._note_tiny(node, exact, array)
-            if node.attrs.get("scales_integers"):
-                self._note(node, said_of_scale(node.name, grown=array.size > (param.tensor.read().size if param.tensor else 1)))
-            if isinstance(slot, str) and slot != "Add":
-                native.node.attributes[slot] = ir.AttrFloat32(slot, float(exact.ravel()[0]))
-                continue
-            if old is None:
-                value = self._initializer(f"{node.name}.{role}", array)
-            elif (made := rescaled(graph, node, role)) is not None:
-                assert param.tensor is not None
-                value = self._requantised(native.node.inputs[slot], param.tensor, made)
-                self._note(node, made.said(param.tensor.name))
-            else:
-                if param.tensor is not None and param.tensor.quantised is not None:
-                    self._note(node, BECOMES_FLOATS.format(param.tensor.name))
-                shared = param.tensor is not None and len(param.tensor.users) > 1
-                key = (old, array.shape, array.tobytes() if shared else b"")
-                if key not in alike:
-                    alike[key] = self._initializer(param.tensor.name or node.name, array)  # type: ignore[union-attr]
-                    self.made.append((old, alike[key]))
-                value = alike[key]
-            if slot == "Add":
-                add_behind(native.node, value, opset(self.model), self._named)
-                continue
-            assert isinstance(slot, int)
-            if len(native.node.inputs) <= slot:
-                native.node.resize_inputs(slot + 1)
-            native.node.replace_input_with(slot, value)
-            if role == "bias":
-                native.node.attributes.update(native.reset)
+            self._update(graph, node, role, param)
         for each in planned.written:
             self._write_in_place(each)
         for node in (*planned.removed, *(each.node for each in planned.written)):
@@ -123,6 +89,45 @@ class _Writer:
                 self.idle_nodes.discard(m.branch.native.node)
         self.sweep()
         self._keep_names()
+
+    def _update(self, graph: Graph, node: Node, role: str, param: Param) -> None:
+        """Let an operator read a parameter with its update."""
+        native: OnnxNative = node.native
+        slot = param.slot
+        exact = param.layout.stored(param.read())
+        old: ir.Value | None = None if param.tensor is None else param.tensor.native
+        dtype = native.dtype if old is None else param.tensor.dtype  # type: ignore[union-attr]
+        array = rounded(exact, dtype)
+        self._note_tiny(node, exact, array)
+        if node.attrs.get("scales_integers"):
+            self._note(node, said_of_scale(node.name, grown=array.size > (param.tensor.read().size if param.tensor else 1)))
+        if isinstance(slot, str) and slot != "Add":
+            native.node.attributes[slot] = ir.AttrFloat32(slot, float(exact.ravel()[0]))
+            return
+        if old is None:
+            value = self._initializer(f"{node.name}.{role}", array)
+        elif (made := rescaled(graph, node, role)) is not None:
+            assert param.tensor is not None
+            value = self._requantised(native.node.inputs[slot], param.tensor, made)
+            self._note(node, made.said(param.tensor.name))
+        else:
+            if param.tensor is not None and param.tensor.quantised is not None:
+                self._note(node, BECOMES_FLOATS.format(param.tensor.name))
+            shared = param.tensor is not None and len(param.tensor.users) > 1
+            key = (old, array.shape, array.tobytes() if shared else b"")
+            if key not in self.alike:
+                self.alike[key] = self._initializer(param.tensor.name or node.name, array, param)  # type: ignore[union-attr]
+                self.made.append((old, self.alike[key]))
+            value = self.alike[key]
+        if slot == "Add":
+            add_behind(native.node, value, opset(self.model), self._named)
+            return
+        assert isinstance(slot, int)
+        if len(native.node.inputs) <= slot:
+            native.node.resize_inputs(slot + 1)
+        native.node.replace_input_with(slot, value)
+        if role == "bias":
+            native.node.attributes.update(native.reset)
 
     def _write_in_place(self, written: Written) -> None:
         """Put operators in the place of another one, which is still to be taken out."""
@@ -173,9 +178,9 @@ class _Writer:
         """Unused names for a node and what it gives; a node without a name stays without."""
         return _unused(name, self.node_names) if name else "", _unused(value, self.names)
 
-    def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    def _initializer(self, name: str, array: npt.NDArray[Any], param: Param | None = None) -> ir.Value:
         free = _unused(name, self.names)
-        tensor = ir.Tensor(array, name=free)
+        tensor = self.weights.tensor(array, free, param)
         value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
         self.model.graph.register_initializer(value)
         if (self.model.ir_version or 8) < 4:  # there, initializers must be listed as inputs too

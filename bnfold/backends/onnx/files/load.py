@@ -160,20 +160,19 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
     return model
 
 
-class Mapped(ir.LazyTensor):
-    """A weight in a file beside the model's: `path`."""
+class Stored(ir.LazyTensor):
+    """A weight as its file has it. path: of the file, where it lies beside the model's; only then is it there."""
 
     __slots__ = ("path",)
-    path: Path | None
+    path: Path
 
 
-def _weight(tensor: onnx.TensorProto, view: memoryview, file: Path | None) -> ir.LazyTensor:
+def _weight(tensor: onnx.TensorProto, view: memoryview, file: Path | None) -> Stored:
     dtype, shape = data_type(tensor), ir.Shape(tensor.dims, frozen=True)
     metadata = {entry.key: entry.value for entry in tensor.metadata_props}
     read = partial(_array, view, dtype, shape)
-    kind = ir.LazyTensor if file is None else Mapped
-    weight = kind(read, dtype, shape, name=tensor.name, doc_string=tensor.doc_string or None, metadata_props=metadata)
-    if isinstance(weight, Mapped):
+    weight = Stored(read, dtype, shape, name=tensor.name, doc_string=tensor.doc_string or None, metadata_props=metadata)
+    if file is not None:
         weight.path = file
     return weight
 
