@@ -52,10 +52,14 @@ class Settings:
 
 
 class Setting(NamedTuple):
-    """One that differs. number: whether it is a number of the function, that data may fail to show; text: in words."""
+    """One that differs. number: whether it is a number of the function, that data may fail to show; text: in words.
+
+    widespread: whether it is an array of which at least half is off by 1 % or more, so that data would show it.
+    """
 
     text: str
     number: bool
+    widespread: bool = False
 
 
 Stated = Callable[[], Settings]
@@ -133,9 +137,9 @@ def differing(p: Node, q: Node) -> tuple[list[Setting], str]:
     if one.flows.keys() != other.flows.keys():
         return [], f"{name} is set by other computed values than {q.label} {q.name}"
     found = [
-        Setting(f"{name} has {_shown_both(key, mine[1][key], theirs[1][key])}", _is_number(mine[1][key]))
+        Setting(f"{name} has {_shown_both(key, *both)}", _is_number(both[0]), _is_widespread(*both))
         for key in mine[1]
-        if key in theirs[1] and not same(mine[1][key], theirs[1][key])
+        if key in theirs[1] and not same(*(both := (mine[1][key], theirs[1][key])))
     ]
     only = sorted(mine[1].keys() ^ theirs[1].keys())
     return found, f"{name} states its {only[0]} in one of the models alone" if only and not found else ""
@@ -195,6 +199,12 @@ def same(a: Any, b: Any) -> bool:
     with np.errstate(all="ignore"):
         close = np.isfinite(x) & np.isfinite(y) & (np.abs(x - y) <= ROUNDED * np.maximum(np.abs(x), np.abs(y)))
     return bool((close | (x == y) | (np.isnan(x) & np.isnan(y))).all())
+
+
+def _is_widespread(one: Any, other: Any) -> bool:
+    if not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)) or one.shape != other.shape or one.size < 2:
+        return False
+    return one.dtype.kind == "f" and bool((np.abs(one - other) >= 0.01 * np.abs(one)).mean() >= 0.5)
 
 
 def _is_number(value: Any) -> bool:

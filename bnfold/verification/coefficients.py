@@ -127,7 +127,7 @@ def _compared(
     """What corresponds. scales: by which the reference's biases were multiplied for the occasion, if it was rescaled."""
     unpaired, hidden = structure.unpaired, hidden_summands(reference, scales or {}) | hidden_summands(candidate)
     merged = merged_summands((*reference.merges, *candidate.merges))
-    mismatches = [Mismatch(a, each.text, not each.number, setting=not each.number) for a, each in structure.settings]
+    mismatches = [Mismatch(a, each.text, each.widespread or not each.number, setting=not each.number) for a, each in structure.settings]
     compared: list[Node] = []
     worst = 0.0
     for pair in sorted(structure.parameters, key=lambda pair: pair.reference.index):

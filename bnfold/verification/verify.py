@@ -206,8 +206,11 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     try:
         found = correspond(both.reference.plan(), both.candidate.plan())
         if found.unpaired:
-            ways = (correspond(both.reference.plan(how), both.candidate.plan(how)) for how in OTHERWISE)
-            found = next((each for each in ways if not each.unpaired), found)
+            for how in OTHERWISE:
+                other = correspond(both.reference.plan(how), both.candidate.plan(how))
+                if not other.unpaired and (how.clone or not other.mismatches):  # else a mistake is taken for what was asked for
+                    found = other
+                    break
         if found.mismatches and _holds_norms(both.reference.plan()):
             again = correspond(both.reference.plan(MOVED), both.candidate.plan(MOVED))
             found = found if again.unpaired or again.mismatches else again
