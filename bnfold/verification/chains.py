@@ -22,6 +22,11 @@ class Chain(NamedTuple):
     total: Affine
     summands: Array
 
+    def resembles(self, other: Chain) -> bool:
+        """Whether at least half of the scales are within 1 % of another's. Otherwise a scale went elsewhere, and the two are no pair."""
+        mine, theirs = np.broadcast_arrays(self.total.scale, other.total.scale)
+        return bool((np.abs(theirs - mine) <= 0.01 * np.abs(mine)).mean() >= 0.5)
+
 
 def chain(value: Value) -> Chain | None:
     """The affine operators that make a value, as many as stand in a row; None where there is none."""

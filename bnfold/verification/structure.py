@@ -69,7 +69,7 @@ class Structure(Walk):
             elif (node := next((node for node in (p, q) if _does_nothing(node)), None)) is not None:
                 self.idle.add(node)
                 self.push(*(node.inputs[0] if value.producer is node else value for value in (a, b)))
-            elif (one := chain(a)) is not None and (other := chain(b)) is not None:
+            elif (one := chain(a)) is not None and (other := chain(b)) is not None and one.resembles(other):
                 self.chains.append((one, other))
                 self.nodes |= {(mine, theirs): None for mine in one.nodes for theirs in other.nodes}
                 self.push(one.source, other.source)
