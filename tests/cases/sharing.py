@@ -49,6 +49,14 @@ def _(net: Net) -> None:
     net.output(net.op("Add", y, net.relu(net.bn(y, 6))))
 
 
+@CASES.case("a difference that is doubled behind convolutions that are doubled", 36, clone=True)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    one, other = net.conv(x, 4, 6), net.conv(x, 4, 6)
+    y = net.bn(net.op("Sub", one, other), 6)
+    net.output(net.op("Add", y, net.weight(net.normal(6, 1, 1))), net.op("Sigmoid", y), net.op("Sigmoid", other))
+
+
 @CASES.case("Relu between with another user", 36, left=1, reason=SHARED + r"|shift|Relu")
 def _(net: Net) -> None:
     y = net.relu(net.conv(net.input("N", 4, "H", "W"), 4, 6))

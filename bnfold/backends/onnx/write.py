@@ -144,10 +144,11 @@ class _Writer:
         native.node.replace_input_with(native.positions[0], made)
 
     def _make_clones(self, clones: list[Node]) -> None:
-        """Make the ONNX nodes of doubled operators, and let those who want the copy read it."""
+        """Make the ONNX nodes of doubled operators, in the order in which they were doubled, and let those who want the copy read it."""
         for node in clones:
             native: OnnxNative = node.native
-            old = native.node
+            assert native.clone_of is not None
+            old = native.clone_of.node  # whose inputs are those that it had when it was doubled
             copy = ir.Node(
                 old.domain,
                 old.op_type,
@@ -162,9 +163,8 @@ class _Writer:
             assert old.graph is not None
             old.graph.insert_after(old, copy)
             native.node, native.clone_of = copy, None
-        for node in clones:
-            for reader, i in node.native.readers:  # perhaps through a BatchNorm that folded before and is still to be removed
-                reader.node.replace_input_with(reader.positions[i], node.native.node.outputs[0])
+            for reader, i in native.readers:  # perhaps through a BatchNorm that folded before and is still to be removed
+                reader.node.replace_input_with(reader.positions[i], made)
 
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""

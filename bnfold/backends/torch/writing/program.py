@@ -111,18 +111,19 @@ class _Writer(ProgramEditor):
         return device
 
     def _make_clones(self, clones: list[Node]) -> None:
-        """Make the operators that were doubled, and let those who want the copy read it."""
+        """Make the operators that were doubled, in the order in which they were, and let those who want the copy read it."""
         for node in clones:
             native: TorchNative = node.native
-            old = self.copies[native.op]
+            assert native.clone_of is not None
+            native.operands = native.clone_of.operands  # those that it had when it was doubled
+            old = self.copies[native.clone_of.op]
             with self.graph.inserting_after(old):
                 made = self.graph.node_copy(old)
             self.copies[made] = made
             native.op, native.clone_of = made, None
-        for node in clones:
-            for reader, i in node.native.readers:
-                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), node.native.op)
-                reader.operands = [node.native.op if k == i else op for k, op in enumerate(reader.operands)]
+            for reader, i in native.readers:
+                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), made)
+                reader.operands = [made if k == i else op for k, op in enumerate(reader.operands)]
 
     def _parameter(self, old: Op | None, native: TorchNative, role: str, tensor: Tensor) -> Op:
         """A placeholder for a new tensor; the old one's own where nothing else reads it."""
