@@ -23,6 +23,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
+# What Python's zipfile raises for damaged archives, names that are no text and kinds of compression that it doesn't know among them.
+DAMAGED_ZIP = (zipfile.BadZipFile, OSError, ValueError, EOFError, LookupError, RuntimeError)
 WORKPLACE = re.compile(r"\.bnfold-[0-9a-f]{16}")
 
 

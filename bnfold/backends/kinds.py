@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.errors import UnsupportedError, UsageError
-from bnfold.files import unreadable
+from bnfold.files import DAMAGED_ZIP, unreadable
 
 from .hub import is_timm
 
@@ -36,7 +36,7 @@ def kind_of(path: str | Path) -> str:
     except OSError:
         return "onnx"
     if head.startswith(b"PK\x03\x04"):
-        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        with contextlib.suppress(*DAMAGED_ZIP), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             for ending, kind in ARCHIVES:
                 if any(name.endswith(ending) for name in names):

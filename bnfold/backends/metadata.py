@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.errors import ModelError
-from bnfold.files import unreadable
+from bnfold.files import DAMAGED_ZIP, unreadable
 
 from .kinds import family, kind_of
 
@@ -96,7 +96,7 @@ def text_in_archive(path: Path) -> str | None:
             if entry is None or entry.file_size > LONGEST:
                 return None if entry is None else ""
             return archive.read(entry).decode("utf-8", "replace")
-    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+    except DAMAGED_ZIP as error:
         raise ModelError(f"{path}: a damaged exported program ({error}); export it again") from None
 
 

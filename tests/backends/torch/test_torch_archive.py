@@ -207,7 +207,15 @@ def test_a_guard_runs_code_in_torch_itself(plain: Entries, here: Path) -> None:
     assert Path("boom").exists()
 
 
-@pytest.mark.parametrize("change", [lambda d: d[: len(d) // 2], lambda d: d.replace(b"PK\x01\x02", b"PK\x01\x03"), lambda d: d[:40]])
+def no_text(data: bytes) -> bytes:
+    """The first name of the directory said to be UTF-8, and made none."""
+    at = data.index(b"PK\x01\x02")
+    return data[: at + 9] + b"\x08" + data[at + 10 : at + 46] + b"\xff" + data[at + 47 :]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda d: d[: len(d) // 2], lambda d: d.replace(b"PK\x01\x02", b"PK\x01\x03"), lambda d: d[:40], no_text]
+)
 def test_a_damaged_archive_is_one_line(change: Callable[[bytes], bytes], plain: Entries, here: Path) -> None:
     path = written(plain)
     path.write_bytes(change(path.read_bytes()))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import zipfile
 
+from bnfold.files import DAMAGED_ZIP
+
 EXPORT = "export it to ONNX first, with torch.onnx.export(model, inputs, path, dynamo=True, optimize=False)"
 BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; what the file is; what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run 'git lfs pull'"),
@@ -58,7 +60,7 @@ def _sniff_zip(data: bytes) -> tuple[str, str]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+    except DAMAGED_ZIP:
         return "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged", "save or download it again"
     for ending, kind, remedy in ZIPS:
         if any(name.endswith(ending) for name in names):

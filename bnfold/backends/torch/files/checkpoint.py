@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnfold.errors import ModelError
-from bnfold.files import bomb
+from bnfold.files import DAMAGED_ZIP, bomb
 from bnfold.text import one_line
 
 from ..export.observers import fit_quantisers
@@ -174,7 +174,7 @@ def unpickled(path: Path, trust_pickle: bool) -> Any:
     try:
         if what := bomb(path):
             raise ModelError(f"{path}: {what}; save it again")
-    except zipfile.BadZipFile as error:
+    except DAMAGED_ZIP as error:
         raise ModelError(f"{path}: can't be read as a PyTorch file ({one_line(error)}); download or save it again") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

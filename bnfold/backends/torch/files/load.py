@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
 from bnfold.capture import quiet
 from bnfold.errors import ModelError, UnsupportedError, UsageError
+from bnfold.files import DAMAGED_ZIP
 from bnfold.text import one_line
 
 from .architecture import Arch, build
@@ -114,7 +115,7 @@ def _register_operators(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
+    except DAMAGED_ZIP:
         return  # which the loading says better
     for namespace, package in PACKAGES.items():
         if any(f"torch.ops.{namespace}.".encode() in text for text in texts):
