@@ -130,22 +130,27 @@ def _compared(
     mismatches = [Mismatch(a, each.text, each.widespread or not each.number, setting=not each.number) for a, each in structure.settings]
     compared: list[Node] = []
     worst = 0.0
+
+    def judge(node: Node, role: str, errors: UnitErrors | None, *, once: bool) -> bool:
+        """Whether there is something to compare. (Here, so that the arrays of one parameter are gone when the next come.)"""
+        nonlocal worst
+        if errors is None:
+            return False
+        worst = max(worst, float(errors.units.max(initial=0.0)))
+        if (found := _mismatch(node, role, errors, once=once)) is not None:
+            mismatches.append(found)
+        return True
+
     for pair in sorted(structure.parameters, key=lambda pair: pair.reference.index):
         try:
-            if (errors := errors_of(pair, hidden, merged)) is None:
+            if not judge(pair.reference, pair.role, errors_of(pair, hidden, merged), once=scales is None):
                 continue
         except ShapesDifferError as error:
             unpaired = unpaired or str(error)
-        else:
-            worst = max(worst, float(errors.units.max(initial=0.0)))
-            if (found := _mismatch(pair.reference, pair.role, errors, once=scales is None)) is not None:
-                mismatches.append(found)
         compared.append(pair.reference)
     for one, other in structure.chains:
         for role, errors in chain_errors(one, other):
-            worst = max(worst, float(errors.units.max(initial=0.0)))
-            if (found := _mismatch(one.nodes[0], role, errors, once=False)) is not None:
-                mismatches.append(found)
+            judge(one.nodes[0], role, errors, once=False)
         compared += one.nodes
     mismatches.sort(key=lambda m: m.node.index)
     off = {m.node for m in mismatches}

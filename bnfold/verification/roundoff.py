@@ -58,7 +58,7 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
         param, other = a.params[role], b.params[its_role]
         if not has(a, role) and not has(b, its_role) and param.default == other.default:
             return None
-        want, have, mine, theirs = param.read(), other.read(), _magnitude(param), _magnitude(other)
+        (want, mine), (have, theirs) = _read(param), _read(other)
         order = order_of_axes(a, b) if a.op == b.op == "Contraction" and role == its_role == "weight" else None
         if order is not None:
             have, theirs = have.transpose(order), theirs.transpose(order)
@@ -67,8 +67,9 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
     except ValueError:
         raise ShapesDifferError(f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}") from None
     magnitude = np.maximum(mine, theirs)
+    del mine, theirs  # they may be large
     for node in (a, b) if role == "weight" else ():
-        magnitude = np.maximum(magnitude, merged.get(node, 0.0))
+        magnitude = np.maximum(magnitude, merged[node]) if node in merged else magnitude
     if role not in ("weight", *FIXED):
         magnitude = np.maximum(*(_with(magnitude, hidden.get(node, ())) for node in (a, b)))
     unit, tiny = precision(_limit(pair))
@@ -95,9 +96,12 @@ def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: floa
     """|have - want| over unit * magnitude; an error of `tiny` counts as none, and a number that is none by itself as infinite."""
     with np.errstate(all="ignore"):
         error = np.abs(have - want)
-        units = np.maximum(error - tiny, 0) / (unit * magnitude)
-    same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
-    return np.where(same, 0.0, np.where(np.isnan(units), np.inf, units))
+        same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
+        error = np.maximum(error - tiny, 0)
+        units = np.asarray(error / (unit * magnitude))
+    np.copyto(units, np.inf, where=np.isnan(units))
+    np.copyto(units, 0.0, where=same)
+    return units
 
 
 def hidden_summands(plan: NormalForm, scales: Mapping[Node, Array] = MappingProxyType({})) -> Summands:
@@ -146,6 +150,12 @@ def _row_sums(node: Node) -> Array:
     w, y = node.attrs.get("w"), node.attrs.get("y")
     summed = tuple(i for i, name in enumerate(w) if name not in y) if w and y else tuple(range(1, array.ndim))
     return np.asarray(array.sum(axis=summed).max(initial=0.0))
+
+
+def _read(param: Param) -> tuple[Array, Array]:
+    """A coefficient, and its `_magnitude`."""
+    found = param.read()
+    return found, np.abs(found) if param.update is None or not param.update.shift.any() else _magnitude(param)
 
 
 def _magnitude(param: Param) -> Array:
