@@ -208,8 +208,8 @@ def test_a_guard_runs_code_in_torch_itself(plain: Entries, here: Path) -> None:
 
 
 def no_text(data: bytes) -> bytes:
-    """The first name of the directory said to be UTF-8, and made none."""
-    at = data.index(b"PK\x01\x02")
+    """The last name of the directory said to be UTF-8, and made none."""
+    at = data.rindex(b"PK\x01\x02")
     return data[: at + 9] + b"\x08" + data[at + 10 : at + 46] + b"\xff" + data[at + 47 :]
 
 
