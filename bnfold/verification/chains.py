@@ -28,13 +28,13 @@ class Chain(NamedTuple):
         return bool((np.abs(theirs - mine) <= 0.01 * np.abs(mine)).mean() >= 0.5)
 
 
-def chain(value: Value) -> Chain | None:
-    """The affine operators that make a value, as many as stand in a row; None where there is none."""
+def chain(value: Value, behind: Node | None = None) -> Chain | None:
+    """The affine operators that make a value, as many as stand in a row, those behind a node if one is given; None where there is none."""
     value = through(value)
     nodes: list[Node] = []
     total = None
     summands: Array = np.zeros(())
-    while (node := value.producer) is not None and len(node.inputs) == 1 and (own := _map(node)) is not None:
+    while (node := value.producer) is not None and node is not behind and len(node.inputs) == 1 and (own := _map(node)) is not None:
         scale = np.ones(()) if total is None else np.abs(total.scale)
         summands = summands + scale * (np.abs(own.shift) + 2 * np.abs(own.scale * np.asarray(node.attrs.get("mean", 0.0))))
         total = own if total is None else total.after(own)

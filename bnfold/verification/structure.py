@@ -69,7 +69,8 @@ class Structure(Walk):
             elif (node := next((node for node in (p, q) if _does_nothing(node)), None)) is not None:
                 self.idle.add(node)
                 self.push(*(node.inputs[0] if value.producer is node else value for value in (a, b)))
-            elif (one := chain(a)) is not None and (other := chain(b)) is not None and one.resembles(other):
+            elif (found := _chains(a, b)) is not None:
+                one, other = found
                 self.chains.append((one, other))
                 self.nodes |= {(mine, theirs): None for mine in one.nodes for theirs in other.nodes}
                 self.push(one.source, other.source)
@@ -177,6 +178,21 @@ def has(node: Node, role: str) -> bool:
     """Whether an operator has a parameter that it could have."""
     param = node.params.get(role)
     return param is not None and (param.tensor is not None or param.update is not None)
+
+
+def _chains(a: Value, b: Value) -> tuple[Chain, Chain] | None:
+    """The affine operators in a row that make two values, if they correspond. What is the product's own bias in one model is no part."""
+    if (mine := chain(a)) is None or (its := chain(b)) is None:
+        return None
+    one, other = chain(a, _bias_of(its.source.producer, mine)), chain(b, _bias_of(mine.source.producer, its))
+    return (one, other) if one is not None and other is not None and one.resembles(other) else None
+
+
+def _bias_of(whole: Node | None, found: Chain) -> Node | None:
+    """The first operator in a row, where it adds what a product in the other model has as its bias."""
+    add = found.nodes[-1]
+    product = None if whole is None else product_before(whole, add)
+    return add if product is not None and add.params.keys() == {"beta"} and not has(product, "bias") else None
 
 
 def _does_nothing(node: Node) -> bool:

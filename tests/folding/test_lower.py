@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cases import ALL, Case
+from cases import ALL, Case, Net
 from compare import OTHER_SIZES, SIZES, batchnorms, difference, feeds, is_valid, operators, roundoff, run_double, run_stored
 
 import bnfold
@@ -47,6 +47,16 @@ def test_exact_in_float64(case: Case) -> None:
     fused, _ = bnfold.fuse(model, clone=case.clone, lower="depthwise", check=False)
     data = feeds(model, SIZES, below=case.below)
     assert difference(run_double(model, data), run_double(fused, data)) <= 1e-12
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_behind_a_product_that_got_a_bias(how: str) -> None:
+    """Whose Add would make a row with the operators behind it."""
+    net = Net("bias", dtype="float64")
+    y = net.op("MatMul", net.bn(net.input("N", 3), 3), net.matrix(3, 5))
+    net.output(y, net.bn(y, 5))
+    _, report = bnfold.fuse(net.model(), lower=how)  # checked
+    assert [layer.verdict for layer in report.layers] == ["folded", "lowered"]
 
 
 def case_of(name: str) -> Case:
