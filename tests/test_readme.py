@@ -16,12 +16,13 @@ from bnfold.cli.app import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "samples").glob("*/README.md")))
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def named(name: str) -> str:
     """The sh block behind the comment <!-- name: ... -->."""
-    found = re.search(rf"^<!-- {name}:.*?^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^<!-- {name}:.*?^```sh\n(.*?)^```$", PAGES, re.MULTILINE | re.DOTALL)
     assert found, name
     return found[1]
 
@@ -114,7 +115,9 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], m
     for command in EXAMPLES:
         run([command.replace("_", "-"), "--help-all"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    pages = [*(ROOT / "bnfold").rglob("README.md"), ROOT / "samples/ci/README.md", ROOT / "samples/providers/README.md"]
+    text = README + "".join(page.read_text(encoding="utf-8") for page in pages)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {
         "--help",
         "--help-all",
