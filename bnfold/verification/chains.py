@@ -15,16 +15,25 @@ from .pairing import through
 
 
 class Chain(NamedTuple):
-    """What stands between two values. nodes: from the back; total: their map; summands: the magnitudes of what its shift is made of."""
+    """What stands between two values. nodes: from the back. Their map is read when it is asked for, since their parameters may change."""
 
     nodes: tuple[Node, ...]
     source: Value
-    total: Affine
-    summands: Array
+
+    def read(self) -> tuple[Affine, Array]:
+        """Their map, and the magnitudes of what its shift is made of."""
+        total, summands = Affine(np.ones(()), np.zeros(())), np.zeros(())
+        for node in self.nodes:
+            own = _map(node)
+            assert own is not None
+            centred = np.abs(own.scale * np.asarray(node.attrs.get("mean", 0.0)))
+            summands = summands + np.abs(total.scale) * (np.abs(own.shift) + 2 * centred)
+            total = own if node is self.nodes[0] else total.after(own)
+        return total, summands
 
     def resembles(self, other: Chain) -> bool:
         """Whether at least half of the scales are within 1 % of another's. Otherwise a scale went elsewhere, and the two are no pair."""
-        mine, theirs = np.broadcast_arrays(self.total.scale, other.total.scale)
+        mine, theirs = np.broadcast_arrays(*(each.read()[0].scale for each in (self, other)))
         return bool((np.abs(theirs - mine) <= 0.01 * np.abs(mine)).mean() >= 0.5)
 
 
@@ -32,15 +41,10 @@ def chain(value: Value, behind: Node | None = None) -> Chain | None:
     """The affine operators that make a value, as many as stand in a row, those behind a node if one is given; None where there is none."""
     value = through(value)
     nodes: list[Node] = []
-    total = None
-    summands: Array = np.zeros(())
-    while (node := value.producer) is not None and node is not behind and len(node.inputs) == 1 and (own := _map(node)) is not None:
-        scale = np.ones(()) if total is None else np.abs(total.scale)
-        summands = summands + scale * (np.abs(own.shift) + 2 * np.abs(own.scale * np.asarray(node.attrs.get("mean", 0.0))))
-        total = own if total is None else total.after(own)
+    while (node := value.producer) is not None and node is not behind and len(node.inputs) == 1 and _map(node) is not None:
         nodes.append(node)
         value = through(node.inputs[0])
-    return None if total is None else Chain(tuple(nodes), value, total, summands)
+    return Chain(tuple(nodes), value) if nodes else None
 
 
 def _map(node: Node) -> Affine | None:
@@ -62,7 +66,8 @@ def _map(node: Node) -> Affine | None:
 
 def coefficients_of(one: Chain, other: Chain) -> Iterator[tuple[str, Array, Array, Array]]:
     """Scale and shift of both, each with the magnitude of what it is made of."""
-    for role, a, b in (("scale", one.total.scale, other.total.scale), ("shift", one.total.shift, other.total.shift)):
-        size = np.abs(a) if role == "scale" else np.maximum(one.summands, other.summands)
+    (mine, summands), (its, its_summands) = one.read(), other.read()
+    for role, a, b in (("scale", mine.scale, its.scale), ("shift", mine.shift, its.shift)):
+        size = np.abs(a) if role == "scale" else np.maximum(summands, its_summands)
         want, have, magnitude = np.broadcast_arrays(a, b, size)
         yield role, want, have, magnitude

@@ -395,3 +395,13 @@ def test_a_model_without_batchnorms_is_equalised_too(tmp_path: Path) -> None:
     assert run(["fuse", str(tmp_path / "plain.onnx"), "-o", str(tmp_path / "none.onnx")]) == 4
     assert run(["fuse", str(tmp_path / "plain.onnx"), "-o", str(tmp_path / "out.onnx"), "--equalise"]) == 0
     assert run(["verify", str(tmp_path / "plain.onnx"), str(tmp_path / "out.onnx")]) == 0
+
+
+def test_a_lowered_batchnorm_that_undoes_some_scales() -> None:
+    """Which the check finds too."""
+    net = Net("lowered", dtype="float64")
+    y = net.relu(conv(net, net.input("N", 4, 6, 6), 4, 6))
+    net.output(conv(net, net.slice(y, 1, 0, 2), 2, 4), net.bn(y, 6))
+    _, report = bnfold.fuse(net.model(), equalise=True, lower="mul-add")
+    assert [layer.verdict for layer in report.layers] == ["lowered"]
+    assert report.equalised[0].factor > 1.5
