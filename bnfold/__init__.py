@@ -31,10 +31,9 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .report import BenchReport, ExplainReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
-    from .verbs.averaging import average
     from .verbs.benchmark import bench
     from .verbs.explanations import explain
-    from .verbs.parts import measure_part, merge_models, merge_parts
+    from .verbs.parts import average, measure_part, merge_models, merge_parts
     from .verbs.pipelines import pipeline
 
 __all__ = [  # noqa: RUF022 - in the order of the work
@@ -73,7 +72,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "UsageError",
 ]
 _HOMES = {
-    "average": ".verbs.averaging",
+    "average": ".verbs.parts",
     "bench": ".verbs.benchmark",
     "certificate": ".certificates",
     "explain": ".verbs.explanations",

@@ -26,7 +26,7 @@ Rounding = Callable[[npt.NDArray[Any], npt.NDArray[Any], Array], Array]  # the c
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class FloatSource:
     """A float array that is rounded to the codes whenever the model runs.
 
     read: the array in its stored type. roundings: how runtimes do it, of which some divide in float32 what others do in float16.
@@ -94,7 +94,7 @@ class Quantised:
     one_scale: str = ""
     one_zero: str = ""
     small: bool = False
-    source: Source | None = None
+    source: FloatSource | None = None
 
     def array(self) -> Array:
         """What the codes stand for."""
@@ -162,7 +162,7 @@ class Quantised:
         return scale
 
     def _source(
-        self, source: Source, factors: Array, codes: Array, scale: npt.NDArray[Any], zero: Array, blocks: Blocks
+        self, source: FloatSource, factors: Array, codes: Array, scale: npt.NDArray[Any], zero: Array, blocks: Blocks
     ) -> npt.NDArray[Any]:
         """What rounds to the codes: the array times the factors, but for what lies so near to a step that it falls on its other side."""
         old = source.read()

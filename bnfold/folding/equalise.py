@@ -20,7 +20,7 @@ from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.report import Equalised
 
 from .feasible import checked
-from .scales import SAME, Group, groups
+from .scales import SAME, ScaleGroup, groups
 
 SWEEPS = 1000  # at most
 AT_ONCE = 5  # sweeps before which all layers are looked at together
@@ -47,10 +47,10 @@ def equalise(graph: Graph, barred: Collection[Node] = ()) -> tuple[list[Equalise
     barred: operators that may take no part.
     """
     found: dict[int, Equalised] = {}
-    met: dict[int, Group] = {}
+    met: dict[int, ScaleGroup] = {}
     for node, group in groups(graph, barred):
         reason = group if isinstance(group, str) else _quantised(group)
-        if isinstance(group, Group) and not reason:
+        if isinstance(group, ScaleGroup) and not reason:
             met[node.index] = group
         else:
             found[node.index] = Equalised((node.name,), (), reason)
@@ -73,28 +73,28 @@ def equalise(graph: Graph, barred: Collection[Node] = ()) -> tuple[list[Equalise
     return [each for _, each in sorted(found.items())], changed
 
 
-def _quantised(group: Group) -> str:
+def _quantised(group: ScaleGroup) -> str:
     """Why integers stay as they are; "" where there are none."""
     tensors = ((node, role, node.params[role].tensor) for node, role in group.draft)
     stuck = (f"the {role} of {node.name} is quantised already" for node, role, tensor in tensors if tensor and tensor.quantised)
     return next(stuck, "")
 
 
-def _weights(group: Group) -> Iterator[tuple[Node, str, Array]]:
+def _weights(group: ScaleGroup) -> Iterator[tuple[Node, str, Array]]:
     """The weights that a group scales, with what the probe makes of each."""
     for (node, role), update in group.draft.items():
         if role.startswith("weight") and np.abs(update.scale - 1).max(initial=0.0) > SAME:
             yield node, role, update.settled().scale
 
 
-def _ends(group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _ends(group: ScaleGroup) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The layers that make a group's channels, and those that read them."""
     weights = list(_weights(group))
     makers = dict.fromkeys(node.name for node, _, scale in weights if scale.max() > 1)
     return tuple(makers), tuple(dict.fromkeys(node.name for node, _, scale in weights if scale.min() < 1))
 
 
-def _matched(met: list[Group]) -> list[Array]:
+def _matched(met: list[ScaleGroup]) -> list[Array]:
     """For each group, the scales of its channels in octaves, at which the ranges on both sides match."""
     by_weight: dict[tuple[Node, str], list[tuple[int, Array]]] = {}
     for k, group in enumerate(met):

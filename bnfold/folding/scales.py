@@ -31,7 +31,7 @@ SAME = 1e-9  # relative: what divisions leave of equality
 
 
 @dataclass(frozen=True)
-class Group:
+class ScaleGroup:
     """Values that are scaled together, from the output of a linear layer on, whose channels lie along an axis.
 
     draft: what becomes of parameters where channel i, from 0 on, is multiplied by 1 + (i + 1) / size.
@@ -48,7 +48,7 @@ class Group:
         return scaled_together(self.start, by.reshape(shape), barred)
 
 
-def groups(graph: Graph, barred: Collection[Node] = ()) -> Iterator[tuple[Node, Group | str]]:
+def groups(graph: Graph, barred: Collection[Node] = ()) -> Iterator[tuple[Node, ScaleGroup | str]]:
     """The groups of a network, each with the first layer that makes its channels; or why those of a layer can't be scaled."""
     covered: set[Value] = set()
     for node in graph.nodes:
@@ -63,16 +63,16 @@ def groups(graph: Graph, barred: Collection[Node] = ()) -> Iterator[tuple[Node, 
             yield node, dataclasses.replace(group, draft=state.draft)
 
 
-def _made_by(node: Node) -> Group | None:
+def _made_by(node: Node) -> ScaleGroup | None:
     """The channels that a linear layer makes."""
     if node.op not in ("Conv", "Contraction") or "weight" not in node.params or not node.output.rank:
         return None
     shape = node.params["weight"].shape
     if node.op == "Conv":
-        return Group(node.output, 1, shape[0])
+        return ScaleGroup(node.output, 1, shape[0])
     x, w, y = (node.attrs[key] for key in "xwy")
     own = [letter for letter in w if letter in y and letter not in x]
-    return Group(node.output, y.index(own[-1]), shape[w.index(own[-1])]) if own else None
+    return ScaleGroup(node.output, y.index(own[-1]), shape[w.index(own[-1])]) if own else None
 
 
 def scaled_together(value: Value, scale: Array, barred: Collection[Node] = ()) -> State:

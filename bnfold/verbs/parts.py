@@ -1,4 +1,4 @@
-"""Parts of the data measured apart from each other, by processes that can't talk, and put together afterwards."""
+"""What was made apart and is put together: parts of the data, measured by processes that can't talk, and checkpoints of one network."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.api import AnyModel, M, Progress, made, place, told
+from bnfold.api import AnyModel, M, Progress, made, place, recalibrate, told
 from bnfold.backends import open as backends
+from bnfold.errors import UsageError
+from bnfold.model import Model
 from bnfold.report import RecalibrateReport
 
 if TYPE_CHECKING:
@@ -87,3 +89,20 @@ def merge_models(
     compared = partial(verify, coefficients_only=True)
     fresh, report = parts_of.merge_models(opened, counts, calibration.Target(layers, skip_layers), compared)
     return made(opened[0], fresh), report
+
+
+def average(
+    models: Sequence[M], batches: Any, *, weights: Sequence[float] | None = None, example: Any = None, **calibration: Any
+) -> tuple[M, RecalibrateReport]:
+    """The network with the mean of the models' weights, and statistics measured on the data.
+
+    weights: of each model in the mean, by default the same. calibration: further arguments of `api.recalibrate`; with `labelled`, the
+    scores before are those with the mean of the models' statistics, and those after with the new ones. Raises ModelError where the models
+    are of different networks. After Izmailov et al. 2018 (SWA) and Wortsman et al. 2022 (soups).
+    """
+    if len(models) < 2 or (weights is not None and (len(weights) != len(models) or sum(weights) == 0)):
+        raise UsageError("two models or more are averaged, each with a weight of its own, whose sum isn't zero")
+    given = [1.0] * len(models) if weights is None else [float(weight) for weight in weights]
+    opened: list[Model] = [backends.open_model(model) for model in models]
+    mean = opened[0].averaged(opened[1:], [weight / sum(given) for weight in given])
+    return recalibrate(mean, batches, example=example, **calibration)

@@ -14,7 +14,7 @@ from bnfold.algebra.graph import Node, Value, Window
 from .pairing import through
 
 
-class Chain(NamedTuple):
+class AffineChain(NamedTuple):
     """What stands between two values. nodes: from the back. Their map is read when it is asked for, since their parameters may change."""
 
     nodes: tuple[Node, ...]
@@ -31,20 +31,20 @@ class Chain(NamedTuple):
             total = own if node is self.nodes[0] else total.after(own)
         return total, summands
 
-    def resembles(self, other: Chain) -> bool:
+    def resembles(self, other: AffineChain) -> bool:
         """Whether at least half of the scales are within 1 % of another's. Otherwise a scale went elsewhere, and the two are no pair."""
         mine, theirs = np.broadcast_arrays(*(each.read()[0].scale for each in (self, other)))
         return bool((np.abs(theirs - mine) <= 0.01 * np.abs(mine)).mean() >= 0.5)
 
 
-def chain(value: Value, behind: Node | None = None) -> Chain | None:
+def chain(value: Value, behind: Node | None = None) -> AffineChain | None:
     """The affine operators that make a value, as many as stand in a row, those behind a node if one is given; None where there is none."""
     value = through(value)
     nodes: list[Node] = []
     while (node := value.producer) is not None and node is not behind and len(node.inputs) == 1 and _map(node) is not None:
         nodes.append(node)
         value = through(node.inputs[0])
-    return Chain(tuple(nodes), value) if nodes else None
+    return AffineChain(tuple(nodes), value) if nodes else None
 
 
 def _map(node: Node) -> Affine | None:
@@ -64,7 +64,7 @@ def _map(node: Node) -> Affine | None:
     return Affine(weight.read().reshape(1, channels, *ones), node.params["bias"].read().reshape(1, channels, *ones))
 
 
-def coefficients_of(one: Chain, other: Chain) -> Iterator[tuple[str, Array, Array, Array]]:
+def coefficients_of(one: AffineChain, other: AffineChain) -> Iterator[tuple[str, Array, Array, Array]]:
     """Scale and shift of both, each with the magnitude of what it is made of."""
     (mine, summands), (its, its_summands) = one.read(), other.read()
     for role, a, b in (("scale", mine.scale, its.scale), ("shift", mine.shift, its.shift)):

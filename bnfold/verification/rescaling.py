@@ -16,7 +16,7 @@ import numpy as np
 from bnfold.algebra.affine import Affine, Array, Blocked
 from bnfold.algebra.graph import Node
 from bnfold.folding.plan import NormalForm
-from bnfold.folding.scales import Group, groups
+from bnfold.folding.scales import ScaleGroup, groups
 
 from .structure import ParameterPair, order_of_axes
 
@@ -50,7 +50,7 @@ def rescaled(reference: NormalForm, pairs: Iterable[ParameterPair]) -> Iterator[
             each.params[role].update = old
 
 
-def _factors(group: Group, pair: ParameterPair) -> Array:
+def _factors(group: ScaleGroup, pair: ParameterPair) -> Array:
     """By what the candidate multiplied each channel that a layer makes; 1 where nothing says so."""
     p, q = pair.reference, pair.candidate
     want, have = p.params["weight"].read(), q.params[pair.its_role].read()

@@ -14,7 +14,7 @@ from bnfold.algebra.graph import Node, Param
 from bnfold.folding.branches import Merge
 from bnfold.folding.plan import NormalForm
 
-from .chains import Chain, coefficients_of
+from .chains import AffineChain, coefficients_of
 from .structure import FIXED, ParameterPair, has, order_of_axes
 
 LIMIT = 4.0  # units of roundoff
@@ -77,7 +77,7 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
     return UnitErrors(want, have, units, unit, _channel_axis(a, role, units.ndim), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
 
 
-def chain_errors(one: Chain, other: Chain) -> Iterator[tuple[str, UnitErrors]]:
+def chain_errors(one: AffineChain, other: AffineChain) -> Iterator[tuple[str, UnitErrors]]:
     """Of the maps of affine operators in a row: scale and shift."""
     unit, tiny = precision(float(other.nodes[0].attrs["limit"]))
     limit = LIMIT if unit > DOUBLE else DOUBLE_LIMIT

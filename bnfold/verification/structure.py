@@ -13,7 +13,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.settings import Setting, differing, differing_moves, place, same, settings
 
-from .chains import Chain, chain
+from .chains import AffineChain, chain
 from .pairing import Walk, comparable, product_before
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Structure(Walk):
         super().__init__(reference, candidate)
         self._left = set(reference.graph.nodes), set(candidate.graph.nodes)
         self.parameters: dict[ParameterPair, None] = {}
-        self.chains: list[tuple[Chain, Chain]] = []
+        self.chains: list[tuple[AffineChain, AffineChain]] = []
         self.settings: list[tuple[Node, Setting]] = []
         self.idle: set[Node] = set()
         self._alike: set[tuple[Value, Value]] = set()  # inputs of the graphs that operators hold
@@ -180,7 +180,7 @@ def has(node: Node, role: str) -> bool:
     return param is not None and (param.tensor is not None or param.update is not None)
 
 
-def _chains(a: Value, b: Value) -> tuple[Chain, Chain] | None:
+def _chains(a: Value, b: Value) -> tuple[AffineChain, AffineChain] | None:
     """The affine operators in a row that make two values, if they correspond. What is the product's own bias in one model is no part."""
     if (mine := chain(a)) is None or (its := chain(b)) is None:
         return None
@@ -188,7 +188,7 @@ def _chains(a: Value, b: Value) -> tuple[Chain, Chain] | None:
     return (one, other) if one is not None and other is not None and one.resembles(other) else None
 
 
-def _bias_of(whole: Node | None, found: Chain) -> Node | None:
+def _bias_of(whole: Node | None, found: AffineChain) -> Node | None:
     """The first operator in a row, where it adds what a product in the other model has as its bias."""
     add = found.nodes[-1]
     product = None if whole is None else product_before(whole, add)

@@ -20,7 +20,7 @@ from .graph.walk import stored_tensor
 HELD = 1 << 26  # bytes of a model's folded weights that are held; more are folded once more whenever somebody asks for them
 
 
-class Weights:
+class FoldedWeights:
     """The folded weights of one model."""
 
     def __init__(self) -> None:

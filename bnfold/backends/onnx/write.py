@@ -20,7 +20,7 @@ from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 from bnfold.text import unused
 
-from .folded import Weights, rounded
+from .folded import FoldedWeights, rounded
 from .graph.constants import Constants
 from .graph.edit import idle, inner_first, is_read
 from .graph.quantised import dequantised, remade
@@ -68,7 +68,7 @@ class _Writer:
         self.alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         self.scaled: dict[tuple[ir.Value, bytes, bytes], ir.Value] = {}  # by old weight, codes and scales
         self.notes: dict[Node, str] = {}
-        self.weights = Weights()
+        self.weights = FoldedWeights()
         self.bytes_added = 0
 
     def write(self, graph: Graph, planned: Planned) -> None:

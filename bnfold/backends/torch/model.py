@@ -26,7 +26,7 @@ from .export.functional import entangled, functional
 from .export.sizes import Sizes
 from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
-from .export.walk import FLOATS, dtype_of, frame, is_batchnorm, mutates, size_of
+from .export.walk import dtype_of, frame, held_types, is_batchnorm, mutates, size_of
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import StoredTypes, TorchOracle, inner, rounds
 from .runtime.session import TorchSession, device_of, precise, precisions
@@ -124,11 +124,7 @@ class TorchModel(Model):
 
     @cached_property
     def roundoff(self) -> float:
-        program = self.traced.program
-        held = (*program.state_dict.values(), *program.constants.values())
-        kinds = {t.dtype for t in held if isinstance(t, Tensor) and t.dtype in FLOATS}
-        kinds |= {op.meta["val"].dtype for op in self.traced.input_nodes if op.meta["val"].dtype in FLOATS}
-        return max((roundoff(NUMPY[kind]) for kind in kinds), default=2.0**-24)
+        return max((roundoff(NUMPY[kind]) for kind in held_types(self.traced.program)), default=2.0**-24)
 
     @property
     def holds_batchnorm(self) -> bool:

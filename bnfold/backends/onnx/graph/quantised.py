@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.layouts import AS_STORED, Layout
-from bnfold.algebra.quantised import ROUNDED, Quantised, Rescaled, Source
+from bnfold.algebra.quantised import ROUNDED, FloatSource, Quantised, Rescaled
 from bnfold.algebra.rounding import rounded
 
 from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
@@ -117,7 +117,7 @@ def rounds_to(node: ir.Node) -> ir.Node | None:
     return maker if maker is not None and is_standard(maker) and maker.op_type == "QuantizeLinear" else None
 
 
-def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source | None:
+def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> FloatSource | None:
     """The array that a QuantizeLinear of the same scales rounds; None where there is none."""
     maker = rounds_to(node)
     value = None if maker is None else maker.inputs[0]
@@ -137,7 +137,7 @@ def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> Source
         assert array is not None
         return rounded(array, stored)
 
-    return Source(read, [partial(codes_of, bounds=bounds(codes), kind=each) for each in quotients(stored)])
+    return FloatSource(read, [partial(codes_of, bounds=bounds(codes), kind=each) for each in quotients(stored)])
 
 
 # --- what is written -------------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,13 @@ def elements(node: Node, start: int = 0) -> int | None:
     return found
 
 
+def held_types(program: ExportedProgram) -> set[torch.dtype]:
+    """The floating types of what a program holds and takes."""
+    held = [*program.state_dict.values(), *program.constants.values()]
+    held += [op.meta["val"] for op in program.graph.nodes if op.op == "placeholder"]
+    return {t.dtype for t in held if isinstance(t, Tensor) and t.dtype in FLOATS}
+
+
 def dtype_of(node: Any) -> torch.dtype | None:
     value = value_of(node)
     return value.dtype if isinstance(value, Tensor) else None

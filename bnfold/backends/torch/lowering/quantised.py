@@ -15,7 +15,7 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array, Blocked
 from bnfold.algebra.layouts import Layout
-from bnfold.algebra.quantised import Quantised, Source, spread
+from bnfold.algebra.quantised import FloatSource, Quantised, spread
 from bnfold.algebra.rounding import rounded
 
 from ..export.constants import ProgramConstants
@@ -86,7 +86,7 @@ def codes_of(constants: ProgramConstants, node: Op) -> Codes:
     source = None
     if first is not None and read is not None:
         stored = rounded(read, NUMPY[dtype_of(first.source) or torch.float32])
-        source = Source(lambda: stored, [partial(_rounding, bounds=last.bounds, times=times) for times in _QUOTIENTS])
+        source = FloatSource(lambda: stored, [partial(_rounding, bounds=last.bounds, times=times) for times in _QUOTIENTS])
 
     def codes() -> Array:
         assert array is not None
