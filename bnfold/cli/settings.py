@@ -11,6 +11,7 @@ The command line goes before a recipe, a recipe before a command's table, and th
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from bnfold.text import listed, meant
 
 LONGEST = 1 << 20  # bytes
 RECIPES = "recipe"
-NEVER = {"trust-pickle", "force", "recipe"}  # a file that came with somebody's sources can't say what may be run, or be lost
+NEVER = {"trust-pickle", "force", "recipe", "arch"}  # a file that came with somebody's sources can't say what may be run, or be lost
+FUNCTION = re.compile(r":[^\W\d]\w*$")  # FILE.py:FUNCTION, MODULE:FUNCTION
+CODE = {"data": FUNCTION, "eval": FUNCTION, "provider": re.compile("path=")}  # of a library
 
 
 def defaults(parser: Any, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -123,4 +126,6 @@ def _value(path: Path, name: str, value: Any, parameter: Any) -> Any:
     if isinstance(value, bool):
         return value
     texts = [str(each) for each in (value if isinstance(value, list) else [value])]
+    if name in CODE and any(map(CODE[name].search, texts)):
+        raise UsageError(f"{path}: {name} = {value!r} names code to run: that is asked for on the command line, each time")
     return texts if parameter.multiple else ",".join(texts)

@@ -62,6 +62,9 @@ WRONG = {
     "seed = true": (2, "seed = True: a text, a number or a list is expected"),
     "seed = 'x'": (2, "--seed"),
     "trust-pickle = true": (2, "trust-pickle: that is asked for on the command line, each time"),
+    "arch = 'net.py:make'": (2, "arch: that is asked for on the command line, each time"),
+    "data = 'evil.py:f'": (2, "names code to run: that is asked for on the command line, each time"),
+    "provider = ['cpu', 'qnn:backend_path=evil.so']": (2, "names code to run"),
     "seed =": (3, "no TOML"),
     f"seed = {'[' * 9999}": (3, "no TOML"),
 }
