@@ -56,13 +56,18 @@ def lower(graph: Graph, outcomes: Iterable[Outcome], how: Lowering, may: Callabl
     return found, written
 
 
-NO_CHANNELS = ", since a convolution takes one to three axes behind the channels, a number for each, and data of its own type"
+NO_CHANNELS = (
+    ", since a convolution takes one to three axes behind the channels, a number for each, and data of its own type, which runtimes rarely"
+    " have for float64"
+)
+SINGLE = float(np.finfo(np.float32).max)
 
 
 def _written(node: Node, how: Lowering) -> Written:
     a = coefficients(node)
     size = None if node.output.sizes is None or a.rank < 2 else node.output.sizes[1]
-    if how == "depthwise" and not node.attrs.get("mixed") and a.rank - 2 in SPATIAL and set(a.varying) <= {1} and size is not None:
+    own = not node.attrs.get("mixed") and node.attrs["limit"] <= SINGLE
+    if how == "depthwise" and own and a.rank - 2 in SPATIAL and set(a.varying) <= {1} and size is not None:
         s, t = a.along(1, size)
         return Written(node, {"weight": s.reshape(size, *(1,) * (a.rank - 1)), "bias": t})
     return Written(node, _as_mul_add(a))

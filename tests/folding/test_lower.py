@@ -70,6 +70,15 @@ def test_the_operators_are_those_that_were_asked_for() -> None:
     assert (depthwise["Conv"], depthwise["Mul"], depthwise["BatchNormalization"]) == (1, 0, 0)
 
 
+def test_float64_isnt_convolved() -> None:
+    """ONNX Runtime's CPU provider has no convolution for it."""
+    net = Net("double", dtype="float64")
+    net.output(net.bn(net.relu(net.input("N", 3, "H", "W")), 3))
+    fused, _ = bnfold.fuse(net.model(), lower="depthwise")
+    assert (operators(fused)["Mul"], operators(fused)["Conv"]) == (1, 0)
+    assert bnfold.verify(net.model(), fused).verdict == "equivalent"
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_the_first_level_certifies_them(how: str) -> None:
     _, report = bnfold.fuse(case_of("a BatchNorm between activations").build(), lower=how)
