@@ -7,10 +7,9 @@ from typing import Any
 
 from bnfold import api
 from bnfold.certificates import claim
-from bnfold.errors import UsageError
-from bnfold.files import ready_to_write
+from bnfold.errors import InputError, UsageError
+from bnfold.files import ready_to_write, unreadable
 from bnfold.text import counted
-from bnfold.verbs import parts as parts_of
 
 from . import extras as extras
 from . import options as o
@@ -74,7 +73,9 @@ def recalibrate(
         assert data is not None
         batches, given = how.opened(data, loaded, job)
         if task.shard is not None and task.stats is not None:
-            job.finish(parts_of.measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
+            from bnfold.verbs.parts import measure_part  # with numpy, which the help has no need of
+
+            job.finish(measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
             job.wrote(task.stats)
             return 0
         assert out is not None
@@ -106,8 +107,11 @@ def merge_stats(
     All parts must be there, each once, measured on this model by one method. Or, with --counts, put together the statistics of MODEL and
     of others that are the same but for their statistics, as those of clients: the variance is that of all data.
     """
-    whole = counts is not None
-    if whole != any(path.suffix.lower() != ".npz" for path in parts):
+    from bnfold.verbs.parts import merge_models, merge_parts
+
+    if bad := next(filter(unreadable, parts), None):
+        raise InputError(f"{bad}: {unreadable(bad)}; give what recalibrate --shard wrote, or a model")
+    if (whole := counts is not None) != any(path.suffix.lower() != ".npz" for path in parts):
         raise UsageError(
             "--counts is for models, and STATS are measurements, which hold their own"
             if whole
@@ -118,11 +122,11 @@ def merge_stats(
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
         if counts is None:
-            fresh, report = parts_of.merge_parts(loaded, parts, example=example, **choosing.settings())
+            fresh, report = merge_parts(loaded, parts, example=example, **choosing.settings())
         else:
             models = [loaded, *(loading.load(path, job) for path in parts)]
             chosen = {"layers": choosing.layers or (), "skip_layers": choosing.skip_layers or ()}
-            fresh, report = parts_of.merge_models(models, counts, example=example, **chosen)
+            fresh, report = merge_models(models, counts, example=example, **chosen)
         save(loading, fresh, report, out, job, example)
         job.finish(report)
 
