@@ -208,7 +208,8 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
         if found.unpaired:
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                if not other.unpaired and (how.clone or not other.mismatches):  # else a mistake is taken for what was asked for
+                off = {m.node for m in other.mismatches}
+                if not other.unpaired and (how.clone or len(off) < 2):  # else a mistake is taken for what was asked for
                     found = other
                     break
         if found.mismatches and _holds_norms(both.reference.plan()):
