@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 import bnfold
 
 Q = torch.ops.quantized_decomposed
-IMAGE, ROWS = torch.randn(3, 4, 8, 8), torch.randn(5, 4)
+DRAWN = torch.Generator().manual_seed(1)
+IMAGE, ROWS = torch.randn(3, 4, 8, 8, generator=DRAWN), torch.randn(5, 4, generator=DRAWN)
 INT8 = (-128, 127)
 
 # --- layouts of programs -------------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class Digits(nn.Module):
         return self.bn4(self.fc(self.pool(x).flatten(1)))
 
 
-X = torch.randn(4, 1, 8, 8)
+X = torch.randn(4, 1, 8, 8, generator=DRAWN)
 
 
 def trained(net: nn.Module, *, observing: bool = True) -> nn.Module:
@@ -283,6 +284,7 @@ def test_what_a_modules_own_code_rounds_by_one_scale_stays(scale: str) -> None:
 
 
 def test_scales_that_a_modules_own_code_reads_are_rewritten() -> None:
+    torch.manual_seed(0)
     held, weight = per_channel(fake=True)(torch.randn(6, 4, 3, 3))
     net = Net(lambda s, x: s.b(F.conv2d(x, weight(s), s.c)), **held, c=nn.Parameter(torch.randn(6)), b=norm(6, positive=True)).eval()
     fused, report = bnfold.fuse(net, example=IMAGE)
