@@ -47,13 +47,25 @@ def clamped(graph: Graph) -> Iterator[Written]:
             yield Written(node, found)
 
 
+def _constant(node: Node) -> int | None:
+    """Which operand of a maximum or minimum is a constant; None where none is, or it is no such operator."""
+    if "bounds" not in node.attrs or len(node.inputs) != 2:
+        return None
+    return next((i for i, v in enumerate(node.inputs) if v.fixed or (v.producer is not None and v.producer.op == "Constant")), None)
+
+
+def by_channel(graph: Graph) -> bool:
+    """Whether a network clips by an array of bounds, as one does that was folded with clamps."""
+    return any(_constant(node) is not None for node in graph.nodes)
+
+
 def joined(graph: Graph) -> None:
     """Take maxima and minima by a constant operand for clamps too, and let clamps in a row be one, to compare two models.
 
     clamp(clamp(x; l, h); m, n) = clamp(x; clamp(l; m, n), clamp(h; m, n))
     """
-    for node in [node for node in graph.nodes if "bounds" in node.attrs and len(node.inputs) == 2]:
-        which = next((i for i, v in enumerate(node.inputs) if v.fixed or (v.producer is not None and v.producer.op == "Constant")), None)
+    for node in list(graph.nodes):
+        which = _constant(node)
         if which is None or (rank := node.output.rank) is None:
             continue
         constant = node.inputs.pop(which)

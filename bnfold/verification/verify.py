@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import UnsupportedError
+from bnfold.folding.clamps import by_channel
 from bnfold.folding.options import FoldOptions
 from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
@@ -208,8 +209,8 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
         if found.unpaired:
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                off = {m.node for m in other.mismatches}
-                if not other.unpaired and (how.clone or len(off) < 2):  # else a mistake is taken for what was asked for
+                done = how.clone or (how.clamps and by_channel(both.candidate.plan().graph))
+                if not other.unpaired and (done or not other.mismatches):  # else a mistake is taken for what nobody did
                     found = other
                     break
         if found.mismatches and _holds_norms(both.reference.plan()):
