@@ -18,7 +18,7 @@ from .check import Check, Checking
 from .job import Job, Reporting
 from .options.folding import Folding
 from .options.inputs import Feeding, Loading, Running, Shaping
-from .options.recalibration import Choosing, Measuring, Task, beside, save, save_kept
+from .options.recalibration import Choosing, Measuring, Task, beside, finish, save, save_kept
 
 __all__ = ["app", "command_line"]
 
@@ -81,13 +81,7 @@ def recalibrate(
         assert out is not None
         labelled = how.labelled(batches, loaded, job, given["example"])
         fresh, report = api.recalibrate(loaded, batches, labelled=labelled, provider=provider, **settings, **given)
-        harm = "" if how.accept_harm else report.harm
-        if job.main and not harm:
-            save(loading, fresh, report, out, job, given["example"])
-        job.finish(report)
-        if harm:
-            job.fail(f"{harm}; the model was not written (--accept-harm writes it)")
-    return int(bool(harm))
+        return finish(how, fresh, report, out, job, given["example"])
 
 
 @command

@@ -11,7 +11,7 @@ from . import options as o
 from .app import command
 from .job import Job, Reporting
 from .options.inputs import Loading, Shaping
-from .options.recalibration import Measuring, beside, save
+from .options.recalibration import Measuring, beside, finish
 
 
 @command
@@ -39,13 +39,7 @@ def average(
         batches, given = measuring.opened(data, loaded[0], job)
         labelled = measuring.labelled(batches, loaded[0], job, given["example"])
         made, report = run(loaded, batches, labelled=labelled, provider=provider, **measuring.settings(), **given)
-        harm = "" if measuring.accept_harm else report.harm
-        if job.main and not harm:
-            save(loading, made, report, out, job, given["example"])
-        job.finish(report)
-        if harm:
-            job.fail(f"{harm}; the model was not written (--accept-harm writes it)")
-    return int(bool(harm))
+        return finish(measuring, made, report, out, job, given["example"])
 
 
 @command

@@ -177,6 +177,17 @@ def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, jo
         loading.save(model, path, job, example)
 
 
+def finish(how: Measuring, model: Any, report: RecalibrateReport, path: Path, job: Job, example: Any) -> int:
+    """Write what was measured, unless it harms and nobody asked for that; the status."""
+    harm = "" if how.accept_harm else report.harm
+    if job.main and not harm:
+        save(how.loading, model, report, path, job, example)
+    job.finish(report)
+    if harm:
+        job.fail(f"{harm}; the model was not written (--accept-harm writes it)")
+    return int(bool(harm))
+
+
 def save_kept(loading: Loading, model: Any, path: Path, recalibrated: Any, keep: Path | None, job: Job, example: Any) -> None:
     """What a pipeline made, and before it what that was folded from, where it is to be kept: both, or neither."""
     files = [] if keep is None else loading.save(recalibrated, keep, job, example)
