@@ -42,6 +42,7 @@ class Model(ABC):
     optimisations: ClassVar[tuple[str, ...]] = ("off",)
     nothing_to_fold: ClassVar[str] = ""  # what to say of a model that holds no BatchNorm
     source: Any = None
+    rounded = True  # whether float64 runs keep the rounding of activations
     own_inputs: Mapping[str, str] = {}
     own_outputs: Mapping[str, str] = {}
 
@@ -157,7 +158,15 @@ class Model(ABC):
 
     def unrounded(self) -> Model | None:
         """The model without the rounding of activations to integers, which makes it a continuous function; None where it rounds none."""
-        return None
+        if not self.rounds():
+            return None
+        made = copy.copy(self)
+        made.rounded = False
+        return made
+
+    def rounds(self) -> bool:
+        """Whether it rounds activations to integers."""
+        return False
 
     def place(self, provider: str, device: str | None) -> str:
         """Which of a provider of ONNX Runtime and a device of PyTorch it runs on."""

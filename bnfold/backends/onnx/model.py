@@ -55,7 +55,6 @@ class OnnxModel(Model):
     kind = "onnx"
     optimisations = ("off", "on")
     nothing_to_fold = ALREADY_FOLDED  # where it was exported, say
-    _rounds = True
 
     def __init__(self, model: ir.Model | onnx.ModelProto) -> None:
         self.source = model
@@ -101,14 +100,10 @@ class OnnxModel(Model):
         return normal_form(graph, outputs, options, inputs=inputs, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
-        return Oracle(self.model, jitter=jitter, outputs=outputs, rounds=self._rounds)
+        return Oracle(self.model, jitter=jitter, outputs=outputs, rounds=self.rounded)
 
-    def unrounded(self) -> OnnxModel | None:
-        if not any(rounds(self._skeleton.graph, self._inlined.graph.initializers)):
-            return None
-        made = copy.copy(self)
-        made._rounds = False
-        return made
+    def rounds(self) -> bool:
+        return any(rounds(self._skeleton.graph, self._inlined.graph.initializers))
 
     def deployed(
         self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0
@@ -158,7 +153,7 @@ class OnnxModel(Model):
         known = {v.name for node in self._inlined.graph for v in node.outputs}
         names = [name for name in wanted if name in known]
         if exact:
-            yield from Oracle(self._inlined, jitter=jitter, rounds=self._rounds).stream(feeds, names)
+            yield from Oracle(self._inlined, jitter=jitter, rounds=self.rounded).stream(feeds, names)
             return
         order = [v.name for node in self._inlined.graph for v in node.outputs if v.name in set(names)]
         model = self._inlined if jitter is None else OnnxModel(self._inlined)._moved(jitter)

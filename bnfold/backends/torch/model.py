@@ -50,7 +50,6 @@ class TorchModel(Model):
     kind = "torch"
     nothing_to_fold = NO_BATCHNORM
     _beside_onnx = False
-    _rounds = True
 
     def __init__(self, model: nn.Module | ExportedProgram | Traced, example: Any = None) -> None:
         self.source = model
@@ -179,14 +178,10 @@ class TorchModel(Model):
         return normal_form(graph, outputs, options, inputs=fed, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> TorchOracle:
-        return TorchOracle(self.traced, jitter=jitter, outputs=outputs, rounds=self._rounds)
+        return TorchOracle(self.traced, jitter=jitter, outputs=outputs, rounds=self.rounded)
 
-    def unrounded(self) -> TorchModel | None:
-        if not rounds(self.traced.program):
-            return None
-        made = copy.copy(self)
-        made._rounds = False
-        return made
+    def rounds(self) -> bool:
+        return rounds(self.traced.program)
 
     def deployed(
         self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0
