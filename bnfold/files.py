@@ -21,7 +21,7 @@ from .errors import InputError, UsageError
 try:
     import fcntl
 except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 # What Python's zipfile raises for damaged archives, names that are no text and kinds of compression that it doesn't know among them.
 DAMAGED_ZIP = (zipfile.BadZipFile, OSError, ValueError, EOFError, LookupError, RuntimeError)

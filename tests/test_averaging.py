@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,9 +38,9 @@ def test_checkpoints(here: Path) -> None:
     torch = pytest.importorskip("torch")
     layers = "nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)"
     Path("net.py").write_text(f"from torch import nn\ndef make():\n    return nn.Sequential({layers})\n")
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(Path("net.py").read_text(), scope)
-    nets = [scope["make"]().eval() for _ in range(3)]  # type: ignore[operator]
+    nets = [scope["make"]().eval() for _ in range(3)]
     for place, net in enumerate(nets):
         torch.save(net.state_dict(), f"{place}.pth")
     before = copy.deepcopy(nets[0].state_dict())

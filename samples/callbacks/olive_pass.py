@@ -20,7 +20,7 @@ from olive.passes.pass_config import PassConfigParam
 import bnfold
 
 
-class Bnfold(Pass):  # type: ignore[misc]
+class Bnfold(Pass):  # type: ignore[misc]  # Olive needn't be installed
     """Olive's model goes in as its file; what isn't proven equivalent ends the workflow."""
 
     @classmethod

@@ -217,7 +217,7 @@ def spreads(seeds: int) -> dict[float, list[tuple[float, float, int, float]]]:
 # --- ONNX Runtime's quantiser ---------------------------------------------------------------------------------------------------------
 
 
-class Images(CalibrationDataReader):  # type: ignore[misc]
+class Images(CalibrationDataReader):  # type: ignore[misc]  # it comes without types
     """Batches for ONNX Runtime's calibration."""
 
     def __init__(self, images: np.ndarray) -> None:

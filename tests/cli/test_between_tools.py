@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ def checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("mynet.py").write_text(MYNET)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p).resolve() != here.resolve()])
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(MYNET, scope)
-    torch.save(scope["make"]().state_dict(), "state.pth")  # type: ignore[operator]
+    torch.save(scope["make"]().state_dict(), "state.pth")
     return here
 
 
@@ -83,9 +84,9 @@ def test_a_folded_state_dict_says_how_it_is_loaded_and_may_be_plain(checkpoint: 
     assert "f.pth: folded weights, and what was folded, by which bnfold.load('f.pth', arch=...) makes" in capsys.readouterr().err
     assert run([*line, "plain.pth", "--plain-state"]) == 0
     assert "bnfold.load(" not in capsys.readouterr().err
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(MYNET, scope)
-    plain = scope["folded"]().eval()  # type: ignore[operator]
+    plain = scope["folded"]().eval()
     plain.load_state_dict(torch.load("plain.pth", weights_only=True))
     module = bnfold.load("f.pth", arch="mynet.py:make")
     x = torch.randn(2, 3, 8, 8)
@@ -135,13 +136,13 @@ def test_a_name_that_is_no_file(name: str, here: Path, capsys: pytest.CaptureFix
 
 
 def test_a_model_of_timm(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(MYNET, scope)
 
     def create(name: str, *, pretrained: bool) -> object:
         if pretrained:
             raise ConnectionError("no route to host")
-        made = scope["make"]()  # type: ignore[operator]
+        made = scope["make"]()
         made.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 1.0}
         return made
 

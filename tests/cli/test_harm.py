@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -228,9 +229,9 @@ def make():
 def test_a_full_disk_is_told_and_leaves_nothing(suffix: str, here: Path) -> None:
     """As files may not grow beyond some 100 kB here, where the weights take 150."""
     Path("net.py").write_text(NET)
-    space: dict[str, object] = {}
+    space: dict[str, Any] = {}
     exec(NET, space)
-    torch.save(space["make"]().state_dict(), "net.pth")  # type: ignore[operator]
+    torch.save(space["make"]().state_dict(), "net.pth")
     Path(f"out.{suffix}").write_text("mine")
     before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
     line = f"fuse net.pth --arch net.py:make --input-shape 1,3,8,8 --no-verify -o out.{suffix} --force"

@@ -353,7 +353,7 @@ def test_a_module_with_two_paths_is_equalised_on_both_or_on_none() -> None:
     torch.manual_seed(0)
     convs = {"one": nn.Conv2d(3, 4, 1), "two": nn.Conv2d(4, 4, 1), "three": nn.Conv2d(4, 2, 1)}
     module = lively(Module(forward, **convs, norm=nn.BatchNorm2d(4)).eval().double())
-    module.forward = forward.__get__(module)  # type: ignore[method-assign]
+    module.forward = forward.__get__(module)  # type: ignore[method-assign]  # with its arguments named
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     copy, report = bnfold.fuse(module, example=[(x,), {"x": x, "skip": True}], equalise=True)
     for options in ({}, {"skip": True}):

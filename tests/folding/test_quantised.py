@@ -169,7 +169,7 @@ def test_dynamic_products_take_a_map_in_their_scales(layer: str, bias: bool, per
 def test_a_quantised_operator_is_a_barrier_with_a_reason(tmp_path: Path) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]  # it is imported where it is installed
         def __init__(self) -> None:
             self.batches = iter([feeds(float_model, {"N": 8}, seed=seed) for seed in range(3)])
 

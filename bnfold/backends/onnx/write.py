@@ -93,31 +93,27 @@ class _Writer:
     def _update(self, graph: Graph, node: Node, role: str, param: Param) -> None:
         """Let an operator read a parameter with its update."""
         native: OnnxNative = node.native
-        slot = param.slot
+        slot, tensor = param.slot, param.tensor
         exact = param.layout.stored(param.read())
-        old: ir.Value | None = None if param.tensor is None else param.tensor.native
-        dtype = native.dtype if old is None else param.tensor.dtype  # type: ignore[union-attr]
-        array = rounded(exact, dtype)
+        array = rounded(exact, native.dtype if tensor is None else tensor.dtype)
         self._note_tiny(node, exact, array)
         if node.attrs.get("scales_integers"):
-            self._note(node, said_of_scale(node.name, grown=array.size > (param.tensor.read().size if param.tensor else 1)))
+            self._note(node, said_of_scale(node.name, grown=array.size > (1 if tensor is None else tensor.read().size)))
         if isinstance(slot, str) and slot != "Add":
             native.node.attributes[slot] = ir.AttrFloat32(slot, float(exact.ravel()[0]))
             return
-        if old is None:
+        if tensor is None:
             value = self._initializer(f"{node.name}.{role}", array)
         elif (made := rescaled(graph, node, role)) is not None:
-            assert param.tensor is not None
-            value = self._requantised(native.node.inputs[slot], param.tensor, made)
-            self._note(node, made.said(param.tensor.name))
+            value = self._requantised(native.node.inputs[slot], tensor, made)
+            self._note(node, made.said(tensor.name))
         else:
-            if param.tensor is not None and param.tensor.quantised is not None:
-                self._note(node, BECOMES_FLOATS.format(param.tensor.name))
-            shared = param.tensor is not None and len(param.tensor.users) > 1
-            key = (old, array.shape, array.tobytes() if shared else b"")
+            if tensor.quantised is not None:
+                self._note(node, BECOMES_FLOATS.format(tensor.name))
+            key = (tensor.native, array.shape, array.tobytes() if len(tensor.users) > 1 else b"")
             if key not in self.alike:
-                self.alike[key] = self._initializer(param.tensor.name or node.name, array, param)  # type: ignore[union-attr]
-                self.made.append((old, self.alike[key]))
+                self.alike[key] = self._initializer(tensor.name or node.name, array, param)
+                self.made.append((tensor.native, self.alike[key]))
             value = self.alike[key]
         if slot == "Add":
             add_behind(native.node, value, opset(self.model), self._named)
@@ -282,14 +278,15 @@ class _Writer:
                 if all(user.op_type in SHAPE_ONLY or (user.op_type == "CastLike" and i == 1) for user, i in uses):
                     ir.convenience.replace_all_uses_with(old, new)
                     del graph.initializers[old.name]  # type: ignore[arg-type]
-            gone = not old.is_initializer() if old.producer() is None else old.producer().graph is None  # type: ignore[union-attr]
+            maker = old.producer()
+            gone = not old.is_initializer() if maker is None else maker.graph is None
             self.bytes_added += _nbytes(new)
             if gone and old.name and old.name not in claimed:
                 claimed.add(old.name)
                 self.bytes_added -= _nbytes(new)  # it took the old one's place
                 new.name = old.name
-                if (copy := new.producer()) is not None:
-                    copy.name = old.producer().name  # type: ignore[union-attr]
+                if maker is not None and (copy := new.producer()) is not None:
+                    copy.name = maker.name
 
 
 def _nbytes(value: ir.Value) -> int:

@@ -57,7 +57,7 @@ def _coded(quotient: Array, zero: Array, kind: np.dtype[Any], steps: int) -> Arr
         limit = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]  # it comes without types
         cut: Array = np.clip(quotient, -limit, limit)
         return cut if steps == CONTINUOUS else cut.astype(kind)
-    info: Any = ml_dtypes.iinfo(kind)  # type: ignore[no-untyped-call]
+    info: Any = ml_dtypes.iinfo(kind)  # type: ignore[no-untyped-call]  # the same
     codes: Array = np.clip(_stepped(quotient, steps) + zero.astype(np.float64), float(info.min), float(info.max))
     return codes if steps == CONTINUOUS else codes.astype(kind)
 
