@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import io
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +30,9 @@ from onnxruntime.quantization.preprocess import quant_pre_process
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.verbs.pipelines import pipeline
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "digits"))
+from train import digits, export
 
 EPOCHS, BATCH, LEARNING_RATE = 6, 32, 0.003
 BITS = (4, 3)
@@ -69,18 +70,6 @@ class PreActivated(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels, of the digits sample."""
-    path = Path(__file__).resolve().parent.parent / "digits" / "train.py"
-    spec = importlib.util.spec_from_file_location("digits_train", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = script.digits()
-    return found
-
-
 def trained(model: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
     """The network, trained as usual."""
     steps = EPOCHS * (len(x) // BATCH)
@@ -99,20 +88,9 @@ def trained(model: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
 
 def exported(model: nn.Module) -> onnx.ModelProto:
     """The network as an ONNX model with its BatchNorms, in the first operator set that stores four bits."""
-    file = io.BytesIO()
-    torch.onnx.export(
-        model,
-        (torch.zeros(1, 1, 8, 8),),
-        file,
-        dynamo=False,
-        training=torch.onnx.TrainingMode.PRESERVE,
-        do_constant_folding=False,
-        opset_version=17,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-    )
-    return onnx.version_converter.convert_version(onnx.load_from_string(file.getvalue()), 21)
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, path := Path(folder, "net.onnx"))
+        return onnx.version_converter.convert_version(onnx.load(path), 21)
 
 
 def quantised(model: onnx.ModelProto, bits: int, *, per_channel: bool) -> onnx.ModelProto:
@@ -160,7 +138,7 @@ def ways(model: onnx.ModelProto, images: np.ndarray, bits: int, *, per_channel: 
     for equalise in (False, True):
         yield quantised(bnfold.fuse(model, equalise=equalise)[0], bits, per_channel=per_channel)
     stored = quantised(model, bits, per_channel=per_channel)
-    ready, _ = pipeline(stored, [images], strict=True)
+    ready, _ = bnfold.pipeline(stored, [images], strict=True)
     assert ready is not None
     assert codes(ready) == codes(stored)
     yield ready
