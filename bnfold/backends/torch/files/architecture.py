@@ -1,4 +1,4 @@
-"""The network that a checkpoint's weights belong to: a function that the user names."""
+"""Networks that are made by name: by a function of the user's, for a checkpoint's weights, or by timm."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from bnfold.data.functions import importable, module_of
-from bnfold.errors import BnfoldError, UsageError
-from bnfold.text import meant, one_line
+from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
+from bnfold.text import first_line, meant, one_line
 
 Arch = str | Callable[..., nn.Module]
 
@@ -58,3 +58,23 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     if not callable(found):
         raise UsageError(f"--arch {arch}: {name!r} is of type {type(found).__name__}, which can't be called")
     return found  # type: ignore[no-any-return]
+
+
+def from_timm(name: str, args: Mapping[str, Any] | None) -> nn.Module:
+    """The network in evaluation mode, with its pretrained weights. args: of `timm.create_model`, such as {"pretrained": false}."""
+    try:
+        import timm
+    except Exception as error:  # whatever its own imports raise
+        why = "that needs timm: pip install timm" if isinstance(error, ImportError) else f"timm can't be imported ({first_line(error)})"
+        raise UnsupportedError(f"timm:{name}: {why}") from None
+    base = name.rpartition("/")[2].partition(".")[0]
+    if not timm.is_model(base):
+        raise UsageError(f"timm:{name}: timm has no such model{meant(base, timm.list_models())}")
+    try:
+        made: nn.Module = timm.create_model(name, **({"pretrained": True} | dict(args or {})))
+    except Exception as error:  # fetching raises whatever carries the requests, and a constructor what it likes
+        raise ModelError(
+            f"timm:{name}: can't be made ({type(error).__name__}: {first_line(error)}); its weights need a network, unless with "
+            """--arch-args '{"pretrained": false}'"""
+        ) from None
+    return made.eval()

@@ -18,10 +18,9 @@ from bnfold.errors import ModelError, UnsupportedError, UsageError
 from bnfold.files import DAMAGED_ZIP
 from bnfold.text import one_line
 
-from .architecture import Arch, build
+from .architecture import Arch, build, from_timm
 from .archive import check_archive
 from .checkpoint import Say, put, state_of, surgery_of, unpickled
-from .hub import from_timm
 
 PACKAGES = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed", "torchao": "torchao", "torchvision": "torchvision"}
 NEEDS_ARCH = "weights without a network; say what builds it, with --arch package.module:factory or --arch FILE.py:FACTORY"
