@@ -1,4 +1,4 @@
-"""Models that are named by where they come from, not by a file: hf://OWNER/REPOSITORY/FILE, and timm:NAME (see `torch.files.architecture`)."""
+"""Models that are named by where they come from, not by a file: hf://OWNER/REPOSITORY/FILE, and timm:NAME."""
 
 from __future__ import annotations
 
