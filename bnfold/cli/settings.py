@@ -23,9 +23,11 @@ from bnfold.text import listed, meant
 
 LONGEST = 1 << 20  # bytes
 RECIPES = "recipe"
-NEVER = {"trust-pickle", "force", "recipe", "arch"}  # a file that came with somebody's sources can't say what may be run, or be lost
-FUNCTION = re.compile(r":[^\W\d]\w*$")  # FILE.py:FUNCTION, MODULE:FUNCTION
-CODE = {"data": FUNCTION, "eval": FUNCTION, "provider": re.compile("path=")}  # of a library
+# A file that came with somebody's sources can't say what may be run, or be lost. arch-args: a factory may load the file that one names.
+NEVER = {"trust-pickle", "force", "recipe", "arch", "arch-args"}
+# A provider, its device, options that are numbers or switches: another value may be a library, a plugin or a cache of engines.
+OPTION = r"(?:\w+=(?:\d[\d.]*|[Tt]rue|[Ff]alse)|(?:device_type|precision)=\w+)"
+PROVIDER = re.compile(rf"\w+(?::(?:\d+|{OPTION}(?:,{OPTION})*))?")
 
 
 def defaults(parser: Any, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -126,6 +128,13 @@ def _value(path: Path, name: str, value: Any, parameter: Any) -> Any:
     if isinstance(value, bool):
         return value
     texts = [str(each) for each in (value if isinstance(value, list) else [value])]
-    if name in CODE and any(map(CODE[name].search, texts)):
-        raise UsageError(f"{path}: {name} = {value!r} names code to run: that is asked for on the command line, each time")
+    if any(_may_run(name, text) for text in texts):
+        raise UsageError(f"{path}: {name} = {value!r} may name code to run: that is asked for on the command line, each time")
     return texts if parameter.multiple else ",".join(texts)
+
+
+def _may_run(name: str, text: str) -> bool:
+    """Whether the value of an option could be code: a function of a file or a module, or what a provider loads."""
+    if name in ("data", "eval"):
+        return text.rpartition(":")[2].isidentifier() and ":" in text  # as `data.functions` reads it
+    return name == "provider" and PROVIDER.fullmatch(text) is None

@@ -63,8 +63,14 @@ WRONG = {
     "seed = 'x'": (2, "--seed"),
     "trust-pickle = true": (2, "trust-pickle: that is asked for on the command line, each time"),
     "arch = 'net.py:make'": (2, "arch: that is asked for on the command line, each time"),
-    "data = 'evil.py:f'": (2, "names code to run: that is asked for on the command line, each time"),
-    "provider = ['cpu', 'qnn:backend_path=evil.so']": (2, "names code to run"),
+    'arch-args = \'{"checkpoint_path": "evil.pth"}\'': (2, "arch-args: that is asked for on the command line, each time"),
+    "data = 'evil.py:f'": (2, "may name code to run: that is asked for on the command line, each time"),
+    "data = 'evil.py:f\u00b7'": (2, "may name code to run"),
+    "eval = ['x.npz', 'evil:f']": (2, "may name code to run"),
+    "provider = ['cpu', 'qnn:backend_path=evil.so']": (2, "may name code to run"),
+    "provider = 'qnn:backend_path = evil.so'": (2, "may name code to run"),
+    "provider = 'tensorrt:device_id=0,trt_extra_plugin_lib_paths=evil.so'": (2, "may name code to run"),
+    "provider = 'qnn:op_packages=evil.so'": (2, "may name code to run"),
     "seed =": (3, "no TOML"),
     f"seed = {'[' * 9999}": (3, "no TOML"),
 }
@@ -79,6 +85,14 @@ def test_what_is_wrong_is_one_line(text: str, here: Path, capsys: pytest.Capture
     assert says in err
     assert err.count("\n") == 1
     assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["data = 'C:x.npy'", "provider = ['cpu', 'tensorrt:trt_fp16_enable=1,device_id=0', 'openvino:device_type=GPU']"]
+)
+def test_files_and_plain_options_of_providers_may_be_written_down(option: str, here: Path) -> None:
+    Path("bnfold.toml").write_text(f"[verify]\n{option}")
+    assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 0
 
 
 def test_a_recipe_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
