@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ DIGITS = ROOT / "samples" / "digits"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: the programs that tests interrupt would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """PyTorch draws the same in each test, whichever went before: it begins each process with a seed of chance."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

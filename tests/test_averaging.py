@@ -36,6 +36,7 @@ def test_files_of_onnx(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_checkpoints(here: Path) -> None:
     torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
     layers = "nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)"
     Path("net.py").write_text(f"from torch import nn\ndef make():\n    return nn.Sequential({layers})\n")
     scope: dict[str, Any] = {}

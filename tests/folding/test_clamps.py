@@ -110,6 +110,7 @@ def test_a_network_whose_blocks_begin_with_batchnorm(tmp_path: Path) -> None:
 
 def test_where_the_code_holds_the_bounds_a_batchnorm_stays() -> None:
     torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
     nn = torch.nn
 
     class Called(nn.Module):
