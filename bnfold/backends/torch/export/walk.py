@@ -13,7 +13,6 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FAKE_QUANTISERS = re.compile(r"(fake_quantize|fake_quant$|_obs_fq_|(?<!de)quantize_per)")  # a number becomes the nearest of a few
 RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
 
 OTHER_NAMES = {  # of operators that take the same arguments
