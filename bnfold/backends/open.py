@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.errors import UnsupportedError, UsageError
+from bnfold.errors import ModelError, UnsupportedError, UsageError
+from bnfold.files import unreadable
 
+from .hub import is_timm
 from .kinds import family, kind_of
 
 if TYPE_CHECKING:
@@ -100,8 +102,15 @@ def suffixes(path: Path, *, checkpoint: bool) -> tuple[str, ...]:
 
 
 def places(paths: Iterable[Path], providers: Sequence[str], device: str | None) -> tuple[str, ...]:
-    """Where the models in some files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once."""
-    kinds = {kind_of(path) == "onnx" for path in paths}
+    """Where the models in some files run: ONNX Runtime's providers, PyTorch's device, or both, each looked for at once.
+
+    Raises ModelError for a file that can't be read, of which nobody knows the kind.
+    """
+    kinds = set()
+    for path in paths:
+        if not is_timm(path) and (why := unreadable(path)):
+            raise ModelError(f"{path}: {why}")
+        kinds.add(kind_of(path) == "onnx")
     if device is not None and False not in kinds:
         raise UsageError(f"--device {device}: that is for PyTorch models; for ONNX give --provider")
     if providers and True not in kinds:

@@ -88,7 +88,9 @@ def recalibrate(
 def merge_stats(
     *,
     model: Path = o.MODEL,
-    parts: list[Path] = o.argument("STATS...", "What recalibrate --shard wrote; or models that were each measured on data of their own."),
+    parts: list[Path] = o.argument(
+        "STATS...", "What recalibrate --shard wrote; or models that were each measured on data of their own.", read=o.model_file
+    ),
     out: Path = o.OUT,
     counts: list[int] | None = o.option("--counts", "How many samples each model was measured on.", metavar="N,N,...", read=o.counts),
     loading: Loading,
@@ -179,7 +181,11 @@ def verify(
     checking: Checking,
     candidate: Path | None = o.CANDIDATE,
     against: Path | None = o.option(
-        "--against", "In place of CANDIDATE: hold a folded model, given alone, against this by its certificate.", o.MODELS, "ORIGINAL"
+        "--against",
+        "In place of CANDIDATE: hold a folded model, given alone, against this by its certificate.",
+        o.MODELS,
+        "ORIGINAL",
+        read=o.model_file,
     ),
     data: str | None = o.SPEC_OR_RANDOM,
     map_input: list[str] | None = o.MAP_INPUT,

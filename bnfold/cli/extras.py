@@ -17,7 +17,7 @@ from .options.recalibration import Measuring, beside, finish
 @command
 def average(
     *,
-    models: list[Path] = o.argument("MODEL MODEL...", "Checkpoints of one network, two or more."),
+    models: list[Path] = o.argument("MODEL MODEL...", "Checkpoints of one network, two or more.", read=o.model_file),
     data: str = o.SPEC,
     out: Path = o.OUT,
     measuring: Measuring,

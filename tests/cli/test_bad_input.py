@@ -103,6 +103,11 @@ def missing_checkpoint(folder: Path) -> None:
     pass
 
 
+@case("recalibrate nowhere.pth --data x.npy --device cpu -o out.pth", 3, "nowhere.pth: no such file")
+def missing_checkpoint_for_a_device(folder: Path) -> None:
+    pass
+
+
 @case("verify model.onnx model.onnx --input-shape 0,3,8,8", 2, "--input-shape 0,3,8,8: no samples; the first number")
 def no_samples_asked(folder: Path) -> None:
     pass

@@ -96,7 +96,10 @@ def test_a_folded_state_dict_says_how_it_is_loaded_and_may_be_plain(checkpoint: 
 def test_a_factory_beside_the_user_and_data_that_show_how_it_is_called(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fuse", "state.pth", "--arch", "mynet:make", "--data", "x.npy", "-o", "f.pt2"]) == 0
     assert run(["fuse", "model.onnx", "--data", "x.npy", "-o", "f.onnx"]) == 0
-    assert run(["fuse", "model.onnx", "--data", "nowhere", "-o", "g.onnx"]) == 2
+    capsys.readouterr()
+    for data, why in (("nowhere.npy", "there is no such file"), (".", "neither a file of arrays nor a function")):
+        assert run(["fuse", "model.onnx", "--data", data, "-o", "g.onnx"]) == 2
+        assert f"--data {data}: {why}" in capsys.readouterr().err
     assert run(["inspect", "state.pth", "--arch", "mynet:mak"]) == 2
     assert "mynet has no 'mak'; did you mean 'make'?" in capsys.readouterr().err
 
@@ -116,6 +119,9 @@ def test_a_model_on_hugging_face(here: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert run(["inspect", "hf://owner/net@v2/model.onnx"]) == 0
     assert bnfold.inspect(bnfold.load("hf://owner/net/model.onnx")).layers
     assert asked == [("owner/net", "v2", ["model.onnx", "model.onnx_data"]), ("owner/net", None, ["model.onnx", "model.onnx_data"])]
+    assert run(["fuse", "hf://owner/net/model.onnx", "-o", "fused.onnx"]) == 0
+    assert run(["verify", "fused.onnx", "--against", "hf://owner/net/model.onnx"]) == 0
+    assert run(["average", *["hf://owner/net/model.onnx"] * 2, "--data", "x.npy", "-o", "mean.onnx"]) == 0
     assert run(["inspect", "hf://owner/net/other.onnx"]) == 3
     assert "hf://owner/net/other.onnx: there is no file other.onnx in that repository" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, get_origin
 
 import typer
 
@@ -92,7 +92,7 @@ def option(
 
 
 def argument(metavar: str, help: str, read: Callable[..., Any] | None = None) -> Any:
-    """An argument, which must be given unless its type has None in it. read: as for `option`."""
+    """An argument, which must be given unless its type has None in it. read: as for `option`, of each of a list."""
     made = typer.Argument(metavar=metavar, help=help, show_default=False)
     return dataclasses.field(metadata={DECLARED: made, READ: read and partial(read, option=metavar)})
 
@@ -128,7 +128,7 @@ def _parameters(declared: Mapping[str, Any], hints: Mapping[str, Any]) -> Iterat
             continue
         optional = type(None) in get_args(kind)
         if field.metadata.get(READ):
-            kind = str | None if optional else str
+            kind = list[str] if get_origin(kind) is list else str | None if optional else str
         unset = None if optional else False if kind is bool else Parameter.empty
         default = unset if field.default is MISSING else field.default
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, field.metadata[DECLARED]])
@@ -147,7 +147,9 @@ def _value(name: str, field: Any, kind: Any, given: Mapping[str, Any]) -> Any:
         declared, hints = _fields(kind)
         return cast(type, kind)(**{name: _value(name, each, hints[name], given) for name, each in declared.items()})
     read = field.metadata.get(READ)
-    return read(given[name]) if read and given[name] is not None else given[name]
+    if read is None or given[name] is None:
+        return given[name]
+    return [read(text) for text in given[name]] if get_origin(kind) is list else read(given[name])
 
 
 # --- texts of the command line to values; all raise UsageError, which names the option ----------------------------------------------

@@ -158,7 +158,8 @@ class Shaping:
             from bnfold.data.open import first_of
 
             if (found := first_of(spec)) is None:
-                raise UsageError(f"--data {spec}: neither a file of arrays nor a function that returns batches, which `fuse` takes")
+                what = "neither a file of arrays nor a function that returns batches, which `fuse` takes"
+                raise UsageError(f"--data {spec}: {what if Path(spec).exists() else 'there is no such file'}")
             return found
         shapes = self.shapes(opened)
         if shapes is None and self.seed == 0:
