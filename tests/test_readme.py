@@ -17,6 +17,10 @@ from bnfold.cli.app import EXAMPLES
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "samples").glob("*/README.md")))
+EVERY_PAGE = {
+    page: page.read_text(encoding="utf-8")
+    for page in [ROOT / "README.md", *(p for room in ("bnfold", "samples", "tests") for p in sorted((ROOT / room).rglob("README.md")))]
+}
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -115,16 +119,9 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], m
     for command in EXAMPLES:
         run([command.replace("_", "-"), "--help-all"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    pages = [*(ROOT / "bnfold").rglob("README.md"), ROOT / "samples/ci/README.md", ROOT / "samples/providers/README.md"]
-    text = README + "".join(page.read_text(encoding="utf-8") for page in pages)
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {
-        "--help",
-        "--help-all",
-        "--install-completion",
-        "--no-deps",
-        "--nproc-per-node",
-    }  # pip's, torchrun's
+    prose = re.sub(r"```.*?```", "", "".join(EVERY_PAGE.values()), flags=re.DOTALL)
+    others = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--write-readme"}  # torchrun's, the sweeps'
+    assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {"--help", "--help-all", "--install-completion"} | others
 
 
 def test_nothing_asks_an_index_for_bnfold() -> None:
@@ -138,6 +135,19 @@ def test_nothing_asks_an_index_for_bnfold() -> None:
     assert not [path for path in files if asked.search(path.read_text(encoding="utf-8"))]
 
 
-def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", EVERY_PAGE[page]):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_page_is_led_to() -> None:
+    """From the README, by links of pages."""
+    led, found = [ROOT / "README.md"], set()
+    while led:
+        page = led.pop()
+        if page not in found:
+            found.add(page)
+            targets = [(page.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+)\)", EVERY_PAGE[page])]
+            led += {each / "README.md" if each.is_dir() else each for each in targets} & EVERY_PAGE.keys()
+    assert found == EVERY_PAGE.keys()
