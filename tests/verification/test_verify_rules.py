@@ -401,7 +401,9 @@ def test_an_output_of_another_name_pairs_by_its_place_which_is_told(here: Path, 
     assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "y=a"]) == 0
     assert run(["verify", "model.onnx", "renamed.onnx", "-q"]) == 1
     assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "yy=b"]) == 2
-    assert "the reference has no output 'yy'; it has y and negative; did you mean" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "the reference has no output 'yy'; it has y and negative" in err
+    assert "did you mean" not in err
     assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "negativ=a"]) == 2
     assert "it has y and negative; did you mean 'negative'?" in capsys.readouterr().err
     assert run(["verify", "two.onnx", "swapped.onnx", "-q", "--map-output", "y"]) == 2
