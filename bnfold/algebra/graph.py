@@ -82,8 +82,11 @@ class Param:
 
     def read(self) -> Array:
         """The canonical array with its update, in float64."""
-        array = np.full(self.shape, self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
-        return array if self.update is None else self.update(array)
+        return self.original() if self.update is None else self.update(self.original())
+
+    def original(self) -> Array:
+        """The same before anything was folded in."""
+        return np.full(self.shape, self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
 
     def seen_as(self, shape: tuple[int, ...], layout: Layout) -> Param:
         """The same tensor in another canonical shape, from the one that it has here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnfold.algebra.affine import Affine, Array, Blocked, NoBias
+from bnfold.algebra.affine import Affine, Blocked, NoBias
 from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor
 from bnfold.algebra.quantised import Rescaled
 
@@ -93,7 +93,7 @@ def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
         if bound < limit:
             return
     with np.errstate(all="ignore"):
-        stored = param.layout.stored(total(_source(param)))
+        stored = param.layout.stored(total(param.original()))
     bad = ~(np.abs(stored) <= limit)
     if bad.any():
         name = param.tensor.name if param.tensor is not None else f"the {role} of {node.name}"
@@ -101,10 +101,6 @@ def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
         value = stored[where]
         what = "would be no number" if np.isnan(value) else f"would be {value:.3g}, beyond the largest {limit:.3g} of its type"
         raise Blocked(f"element {list(where)} of {name} {what}")
-
-
-def _source(param: Param) -> Array:
-    return np.full(param.shape, param.default) if param.tensor is None else param.layout.canonical(param.tensor.read())
 
 
 def _magnitude(tensor: Tensor) -> float:

@@ -29,7 +29,7 @@ def weight_ranges(nodes: Iterable[Node], merged: Container[Node]) -> tuple[Weigh
         if param is None or param.tensor is None or param.tensor.quantised is not None or param.update is None:
             continue
         channels = output_axes(node)
-        before, error_before, _ = _measured(param.layout.canonical(param.tensor.read()), channels)
+        before, error_before, _ = _measured(param.original(), channels)
         after, error, by_channel = _measured(param.read(), channels)
         warning = ""
         if error > HARMFUL:

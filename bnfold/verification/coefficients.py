@@ -23,7 +23,7 @@ from bnfold.folding.plan import NormalForm
 from bnfold.report import Coefficients
 
 from .rescaling import rescaled
-from .roundoff import DOUBLE, ShapesDifferError, UnitErrors, chain_errors, errors_of, hidden_summands, merged_summands, stored, type_of
+from .roundoff import DOUBLE, ShapesDifferError, UnitErrors, chain_errors, errors_of, hidden_summands, merged_summands, type_of
 from .structure import STATISTICS, Structure
 
 # Where one in two coefficients of several layers is off by this much, relatively and in units of roundoff, and the outputs still agree to
@@ -265,7 +265,7 @@ def _what_differs(a: Node, b: Node) -> set[str]:
     """In what two BatchNorms differ."""
     if any((role in a.params) != (role in b.params) for role in ("gamma", "beta")):
         return {UNKNOWN}
-    pairs = [(stored(param), stored(b.params[role]), role) for role, param in a.params.items() if role in ("gamma", "beta")]
+    pairs = [(param.original(), b.params[role].original(), role) for role, param in a.params.items() if role in ("gamma", "beta")]
     one, other = a.attrs.get("norm"), b.attrs.get("norm")
     epsilon = False
     if isinstance(one, Norm) and isinstance(other, Norm):

@@ -146,7 +146,7 @@ def merged_summands(merges: Iterable[Merge]) -> dict[Node, Array]:
 
 def _row_sums(node: Node) -> Array:
     """The sum of |W| over all that one output reads, the largest of all outputs."""
-    array = np.abs(stored(node.params["weight"]))
+    array = np.abs(node.params["weight"].original())
     w, y = node.attrs.get("w"), node.attrs.get("y")
     summed = tuple(i for i, name in enumerate(w) if name not in y) if w and y else tuple(range(1, array.ndim))
     return np.asarray(array.sum(axis=summed).max(initial=0.0))
@@ -160,13 +160,8 @@ def _read(param: Param) -> tuple[Array, Array]:
 
 def _magnitude(param: Param) -> Array:
     """What a coefficient's summands amount to: |S*w| + |T| for the update (S, T) of a stored w."""
-    size = np.abs(stored(param))
+    size = np.abs(param.original())
     return size if param.update is None else np.abs(param.update.scale) * size + np.abs(param.update.shift)
-
-
-def stored(param: Param) -> Array:
-    """A parameter before anything was folded in."""
-    return np.full(param.shape, param.default) if param.tensor is None else param.layout.canonical(param.tensor.read())
 
 
 def precision(limit: float) -> tuple[float, float]:

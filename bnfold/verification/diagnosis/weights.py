@@ -10,7 +10,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node, Norm
 
-from ..roundoff import DOUBLE, LIMIT, in_units, precision, stored, weight_axis
+from ..roundoff import DOUBLE, LIMIT, in_units, precision, weight_axis
 from ..structure import has
 
 SLACK = 2 * LIMIT  # units of roundoff within which a hypothesis explains what is stored
@@ -75,7 +75,7 @@ def unfolded(node: Node) -> Weights | None:
     weight, bias = node.params.get("weight"), node.params.get("bias")
     if weight is None or weight.tensor is None or node.op not in ("Conv", "Contraction"):
         return None
-    return _weights(node, stored(weight), np.zeros(1) if bias is None or bias.tensor is None else stored(bias))
+    return _weights(node, weight.original(), np.zeros(1) if bias is None or bias.tensor is None else bias.original())
 
 
 def _weights(node: Node, weight: Array, bias: Array) -> Weights:
