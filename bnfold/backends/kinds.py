@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from bnfold.errors import UnsupportedError, UsageError
+from bnfold.errors import ModelError, UnsupportedError, UsageError
 from bnfold.files import DAMAGED_ZIP, unreadable
 
 from .hub import is_timm
@@ -45,6 +45,14 @@ def kind_of(path: str | Path) -> str:
     if head[8:10] == b'{"' and 2 <= int.from_bytes(head[:8], "little") <= max(path.stat().st_size - 8, 0):
         return "safetensors"
     return "pickle" if head[:1] == b"\x80" and 2 <= head[1] <= 5 else "onnx"
+
+
+def check_readable(path: Path) -> None:
+    """ModelError for what can't be read as a file, of which nobody knows the kind."""
+    if path.is_dir():
+        raise ModelError(f"{path}: a folder, not a model file; name the file in it")
+    if why := unreadable(path):
+        raise ModelError(f"{path}: {why}")
 
 
 def family(model: Any) -> str:

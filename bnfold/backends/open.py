@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.errors import ModelError, UnsupportedError, UsageError
-from bnfold.files import unreadable
+from bnfold.errors import UnsupportedError, UsageError
 
 from .hub import is_timm
-from .kinds import family, kind_of
+from .kinds import check_readable, family, kind_of
 
 if TYPE_CHECKING:
     from bnfold.model import Model
@@ -108,8 +107,8 @@ def places(paths: Iterable[Path], providers: Sequence[str], device: str | None) 
     """
     kinds = set()
     for path in paths:
-        if not is_timm(path) and (why := unreadable(path)):
-            raise ModelError(f"{path}: {why}")
+        if not is_timm(path):
+            check_readable(path)
         kinds.add(kind_of(path) == "onnx")
     if device is not None and False not in kinds:
         raise UsageError(f"--device {device}: that is for PyTorch models; for ONNX give --provider")

@@ -108,6 +108,11 @@ def missing_checkpoint_for_a_device(folder: Path) -> None:
     pass
 
 
+@case("verify model.onnx models", 3, "models: a folder, not a model file; name the file in it")
+def folder_to_verify(folder: Path) -> None:
+    (folder / "models").mkdir()
+
+
 @case("verify model.onnx model.onnx --input-shape 0,3,8,8", 2, "--input-shape 0,3,8,8: no samples; the first number")
 def no_samples_asked(folder: Path) -> None:
     pass

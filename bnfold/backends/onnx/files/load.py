@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from bnfold.backends.kinds import check_readable
 from bnfold.errors import ModelError, UnsupportedError
-from bnfold.files import unreadable
 from bnfold.text import one_line
 
 from . import wire
@@ -57,10 +57,7 @@ def checked(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise ModelError(f"{path}: a folder, not a model file; name the file in it")
-    if why := unreadable(path):
-        raise ModelError(f"{path}: {why}")
+    check_readable(path)
     try:
         data = path.read_bytes()
     except OSError as error:
