@@ -23,17 +23,18 @@ def free(graph: Graph) -> None:
             _as_clamp(node, node.attrs["bounds"])
 
 
-def _as_clamp(node: Node, bounds: tuple[Any, Any]) -> None:
-    """The largest number of a type stands for no bound at all."""
+def _as_clamp(node: Node, bounds: tuple[Any, Any], which: int = 0) -> bool:
+    """Whether it could become one. The largest number of a type stands for no bound at all. which: the input that is clipped."""
     rank, limit = node.output.rank, node.attrs["limit"]
     low, high = (np.clip(bound, -limit, limit) for bound in bounds)
-    if rank is None or node.inputs[0].rank != rank or (low > high).any():
-        return
+    if rank is None or node.inputs[which].rank != rank or (low > high).any():
+        return False
     node.op, node.params = "Clamp", {}
     for role, bound in (("low", low), ("high", high)):
         node.params[role] = Param(None, (1,) * rank, default=float(bound.ravel()[0]))
         if bound.size > 1:
             node.params[role].update = Affine(np.zeros(()), bound)
+    return True
 
 
 def clamped(graph: Graph) -> Iterator[Written]:
@@ -54,9 +55,10 @@ def _constant(node: Node) -> int | None:
     return next((i for i, v in enumerate(node.inputs) if v.fixed or (v.producer is not None and v.producer.op == "Constant")), None)
 
 
-def by_channel(graph: Graph) -> bool:
+def clips_by_channel(graph: Graph) -> bool:
     """Whether a network clips by an array of bounds, as one does that was folded with clamps."""
-    return any(_constant(node) is not None for node in graph.nodes)
+    clips = (node for node in graph.nodes if _constant(node) is not None)
+    return any(np.size(bound) > 1 for node in clips for bound in node.attrs["bounds"])
 
 
 def joined(graph: Graph) -> None:
@@ -68,15 +70,15 @@ def joined(graph: Graph) -> None:
         which = _constant(node)
         if which is None or (rank := node.output.rank) is None:
             continue
-        constant = node.inputs.pop(which)
-        constant.users.remove((node, which))
-        node.inputs[0].users = [(user, 0 if user is node else i) for user, i in node.inputs[0].users]
-        bounds = node.attrs["bounds"]
+        constant, bounds = node.inputs[which], node.attrs["bounds"]
         if constant.producer is not None:
             moved = constant.producer.params["value"].read()
             moved = moved.reshape((1,) * (rank - moved.ndim) + moved.shape)
             bounds = tuple(bound if np.isscalar(bound) else moved for bound in bounds)
-        _as_clamp(node, bounds)
+        if _as_clamp(node, bounds, 1 - which):
+            del node.inputs[which]
+            constant.users.remove((node, which))
+            node.inputs[0].users = [(user, 0 if user is node else i) for user, i in node.inputs[0].users]
     graph.nodes[:] = [node for node in graph.nodes if node.op != "Constant" or node.output.users]
     for node in list(graph.nodes):
         before = node.inputs[0].producer if node.op == "Clamp" else None

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import UnsupportedError
-from bnfold.folding.clamps import by_channel
-from bnfold.folding.options import FoldOptions
+from bnfold.folding.clamps import clips_by_channel
+from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.model import Model
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
@@ -40,8 +40,13 @@ if TYPE_CHECKING:
     from bnfold.recalibration.protocol import Progress
 
 RANDOM = "random data"
-MOVED = FoldOptions(norm_affine=True)
-OTHERWISE = (FoldOptions(clone=True), FoldOptions(clamps=True), MOVED)  # what may have been done besides folding
+# What may have been done besides folding: one thing, or several.
+OTHERWISE = (
+    FoldOptions(clone=True),
+    FoldOptions(clamps=True),
+    FoldOptions(norm_affine=True),
+    FoldOptions(clone=True, clamps=True, norm_affine=True),
+)
 
 
 def _holds_norms(plan: NormalForm) -> bool:
@@ -205,16 +210,17 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     """Level 1: where something has no counterpart, also as if more had been done than folding."""
     both.progress("weights", 0, 1)
     try:
-        found = correspond(both.reference.plan(), both.candidate.plan())
+        found, best = correspond(both.reference.plan(), both.candidate.plan()), PLAIN
         if found.unpaired:
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                done = how.clone or (how.clamps and by_channel(both.candidate.plan().graph))
+                done = how.clone or (how.clamps and clips_by_channel(both.candidate.plan().graph))
                 if not other.unpaired and (done or not other.mismatches):  # else a mistake is taken for what nobody did
-                    found = other
+                    found, best = other, how
                     break
         if found.mismatches and _holds_norms(both.reference.plan()):
-            again = correspond(both.reference.plan(MOVED), both.candidate.plan(MOVED))
+            moved = dataclasses.replace(best, norm_affine=True)
+            again = correspond(both.reference.plan(moved), both.candidate.plan(moved))
             found = found if again.unpaired or again.mismatches else again
     except UnsupportedError as error:
         return Coefficients("skipped", reason=str(error)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,35 @@ def test_in_a_file_and_groups_of_channels(tmp_path: Path) -> None:
 def test_without_the_option_there_is_nothing_to_do() -> None:
     with pytest.raises(bnfold.NothingToDoError):
         bnfold.fuse(block(), example=X)
+
+
+class Several(nn.Module):
+    """What asks for each option: a convolution that is read twice, a BatchNorm in front of a ReLU, and a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.norm, self.relu, self.last = nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)
+        self.layer, self.head = nn.LayerNorm(4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.last(self.relu(self.norm(torch.sigmoid(torch.sigmoid(y) + self.bn(y)))))
+        return self.head(self.layer(z.mean((2, 3))))
+
+
+@pytest.mark.parametrize("options", [c for n in (2, 3) for c in combinations(("clone", "clamps", "norm_affine"), n)], ids="+".join)
+def test_what_was_done_together_is_certified(options) -> None:
+    torch.manual_seed(0)
+    module, x = Several().eval(), torch.randn(2, 3, 8, 8)
+    for norm in (module.bn, module.norm, module.layer):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    fused, report = bnfold.fuse(torch.export.export(module, (x,)), **dict.fromkeys(options, True))
+    assert sum(layer.verdict == "folded" for layer in report.layers) == len(options)
+    assert report.verify is not None
+    assert report.verify.levels.coefficients.verdict == "equivalent"
+    spoilt = fused.state_dict["last.weight"].detach().clone()
+    spoilt[1, 2, 0, 0] *= 1.001
+    fused.state_dict["last.weight"] = nn.Parameter(spoilt)
+    assert bnfold.verify(module, fused, example=x, coefficients_only=True).verdict == "different"
