@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .affine import Affine, Array
 from .layouts import AS_STORED, Layout
@@ -47,7 +48,7 @@ class Tensor:
 
     name: the stored name. read: the array in float64, in the stored layout.
     limit: the largest finite number of the stored type. cast_from: the same of the narrowest type that it was cast from, if it was: that
-    one tells how it was rounded.
+    one tells how it was rounded. raw: the array in the type in which it is stored, without a copy where that can be.
     """
 
     name: str
@@ -58,8 +59,9 @@ class Tensor:
     dtype: Any = None  # the stored type, the front-end's affair
     users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter role)
     quantised: Quantised | None = None
-    magnitude: float | None = None  # its largest absolute value, once somebody asked
     cast_from: float | None = None
+    raw: Callable[[], npt.NDArray[Any]] | None = None
+    extents: dict[Any, Any] = field(default_factory=dict)  # by layout and axes, once somebody asked (see `blocks.measured`)
 
 
 @dataclass(eq=False)
@@ -87,6 +89,12 @@ class Param:
     def original(self) -> Array:
         """The same before anything was folded in."""
         return np.full(self.shape, self.default) if self.tensor is None else self.layout.canonical(self.tensor.read())
+
+    def source(self) -> npt.NDArray[Any] | None:
+        """The same in the type in which it is stored; None where it can't be had so, or would be rounded."""
+        if self.tensor is None or self.tensor.raw is None or not self.layout.linear or self.layout.gain != 1:
+            return None
+        return self.layout.canonical(self.tensor.raw())
 
     def seen_as(self, shape: tuple[int, ...], layout: Layout) -> Param:
         """The same tensor in another canonical shape, from the one that it has here."""
@@ -162,6 +170,13 @@ class Node:
     @property
     def output(self) -> Value:
         return self.outputs[0]
+
+    @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes of its canonical weight that tell outputs apart."""
+        if self.op == "Contraction":
+            return tuple(i for i, letter in enumerate(self.attrs["w"]) if letter in self.attrs["y"])
+        return (0,)
 
 
 @dataclass(eq=False)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from .affine import Array, Blocked
+from .affine import Blocked
 
 Shape = tuple[int, ...]
+Array = npt.NDArray[Any]  # of any type: what only rearranges does so in each
 
 
 @dataclass(frozen=True)

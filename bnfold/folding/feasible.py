@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from bnfold.algebra.affine import Affine, Blocked, NoBias
-from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor
+from bnfold.algebra.blocks import measured
+from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.algebra.quantised import Rescaled
 
 Draft = dict[tuple[Node, str], Affine]
@@ -89,8 +90,9 @@ def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
     limit = node.attrs["limit"] if param.tensor is None else param.tensor.limit
     total = param.updated(update)
     if param.tensor is not None and param.layout.linear:
-        bound = _magnitude(param.tensor) * param.layout.gain * np.abs(total.scale).max(initial=0) + np.abs(total.shift).max(initial=0)
-        if bound < limit:
+        largest = measured(param, node.output_axes if role == "weight" else ()).largest.max(initial=0)
+        bound = largest * np.abs(total.scale).max(initial=0) + np.abs(total.shift).max(initial=0)
+        if bound < limit * param.layout.gain:
             return
     with np.errstate(all="ignore"):
         stored = param.layout.stored(total(param.original()))
@@ -101,12 +103,3 @@ def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
         value = stored[where]
         what = "would be no number" if np.isnan(value) else f"would be {value:.3g}, beyond the largest {limit:.3g} of its type"
         raise Blocked(f"element {list(where)} of {name} {what}")
-
-
-def _magnitude(tensor: Tensor) -> float:
-    """The largest absolute value of a stored tensor, remembered; infinite where one is not finite."""
-    if tensor.magnitude is None:
-        array = tensor.read()
-        largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
-        tensor.magnitude = largest if np.isfinite(largest) else float("inf")
-    return tensor.magnitude

@@ -7,11 +7,14 @@ themselves but for one number, keep few of their digits: what folding a BatchNor
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Node
+from bnfold.algebra.affine import Affine, Array
+from bnfold.algebra.blocks import folded, measured
+from bnfold.algebra.graph import Node, Param
 from bnfold.report import WeightRange
 
 LEVELS = 127  # of 8 bits on either side of zero
@@ -28,9 +31,11 @@ def weight_ranges(nodes: Iterable[Node], merged: Container[Node]) -> tuple[Weigh
         param = node.params.get("weight")
         if param is None or param.tensor is None or param.tensor.quantised is not None or param.update is None:
             continue
-        channels = output_axes(node)
-        before, error_before, _ = _measured(param.original(), channels)
-        after, error, by_channel = _measured(param.read(), channels)
+        channels = node.output_axes
+        weight = param.original() if (source := param.source()) is None else source
+        seen, scale, shift = (_seen(each, weight.shape, channels) for each in (weight, param.update.scale, param.update.shift))
+        before, error_before, _ = _measured(seen, measured(param, channels).largest)
+        after, error, by_channel = _measured(Affine(scale, shift)(seen), _largest_folded(param, channels))
         warning = ""
         if error > HARMFUL:
             cause = "" if error_before > HARMFUL else ", from merging branches" if node in merged else ", from the fold"
@@ -41,25 +46,38 @@ def weight_ranges(nodes: Iterable[Node], merged: Container[Node]) -> tuple[Weigh
     return tuple(found)
 
 
-def output_axes(node: Node) -> tuple[int, ...]:
-    """The axes of a canonical weight that tell outputs apart."""
-    if node.op == "Contraction":
-        return tuple(i for i, letter in enumerate(node.attrs["w"]) if letter in node.attrs["y"])
-    return (0,)
+def _seen(array: npt.NDArray[Any], shape: tuple[int, ...], channels: tuple[int, ...]) -> Array:
+    """Of what broadcasts to a weight's shape at most MOST numbers of each channel, a row a channel."""
+    rows = np.moveaxis(np.broadcast_to(array, shape), channels, range(len(channels)))
+    inner = rows.shape[len(channels) :]
+    numbers = int(np.prod(inner))
+    columns: tuple[Any, ...] = np.unravel_index(np.arange(0, numbers, max(-(-numbers // MOST), 1)), inner) if inner else ()
+    return rows[(..., *columns)].reshape(int(np.prod(rows.shape[: len(channels)])), -1).astype(np.float64)
 
 
-def _measured(weight: Array, channels: tuple[int, ...]) -> tuple[float, float, float]:
+def _largest_folded(param: Param, channels: tuple[int, ...]) -> Array:
+    """Of each channel the largest magnitude with the update; each channel's own factor just scales it."""
+    update, before = param.update, measured(param, channels).largest
+    assert update is not None
+    if not update.shift.any() and np.broadcast_shapes(update.shape, before.shape) == before.shape:
+        return np.abs(update(before))
+    found = np.zeros(before.shape)
+    for _, weight, high in folded(param, found):
+        others = tuple(axis for axis, n in enumerate(high.shape) if n != weight.shape[axis])
+        np.maximum(high, np.abs(weight).max(axis=others, keepdims=True), out=high)
+    return found
+
+
+def _measured(seen: Array, largest: Array) -> tuple[float, float, float]:
     """The largest over the median of the channels' largest magnitudes, and the errors of 8 bits with one scale and with one per channel.
 
-    Channels of zeros, which any quantiser keeps, don't count. No copy of the weight is made.
+    Channels of zeros, which any quantiser keeps, don't count. seen: some weights of each channel.
     """
-    rows = np.moveaxis(weight, channels, range(len(channels)))
-    rows = rows.reshape(int(np.prod(rows.shape[: len(channels)])), -1)
-    largest = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
+    largest = largest.ravel()
     live = largest != 0
     if not live.any():
         return 1.0, 0.0, 0.0
-    seen, largest = rows[live, :: -(-rows.shape[1] // MOST)], largest[live]
+    seen, largest = seen[live], largest[live]
     one, each = (_error(seen, np.broadcast_to(most, largest.shape)) for most in (largest.max(), largest))
     return float(largest.max() / np.median(largest)), one, each
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,13 @@ import onnx_ir as ir
 
 from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
+from bnfold.algebra.blocks import in_order, stored
 from bnfold.algebra.graph import Param, Tensor
 
 from .files.load import Stored
 from .graph.walk import stored_tensor
 
-HELD = 1 << 26  # bytes of a model's folded weights that are held; more are folded once more whenever somebody asks for them
+HELD = 1 << 26  # bytes of a model's folded weights that are held; more are folded when somebody asks for them
 
 
 class FoldedWeights:
@@ -26,30 +28,45 @@ class FoldedWeights:
     def __init__(self) -> None:
         self._held = 0
 
-    def tensor(self, array: npt.NDArray[Any], name: str, param: Param | None) -> ir.TensorProtocol:
-        """A stored array. param: what it was folded from; None where it was made in another way.
+    def tensor(self, param: Param, dtype: ir.DataType) -> ir.TensorProtocol:
+        """A parameter with its update.
 
         It is held, unless others take what may be held. Then it is made of the weight in its file, by a map that takes much less memory.
         """
-        tensor = ir.Tensor(array, name=name)
-        if param is None or param.tensor is None or param.update is None or 16 * param.update.scale.size > array.nbytes:
-            return tensor
-        stored = stored_tensor(param.tensor.native)
-        if not isinstance(stored, Stored):
-            return tensor
-        if self._held + array.nbytes <= HELD:
-            self._held += array.nbytes
-            return tensor
-        source = Tensor(name, partial(_widened, stored), param.tensor.shape, param.tensor.limit)  # which doesn't know the graph
-        return ir.LazyTensor(partial(_refolded, replace(param, tensor=source), tensor.dtype), tensor.dtype, tensor.shape, name=name)
+        kind = dtype.numpy()
+        if param.tensor is not None and param.update is not None and param.source() is not None:
+            size = math.prod(param.tensor.shape) * kind.itemsize
+            little = 16 * param.update.scale.size <= size and param.tensor.native is not None
+            source = stored_tensor(param.tensor.native) if little else None
+            if isinstance(source, Stored) and self._held + size > HELD:
+                return Folded(param, source, dtype)
+            self._held += size
+        return ir.Tensor(stored(param, kind), dtype=dtype)
 
 
-def _widened(stored: ir.TensorProtocol) -> Array:
-    return stored.numpy().astype(np.float64)
+class Folded(ir.LazyTensor):
+    """A weight with its update, which is made anew whenever somebody asks for it."""
+
+    __slots__ = ("_param",)
+
+    def __init__(self, param: Param, source: Stored, dtype: ir.DataType) -> None:
+        tensor = param.tensor
+        assert tensor is not None
+        known = Tensor(tensor.name, partial(_widened, source), tensor.shape, tensor.limit, raw=source.numpy)  # which doesn't know the graph
+        self._param = replace(param, tensor=known)
+        super().__init__(self._made, dtype, ir.Shape(tensor.shape))
+
+    def _made(self) -> ir.TensorProtocol:
+        return ir.Tensor(stored(self._param, self.dtype.numpy()), dtype=self.dtype)
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Write its bytes as they come, a block at a time."""
+        for part in in_order(self._param, self.dtype.numpy()):
+            file.write(part.reshape(-1).view(np.uint8).data)
 
 
-def _refolded(param: Param, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(rounded(param.layout.stored(param.read()), dtype), dtype=dtype)
+def _widened(source: ir.TensorProtocol) -> Array:
+    return source.numpy().astype(np.float64)
 
 
 def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:

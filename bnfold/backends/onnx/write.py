@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from typing import Any
 
@@ -13,6 +15,7 @@ import onnx_ir as ir
 
 from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
+from bnfold.algebra.blocks import lost, stored
 from bnfold.algebra.graph import Graph, Node, Param, Tensor
 from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled, said_of_scale
 from bnfold.folding.feasible import rescaled
@@ -94,25 +97,26 @@ class _Writer:
         """Let an operator read a parameter with its update."""
         native: OnnxNative = node.native
         slot, tensor = param.slot, param.tensor
-        exact = param.layout.stored(param.read())
-        array = rounded(exact, native.dtype if tensor is None else tensor.dtype)
-        self._note_tiny(node, exact, array)
+        dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
+        self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy())
         if node.attrs.get("scales_integers"):
-            self._note(node, said_of_scale(node.name, grown=array.size > (1 if tensor is None else tensor.read().size)))
+            grown = stored(param, dtype.numpy()).size > (1 if tensor is None else math.prod(tensor.shape))
+            self._note(node, said_of_scale(node.name, grown=grown))
         if isinstance(slot, str) and slot != "Add":
-            native.node.attributes[slot] = ir.AttrFloat32(slot, float(exact.ravel()[0]))
+            native.node.attributes[slot] = ir.AttrFloat32(slot, float(stored(param, np.dtype(np.float64)).ravel()[0]))
             return
         if tensor is None:
-            value = self._initializer(f"{node.name}.{role}", array)
-        elif (made := rescaled(graph, node, role)) is not None:
-            value = self._requantised(native.node.inputs[slot], tensor, made)
-            self._note(node, made.said(tensor.name))
+            value = self._initializer(f"{node.name}.{role}", self.weights.tensor(param, dtype))
+        elif (codes := rescaled(graph, node, role)) is not None:
+            value = self._requantised(native.node.inputs[slot], tensor, codes)
+            self._note(node, codes.said(tensor.name))
         else:
             if tensor.quantised is not None:
                 self._note(node, BECOMES_FLOATS.format(tensor.name))
-            key = (tensor.native, array.shape, array.tobytes() if len(tensor.users) > 1 else b"")
+            made = self.weights.tensor(param, dtype)
+            key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
             if key not in self.alike:
-                self.alike[key] = self._initializer(tensor.name or node.name, array, param)
+                self.alike[key] = self._initializer(tensor.name or node.name, made)
                 self.made.append((tensor.native, self.alike[key]))
             value = self.alike[key]
         if slot == "Add":
@@ -132,8 +136,8 @@ class _Writer:
 
         def initializer(name: str, exact: Array) -> ir.Value:
             array = rounded(exact, dtype)
-            self._note_tiny(written.node, exact, array)
-            return self._initializer(name, array)
+            self._note_tiny(written.node, rounding.lost(exact, array), array.size, array.dtype)
+            return self._initializer(name, ir.Tensor(array))
 
         casts = None if dtype == native.dtype else (dtype, native.dtype)
         made = put(written, opset(self.model), initializer, self._named, casts)
@@ -162,10 +166,10 @@ class _Writer:
             for reader, i in native.readers:  # perhaps through a BatchNorm that folded before and is still to be removed
                 reader.node.replace_input_with(reader.positions[i], made)
 
-    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
+    def _note_tiny(self, node: Node, count: int, of: int, dtype: np.dtype[Any]) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
-        if count := rounding.lost(exact, array):
-            self._note(node, f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}")
+        if count:
+            self._note(node, f"{count} of the {of} coefficients of {node.name} are too small for {dtype}")
 
     def _note(self, node: Node, text: str) -> None:
         self.notes[node] = f"{self.notes[node]}; {text}" if node in self.notes else text
@@ -174,10 +178,9 @@ class _Writer:
         """Unused names for a node and what it gives; a node without a name stays without."""
         return _unused(name, self.node_names) if name else "", _unused(value, self.names)
 
-    def _initializer(self, name: str, array: npt.NDArray[Any], param: Param | None = None) -> ir.Value:
-        free = _unused(name, self.names)
-        tensor = self.weights.tensor(array, free, param)
-        value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        tensor.name = free = _unused(name, self.names)
+        value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
         self.model.graph.register_initializer(value)
         if (self.model.ir_version or 8) < 4:  # there, initializers must be listed as inputs too
             self.model.graph.inputs.append(value)
@@ -191,7 +194,7 @@ class _Writer:
         if key not in self.scaled:
 
             def add(role: str, array: npt.NDArray[Any], former: ir.Value | None) -> ir.Value:
-                value = self._initializer(f"{tensor.name or 'weight'}.{role}", array)
+                value = self._initializer(f"{tensor.name or 'weight'}.{role}", ir.Tensor(array))
                 self.made += [] if former is None else [(former, value)]
                 return value
 
@@ -248,7 +251,7 @@ class _Writer:
         output = node.outputs[0]
         if node.graph is None or not output.uses() or output.is_graph_output():
             return
-        value = self._initializer(output.name or node.op_type, array)
+        value = self._initializer(output.name or node.op_type, ir.Tensor(array))
         ir.convenience.replace_all_uses_with(output, value)
 
     def sweep(self) -> None:

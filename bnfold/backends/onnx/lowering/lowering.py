@@ -204,6 +204,7 @@ class OnnxLowering(Lowering):
             read = partial(self._get, v) if how is None else how.array
             made = self._tensors[v] = Tensor(stored_name(v), read, shape, largest(dtype), v, dtype, quantised=how)
             made.cast_from = self._cast_from(v)
+            made.raw = partial(self._raw, v) if how is None else None
         return self._tensors[v]
 
     @staticmethod
@@ -245,6 +246,10 @@ class OnnxLowering(Lowering):
         array = self.constants.get(v)
         assert array is not None
         return array
+
+    def _raw(self, v: ir.Value) -> npt.NDArray[Any]:
+        stored = self.constants.stored(v)
+        return self._get(v) if stored is None else stored.numpy()
 
     def _makers(self, v: ir.Value, op_type: str) -> bool:
         """Whether an operator of this type takes part in the making of a constant."""
