@@ -25,6 +25,8 @@ LONGEST = 1 << 20  # bytes
 RECIPES = "recipe"
 # A file that came with somebody's sources can't say what may be run, or be lost. arch-args: a factory may load the file that one names.
 NEVER = {"trust-pickle", "force", "recipe", "arch", "arch-args"}
+# Nor what needs no check: a verdict is worth what the one who reads it knows to have been asked.
+WAIVERS = {"no-verify", "accept-harm", "force-random", "coefficients-only", "allow-cpu-fallback", "baseline"}
 # A provider, its device, options that are numbers or switches: another value may be a library, a plugin or a cache of engines.
 OPTION = r"(?:\w+=(?:\d[\d.]*|[Tt]rue|[Ff]alse)|(?:device_type|precision)=\w+)"
 PROVIDER = re.compile(rf"\w+(?::(?:\d+|{OPTION}(?:,{OPTION})*))?")
@@ -118,6 +120,8 @@ def _check(path: Path, where: str, table: Any, known: set[str]) -> None:
             raise UsageError(f"{path}: {where}{name}: that is asked for on the command line, each time")
         if name not in known:
             raise UsageError(f"{path}: {where}there is no option {name!r}{meant(name, known)}")
+        if name in WAIVERS:
+            raise UsageError(f"{path}: {where}{name} waives a check: give --{name} on the command line, each time")
 
 
 def _value(path: Path, name: str, value: Any, parameter: Any) -> Any:
