@@ -7,8 +7,8 @@ from typing import Any
 
 from bnfold import api
 from bnfold.certificates import claim
-from bnfold.errors import InputError, UsageError
-from bnfold.files import ready_to_write, unreadable
+from bnfold.errors import UsageError
+from bnfold.files import ready_to_write
 from bnfold.text import counted
 
 from . import extras as extras
@@ -18,7 +18,7 @@ from .check import Check, Checking
 from .job import Job, Reporting
 from .options.folding import Folding
 from .options.inputs import Feeding, Loading, Running, Shaping
-from .options.recalibration import Choosing, Measuring, Task, beside, finish, save, save_kept
+from .options.recalibration import Choosing, Measuring, Task, beside, check_parts, finish, save, save_kept
 
 __all__ = ["app", "command_line"]
 
@@ -105,14 +105,7 @@ def merge_stats(
     """
     from bnfold.verbs.parts import merge_models, merge_parts
 
-    if bad := next(filter(unreadable, parts), None):
-        raise InputError(f"{bad}: {unreadable(bad)}; give what recalibrate --shard wrote, or a model")
-    if (whole := counts is not None) != any(path.suffix.lower() != ".npz" for path in parts):
-        raise UsageError(
-            "--counts is for models, and STATS are measurements, which hold their own"
-            if whole
-            else "--counts N,N,... is missing: say how many samples each model was measured on, MODEL's first"
-        )
+    check_parts(parts, counts)
     ready_to_write({out: loading.suffixes(model), beside(out): [".npz"]}, force=reporting.force, inputs=[model, *parts])
     with Job(reporting) as job:
         loaded = loading.load(model, job)

@@ -18,7 +18,7 @@ import numpy as np
 from bnfold._version import __version__
 from bnfold.algebra.affine import Array
 from bnfold.errors import DataError, UsageError
-from bnfold.files import bomb, replacing, unreadable
+from bnfold.files import DAMAGED_ZIP, bomb, replacing, unreadable
 from bnfold.text import first_line
 
 from .methods import METHODS, Accumulator, Method
@@ -128,6 +128,15 @@ def write_arrays(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> No
         np.savez(file, head=np.array(json.dumps({"schema": head["schema"], "bnfold": __version__} | head)), **arrays)
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file holds arrays, and no model, whatever its name; of what can't be opened that alone tells."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except DAMAGED_ZIP:
+        return path.suffix.lower() == ".npz"
+
+
 def read_arrays(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `write_arrays` wrote. DataError for a file of another schema."""
     what = WHAT[schema]
@@ -141,7 +150,7 @@ def read_arrays(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         head = json.loads(str(arrays.pop("head", "{}")))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, MemoryError) as error:
+    except (*DAMAGED_ZIP, AttributeError, MemoryError) as error:
         raise DataError(f"{path}: this isn't {what} ({first_line(error)})") from None
     found = head.get("schema") if isinstance(head, dict) else None
     if found != schema:

@@ -23,6 +23,7 @@ from torch import nn
 
 import bnfold
 from bnfold import api
+from bnfold.cli import run
 from bnfold.errors import DataError, UnsupportedError, UsageError
 from bnfold.recalibration import statistics_file as kept_statistics
 from bnfold.recalibration.data_checks import f_ratio
@@ -672,3 +673,17 @@ def test_checkpoints_on_the_command_line(tmp_path: Path) -> None:
     torch.testing.assert_close(made["1.running_mean"], torch.full((4,), 0.25))
     torch.testing.assert_close(made["1.running_var"], torch.full((4,), 1.5 + 0.75 * 0.25**2 + 0.25 * 0.75**2))
     assert torch.equal(made["0.weight"], states[0]["0.weight"])
+
+
+def test_what_is_merged_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(onnx_network(), "model.onnx")
+    for i in range(2):
+        bnfold.measure_part(onnx_network(), [DATA], (i, 2), "part.npz", batch_size=4)
+        Path("part.npz").rename(f"part-{i}")
+    parts = ["merge-stats", "model.onnx", "part-0", "part-1", "-o", "merged.onnx"]
+    assert run([*parts, "--counts", "1,1,1"]) == 2
+    assert "--counts is for models" in capsys.readouterr().err
+    assert run(["merge-stats", "model.onnx", "part-0", "model.onnx", "-o", "merged.onnx"]) == 2
+    assert "part-0 holds measurements, and model.onnx doesn't" in capsys.readouterr().err
+    assert run(parts) == 0

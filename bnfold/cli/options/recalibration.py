@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold.certificates import kept
-from bnfold.errors import UsageError
-from bnfold.files import replacing
+from bnfold.errors import InputError, UsageError
+from bnfold.files import replacing, unreadable
 
 from ..job import Job
 from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes
@@ -160,6 +161,23 @@ class Task:
             raise UsageError("-o OUT: a part of the data makes no model; bnfold merge-stats makes it from all parts")
         if self.out is None and self.shard is None:
             raise UsageError("-o OUT is missing: name the file to write")
+
+
+def check_parts(parts: Sequence[Path], counts: Sequence[int] | None) -> None:
+    """What is put together can be read, is all of one kind, told by its content, and has the counts that this kind needs."""
+    from bnfold.recalibration.statistics_file import is_statistics
+
+    if bad := next(filter(unreadable, parts), None):
+        raise InputError(f"{bad}: {unreadable(bad)}; give what recalibrate --shard wrote, or a model")
+    measured = {is_statistics(path): path for path in parts}
+    if len(measured) == 2:
+        raise UsageError(f"{measured[True]} holds measurements, and {measured[False]} doesn't: give STATS of one kind")
+    if (True in measured) == (counts is not None):
+        raise UsageError(
+            "--counts N,N,... is missing: say how many samples each model was measured on, MODEL's first"
+            if counts is None
+            else "--counts is for models, and STATS are measurements, which hold their own"
+        )
 
 
 def beside(path: Path) -> Path:
