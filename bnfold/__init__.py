@@ -1,8 +1,8 @@
 """Recalibrate, fold and verify the BatchNorm layers of trained PyTorch and ONNX models.
 
     model = bnfold.load("model.onnx")
-    fresh, report = bnfold.recalibrate(model, batches)
-    fused, report = bnfold.fuse(fresh)
+    fresh, measured = bnfold.recalibrate(model, batches)
+    fused, folded = bnfold.fuse(fresh)
     if bnfold.verify(fresh, fused, batches):
         bnfold.save(fused, "fused.onnx")
 

@@ -11,16 +11,14 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import BnfoldError
 
 log = logging.getLogger("bnfold")
 EVERY = 0.1  # seconds between two looks at a stage
-# What the command line calls by another name than Python does. An option's value stands behind it, but for those that are switches.
-NAMES = {"--data": "batches", "--input-shape": "input_shapes", "--eval": "labelled", "--device": "device", "--provider": "providers"}
-SWITCHES = {"--trust-pickle", "--freeze", "--force", "--keep-per-tensor", "--clone", "--accept-harm", "--strict", "--equalise"}
+RENAMED = {"data": "batches", "eval": "labelled"}  # options whose arguments have other names
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +37,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             made = function(*args, **given)
         except BnfoldError as error:
             if len(error.args) == 1:
-                error.args = (in_python(str(error)),)
+                error.args = (in_python(str(error), parameters),)
             raise
         finally:
             if told:
@@ -50,14 +48,29 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def in_python(text: str) -> str:
-    """What an error says, with arguments of functions where it names options of the command line."""
+def in_python(text: str, first: Mapping[str, inspect.Parameter] | None = None) -> str:
+    """What an error says, with arguments where it names options of the command line. first: those of the verb that was called."""
+    known = {**_arguments(), **(first or {})}
 
     def argument(found: re.Match[str]) -> str:
-        name = NAMES.get(found[1], found[1][2:].replace("-", "_"))
-        return f"{name}=True" if found[1] in SWITCHES else f"{name}=" if found[2] else name
+        option = found[1].replace("-", "_")
+        option = RENAMED.get(option, option)
+        name = next((each for of in (first or {}, known) for each in (option, f"{option}s") if each in of), None)
+        if name is None:
+            return found[0]
+        return f"{name}=True" if known[name].annotation == "bool" else f"{name}=" if found[2] else name
 
-    return re.sub(r"(--[a-z][a-z-]+)\b( (?=[A-Z0-9'{]|\w+\.\w))?", argument, text)
+    return re.sub(r"--([a-z][a-z-]+)\b( (?=[A-Z0-9'{]|\w+\.\w))?", argument, text)
+
+
+def _arguments() -> dict[str, inspect.Parameter]:
+    """Of all verbs, and the options of a fold."""
+    import bnfold
+
+    from .folding.options import FoldOptions
+
+    verbs = [getattr(bnfold, name) for name in bnfold.__all__ if name.islower() and not name.startswith("_")]
+    return {name: each for one in (*verbs, FoldOptions) for name, each in inspect.signature(one).parameters.items()}
 
 
 class _Stages:
