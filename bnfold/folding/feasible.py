@@ -29,8 +29,8 @@ def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> D
             raise Blocked(f"{node.name} is one scale, and {graph.one_scale}")
         if not (copies and graph.copies_weights):
             _fits_sharers(node, role, draft)
-        if rescaled(graph, node, role, update) is None:
-            fits_type(node, role, param, update)
+        rescaled(graph, node, role, update)
+        fits_type(node, role, param, update)
     return draft
 
 
@@ -86,8 +86,10 @@ def _along_outputs(node: Node, role: str, total: Affine) -> bool:
 
 
 def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
-    """Blocked where a coefficient would overflow its stored type, or would be no number."""
+    """Blocked where a coefficient would overflow its stored type, or would be no number; a quantised one, that in which it is computed."""
     limit = node.attrs["limit"] if param.tensor is None else param.tensor.limit
+    if param.tensor is not None and param.tensor.quantised is not None:
+        limit = min(limit, node.attrs["limit"])
     total = param.updated(update)
     if param.tensor is not None and param.layout.linear:
         largest = measured(param, node.output_axes if role == "weight" else ()).largest.max(initial=0)

@@ -127,6 +127,36 @@ def test_a_weight_near_a_step_keeps_its_code() -> None:
     assert (np.abs(found - integers(fused)[0][0]) < 0.1).any(), "some had to be moved to the middle of their step"
 
 
+def halved(scale: float, gain: float, *, scale_type: type = np.float32, cast: bool = True) -> onnx.ModelProto:
+    """A layer of 6 channels in half precision, whose int8 filter has one scale, and that a BatchNorm multiplies by one number."""
+    net = Net("halved", opset=19, dtype="float16" if cast else "float32")
+    stored = net.constant(net.rng.integers(1, 128, SHAPES["Conv"]).astype(np.int8))
+    w = net.op("DequantizeLinear", stored, net.constant(np.array(scale, scale_type)))
+    w = net.op("Cast", w, to=TensorProto.FLOAT16) if cast else w
+    params = [net.weight(np.full(6, value)) for value in (gain, 0, 0, 0.99)]
+    net.output(net.bn(net.op("Conv", net.input("N", 4, 9, 9), w), 6, params=params))
+    return net.model()
+
+
+def test_what_is_stored_is_judged_and_not_what_it_stands_for() -> None:
+    """The scales are what is rounded; what runtimes make of them and of the integers must be a number in its own type, too."""
+    tiny = bnfold.fuse(halved(1e-5, 0.01), check=False)[1]
+    assert tiny.layers[0].verdict == "folded", tiny.layers[0].reason
+    assert not any("too small" in note for note in tiny.layers[0].notes), "all weights are subnormal in half precision, and no scale is"
+    small = bnfold.fuse(halved(1e-4, 1e-3, scale_type=np.float16), check=False)[1]
+    assert "a scale of it would be 1e-07, which float16 can't hold" in small.layers[0].reason, "its weights would be normal but for one"
+    large = bnfold.fuse(halved(10.0, 1e3), check=False)[1]
+    assert "beyond the largest 6.55e+04 of its type" in large.layers[0].reason
+    assert bnfold.fuse(halved(10.0, 1e3, cast=False))[1].layers[0].verdict == "folded"
+
+
+@pytest.mark.parametrize(("scale", "told"), [(1e-4, True), (0.1, False)])
+def test_a_target_is_held_against_the_scales(scale: float, told: bool) -> None:
+    notes = bnfold.fuse(halved(scale, 1e-3, cast=False), target="float16")[1].notes
+    assert any("--target float16: the weight of Conv_node_0 has scales 1 too small for it" in note for note in notes) == told
+    assert len(notes) == told
+
+
 # --- what onnxruntime.quantization writes ------------------------------------------------------------------------------------------------
 
 

@@ -97,28 +97,19 @@ class _Writer:
         """Let an operator read a parameter with its update."""
         native: OnnxNative = node.native
         slot, tensor = param.slot, param.tensor
-        dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
-        self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy())
-        if node.attrs.get("scales_integers"):
-            grown = stored(param, dtype.numpy()).size > (1 if tensor is None else math.prod(tensor.shape))
-            self._note(node, said_of_scale(node.name, grown=grown))
-        if isinstance(slot, str) and slot != "Add":
-            native.node.attributes[slot] = ir.AttrFloat32(slot, float(stored(param, np.dtype(np.float64)).ravel()[0]))
-            return
-        if tensor is None:
-            value = self._initializer(f"{node.name}.{role}", self.weights.tensor(param, dtype))
-        elif (codes := rescaled(graph, node, role)) is not None:
-            value = self._requantised(native.node.inputs[slot], tensor, codes)
-            self._note(node, codes.said(tensor.name))
+        if tensor is not None and (made := rescaled(graph, node, role)) is not None:
+            value = self._requantised(native.node.inputs[slot], tensor, made)
+            self._note(node, made.said(tensor.name))
         else:
-            if tensor.quantised is not None:
-                self._note(node, BECOMES_FLOATS.format(tensor.name))
-            made = self.weights.tensor(param, dtype)
-            key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
-            if key not in self.alike:
-                self.alike[key] = self._initializer(tensor.name or node.name, made)
-                self.made.append((tensor.native, self.alike[key]))
-            value = self.alike[key]
+            dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
+            self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy())
+            if node.attrs.get("scales_integers"):
+                grown = stored(param, dtype.numpy()).size > (1 if tensor is None else math.prod(tensor.shape))
+                self._note(node, said_of_scale(node.name, grown=grown))
+            if isinstance(slot, str) and slot != "Add":
+                native.node.attributes[slot] = ir.AttrFloat32(slot, float(stored(param, np.dtype(np.float64)).ravel()[0]))
+                return
+            value = self._folded(node, role, param, dtype)
         if slot == "Add":
             add_behind(native.node, value, opset(self.model), self._named)
             return
@@ -128,6 +119,19 @@ class _Writer:
         native.node.replace_input_with(slot, value)
         if role == "bias":
             native.node.attributes.update(native.reset)
+
+    def _folded(self, node: Node, role: str, param: Param, dtype: ir.DataType) -> ir.Value:
+        """A folded parameter as an initializer; equal copies of one weight are one."""
+        made, tensor = self.weights.tensor(param, dtype), param.tensor
+        if tensor is None:
+            return self._initializer(f"{node.name}.{role}", made)
+        if tensor.quantised is not None:
+            self._note(node, BECOMES_FLOATS.format(tensor.name))
+        key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
+        if key not in self.alike:
+            self.alike[key] = self._initializer(tensor.name or node.name, made)
+            self.made.append((tensor.native, self.alike[key]))
+        return self.alike[key]
 
     def _write_in_place(self, written: Written) -> None:
         """Put operators in the place of another one, which is still to be taken out."""
