@@ -229,6 +229,14 @@ class Graph:
             behind.update(dict.fromkeys(node.outputs, count))
         return max(behind.values(), default=0)
 
+    def live(self) -> set[Node]:
+        """The operators that reach an output of the model, and those of which nobody knows what else they do."""
+        found: set[Node] = set()
+        for node in reversed(self.nodes):
+            if node.op == "Barrier" or any(v.is_output or any(user in found for user, _ in v.users) for v in node.outputs):
+                found.add(node)
+        return found
+
     def updates(self) -> Iterator[tuple[Node, str, Param]]:
         """Every parameter that awaits an update; a clamp's bounds are none: another operator takes its place (see `folding.clamps`)."""
         for node in (node for node in self.nodes if node.op != "Clamp"):

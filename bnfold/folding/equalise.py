@@ -9,7 +9,7 @@ here: a ReLU6 is no ReLU, and high biases and rounding are matters of data.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +41,10 @@ class _Use:
     group: int
 
 
-def equalise(graph: Graph, barred: Collection[Node] = ()) -> tuple[list[Equalised], list[Node]]:
+def equalise(graph: Graph, barred: Mapping[Node, str]) -> tuple[list[Equalised], list[Node]]:
     """Equalise all ranges that can be; the updates are left in the graph's parameters. Also the nodes that they are of.
 
-    barred: operators that may take no part.
+    barred: operators that may take no part, each with the reason.
     """
     found: dict[int, Equalised] = {}
     met: dict[int, ScaleGroup] = {}
@@ -60,7 +60,7 @@ def equalise(graph: Graph, barred: Collection[Node] = ()) -> tuple[list[Equalise
         reason, factor = "" if readers else "no layer with weights reads it", 1.0
         if octaves.any():
             try:
-                draft = group.scaled(np.exp2(octaves), barred).draft
+                draft = group.scaled(np.exp2(octaves)).draft
                 draft = checked(graph, Site(group.start.name, [], group.size, is_batchnorm=False), draft, copies=False)
             except Blocked as blocked:
                 reason = str(blocked)

@@ -195,8 +195,8 @@ def _made(graph: Graph, node: Node, role: str, param: Param) -> Iterator[tuple[s
 
 def _equalised(graph: Graph, merges: Iterable[Merge]) -> tuple[list[Equalised], list[Node]]:
     # A module's code goes on adding the value itself, by which the host's weight is less than the one that is planned.
-    barred = {m.host for m in merges if m.branch is None and not graph.copies_weights}
-    return equalise_ranges(graph, barred)
+    hosts = [m.host for m in merges if m.branch is None and not graph.copies_weights]
+    return equalise_ranges(graph, dict.fromkeys(hosts, "its input is added to what it gives"))
 
 
 def normal_form(

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -34,28 +35,38 @@ SAME = 1e-9  # relative: what divisions leave of equality
 class ScaleGroup:
     """Values that are scaled together, from the output of a linear layer on, whose channels lie along an axis.
 
-    draft: what becomes of parameters where channel i, from 0 on, is multiplied by 1 + (i + 1) / size.
+    draft: what becomes of parameters where channel i, from 0 on, is multiplied by 1 + (i + 1) / size. barred, live: see `scaled_together`.
     """
 
     start: Value
     axis: int
     size: int
     draft: Draft = field(default_factory=dict)
+    barred: Mapping[Node, str] = field(default_factory=dict)
+    live: Collection[Node] = ()
 
-    def scaled(self, by: Array, barred: Collection[Node] = ()) -> State:
+    def scaled(self, by: Array) -> State:
         """See `scaled_together`. by: for each channel."""
         shape = [self.size if i == self.axis else 1 for i in range(self.start.rank or 0)]
-        return scaled_together(self.start, by.reshape(shape), barred)
+        return scaled_together(self.start, by.reshape(shape), self.barred, self.live)
 
 
-def groups(graph: Graph, barred: Collection[Node] = ()) -> Iterator[tuple[Node, ScaleGroup | str]]:
-    """The groups of a network, each with the first layer that makes its channels; or why those of a layer can't be scaled."""
+def groups(graph: Graph, barred: Mapping[Node, str] = MappingProxyType({})) -> Iterator[tuple[Node, ScaleGroup | str]]:
+    """The groups of a network, each with the first layer that makes its channels; or why those of a layer can't be scaled.
+
+    barred: see `scaled_together`.
+    """
     covered: set[Value] = set()
+    live = graph.live()
     for node in graph.nodes:
         if (group := _made_by(node)) is None or node.output in covered:
             continue
+        if node not in live:
+            yield node, "it reaches no output of the model"
+            continue
+        group = dataclasses.replace(group, barred=barred, live=live)
         try:
-            state = group.scaled(1 + np.arange(1, group.size + 1) / group.size, barred)
+            state = group.scaled(1 + np.arange(1, group.size + 1) / group.size)
         except Blocked as blocked:
             yield node, str(blocked)
         else:
@@ -75,19 +86,22 @@ def _made_by(node: Node) -> ScaleGroup | None:
     return ScaleGroup(node.output, y.index(own[-1]), shape[w.index(own[-1])]) if own else None
 
 
-def scaled_together(value: Value, scale: Array, barred: Collection[Node] = ()) -> State:
+def scaled_together(value: Value, scale: Array, barred: Mapping[Node, str], live: Collection[Node]) -> State:
     """What is scaled (`maps`), and what becomes of parameters (`draft`), if a value is; Blocked where it can't be.
 
-    scale: of the value's rank. barred: operators that may take no part.
+    scale: of the value's rank. barred: operators that may take no part, each with the reason. live: those that reach an output; of the
+    others nobody sees what they make of scaled values, and they stay as they are.
     """
     start = State()
     _assign(start, value, Affine.scaling(scale))
 
     def advance(state: State) -> list[State]:
         _, node = heapq.heappop(state.agenda)
+        if node not in live:
+            return [state]
         try:
             if node in barred:
-                raise Blocked("its input is added to what it gives")
+                raise Blocked(barred[node])
             return _answers(state, node)
         except Blocked as blocked:
             raise named(node, blocked) from None

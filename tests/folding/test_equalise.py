@@ -210,6 +210,28 @@ def test_what_is_not_exact_is_left_alone_and_said(op: Callable[[Net, str], str],
     assert all((a == b).all() for a, b in zip(weights(before), weights(after), strict=True))
 
 
+@pytest.mark.parametrize("op", ["Conv", "LeakyRelu"])
+def test_who_reaches_no_output_has_no_say(op: str) -> None:
+    """Channels that nothing else reads keep their scales, and those that others read match these alone."""
+
+    def draw(net: Net, *, dead: bool) -> None:
+        y = conv(net, net.input("N", 3, "H", "W"), 3, 6, 1)
+        one, other = net.split(y, 1, 4, 2)
+        net.output(conv(net, one, 4, 2, 1))
+        if dead:
+            conv(net, other, 2, 5, 1) if op == "Conv" else net.op(op, net.op("Add", other, net.scalar(1)))
+
+    before, after, report = drawn(lambda net: draw(net, dead=True))
+    reasons = {each.layers[0]: each.reason for each in report}
+    assert reasons["Conv_node_0"] == ""
+    assert reasons.get("Conv_node_2", "it reaches no output of the model") == "it reaches no output of the model"
+    first, last = weights(before), weights(after)
+    assert (first[0][4:] == last[0][4:]).all()
+    assert not (first[0][:4] == last[0][:4]).any()
+    assert all((a == b).all() for a, b in zip(first[2:], last[2:], strict=True))
+    assert bnfold.verify(before, after).verdict == "equivalent"
+
+
 def test_shared_weights_change_alike_or_not_at_all() -> None:
     def draw(net: Net) -> None:
         w = uneven(net, 6, 6, 1)
