@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         InputError,
         ModelError,
         NothingToDoError,
+        OutOfMemoryError,
         UnsupportedError,
         UsageError,
     )
@@ -68,6 +69,7 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "InputError",
     "ModelError",
     "NothingToDoError",
+    "OutOfMemoryError",
     "UnsupportedError",
     "UsageError",
 ]

@@ -8,6 +8,7 @@
     ├── UnsupportedError            4    a valid request that bnfold doesn't serve
     │   └── NothingToDoError        4    no BatchNorm in the model
     ├── DeviceError                 5    a device or execution provider that isn't there, or isn't used
+    │   └── OutOfMemoryError        5    ... or has too little memory
     └── CheckError                  1    a result that failed its own check, so nothing was written
 
 Any other exception that leaves bnfold is a defect of bnfold (status 70). Refusals of the algebra
@@ -64,6 +65,12 @@ class DeviceError(BnfoldError):
     """A device or execution provider that isn't available, or isn't honoured."""
 
     exit_status = 5
+
+
+class OutOfMemoryError(DeviceError):
+    """Too little memory on a device. samples: how many were run at a time, 0 where that isn't known."""
+
+    samples = 0
 
 
 class CheckError(BnfoldError):

@@ -109,6 +109,8 @@ class Lowering(ABC):
         return found
 
     def value(self, ref: Ref) -> Value:
+        if ref is None:
+            raise Blocked("an input that it needs is left out")
         if ref not in self._values:
             self._values[ref] = self.new_value(ref)
         return self._values[ref]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import warnings
@@ -22,7 +21,6 @@ __all__ = ["main", "run"]
 INTERRUPTED = "interrupted; no file is left half-written"
 # onnx_ir imports them for sizes that are formulas: half of all that a command would import.
 SELDOM = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
-OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)  # as PyTorch says it
 
 
 class _WhenUsed:
@@ -103,6 +101,7 @@ def _explain(error: Exception) -> int:
     """Say in one line what is wrong; the status that belongs to it."""
     import typer
 
+    from bnfold.data.memory import out_of_memory
     from bnfold.errors import BnfoldError
 
     usage: Any = typer.BadParameter.__mro__[1]  # the parser's own error, in whichever module Typer keeps it
@@ -112,7 +111,7 @@ def _explain(error: Exception) -> int:
         context = getattr(error, "ctx", None)
         asked = context.command_path if context is not None else "bnfold"
         return _say(f"error: {error.format_message().rstrip('.')}; see '{asked} --help'", 2)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+    if isinstance(error, (MemoryError, RuntimeError)) and out_of_memory(error):
         return _say("error: out of memory; give a smaller --batch-size or --input-shape, or for recalibration a smaller --memory-budget", 5)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""

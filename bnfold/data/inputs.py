@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,11 @@ class Counted(dict[str, Array]):
     def __init__(self, arrays: Batch, samples: int) -> None:
         super().__init__(arrays)
         self.samples = samples
+
+
+def samples_of(batch: Mapping[str, Any]) -> int:
+    """How many samples a batch holds: it says so, or its arrays do."""
+    return batch.samples if isinstance(batch, Counted) else max((len(array) for array in batch.values() if array.ndim), default=1)
 
 
 class Inputs:

@@ -102,11 +102,11 @@ def close() -> None:
 
 def together(group: Processes, found: Any, failed: BnfoldError | None = None) -> list[Any]:
     """What each process gave; where one failed, all do: that one with its own error, the others with its message."""
-    every = group.gather((found, None if failed is None else (type(failed), str(failed))))
+    every = group.gather((found, failed))
     if failed is not None:
         raise failed
     for number, (_, error) in enumerate(every):
         if error is not None:
-            kind, text = error
-            raise kind(text if group.size == 1 else f"process {number}: {text}")
+            error.args = (f"process {number}: {error}",)
+            raise error
     return [each for each, _ in every]

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.data import Counted
+from bnfold.data.inputs import samples_of
+from bnfold.data.memory import enough_memory
 from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
 from bnfold.text import counted
@@ -107,20 +108,21 @@ def measure(
                     tally.together()
                 if journal is not None:
                     journal.pass_done(index, found, skipped, first)
-            seen = _through(stages, data, layers, index)
+            with enough_memory(samples_of(data)):
+                seen = _through(stages, data, layers, index)
             if seen is None:
                 if not found.batches:
                     raise DataError(
                         f"the micro-batches bring one value per channel to a BatchNorm, and the method {method} normalises each by itself: "
                         f"take a larger batch size, or the exact method"
                     )
-                skipped += _samples(data)
+                skipped += samples_of(data)
                 continue
             for reading, moments in seen:
                 method.add(found.tallies[reading.layer], moments)
                 if reading.call in watched:
                     first.append(moments)
-            found.samples += _samples(data)
+            found.samples += samples_of(data)
             found.batches += 1
             if progress is not None:
                 progress("recalibrate", found.batches, None)
@@ -149,7 +151,7 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm],
     for stage in stages:
         values |= stage.run(values, own)
         for reading in stage.readings:
-            moments = own[reading.call] = pool([_read(stage, values, reading, layers, index, _samples(data))])
+            moments = own[reading.call] = pool([_read(stage, values, reading, layers, index, samples_of(data))])
             if moments.count < 2:
                 return None
             seen.append((reading, moments))
@@ -200,10 +202,11 @@ def _in_lockstep(
             try:
                 for index, values in enumerate(_waiting(frontier, stage, len(sizes)) if number else batches):
                     if number == 0:
-                        sizes.append(_samples(values))
-                    made = stage.run(values)
-                    for reading in stage.readings:
-                        method.add(mine[reading.layer], _read(stage, {**values, **made}, reading, layers, index, sizes[index]))
+                        sizes.append(samples_of(values))
+                    with enough_memory(sizes[index]):
+                        made = stage.run(values)
+                        for reading in stage.readings:
+                            method.add(mine[reading.layer], _read(stage, {**values, **made}, reading, layers, index, sizes[index]))
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)
@@ -238,11 +241,6 @@ def _waiting(frontier: Frontier, stage: Stage, count: int) -> Iterator[Values]:
     """What each micro-batch has left for a stage."""
     for index in range(count):
         yield {name: frontier.get(index, name) for name in stage.needs}
-
-
-def _samples(data: Values) -> int:
-    """How many samples a micro-batch holds: it says so, or all its arrays do."""
-    return data.samples if isinstance(data, Counted) else max((len(array) for array in data.values() if array.ndim), default=1)
 
 
 def _read(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bnfold._version import __version__
 from bnfold.data import WHOLE, digest
 from bnfold.data.inputs import check_feeds
+from bnfold.data.memory import repeatable, within_memory
 from bnfold.errors import DataError, NothingToDoError, UsageError
 from bnfold.report import RecalibrateReport
 
@@ -102,26 +103,27 @@ class _Run:
     resume: Path | None
     until: float | None
 
-    @property
-    def again(self) -> bool:
-        """Whether the data can be read more than once."""
-        from bnfold.data import Data
-
-        return self.batches.again if isinstance(self.batches, Data) else not isinstance(self.batches, Iterator)
-
     def __call__(self, samples: int | None, *, spread: bool = False) -> tuple[Model, RecalibrateReport]:
+        # Statistics don't depend on the size of micro-batches where they are measured in lockstep.
+        if not (self.method.lockstep and repeatable(self.batches)):
+            return self._measured(self.batch_size, samples, spread)
+        (model, found), notes = within_memory(lambda size: self._measured(size, samples, spread), self.batch_size, self.group.gather)
+        return model, dataclasses.replace(found, notes=(*found.notes, *notes))
+
+    def _measured(self, size: int | None, samples: int | None, spread: bool) -> tuple[Model, RecalibrateReport]:
+        """With micro-batches of a size."""
         # A module is first read for samples of one size, which is quicker; where some have another, all starts afresh.
-        quick = self.model.is_unread and self.again and self.group.size == 1
+        quick = self.model.is_unread and repeatable(self.batches) and self.group.size == 1
         for one_size in (True, False) if quick else (False,):
             plan = self.target.plan(self.model, one_size=one_size)
             if one_size and _counts_elsewhere(plan.specs):
                 continue
             try:
-                data = data_of(self.batches, plan, one_size, self.batch_size, samples, spread)
+                data = data_of(self.batches, plan, one_size, size, samples, spread)
                 mine = data.sharded(self.group.rank, self.group.size) if self.group.size > 1 else data
                 batches = fitting(mine, plan.specs, one_size)
                 how: dict[str, Any] = {"method": self.method, "memory_budget": self.memory_budget, "progress": self.progress}
-                with self.model.computing(), self._journal(plan, batches, samples, one_size) as (journal, batches):
+                with self.model.computing(), self._journal(plan, batches, size, samples, one_size) as (journal, batches):
                     found = run_plan(plan, batches, **how, group=self.group, journal=journal)
                 break
             except (_OtherSizeError, DataError) as error:
@@ -134,7 +136,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _journal(
-        self, plan: Plan, batches: Iterator[Batch], samples: int | None, one_size: bool
+        self, plan: Plan, batches: Iterator[Batch], size: int | None, samples: int | None, one_size: bool
     ) -> Iterator[tuple[Journal | None, Iterator[Batch]]]:
         """What is kept of a measurement where that is asked for, and the micro-batches."""
         if self.resume is None:
@@ -155,7 +157,7 @@ class _Run:
         first = next(batches, None)
         rest = batches if first is None else itertools.chain([first], batches)
         of = {"model": plan.identity(), "data set": digest({} if first is None else first)}
-        name = f"{samples or 'all'}-samples" + "-one-size" * one_size
+        name = f"{samples or 'all'}-samples" + "-one-size" * one_size + f"-by-{size}" * (size != self.batch_size)
         with Journal(self.resume, run, name, of, plan.layers, self.method, self.group) as journal:
             yield journal, rest
 
@@ -214,7 +216,7 @@ def _until(run: _Run, limit: float, samples: int | None) -> tuple[Model, Recalib
     """
     if not 0 < limit < 1:
         raise UsageError(f"the standard error asked for is {limit} standard deviations; give a number between 0 and 1")
-    if not run.again:
+    if not repeatable(run.batches):
         raise UsageError("to find out how many samples are enough takes several passes, and these data can be read only once")
     count = PILOT if samples is None else min(PILOT, samples)
     while True:

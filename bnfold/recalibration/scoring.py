@@ -16,6 +16,7 @@ from bnfold.text import counted
 
 if TYPE_CHECKING:
     from bnfold.data import Array, Data
+    from bnfold.data.samples import Run
     from bnfold.model import Model
 
     from .protocol import Progress
@@ -54,6 +55,7 @@ def score(model: Model, data: Any, *, provider: str = "cpu", progress: Progress 
     1) the loss is -log of the label's, else the output is taken for logits. Raises DataError where labels and output don't fit.
     """
     from bnfold.data import Data, as_batches
+    from bnfold.data.memory import within_memory
 
     if data is None:
         return None
@@ -64,12 +66,21 @@ def score(model: Model, data: Any, *, provider: str = "cpu", progress: Progress 
         data = data.asking(lambda batch: session().run(batch))
     if not data.again:
         return None
+    feeds, specs = data, model.specs
+
+    def scored(size: int | None) -> Scores | None:
+        return _scored(feeds if size is None else feeds.fed(specs, batch_size=size), lambda batch: session().run(batch), progress)
+
+    return within_memory(scored, None)[0]
+
+
+def _scored(data: Data, run: Run, progress: Progress | None) -> Scores | None:
     found: list[tuple[Array, Array]] = []
     seen = 0
     for batch, labels in data.labelled():
         if labels is None:
             return None
-        scores = next(iter(session().run(batch).values()))
+        scores = next(iter(run(batch).values()))
         if scores.ndim < 2 or math.prod(scores.shape[2:]) != 1:
             raise NoRowsError(f"accuracy needs an output of shape (samples, classes); the first output has shape {scores.shape}")
         if len(scores) != len(labels):

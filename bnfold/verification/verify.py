@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnfold.data.memory import repeatable, within_memory
 from bnfold.errors import UnsupportedError
 from bnfold.folding.clamps import clips_by_channel
 from bnfold.folding.options import PLAIN, FoldOptions
@@ -91,19 +92,20 @@ def verify(
     both = Comparison(
         first, second, batches is None, providers=wanted, data=data, by_layer=by_layer, seed=seed, progress=progress or silent
     )
-    feeds: Iterable[Batch] | None = None
-    others: list[Batch] = []
-    if coefficients_only:
-        bundle = None
-    elif batches is not None:
-        feeds = given(first, batches, samples, batch_size)
-    else:
-        feeds = made = random(first, second, samples, batch_size, seed, input_shapes)
-        others = resized(first, second, made[0], seed) if input_shapes is None else []
-    report, located = _compared(both, feeds, others)
-    if bundle is not None:
+
+    def compared(size: int | None) -> tuple[VerifyReport, Located | None]:
+        if coefficients_only:
+            return _compared(both, None)
+        if batches is not None:
+            return _compared(both, given(first, batches, samples, size))
+        made = random(first, second, samples, size, seed, input_shapes)
+        return _compared(both, made, resized(first, second, made[0], seed) if input_shapes is None else [])
+
+    (report, located), notes = within_memory(compared, batch_size) if repeatable(batches) else (compared(batch_size), [])
+    if bundle is not None and not coefficients_only:
         report = with_bundle(report, located, bundle, force=force)
-    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *interface_notes(first, second)))
+    notes += interface_notes(first, second)
+    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *notes))
 
 
 def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyReport:

@@ -503,6 +503,7 @@ def test_a_proto_whose_data_are_not_loaded(tmp_path: Path) -> None:
     [
         ("y = LayerNormalization <axis = 1> (x, w, wide)", r"its parameter of shape \(4, 3\) doesn't fit"),
         ("y = com.microsoft.FusedConv <activation = 'Relu'> (x, vector)", r"its weight has the shape \(2,\), which has no kernel"),
+        ("y = com.microsoft.FusedMatMul <transA = 1> (x)", "an input that it needs is left out"),
     ],
 )
 def test_parameters_that_no_schema_checks_keep_a_batchnorm(node: str, reason: str) -> None:

@@ -16,8 +16,9 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
+from bnfold.data.memory import out_of_memory
 from bnfold.data.spec import shape_text
-from bnfold.errors import BnfoldError, DataError, DeviceError, UnsupportedError
+from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.recalibration.distributed import threads
 from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure_samples, measure_through
 from bnfold.recalibration.protocol import NOTHING, Reading, Values
@@ -100,9 +101,9 @@ class OnnxStage:
             if "does not support" in text or "not implemented" in text.lower():  # as recurrent kernels in float64 say when they run
                 self.lacks, self._run = text, self._instead()
                 return self._run(feeds)
+            if out_of_memory(error):
+                raise MemoryError(text) from None
             shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
-            if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
-                raise DeviceError(f"not enough memory for {shapes}: {text}; use a smaller batch size") from None
             raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
 
 

@@ -13,9 +13,10 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
-from bnfold.data.inputs import check_feeds
+from bnfold.data.inputs import check_feeds, samples_of
+from bnfold.data.memory import enough_memory, out_of_memory
 from bnfold.data.spec import shape_text
-from bnfold.errors import DataError, DeviceError, ModelError, UsageError
+from bnfold.errors import DataError, ModelError, UsageError
 from bnfold.files import Workplace
 from bnfold.model import Placement
 
@@ -24,7 +25,7 @@ from ..graph.inputs import inputs
 from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.walk import all_nodes
 from .placement import assigned, honoured, name_nodes, profiled
-from .providers import CPU, resolve, runtime, runtime_message, short, start
+from .providers import CPU, resolve, runtime, runtime_message, start
 
 if TYPE_CHECKING:
     from bnfold.data import Batch, InputSpec
@@ -100,16 +101,16 @@ class Session:
         """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, inputs(self._model, feeds), self._optional)
         given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
-        with overhearing(), self._ending() as options:
+        with enough_memory(samples_of(feeds)), overhearing(), self._ending() as options:
             try:
                 results = self._session.run(self._outputs, given, options)
             except Exception as error:
                 if options is not None and options.terminate:
                     raise ModelError(f"a loop of the model doesn't end within {LONGEST} s; don't use this file") from None
-                shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
                 text = runtime_message(error)
-                if "llocate memory" in text or "out of memory" in text.lower():
-                    raise DeviceError(f"not enough memory on {short(self.provider)} for {shapes}: {text}; use a smaller batch") from None
+                if out_of_memory(error):
+                    raise MemoryError(text) from None
+                shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
                 raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
         if self._profiling:
             self._profiling = False

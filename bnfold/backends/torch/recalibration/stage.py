@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.errors import BnfoldError, DataError, DeviceError, UnsupportedError
+from bnfold.data.memory import out_of_memory
+from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.recalibration.moments import Moments, Pointwise, Samples
 from bnfold.recalibration.protocol import NOTHING, Reading, Values
 from bnfold.recalibration.schedule import Cut
@@ -121,14 +121,6 @@ def normalising(op: Op, moments: Moments) -> Callable[[Value], Any]:
     return run
 
 
-@contextmanager
-def enough_memory(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"not enough memory on {device}: {first_line(error)}; use a smaller batch size") from None
-
-
 class TorchStage:
     """The operators of a part. With the values that wait between stages wait the sizes of the micro-batch.
 
@@ -172,8 +164,7 @@ class TorchStage:
                 self._in_place[op] = IN_PLACE[op.target]
 
     def run(self, values: Values, own: Mapping[int, Moments] = NOTHING) -> Values:
-        with enough_memory(self._stored.device):
-            return self._run(values, self._normalising({**self._stands_in, **own}))
+        return self._run(values, self._normalising({**self._stands_in, **own}))
 
     def _normalising(self, own: Mapping[int, Moments]) -> dict[Op, Callable[[Value], Any]]:
         """What runs in the place of calls that are normalised with given moments; chains read theirs where their layer's are stored."""
@@ -209,19 +200,17 @@ class TorchStage:
                     env[op] = normalising[op](value)
                 else:
                     env[op] = called(op, value, self._stored.device, self._in_place.get(op))
-            except (BnfoldError, torch.OutOfMemoryError):
-                raise
             except Exception as error:  # operators raise what they like
+                if isinstance(error, BnfoldError) or out_of_memory(error):
+                    raise
                 raise DataError(f"PyTorch can't run {op.name} on these data: {first_line(error)}") from None
             for source in self._drops[op]:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._part.makes} | ({SIZES: sizes} if self._first else {})
 
     def measure(self, array: Any, through: Pointwise | None = None) -> Samples:
-        meter = self._stored.meter
-        with enough_memory(self._stored.device):
-            tensor = self._tensor(array)
-            return meter.measure(tensor) if through is None else meter.measure_through(tensor, through)
+        meter, tensor = self._stored.meter, self._tensor(array)
+        return meter.measure(tensor) if through is None else meter.measure_through(tensor, through)
 
     def waiting(self, array: Any, room: int) -> Any:
         if not isinstance(array, Tensor):

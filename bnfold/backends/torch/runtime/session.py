@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.capture import Switch
-from bnfold.data.inputs import check_feeds
-from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
+from bnfold.data.inputs import check_feeds, samples_of
+from bnfold.data.memory import enough_memory
+from bnfold.errors import DataError, DeviceError, OutOfMemoryError, UnsupportedError, UsageError
 from bnfold.model import Placement
 from bnfold.text import first_line
 
@@ -136,14 +137,13 @@ class TorchSession:
         """The outputs by name. Raises DataError for feeds that don't fit."""
         check_feeds(feeds, self._traced.specs)
         call = self._traced.call({name: to_tensor(np.array(array)) for name, array in feeds.items()})
-        call = call.map_tensors(lambda tensor: tensor.to(self.device))
         where = Where(self.device) if self.placement is None and self.device.type != "cpu" else None
         with precise() if self._exact else torch.no_grad():
             try:
-                with where or nullcontext(), _threads(self._threads):
-                    returned = call.on(self.module)
-            except torch.OutOfMemoryError as error:
-                raise DeviceError(f"not enough memory on {self.device}: {first_line(error)}; use a smaller batch size") from None
+                with enough_memory(samples_of(feeds)), where or nullcontext(), _threads(self._threads):
+                    returned = call.map_tensors(lambda tensor: tensor.to(self.device)).on(self.module)
+            except OutOfMemoryError:
+                raise
             except Exception as error:  # the model's code raises what it likes
                 shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
                 text = f"PyTorch can't run the model on {shapes}: {first_line(error)}"
