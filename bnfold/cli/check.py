@@ -128,7 +128,7 @@ class Check:
         return self.command == "verify" and self.baseline is not None
 
     def _write(self, found: list[Row], page: list[Part], seconds: float, say: Say) -> None:
-        from bnfold.report.render.markdown import append, markdown
+        from bnfold.report.render.ci import append, markdown
 
         if self.where.junit is not None:
             from bnfold.report.render.ci import junit

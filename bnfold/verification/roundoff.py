@@ -14,8 +14,7 @@ from bnfold.algebra.graph import Node, Param
 from bnfold.folding.branches import Merge
 from bnfold.folding.plan import NormalForm
 
-from .chains import AffineChain, coefficients_of
-from .structure import FIXED, ParameterPair, has, order_of_axes
+from .structure import FIXED, AffineChain, ParameterPair, coefficients_of, has, order_of_axes
 
 LIMIT = 4.0  # units of roundoff
 DOUBLE_LIMIT = 2 * LIMIT  # in float64 what they are compared with is rounded as well

@@ -42,8 +42,7 @@ from bnfold.report import (
     VerifyReport,
 )
 from bnfold.report.render import Line, Part, Row, Table
-from bnfold.report.render.ci import annotation, junit
-from bnfold.report.render.markdown import MOST, append, escape, markdown
+from bnfold.report.render.ci import SUMMARY, annotation, append, escape, junit, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples" / "ci"
@@ -268,7 +267,7 @@ def test_a_summary_that_cannot_be_written_is_said(here: Path, monkeypatch: pytes
     assert "bnfold: no/summary.md: the job summary can't be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("there", [0, 1, 1 << 19, MOST - 3000, MOST - 300, MOST - 100, MOST - 1, MOST, MOST + 5])
+@pytest.mark.parametrize("there", [0, 1, 1 << 19, SUMMARY - 3000, SUMMARY - 300, SUMMARY - 100, SUMMARY - 1, SUMMARY, SUMMARY + 5])
 def test_the_summary_stays_within_the_limit_and_says_what_is_left_out(there: int, tmp_path: Path) -> None:
     path = tmp_path / "summary.md"
     path.write_bytes(b"x" * there)
@@ -276,16 +275,16 @@ def test_the_summary_stays_within_the_limit_and_says_what_is_left_out(there: int
     listed = [Table("Levels", ("level", "verdict"), [("one", "same")]), Table("Stay", ("a", "b", "c"), rows)]
     append(path, [Line("title", title=True), *listed, Line("the end")])
     size = path.stat().st_size
-    assert size <= max(MOST, there)
+    assert size <= max(SUMMARY, there)
     text = path.read_bytes()[there:].decode()
-    if there < MOST - 1000:
-        assert size > MOST - 100
+    if there < SUMMARY - 1000:
+        assert size > SUMMARY - 100
         assert text.endswith("the end\n\n")
         levels, stay = tables(text)
         assert levels[1] == ["one", "same"]
         assert [row[0] for row in stay[1:]] == [f"läyer|{i}" for i in range(len(stay) - 1)]
         assert f"\n\n{40_000 - (len(stay) - 1):,} rows left out\n" in text
-    if there >= MOST - 1:
+    if there >= SUMMARY - 1:
         assert text == ""
 
 

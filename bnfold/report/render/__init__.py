@@ -1,6 +1,6 @@
 """Reports for readers, and for other programs: what a report comes to, once for every rendering.
 
-A rendering (`terminal`, `markdown`, `html`, `ci`) knows nothing of reports: it shows rows (one finding each), or lines, tables and
+A rendering (`terminal`, `html`, `ci`) knows nothing of reports: it shows rows (one finding each), or lines, tables and
 drawings (`documents`), and escapes what stands in them.
 """
 

@@ -9,8 +9,7 @@ from bnfold.report.base import Report
 from bnfold.text import counted
 
 from . import Bar, Cell, Drawing, Headline, Part, Picture, Table
-from .drawings import breakable, escaped
-from .page import page
+from .page import breakable, escaped, page
 
 MANY = 40  # rows of a table that is closed until somebody opens it
 SHORT = 28  # characters of a cell that stays on one line
