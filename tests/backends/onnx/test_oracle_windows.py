@@ -46,6 +46,23 @@ def test_convolution_agrees_with_torch(spatial, group, stride, dilation, pad):
         close(one("Conv", [x, w, bias], **given), expected)
 
 
+@pytest.mark.parametrize("sizes", [(40,), (6, 40), (5, 6, 7)])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 2), (2, 1)])
+def test_wide_kernels_of_single_channels(sizes, stride, dilation, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(oracle_windows, "CACHE", 1 << 14)  # several blocks
+    x, w, b = normal(2, 30, *sizes), normal(30, 1, *(3, 2, 5)[-len(sizes) :]), normal(30)
+    pads = [dilation] * (len(sizes) - 1) + [2 * dilation]
+    strides = [stride] * (len(sizes) - 1) + [1]
+    given = {"strides": strides, "dilations": [dilation] * len(sizes), "pads": pads * 2, "group": 30}
+    function = getattr(torch.nn.functional, f"conv{len(sizes)}d")
+    close(one("Conv", [x, w, b], **given), function(*map(torch.tensor, (x, w, b)), strides, pads, dilation, 30))
+    x[0, 3, ..., 3] = np.inf  # which reaches no further than the kernel does
+    expected = function(*map(torch.tensor, (x, w, b)), strides, pads, dilation, 30).numpy()
+    assert np.isfinite(expected[0, 3]).any()
+    np.testing.assert_array_equal(np.isfinite(one("Conv", [x, w, b], **given)), np.isfinite(expected))
+
+
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize(("stride", "dilation", "pad", "extra"), [(1, 1, 0, 0), (2, 1, 1, 1), (1, 2, 1, 0), (3, 2, 2, 2)])

@@ -18,6 +18,7 @@ from .registry import Array, operator
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
 CACHE = 1 << 19  # bytes of output at a time where each is added to often
+WIDE, TILE = 5, 16  # a kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def pad(x: Array, at: Windows, fill: float) -> Array:
     return np.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
 
 
-def _spread(bias: Array | None, rank: int) -> Array | float:
-    return 0.0 if bias is None else bias.reshape((-1,) + (1,) * (rank - 2))
+def _shifted(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else np.add(y, bias.reshape((-1,) + (1,) * (y.ndim - 2)), out=y)
 
 
 @operator("Conv")
@@ -99,7 +100,7 @@ def conv(
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> tuple[Array, ...]:
-    """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap; any other unfolds the input and multiplies matrices."""
+    """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap, or row by row; any other unfolds the input and multiplies."""
     at = windows(x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
     n, c = x.shape[:2]
     o, per_group = w.shape[:2]
@@ -108,7 +109,9 @@ def conv(
     y = np.empty((n, o, *at.out))
     if per_group == 1 and o == group:
         for image in range(n):
-            _depthwise(w[:, 0], pad(x[image : image + 1], at, 0)[0], at, y[image])
+            padded = pad(x[image : image + 1], at, 0)[0]
+            wide = at.kernel[-1] >= WIDE and at.strides[-1] == 1 and math.prod(at.kernel) * padded[0].nbytes < WORKSPACE
+            (_banded if wide and np.isfinite(padded.sum()) else _depthwise)(w[:, 0], padded, at, y[image])
     else:
         weights = w.reshape(group, o // group, -1)
         for image in range(n):
@@ -116,7 +119,7 @@ def conv(
             _unfolded_product(
                 weights, padded.reshape(group, per_group, *padded.shape[1:]), at, y[image].reshape(group, o // group, *at.out)
             )
-    return (y + _spread(b, x.ndim) if b is not None else y,)
+    return (_shifted(y, b),)
 
 
 def _depthwise(weights: Array, x: Array, at: Windows, y: Array) -> None:
@@ -143,6 +146,29 @@ def _depthwise(weights: Array, x: Array, at: Windows, y: Array) -> None:
             sum_ += term
         strides = (sum_.strides[0], *(8 * step for step in steps)) if flat else sum_.strides
         y[first : first + block] = np.lib.stride_tricks.as_strided(sum_, (len(part), *at.out), strides, writeable=False)
+
+
+def _banded(weights: Array, x: Array, at: Windows, y: Array) -> None:
+    """As `_depthwise`, of finite x: each row of a kernel is a band in a matrix, by which stretches of the image's rows are multiplied."""
+    *outer, width = at.out
+    tiles, step = -(-width // TILE), at.dilations[-1]
+    tile, taps = -(-width // tiles), math.prod(at.kernel[:-1])
+    span = tile + (at.kernel[-1] - 1) * step
+    missing = (tiles - 1) * tile + span - x.shape[-1]  # where the last stretch ends behind the image
+    block = max(1, 2 * CACHE // (8 * math.prod(x.shape[1:-1]) * tiles * taps * tile))
+    bands = np.zeros((block, span, taps, tile))
+    channel, row, tap, column = bands.strides
+    band = np.lib.stride_tricks.as_strided(bands, (block, taps, at.kernel[-1], tile), (channel, tap, row * step, row + column))
+    rows = [place for _, place in Windows(at.kernel[:-1], at.strides[:-1], at.dilations[:-1], (), (), tuple(outer)).taps()]
+    for first in range(0, len(x), block):
+        part, kernels = x[first : first + block], weights[first : first + block].reshape(-1, taps, at.kernel[-1], 1)
+        part = np.pad(part, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing > 0 else part
+        pieces = np.lib.stride_tricks.sliding_window_view(part, span, -1)[..., : tiles * tile : tile, :]
+        band[: len(part)] = kernels
+        product = pieces.reshape(len(part), -1, span) @ bands[: len(part)].reshape(len(part), span, -1)
+        product = product.reshape(*pieces.shape[:-1], taps, tile)
+        total = sum(product[(slice(None), *place, slice(None), k)] for k, place in enumerate(rows))
+        y[first : first + block] = np.reshape(total, (len(part), *outer, -1))[..., :width]
 
 
 def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
@@ -212,7 +238,7 @@ def conv_transpose(
             full_image[(slice(None), slice(None), *place)] += product.reshape(group, per_group, *x.shape[2:])
         kept = full_image[(slice(None), slice(None), *(slice(a, a + o) for a, o in zip(begins, out, strict=True)))]
         y[image] = kept.reshape(-1, *out)
-    return (y + _spread(b, x.ndim) if b is not None else y,)
+    return (_shifted(y, b),)
 
 
 # --- a convolution whose taps are moved by data ------------------------------------------------------------------------------------
