@@ -35,7 +35,9 @@ class Affine:
     shift: Array
 
     def __post_init__(self) -> None:
-        scale, shift = np.broadcast_arrays(np.asarray(self.scale, np.float64), np.asarray(self.shift, np.float64))
+        scale, shift = np.asarray(self.scale, np.float64), np.asarray(self.shift, np.float64)
+        if scale.shape != shift.shape:
+            scale, shift = np.broadcast_arrays(scale, shift)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "shift", shift)
 

@@ -47,7 +47,7 @@ def _up(node: Node, a: Affine, shrink: bool) -> list[Affine]:
             flat = np.full(ends[-1], np.nan)
             wanted = _over(c, ids.shape)
             flat[ids] = wanted
-            if (flat[ids] != wanted).any() and not np.array_equal(flat[ids], wanted, equal_nan=True):
+            if not _same(flat[ids], wanted):
                 raise Blocked("copies of one element would need different maps")
             both.append(np.split(flat, ends[:-1]))
         for shape, scale, shift in zip(shapes, *both, strict=True):
@@ -139,22 +139,23 @@ def _size(value: Value, probe: int, axis: int, node: Node) -> int:
 def _shrunk(a: Affine) -> Affine:
     """Shrink the axes along which nothing varies, free elements counting as different from all others."""
     scale, shift = a.scale, a.shift
-    for axis in range(a.rank):
-        first: list[Array] = [c.take([0], axis) if c.shape[axis] else c for c in (scale, shift)]
-        if all(np.array_equal(np.broadcast_to(f, c.shape), c, equal_nan=True) for f, c in zip(first, (scale, shift), strict=True)):
+    for axis in (axis for axis, size in enumerate(a.shape) if size > 1):
+        first: list[Array] = [c.take([0], axis) for c in (scale, shift)]
+        if all(_same(f, c) for f, c in zip(first, (scale, shift), strict=True)):
             scale, shift = first
     return Affine(scale, shift)
+
+
+def _same(one: Array, other: Array) -> bool:
+    """Whether two arrays that broadcast are equal, free elements to each other."""
+    equal = one == other
+    return bool(equal.all() or (equal | (np.isnan(one) & np.isnan(other))).all())
 
 
 def _agreed(found: list[Affine], shrink: bool) -> Affine:
     """The map that all probes found; free elements may be what hides that they agree."""
     for maps in (found, [a.settled() for a in found]) if shrink else (found,):
         first = maps[0]
-        if all(
-            a.shape == first.shape
-            and np.array_equal(a.scale, first.scale, equal_nan=True)
-            and np.array_equal(a.shift, first.shift, equal_nan=True)
-            for a in maps[1:]
-        ):
+        if all(a.shape == first.shape and _same(a.scale, first.scale) and _same(a.shift, first.shift) for a in maps[1:]):
             return first
     raise Blocked("where the map goes depends on the size of a dynamic axis")
