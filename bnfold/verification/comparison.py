@@ -26,13 +26,15 @@ class Comparison:
     """One verification. made_up: whether the data are random, so that it isn't the models' fault if they don't fit.
     data: what they are. by_layer: whether every layer is compared, too.
 
-    thorough: with several runs for the yardstick, and a look at whether the reference is a function of its inputs at all.
+    thorough: with several runs for the yardstick, and a look at whether the reference is a function of its inputs at all. brief: whether
+    one sample does where level 1 answers for all: nobody asked for more, and each is large, so that it shows many roundings.
     """
 
     reference: Model
     candidate: Model
     made_up: bool
     thorough: bool = True
+    brief: bool = False
     providers: tuple[str, ...] = ()
     data: str = ""
     by_layer: bool = False

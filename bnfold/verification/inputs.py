@@ -151,6 +151,11 @@ def sample_count(batch: Batch) -> int:
     return max((array.shape[0] for array in batch.values() if array.ndim), default=1) or 1
 
 
+def is_large(batch: Batch) -> bool:
+    """Whether each of its samples is large."""
+    return sum(array.size for array in batch.values()) > LARGE * sample_count(batch)
+
+
 def moved(feeds: list[Batch], times: int, seed: int) -> Iterator[Batch]:
     """The samples again, their floats moved by a thousandth: new rounding errors of the same size."""
     rng = np.random.default_rng(seed)

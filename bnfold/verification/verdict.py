@@ -37,6 +37,11 @@ class Findings:
     unsteady: str = ""
 
     @property
+    def certified(self) -> bool:
+        """Whether level 1 has paired all of both networks, and every coefficient is right: then nothing depends on what data reach."""
+        return self.coefficients.verdict == "equivalent" and not self.coefficients.uncertified
+
+    @property
     def levels(self) -> Levels:
         return Levels(self.coefficients, self.function, self.rows)
 
@@ -96,7 +101,7 @@ def inconclusive(both: Comparison, found: Findings) -> str:
     if not truth.feeds[0]:
         return "nothing was exercised: the model has no inputs"
     certain = found.coefficients.verdict == "equivalent"
-    if both.thorough and (reason := constant(both.reference, truth, both.unit, certain=certain)):
+    if both.thorough and not found.certified and (reason := constant(both.reference, truth, both.unit, certain=certain)):
         return f"nothing was exercised: {reason}"
     if "equivalent" not in levels:
         return f"neither model's outputs could be compared: {function.reason}"
@@ -113,9 +118,9 @@ def inconclusive(both: Comparison, found: Findings) -> str:
 
 def _certified(found: Findings) -> bool:
     """Whether a fold through which no data could be run is known to be right by its coefficients alone, which is enough to write it."""
-    level, truth = found.coefficients, found.truth
+    truth = found.truth
     ran = truth is not None and bool(truth.feeds) and bool(truth.feeds[0])
-    return not ran and level.verdict == "equivalent" and level.certified > 0 and not level.uncertified
+    return not ran and found.certified and found.coefficients.certified > 0
 
 
 def _unreached(both: Comparison, found: Findings, truth: Truth) -> str:

@@ -11,6 +11,7 @@ a runtime's optimiser makes of a right model shows only there.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ from .diagnosis.localise import first_difference
 from .diagnosis.profile import layer_errors, paired_operators
 from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
-from .inputs import given, is_several, random, resized, shortened
+from .inputs import given, is_large, is_several, random, resized, shortened
 from .verdict import Findings, verdict
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def verify(
     """Compare a candidate with its reference.
 
     batches: what to feed; random data where it is None. samples: how many; 2, or 32 of small ones, where it is None, and whole batches
-    of them: this is about rounding, of which each sample shows as much as the next.
+    of them: this is about rounding, of which each sample shows as much as the next. One large random one
+    does where level 1 answers for all.
     oracle_only: leave the third level out. coefficients_only: the first level alone, which runs nothing. bundle: a folder for what shows
     the first difference by itself (see `bundle`); force: also where it exists and isn't empty. map_inputs, map_outputs: see `alike`.
     by_layer: compare every layer, too.
@@ -99,7 +101,8 @@ def verify(
         if batches is not None:
             return _compared(both, given(first, batches, samples, size))
         made = random(first, second, samples, size, seed, input_shapes)
-        return _compared(both, made, resized(first, second, made[0], seed) if input_shapes is None else [])
+        brief = dataclasses.replace(both, brief=samples is None and is_large(made[0]))
+        return _compared(brief, made, resized(first, second, made[0], seed) if input_shapes is None else [])
 
     (report, located), notes = within_memory(compared, batch_size) if repeatable(batches) else (compared(batch_size), [])
     if bundle is not None and not coefficients_only:
@@ -179,8 +182,8 @@ def _by_layer(both: Comparison, report: VerifyReport, findings: Findings, locate
 
 def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch]) -> Findings:
     """Levels 2 and 3, and what they say of level 1."""
-    certified = found.correspondence is not None and not found.correspondence.unpaired and found.coefficients.verdict == "equivalent"
-    truth, lacking = truth_of(both, feeds, others, quick=certified or not both.thorough)
+    feeds = itertools.islice(feeds, 1 if both.brief and found.certified else None)
+    truth, lacking = truth_of(both, feeds, others, quick=found.certified or not both.thorough)
     function, deviations = compare_functions(both, truth, lacking)
     unrounded = both.unrounded() if function.verdict == "equivalent" and not lacking else None
     if unrounded is not None and truth is not None:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import onnx
 import onnx_ir as ir
-from networks import folded, model, small, weights
+from networks import as_max, folded, model, small, weights
 from onnx import helper, numpy_helper
 from opened import verify
 
@@ -15,11 +15,16 @@ from opened import verify
 def test_a_network_that_answers_a_constant():
     w = weights("residual")
     w["y.weight"] = 0 * w["y.weight"]
-    report = verify(model("residual", w), model("residual", folded("residual", w)))
+    reference, right = model("residual", w), folded("residual", w)
+    assert verify(reference, model("residual", right)).verdict == "equivalent"  # its coefficients say so
+    report = verify(reference, model("residual", right, edit=as_max("node_sum_relu")))
+    assert report.levels.coefficients.verdict == "skipped"
     assert (report.verdict, report.reason) == (
         "inconclusive",
         "nothing was exercised: the reference answers the same whatever it is fed",
     )
+    right["stem.weight"][0] *= 1.1
+    assert verify(reference, model("residual", right)).verdict == "different"
 
 
 def test_both_sides_nan():

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from cases.builder import Net
-from networks import folded, model, small, weights
+from networks import as_max, folded, model, small, weights
 from onnx import helper, numpy_helper
 from opened import verify
 
@@ -214,18 +214,6 @@ def test_what_of_a_batchnorm_differs(change, told):
     assert report.verdict == "different"
     assert report.reason.startswith(told)
     assert "was folded" not in report.difference.cause
-
-
-def as_max(name: str) -> Any:
-    """Relu in other words, so that the structures can't be paired there."""
-
-    def edit(nodes):
-        node = next(n for n in nodes if n.name == name)
-        place = list(nodes).index(node)
-        nodes.insert(place + 1, helper.make_node("Max", [f"{name}.once", f"{name}.once"], list(node.output)))
-        node.output[0] = f"{name}.once"
-
-    return edit
 
 
 def test_how_many_batchnorms_could_be_certified():
