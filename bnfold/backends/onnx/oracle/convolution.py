@@ -159,7 +159,8 @@ def _banded(weights: Array, x: Array, at: Windows, y: Array) -> None:
     bands = np.zeros((block, span, taps, tile))
     channel, row, tap, column = bands.strides
     band = np.lib.stride_tricks.as_strided(bands, (block, taps, at.kernel[-1], tile), (channel, tap, row * step, row + column))
-    rows = [place for _, place in Windows(at.kernel[:-1], at.strides[:-1], at.dilations[:-1], (), (), tuple(outer)).taps()]
+    rows = Windows(at.kernel[:-1], at.strides[:-1], at.dilations[:-1], (), (), tuple(outer))
+    places: list[Any] = [(slice(None), *place, slice(None), k) for k, (_, place) in enumerate(rows.taps())]
     for first in range(0, len(x), block):
         part, kernels = x[first : first + block], weights[first : first + block].reshape(-1, taps, at.kernel[-1], 1)
         part = np.pad(part, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing > 0 else part
@@ -167,7 +168,7 @@ def _banded(weights: Array, x: Array, at: Windows, y: Array) -> None:
         band[: len(part)] = kernels
         product = pieces.reshape(len(part), -1, span) @ bands[: len(part)].reshape(len(part), span, -1)
         product = product.reshape(*pieces.shape[:-1], taps, tile)
-        total = sum(product[(slice(None), *place, slice(None), k)] for k, place in enumerate(rows))
+        total = sum(product[place] for place in places)
         y[first : first + block] = np.reshape(total, (len(part), *outer, -1))[..., :width]
 
 
