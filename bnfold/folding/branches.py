@@ -5,13 +5,14 @@ Two branches of one Add that read the same value x are one operator where both a
     W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2)          (and W1 - W2 for a difference)
 
 A constant affine map, a BatchNorm say, is the convolution with the diagonal unit kernel, and x itself is the one with ones on it. One of
-the two must be a convolution whose kernel covers the other's (the host), so that merging never adds work.
+the two must be a convolution whose kernel covers the other's (the host), so that merging never adds work. Two products by constants over
+the same axes are one in the same way: the two classifiers of a distilled network, say.
 (Ding et al. 2021, RepVGG, section 3.3, for the kernels of one block; nothing here depends on that block.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +41,14 @@ class Merge:
     summands: Array
     scale: Array
 
+    @property
+    def summands_now(self) -> Array:
+        """The magnitudes, now that more maps may have folded into the host."""
+        update = self.host.params["weight"].update
+        with np.errstate(all="ignore"):
+            later = np.abs(np.ones(()) if update is None else update.scale / self.scale)
+        return self.summands * np.nan_to_num(later, nan=1.0, posinf=1.0)
+
 
 @dataclass(frozen=True)
 class _Branch:
@@ -58,13 +67,14 @@ def always(add: Node, branch: Node | None, kept: int) -> bool:
     return True
 
 
-def merge(graph: Graph, may: May = always) -> list[Merge]:
+def merge(graph: Graph, may: May = always, earlier: Iterable[Merge] = ()) -> list[Merge]:
     """Merge all that can be, in topological order, inner sums first. Merged nodes leave the graph.
 
-    may: whether the front-end can take a branch (None: the value itself) out of a sum, whose input `kept` is the host's.
+    may: whether the front-end can take a branch (None: the value itself) out of a sum, whose input `kept` is the host's. earlier: what was
+    merged before, since when some maps may have folded into the hosts.
     """
     done: list[Merge] = []
-    summands: dict[Node, Array] = {}
+    summands = {m.host: m.summands_now for m in earlier}
     for add in [node for node in graph.nodes if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0] is not node.inputs[1]]:
         if not add.output.users and not add.output.is_output:
             continue
@@ -91,7 +101,11 @@ def _changes(host: Node, delta: _Delta, sign: int, other: int) -> dict[str, Affi
     """What becomes of the host's parameters; None where one would overflow its stored type."""
     changes = {}
     for role, array in (("weight", delta.weight), ("bias", delta.bias)):
-        param = host.params[role]
+        param = host.params.get(role)
+        if array.any() and (param is None or param.refusal or (param.tensor is param.update is None and "grows_add" in host.attrs)):
+            return None
+        if param is None:
+            continue
         if param.tensor is not None or param.update is not None or array.any():
             changes[role] = Affine(np.asarray(float(sign)), other * array)
     try:
@@ -110,7 +124,7 @@ def _pairings(add: Node) -> list[tuple[_Branch, _Branch, int]]:
     for first, second in ((one, other), (one, itself[1]), (itself[0], other)):
         if first is not None and second is not None and first.source is second.source:
             pairs += [(first, second, 0), (second, first, 1)]
-    return [(host, branch, kept) for host, branch, kept in pairs if host.node is not None and host.node.op == "Conv"]
+    return [(host, branch, kept) for host, branch, kept in pairs if host.node is not None and host.node.op != "Affine"]
 
 
 def _branch(value: Value) -> _Branch | None:
@@ -120,7 +134,7 @@ def _branch(value: Value) -> _Branch | None:
         return None
     if node.op == "Conv" and isinstance(node.attrs.get("window"), Window):
         return _Branch(node, node.inputs[0], node.attrs["window"])
-    if node.op == "Affine":
+    if node.op in ("Affine", "Contraction"):
         return _Branch(node, node.inputs[0], None)
     return None
 
@@ -136,15 +150,14 @@ class _Delta(NamedTuple):
 def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch, summands: Mapping[Node, Array]) -> _Delta | None:
     """The branch as a part of the host; None where it isn't a convolution with the host's window. summands: of what was merged before."""
     assert host.node is not None
-    assert host.window is not None
-    weight, groups = host.node.params["weight"], host.node.attrs["groups"]
-    out, fan_in, *size = weight.shape
     if any(_is_quantised(node) for node in (host.node, branch.node)):  # the sum of two codes is no code
         return None
-    if not graph.copies_weights and any(
-        p.tensor is not None and len(p.tensor.users) > 1 for p in (host.node.params["weight"], host.node.params["bias"])
-    ):
+    if not graph.copies_weights and any(p.tensor is not None and len(p.tensor.users) > 1 for p in host.node.params.values()):
         return None
+    if host.window is None:
+        return _as_product_of(host.node, branch.node, summands)
+    weight, groups = host.node.params["weight"], host.node.attrs["groups"]
+    out, fan_in, *size = weight.shape
     if branch.node is not None and branch.node.op == "Conv":
         other = branch.node.params["weight"]
         offset = _offset(host.window, tuple(size), branch.window, branch.kernel())
@@ -155,6 +168,8 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch, summands: Mappin
         own, sizes = other.read(), np.zeros(weight.shape)
         delta[tuple(inside)], sizes[tuple(inside)] = own, summands.get(branch.node, np.abs(own))
         return _Delta(delta, branch.node.params["bias"].read(), sizes)
+    if branch.node is not None and branch.node.op != "Affine":
+        return None
     rank = len(size) + 2
     a = Affine.identity(rank) if branch.node is None else coefficients(branch.node)
     ones = (1,) * len(size)
@@ -168,6 +183,17 @@ def _as_kernel_of(graph: Graph, host: _Branch, branch: _Branch, summands: Mappin
     place: tuple[Any, ...] = (channel, channel % fan_in, *offset)  # output channel o is input o % (in/g) of its own group
     delta[place] = s
     return _Delta(delta, t, np.abs(delta))
+
+
+def _as_product_of(host: Node, branch: Node | None, summands: Mapping[Node, Array]) -> _Delta | None:
+    """The same of two products by constants; None where they aren't over the same axes."""
+    if branch is None or branch.op != "Contraction" or any(host.attrs[term] != branch.attrs[term] for term in "xwy"):
+        return None
+    biases = [node.params["bias"].read() if "bias" in node.params else np.zeros(()) for node in (host, branch)]
+    own, added = branch.params["weight"].read(), biases[1]
+    if own.shape != host.params["weight"].shape or (added.any() and added.shape != biases[0].shape):
+        return None
+    return _Delta(own, added, summands.get(branch, np.abs(own)))
 
 
 def _is_quantised(node: Node | None) -> bool:

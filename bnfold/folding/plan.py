@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site, Value
 from bnfold.algebra.rounding import BFLOAT16, told
@@ -148,10 +149,14 @@ def plan(
     if options.clamps:
         free(graph)
     outcomes = fold(graph, clone=options.clone)
-    merges = merge(graph, may) if may is not None else []
-    into_host = {m.branch: m.host for m in merges if m.branch is not None}
-    if merges:
-        outcomes = _after_merging(graph, outcomes, into_host, options.clone)
+    merges: list[Merge] = []
+    while may is not None and (more := merge(graph, may, merges)):
+        merges += more
+        numbers = _numbers_behind(graph, [m.host for m in more], {node for o in outcomes for node in o.site.nodes})
+        affine += numbers
+        outcomes += [Outcome(Site(node.name, [node], 1, is_batchnorm=False), False) for node in numbers if node in graph.nodes]
+        outcomes = _after_merging(graph, outcomes, {m.branch: m.host for m in more if m.branch is not None}, options.clone)
+    into_host = {m.branch for m in merges}
     left = set(graph.nodes)
     moved: list[Node] = []
     said: list[str] = []
@@ -238,6 +243,22 @@ def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Nod
             name = site.name if len(left) == len(site.nodes) else left[0].name
             graph.sites = [Site(name, left, site.channels, site.is_batchnorm, site.separable, note=site.note)]
             found += fold(graph, clone=clone)
+    return found
+
+
+def _numbers_behind(graph: Graph, hosts: Iterable[Node], known: set[Node]) -> list[Node]:
+    """Numbers by which a merged sum is multiplied, or that are added to it: no sites before. One that does nothing (the 0 with which a
+    loop over branches begins) is taken out."""
+    found: list[Node] = []
+    left = {*graph.nodes} if graph.copies_weights else ()  # a module's code stays
+    for host in dict.fromkeys(host for host in hosts if host in left):
+        value = host.output
+        while len(value.users) == 1 and not value.is_output and (node := value.users[0][0]).op == "Affine" and node not in known:
+            if coefficients(node).is_identity:
+                graph.bypass(node)
+            else:
+                value = node.output
+            found.append(node)
     return found
 
 

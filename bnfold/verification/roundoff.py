@@ -133,14 +133,8 @@ def hidden_summands(plan: NormalForm, scales: Mapping[Node, Array] = MappingProx
 
 
 def merged_summands(merges: Iterable[Merge]) -> dict[Node, Array]:
-    """For each convolution into which branches were merged, the magnitudes of all weights that are in its own, where they may cancel."""
-    found = {}
-    for m in merges:
-        update = m.host.params["weight"].update
-        with np.errstate(all="ignore"):
-            later = np.abs(np.ones(()) if update is None else update.scale / m.scale)
-        found[m.host] = m.summands * np.nan_to_num(later, nan=1.0, posinf=1.0)
-    return found
+    """For each operator into which branches were merged, the magnitudes of all weights that are in its own, where they may cancel."""
+    return {m.host: m.summands_now for m in merges}
 
 
 def _row_sums(node: Node) -> Array:

@@ -92,6 +92,60 @@ def test_mobileone_block() -> None:
     assert found == {"Relu": 2, "Conv": 1}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_numbers_behind_a_merged_sum(first: bool) -> None:
+    """The zero with which a loop over branches begins, where no BatchNorm follows, and a factor of all of them."""
+
+    def draw(net: Net) -> None:
+        x, zero = image(net), net.scalar(0.0)
+        branch = [net.bn(net.conv(x, 4, 6, k, pads=k // 2), 6) for k in (3, 1)]
+        y = net.op("Add", net.op("Add", zero, branch[0]), branch[1]) if first else net.op("Add", net.op("Add", *branch), zero)
+        net.output(net.relu(net.op("Div", y, net.scalar(2.0))))
+
+    found, report = merged(draw)
+    assert found == {"Relu": 2, "Conv": 1}
+    assert {layer.verdict for layer in report.layers} == {"folded"}
+    assert "Conv_node_0" in report.layers[-1].into
+
+
+def test_a_number_that_something_else_reads_too() -> None:
+    def draw(net: Net) -> None:
+        x = image(net)
+        three, one = net.bn(net.conv(x, 4, 4, 3, pads=1), 4), net.conv(x, 4, 4, 1)
+        y = net.op("Mul", net.op("Add", three, one), net.scalar(2.0))
+        net.output(net.op("Add", y, net.scalar(1.0)), net.op("Tanh", y))
+
+    assert merged(draw)[0] == {"Relu": 1, "Conv": 1, "Add": 1, "Tanh": 1}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_residual_with_a_gate_of_constants(groups: int) -> None:
+    """x + a*(conv(x) - x): the inner sum, then its factor, then the outer sum (EfficientViM)."""
+
+    def draw(net: Net) -> None:
+        x = image(net)
+        inner = net.op("Sub", net.bn(net.conv(x, 4, 4, 3, groups=groups, pads=1), 4), x)
+        net.output(net.relu(net.op("Add", x, net.op("Mul", net.weight(net.normal(4, 1, 1)), inner))))
+
+    assert merged(draw)[0] == {"Relu": 2, "Conv": 1}
+
+
+@pytest.mark.parametrize("bias", [(True, True), (True, False), (False, True), (False, False)])
+def test_classifiers_of_a_distilled_network(bias: tuple[bool, bool]) -> None:
+    """Two products of one value by constants, averaged (Touvron et al. 2021)."""
+
+    def draw(net: Net) -> None:
+        x = net.op("Sigmoid", net.bn(net.input("N", 5), 5))
+        y = net.op("Add", *(net.gemm(net.bn(x, 5), 5, 3, bias=each, transB=1) for each in bias))
+        net.output(net.op("Div", y, net.scalar(2.0)))
+
+    found, report = merged(draw)
+    assert found["Gemm"] == 1
+    assert "Add" not in found
+    assert "Div" not in found
+    assert len(report.merged[0].branches) == 2
+
+
 def test_acnet_block() -> None:
     """3 x 3 + 1 x 3 + 3 x 1 (Ding et al. 2019)."""
 

@@ -723,6 +723,7 @@ class _Branches(nn.Module):
         self.three = nn.Conv2d(4, 4, 3, padding=1)
         self.other = nn.Conv2d(4, 4, 3, padding=1)
         self.bn = lively(nn.BatchNorm2d(4))
+        self.register_buffer("gate", torch.rand(4, 1, 1))
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
@@ -740,6 +741,8 @@ class _Branches(nn.Module):
         (lambda m, x: m.three(x) + m.one(x) + x, ("three", "one", "identity")),
         (lambda m, x: m.one(x) - (x - m.three(x)), ("three", "identity", "one")),
         (lambda m, x: m.other(x) - (x - m.three(x)), None),
+        (lambda m, x: x + 0.25 * (m.three(x) - x), None),
+        (lambda m, x: x + m.gate * (m.three(x) - x), None),
         (lambda m, x: (m.three(x) + x) - (m.other(x) - x), None),
     ],
 )
