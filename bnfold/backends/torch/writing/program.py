@@ -100,6 +100,9 @@ class _Writer(ProgramEditor):
             self._remove(each.node.native, self._written(each))
         for m in planned.merges:
             self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
+        for op, source in self.ctx.idle.items() if planned.merges else ():  # the 0 with which a sum of branches began
+            if (given := self._current(source)).op == "call_function" and op in self.copies:
+                self._replace(self.copies[op], given)
 
     def _shared(self, op: Op) -> bool:
         """Whether several operators read it, those that were doubled included."""
