@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import io
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +15,13 @@ import torch
 from architectures.list import OWN, lively, make, measured
 from torch import nn
 
-import bnfold
 from bnfold.backends.onnx.files.load import from_proto
 from bnfold.backends.onnx.model import OnnxModel
 from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.model import TorchModel
 from bnfold.capture import quiet
 from bnfold.model import Runner
+from tests.rivals.tools import by_fx, by_onnxsim, by_onnxslim, by_runtime, own, silent
 
 OPSET = 18
 
@@ -86,63 +83,14 @@ def light(name: str) -> tuple[onnx.ModelProto, tuple[int, ...]]:
 # --- folds ----------------------------------------------------------------------------------------------------------------------
 
 
-def own(model: Any, example: Any = None) -> Any:
-    return bnfold.fuse(model, example=example, check=False)[0]
-
-
-def by_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxsim
-
-    with _silent():
-        made, right = onnxsim.simplify(copy.deepcopy(model))
-    assert right
-    return made
-
-
-def by_onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxslim
-
-    with _silent():
-        return onnxslim.slim(copy.deepcopy(model))
-
-
-def by_runtime(level: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """What ONNX Runtime writes as its optimised model."""
-
-    def fold(model: onnx.ModelProto) -> onnx.ModelProto:
-        import onnxruntime as ort
-
-        with tempfile.TemporaryDirectory() as folder:
-            options = ort.SessionOptions()
-            options.log_severity_level = 4
-            options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
-            options.optimized_model_filepath = str(Path(folder, "model.onnx"))
-            ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            return onnx.load(options.optimized_model_filepath)
-
-    return fold
-
-
-def by_fx(module: nn.Module, example: Any = None) -> nn.Module:
-    from torch.fx.experimental import optimization
-
-    return optimization.fuse(module)
-
-
 ONNX_FOLDS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
     "bnfold": own,
-    "onnxsim": by_onnxsim,
-    "onnxslim": by_onnxslim,
+    "onnxsim": silent()(by_onnxsim),
+    "onnxslim": silent()(by_onnxslim),
     "ONNX Runtime, basic": by_runtime("BASIC"),
     "ONNX Runtime, extended": by_runtime("EXTENDED"),
 }
 TORCH_FOLDS: dict[str, Callable[..., nn.Module]] = {"bnfold": own, "torch.fx": by_fx}
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), quiet():
-        yield
 
 
 # --- subjects -------------------------------------------------------------------------------------------------------------------
