@@ -18,7 +18,7 @@ def test_two_rows_and_a_tool_that_is_not_installed(monkeypatch: pytest.MonkeyPat
     printed = capsys.readouterr().out
     assert "| bnfold | catalogue | 2 | 2 | 0 | 0 | 0 | 0 |" in printed
     assert "| absent | not installed |" in printed
-    assert "bnfold: 0 wrong, crashed or invalid; architectures: none" in printed
+    assert "bnfold: 0 wrong, failed or invalid; architectures: none" in printed
 
 
 def test_a_process_that_ends_or_takes_too_long_is_a_row() -> None:

@@ -46,8 +46,8 @@ class Merge:
         """The magnitudes, now that more maps may have folded into the host."""
         update = self.host.params["weight"].update
         with np.errstate(all="ignore"):
-            later = np.abs(np.ones(()) if update is None else update.scale / self.scale)
-        return self.summands * np.nan_to_num(later, nan=1.0, posinf=1.0)
+            later: Array = np.abs(np.ones(()) if update is None else update.scale / self.scale)
+        return self.summands * np.asarray(np.nan_to_num(later, nan=1.0, posinf=1.0))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _changes(host: Node, delta: _Delta, sign: int, other: int) -> dict[str, Affi
     changes = {}
     for role, array in (("weight", delta.weight), ("bias", delta.bias)):
         param = host.params.get(role)
-        if array.any() and (param is None or param.refusal or (param.tensor is param.update is None and "grows_add" in host.attrs)):
+        if array.any() and (param is None or param.refusal or ("grows_add" in host.attrs and param.tensor is None and not param.update)):
             return None
         if param is None:
             continue

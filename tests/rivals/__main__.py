@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--write-readme", action="store_true", help="put the table into tests/README.md")
     args = parser.parse_args()
     chosen = args.models if args.models is not None else spread(args.count)
-    table = ["| | of the | networks | BatchNorms | left | wrong | crashed | invalid | CPU s | peak MB |", f"|---|---|{'--:|' * 8}"]
+    table = ["| | of the | networks | BatchNorms | left | wrong | failed | invalid | CPU s | peak MB |", f"|---|---|{'--:|' * 8}"]
     ours: dict[bool, dict[str, int]] = {}
     bad = 0
     for tool in sorted(args.tools, key=lambda tool: not tool.startswith("bnfold")):
@@ -131,7 +131,7 @@ def main() -> int:
         if tool.startswith("bnfold"):
             bad += sum(any(trouble in r for trouble in (CRASHED, INVALID, WRONG)) for part in found for r in part)
     publish("rivals", "\n".join(table), in_readme=args.write_readme)
-    print(f"bnfold: {bad} wrong, crashed or invalid; architectures: {' '.join(chosen) or 'none'}")
+    print(f"bnfold: {bad} wrong, failed or invalid; architectures: {' '.join(chosen) or 'none'}")
     return 1 if bad else 0
 
 
