@@ -109,6 +109,11 @@ def table_up(node: Node, a: Affine) -> list[Step]:
 
 def constant_up(node: Node, a: Affine) -> list[Step]:
     """A constant operand simply becomes a(c)."""
+    shape = node.params["value"].shape
+    try:
+        np.broadcast_shapes(a.shape, shape)
+    except ValueError:  # as in a graph that no runtime takes
+        raise Blocked(f"the map varies as {a.shape}, which doesn't fit a constant of shape {shape}") from None
     return [Step([], {"value": a})]
 
 

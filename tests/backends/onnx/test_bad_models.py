@@ -254,6 +254,7 @@ ODD: dict[str, tuple[Change, str]] = {
     "attribute that is no text": (at(0, auto_pad=b"\xff"), "its attribute 'auto_pad' is no text"),
     "attribute that is none of the words": (at(0, auto_pad="SAME"), "'SAME', which is none of NOTSET, SAME_LOWER, SAME_UPPER, VALID"),
     "attribute of another version, of another type": (at(1, spatial="no"), "its attribute 'spatial' is of type string, not int"),
+    "attribute that is neither yes nor no": (at(1, training_mode=7), "its training_mode is 7, which is neither 0 nor 1"),
     "attribute twice": (lambda m: [at(1, momentum=0.5)(m) for _ in "ab"], "'bn' has its attribute 'momentum' twice"),
     "attribute missing": (
         lambda m: m.graph.node.append(helper.make_node("Cast", ["y"], ["z"])),
@@ -523,6 +524,23 @@ def test_an_operand_that_is_left_out_of_many_is_refused() -> None:
     assert model.graph.node[0].input == ["x", "", "x"]
     with pytest.raises(ModelError, match=r"its input data_0 \(number 1\) is left out"):
         bnfold.inspect(model)
+
+
+def test_an_input_without_a_type_and_a_constant_without_room_for_the_map() -> None:
+    """An Upsample of a vector, by computed scales, which no runtime takes."""
+    model = small_model()
+    model.graph.node.insert(0, helper.make_node("Own", ["z"], ["c0"], domain="own"))
+    model.graph.input.append(helper.make_tensor_value_info("z", 0, ["N"]))
+    model.opset_import.add(domain="own", version=1)
+    with pytest.raises(UnsupportedError, match="input 'z' doesn't state its type"):
+        bnfold.verify(model, model)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 9]> g (float[2, 4, 6, 5] x) => (float[N, C, H, W] y) <float[4] c = {1, 2, 3, 4},'
+        ' float[6] v = {1, 2, 3, 4, 5, 6}> { u = Upsample <mode = "nearest"> (c, x) y = BatchNormalization (u, v, v, v, v) }'
+    )
+    (layer,) = bnfold.inspect(model).layers
+    assert layer.verdict == "kept"
+    assert "doesn't fit a constant of shape (4,)" in layer.reason
 
 
 def test_a_graph_that_a_call_hands_to_a_function_is_refused() -> None:

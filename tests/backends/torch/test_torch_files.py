@@ -139,6 +139,24 @@ def test_weights_that_dont_fit_are_a_short_list(net: nn.Module) -> None:
         bnfold.load("c.pth", arch="net.py:make")
 
 
+def test_numbers_that_no_weight_holds(net: nn.Module) -> None:
+    state = net.state_dict()
+    torch.save(state | {"bn.weight": torch.ones(4, dtype=torch.int8)}, "c.pth")
+    with pytest.raises(bnfold.ModelError, match=r"1 aren't floating-point numbers \(bn.weight int8\)"):
+        bnfold.load("c.pth", arch="net.py:make")
+    torch.save(state | {"bn.running_mean": state["bn.running_mean"].to_sparse()}, "c.pth")
+    with pytest.raises(bnfold.UnsupportedError, match=r"holds sparse tensors \(bn.running_mean\)"):
+        bnfold.fuse(bnfold.load("c.pth", arch="net.py:make"), example=X)
+
+
+def test_one_number_for_all_channels(net: nn.Module) -> None:
+    """A buffer that is expanded has one place for all of its numbers."""
+    state = net.state_dict()
+    torch.save(state | {"bn.running_mean": torch.zeros(1).expand(4)}, "c.pth")
+    _, report = bnfold.recalibrate(bnfold.load("c.pth", arch="net.py:make"), X)
+    assert report.samples == 3
+
+
 def test_keys_that_mean_nothing_are_passed_over(net: nn.Module) -> None:
     """A profiler's counters by themselves, others as asked; what the architecture needs never is."""
     said: list[str] = []

@@ -18,6 +18,8 @@ def troubles(op_type: str, values: dict[str, Any], dims: list[Dims | None], vers
 
     if op_type == "BatchNormalization":
         yield from _alike([shape(i) for i in range(1, 5)], ("scale", "bias", "mean", "variance"), spatial=bool(values.get("spatial", 1)))
+        if values.get("training_mode", 0) not in (0, 1):  # runtimes disagree on what else says
+            yield f"its training_mode is {values['training_mode']}, which is neither 0 nor 1"
     elif op_type == "InstanceNormalization" or (op_type == "GroupNormalization" and version >= 21):
         yield from _alike([shape(1), shape(2)], ("scale", "bias"), spatial=True)
     elif op_type in ("Conv", "ConvTranspose"):

@@ -49,4 +49,6 @@ def _axes(value: ir.Value, model: ir.Model) -> tuple[int | str | None, ...]:
 def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:
     if value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise UnsupportedError(f"input {value.name!r} is no tensor ({value.type}); bnfold feeds tensors only")
+    if value.dtype == ir.DataType.UNDEFINED:
+        raise UnsupportedError(f"input {value.name!r} doesn't state its type; write the model again with one")
     return np.dtype(value.dtype.numpy())

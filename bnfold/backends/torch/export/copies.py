@@ -26,8 +26,9 @@ def shared_twin(module: nn.Module) -> nn.Module:
 
 
 def duplicate(module: nn.Module) -> nn.Module:
-    """A copy of a module, its tensors included."""
-    return _copied(module, {})
+    """A copy of a module, its tensors included; a buffer whose numbers lie in one place gets room for each, into which others can go."""
+    expanded = [each for each in module.buffers() if each.layout == torch.strided and 0 in each.stride() and each.numel() > 1]
+    return _copied(module, {id(each): each.detach().clone() for each in expanded})
 
 
 def require_copies(folded: nn.Module) -> None:

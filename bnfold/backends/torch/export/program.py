@@ -30,8 +30,13 @@ def require_readable(model: nn.Module) -> None:
             f"{type(model).__name__} is converted to integers already, and its weights are packed where nothing can rewrite them "
             f"({packed[0][0]}, {type(packed[0][1]).__name__}): fold the model before it is converted, as prepare or prepare_qat left it"
         )
-    if any(nn.parameter.is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())):
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    if any(map(nn.parameter.is_lazy, tensors.values())):
         raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
+    if sparse := [name for name, each in tensors.items() if each.layout != torch.strided]:
+        raise UnsupportedError(
+            f"{type(model).__name__} holds sparse tensors ({sparse[0]}), which aren't served: make them dense, by to_dense()"
+        )
 
 
 def export(twin: nn.Module, model: nn.Module, call: Call, most: int | None, patient: bool) -> tuple[ExportedProgram, int | None, str]:

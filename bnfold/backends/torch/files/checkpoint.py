@@ -105,7 +105,15 @@ def put(
     extra = [name for name in state if name not in wanted and not name.endswith("num_batches_tracked") and name != "n_averaged"]
     odd = [name for name in state if name in wanted and not is_lazy(wanted[name]) and state[name].shape != wanted[name].shape]
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in odd]
-    what = {f"of {len(wanted)} are missing": missing, "aren't in the architecture": extra, "have another shape": shapes}
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name in state]
+    whole = [name for name in trained if not (state[name].is_floating_point() or state[name].is_complex())]
+    types = [f"{name} {str(state[name].dtype).removeprefix('torch.')}" for name in whole]
+    what = {
+        f"of {len(wanted)} are missing": missing,
+        "aren't in the architecture": extra,
+        "have another shape": shapes,
+        "aren't floating-point numbers": types,
+    }
     if parts := [f"{len(names)} {text} ({_few(names)})" for text, names in what.items() if names]:
         remedy = "give the --arch that they were trained with"
         if extra:
