@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from .backends import open as backends
-from .backends.hub import local
+from .backends.kinds import local
 from .certificates import certificate, folded, loaded, nothing_to_fold, recalibrated
 from .errors import CheckError, ModelError, NothingToDoError
 from .folding.options import FoldOptions

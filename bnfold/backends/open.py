@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import UnsupportedError, UsageError
 
-from .hub import is_timm
-from .kinds import check_readable, family, kind_of
+from .kinds import check_readable, family, is_timm, kind_of
 
 if TYPE_CHECKING:
     from bnfold.model import Model

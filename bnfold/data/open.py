@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnfold.data.files import files_in_table
 from bnfold.errors import DataError, UsageError
 from bnfold.text import counted
 
@@ -16,7 +17,6 @@ from .corrupt import MAX_BAD
 from .samples import Run, few
 from .source import Chunk, Flat, Request, Source, from_object, from_stream, is_samples, peek
 from .spec import Array, InputSpec
-from .tables.files import files_in_table
 
 if TYPE_CHECKING:
     from .images.options import ImageOptions
@@ -149,7 +149,7 @@ def _folder(asked: Request) -> Source:
     path = Path(asked.spec)
     paths = sorted(path.glob("*.npy"))
     if not paths:
-        from .images.folder import folder_source
+        from .images.pipeline import folder_source
 
         return folder_source(asked)
     spec = asked.only_input("a folder of .npy files serves", "an .npz file")

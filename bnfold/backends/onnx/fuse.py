@@ -10,7 +10,7 @@ from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import Listed, kept, plan
 from bnfold.report import FuseReport, Layer
 
-from .graph.inline import inlined
+from .graph.edit import inlined
 from .graph.walk import batchnorms, name_of
 from .lowering.table import lowering as lowering_of
 from .write import write

@@ -22,11 +22,9 @@ from bnfold.model import Extract, Model, Stream
 
 from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS
-from .graph.extract import extract, reads
-from .graph.identity import identity, stored_tensors
-from .graph.inline import inlined
+from .graph.edit import extract, inlined, reads
 from .graph.inputs import inputs
-from .graph.proto import self_contained
+from .graph.proto import identity, self_contained, stored_tensors
 from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of

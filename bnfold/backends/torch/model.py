@@ -22,6 +22,7 @@ from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Shapes, Stream
 
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
+from .export.copies import average
 from .export.functional import entangled, functional
 from .export.sizes import Sizes
 from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
@@ -30,7 +31,7 @@ from .export.walk import dtype_of, frame, held_types, is_batchnorm, mutates, siz
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import StoredTypes, TorchOracle, inner, rounds
 from .runtime.session import TorchSession, device_of, precise, precisions
-from .writing.extract import boundary, extract
+from .writing.editor import boundary, extract
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -263,8 +264,6 @@ class TorchModel(Model):
         return TorchModel(made, self), report
 
     def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> nn.Module:
-        from .writing.average import average
-
         return average([self.source, *(other.source for other in others)], shares)
 
     def remade(self, made: nn.Module | ExportedProgram) -> TorchModel:

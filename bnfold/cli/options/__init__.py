@@ -19,7 +19,7 @@ from typing import Annotated, Any, cast, get_args, get_origin
 
 import typer
 
-from bnfold.backends.hub import local
+from bnfold.backends.kinds import local
 from bnfold.errors import UsageError
 from bnfold.text import meant
 

@@ -1,4 +1,4 @@
-"""Images as a model's input: what is done to them (`options`), doing it (`pipeline`), and folders of them (`folder`)."""
+"""Images as a model's input: what is done to them (`options`), and doing it, to folders of them too (`pipeline`)."""
 
 from .options import ImageOptions
 from .pipeline import Pipeline, resolve

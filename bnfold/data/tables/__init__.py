@@ -1,4 +1,4 @@
 """Tables of samples: tar shards, Parquet files and the folders that Hugging Face's `datasets` writes with save_to_disk.
 
-`files` finds them; `table` and `tars` read them, without that library and without a network; and `source` makes samples of rows.
+`table` and `tars` read them, without that library and without a network; and `source` makes samples of rows.
 """

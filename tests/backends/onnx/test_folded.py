@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from bnfold.backends.onnx import folded
 from bnfold.backends.onnx.files import load as loading
 from bnfold.backends.onnx.fuse import fuse
-from bnfold.backends.onnx.graph.identity import stored_tensors
+from bnfold.backends.onnx.graph.proto import stored_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS, CHANNELS = 32, 1024  # 4 MiB each

@@ -1,7 +1,8 @@
-"""A model as a proto, for those who read that."""
+"""A model as a proto, for those who read that, and what it is made of, whatever its names: a digest tells two of the same make."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import onnx
@@ -10,7 +11,7 @@ from onnx import TensorProto
 
 from ..files.save import to_proto
 from ..files.validate import tensors
-from .walk import nbytes, open_axes
+from .walk import all_graphs, all_nodes, held_tensor, nbytes, open_axes
 
 
 def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
@@ -31,7 +32,7 @@ def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelP
         lean = onnx.ModelProto()
         lean.CopyFrom(proto)  # what is deleted from a proto stays in its memory
         proto = lean
-    base = next((str(t.base_dir) for t in stored_tensors(model) if isinstance(t, ir.ExternalTensor)), "")
+    base = next((str(t.base_dir) for t in _initialised(model) if isinstance(t, ir.ExternalTensor)), "")
     for tensor in tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
             onnx.external_data_helper.load_external_data_for_tensor(tensor, base)
@@ -52,11 +53,33 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
 
 def stored_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, those of subgraphs too."""
-    return sum(nbytes(t) for t in stored_tensors(model))
+    return sum(nbytes(t) for t in _initialised(model))
 
 
-def stored_tensors(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+def _initialised(model: ir.Model) -> Iterable[ir.TensorProtocol]:
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
+
+
+def stored_tensors(model: ir.Model) -> dict[ir.Value, ir.TensorProtocol]:
+    """Every stored tensor, those of subgraphs and of Constant nodes too."""
+    found = {}
+    for graph in all_graphs(model.graph):
+        values = (*graph.initializers.values(), *(v for node in graph for v in node.outputs))
+        found.update({v: tensor for v in values if (tensor := held_tensor(v)) is not None})
+    return found
+
+
+def identity(model: ir.Model) -> str:
+    """The same for two models of the same operators, with the same attributes, and the same numbers, whatever their names."""
+    digest = hashlib.sha256()
+    for node in all_nodes(model.graph):
+        digest.update(f"{node.domain}:{node.op_type}:{len(node.inputs)}:{len(node.outputs)}".encode())
+        for name in sorted(node.attributes):
+            made = ir.to_proto(node.attributes[name])
+            digest.update(made.SerializeToString(deterministic=True) if not made.HasField("g") else name.encode())
+    for tensor in stored_tensors(model).values():
+        digest.update(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes())
+    return digest.hexdigest()

@@ -12,8 +12,8 @@ from bnfold.algebra.geometry import pointwise
 
 from ..graph.constants import FLOATS
 from ..graph.walk import arg, attribute, in_training, number, whole
+from .absorbing import scale_of, scaled
 from .commuting import used
-from .dynamic import scale_of, scaled
 from .lowering import OnnxLowering
 
 

@@ -12,8 +12,8 @@ from bnfold.algebra import weights
 from bnfold.algebra.graph import Graph
 
 from . import absorbing, affine, commuting
+from .absorbing import FUSED
 from .commuting import elementwise, reduced, several, windowed
-from .fused import FUSED
 from .lowering import Lower, OnnxLowering, by_first
 from .movement import MOVES, sequence, taken
 from .settings import settings

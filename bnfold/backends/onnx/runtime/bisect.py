@@ -16,8 +16,7 @@ import onnx_ir as ir
 
 from bnfold.errors import UnsupportedError
 
-from ..graph.extract import extract
-from ..graph.inline import inlined
+from ..graph.edit import extract, inlined
 from ..graph.proto import self_contained, stored_bytes
 from .providers import resolve, runtime
 

@@ -1,19 +1,24 @@
-"""Copies of a module, whose classes may have a way of their own of making them."""
+"""Copies of modules, whose classes may have a way of their own of making them, and the mean of several.
+
+Keras layers are torch modules where Keras runs on PyTorch; Keras itself is asked for only where a model brings it. It copies a layer by
+saving and loading it. That builds its variables anew, in the same order, but under other names, in the types of its configuration, and
+outside of all that is shared with others. So a copy is given what Python's own would hold.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import UnsupportedError
+from bnfold.errors import ModelError, UnsupportedError
 from bnfold.text import first_line
-
-from . import keras
 
 COPIED = "its copy"  # by Python's own means
 
@@ -53,15 +58,15 @@ def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't b
     own = dict(memo)
     told = f"{type(module).__name__} {consequence}"
     try:
-        for layer in keras.outermost(module):
-            memo[id(layer)] = keras.copied(layer, memo)
-        copied = copy.deepcopy(module, memo)
+        for layer in outermost(module):
+            memo[id(layer)] = copied(layer, memo)
+        made = copy.deepcopy(module, memo)
     except Exception as error:  # what an attribute holds may raise anything
         why = f"{_uncopied(module, own)} ({first_line(error)})"
         raise UnsupportedError(f"{told}: {why}; take it off before, or {WAY_OUT}") from error
-    if why := _no_copy(module, copied, shared):
+    if why := _no_copy(module, made, shared):
         raise UnsupportedError(f"{told}: {why}; {WAY_OUT}")
-    return copied
+    return made
 
 
 def _uncopied(module: nn.Module, memo: dict[int, Any]) -> str:
@@ -138,3 +143,71 @@ def _own_copy(module: nn.Module) -> str:
     if hasattr(kind, "__deepcopy__"):
         return "__deepcopy__"
     return next((name for name in ("__reduce_ex__", "__reduce__") if getattr(kind, name) is not getattr(object, name)), "")
+
+
+def outermost(module: nn.Module) -> Iterator[Any]:
+    """The Keras layers of a module that stand in no other one."""
+    keras = sys.modules.get("keras")
+    if keras is None:
+        return
+    stack = [module]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, keras.layers.Layer):
+            yield each
+        else:
+            stack.extend(each.children())
+
+
+def copied(layer: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a layer by Keras, with the tensors and hooks that Python's would have. memo: of the deep copy that it is a part of.
+
+    Raises ValueError where Keras gives something else than a copy.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the state of an optimiser, which is none of the model
+        found = copy.deepcopy(layer)
+    mine, theirs = ([*_parts(layer)], [*_parts(found)])
+    if [type(each) for each in mine] != [type(each) for each in theirs] or len(layer.variables) != len(found.variables):
+        raise ValueError("Keras's own copy has other layers or variables")
+    memo.update(zip(map(id, mine), theirs, strict=True))
+    for variable, other in zip(layer.variables, found.variables, strict=True):
+        if tuple(variable.shape) != tuple(other.shape):
+            raise ValueError(f"Keras's own copy has {variable.path} in another shape")
+        other._path, other._value = variable._path, copy.deepcopy(variable._value, memo)
+    for one, other in zip(mine, theirs, strict=True):
+        if "_torch_params" in one._modules:
+            other._modules["_torch_params"] = copy.deepcopy(one._modules["_torch_params"], memo)
+        other.training = one.training
+        for name, value in vars(one).items():
+            if name.endswith("_hooks") or name not in vars(other):
+                vars(other)[name] = copy.deepcopy(value, memo)
+    return found
+
+
+def _parts(layer: Any) -> Iterator[Any]:
+    """A layer and all in it, some of which are registered as modules and some are not."""
+    modules = (module for each in layer._flatten_layers() for module in each.modules() if hasattr(module, "_flatten_layers"))
+    yield from {id(module): module for module in modules}.values()
+
+
+def average(models: Sequence[Any], shares: Sequence[float]) -> nn.Module:
+    """A copy of the first module with the mean of all their parameters and buffers, in float64; integers are the first one's.
+
+    Raises ModelError where the others have other weights, UnsupportedError where one is no module.
+    """
+    if not all(isinstance(model, nn.Module) for model in models):
+        raise UnsupportedError("exported programs aren't averaged, nor modules with other kinds of models: give the checkpoints")
+    states = [model.state_dict() for model in models]
+    for state in states[1:]:
+        if odd := next((name for name in states[0].keys() ^ state.keys()), None):
+            raise ModelError(f"the models are of different networks: one of them has no weight {odd}")
+        if odd := next((name for name, tensor in states[0].items() if tensor.shape != state[name].shape), None):
+            raise ModelError(f"the models are of different networks: {odd} has another shape in one of them")
+    made = duplicate(models[0])
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            if tensor.is_floating_point():
+                mean = sum(share * state[name].double() for share, state in zip(shares, states, strict=True))
+                tensor.copy_(mean)
+    return made
