@@ -7,11 +7,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bnfold.errors import DataError, UnsupportedError, UsageError
+from bnfold.model import Model
 from bnfold.report import RecalibrateReport, VerifyReport
 
 from . import statistics_file as kept_statistics
@@ -22,9 +23,6 @@ from .moments import Moments, pool
 from .plan import Plan
 from .protocol import BatchNorm, Measurement, Progress
 from .recalibrate import Target, called, data_of, fitting
-
-if TYPE_CHECKING:
-    from bnfold.model import Model
 
 
 def measure_part(

@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bnfold.algebra.rounding import narrowed
+from bnfold.data import Batch, InputSpec
 from bnfold.errors import NothingToDoError, UsageError
 from bnfold.text import meant
 
@@ -24,10 +25,6 @@ from .methods import Statistics
 from .moments import Pointwise
 from .protocol import BatchNorm, Reading, Stage
 from .schedule import Cut, N, NormCall, Operation, cut
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, InputSpec
-
 
 Select = Callable[[str], bool]
 

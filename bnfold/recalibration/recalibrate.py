@@ -9,13 +9,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bnfold._version import __version__
-from bnfold.data import WHOLE, digest
+from bnfold.data import WHOLE, Batch, Data, InputSpec, digest
 from bnfold.data.inputs import check_feeds
 from bnfold.data.memory import repeatable, within_memory
 from bnfold.errors import DataError, NothingToDoError, UsageError
+from bnfold.model import Model
 from bnfold.report import RecalibrateReport
 
 from .distributed import Processes, processes
@@ -26,10 +27,6 @@ from .plan import Plan, Selection, every
 from .protocol import Progress
 from .scoring import Scores, effect, score, score_if_fits
 from .statistics_file import fingerprint
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, Data, InputSpec
-    from bnfold.model import Model
 
 PILOT = 64  # samples of the first trial of `until`
 GROWTH = 16  # times as many samples, at most, in the next trial

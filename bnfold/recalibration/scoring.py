@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bnfold.data import Array, Data
+from bnfold.data.samples import Run
 from bnfold.errors import DataError
+from bnfold.model import Model
 from bnfold.report import Accuracy, Effect, Word
 from bnfold.text import counted
 
-if TYPE_CHECKING:
-    from bnfold.data import Array, Data
-    from bnfold.data.samples import Run
-    from bnfold.model import Model
-
-    from .protocol import Progress
+from .protocol import Progress
 
 SURE = 2.0  # standard errors from which on a difference counts
 SUM = 1e-3  # how far probabilities in half precision miss a sum of 1

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bnfold.api import AnyModel, M, Progress, made, place, recalibrate, told
 from bnfold.backends import open as backends
 from bnfold.errors import UsageError
 from bnfold.model import Model
+from bnfold.recalibration.methods import Method
 from bnfold.report import RecalibrateReport
-
-if TYPE_CHECKING:
-    from bnfold.recalibration.methods import Method
 
 
 def measure_part(

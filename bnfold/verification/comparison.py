@@ -6,15 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from bnfold.data.spec import Port
 from bnfold.errors import UnsupportedError, UsageError
 from bnfold.model import Model
+from bnfold.recalibration.protocol import Progress
 from bnfold.text import listed, meant
-
-if TYPE_CHECKING:
-    from bnfold.recalibration.protocol import Progress
 
 
 def silent(stage: str, done: int, total: int | None) -> None:

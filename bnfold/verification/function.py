@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from bnfold.data import Batch
 from bnfold.errors import DataError, UnsupportedError
 from bnfold.model import Runner
 from bnfold.report import Function
@@ -18,9 +19,6 @@ from .comparison import Comparison
 from .inputs import moved, sample_count
 from .noise import Errors, Noise, numbers
 from .yardstick import FEW, FUNCTION_LIMIT, MANY, Run, Scale, Truth, function_ratio
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 PLENTY = 256  # numbers of an output, from which one run with moved weights tells the noise well enough for a quick check
 MOVED = 2  # runs with moved weights at each of the other sizes

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from bnfold.data import Batch
 from bnfold.data.random import whole_numbers
+from bnfold.data.samples import Run
 from bnfold.errors import UnsupportedError, UsageError
 from bnfold.model import Model
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
-    from bnfold.data.samples import Run
 
 SAMPLES = 32  # compared where nobody says how many
 LARGE = 1 << 17  # numbers in one sample; of samples as large as a photograph a few are enough, since they give many outputs

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from bnfold.algebra.graph import Node, Value
+from bnfold.data import Batch
 from bnfold.folding.plan import normal_form
 from bnfold.folding.search import Outcome
 from bnfold.model import Model, Stream
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 
 class Normal:

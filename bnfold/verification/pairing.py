@@ -9,13 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, operator
-
-if TYPE_CHECKING:
-    from bnfold.folding.plan import NormalForm
+from bnfold.folding.plan import NormalForm
 
 NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm"}
 MOST_EXTRA = 4  # operators in a row that one side may have more

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.settings import settings
+from bnfold.data import Batch
 from bnfold.errors import BnfoldError, UnsupportedError
 from bnfold.model import Model
 
@@ -21,9 +22,6 @@ from .inputs import another
 from .noise import FLOOR, plain, variation
 from .roundoff import output_axis
 from .yardstick import Run, Truth
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 EXACT = 1e-9  # of the largest number: within this two runs in float64 agree
 CHUNK = 64  # inner values looked at in one run, so that they needn't all be kept

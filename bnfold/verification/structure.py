@@ -7,7 +7,7 @@ others in a row that may be of other kinds: a BatchNorm against a Mul and an Add
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,9 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Array
 from bnfold.algebra.graph import Graph, Node, Value, Window
 from bnfold.algebra.settings import Setting, differing, differing_moves, place, same, settings
+from bnfold.folding.plan import NormalForm
 
 from .pairing import Walk, comparable, product_before, through
-
-if TYPE_CHECKING:
-    from bnfold.folding.plan import NormalForm
 
 STATISTICS = ("gain", "mean")  # what of a BatchNorm isn't a parameter
 FIXED = (*STATISTICS, "shift")  # likewise of any affine map

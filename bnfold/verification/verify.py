@@ -16,13 +16,16 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bnfold.data import Batch
 from bnfold.data.memory import repeatable, within_memory
 from bnfold.errors import UnsupportedError
 from bnfold.folding.clamps import clips_by_channel
 from bnfold.folding.options import PLAIN, FoldOptions
+from bnfold.folding.plan import NormalForm
 from bnfold.model import Model
+from bnfold.recalibration.protocol import Progress
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
 from .coefficients import Correspondence, correspond
@@ -35,11 +38,6 @@ from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
 from .inputs import given, is_large, is_several, random, resized, shortened
 from .verdict import Findings, verdict
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
-    from bnfold.folding.plan import NormalForm
-    from bnfold.recalibration.protocol import Progress
 
 RANDOM = "random data"
 # What may have been done besides folding: one thing, or several.

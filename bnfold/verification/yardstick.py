@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bnfold.data import Batch
 from bnfold.errors import DataError, UnsupportedError
 
 from .noise import FLOOR, Errors, Noise, Outputs, deviation, plain, variation, worst_part
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 Run = Callable[["Batch"], Outputs]
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnfold.algebra.graph import Node, Value, Window
 from bnfold.algebra.settings import differing, differing_moves, operator
+from bnfold.data import Batch
 from bnfold.errors import BnfoldError
 
 from ..normal_form import Normal
@@ -22,9 +22,6 @@ from .channel_order import orders
 from .fold_mistakes import mistakes, other_statistics
 from .sides import Compared, Sides
 from .weights import Both, Coefficient, both_planned, channels_off, worst_coefficient
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 UNEXPLAINED = "nothing that was tried explains it"
 SETTINGS = ("groups", "window", "x", "w", "y", "axis", "axes", "signs", "factors")  # they decide which places an operator reads

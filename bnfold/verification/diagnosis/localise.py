@@ -6,15 +6,15 @@ first of those that both have is looked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from bnfold.algebra.graph import Value
+from bnfold.data import Batch
 from bnfold.errors import BnfoldError
 from bnfold.model import Model
 from bnfold.report import Difference
 
+from ..coefficients import Mismatch
 from ..comparison import Comparison
 from ..preconditions import CHUNK, chunks, only
 from ..roundoff import output_axis
@@ -23,11 +23,6 @@ from ..yardstick import FUNCTION_LIMIT, Truth, function_ratio
 from .causes import cause_of, is_right
 from .sides import Compared, Located, Sides, compare_values, sides_of
 from .weights import Coefficient
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
-
-    from ..coefficients import Mismatch
 
 
 def first_difference(both: Comparison, found: Findings) -> tuple[str | None, Located | None]:

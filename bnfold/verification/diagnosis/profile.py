@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnfold.algebra.graph import Node, Value
+from bnfold.data import Batch
 from bnfold.errors import BnfoldError
 from bnfold.report.verify import LayerError, Mark, PairedOperator
 
 from ..noise import plain
 from ..normal_form import Normal
 from .sides import Sides, Values, together
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 Row = tuple[Node | None, Node | None]  # the reference's operator and the candidate's
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bnfold.algebra.graph import Node, Window
+from bnfold.data import Batch
 from bnfold.errors import UnsupportedError
 from bnfold.model import Model, Stream
 from bnfold.report import Difference
@@ -23,9 +24,6 @@ from ..normal_form import Normal
 from ..pairing import Pair, counterparts
 from ..roundoff import output_axis
 from ..yardstick import ARITHMETIC, FUNCTION_LIMIT, Truth, function_ratio
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 Values = npt.NDArray[Any]
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from bnfold.data import Batch, InputSpec
 from bnfold.errors import UnsupportedError
 
 from .ranges import taken
 from .shapes import Shapes
 from .walk import axes
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, InputSpec
 
 
 def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:

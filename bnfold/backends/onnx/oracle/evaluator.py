@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ from onnx import inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpFunction, OpRun, RuntimeContextError
 
+from bnfold.data import Batch
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
 from bnfold.text import listed
@@ -33,9 +34,6 @@ from . import registry as oracle_ops
 from .extent import check_made, check_said, named
 from .quantised import state_steps
 from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 MOST_TURNS = 100_000  # of a loop
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from bnfold.data import Batch, InputSpec
 from bnfold.errors import HOW_TO_KEEP
 from bnfold.recalibration.moments import Pointwise
 from bnfold.recalibration.plan import Select, StagePlan, every
@@ -29,9 +30,6 @@ from . import operations
 from .operations import OnnxCall, OnnxCut, OnnxOperation
 from .stage import OnnxStage
 from .statistics import leave_training, name_values, replace
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, InputSpec
 
 
 def plan_of(model: ir.Model, *, select: Select = every, freeze: bool = False, provider: str = "cpu") -> OnnxPlan:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from bnfold.data import Batch
 from bnfold.errors import UnsupportedError
 
 from ..graph.edit import extract, inlined
 from ..graph.proto import self_contained, stored_bytes
 from .providers import resolve, runtime
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
+from bnfold.data import Batch, InputSpec
 from bnfold.data.inputs import check_feeds, samples_of
 from bnfold.data.memory import enough_memory, out_of_memory
 from bnfold.data.spec import shape_text
@@ -26,10 +27,6 @@ from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.walk import all_nodes
 from .placement import assigned, honoured, name_nodes, profiled
 from .providers import CPU, resolve, runtime, runtime_message, start
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, InputSpec
-
 
 LONGEST = 60  # seconds of a run with loops in it
 # Protocol buffers can't hold more; the margin is for the graph around the weights.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
+from bnfold.data import Batch, InputSpec
 from bnfold.folding.plan import missed
 from bnfold.recalibration.methods import Statistics
 from bnfold.recalibration.moments import Moments, Pointwise
@@ -41,9 +42,6 @@ from ..writing.simulated import keep_codes, rounded_with, simulating, with_stati
 from . import operations
 from .operations import TorchCall, TorchCut, TorchOperation
 from .stage import StoredTensors, TorchStage
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, InputSpec
 
 NAMELESS = "the module holds them under no name, so there is no place to write others"
 WITHOUT_MODULE = "it has none, and there is no module here that could keep them"

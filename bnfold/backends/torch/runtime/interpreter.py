@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx import Node as Op
 
+from bnfold.data import Batch
 from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.text import first_line
@@ -30,9 +31,6 @@ from ..export.walk import FLOATS, dtype_of, function, is_tensor, mutates, operat
 from ..export.weights import weights
 from .session import moved, precise, seed_of
 from .widen import call, reads_bits, widened, writes_bits
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch
 
 
 class Interpreter(torch.fx.Interpreter):

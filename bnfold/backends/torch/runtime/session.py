@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.capture import Switch
+from bnfold.data import Batch, InputSpec
 from bnfold.data.inputs import check_feeds, samples_of
 from bnfold.data.memory import enough_memory
 from bnfold.errors import DataError, DeviceError, OutOfMemoryError, UnsupportedError, UsageError
@@ -31,9 +32,6 @@ from ..export.tensors import flat_outputs, to_numpy, to_tensor
 from ..export.trace import Traced
 from ..export.walk import in_training, is_batchnorm, mutates, written
 from ..export.weights import weights
-
-if TYPE_CHECKING:
-    from bnfold.data import Batch, InputSpec
 
 MOVED = 1 / 12  # the share of stored numbers that move by a unit in the last place, with the variance of rounding itself
 
