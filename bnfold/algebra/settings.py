@@ -7,7 +7,7 @@ an attribute in one version of an operator and an input in the next by one name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,9 +98,14 @@ def reduction(operator: str, axes: Any, rank: int, *, keeps: Any = True) -> Comm
 
 
 def settings(node: Node) -> Settings:
-    """Those of an operator."""
+    """Those of an operator; what it fills with as it is planned."""
     stated: Stated | None = node.attrs.get("settings")
-    return Settings(node.label, unread=UNREAD) if stated is None else stated()
+    found = Settings(node.label, unread=UNREAD) if stated is None else stated()
+    if "fill" not in node.params:
+        return found
+    fill = {"value": float(node.params["fill"].read())}
+    common = None if found.common is None else (found.common[0], {**found.common[1], **fill})
+    return replace(found, values={**found.values, **fill}, common=common)
 
 
 def operator(node: Node) -> str:
@@ -136,10 +141,11 @@ def differing(p: Node, q: Node) -> tuple[list[Setting], str]:
         return [], f"{name} stands where the candidate has {q.label} {q.name}"
     if one.flows.keys() != other.flows.keys():
         return [], f"{name} is set by other computed values than {q.label} {q.name}"
+    coefficients = {"value"} if "fill" in p.params and "fill" in q.params else set()
     found = [
         Setting(f"{name} has {_shown_both(key, *both)}", _is_number(both[0]), _is_widespread(*both))
         for key in mine[1]
-        if key in theirs[1] and not same(*(both := (mine[1][key], theirs[1][key])))
+        if key in theirs[1] and key not in coefficients and not same(*(both := (mine[1][key], theirs[1][key])))
     ]
     only = sorted(mine[1].keys() ^ theirs[1].keys())
     return found, f"{name} states its {only[0]} in one of the models alone" if only and not found else ""

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Node, Param
+from bnfold.algebra.graph import Node, Param, Tensor
 from bnfold.folding.branches import Merge
 from bnfold.folding.plan import NormalForm
 
@@ -78,7 +78,8 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
 
 def chain_errors(one: AffineChain, other: AffineChain) -> Iterator[tuple[str, UnitErrors]]:
     """Of the maps of affine operators in a row: scale and shift."""
-    unit, tiny = precision(float(other.nodes[0].attrs["limit"]))
+    stored = (param.tensor for node in other.nodes for param in node.params.values() if param.tensor is not None)
+    unit, tiny = max(map(precision, (float(other.nodes[0].attrs["limit"]), *map(_rounded_in, stored))))
     limit = LIMIT if unit > DOUBLE else DOUBLE_LIMIT
     for role, want, have, magnitude in coefficients_of(one, other):
         yield role, UnitErrors(want, have, in_units(want, have, magnitude, unit, tiny), unit, min(1, max(want.ndim - 1, 0)), limit)
@@ -176,8 +177,13 @@ def _limit(pair: ParameterPair) -> float:
     params = (b.params.get(its_role), a.params.get(role), *b.params.values(), *a.params.values())
     for tensor in (param.tensor for param in params if param is not None):
         if tensor is not None:
-            return tensor.limit if tensor.cast_from is None else tensor.cast_from
+            return _rounded_in(tensor)
     return float(a.attrs.get("limit", np.finfo(np.float32).max))
+
+
+def _rounded_in(tensor: Tensor) -> float:
+    """The largest number of the type in which a tensor was rounded."""
+    return tensor.limit if tensor.cast_from is None else tensor.cast_from
 
 
 def _channel_axis(node: Node, role: str, rank: int) -> int:

@@ -49,6 +49,11 @@ OTHERWISE = (
 )
 
 
+def _weights(plan: NormalForm) -> int:
+    """How many operators have weights, of which a doubled one is one more."""
+    return sum("weight" in node.params for node in plan.graph.nodes)
+
+
 def _holds_norms(plan: NormalForm) -> bool:
     """Whether there are normalisations with a scale of their own."""
     return any(node.op == "Normalisation" for node in plan.graph.nodes)
@@ -210,14 +215,14 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
 
 
 def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None]:
-    """Level 1: where something has no counterpart, also as if more had been done than folding."""
+    """Level 1: where something has no counterpart, or another one, also as if more had been done than folding."""
     both.progress("weights", 0, 1)
     try:
         found, best = correspond(both.reference.plan(), both.candidate.plan()), PLAIN
-        if found.unpaired:
+        if found.unpaired or (found.mismatches and _weights(both.candidate.plan()) > _weights(both.reference.plan())):
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                done = how.clone or (how.clamps and clips_by_channel(both.candidate.plan().graph))
+                done = found.unpaired and (how.clone or (how.clamps and clips_by_channel(both.candidate.plan().graph)))
                 if not other.unpaired and (done or not other.mismatches):  # else a mistake is taken for what nobody did
                     found, best = other, how
                     break

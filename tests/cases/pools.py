@@ -268,6 +268,12 @@ CASES.case("constant Pad of 2, BatchNorm without shift", 49, draw=partial(padded
 CASES.case("zero Pad at opset 9", 49, draw=padded, opset=9, left=1, reason=r"pad|Pad|shift|fill")
 
 
+@CASES.case("zero Pad, and a BatchNorm that is alike in all channels", 49)
+def _(net: Net) -> None:
+    params = [net.weight(np.full(6, value)) for value in (2, 1, 0.25, 0.9)]
+    net.output(net.bn(net.pad(net.conv(net.input("N", 4, "H", "W"), 4, 6), 0, 0, 1, 2, 0, 0, 1, 0), 6, params=params))
+
+
 @CASES.case("zero Pad of no width", 49)
 def _(net: Net) -> None:
     net.output(net.bn(net.pad(net.conv(net.input("N", 4, "H", "W"), 4, 6), *[0] * 8), 6))

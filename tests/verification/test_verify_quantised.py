@@ -53,6 +53,26 @@ def test_right_folds_are_equivalent_on_all_levels(stored: bool) -> None:
     assert crossed or stored, "the activations of these networks cross steps"
 
 
+@pytest.mark.parametrize("scale_type", [np.float16, np.float32])
+def test_a_doubled_layer_of_one_channel_counts_as_rounded_where_its_scale_is(scale_type: type) -> None:
+    """It looks like the BatchNorm whose place it takes: both are one number and a shift, in float64 here, and the scale is not."""
+    net = Net("one channel", opset=19, dtype="float64")
+    x = net.input("N", 1, 9, 9)
+    w = net.op("DequantizeLinear", net.constant(np.array([[[[101]]]], np.int8)), net.constant(np.array([0.0077], scale_type)), axis=0)
+    y = net.op("Conv", x, net.op("Cast", w, to=onnx.TensorProto.DOUBLE))
+    net.output(net.bn(y, 1), net.conv(net.bn(y, 1), 1, 5, 2))
+    model = net.model()
+    fused, report = bnfold.fuse(model, clone=True)
+    assert report.batchnorms.after == 0
+    found = bnfold.verify(model, fused)
+    assert (found.verdict, found.levels.coefficients.verdict) == ("equivalent", "equivalent"), found.reason
+    spoilt = onnx.ModelProto()
+    spoilt.CopyFrom(fused)
+    scale = next(t for t in spoilt.graph.initializer if t.data_type == helper.np_dtype_to_tensor_dtype(np.dtype(scale_type)))
+    scale.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(scale) * 1.01).astype(scale_type), scale.name))
+    assert bnfold.verify(model, spoilt).verdict == "different"
+
+
 def by_hand(model: onnx.ModelProto) -> onnx.ModelProto:
     """Another tool's fold, in float32 arithmetic."""
     made = onnx.ModelProto()

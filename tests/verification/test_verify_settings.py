@@ -312,3 +312,15 @@ def test_settings_in_both_frameworks(function: Callable[[Any], Any], verdict: st
     other = copy.deepcopy(net)
     other.convolution.stride = (1, 1)
     assert bnfold.verify(other, file, example=X, coefficients_only=True).verdict != "equivalent"
+
+
+def test_a_fill_is_held_against_the_one_that_is_planned() -> None:
+    rows = {"gamma": np.full(4, 2, F), "beta": np.ones(4, F), "mean": np.full(4, -0.5, F), "var": np.ones(4, F)}
+    norm = helper.make_node("BatchNormalization", ["p", *rows], ["y"], name="bn")
+    model = built(conv(), helper.make_node("Pad", ["h", "borders"], ["p"], name="pad"), norm, **rows)
+    fused, report = bnfold.fuse(model)
+    assert report.layers[0].into == ("conv", "pad")
+    assert bnfold.verify(model, fused).levels.coefficients.verdict == "equivalent"
+    fill = next(t for t in fused.graph.initializer if t.name == fused.graph.node[1].input[2])
+    fill.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(fill) * F(1.0001), fill.name))
+    assert bnfold.verify(model, fused).verdict == "different"
