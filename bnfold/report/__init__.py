@@ -17,6 +17,7 @@ from .others import BenchReport as BenchReport
 from .others import ExplainReport as ExplainReport
 from .others import Latency as Latency
 from .others import PipelineReport as PipelineReport
+from .others import Timing as Timing
 from .recalibrate import Accuracy as Accuracy
 from .recalibrate import Effect as Effect
 from .recalibrate import LayerStatistics as LayerStatistics

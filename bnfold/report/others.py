@@ -41,25 +41,32 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchReport(Report):
-    """Medians over interleaved rounds, in seconds per call; ratio: candidate / reference of these, with its 95 % interval by a bootstrap
-    over the rounds, each of which has both. latencies: of the reference's and the candidate's single calls.
+class Timing:
+    """Of one batch size: medians over interleaved rounds, in seconds per call; ratio: candidate / reference of these, with its 95 %
+    interval by a bootstrap over the rounds, each of which has both. latencies: of the reference's and the candidate's single calls.
     """
 
-    schema = "bnfold.bench/1"
-    provider: str
-    rounds: int
     batch_size: int
     reference: float
     candidate: float
     ratio: float
     ratio_low: float
     ratio_high: float
-    optimisation: str = "on"  # ONNX Runtime's own: "off" or "on"
     latencies: tuple[Latency, ...] = ()
-    threads: int | None = None  # that one operator may use; None is the runtime's choice
 
     @property
     def faster(self) -> str:
         """Which one is, "reference" or "candidate"; empty where the interval holds 1: then these rounds don't tell."""
         return "candidate" if self.ratio_high < 1 else "reference" if self.ratio_low > 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Timing, Report):
+    """The first batch size, and under `timings` all of them."""
+
+    schema = "bnfold.bench/1"
+    provider: str
+    rounds: int
+    optimisation: str = "on"  # ONNX Runtime's own: "off" or "on"
+    threads: int | None = None  # that one operator may use; None is the runtime's choice
+    timings: tuple[Timing, ...] = ()

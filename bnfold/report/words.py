@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bnfold.text import counted
+from bnfold.text import counted, listed
 
 from .base import Report
 from .fuse import Counts, FuseReport, InspectReport
@@ -49,6 +49,10 @@ def _parts(report: Report) -> Iterator[str]:
     elif isinstance(report, ExplainReport):
         yield report.what
     elif isinstance(report, BenchReport):
+        if len(report.timings) > 1:
+            ratios = listed(f"{row.ratio:.3g}{'' if row.faster else ' (noise)'}" for row in report.timings)
+            yield f"the candidate takes {ratios} times as long as the reference at batch {listed(row.batch_size for row in report.timings)}"
+            return
         times = f"{report.ratio:.3g} times as long as the reference ({report.ratio_low:.3g} to {report.ratio_high:.3g})"
         yield f"the candidate takes {times}" if report.faster else f"no difference beyond noise: the candidate takes {times}"
 

@@ -14,7 +14,7 @@ from bnfold.report.verify import VerifyReport
 from bnfold.report.words import headline
 from bnfold.text import counted
 
-from . import Headline, Line, Part, Row, Table, folded, tables, verified
+from . import Headline, Line, Part, Row, folded, tables, verified
 from .tables import NAMELESS
 
 SHARE = re.compile(r"(\d+)%")
@@ -130,16 +130,10 @@ def _pipeline(report: PipelineReport, verbose: bool) -> Iterator[Part]:
 
 def _bench(report: BenchReport, verbose: bool) -> Iterator[Part]:
     """Two models side by side."""
-    cells = [
-        (name, *(f"{each * 1e3:.3g} ms" for each in (found.p50, found.p95, found.p99)), f"{found.throughput:.3g}/s")
-        for name, found in zip(("reference", "candidate"), report.latencies, strict=True)
-    ]
-    yield Table("Latency", ("model", "median of a call", "95 %", "99 %", "samples"), cells, prose=False, names=())
+    yield tables.timings(report)
+    yield Line("candidate / reference with its 95 % interval; where 1 is within that, these rounds show no difference")
     threads = "" if report.threads is None else f", {counted(report.threads, 'thread')}"
-    how = f"batch {report.batch_size}, {report.provider}, optimisation {report.optimisation}{threads}"
-    yield Line(f"{report.rounds} interleaved rounds; {how}")
-    noise = "" if report.faster else "; 1 is within it, so these rounds show no difference"
-    yield Line(f"candidate / reference: {report.ratio:.3g} (95 % interval {report.ratio_low:.3g} to {report.ratio_high:.3g}{noise})")
+    yield Line(f"{report.rounds} interleaved rounds, {report.provider}, optimisation {report.optimisation}{threads}")
 
 
 _PARTS: dict[type, Callable[[Any, bool], Iterator[Part]]] = {

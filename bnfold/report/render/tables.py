@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bnfold.report.fuse import FuseReport, InspectReport
-from bnfold.report.others import PipelineReport
+from bnfold.report.others import BenchReport, PipelineReport
 from bnfold.report.recalibrate import LayerStatistics, RecalibrateReport
 from bnfold.report.verify import VerifyReport
 from bnfold.report.words import compared, facts, percent, score
-from bnfold.text import counted
+from bnfold.text import counted, figure
 
 from . import Bar, Line, Part, Row, Table, joined, levels
 
@@ -84,6 +84,18 @@ def _moved(layer: LayerStatistics) -> tuple[str, ...]:
     return (*worst, f"{layer.stderr:.2g}", f"{layer.var_stderr:.2g}")
 
 
+def timings(report: BenchReport) -> Table:
+    """A row for each batch size: how long calls take, and how many samples that makes."""
+    cells = []
+    for row in report.timings:
+        cells.append([f"{row.batch_size:,}"])
+        for side in row.latencies:
+            cells[-1] += [*(f"{each * 1e3:.3g} ms" for each in (side.p50, side.p95, side.p99)), figure(side.throughput)]
+        cells[-1].append(f"{row.ratio:.3g} ({row.ratio_low:.3g} to {row.ratio_high:.3g})")
+    sides = (title for side in ("reference", "candidate") for title in (side, "95 %", "99 %", "samples/s"))
+    return Table("Latency, the median of a call", ("batch", *sides, "ratio"), cells, prose=False, names=(), spare=(3, 7, 4, 8, 2, 6))
+
+
 def measured(report: RecalibrateReport, *, held: bool = True) -> str:
     """On what statistics were measured, and how; held: and with how much memory."""
     spilled = f", {_mebibytes(report.spilled_bytes)} spilled to disk" if report.spilled_bytes else ""
@@ -140,7 +152,8 @@ def first_difference(report: VerifyReport) -> Iterator[Line]:
         place = f"channel {d.channel}, at ({', '.join(map(str, d.position))})" if d.channel is not None else ""
         numbers = f"{d.found:.6g} where {d.expected:.6g} is expected" if d.expected is not None and d.found is not None else ""
         where = ", ".join(filter(None, (d.what, place)))
-        yield Line(f"  {': '.join(filter(None, (where, numbers)))}")
+        if numbers or where != "output":
+            yield Line(f"  {': '.join(filter(None, (where, numbers)))}")
         yield Line(f"  likely cause: {d.cause}")
 
 
