@@ -139,7 +139,7 @@ def nothing_to_fold(model: Model) -> str:
     if not isinstance(counts, Mapping):
         return model.nothing_to_fold
     names = ", ".join(_stated(found or {})) or "a model in memory"
-    return f"{NO_BATCHNORM}: bnfold has folded it already ({counts.get('before')} BatchNorms before, from {names})"
+    return f"{NO_BATCHNORM}; bnfold has folded it already ({counts.get('before')} BatchNorms before, from {names})"
 
 
 def verified(fused: Any, report: VerifyReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from itertools import chain, count
@@ -17,10 +18,22 @@ def counted(n: int, what: str, form: str = "") -> str:
     return f"{n:{form}} {what}{'s' * (n != 1)}"
 
 
+def figure(x: float) -> str:
+    """Three digits, and never an exponent for what is large: `0.032`, `32.1`, `2,030`."""
+    return f"{float(f'{x:.3g}'):,.0f}" if 100 <= x < math.inf else f"{x:.3g}"
+
+
 def listed(names: Iterable[object], word: str = "and") -> str:
     """`a`, `a and b`, `a, b and c`."""
     texts = [str(n) for n in names]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}" if texts else ""
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """`'a', 'b'`, and of many the first few: `'a', 'b', 'c', 'd', 'e' and 3 more`; `none`."""
+    texts = [*map(repr, names)]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return (", ".join(texts[:most]) + more) or "none"
 
 
 def meant(name: str, names: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ def test_operators_of_onnx_are_of_the_rule_that_names_them(rule: str) -> None:
 
 
 def test_an_operator_is_found_by_its_rule_or_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    for what in ("Max", "MaxPool", "max_pool2d"):
+    for what in ("Max", "MaxPool", "max_pool2d", "nn.MaxPool2d", "torch.amax", ""):
         assert run(["explain", what]) == 0
         assert "max(s*x + t) = s*max(x) + t if s >= 0" in capsys.readouterr().out
     assert run(["explain", "MaxPol"]) == 2
@@ -45,4 +45,6 @@ def test_a_layer_says_why_it_stays_and_what_would_let_it_go(here: Path, capsys: 
     assert "it folds into conv" in capsys.readouterr().out
     assert run(["explain", "bm", "model.onnx"]) == 2
     assert "there are 'bn'" in capsys.readouterr().err
+    assert run(["explain", "model.onnx"]) == 2
+    assert "model.onnx is a file: name one of its BatchNorms before it" in capsys.readouterr().err
     assert bnfold.explain("bn", bnfold.load("none.onnx")).what == "bn"

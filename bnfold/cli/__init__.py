@@ -110,7 +110,8 @@ def _explain(error: Exception) -> int:
     if isinstance(error, usage):
         context = getattr(error, "ctx", None)
         asked = context.command_path if context is not None else "bnfold"
-        return _say(f"error: {error.format_message().rstrip('.')}; see '{asked} --help'", 2)
+        said = error.format_message().rstrip(".").replace(". Did you mean", "; did you mean")
+        return _say(f"error: {said}{' See' if said.endswith('?') else '; see'} '{asked} --help'", 2)
     if isinstance(error, (MemoryError, RuntimeError)) and out_of_memory(error):
         return _say("error: out of memory; give a smaller --batch-size or --input-shape, or for recalibration a smaller --memory-budget", 5)
     if isinstance(error, OSError) and error.strerror:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bnfold._version import __version__
 
@@ -25,13 +27,47 @@ EXAMPLES = {
     "explain": "bnfold explain MaxPool",
 }
 
+RANGE = re.compile(r"; x>=[\d.]+|  \[x>=[\d.]+\]")  # that a count is a count
+NAMES = 21  # columns of a help page for options; a longer one has a line of its own
+
+
+class Command(TyperCommand):
+    """One whose help is short: a line for most options, in sections without boxes."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(_placeholder(each) for each in self.params if each.param_type_name == "argument")]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for each in self.get_params(ctx):
+            if (record := each.get_help_record(ctx)) is None:
+                continue
+            is_option = each.param_type_name == "option"
+            title = getattr(each, "rich_help_panel", None) or ("Options" if is_option else "Arguments")
+            name, text = record if is_option else (_placeholder(each), str(vars(each)["help"]))
+            sections.setdefault(title, []).append((name.ljust(NAMES), RANGE.sub("", text)))
+        formatter.write("\n")
+        for title, records in sections.items():
+            formatter.write_heading(title)
+            with formatter.indentation():
+                formatter.write_dl(records, col_max=NAMES)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Without line breaks, so that the example can be copied."""
+        formatter.write(f"\n{self.epilog}\n")
+
+
+def _placeholder(argument: Any) -> str:
+    return argument.metavar if argument.required or argument.metavar.startswith("[") else f"[{argument.metavar}]"
+
+
 app = typer.Typer(
     name="bnfold",
     help="Recalibrate, fold and verify the BatchNorm layers of trained networks.",
     epilog="Exit status: 0 done or equivalent; 1 the check failed; 2 usage; 3 an input can't be read, or is unsafe or invalid; "
     "4 nothing to do, or unsupported; 5 a device or provider is not available; 6 inconclusive; 70 a defect of bnfold; 130 interrupted.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -39,17 +75,19 @@ app = typer.Typer(
 def command_line(*, everything: bool) -> Any:
     """The parser of the whole command line. everything: whether its help shows what few need, too."""
     made: Any = typer.main.get_command(app)
+    made.commands = {name: made.commands[name] for name in (each.replace("_", "-") for each in EXAMPLES)}
     for each in made.commands.values():
         for parameter in each.params:
             parameter.hidden = parameter.hidden and not everything
         if not everything and any(getattr(parameter, "hidden", False) for parameter in each.params):
-            each.epilog += f"\n\nMore options: bnfold {each.name} --help-all"
+            each.epilog += f"\nMore options: bnfold {each.name} --help-all"
     return made
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """A command of the application, with its example under its help."""
-    app.command(epilog=f"Example: {EXAMPLES[function.__name__]}")(grouped(function))
+    about = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+    app.command(cls=Command, short_help=about, epilog=f"Example: {EXAMPLES[function.__name__]}")(grouped(function))
     return function
 
 

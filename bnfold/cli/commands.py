@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def recalibrate(
 ) -> int:
     """Measure every BatchNorm's mean and variance afresh on your data.
 
-    By default exactly, in one pass, layer by layer: the statistics are those of all the data as one batch, whatever the batch size. The old
-    ones are kept in OUT.before.npz. Under torchrun, the processes share the data and write one result.
+    By default exactly, in one pass: the statistics are those of all data as one batch. The old ones are kept in OUT.before.npz. Under
+    torchrun, the processes share the data.
     """
     how, data, out = task.measuring, task.data, task.out
     loading, settings = how.loading, how.settings(of_part=task.shard is not None)
@@ -282,12 +283,15 @@ def bench(
 ) -> None:
     """Time two models side by side.
 
-    In turn, round by round, so that a change in the machine's speed meets both: the ratio holds where the seconds don't.
+    In turn, round by round, so that a change in the machine's speed meets both: the ratio holds where the seconds don't. With several
+    numbers (--batch-size 1,8,32), at each batch size.
     """
     from bnfold.verbs.benchmark import bench as run
 
     with Job(reporting) as job, running.fallback():
         provider = running.one_provider(reference, candidate)
         one, other = (loading.load(path, job) for path in (reference, candidate))
-        how = feeding.compared(data, one, job) | {"map_inputs": o.pairs(map_input, "--map-input")}
+        sizes = feeding.batch_sizes
+        feeding = dataclasses.replace(feeding, batch_sizes=sizes and [max(sizes)])
+        how = feeding.compared(data, one, job) | {"batch_size": sizes, "map_inputs": o.pairs(map_input, "--map-input")}
         job.finish(run(one, other, **how, provider=provider, rounds=rounds, optimise=not unoptimised, threads=threads))

@@ -45,7 +45,7 @@ def average(
 @command
 def explain(
     *,
-    what: str = o.argument("RULE|LAYER", "An operator or a rule; with MODEL, one of its BatchNorms."),
+    what: str | None = o.argument("[RULE|LAYER]", "An operator or a rule, or all of them; with MODEL, one of its BatchNorms."),
     model: Path | None = o.argument("[MODEL]", "The model that the BatchNorm is in.", read=o.model_file),
     loading: Loading,
     shaping: Shaping,
@@ -54,6 +54,8 @@ def explain(
     """Say what can cross an operator, or why a BatchNorm stays and what would let it go."""
     from bnfold.verbs.explanations import explain as run
 
+    if model is None and what and Path(what).is_file():
+        raise UsageError(f"{what} is a file: name one of its BatchNorms before it, which `bnfold inspect {what}` lists")
     with Job(reporting) as job:
         loaded = None if model is None else loading.load(model, job)
-        job.finish(run(what, loaded, example=None if loaded is None else shaping.call(loaded)))
+        job.finish(run(what or "", loaded, example=None if loaded is None else shaping.call(loaded)))

@@ -18,7 +18,7 @@ from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
 from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
-from bnfold.text import duration, listed, visible
+from bnfold.text import duration, figure, listed, visible
 
 from .options import OUTPUT, option
 from .streams import reader_may_leave
@@ -38,13 +38,13 @@ EVERY = 10.0  # seconds between two plain lines of progress
 class Reporting:
     """Where the report goes."""
 
-    as_json: bool = option("--json", "The report as JSON on standard output, and nothing else there.", OUTPUT)
+    as_json: bool = option("--json", "The report as JSON on standard output, nothing else.", OUTPUT)
     report: Path | None = option("--report", "Write the report to a file too.", OUTPUT, "FILE.json")
     html: Path | None = option("--html", "Write the report as a page, for a browser.", OUTPUT, "FILE.html")
     force: bool = option("--force", "Overwrite files that exist.", OUTPUT)
     verbose: bool = option("-v --verbose", "Show every layer and every figure.", OUTPUT)
     quiet: bool = option("-q --quiet", "No progress and no remarks.", OUTPUT)
-    recipe: str | None = option("--recipe", "A set of options in bnfold.toml or pyproject.toml.", OUTPUT, "NAME")
+    recipe: str | None = option("--recipe", "Options of bnfold.toml or pyproject.toml.", OUTPUT, "NAME")
     debug: bool = option("--debug", "Show the traceback of an error.", OUTPUT)
 
 
@@ -115,7 +115,7 @@ class Job:
         found = [f"{done:,}" if total is None else f"{done:,} of {total:,}"] if done or total else []
         if done > first and now > begun:
             rate = (done - first) / (now - begun)
-            found += [f"{rate:.3g}/s", *([] if total is None else [f"{duration(max(total - done, 0) / rate)} left"])]
+            found += [f"{figure(rate)}/s", *([] if total is None else [f"{duration(max(total - done, 0) / rate)} left"])]
         self._step = next((i for i, step in enumerate(self._steps) if i >= self._step and stage.startswith(step)), self._step)
         name = f"step {self._step + 1} of {len(self._steps)}, {stage}" if self._steps else stage
         if self._err.is_terminal:

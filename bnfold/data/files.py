@@ -42,9 +42,9 @@ def read(path: Path) -> Any:
 
 
 def _npz(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):  # numpy takes what is no archive for a pickle, and says that
+        raise ValueError("this is no zip archive, or a damaged one")
     with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("this is no zip archive")
         return dict(file)
 
 

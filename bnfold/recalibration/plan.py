@@ -19,7 +19,7 @@ import numpy.typing as npt
 from bnfold.algebra.rounding import narrowed
 from bnfold.data import Batch, InputSpec
 from bnfold.errors import NothingToDoError, UsageError
-from bnfold.text import meant
+from bnfold.text import meant, some
 
 from .methods import Statistics
 from .moments import Pointwise
@@ -52,8 +52,7 @@ class Selection:
         for pattern in (*self._layers, *self._skipped):
             if not any(fnmatchcase(name, pattern) for name in self._asked):
                 names = list(self._asked)
-                told = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise UsageError(f"no BatchNorm is called {pattern!r}; there are {told or 'none'}{meant(pattern, names)}")
+                raise UsageError(f"no BatchNorm is called {pattern!r}; there are {some(names)}{meant(pattern, names)}")
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

@@ -121,7 +121,7 @@ def _check_labels(labels: Array, classes: int, data: Data) -> None:
     elif data.classes not in (None, classes):
         wrong = f"its {counted(data.classes or 0, 'sub-folder', ',')} can't be the network's {classes:,} classes, in sorted order"
     if wrong:
-        raise DataError(f"{data.description}: {wrong}; give labels that are, or leave the scores out (--eval none)")
+        raise DataError(f"{data.description.partition(': ')[0]}: {wrong}; give labels that are, or leave the scores out (--eval none)")
 
 
 def cross_entropy(outputs: Array, labels: Array) -> Array:

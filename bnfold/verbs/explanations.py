@@ -11,7 +11,7 @@ from bnfold import api
 from bnfold.algebra.rules import RULES
 from bnfold.errors import UsageError
 from bnfold.report import ExplainReport, Layer
-from bnfold.text import listed, meant
+from bnfold.text import listed, meant, some
 
 ANY, ORDERED, SCALES = "any map crosses", "maps cross whose scales aren't negative", "pure scalings cross, whose scales aren't negative"
 # Of each rule: which maps cross, the equation of which it is the proof, and operators that it is for.
@@ -82,7 +82,8 @@ ADVICE = (
 
 
 def explain(what: str, model: Any = None, *, example: Any = None) -> ExplainReport:
-    """What can cross an operator (the name of a rule, or of an operator of ONNX's or PyTorch's), or, of a model, why a BatchNorm stays.
+    """What can cross an operator (the name of a rule, or of an operator of ONNX's or PyTorch's; "" for all rules), or, of a model, why a
+    BatchNorm stays.
 
     Raises UsageError where there is nothing of that name.
     """
@@ -91,18 +92,23 @@ def explain(what: str, model: Any = None, *, example: Any = None) -> ExplainRepo
         found, names = list(_rules(what)), [*RULES, *(name for *_, names in WORDS.values() for name in names.split())]
         if not found:
             raise UsageError(f"no rule and no operator is called {what!r}: nothing crosses what isn't in the table{meant(what, names)}")
-        return ExplainReport(what=what, text=tuple(found), seconds=time.perf_counter() - start)
+        return ExplainReport(what=what or "the rules, by operators", text=tuple(found), seconds=time.perf_counter() - start)
     layers = {layer.name: layer for layer in api.inspect(model, example=example).layers}
     if what not in layers:
-        raise UsageError(f"no BatchNorm is called {what!r}; there are {listed(map(repr, layers)) or 'none'}{meant(what, layers)}")
+        raise UsageError(f"no BatchNorm is called {what!r}; there are {some(layers)}{meant(what, layers)}")
     return ExplainReport(what=what, text=tuple(_layer(layers[what])), seconds=time.perf_counter() - start)
 
 
 def _rules(what: str) -> Iterator[str]:
     for name, (crosses, equation, operators) in WORDS.items():
-        if what.lower() in (name.lower(), *operators.lower().split()):
+        if not what or _plain(what) in map(_plain, (name, *operators.split())):
             yield f"{name}: {crosses}; {equation}"
             yield f"  such as {', '.join(operators.split())}"
+
+
+def _plain(name: str) -> str:
+    """`nn.MaxPool2d`, `max_pool2d` and `MaxPool` alike."""
+    return re.sub(r"_|[123]d$", "", name.rpartition(".")[2].lower())
 
 
 def _layer(layer: Layer) -> Iterator[str]:

@@ -54,7 +54,7 @@ def test_an_onnx_model_is_written_as_onnx(here: Path, capsys: pytest.CaptureFixt
 
 NONSENSE = {
     "fold model.onnx": "No such command 'fold'; see",
-    "insect model.onnx": "No such command 'insect'. Did you mean 'inspect'?",
+    "insect model.onnx": "No such command 'insect'; did you mean 'inspect'? See 'bnfold --help'",
     "inspect": "Missing argument 'MODEL'",
     "inspect model.onnx --fast": "No such option: --fast",
     "recalibrate model.onnx -o out.onnx": "--data DATA is missing",

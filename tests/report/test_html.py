@@ -103,7 +103,7 @@ def test_a_page_says_what_the_report_knows(pages: dict[str, str]) -> None:
     assert all(title in shown["fuse"] for title in ("equivalent", "Size", "BatchNorms", "Weight ranges"))
     assert all(title in shown["verify"] for title in ("Error by layer", "Both networks", "folded into /stem/Conv", "takes up /bn/"))
     assert all(title in shown["pipeline"] for title in ("Scores", "Drift by channel", "Both networks", "improved"))
-    assert "median of a call" in shown["bench"]
+    assert "the median of a call" in shown["bench"]
 
 
 def test_names_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Any) -> None:

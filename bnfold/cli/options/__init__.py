@@ -56,6 +56,10 @@ RARE = {
     "--accept-harm",
     "--trust-pickle",
     "--restore",
+    "--resume",
+    "--mean",
+    "--std",
+    "--baseline",
     "--shard",
     "--stats",
     "--image-size",
@@ -87,7 +91,7 @@ def option(
     `typer.Option` has it. Without a default it must be given, but for a type that has None in it, and for bool, which is False.
     """
     settings = {"show_default": default not in (MISSING, None), "hidden": names.split()[-1] in RARE} | more
-    made = typer.Option(*names.split(), help=help, rich_help_panel=panel, metavar=metavar, **settings)
+    made = typer.Option(*names.split(), help=help, rich_help_panel=panel, metavar=metavar or ("N" if "min" in more else None), **settings)
     return dataclasses.field(default=default, metadata={DECLARED: made, READ: read and partial(read, option=names.split()[-1])})
 
 
@@ -216,7 +220,7 @@ def resize(text: str, option: str) -> int | tuple[int, int]:
 
 def counts(text: str, option: str) -> list[int]:
     """Numbers of samples from "100,250"."""
-    _matched(r"[1-9]\d*(,[1-9]\d*)*", text, option, "write one number for each model, such as 100,250")
+    _matched(r"[1-9]\d*(,[1-9]\d*)*", text, option, "write a number, 1 or more, or several with commas between, such as 100,250")
     return [int(n) for n in text.split(",")]
 
 
@@ -269,12 +273,12 @@ REFERENCE = argument("REFERENCE", "The model that is right.", read=model_file)
 CANDIDATE = argument("CANDIDATE", "The model to compare with it.", read=model_file)
 OUT = option("-o --output", "The file to write.", metavar="OUT")
 FORMS = (
-    "A .npy, .npz, .safetensors or .pt file; a folder of images or of .npy files; tar shards or .parquet files, as a folder or a pattern; "
-    "a folder of save_to_disk; FILE.py:FUNCTION or MODULE:FUNCTION that returns batches; or random."
+    "Arrays (.npy, .npz, ...), images (a folder, tar shards), tables (.parquet), "
+    "FILE.py:FUNCTION or MODULE:FUNCTION that returns batches, or random."
 )
 SPEC = option("--data", FORMS, metavar="DATA")
 SPEC_OR_RANDOM = option("--data", f"{FORMS} Default: random.", metavar="DATA")
-STRICT = option("--strict", "Fail, with status 1 and nothing written, if a BatchNorm stays.")
+STRICT = option("--strict", "Fail, and write nothing, if a BatchNorm stays.")
 MAP_INPUT = option("--map-input", "Which of the candidate's inputs is which; repeatable.", MODELS, "NAME=NAME")
 MAP_OUTPUT = option("--map-output", "The same of outputs; repeatable.", MODELS, "NAME=NAME")
 BASELINE = option(

@@ -15,7 +15,7 @@ from bnfold.certificates import folder_of
 from bnfold.errors import UsageError
 
 from ..job import Job
-from . import DATA, IMAGES, MODELS, OUTPUT, height_and_width, json_object, numbers, option, resize, shapes
+from . import DATA, IMAGES, MODELS, OUTPUT, counts, height_and_width, json_object, numbers, option, resize, shapes
 
 if TYPE_CHECKING:
     from bnfold.data.images import ImageOptions
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Loading:
     """How model files are read."""
 
-    arch: str | None = option("--arch", "What builds the network of a checkpoint; FILE.py:FACTORY too.", MODELS, "MODULE:FACTORY")
+    arch: str | None = option("--arch", "What builds a checkpoint, or FILE.py:FACTORY.", MODELS, "MODULE:FACTORY")
     arch_args: dict[str, Any] | None = option("--arch-args", "The arguments of --arch.", MODELS, "JSON", read=json_object)
     trust_pickle: bool = option("--trust-pickle", "Load files that can run code.", MODELS)
     ignore_keys: list[str] | None = option(
@@ -69,9 +69,9 @@ class Running:
     device: str | None = option("--device", "For PyTorch models.", MODELS, "cpu|cuda")
     provider: list[str] | None = option(
         "--provider",
-        "ONNX Runtime's execution provider: cpu (default), cuda, tensorrt:trt_fp16_enable=1, openvino, ...; repeatable.",
+        "ONNX Runtime's: cpu (default), cuda, openvino, ..., or tensorrt:trt_fp16_enable=1; repeatable.",
         MODELS,
-        "NAME[:OPTION=VALUE,...]",
+        "NAME",
     )
     allow_cpu_fallback: list[str] | None = option(
         "--allow-cpu-fallback",
@@ -101,9 +101,9 @@ class Shaping:
 
     input_shape: list[str] | None = option(
         "--input-shape",
-        "Shape of an input with open axes; of a module's, its type too, such as int64, where it isn't floating point; repeatable.",
+        "[NAME=]1,3,224,224[:TYPE] of an open input, or of a module's (1,16:int64); repeatable.",
         DATA,
-        "[NAME=]1,3,224,224[:TYPE]",
+        "SHAPE",
     )
     seed: int = option("--seed", "For everything random.", DATA, default=0, min=0)
 
@@ -176,9 +176,9 @@ class Imaging:
     max_bad: str | None = option("--max-bad", "How many images may be undecodable. Default: 1%.", IMAGES, "N|P%")
     preprocess: str | None = option(
         "--preprocess",
-        "As the model itself says (timm; hf: the file beside it), as torchvision does, or a configuration of timm or Hugging Face.",
+        "timm or hf, as the model or the file beside it says, torchvision, or a CONFIG.json of theirs.",
         IMAGES,
-        "timm|torchvision|hf|CONFIG.json",
+        "HOW",
     )
     image_size: tuple[int, int] | None = option("--image-size", "What the network gets.", IMAGES, "H[,W]", read=height_and_width)
     resize: int | tuple[int, int] | None = option(
@@ -186,7 +186,7 @@ class Imaging:
     )
     crop: bool | None = option("--crop/--no-crop", "Then: cut --image-size out of the centre, or resize to it.", IMAGES)
     crop_pct: float | None = option("--crop-pct", "In place of --resize: --image-size over it.", IMAGES, min=0.01, max=1.0)
-    scale: float | None = option("--scale", "Then: what pixels are multiplied by, 1/255 unless given.", IMAGES)
+    scale: float | None = option("--scale", "Then: what pixels are multiplied by, 1/255 unless given.", IMAGES, "X")
     mean: tuple[float, ...] | None = option("--mean", "Then: what is subtracted.", IMAGES, "R,G,B", read=numbers)
     std: tuple[float, ...] | None = option("--std", "Then: what it is divided by.", IMAGES, "R,G,B", read=numbers)
     interpolation: str | None = option("--interpolation", "bilinear, bicubic, nearest, lanczos, box or hamming.", IMAGES, "NAME")
@@ -216,9 +216,16 @@ class Feeding(Shaping):
     """What data go in."""
 
     images: Imaging
-    batch_size: int | None = option("--batch-size", "Samples that go through at once. Default: 8, or as the data come.", DATA, min=1)
-    samples: int | None = option("--samples", "Use at most so many samples. Default: all; to compare models, a few.", DATA, min=1)
+    batch_sizes: list[int] | None = option("--batch-size", "Samples at once. Default: 8, or as the data come.", DATA, "N", read=counts)
+    samples: int | None = option("--samples", "At most so many. Default: all; to compare models, a few.", DATA, min=1)
     column: str | None = option("--column", "Of a table: what goes in, where several columns could.", DATA, "NAME")
+
+    @property
+    def batch_size(self) -> int | None:
+        """The only one; UsageError where there are several."""
+        if self.batch_sizes is not None and len(self.batch_sizes) > 1:
+            raise UsageError(f"--batch-size {','.join(map(str, self.batch_sizes))}: this command takes one number")
+        return None if self.batch_sizes is None else self.batch_sizes[0]
 
     def open(self, spec: str, model: Any, job: Job, example: Any, *, samples: int | None = None) -> Any:
         """The user's data as batches; what is done to them is said on standard error. example: as `read` gives it."""

@@ -88,7 +88,7 @@ class Measuring:
     calibrating: Calibrating
     choosing: Choosing
     evaluate: str | None = option(
-        "--eval", "Labelled data to score before and after; none for no scores. Default: --data, where it has labels.", metavar="DATA"
+        "--eval", "Labelled data to score before and after, or none. Default: --data, where it has labels.", metavar="DATA"
     )
     accept_harm: bool = option("--accept-harm", "Write the model even where the scores say that it was harmed.")
     force_random: bool = option("--force-random", "Measure on random numbers, which no trained network has seen; with --method.", DATA)

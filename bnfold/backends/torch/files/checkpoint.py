@@ -198,9 +198,14 @@ def unpickled(path: Path, trust_pickle: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # unpickling runs any code
-        raise ModelError(
-            f"{path}: can't be unpickled ({type(error).__name__}: {one_line(error)}); is what it was saved with installed?"
-        ) from error
+        why = f"{type(error).__name__}: {one_line(error)}"
+        own = re.search(r"Can't get attribute '(\w+)' on <module '(?:bnfold\.)?__main__'", str(error))
+        if own is not None:
+            raise ModelError(
+                f"{path}: {own[1]} is a class of the very program that saved it, where no other finds it; save model.state_dict(), and "
+                f"give --arch FILE.py:{own[1]}, the file that has the class"
+            ) from error
+        raise ModelError(f"{path}: can't be unpickled ({why}); is what it was saved with installed?") from error
 
 
 def _what(text: str) -> str:
