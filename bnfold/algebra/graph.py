@@ -6,6 +6,7 @@ updates back. Nothing here holds a weight: a `Param` reads it when asked.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,7 +220,11 @@ class Graph:
             user.inputs[i] = source
             source.users.append((user, i))
         source.is_output |= output.is_output
-        self.nodes.remove(node)
+        self.take_out(node)
+
+    def take_out(self, node: Node) -> None:
+        """Take a node out of the order, which is that of the numbers."""
+        del self.nodes[bisect_left(self.nodes, node.index, key=lambda each: each.index)]
 
     def depth(self) -> int:
         """How many operators with parameters stand behind each other, at most."""

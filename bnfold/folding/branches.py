@@ -224,7 +224,7 @@ def _rewire(graph: Graph, add: Node, host: Node, branch: Node | None) -> None:
     if branch is not None:
         for value in branch.inputs:
             value.users = [(user, i) for user, i in value.users if user is not branch]
-        graph.nodes.remove(branch)
+        graph.take_out(branch)
     add.inputs = [host.output]
     host.output.users.append((add, 0))
     graph.bypass(add)

@@ -67,7 +67,7 @@ class Clones:
             for role, param in copy.params.items():
                 if param.tensor is not None:
                     param.tensor.users.remove((copy, role))
-            self.graph.nodes.remove(copy)
+            self.graph.take_out(copy)
         self.made.clear()
         self.graph.number()
 

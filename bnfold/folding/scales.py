@@ -13,7 +13,6 @@ nothing is shifted, and so ReLU and its kin, maxima, averages and padding with z
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -96,7 +95,7 @@ def scaled_together(value: Value, scale: Array, barred: Mapping[Node, str], live
     _assign(start, value, Affine.scaling(scale))
 
     def advance(state: State) -> list[State]:
-        _, node = heapq.heappop(state.agenda)
+        node = state.next()
         if node not in live:
             return [state]
         try:
@@ -160,7 +159,7 @@ def _settled(state: State, node: Node, given: list[Affine | None], out: Affine, 
 
 
 def _answer(state: State, node: Node, step: Step, scales: dict[Value, Affine]) -> State:
-    answer = state.take(node, step)
+    answer = state.copy().take(node, step)
     for value, a in scales.items():
         if value not in answer.maps and not _is_nothing(a):
             if value is node.output and len(node.outputs) > 1:

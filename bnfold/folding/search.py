@@ -5,7 +5,6 @@ Nothing changes until all of a site fits: a push works on a draft, and a refusal
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -160,12 +159,12 @@ def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_
         start.visit(node, sign)
 
     def advance(state: State) -> list[State]:
-        _, node = heapq.heappop(state.agenda)
+        node = state.next()
         try:
             steps = ways(node, state.maps)
         except Blocked as blocked:
             raise named(node, blocked) from None
-        states = [state.take(node, step) for step in steps]
+        states = [each.take(node, step) for each, step in zip([*(state.copy() for _ in steps[1:]), state], steps, strict=True)]
         for each, step in zip(states, steps, strict=True):
             hand_on(each, node, step.maps)
         return states
@@ -204,11 +203,13 @@ def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
 def _wanted(value: Value, demands: Maps) -> Affine:
     """What the users of a value, taken together, want to happen to it; elements that none of them reads are free."""
     wishes: list[tuple[str, Affine]] = []
+    all_as_is = False
     for user, i in value.users:
         if (user, i) in demands:
             wishes.append((f"is also used by {user.name}", demands[user, i]))
-        else:
+        elif user.op == "Move" or not all_as_is:  # one of those who read all of it speaks for the others
             wishes.append((f"is also used by {user.name}", _as_is(user, i, value)))
+            all_as_is |= user.op != "Move"
     if value.is_output:
         wishes.append(("is an output of the model", Affine.identity(value.rank or 0)))
     merged = None

@@ -22,17 +22,28 @@ ATTEMPTS = 64  # how many ways through the sums and products of one network are 
 @dataclass
 class State:
     agenda: list[tuple[int, Node]] = field(default_factory=list)  # a heap, the next to visit first
+    waiting: set[Node] = field(default_factory=set)  # those in it
     maps: Maps = field(default_factory=dict)
     draft: Draft = field(default_factory=dict)
     fail: Blocked | None = None
 
     def visit(self, node: Node, sign: int) -> None:
         """sign: 1 for an order from the front to the back, -1 for the reverse."""
-        if (sign * node.index, node) not in self.agenda:
+        if node not in self.waiting:
+            self.waiting.add(node)
             heapq.heappush(self.agenda, (sign * node.index, node))
 
+    def next(self) -> Node:
+        _, node = heapq.heappop(self.agenda)
+        self.waiting.remove(node)
+        return node
+
+    def copy(self) -> State:
+        return State(list(self.agenda), set(self.waiting), dict(self.maps), dict(self.draft))
+
     def take(self, node: Node, step: Step) -> State:
-        return State(list(self.agenda), dict(self.maps), self.draft | {(node, role): update for role, update in step.updates.items()})
+        self.draft.update({(node, role): update for role, update in step.updates.items()})
+        return self
 
 
 def search(start: State, advance: Callable[[State], list[State]]) -> State:

@@ -136,7 +136,7 @@ def _compared(
         nonlocal worst
         if errors is None:
             return False
-        worst = max(worst, float(errors.units.max(initial=0.0)))
+        worst = max(worst, errors.most)
         if (found := _mismatch(node, role, errors, once=once)) is not None:
             mismatches.append(found)
         return True
@@ -178,16 +178,16 @@ def _compared(
 def _mismatch(node: Node, role: str, errors: UnitErrors, *, once: bool) -> Mismatch | None:
     """What of an array is off by more than rounding explains; None where nothing is. once: whether what it is held against is rounded once
     at most; else it has factors in it, in float64, that were measured."""
-    units, axis = errors.units, errors.axis
-    most = float(units.max(initial=0.0))
+    most = errors.most
     alone = once and errors.unit > HALF and role == "weight" and most > ONCE and _stands_out(errors)
     if most <= errors.limit * (1 if once or errors.unit > DOUBLE else MEASURED) and not alone:
         return None
-    place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[axis]
+    want, have, units = errors.whole
+    place = np.atleast_1d(np.unravel_index(int(units.argmax()), units.shape or (1,)))[errors.axis]
     text = f"the {role} of {node.label} {node.name} is off by {most:.3g} times what rounding explains (channel {place})"
     text += "" if most > errors.limit else f", where the other channels are within {ONCE:.2g}"
     with np.errstate(all="ignore"):
-        small = (np.abs(errors.have - errors.want) <= ANOTHER_FORM * np.abs(errors.want)) | (units <= ANOTHER_FORM_UNITS)
+        small = (np.abs(have - want) <= ANOTHER_FORM * np.abs(want)) | (units <= ANOTHER_FORM_UNITS)
     return Mismatch(node, text, bool(np.mean(~small) >= 0.5), role == "weight" and _scaled(errors))
 
 

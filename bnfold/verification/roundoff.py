@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
+from bnfold.algebra.blocks import aligned, folded
 from bnfold.algebra.graph import Node, Param, Tensor
 from bnfold.folding.branches import Merge
 from bnfold.folding.plan import NormalForm
@@ -23,20 +28,32 @@ DOUBLE = 2.0**-53
 Summands = dict[Node, list[Array]]  # by operator
 
 
-class UnitErrors(NamedTuple):
-    """Of one parameter. units: |have - want| in units of roundoff; unit: this roundoff; axis: of the output channels; limit: in units."""
+@dataclass(frozen=True, eq=False)
+class UnitErrors:
+    """Of one parameter. made: arrays of the same shape, of which `measure` makes |have - want| in units of roundoff, in any block.
 
-    want: Array
-    have: Array
-    units: Array
+    unit: this roundoff; axis: of the output channels; limit: in units.
+    """
+
+    made: tuple[npt.NDArray[Any], ...]
+    measure: Callable[..., tuple[Array, Array, Array]]
     unit: float
     axis: int
     limit: float
 
+    @cached_property
+    def most(self) -> float:
+        """The largest of the units. (Block by block: the arrays may be large.)"""
+        return max((float(self.measure(*each)[2].max(initial=0.0)) for each in aligned(*self.made)), default=0.0)
+
+    @cached_property
+    def whole(self) -> tuple[Array, Array, Array]:
+        """want, have and units."""
+        return self.measure(*self.made)
+
     def by_channel(self) -> tuple[Array, Array, Array]:
         """want, have and units as matrices, a row a channel."""
-        rank, axis = self.units.ndim, self.axis
-        one, two, three = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) if rank else x.reshape(1, 1) for x in self[:3])
+        one, two, three = (np.moveaxis(x, self.axis, 0).reshape(x.shape[self.axis], -1) if x.ndim else x.reshape(1, 1) for x in self.whole)
         return one, two, three
 
 
@@ -51,29 +68,60 @@ def errors_of(pair: ParameterPair, hidden: Summands, merged: Mapping[Node, Array
     """
     a, role, b, its_role = pair
     if role in FIXED:
-        want, have = (np.asarray(node.attrs.get(role, role == "gain"), np.float64) for node in (a, b))
-        mine, theirs = np.abs(want), np.zeros(())
+        sides = [_Side(np.asarray(node.attrs.get(role, role == "gain"), np.float64)) for node in (a, b)]
     else:
         param, other = a.params[role], b.params[its_role]
         if not has(a, role) and not has(b, its_role) and param.default == other.default:
             return None
-        (want, mine), (have, theirs) = _read(param), _read(other)
-        order = order_of_axes(a, b) if a.op == b.op == "Contraction" and role == its_role == "weight" else None
-        if order is not None:
-            have, theirs = have.transpose(order), theirs.transpose(order)
+        sides = [_side(param), _side(other)]
+        if a.op == b.op == "Contraction" and role == its_role == "weight" and (order := order_of_axes(a, b)) is not None:
+            sides[1] = sides[1].transposed(order)
+    further = [merged[node] for node in (a, b) if role == "weight" and node in merged]
     try:
-        want, have, mine, theirs = np.broadcast_arrays(want, have, mine, theirs)
+        made = np.broadcast_arrays(*sides[0], *sides[1], *further)
     except ValueError:
-        raise ShapesDifferError(f"the {role} of {a.label} {a.name} has shape {have.shape} instead of {want.shape}") from None
-    magnitude = np.maximum(mine, theirs)
-    del mine, theirs  # they may be large
-    for node in (a, b) if role == "weight" else ():
-        magnitude = np.maximum(magnitude, merged[node]) if node in merged else magnitude
-    if role not in ("weight", *FIXED):
-        magnitude = np.maximum(*(_with(magnitude, hidden.get(node, ())) for node in (a, b)))
+        shapes = [np.broadcast_shapes(*(array.shape for array in side)) for side in sides]
+        raise ShapesDifferError(f"the {role} of {a.label} {a.name} has shape {shapes[1]} instead of {shapes[0]}") from None
+    shape, summed = made[0].shape, role not in ("weight", *FIXED)
+    if summed:
+        made = (*made, np.broadcast_to(np.maximum(*(_total(hidden.get(node, ()), shape) for node in (a, b))), shape))
+    shifted = tuple(bool(side.shift.any()) for side in sides)
     unit, tiny = precision(_limit(pair))
-    units = in_units(want, have, magnitude, unit, tiny)
-    return UnitErrors(want, have, units, unit, _channel_axis(a, role, units.ndim), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
+    measure = partial(_measure, shifted=shifted, summed=summed, unit=unit, tiny=tiny)
+    return UnitErrors(tuple(made), measure, unit, _channel_axis(a, role, len(shape)), LIMIT if unit > DOUBLE else DOUBLE_LIMIT)
+
+
+class _Side(NamedTuple):
+    """A parameter as it is stored, and the map that it awaits."""
+
+    array: npt.NDArray[Any]
+    scale: Array = np.ones(())
+    shift: Array = np.zeros(())
+
+    def transposed(self, order: Sequence[int]) -> _Side:
+        return _Side(*(each.transpose(order) if each.ndim == len(order) else each for each in self))
+
+
+def _side(param: Param) -> _Side:
+    array = param.original() if (source := param.source()) is None else source
+    return _Side(array) if param.update is None else _Side(array, param.update.scale, param.update.shift)
+
+
+def _measure(*made: npt.NDArray[Any], shifted: tuple[bool, ...], summed: bool, unit: float, tiny: float) -> tuple[Array, Array, Array]:
+    """want, have and the units in which they are apart. made: both sides, other magnitudes, last what to add if `summed`."""
+    (want, mine), (have, theirs) = (_read(*made[i : i + 3], shifted=shifted[i // 3]) for i in (0, 3))
+    magnitude = np.maximum(mine, theirs)
+    for each in made[6 : len(made) - summed]:
+        magnitude = np.maximum(magnitude, each)
+    return want, have, in_units(want, have, magnitude + made[-1] if summed else magnitude, unit, tiny)
+
+
+def _read(array: npt.NDArray[Any], scale: Array, shift: Array, *, shifted: bool) -> tuple[Array, Array]:
+    """A coefficient, and what its summands amount to: |S*w| + |T| for the update (S, T) of a stored w."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = array.astype(np.float64) * scale
+        size = np.abs(found)
+        return (found + shift, size + np.abs(shift)) if shifted else (found, size)
 
 
 def chain_errors(one: AffineChain, other: AffineChain) -> Iterator[tuple[str, UnitErrors]]:
@@ -82,25 +130,30 @@ def chain_errors(one: AffineChain, other: AffineChain) -> Iterator[tuple[str, Un
     unit, tiny = max(map(precision, (float(other.nodes[0].attrs["limit"]), *map(_rounded_in, stored))))
     limit = LIMIT if unit > DOUBLE else DOUBLE_LIMIT
     for role, want, have, magnitude in coefficients_of(one, other):
-        yield role, UnitErrors(want, have, in_units(want, have, magnitude, unit, tiny), unit, min(1, max(want.ndim - 1, 0)), limit)
+        measure = partial(_in_units_of, unit=unit, tiny=tiny)
+        yield role, UnitErrors((want, have, magnitude), measure, unit, min(1, max(want.ndim - 1, 0)), limit)
 
 
-def _with(magnitude: Array, summands: Iterable[Array]) -> Array:
-    """The magnitude with that of further summands, of which each has a number a channel, or else its largest counts for all."""
+def _in_units_of(want: Array, have: Array, magnitude: Array, unit: float, tiny: float) -> tuple[Array, Array, Array]:
+    return want, have, in_units(want, have, magnitude, unit, tiny)
+
+
+def _total(summands: Iterable[Array], shape: tuple[int, ...]) -> Array:
+    """The sum of magnitudes of which each has a number a channel, or else its largest counts for all."""
+    total = np.zeros((1,) * len(shape))
     for each in summands:
-        magnitude = magnitude + (each.reshape(magnitude.shape) if each.size == magnitude.size else each.max())
-    return magnitude
+        total = total + (each.reshape(shape) if each.size == math.prod(shape) else each.max())
+    return total
 
 
 def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: float) -> Array:
     """|have - want| over unit * magnitude; an error of `tiny` counts as none, and a number that is none by itself as infinite."""
     with np.errstate(all="ignore"):
         error = np.abs(have - want)
-        same = (error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have))
-        error = np.maximum(error - tiny, 0)
-        units = np.asarray(error / (unit * magnitude))
-    np.copyto(units, np.inf, where=np.isnan(units))
-    np.copyto(units, 0.0, where=same)
+        units = np.asarray(np.maximum(error - tiny, 0) / (unit * magnitude))
+        if np.isnan(units.max(initial=0.0)):
+            np.copyto(units, np.inf, where=np.isnan(units))
+            np.copyto(units, 0.0, where=(error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have)))
     return units
 
 
@@ -140,16 +193,11 @@ def merged_summands(merges: Iterable[Merge]) -> dict[Node, Array]:
 
 def _row_sums(node: Node) -> Array:
     """The sum of |W| over all that one output reads, the largest of all outputs."""
-    array = np.abs(node.params["weight"].original())
-    w, y = node.attrs.get("w"), node.attrs.get("y")
-    summed = tuple(i for i, name in enumerate(w) if name not in y) if w and y else tuple(range(1, array.ndim))
-    return np.asarray(array.sum(axis=summed).max(initial=0.0))
-
-
-def _read(param: Param) -> tuple[Array, Array]:
-    """A coefficient, and its `_magnitude`."""
-    found = param.read()
-    return found, np.abs(found) if param.update is None or not param.update.shift.any() else _magnitude(param)
+    param, outputs = node.params["weight"], node.output_axes
+    sums = np.zeros([n if axis in outputs else min(n, 1) for axis, n in enumerate(param.shape)])
+    for weight, _, part in folded(param, sums):
+        part += np.abs(weight).sum(axis=tuple(axis for axis, n in enumerate(part.shape) if n != weight.shape[axis]), keepdims=True)
+    return np.asarray(sums.max(initial=0.0))
 
 
 def _magnitude(param: Param) -> Array:
