@@ -14,7 +14,7 @@ import bnfold
 from bnfold import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "numpy")
+HEAVY = ("pydantic", "torch", "onnx", "onnxruntime", "onnx_ir", "numpy")
 
 
 def test_every_public_name_is_there() -> None:
@@ -71,3 +71,8 @@ def test_no_command_imports_torch(tmp_path: Path, digits: Path) -> None:
     lines = (["fuse", str(digits), "-o", fused], ["verify", str(digits), fused])
     code = f"from bnfold.cli import run\nfor line in {lines}:\n    assert run(line) == 0"
     assert "torch" not in loaded_by(code)
+
+
+def test_a_command_imports_nothing_to_read_its_options_with(digits: Path) -> None:
+    code = f"from bnfold.cli import run\nassert run({['fuse', str(digits), '--dry-run', '--no-verify', '--json']}) == 0"
+    assert "pydantic" not in loaded_by(code)  # which Typer would convert them by

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -76,12 +79,39 @@ def command_line(*, everything: bool) -> Any:
     """The parser of the whole command line. everything: whether its help shows what few need, too."""
     made: Any = typer.main.get_command(app)
     made.commands = {name: made.commands[name] for name in (each.replace("_", "-") for each in EXAMPLES)}
+    _convert_less(made)
     for each in made.commands.values():
+        _convert_less(each)
         for parameter in each.params:
             parameter.hidden = parameter.hidden and not everything
         if not everything and any(getattr(parameter, "hidden", False) for parameter in each.params):
             each.epilog += f"\nMore options: bnfold {each.name} --help-all"
     return made
+
+
+def _convert_less(command: Any) -> None:
+    """Let a command take texts, paths and what isn't given as they are: for its conversion Typer imports as much as NumPy."""
+    whole = command.get_params  # with the option for its help
+
+    def parameters(context: Any) -> list[Any]:
+        found: list[Any] = whole(context)
+        declared = signature(command.callback, eval_str=True).parameters
+        for parameter in (each for each in found if "process_value" not in vars(each)):
+            kind = get_args(declared[parameter.name].annotation)[0] if parameter.name in declared else None
+            kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+            parameter.process_value = partial(_value, parameter, parameter.process_value, kinds)
+        return found
+
+    command.get_params = parameters
+
+
+def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], context: Any, value: Any) -> Any:
+    if value is None and not parameter.required:
+        value = () if parameter.multiple or parameter.nargs != 1 else None
+        return value if parameter.callback is None else parameter.callback(context, parameter, value)
+    if parameter.callback is None and type(value) is str and Path in kinds:
+        return Path(value)
+    return value if parameter.callback is None and type(value) in kinds else convert(context, value)
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
