@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto
@@ -13,25 +14,25 @@ from ..files.save import to_proto
 from ..files.validate import tensors
 from .walk import all_graphs, all_nodes, held_tensor, nbytes, open_axes
 
+NOTHING = ir.Tensor(np.zeros(0))
+
 
 def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
     """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
-    proto = to_proto(model)
+    bare = model.clone()
+    for value in bare.graph.initializers.values():
+        value.const_value = NOTHING  # which is copied in no time
+    proto = to_proto(bare)
     del proto.graph.initializer[:]
     open_axes(proto.graph)
-    if initializers:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            assert tensor is not None
-            entry = ir.to_proto(tensor)
-            if entry.data_location == TensorProto.EXTERNAL:
-                entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
-            entry.name = name
-            proto.graph.initializer.append(entry)
-    else:
-        lean = onnx.ModelProto()
-        lean.CopyFrom(proto)  # what is deleted from a proto stays in its memory
-        proto = lean
+    for name, value in model.graph.initializers.items() if initializers else ():
+        tensor = value.const_value
+        assert tensor is not None
+        entry = ir.to_proto(tensor)
+        if entry.data_location == TensorProto.EXTERNAL:
+            entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
+        entry.name = name
+        proto.graph.initializer.append(entry)
     base = next((str(t.base_dir) for t in _initialised(model) if isinstance(t, ir.ExternalTensor)), "")
     for tensor in tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
