@@ -80,6 +80,7 @@ class Quantised:
     read: the codes. scale, zero: a number for each block. code: the codes' type, and its ends; kind: that in which scales are stored.
     one_scale: why one scale can't become several, "" where it can. one_zero: likewise why no zero may move. small: whether it may as well
     be stored in floats, as a bias may, where its codes can't take a map. source: what rounds to the codes, None where these are stored.
+    apart: whether its scale multiplies and does nothing else, so that it may be any number, of either sign.
     """
 
     read: Callable[[], Array]
@@ -95,6 +96,7 @@ class Quantised:
     one_zero: str = ""
     small: bool = False
     source: FloatSource | None = None
+    apart: bool = False
 
     def array(self) -> Array:
         """What the codes stand for."""
@@ -108,8 +110,8 @@ class Quantised:
         if not np.isfinite(factors).all():
             raise Blocked("is quantised, and its scale would be no number")
         blocks, axis = self.blocks, None
-        negative, dead = factors < 0, factors == 0
-        sizes = np.where(dead, 1.0, np.abs(factors))
+        negative, dead = (each & (not self.apart) for each in (factors < 0, factors == 0))
+        sizes = factors if self.apart else np.where(dead, 1.0, np.abs(factors))
         if (times := _by_block(sizes, blocks)) is None:
             blocks, axis = self._one_for_each(factors, one_scale)
             times = sizes
@@ -156,8 +158,9 @@ class Quantised:
         """The scales in their stored type."""
         scale = rounded(exact, self.kind)
         back = scale.astype(np.float64)
-        if not np.isfinite(back).all() or not (back > 0).all() or lost(exact, scale):
-            extreme = exact.ravel()[np.argmax(np.abs(np.log(exact)).ravel())]
+        if not np.isfinite(back).all() or (np.sign(back) != np.sign(exact)).any() or lost(exact, scale):
+            with np.errstate(divide="ignore"):
+                extreme = exact.ravel()[np.argmax(np.abs(np.log(np.abs(exact), where=exact != 0, out=np.zeros(exact.shape))))]
             raise Blocked(f"is quantised, and a scale of it would be {extreme:.3g}, which {self.kind} can't hold")
         return scale
 

@@ -191,6 +191,46 @@ stays(
 )
 
 
+# the same in plain operators, as exporters write it that know no QuantizeLinear
+def scaled(net: Net, shape: tuple[int, ...], kind: str, *, axis: int | None = 0, dtype: Any = np.int8) -> Value:
+    """Integers times a scale. kind: how they are made: stored, or of a float weight."""
+    s = net.weight(net.rng.uniform(0.01, 0.02, [n if i == axis else 1 for i, n in enumerate(shape)] if axis is not None else ()), "s")
+    if "stored" in kind:
+        info = np.iinfo(dtype)
+        q = net.op("Cast", net.constant(net.rng.integers(info.min, info.max + 1, shape).astype(dtype), "q"), to=1)
+    else:
+        q = net.op("Div", net.weight(net.normal(*shape)), s)
+        around = q
+        q = net.op("Round", net.op("Add", q, net.scalar(3)) if "zero" in kind else q)
+        q = net.op("Add", net.op("Sub", q, around), around) if "gradient" in kind else q
+        q = net.op("Clip", q, net.scalar(-128), net.scalar(127))
+    if "zero" in kind:
+        q = net.op("Sub", q, net.scalar(3))
+    return net.op("Mul", s, q) if "first" in kind else net.op("Mul", q, s)
+
+
+def by_mul(net: Net, op: str, kind: str, axis: int | None, dtype: Any) -> None:
+    x = net.input("N", 4, "H", "W") if "Conv" in op else net.input("N", 4)
+    net.output(net.bn(net.op(op, x, scaled(net, SHAPES[op], kind, axis=axis, dtype=dtype)), 6))
+
+
+for kind, op, axis, dtype in (
+    ("stored", "Conv", 0, np.int8),
+    ("stored, a zero point", "MatMul", 1, np.uint8),
+    ("rounded", "Conv", 0, np.int8),
+    ("rounded, a zero point", "Conv", None, np.int8),
+    ("rounded, the scale first", "ConvTranspose", 1, np.int8),
+    ("rounded past the gradient", "Gemm", None, np.int8),
+):
+    CASES.case(
+        f"integers that a Mul scales, {kind}, in a {op}",
+        52,
+        draw=partial(by_mul, op=op, kind=kind, axis=axis, dtype=dtype),
+        double=False,
+        notes="none of its integers changes",
+    )
+
+
 @CASES.case("int8 filter with computed scales", 41, double=False, notes="none of its integers changes", opset=19)
 def _(net: Net) -> None:
     scale = net.op("Mul", net.constant(np.full(6, 0.02, net.dtype)), net.constant(np.array(0.5, net.dtype)))

@@ -16,8 +16,9 @@ from bnfold.algebra.rounding import rounded
 
 from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
 from .constants import FLOATS, Constants
-from .walk import MICROSOFT, attribute, behind_identity, is_standard, whole
+from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_tensor, whole
 
+AROUND = {"Clip", "Min", "Max", "Add", "Sub"}  # what stands between a Round and the scale: bounds, zero points, a way past the gradient
 MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 # Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
 ROUNDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
@@ -39,18 +40,40 @@ def rounding(name: str) -> str:
 
 
 def dequantised(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
-    """The DequantizeLinear that makes a constant, None where there is none, and what lays it out anew behind it, the last first."""
+    """The DequantizeLinear that makes a constant, or the Mul that scales its integers, None where there is neither, and what lays it out
+    anew behind that, the last first."""
     between: list[ir.Node] = []
     while (node := value.producer()) is not None and is_standard(node) and node.op_type in MOVING and node.inputs[0] is not None:
         between.append(node)
         value = node.inputs[0]
-    return (node, between) if node is not None and is_standard(node) and node.op_type == "DequantizeLinear" else (None, [])
+    known = node is not None and ((is_standard(node) and node.op_type == "DequantizeLinear") or integers(node) is not None)
+    return (node, between) if known else (None, [])
+
+
+def integers(node: ir.Node) -> int | None:
+    """Which input of a Mul are integers, that the other one scales: rounded in the graph, or stored; None where neither, or both."""
+    found = [i for i, value in enumerate(node.inputs) if _are_whole(value)] if node.op_type == "Mul" and is_standard(node) else []
+    return found[0] if len(found) == 1 else None
+
+
+def _are_whole(value: ir.Value | None) -> bool:
+    while value is not None and (node := value.producer()) is not None and is_standard(node):
+        stored = None if node.op_type != "Cast" or node.inputs[0] is None else stored_tensor(node.inputs[0])
+        if node.op_type == "Round" or (stored is not None and stored.dtype not in FLOATS):
+            return True
+        if node.op_type not in MOVING | AROUND:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def stored_name(value: ir.Value) -> str:
     """What a constant is called in its file: one that is dequantised, or rounded before, as what is stored."""
-    node = value.producer()
-    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear", "Identity") and node.inputs[0] is not None:
+    node, way = value.producer(), {"DequantizeLinear", "QuantizeLinear", "Identity"}
+    if node is not None and (place := integers(node)) is not None:
+        value, way = node.inputs[place] or value, MOVING | AROUND | {"Round", "Div"}
+        node = value.producer()
+    while node is not None and node.op_type in way and node.inputs[0] is not None:
         value, node = node.inputs[0], node.inputs[0].producer()
     return value.name or ""
 
@@ -80,6 +103,8 @@ def _reshaped(stored: tuple[int, ...], made: tuple[int, ...]) -> Layout:
 
 def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | str:
     """How the constant that a DequantizeLinear makes is stored; where it may not change, a clause that says why."""
+    if (place := integers(node)) is not None:
+        return _multiplied(constants, node, place)
     codes, scale, zero = (*map(constants.get, node.inputs), None)[:3]
     kind = None if node.inputs[1] is None else constants.dtype(node.inputs[1])
     if codes is None or scale is None or kind is None or kind not in FLOATS:
@@ -109,6 +134,21 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
         small=codes.ndim == 1,  # a bias
         source=_source(constants, node, codes.dtype),
     )
+
+
+def _multiplied(constants: Constants, node: ir.Node, place: int) -> Quantised | str:
+    """The same of a Mul of integers by a scale; "" where that isn't how it is stored: its scale has more axes, or no type that is known."""
+    codes, scale = (constants.get(node.inputs[i]) for i in (place, 1 - place))
+    other = node.inputs[1 - place]
+    kind = None if other is None else constants.dtype(other)
+    if codes is None or scale is None or kind is None or kind not in FLOATS or codes.ndim < max(2, scale.ndim):
+        return ""
+    if np.broadcast_shapes(codes.shape, scale.shape) != codes.shape:
+        return ""
+    grid = scale.astype(np.float64).reshape((1,) * (codes.ndim - scale.ndim) + scale.shape)
+    blocks = tuple(n if size == 1 else 1 for n, size in zip(codes.shape, grid.shape, strict=True))
+    none, code = np.zeros((1,) * codes.ndim), np.dtype(np.float64)
+    return Quantised(lambda: codes, codes.shape, grid, none, blocks, code, -np.inf, np.inf, np.dtype(kind.numpy()), apart=True)
 
 
 def rounds_to(node: ir.Node) -> ir.Node | None:
@@ -144,11 +184,15 @@ def _source(constants: Constants, node: ir.Node, codes: np.dtype[Any]) -> FloatS
 
 
 def remade(node: ir.Node, made: Rescaled, code: np.dtype[Any], add: Callable[..., ir.Value], insert: Callable[..., ir.Node]) -> ir.Node:
-    """A DequantizeLinear like one, with new numbers, behind a QuantizeLinear where one rounds its array.
+    """A DequantizeLinear, or a Mul, like one, with new numbers, behind a QuantizeLinear where one rounds its array.
 
     code: the type of the codes. add: makes an initializer of a role and an array, in the place of a value whose name it gets if that goes.
     insert: makes a node like one, of inputs and attributes.
     """
+    if (place := integers(node)) is not None:
+        inputs = list(node.inputs)
+        inputs[1 - place] = add("scale", made.scale, inputs[1 - place])
+        return insert(node, inputs, node.attributes)
     maker = rounds_to(node) if made.source is not None else None
     first, old_scale, zero = (*node.inputs, None)[:3]
     blocked = whole(node, "block_size", 0) and made.scale.size > 1

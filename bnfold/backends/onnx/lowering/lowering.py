@@ -217,14 +217,14 @@ class OnnxLowering(Lowering):
     def _quantised(self, v: ir.Value) -> Quantised | str | None:
         """How a constant is quantised, if it is; a clause where it therefore can't change."""
         node, between = dequantised(v)
-        if len(self.shape(v)) < 2 and (node is None or between):
+        if len(self.shape(v)) < 2 and (node is None or between or node.op_type == "Mul"):
             return None  # a bias is small enough to become floats
         if node is None:
             return "is quantised, and computed further behind DequantizeLinear" if self._makers(v, "DequantizeLinear") else None
         if node not in self._known:
             self._known[node] = quantised(self.constants, self.opset, node)
         how = self._known[node]
-        return None if isinstance(how, Quantised) and how.small and between else how
+        return None if not how or (isinstance(how, Quantised) and how.small and between) else how
 
     def _untouchable(self, v: ir.Value | None) -> str:
         """Why an input can't be rewritten, in words that follow what it is."""
