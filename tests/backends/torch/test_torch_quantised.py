@@ -354,6 +354,18 @@ def test_a_program_whose_operators_observe_is_read_as_it_is_set(decomposed: bool
     assert bnfold.verify(program, bnfold.load(tmp_path / "fused.pt2"), [X]).verdict == "equivalent"
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_output_that_is_observed_stays_one(decomposed: bool) -> None:
+    torch.manual_seed(0)
+    quantise = ao.default_fused_act_fake_quant()
+    program = torch.export.export(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), quantise).eval(), (X,))
+    program = program.run_decompositions() if decomposed else program
+    fused, report = bnfold.fuse(program)
+    assert report.batchnorms.after == 0
+    assert bnfold.verify(program, fused, [X]).levels.coefficients.verdict == "equivalent"
+    assert run(fused, X)[0].shape == (4, 4, 6, 6)
+
+
 def test_the_operators_of_a_file_are_known_in_a_new_process(tmp_path: Any) -> None:
     torch.export.save(torch.export.export(network("conv", per_channel(stored=True)), (IMAGE,)), tmp_path / "net.pt2")
     run = [sys.executable, "-m", "bnfold", "fuse", str(tmp_path / "net.pt2"), "-o", str(tmp_path / "out.pt2")]

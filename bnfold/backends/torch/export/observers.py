@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.fx import Node as Op
 
 from .functional import graph_copy, with_graph
@@ -141,12 +141,16 @@ def _quantising(graph: torch.fx.Graph, given: dict[str, Any]) -> Op:
 
 
 def _without_updates(module: torch.fx.GraphModule, program: ExportedProgram) -> Any:
-    """The signature of a graph that no longer gives new numbers for the buffers that nothing writes into any more."""
+    """The signature of a graph that no longer gives new numbers for the buffers that nothing writes into any more; others may give what
+    those gave that did."""
     signature = copy.deepcopy(program.graph_signature)
     output = next(op for op in reversed(module.graph.nodes) if op.op == "output")
     inputs = {spec.arg.name for spec in signature.input_specs}
     given = list(zip(signature.output_specs, output.args[0], strict=True))
     kept = [(s, v) for s, v in given if not (s.kind == OutputKind.BUFFER_MUTATION and isinstance(v, Op) and v.name in inputs)]
+    for spec, value in kept:
+        if isinstance(value, Op) and isinstance(spec.arg, TensorArgument):
+            spec.arg = TensorArgument(value.name)
     signature.output_specs = [spec for spec, _ in kept]
     output.args = (tuple(value for _, value in kept),)
     return signature
