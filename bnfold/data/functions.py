@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import threading
@@ -86,16 +87,16 @@ def guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
     """The function, whose errors (and those of the iterator that it returns) become DataErrors with its name."""
 
     @contextlib.contextmanager
-    def named() -> Iterator[None]:
+    def named(when: str = "", advice: str = "") -> Iterator[None]:
         try:
             yield
         except (Exception, SystemExit) as error:
-            raise DataError(f"{spec} raised {type(error).__name__}: {first_line(error)}") from error
+            raise DataError(f"{spec} raised {type(error).__name__}{when}: {first_line(error)}{advice}") from error
 
     def items(iterator: Iterator[Any]) -> Iterator[Any]:
         end = object()
-        while True:
-            with named():
+        for number in itertools.count(1):
+            with named(f" instead of its batch {number}", "; see to it, and run again"):
                 item = next(iterator, end)
             if item is end:
                 return

@@ -7,11 +7,18 @@ goes from one to another is a few numbers per channel, so it goes through the ho
 from __future__ import annotations
 
 import os
+import re
+import socket
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
-from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
-from bnfold.text import first_line
+from bnfold.capture import overhearing
+from bnfold.errors import BnfoldError, DeviceError, UnsupportedError, UsageError
+from bnfold.text import first_line, listed
+
+TIMEOUT = 1800.0  # seconds that processes wait for each other, where nobody says how long; as PyTorch has it
+SOONER = 0.8  # of the timeout, after which the first process says which one is lost, before the others give up waiting for it
 
 
 class Processes:
@@ -28,9 +35,11 @@ class Processes:
 class Group(Processes):
     """A process group of torch.distributed (https://docs.pytorch.org/docs/stable/distributed.html): gloo, or nccl where the caller
     started one; made here from the environment that torchrun sets, unless there is one.
+
+    timeout: seconds after which a process that says nothing is lost, and all others end; of a group that is made here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
         try:
             import torch.distributed as dist
         except ImportError:
@@ -39,18 +48,35 @@ class Group(Processes):
         self._mine = not dist.is_initialized()
         if self._mine:
             try:
-                dist.init_process_group("gloo")
+                dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
             except (RuntimeError, ValueError, OSError) as error:
                 raise UsageError(f"the processes can't find each other: {first_line(error)}; start them with torchrun") from None
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size, self._timeout = dist.get_rank(), dist.get_world_size(), timeout
+        self._hosts = [f"process {number}" for number in range(self.size)]
+        self._hosts = self.gather(f"process {self.rank} on {socket.gethostname()}")
 
     def gather(self, found: Any) -> list[Any]:
         every: list[Any] = [None] * self.size
         try:
-            self._dist.all_gather_object(every, found)
+            with overhearing():
+                if self._mine:  # gloo alone can say who is missing
+                    wait = timedelta(seconds=self._timeout * (1 if self.rank else SOONER))
+                    self._dist.monitored_barrier(timeout=wait, wait_all_ranks=True)
+                self._dist.all_gather_object(every, found)
         except RuntimeError as error:
-            raise DataError(f"another process has stopped ({first_line(error)}): look at its message") from None
+            raise DeviceError(self._lost(str(error))) from None
         return every
+
+    def _lost(self, said: str) -> str:
+        """Which processes are lost, as far as this one knows."""
+        named = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
+        which = [int(number) for number in re.findall(r"\d+", named[1])] if named else [0] if "monitoredBarrier" in said else []
+        who = listed(self._hosts[number] for number in which) or "another process"
+        waits = ", or waits for one that has," if which == [0] and not named else ""
+        return (
+            f"{who} has stopped{waits} or said nothing for {self._timeout:g} s: look at its message and its machine; run again, with "
+            f"--resume to go on from what is measured, and with a longer --timeout where it was only slow"
+        )
 
     def close(self) -> None:
         """Let the group go, where it was made here."""
@@ -62,11 +88,14 @@ class Group(Processes):
 _group: Group | None = None
 
 
-def processes() -> Processes:
-    """The processes that this one belongs to: those that torchrun started, those of the caller's own process group, or itself."""
+def processes(timeout: float = TIMEOUT) -> Processes:
+    """The processes that this one belongs to: those that torchrun started, those of the caller's own process group, or itself.
+
+    timeout: see `Group`; the first call decides.
+    """
     global _group
     if _group is None and _several():
-        _group = Group()
+        _group = Group(timeout)
     return _group or Processes()
 
 

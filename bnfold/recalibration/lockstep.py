@@ -43,7 +43,7 @@ from .methods import TOGETHER, Method
 from .methods import method as chosen
 from .moments import Moments, Samples, pool
 from .plan import Plan
-from .protocol import BatchNorm, Measurement, Progress, Reading, Stage, Values
+from .protocol import NOTHING, BatchNorm, Measurement, Progress, Reading, Stage, Values
 from .spill import Frontier
 
 
@@ -148,7 +148,7 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm],
     own: dict[int, Moments] = {}
     seen = []
     for stage in stages:
-        values |= stage.run(values, own)
+        values |= _run(stage, values, index, own)
         for reading in stage.readings:
             moments = own[reading.call] = pool([_read(stage, values, reading, layers, index, samples_of(data))])
             if moments.count < 2:
@@ -156,6 +156,13 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm],
             seen.append((reading, moments))
         values = {name: values[name] for name in stage.keeps}
     return seen
+
+
+def _run(stage: Stage, values: Values, index: int, own: Mapping[int, Moments] = NOTHING) -> Values:
+    try:
+        return stage.run(values, own)
+    except DataError as error:
+        raise DataError(f"micro-batch {index + 1}: {error}") from None
 
 
 def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[int] | None = None) -> dict[int, str]:
@@ -203,7 +210,7 @@ def _in_lockstep(
                     if number == 0:
                         sizes.append(samples_of(values))
                     with enough_memory(sizes[index]):
-                        made = stage.run(values)
+                        made = _run(stage, values, index)
                         for reading in stage.readings:
                             method.add(mine[reading.layer], _read(stage, {**values, **made}, reading, layers, index, sizes[index]))
                     for name in frontier.names(index):

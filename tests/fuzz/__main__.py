@@ -3,6 +3,7 @@
     python -m tests.fuzz onnx --count 3000 --seed 0     mutated ONNX files, of the seeds from 0 on
     python -m tests.fuzz torch                          mutated files of PyTorch
     python -m tests.fuzz modules                        random networks as modules and exported programs
+    python -m tests.fuzz kills --count 200              commands that are killed while they write
     python -m tests.fuzz graphs --only 1234             one random network again, and what there is to say about it; --save FILE keeps it
 
 Status 1 where one fails: see the module of each kind for what that means.
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-KINDS = {"onnx": "onnx_files", "torch": "torch_files", "graphs": "graphs", "modules": "modules"}
+KINDS = {"onnx": "onnx_files", "torch": "torch_files", "graphs": "graphs", "modules": "modules", "kills": "kills"}
 
 
 def main() -> int:

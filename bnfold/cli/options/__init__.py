@@ -47,6 +47,7 @@ RARE = {
     "--freeze",
     "--force-random",
     "--memory-budget",
+    "--timeout",
     "--map-input",
     "--map-output",
     "--keep-per-tensor",

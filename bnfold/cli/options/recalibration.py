@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bnfold.certificates import kept
 from bnfold.errors import InputError, UsageError
 from bnfold.files import replacing, unreadable
+from bnfold.recalibration.distributed import TIMEOUT, processes
 
 from ..job import Job
 from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes
@@ -93,6 +94,9 @@ class Measuring:
     accept_harm: bool = option("--accept-harm", "Write the model even where the scores say that it was harmed.")
     force_random: bool = option("--force-random", "Measure on random numbers, which no trained network has seen; with --method.", DATA)
     resume: Path | None = option("--resume", "Keep what is measured, stage by stage, and go on from what is kept there.", DATA, "DIR")
+    timeout: float | None = option(
+        "--timeout", "torchrun: after so long a process that says nothing is lost, and all end (1800).", DATA, "SECONDS", min=1
+    )
     memory_budget: int = option(
         "--memory-budget",
         "Activations held in memory before they spill to disk.",
@@ -121,6 +125,7 @@ class Measuring:
                 "--data random: statistics of random numbers make a network useless; give data like those that it will see "
                 "(to try it all the same: --method NAME --force-random)"
             )
+        processes(self.timeout or TIMEOUT)
         example = self.feeding.read(model, data)
         batches = self.feeding.open(data, model, job, example, samples=self.feeding.samples)
         return batches, {"example": example, "batch_size": self.calibrating.batch_size(self.feeding), "progress": job.progress}
