@@ -25,9 +25,13 @@ ARCHIVES = (
 )
 
 
+LARGEST_INDEX = 1 << 26  # bytes
+INDEX = "*.safetensors.index.json"
+
+
 def kind_of(path: str | Path) -> str:
-    """ "pickle" (a checkpoint or a module), "safetensors", "pt2", "torchscript", or "timm" for a name; "onnx" for all else, which its
-    loader then judges."""
+    """ "pickle" (a checkpoint or a module), "safetensors", "shards" (an index of such), "pt2", "torchscript", or "timm" for a name; "onnx"
+    for all else, which its loader then judges."""
     if is_timm(path):
         return "timm"
     path = Path(path)
@@ -47,6 +51,8 @@ def kind_of(path: str | Path) -> str:
         return "onnx"
     if head[8:10] == b'{"' and 2 <= int.from_bytes(head[:8], "little") <= max(path.stat().st_size - 8, 0):
         return "safetensors"
+    if head.lstrip()[:1] == b"{" and path.stat().st_size <= LARGEST_INDEX and b'"weight_map"' in path.read_bytes():
+        return "shards"
     return "pickle" if head[:1] == b"\x80" and 2 <= head[1] <= 5 else "onnx"
 
 
@@ -99,13 +105,14 @@ def local(name: str | Path) -> Path:
             raise UsageError(f"{text}: write it as hf://OWNER/REPOSITORY/FILE, or hf://OWNER/REPOSITORY@REVISION/FILE")
         if len(text.partition(":")[0]) > 1 and ADDRESS.fullmatch(text):
             raise UsageError(f"{text}: an address, not a file; download it, or name it as hf://OWNER/REPOSITORY/FILE where it lies there")
-        return Path(name)
+        return _index_in(Path(name))
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UnsupportedError(f"{text}: fetching it needs huggingface_hub: pip install huggingface_hub, or download the file") from None
     file = found["file"]
-    wanted = [file, f"{file}_data", f"{file}.data", BESIDE, f"{Path(file).parent}/{BESIDE}"]
+    shards = f"{file.removesuffix(INDEX[1:])}-*.safetensors" if file.endswith(INDEX[1:]) else file
+    wanted = [file, shards, f"{file}_data", f"{file}.data", BESIDE, f"{Path(file).parent}/{BESIDE}"]
     try:
         path = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted)) / file
     except Exception as error:  # of the hub's own kinds, and of whatever carries its requests
@@ -114,3 +121,9 @@ def local(name: str | Path) -> Path:
     if not path.is_file():
         raise ModelError(f"{text}: there is no file {file} in that repository")
     return path
+
+
+def _index_in(path: Path) -> Path:
+    """The index of a folder's safetensors files, where it holds a single one; else the path itself."""
+    found = sorted(path.glob(INDEX)) if path.is_dir() else []
+    return found[0] if len(found) == 1 else path

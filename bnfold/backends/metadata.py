@@ -20,9 +20,13 @@ METADATA = 14  # the number of metadata_props in ModelProto
 
 
 def files_of(model: Any, path: Path) -> list[Path]:
-    """The model's file, and those beside it that hold an ONNX model's weights."""
+    """The model's file, and those beside it that hold its weights."""
     if family(model) != "onnx" or not hasattr(model.graph, "initializers"):
-        return [path]
+        if kind_of(path) != "shards":
+            return [path]
+        from .torch.files.shards import shards_of
+
+        return [path, *sorted(shards_of(path))]
     tensors = (value.const_value for value in model.graph.initializers.values())
     return [path, *sorted({Path(tensor.path) for tensor in tensors if hasattr(tensor, "path")})]
 

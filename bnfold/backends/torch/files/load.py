@@ -21,6 +21,7 @@ from bnfold.text import one_line
 from .architecture import Arch, build, from_timm
 from .archive import check_archive
 from .checkpoint import Say, put, state_of, surgery_of, unpickled
+from .shards import state_in
 
 PACKAGES = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed", "torchao": "torchao", "torchvision": "torchvision"}
 NEEDS_ARCH = "weights without a network; say what builds it, with --arch package.module:factory or --arch FILE.py:FACTORY"
@@ -51,8 +52,8 @@ def load(
         return from_timm(str(path).removeprefix("timm:"), arch_args)
     if kind == "pt2":
         return _certified(_program(path, trust_pickle), text_in_archive(path))
-    if kind == "safetensors":
-        return _safetensors(path, arch, arch_args, ignore_keys, say)
+    if kind in ("safetensors", "shards"):
+        return _safetensors(path, kind, arch, arch_args, ignore_keys, say)
     found = unpickled(path, trust_pickle)
     if isinstance(found, Mapping) and not isinstance(found, nn.Module):
         inner = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), None)
@@ -80,20 +81,14 @@ def _certified(model: T, text: str | None) -> T:
     return model
 
 
-def _safetensors(path: Path, arch: Arch | None, arch_args: Mapping[str, Any] | None, ignore: Sequence[str], say: Say) -> nn.Module:
-    from safetensors import SafetensorError, safe_open
-
+def _safetensors(
+    path: Path, kind: str, arch: Arch | None, arch_args: Mapping[str, Any] | None, ignore: Sequence[str], say: Say
+) -> nn.Module:
     if arch is None:
         raise UsageError(f"{path}: {NEEDS_ARCH}")
     module = build(arch, arch_args)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            metadata = file.metadata() or {}
-            surgery = surgery_of(metadata)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: a damaged safetensors file ({error}); download or save it again") from None
-    return _certified(put(state, module, surgery, str(path), say, ignore).eval(), metadata.get(KEY))
+    state, metadata = state_in(path, kind, say)
+    return _certified(put(state, module, surgery_of(metadata), str(path), say, ignore).eval(), metadata.get(KEY))
 
 
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
