@@ -7,13 +7,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from cases import ALL
 from onnx import TensorProto, helper
 from single import close, model, normal, one
 
+from bnfold.backends.onnx.model import OnnxModel
+from bnfold.backends.onnx.oracle import widen
 from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.backends.onnx.oracle.widen import jittered
 from bnfold.backends.onnx.runtime.session import Session
 from bnfold.errors import DataError, UnsupportedError, UsageError
+from bnfold.verification.inputs import random
 
 # ---- whole models
 
@@ -200,3 +204,16 @@ def test_feeds_that_do_not_fit():
         Oracle(small_network()).run({"x": normal(1, 3)})
     with pytest.raises(DataError, match="input 'x' takes float32, the data are int64"):
         Oracle(small_network()).run({"x": np.zeros((2, 3, 8, 8), np.int64)})
+
+
+@pytest.mark.parametrize("jitter", [None, 3])
+def test_weights_that_are_not_held_are_the_same_weights(jitter: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in ALL[::40]:
+        model = OnnxModel(case.build())
+        feeds = random(model, model, 1, None, 0, None)[0]
+        held = model.oracle(jitter=jitter).run(feeds)
+        with monkeypatch.context() as patch:
+            patch.setattr(widen, "HELD", 0)
+            found = model.oracle(jitter=jitter).run(feeds)
+        for name, array in held.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=case.name)

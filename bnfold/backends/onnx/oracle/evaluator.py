@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -31,9 +32,10 @@ from ..graph.proto import self_contained
 from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
+from . import widen as widening
 from .extent import check_made, check_said, named
 from .quantised import state_steps
-from .widen import bodies, maybe_jittered, state_bits, to_float64, widen
+from .widen import Weight, maybe_jittered, read_inside, reads, state_bits, to_float64, widen
 
 MOST_TURNS = 100_000  # of a loop
 
@@ -72,14 +74,18 @@ class Oracle:
         to_float64(proto, jitter=jitter, moving=moving)
         if jitter is not None or not rounds:
             state_steps(quantised.rounds(proto.graph, [*model.graph.initializers, *codes]), jitter if rounds else None)
-        held: dict[str, np.ndarray] = dict(codes)
+        held: dict[str, Any] = dict(codes)
+        readers = read_inside(proto.graph) | {*self._outputs}
+        room = widening.HELD
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None
-            array = widen(tensor.numpy())
-            held[name] = maybe_jittered(array, tensor.dtype.value, name, jitter, moving)
+            held[name] = Weight(tensor, partial(maybe_jittered, data_type=tensor.dtype.value, name=name, jitter=jitter, moving=moving))
+            if name in readers or 8 * tensor.size <= room:
+                room -= 8 * tensor.size
+                held[name] = held[name].array()
         self._evaluator = _Evaluator(proto)
-        self._most, self._stored = most, sum(array.size for array in held.values())
+        self._most, self._stored = most, sum(each.size for each in held.values())
         self._weights = held  # here, since the evaluator refers to itself, so that what it holds goes late
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
@@ -182,14 +188,16 @@ class _Evaluator(ReferenceEvaluator):
         """The values of these names, each as soon as it is there."""
         wanted = set(names)
         results: dict[str, Any] = {"": None, **self.rt_inits_, **feed_inputs}
-        yield from ((name, value) for name, value in results.items() if name in wanted)
+        yield from ((name, value.array() if isinstance(value, Weight) else value) for name, value in results.items() if name in wanted)
         for node, dead in zip(self.rt_nodes_, self._last_uses(), strict=True):
             extra: dict[str, Any] = {"context": results} if node.need_context() else {}
             if node.has_linked_attribute and attributes:
                 extra["linked_attributes"] = attributes
             try:
-                check_said(node.onnx_node, [results[name] for name in node.input], self.most)
-                outputs = node.run(*(results[name] for name in node.input), **extra)
+                values = [each.array() if isinstance(each, Weight) else each for each in (results[name] for name in node.input)]
+                check_said(node.onnx_node, values, self.most)
+                outputs = node.run(*values, **extra)
+                del values
             except (BnfoldError, MemoryError):
                 raise
             except Exception as error:
@@ -210,7 +218,7 @@ class _Evaluator(ReferenceEvaluator):
         if self._dead is None:
             seen, dead = {""}, []
             for node in reversed(self.rt_nodes_):
-                names = {*_reads(node.onnx_node), *node.output} - seen
+                names = {*reads(node.onnx_node), *node.output} - seen
                 dead.append(sorted(names))
                 seen |= names
             self._dead = dead[::-1]
@@ -277,15 +285,6 @@ class _Loop(OpRun):
         if not step and scans:
             raise NotImplementedError("no step was taken, so the shapes of its scan outputs aren't known")
         return (*state, *(np.stack(scan) for scan in scans))
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """All names that a node needs from around it, those of its subgraphs too."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        for body in bodies(attribute):
-            names |= {o.name for o in body.output}.union(*map(_reads, body.node))
-    return names
 
 
 def _defined(graph: onnx.GraphProto) -> set[str]:

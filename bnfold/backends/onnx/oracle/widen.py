@@ -7,11 +7,12 @@ what the model means.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from bnfold.errors import UnsupportedError
@@ -39,6 +40,7 @@ _FORMATS: dict[int, tuple[int, int]] = {
     TensorProto.DOUBLE: (53, -1022),
 }
 
+HELD = 1 << 27  # bytes of a model's weights that are held in float64; more are widened whenever an operator reads them
 BIT_CAST = "BitCast"  # its types are those of the file, or it would read other bits
 
 _EXPONENT = np.uint64(0x7FF0_0000_0000_0000)
@@ -47,6 +49,34 @@ _EXPONENT = np.uint64(0x7FF0_0000_0000_0000)
 def widen(array: Array) -> Array:
     """In float64 if the array is of a floating-point type that is widened, else as it is."""
     return array.astype(np.float64) if array.dtype in _NUMPY_FLOATS else array
+
+
+class Weight(NamedTuple):
+    """A weight of which nothing is held but how it is stored."""
+
+    tensor: ir.TensorProtocol
+    jittered: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(self.tensor.size)
+
+    def array(self) -> np.ndarray:
+        return self.jittered(widen(self.tensor.numpy()))
+
+
+def read_inside(graph: onnx.GraphProto) -> set[str]:
+    """What operators with subgraphs read, of which their bodies know nothing but arrays."""
+    return {name for node in graph.node if any(map(bodies, node.attribute)) for name in reads(node)}
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """All names that a node needs from around it, those of its subgraphs too."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for body in bodies(attribute):
+            names |= {o.name for o in body.output}.union(*map(reads, body.node))
+    return names
 
 
 def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None, moving: frozenset[str] = frozenset()) -> None:
