@@ -30,11 +30,13 @@ def test_all_routes_keep_the_same_ones_and_are_exact(name: str, stay: int) -> No
     there, program = route(trace(double, x).program, None)
     assert here["after"] == there["after"] == stay
     assert here["kept"] == there["kept"]
+    assert here["lowered"] == there["lowered"] == 0
     assert error(want, run(copied, x)) < EXACT
     assert error(want, run(program.module(), x)) < EXACT
     if name in OWN:
         other = onnx_route(double, x)
         assert other["kept"] == here["kept"]
+        assert other["lowered"] == 0
         assert other["error"] < EXACT
 
 
@@ -59,6 +61,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Cap
     assert "1 of 2 architectures meet every criterion; not: unet" in capsys.readouterr().out
     assert trouble(bad) == "the routes keep different ones"
     assert trouble(good | {"pt2": routes["pt2"] | {"error": 1e-3}}) == "not exact"
+    assert trouble(good | {"pt2": routes["pt2"] | {"lowered": 1}}) == "some stay with --lower mul-add"
     assert trouble(good | {"verdict": "different", "reason": "x"}) == "the verdict is different: x"
     kept = {route: result | {"after": result["before"]} for route, result in routes.items()}
     assert not trouble(good | kept | {"verdict": "inconclusive", "reason": "nothing is folded"})

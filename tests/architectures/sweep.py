@@ -51,7 +51,14 @@ def main(name: str) -> None:
 
 def route(model: Any, example: Any) -> tuple[dict[str, Any], Any]:
     fused, report = bnfold.fuse(model, example=example, check=False)
-    return summary(report), fused
+    return summary(report) | lowered(model, example, report), fused
+
+
+def lowered(model: Any, example: Any, report: FuseReport) -> dict[str, int]:
+    """How many stay with --lower mul-add, where some stay without it."""
+    if not report.batchnorms.after:
+        return {"lowered": 0}
+    return {"lowered": bnfold.fuse(model, example=example, lower="mul-add", check=False)[1].batchnorms.after}
 
 
 def summary(report: FuseReport, names: dict[str, str] | None = None) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def onnx_route(double: nn.Module, x: Tensor) -> dict[str, Any]:
     proto = exported(double, x)
     fused, report = bnfold.fuse(proto, check=False)
     norms = [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
-    found = summary(report, {node.name: node.input[3].rpartition(".")[0] for node in norms})
+    found = summary(report, {node.name: node.input[3].rpartition(".")[0] for node in norms}) | lowered(proto, None, report)
     feeds = {proto.graph.input[0].name: x[:1].numpy()}
     want, got = (Oracle(from_proto(each)).run(feeds) for each in (proto, fused))
     found["error"] = error(want, got)
