@@ -26,7 +26,7 @@ def test_a_process_that_ends_or_takes_too_long_is_a_row() -> None:
     assert [("KeyError" in result["crashed"], result["name"]) for result in ended] == [(True, name) for name in ROWS]
     (late,) = command.run("bnfold", ROWS[:1], 0)
     assert late["crashed"].startswith("more than 0 s")
-    assert command.line("x", "catalogue", [late], {ROWS[0]: 1}).startswith("| x | catalogue | 1 | 1 | 1 | 0 | 1 | 0 |")
+    assert command.line("x", "catalogue", [late | {"before": 1}]).startswith("| x | catalogue | 1 | 1 | 1 | 0 | 1 | 0 |")
 
 
 def test_what_is_wrong_with_a_model() -> None:

@@ -30,7 +30,7 @@ from tests.power.models import exported
 from tests.rivals.tools import by_fx, by_onnxsim, by_onnxslim, by_runtime, own, silent
 
 NAMES = """
-mobileone_s0 mobileone_s1 repvgg_a0 fastvit_t8 repvit_m0_9 repghostnet_050 efficientvit_m0 resnet18 resnet50 mobilenet_v2
+mobileone_s0 mobileone_s1 repvgg_a0 fastvit_t8 repvit_m0_9 repghostnet_050 ghostnet_100 resnet18 resnet50 mobilenet_v2
 mobilenet_v3_large efficientnet_b0 densenet121 shufflenet_v2_x1_0 regnet_y_400mf levit_128s
 """.split()  # noqa: SIM905 - a list of names reads best without quotes
 FILES: dict[str, tuple[str, Callable[[Any], Any]]] = {

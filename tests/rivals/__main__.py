@@ -1,6 +1,6 @@
 """What bnfold and other tools leave of the BatchNorms in the same networks, what they get wrong, and what that takes.
 
-    python -m tests.rivals [--count 12 | --models NAMES] [--cases 742] [--tools NAMES] [--limit SECONDS] [--write-readme]
+    python -m tests.rivals [--count 12 | --models NAMES] [--cases 742] [--tools NAMES] [--limit SECONDS] [--jobs 1]
 
 The networks: rows of the catalogue (`tests/cases`), drawn as ONNX files and, where PyTorch can say it, as modules; and architectures of
 `tests/architectures`, as ONNX files and modules. Each tool runs in processes of its own: one for the rows of the catalogue, one for each
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,13 +92,12 @@ def told(result: Result) -> Result:
     return result
 
 
-def line(tool: str, where: str, results: Sequence[Result], before: dict[str, int]) -> str:
-    """A row of the table. before: the BatchNorms of each network; where a tool crashed, or its model is invalid, they count as left."""
-    useless = [r for r in results if CRASHED in r or INVALID in r]
-    left = sum(before[r["name"]] if r in useless else r["left"] for r in results)
+def line(tool: str, where: str, results: Sequence[Result]) -> str:
+    """A row of the table. Where a tool fails, or its model is invalid, all BatchNorms count as left."""
+    left = sum(r["before"] if CRASHED in r or INVALID in r else r["left"] for r in results)
     counts = " | ".join(str(sum(trouble in r for r in results)) for trouble in (WRONG, CRASHED, INVALID))
     most = "" if where == "catalogue" else f"{max(r['megabytes'] for r in results):.0f}"
-    total = sum(before[r["name"]] for r in results)
+    total = sum(r["before"] for r in results)
     return f"| {tool} | {where} | {len(results)} | {total} | {left} | {counts} | {sum(r['seconds'] for r in results):.1f} | {most} |"
 
 
@@ -110,26 +110,26 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10**6, help="at most so many rows of the catalogue")
     parser.add_argument("--tools", nargs="*", default=list(TOOLS), choices=list(TOOLS), metavar="TOOL", help=", ".join(TOOLS))
     parser.add_argument("--limit", type=int, default=120, help="seconds for one network")
+    parser.add_argument("--jobs", type=int, default=1, help="tools at once")
     parser.add_argument("--write-readme", action="store_true", help="put the table into tests/README.md")
     args = parser.parse_args()
     chosen = args.models if args.models is not None else spread(args.count)
     table = ["| | of the | networks | BatchNorms | left | wrong | failed | invalid | CPU s | peak MB |", f"|---|---|{'--:|' * 8}"]
-    ours: dict[bool, dict[str, int]] = {}
+    here = [tool for tool in args.tools if find_spec(TOOLS[tool].package) is not None]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(zip(here, pool.map(lambda tool: rows(tool, chosen, args.cases, args.limit), here), strict=True))
+    all_rows = [(TOOLS[tool].of_modules, r) for tool, parts in found.items() for part in parts for r in part]
+    known = {(kind, r["name"]): r["before"] for kind, r in all_rows if "before" in r}
+    for kind, r in all_rows:
+        r.setdefault("before", known.get((kind, r["name"]), 0))
     bad = 0
-    for tool in sorted(args.tools, key=lambda tool: not tool.startswith("bnfold")):
-        package, _, of_modules = TOOLS[tool]
-        if find_spec(package) is None:
+    for tool in args.tools:
+        if tool not in found:
             table.append(f"| {tool} | not installed |{' |' * 8}")
             continue
-        found = rows(tool, chosen, args.cases, args.limit)
-        counts = ours.setdefault(of_modules, {})
-        counts |= {r["name"]: r["before"] for part in found for r in part if "before" in r} | counts
-        counts |= {r["name"]: 0 for part in found for r in part if r["name"] not in counts}
-        for where, part in zip(("catalogue", "architectures"), found, strict=True):
-            if part:
-                table.append(line(tool, where, part, counts))
+        table += [line(tool, where, part) for where, part in zip(("catalogue", "architectures"), found[tool], strict=True) if part]
         if tool.startswith("bnfold"):
-            bad += sum(any(trouble in r for trouble in (CRASHED, INVALID, WRONG)) for part in found for r in part)
+            bad += sum(any(trouble in r for trouble in (CRASHED, INVALID, WRONG)) for part in found[tool] for r in part)
     publish("rivals", "\n".join(table), in_readme=args.write_readme)
     print(f"bnfold: {bad} wrong, failed or invalid; architectures: {' '.join(chosen) or 'none'}")
     return 1 if bad else 0
