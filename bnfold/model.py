@@ -17,6 +17,7 @@ from .data.spec import Port
 from .errors import UnsupportedError
 from .folding.options import PLAIN, FoldOptions
 from .folding.plan import NormalForm
+from .report import Size
 from .running import Extract as Extract
 from .running import Placement as Placement
 from .running import Renaming, by_value
@@ -67,8 +68,8 @@ class Model(ABC):
         """Whether there is an operator of that name; what is written out of simpler ones may be there all the same."""
         return False
 
-    def size(self) -> tuple[int, int] | None:
-        """How many operators compute, constants apart, and the bytes of what is stored; None where code would have to be read for it."""
+    def size(self) -> Size | None:
+        """How large it is; None where code would have to be read for it."""
         return None
 
     def identity(self) -> str | None:

@@ -7,7 +7,7 @@ updates back. Nothing here holds a weight: a `Param` reads it when asked.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .affine import Affine, Array
-from .layouts import AS_STORED, Layout
+from .layouts import AS_STORED, Layout, Places, taken
 from .quantised import Quantised
 
 
@@ -25,6 +25,7 @@ class Value:
 
     Where the model is static there is one probe. A dimension is known if all probes agree on it, so a rule that
     holds at every probe doesn't lean on a size that the user may change. `fixed`: a constant that no node gives.
+    `is_sized`: whether somebody reads its sizes, those of the data apart.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Value:
     producer: Node | None = None
     users: list[tuple[Node, int]] = field(default_factory=list)  # (node, which of its inputs)
     is_output: bool = False
+    is_sized: bool = False
     fixed: bool = False
 
     @property
@@ -72,7 +74,7 @@ class Param:
     A weight isn't replaced but mapped: `update` is an affine map over the canonical array, so a plan for a large model
     takes no memory, and a weight that absorbs several maps is rounded once. shape: the canonical shape. tensor: None for a
     parameter that the operator could have but hasn't (a bias): it then reads as `default`. slot: where the operator has it, the
-    front-end's affair; refusal: why it can't have it, if so.
+    front-end's affair; refusal: why it can't have it, if so. narrowed: whether it has lost channels.
     """
 
     tensor: Tensor | None
@@ -82,6 +84,7 @@ class Param:
     update: Affine | None = None
     slot: Any = None
     refusal: str = ""
+    narrowed: bool = False
 
     def read(self) -> Array:
         """The canonical array with its update, in float64."""
@@ -100,6 +103,15 @@ class Param:
     def seen_as(self, shape: tuple[int, ...], layout: Layout) -> Param:
         """The same tensor in another canonical shape, from the one that it has here."""
         return Param(self.tensor, shape, layout.after(self.layout), slot=self.slot)
+
+    def narrow(self, kept: Mapping[int, Places]) -> None:
+        """Lose channels. kept: the places that are left, by axis of the canonical array."""
+        rank = len(self.shape)
+        self.update = None if self.update is None else self.update.map(lambda c: taken(c, kept, rank))
+        if any(self.shape[axis] > 1 for axis in kept):
+            self.layout = self.layout.fewer(self.shape, kept)
+            self.shape = tuple(len(kept[i]) if i in kept and n > 1 else n for i, n in enumerate(self.shape))
+            self.narrowed = self.tensor is not None
 
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)
@@ -194,6 +206,9 @@ class Site:
     holds_shift: bool = False  # whether it can stay, and add its shift alone, where what it folds into has no place for that
 
 
+Elementwise = Callable[[list[Array]], Array]  # of the activations that it reads, in float64
+
+
 @dataclass(eq=False)
 class Graph:
     """A network: its operators in topological order, and the sites to fold."""
@@ -203,6 +218,8 @@ class Graph:
     clones: list[Node] = field(default_factory=list)  # operators doubled for sites that folded, in the order of their making
     copies_weights: bool = True  # whether the front-end can give a user of a shared weight its own copy
     one_scale: str = ""  # why a quantised weight that has one scale must keep it, "" where it needn't
+    elementwise: Callable[[Node], Elementwise | None] = lambda node: None  # what an operator does to each element by itself, if it does
+    rigid: Callable[[Node], str] = lambda node: "its sizes are fixed"  # why an operator can't take or give fewer channels, "" where it can
 
     def __post_init__(self) -> None:
         self.number()
@@ -220,6 +237,7 @@ class Graph:
             user.inputs[i] = source
             source.users.append((user, i))
         source.is_output |= output.is_output
+        source.is_sized |= output.is_sized
         self.take_out(node)
 
     def take_out(self, node: Node) -> None:
@@ -246,7 +264,7 @@ class Graph:
         """Every parameter that awaits an update; a clamp's bounds are none: another operator takes its place (see `folding.clamps`)."""
         for node in (node for node in self.nodes if node.op != "Clamp"):
             for role, param in node.params.items():
-                if param.update is not None:
+                if param.update is not None or param.narrowed:
                     yield node, role, param
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from .affine import Blocked
 
 Shape = tuple[int, ...]
 Array = npt.NDArray[Any]  # of any type: what only rearranges does so in each
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,37 @@ class Layout:
             self.linear and first.linear,
             self.gain * first.gain,
         )
+
+    def fewer(self, shape: Shape, kept: Mapping[int, Places]) -> Layout:
+        """The same of an array that has lost places along some axes. shape: canonical, before. kept: the places left, by axis."""
+
+        def spread(w: Array) -> Array:
+            full = np.full([shape[i] if i in kept and shape[i] > 1 else n for i, n in enumerate(w.shape)], np.nan)
+            full[np.ix_(*(kept[i] if i in kept and shape[i] > 1 else np.arange(n) for i, n in enumerate(w.shape)))] = w
+            return full
+
+        return Layout(
+            f"{self.name}, at places {hash(tuple((i, each.tobytes()) for i, each in kept.items()))}",
+            lambda w: taken(self.canonical(w), kept, len(shape)),
+            lambda w: _without_gaps(self.stored(spread(w))),
+            self.linear,
+            self.gain,
+        )
+
+
+def taken(c: Array, kept: Mapping[int, Places], rank: int) -> Array:
+    """What is left of coefficients for so many axes, which may have fewer, or the size 1 along some."""
+    for axis, places in kept.items():
+        own = axis - (rank - c.ndim)
+        if own >= 0 and c.shape[own] > 1:
+            c = c.take(places, own)
+    return c
+
+
+def _without_gaps(w: Array) -> Array:
+    """An array without the places along each axis at which it has no numbers at all."""
+    there = ~np.isnan(w)
+    return w[np.ix_(*(np.flatnonzero(there.any(axis=tuple(i for i in range(w.ndim) if i != axis))) for axis in range(w.ndim)))]
 
 
 AS_STORED = Layout("as stored", lambda w: w, lambda w: w)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from .affine import Blocked
-from .graph import Graph, Node, Param, Site, Tensor, Value
+from .graph import Elementwise, Graph, Node, Param, Site, Tensor, Value
 from .layouts import Layout
 from .settings import Settings
 
@@ -89,6 +89,14 @@ class Lowering(ABC):
     @abstractmethod
     def slot_behind(self, op: Op) -> Any:
         """Where an Add behind the operator is noted; None where none can grow."""
+
+    @abstractmethod
+    def elementwise(self, node: Node) -> Elementwise | None:
+        """See `Graph`. Of an operator that reads nothing but activations and numbers."""
+
+    @abstractmethod
+    def rigid(self, node: Node) -> str:
+        """See `Graph`."""
 
     def layer_of(self, op: Op, node: Node, param: Param) -> tuple[Any, str]:
         """What makes calls of an affine operator with a constant operand one layer, and its name."""
@@ -223,4 +231,6 @@ class Lowering(ABC):
 
     def finished(self) -> Graph:
         nodes = [node for node in self.nodes if node.op != "Constant" or node.outputs[0].users]
-        return Graph(nodes, list(self.sites.values()), copies_weights=self.copies_weights)
+        graph = Graph(nodes, list(self.sites.values()), copies_weights=self.copies_weights)
+        graph.elementwise, graph.rigid = self.elementwise, self.rigid
+        return graph

@@ -21,7 +21,7 @@ def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> D
     draft = {key: update for key, update in draft.items() if not _is_empty(key[0].params[key[1]], update)}
     for (node, role), update in draft.items():
         param = node.params[role]
-        if node.attrs.get("grows_add") and role in ("bias", "beta") and param.tensor is None and not site.is_batchnorm:
+        if node.attrs.get("grows_add") and role in ("bias", "beta") and _is_new(param) and not site.is_batchnorm:
             raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
         if param.refusal:
             raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
@@ -49,8 +49,12 @@ def _fits_sharers(node: Node, role: str, draft: Draft) -> None:
             raise Blocked(f"{name} of {node.name} is shared with {user.name}")
 
 
+def _is_new(param: Param) -> bool:
+    return param.tensor is None and param.update is None
+
+
 def _is_empty(param: Param, update: Affine) -> bool:
-    if param.tensor is None and param.update is None:
+    if _is_new(param):
         return bool((update(param.default) == param.default).all())
     return update.is_identity
 

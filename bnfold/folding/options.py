@@ -19,6 +19,8 @@ class FoldOptions:
     module, where it is a module that is called once. A runtime may have fused a ReLU with the convolution before it, and not a maximum.
     norm_affine: the scale and shift of layer, group, instance and RMS normalisations move into what reads them, where all of that can take
     them; no BatchNorm is needed.
+    drop_dead: channels that hold the same number whatever goes in (gamma is 0, mostly) leave the layers that make and read them, where
+    all of these can do without; no BatchNorm is needed. In a module that takes layers of PyTorch's own, each called once.
     equalise: the ranges of weights are then made to match, for integers with one scale a tensor (see `equalise`); no BatchNorm is needed.
     lower: what stays of BatchNorms is written as operators that every target has, in the same arithmetic: "mul-add" a multiplication and an
     addition by constants, "depthwise" a convolution of one tap for each channel (where there are channels behind a batch axis, and one to
@@ -31,6 +33,7 @@ class FoldOptions:
     keep_per_tensor: bool = False
     clamps: bool = False
     norm_affine: bool = False
+    drop_dead: bool = False
     equalise: bool = False
     lower: Lowering | None = None
     target: Target | None = None

@@ -18,6 +18,7 @@ from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
 from .clamps import clamped, free, joined
+from .dead import Narrowed, drop, narrowed
 from .equalise import equalise as equalise_ranges
 from .feasible import rescaled
 from .lower import Written, lower, work
@@ -34,7 +35,7 @@ class Planned:
     """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch.
 
     equalised: what became of ranges; scaled: the operators whose weights that, or the scale of a normalisation, changed. said: what of
-    normalisations stays. work: multiply-adds for a sample, before and after. written: operators in the place of others.
+    normalisations stays. work: multiply-adds for a sample, before and after. written: operators in the place of others. fewer: what goes.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -45,10 +46,11 @@ class Planned:
     written: tuple[Written, ...] = ()
     said: tuple[str, ...] = ()
     work: tuple[int | None, int | None] = (None, None)
+    fewer: Narrowed = field(default_factory=Narrowed)
 
     @property
     def changes(self) -> bool:
-        return bool(self.scaled or self.merges or self.written) or any(outcome.folded for outcome in self.outcomes)
+        return bool(self.scaled or self.merges or self.written or self.fewer.nodes) or any(outcome.folded for outcome in self.outcomes)
 
     @property
     def folded_sites(self) -> list[Site]:
@@ -76,6 +78,7 @@ class Planned:
             layers=layers,
             merged=merged,
             equalised=self.equalised,
+            dropped=self.fewer.dropped,
             ranges=ranges,
             bytes_added=bytes_added,
             multiply_adds=None if before is None or after is None else Counts(before, after),
@@ -164,6 +167,8 @@ def plan(
         outcomes, moved, said = move(graph, outcomes)
         left = set(graph.nodes)
     removed = tuple(node for node in affine if node not in left and node not in into_host)
+    fewer = drop(graph, () if graph.copies_weights else {m.host for m in merges}) if options.drop_dead else Narrowed()
+    merges = [narrowed(m, fewer) for m in merges]
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
     written = list(clamped(graph))
     if options.lower is not None:
@@ -179,6 +184,7 @@ def plan(
         tuple(written),
         tuple(said),
         (before, work(graph, written)),
+        fewer,
     )
 
 

@@ -15,7 +15,7 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Blocked, NoBias
 from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.algebra.movement import move_up
-from bnfold.algebra.rule import Step
+from bnfold.algebra.rule import Step, identity
 from bnfold.algebra.rules import rule_of
 
 from .duplicate import Clones, Shared
@@ -243,19 +243,31 @@ def push_down(site: Site) -> Draft:
     """Forwards: whatever comes out of a node goes into all of its users, and none of it may reach an output."""
 
     def ways(node: Node, carried: Maps) -> list[Step]:
-        maps = [carried.get(value, Affine.identity(value.rank or 0)) for value in node.inputs]
+        maps = [carried.get(value, identity(value)) for value in node.inputs]
         return [Step([coefficients(node).after(maps[0])])] if node in site.nodes else rule_of(node).down(node, maps)
 
-    def release(state: State, node: Node, maps: list[Affine]) -> None:
-        if maps[0].is_identity:
-            return
-        value = node.output
-        if value.is_output:
-            state.fail = state.fail or Blocked(f"{value.name} is an output of the model")
-        if len(node.outputs) > 1:
-            state.fail = state.fail or Blocked(f"{node.name} has several outputs")
-        state.maps[value] = maps[0]
-        for user, _ in value.users:
-            state.visit(user, 1)
+    return _push(site, 1, ways, _release)
 
-    return _push(site, 1, ways, release)
+
+def taken_up(node: Node, a: Affine) -> Draft:
+    """What becomes of parameters where an operator's first input, as it alone reads it, is mapped: of its own, and of those behind it."""
+
+    def ways(each: Node, carried: Maps) -> list[Step]:
+        first = [a] if each is node else []
+        return rule_of(each).down(each, first + [carried.get(value, identity(value)) for value in each.inputs[len(first) :]])
+
+    return _push(Site(node.name, [node], 0), 1, ways, _release)
+
+
+def _release(state: State, node: Node, maps: list[Affine]) -> None:
+    """Let what comes out of an operator go into all that reads it."""
+    if maps[0].is_identity:
+        return
+    value = node.output
+    if value.is_output:
+        state.fail = state.fail or Blocked(f"{value.name} is an output of the model")
+    if len(node.outputs) > 1:
+        state.fail = state.fail or Blocked(f"{node.name} has several outputs")
+    state.maps[value] = maps[0]
+    for user, _ in value.users:
+        state.visit(user, 1)

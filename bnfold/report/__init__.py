@@ -7,11 +7,13 @@ from .base import RENDERINGS
 from .base import InputFile as InputFile
 from .base import Report as Report
 from .fuse import Counts as Counts
+from .fuse import Dropped as Dropped
 from .fuse import Equalised as Equalised
 from .fuse import FuseReport as FuseReport
 from .fuse import InspectReport as InspectReport
 from .fuse import Layer as Layer
 from .fuse import Merged as Merged
+from .fuse import Size as Size
 from .fuse import WeightRange as WeightRange
 from .others import BenchReport as BenchReport
 from .others import ExplainReport as ExplainReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bnfold.text import counted
 
@@ -63,6 +63,26 @@ class Equalised:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Output channels of a layer with weights. dropped: how many leave; dead: how many hold the same number whatever goes in; reason: why
+    some of those stay."""
+
+    name: str
+    channels: int
+    dropped: int
+    dead: int
+    reason: str = ""
+
+
+class Size(NamedTuple):
+    """Of a model: the operators that compute, constants apart; the bytes of what is stored; and the floating-point numbers among it."""
+
+    operators: int
+    bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Counts:
     before: int
     after: int
@@ -71,7 +91,8 @@ class Counts:
 @dataclass(frozen=True, kw_only=True)
 class FuseReport(Report):
     """bytes_added: what copies of shared weights add to the model. operators: how many compute, constants apart; bytes: of weights and
-    other constants as stored. Both are None where the model would have to be read once more to tell.
+    other constants as stored; parameters: floating-point numbers among these. All are None where the model would have to be read once
+    more to tell.
     """
 
     schema = "bnfold.fuse/1"
@@ -80,6 +101,7 @@ class FuseReport(Report):
     merged: tuple[Merged, ...] = ()
     lowered: int = 0  # BatchNorms that other operators stand for now
     equalised: tuple[Equalised, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
     multiply_adds: Counts | None = None  # of the layers with weights, for one sample; None where a size isn't known
@@ -87,19 +109,20 @@ class FuseReport(Report):
     notes: tuple[str, ...] = ()
     operators: Counts | None = None
     bytes: Counts | None = None
+    parameters: Counts | None = None
 
-    def sized(self, before: tuple[int, int] | None, after: tuple[int, int] | None) -> FuseReport:
-        """The report with `operators` and `bytes`, where both models know how large they are."""
+    def sized(self, before: Size | None, after: Size | None) -> FuseReport:
+        """The report with `operators`, `bytes` and `parameters`, where both models know how large they are."""
         if before is None or after is None:
             return self
-        operators, size = map(Counts, before, after)
-        return replace(self, operators=operators, bytes=size)
+        operators, size, parameters = map(Counts, before, after)
+        return replace(self, operators=operators, bytes=size, parameters=parameters)
 
     @property
     def changes(self) -> bool:
-        """Whether anything folds, merges, is lowered or equalised."""
-        scaled = any(each.factor != 1 for each in self.equalised)
-        return scaled or bool(self.merged) or any(layer.verdict != "kept" for layer in self.layers)
+        """Whether anything folds, merges, is lowered or equalised, or loses channels."""
+        more = any(each.factor != 1 for each in self.equalised) or any(each.dropped for each in self.dropped) or bool(self.merged)
+        return more or any(layer.verdict != "kept" for layer in self.layers)
 
     @property
     def kept(self) -> tuple[Layer, ...]:

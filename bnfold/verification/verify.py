@@ -45,7 +45,8 @@ OTHERWISE = (
     FoldOptions(clone=True),
     FoldOptions(clamps=True),
     FoldOptions(norm_affine=True),
-    FoldOptions(clone=True, clamps=True, norm_affine=True),
+    FoldOptions(drop_dead=True),
+    FoldOptions(clone=True, clamps=True, norm_affine=True, drop_dead=True),
 )
 
 

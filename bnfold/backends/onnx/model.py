@@ -19,6 +19,7 @@ from bnfold.errors import ALREADY_FOLDED, ModelError
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Stream
+from bnfold.report import Size
 
 from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS
@@ -68,9 +69,10 @@ class OnnxModel(Model):
     def holds_batchnorm(self) -> bool:
         return any(True for _ in batchnorms(self.model))
 
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         operators = sum(node.op_type != "Constant" for node in all_nodes(self._inlined.graph))
-        return operators, sum(tensor.nbytes for tensor in stored_tensors(self.model).values())
+        stored = stored_tensors(self.model).values()
+        return Size(operators, sum(t.nbytes for t in stored), sum(t.size for t in stored if t.dtype in FLOATS))
 
     def identity(self) -> str:
         return identity(self.model)

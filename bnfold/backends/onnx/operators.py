@@ -1,4 +1,4 @@
-"""Operators with constants, in the place of another one (see `folding.lower`)."""
+"""Operators with constants, in the place of another one (see `folding.lower`), and operators that have lost channels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.algebra.affine import Array
+from bnfold.folding.dead import Narrowed
 from bnfold.folding.lower import Written
 
+from .graph.constants import Constants
 from .graph.walk import name_of
 from .lowering.lowering import OnnxNative
 
@@ -95,3 +97,21 @@ def add_behind(node: ir.Node, constant: ir.Value, opset: int, named: Named) -> N
     new.name = free
     if output:
         old.name, new.name = free, before
+
+
+def narrow(fewer: Narrowed, constants: Constants, initializer: Callable[[str, ir.TensorProtocol], ir.Value]) -> None:
+    """State the sizes of what has lost channels."""
+    for node in fewer.nodes:
+        op: ir.Node = node.native.node
+        if node.op == "Conv" and "group" in op.attributes:
+            op.attributes["group"] = ir.AttrInt64("group", node.attrs["groups"])
+        if (found := fewer.kept.get(node.output)) is None:
+            continue
+        axis, places = found
+        if op.outputs[0].shape is not None:
+            op.outputs[0].shape = ir.Shape(len(places) if i == axis else n for i, n in enumerate(op.outputs[0].shape))
+        if op.op_type == "Reshape" and (stored := None if op.inputs[1] is None else constants.stored(op.inputs[1])) is not None:
+            sizes = stored.numpy().copy()
+            if sizes[axis] > 0:
+                sizes[axis] = len(places)
+                op.replace_input_with(1, initializer(f"{node.name}.shape", ir.Tensor(sizes)))

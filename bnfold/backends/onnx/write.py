@@ -30,7 +30,7 @@ from .graph.quantised import dequantised, remade
 from .graph.quantised import quantised as stated
 from .graph.walk import all_graphs, nbytes, opset
 from .lowering.lowering import OnnxNative
-from .operators import add_behind, put
+from .operators import add_behind, narrow, put
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -76,6 +76,7 @@ class _Writer:
 
     def write(self, graph: Graph, planned: Planned) -> None:
         self._make_clones(graph.clones)
+        narrow(planned.fewer, self.constants, self._initializer)
         updates = list(graph.updates())
         for node, role, param in updates:
             if not isinstance(node.native, OnnxNative) or param.slot is None:
@@ -88,8 +89,7 @@ class _Writer:
             self._remove(node.native.node, node.native.positions[0])
         for m in planned.merges:
             self._remove(m.add.native.node, m.kept_input)
-            if m.branch is not None:
-                self.idle_nodes.discard(m.branch.native.node)
+        self.idle_nodes -= {m.branch.native.node for m in planned.merges if m.branch is not None}
         self.sweep()
         self._keep_names()
 

@@ -37,7 +37,10 @@ MOST_PATHS = 8  # of a module that are found by trying
 MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can't be traced
 FEW_NAMES = 8
 OTHERWISE = "the module's own code, or a hook, looks at it or at what it folds into: folded, it computes something else"
-NOT_MOVED = "no ranges are equalised, and no normalisation gives up its scale: the code has paths that wouldn't agree, or looks at weights"
+NOT_MOVED = (
+    "no ranges are equalised, no normalisation gives up its scale and no channel leaves: the code has paths that wouldn't agree, or looks "
+    "at weights"
+)
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
@@ -129,14 +132,15 @@ class _Folding:
 
     @property
     def _does_more(self) -> bool:
-        return self._allowed.options.equalise or self._allowed.options.norm_affine
+        options = self._allowed.options
+        return options.equalise or options.norm_affine or options.drop_dead
 
     def _restrict(self) -> None:
-        """Do less: equalise no ranges and leave normalisations alone, or else merge no branches."""
+        """Do less: equalise no ranges, drop no channels and leave normalisations alone, or else merge no branches."""
         merging, options = self._allowed
         more = self._does_more
         self._said = self._said or NOT_MOVED * more
-        self._allowed = Allowed(merging and more, dataclasses.replace(options, equalise=False, norm_affine=False))
+        self._allowed = Allowed(merging and more, dataclasses.replace(options, equalise=False, norm_affine=False, drop_dead=False))
 
     def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
         return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]

@@ -20,6 +20,7 @@ from bnfold.errors import NO_BATCHNORM
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Extract, Model, Shapes, Stream
+from bnfold.report import Size
 
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
 from .export.copies import average
@@ -130,7 +131,7 @@ class TorchModel(Model):
     def holds_batchnorm(self) -> bool:
         return any(map(is_batchnorm, self.traced.program.graph.nodes))
 
-    def size(self) -> tuple[int, int] | None:
+    def size(self) -> Size | None:
         return size_of(self.traced.program) if "traced" in vars(self) else None
 
     def identity(self) -> str:

@@ -72,6 +72,7 @@ RARE = {
     "--keep-recalibrated",
     "--clamps",
     "--norm-affine",
+    "--drop-dead",
     "--lower",
     "--target",
 }

@@ -42,6 +42,9 @@ class Folding:
     norm_affine: bool = option(
         "--norm-affine", "Move scale and shift of layer, group, instance and RMS normalisations into all that reads them too.", FOLDING
     )
+    drop_dead: bool = option(
+        "--drop-dead", "Take channels out that are constant (gamma is 0), with their filters in the layers on both sides, exactly.", FOLDING
+    )
     equalise: bool = option(
         "--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.", FOLDING
     )

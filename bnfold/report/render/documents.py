@@ -80,6 +80,7 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
 
 def _remarks(report: FuseReport) -> Iterator[Part]:
     yield tables.equalised(report)
+    yield tables.dropped(report)
     if report.bytes_added:
         yield Line(f"{report.bytes_added:,} bytes added by copies of shared weights")
     yield from map(Line, report.notes)

@@ -65,6 +65,7 @@ def _folded(report: FuseReport) -> Iterator[Part]:
     yield Table(f"Parallel branches that {would} into one operator", ("operator", "branches"), merges)
     yield tables.ranges(report)
     yield tables.equalised(report)
+    yield tables.dropped(report)
     if isinstance(report, InspectReport) and report.certificate is not None:
         yield Line("Certificate, as it states", title=True)
         yield from map(Line, tables.certificate(report.certificate))

@@ -59,6 +59,13 @@ def equalised(report: FuseReport) -> Table:
     return Table("Equalised ranges", ("made by", "read by", "factor", "remarks"), cells, names=(0, 1))
 
 
+def dropped(report: FuseReport) -> Table:
+    """Which layers lose channels, and why constant ones stay."""
+    cells = [(each.name, f"{each.channels:,}", f"{each.dead:,}", f"{each.dropped:,}", each.reason) for each in report.dropped]
+    would = "would leave" if isinstance(report, InspectReport) else "left"
+    return Table(f"Channels that {would}", ("layer", "channels", "constant", would, "why some stay"), cells)
+
+
 def drift(report: RecalibrateReport, most: int | None = None, *, verbose: bool = True) -> Table:
     """How far each BatchNorm's statistics moved; most: only so many, those that moved furthest."""
     shifts = [layer.mean_shift for layer in report.layers]
@@ -164,7 +171,13 @@ def judged(rows: Sequence[Row]) -> Table:
 
 def sizes(report: FuseReport) -> Table:
     """How large the model is, before and after."""
-    found = (("operators", report.operators), ("bytes of weights and constants", report.bytes), ("BatchNorms", report.batchnorms))
+    found = (
+        ("operators", report.operators),
+        ("bytes of weights and constants", report.bytes),
+        ("parameters, statistics among them", report.parameters),
+        ("multiply-adds for a sample", report.multiply_adds),
+        ("BatchNorms", report.batchnorms),
+    )
     cells = [(what, f"{counts.before:,}", f"{counts.after:,}") for what, counts in found if counts is not None]
     return Table("Size", ("", "before", "after"), cells, prose=False, names=())
 

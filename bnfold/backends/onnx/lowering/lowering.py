@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import Graph, Param, Tensor, Value
+from bnfold.algebra.graph import Elementwise, Graph, Node, Param, Tensor, Value
 from bnfold.algebra.layouts import AS_STORED, Layout, new, scaled
 from bnfold.algebra.lowering import Lowering
 from bnfold.algebra.quantised import Quantised
@@ -24,7 +24,8 @@ from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
 from ..graph.quantised import dequantised, quantised, relaid, rounding, stored_name
 from ..graph.sequences import Sequences, without_sequences
 from ..graph.shapes import Shapes
-from ..graph.walk import all_graphs, arg, attribute, behind_identity, is_standard, name_of, subgraphs
+from ..graph.walk import all_graphs, all_nodes, arg, attribute, behind_identity, is_standard, name_of, subgraphs
+from . import narrowing
 
 COPIES = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 SHAPES = ("Shape", "Size")
@@ -88,6 +89,9 @@ class OnnxLowering(Lowering):
         for graph in all_graphs(self.model.graph):
             for output in graph.outputs:
                 self.value(output).is_output = True
+        for node in all_nodes(self.model.graph):
+            if node.op_type in SHAPES and is_standard(node) and node.inputs[0] is not None and narrowing.reads_channels(node):
+                self.value(node.inputs[0]).is_sized = True
         return self.finished()
 
     def _walk(self, graph: ir.Graph) -> None:
@@ -165,6 +169,12 @@ class OnnxLowering(Lowering):
 
     def slot_behind(self, op: ir.Node) -> str:
         return "Add"
+
+    def elementwise(self, node: Node) -> Elementwise | None:
+        return narrowing.elementwise(self.constants, self.opset, node)
+
+    def rigid(self, node: Node) -> str:
+        return narrowing.rigid(self.constants, node)
 
     # --- what the operators' functions use -------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from bnfold.report import Size
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RANDOM = re.compile(r"(rand|bernoulli|multinomial|normal$|dropout|poisson|exponential|uniform)")
 
@@ -207,8 +209,9 @@ def function(op: Node) -> Callable[..., Any]:
     return op.target
 
 
-def size_of(program: ExportedProgram) -> tuple[int, int]:
-    """How many operators compute, and the bytes of what is stored, each tensor once."""
+def size_of(program: ExportedProgram) -> Size:
+    """Each stored tensor counts once."""
     operators = sum(op.op == "call_function" and op.target is not operator.getitem for op in program.graph.nodes)
     held = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
-    return operators, sum(t.nbytes for t in held.values())
+    parameters = sum(t.numel() for t in held.values() if t.is_floating_point())
+    return Size(operators, sum(t.nbytes for t in held.values()), parameters)

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.graph import Graph, Node, Param, Tensor, Value
+from bnfold.algebra.graph import Elementwise, Graph, Node, Param, Tensor, Value
 from bnfold.algebra.layouts import AS_STORED, Layout, Shape, new, scaled
 from bnfold.algebra.lowering import Lowering
 from bnfold.algebra.quantised import ROUNDED
@@ -22,14 +22,13 @@ from ..export.quantisers import quantiser
 from ..export.sizes import Sizes
 from ..export.trace import Traced
 from ..export.walk import FLOATS, arguments, dtype_of, frame, frames, is_float, is_tensor, mutates, operator_name, value_of, written
-from . import quantised
+from . import narrowing, quantised
 from .module_host import ModuleHost
 from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
 from .quantised import Codes
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
 COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
-
 
 Lower = Callable[["TorchLowering", Op], object]
 
@@ -181,6 +180,12 @@ class TorchLowering(Lowering):
 
     def slot_behind(self, op: Op) -> Slot | None:
         return Slot("Add", op) if self.host.grows else None
+
+    def elementwise(self, node: Node) -> Elementwise | None:
+        return narrowing.elementwise(self.constants, node)
+
+    def rigid(self, node: Node) -> str:
+        return narrowing.rigid(self.host, self.constants, node)
 
     def layer_of(self, op: Op, node: Node, param: Param) -> tuple[Any, str]:
         owner = frame(op)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph as Ops
-from torch.fx import GraphModule
+from torch.fx import GraphModule, map_arg
 from torch.fx import Node as Op
 
 from bnfold.capture import quiet
@@ -24,6 +24,7 @@ from bnfold.text import first_line, unused
 
 from ..export.functional import graph_copy, with_graph
 from ..export.tensors import to_tensor
+from ..export.walk import function
 from ..runtime.interpreter import stored_tensors
 
 
@@ -59,6 +60,15 @@ class ProgramEditor:
         self.signature.input_specs.insert(order.index(made.name), spec)
         self.state[target] = tensor
         return made
+
+    def work_out_sizes(self, changed: set[Op]) -> None:
+        """Those that some operators give, and all behind them, from those of what they read."""
+        for op in self.graph.nodes:
+            reads = op in changed or not changed.isdisjoint(op.all_input_nodes)
+            if reads and op.op == "call_function" and isinstance(op.meta.get("val"), (Tensor, list, tuple)):
+                args, kwargs = map_arg((op.args, op.kwargs), lambda source: source.meta["val"])
+                op.meta["val"] = function(op)(*args, **kwargs)
+                changed.add(op)
 
     def finish(self) -> ExportedProgram:
         self.graph.lint()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
+from bnfold.folding.dead import Narrowed
 from bnfold.folding.lower import Written
 
 from ..export.copies import duplicate
@@ -24,6 +25,7 @@ from ..export.tensors import NUMPY, laid_out, to_tensor
 from ..export.walk import arguments, dtype_of, frame, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import ModuleHost
+from ..lowering.narrowing import narrowed_layers
 from ..lowering.places import Place, Slot, TorchNative
 from .operators import CONSTANTS
 from .removal import Removal, fills, unit_variance
@@ -42,6 +44,7 @@ class Fold:
     removed: Mapping[Site, Removal]
     merges: Sequence[Merge]
     written: Mapping[str, Written]
+    fewer: Narrowed = field(default_factory=Narrowed)
 
     def updates(self) -> Iterator[Update]:
         for node, role, param in self.graph.updates():
@@ -135,6 +138,7 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for m in (each for fold in folds for each in fold.merges):
         if m.branch is not None:
             surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
+    surgery.narrowed = dict(each for fold in folds for each in narrowed_layers(fold.fewer))
     changed = [*made, *(name for fold in folds for each in fold.removed.values() for name in fold.made_identity(each))]
     surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(*owner_of(result, name))]
     tied = _tied(module)

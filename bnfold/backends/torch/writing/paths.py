@@ -59,7 +59,7 @@ class Path:
         for outcome in self.planned.outcomes:
             for node in outcome.into if outcome.folded else ():
                 into.setdefault(node, set()).add(plain_name(outcome.site.name))
-        merged = {m.host for m in self.planned.merges} | {*self.planned.scaled}
+        merged = {m.host for m in self.planned.merges} | {*self.planned.scaled, *self.planned.fewer.nodes}
         found: dict[Key, Edit] = {}
         for update in self.fold.updates():
             there = not update.grows and update.place.how == "stored"
@@ -123,6 +123,8 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
     ways = removals(ctx, graph.sites)
     for site in graph.sites:
         site.refusal = site.refusal or refused.get(plain_name(site.name))
+    for node in (node for site, way in ways.items() if way.path is None for node in site.nodes):
+        node.output.is_sized = True  # its call stays, with as many channels as its parameters have
     may = may_merge(ctx, {site: way for site, way in ways.items() if site.refusal is None}) if allowed.merging else None
     modules = {node: site for site, way in ways.items() if way.path is not None for node in site.nodes}
     planned = plan(graph, allowed.options, may, lambda site: {*site.nodes} == {*modules.get(site.nodes[0], site).nodes} & {*modules})
@@ -135,7 +137,7 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
     removed |= {site: ways[site] for site in lowered}
     places = [ways[modules[each.node]].path if each.node in modules else frame(each.node.native.op) for each in planned.written]
     written = {path: each for path, each in zip(places, planned.written, strict=True) if path}
-    return Path(text, planned, Fold(ctx, graph, removed, planned.merges, written))
+    return Path(text, planned, Fold(ctx, graph, removed, planned.merges, written, planned.fewer))
 
 
 def conflict(paths: list[Path]) -> Conflict | None:

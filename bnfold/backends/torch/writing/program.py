@@ -18,14 +18,16 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.quantised import BECOMES_FLOATS
 from bnfold.algebra.rounding import lost, rounded
+from bnfold.folding.dead import Narrowed
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 
 from ..export.constants import KINDS
 from ..export.tensors import NUMPY, laid_out, to_tensor
-from ..export.walk import arguments, mutates, set_argument, writes_into_shared
+from ..export.walk import arguments, mutates, operator_name, set_argument, writes_into_shared
 from ..lowering.lowering import TorchLowering
+from ..lowering.narrowing import VIEWS
 from ..lowering.places import Slot, TorchNative
 from .editor import ProgramEditor
 from .operators import CONSTANTS, calls
@@ -61,6 +63,7 @@ class _Writer(ProgramEditor):
         self.ctx = ctx
         self.idle = {op for op in self.graph.nodes if not op.users}
         self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
+        self.resized: set[Op] = set()  # operators that have lost channels
         self.notes: dict[Node, str] = {}
         self.made: dict[str, list[int]] = {}  # bytes of the new tensors made of an old one
         self.bytes_added = 0
@@ -94,6 +97,7 @@ class _Writer(ProgramEditor):
                 device = self._device(native.op if old is None else old)
                 alike[key] = self._parameter(old, native, role, to_tensor(np.ascontiguousarray(array)).to(device))
             self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
+        self._narrow(planned.fewer)
         for node in planned.removed:
             self._remove(node.native, self._current(node.native.operands[0]))
         for each in planned.written:
@@ -103,6 +107,18 @@ class _Writer(ProgramEditor):
         for op, source in self.ctx.idle.items() if planned.merges else ():  # the 0 with which a sum of branches began
             if (given := self._current(source)).op == "call_function" and op in self.copies:
                 self._replace(self.copies[op], given)
+
+    def _narrow(self, fewer: Narrowed) -> None:
+        """State the sizes of what has lost channels."""
+        for node in fewer.nodes:
+            op, given = self.copies[node.native.op], arguments(node.native.op)
+            if node.op == "Conv":
+                set_argument(op, "groups", node.attrs["groups"])
+            if operator_name(op) in VIEWS and node.output in fewer.kept:
+                (axis, places), name = fewer.kept[node.output], "size" if "size" in given else "shape"
+                if isinstance(n := given[name][axis], int) and n != -1:
+                    set_argument(op, name, [len(places) if i == axis else each for i, each in enumerate(given[name])])
+        self.resized |= {self.copies[node.native.op] for node in fewer.nodes}
 
     def _shared(self, op: Op) -> bool:
         """Whether several operators read it, those that were doubled included."""
@@ -262,6 +278,7 @@ class _Writer(ProgramEditor):
 
     def finish(self) -> ExportedProgram:
         self._sweep()
+        self.work_out_sizes(self.resized)
         return super().finish()
 
 

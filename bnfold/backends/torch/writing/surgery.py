@@ -40,6 +40,7 @@ class Surgery:
     each channel, None for one that stays as it is.
     keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
     persistent: buffers that changed, and that a state dict left out.
+    narrowed: layers that lost channels, each with the shapes of its tensors, and its number of groups under "groups".
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
@@ -54,6 +55,7 @@ class Surgery:
     biases: dict[str, list[int]] = field(default_factory=dict)
     quantisers: dict[str, int | None] = field(default_factory=dict)
     persistent: list[str] = field(default_factory=list)
+    narrowed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
     keys: dict[str, str | None] = field(default_factory=dict)
 
@@ -122,6 +124,8 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
         owner = _at(module, path)
         weight = next(p for p in owner.parameters() if p.is_floating_point())
         owner.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
+    for path, sizes in surgery.narrowed.items():
+        narrow(_at(module, path), sizes)
     for path, axis in surgery.quantisers.items():
         quantiser = _at(module, path)
         switch = quantiser.observer_enabled
@@ -202,6 +206,19 @@ def plain(module: nn.Module) -> nn.Module:
         made.bias = nn.Parameter(own.detach().clone(), own.requires_grad)
     made.train(module.training)
     return with_hooks(made, module)
+
+
+def narrow(layer: nn.Module, sizes: Mapping[str, list[int]]) -> None:
+    """Let a convolution or a linear layer have fewer channels. sizes: see `Surgery.narrowed`."""
+    for name, size in sizes.items():
+        if (old := layer._parameters.get(name)) is not None and [*old.shape] != size:
+            layer._parameters[name] = nn.Parameter(old.detach().new_zeros(size), old.requires_grad)
+    (groups,), (first, second, *_) = sizes["groups"], sizes["weight"]
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = first, second
+        return
+    made, read = (second * groups, first) if getattr(layer, "transposed", False) else (first, second * groups)
+    layer.out_channels, layer.in_channels, layer.groups = made, read, groups  # type: ignore[assignment]  # a module has what it is given
 
 
 def fix(module: nn.Module, attribute: str, how: str) -> None:
