@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bnfold.errors import BnfoldError
@@ -21,7 +22,7 @@ from bnfold.folding.plan import kept, plan
 from bnfold.report import Counts, FuseReport, Layer
 
 from .export.census import computed, held, of_constants, operators
-from .export.copies import duplicate, require_copies
+from .export.copies import WAY_OUT, duplicate, require_copies
 from .export.other_calls import OtherCall, shapes_text
 from .export.regions import has_regions
 from .export.trace import Traced, at_its_sizes, trace
@@ -178,7 +179,8 @@ class _Folding:
                 return
         found = guilty(sorted(everything)) or sorted(everything)
         why = f"the folded copy gives something else than the module with {other.text}"
-        self._refuse(dict.fromkeys(found, OTHERWISE if other in test.traced else why))
+        way = f"; {WAY_OUT}" * isinstance(self._module, GraphModule)
+        self._refuse(dict.fromkeys(found, OTHERWISE + way if other in test.traced else why))
 
     def _report(self, paths: list[Path], notes: Any, added: int) -> FuseReport:
         first, *others = (path.planned.report(notes, bytes_added=added) for path in paths)

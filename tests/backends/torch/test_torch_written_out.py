@@ -136,6 +136,14 @@ def test_what_cannot_be_set_is_listed_and_stays() -> None:
         bnfold.recalibrate(Net(kinds["another formula"][0], conv=nn.Conv2d(3, 4, 3), **parts()).eval(), [X])
 
 
+def test_an_exported_module_names_the_way_on_which_it_folds() -> None:
+    torch.manual_seed(0)
+    module = torch.export.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), (X,)).module()
+    reason = bnfold.inspect(module, example=X).layers[0].reason
+    assert reason.endswith("give the model as an exported program (torch.export.export), or as a .pt2 or .onnx file")
+    assert bnfold.fuse(torch.export.export(module, (X,)))[1].batchnorms.after == 0
+
+
 def test_other_roots_are_no_batchnorms() -> None:
     """The length of a weight's rows; a quantised layer that undoes the scale of its BatchNorm."""
 

@@ -20,7 +20,7 @@ from bnfold.algebra.graph import Node, Site
 from bnfold.folding.branches import May
 
 from ..export.call import Call
-from ..export.copies import duplicate
+from ..export.copies import WAY_OUT, duplicate
 from ..export.observers import settled_quantisers
 from ..export.regions import kind_of
 from ..export.walk import elements, frame, frames, mutates, operator_name
@@ -62,8 +62,8 @@ def removals(ctx: TorchLowering, sites: list[Site]) -> dict[Site, Removal]:
         elif removal is not None:
             found[site] = removal
         elif site.is_batchnorm:
-            path = frame(site.nodes[0].native.op)
-            site.refusal = IMMOVABLE.format(path or type(ctx.traced.model).__name__)
+            path, model = frame(site.nodes[0].native.op), ctx.traced.model
+            site.refusal = IMMOVABLE.format(path or type(model).__name__) + f"; {WAY_OUT}" * isinstance(model, torch.fx.GraphModule)
         else:
             sites.remove(site)
     found |= _whole(ctx, ctx.host, found, readers)
