@@ -85,24 +85,27 @@ def inspect(model: AnyModel, *, example: Any = None, **options: Any) -> InspectR
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
 
-def fuse(model: M, *, example: Any = None, check: bool = True, **options: Any) -> tuple[M, FuseReport]:
+def fuse(model: M, *, example: Any = None, check: bool = True, by_layer: bool = False, **options: Any) -> tuple[M, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
     model: an onnx_ir.Model or onnx.ModelProto; a torch.nn.Module, of which a copy comes back in which BatchNorms are Identity and the
     weights around are new, all else being as it was; or an ExportedProgram. example: a batch for the check; random inputs without it. A
     module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
-    unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back.
+    unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back;
+    by_layer: every layer, too, as in `verify`.
     options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `equalise`,
     `lower`, `target` (see `folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
     opened = backends.open_model(model, example)
-    fused, report = fold(opened, FoldOptions(**options), example=example, check=check)
+    fused, report = fold(opened, FoldOptions(**options), example=example, check=check, by_layer=by_layer)
     return opened.in_source_form(fused.source, changed=report.changes), report
 
 
-def fold(model: Model, options: FoldOptions, *, example: Any = None, check: bool = True) -> tuple[Model, FuseReport]:
+def fold(
+    model: Model, options: FoldOptions, *, example: Any = None, check: bool = True, by_layer: bool = False
+) -> tuple[Model, FuseReport]:
     """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
     fused, report = model.folded(options)
@@ -111,7 +114,7 @@ def fold(model: Model, options: FoldOptions, *, example: Any = None, check: bool
     if check and report.changes:
         from .verification.verify import check_fold
 
-        checked = check_fold(model, fused, example)
+        checked = check_fold(model, fused, example, by_layer=by_layer)
         if checked.verdict == "different":
             raise CheckError(f"the folded model failed its check, so it is not given out: {checked.reason}")
         report = dataclasses.replace(report, verify=checked)

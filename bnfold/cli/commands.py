@@ -148,7 +148,7 @@ def fuse(
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data) if no_verify else shaping.example(loaded, data)
         job.progress("fold" if no_verify else "fold and check", 0, None)
-        fused, report = api.fuse(loaded, example=example, check=not no_verify, **folding.options)
+        fused, report = api.fuse(loaded, example=example, check=not no_verify, by_layer=job.html_path is not None, **folding.options)
         stays = report.failure if strict else ""
         doubt = f"the check is inconclusive (--no-verify leaves it out): {report.doubt}" if report.doubt else ""
         failed = stays or doubt

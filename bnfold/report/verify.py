@@ -130,14 +130,15 @@ class LayerError:
     candidate: float
 
 
-Mark = Literal["same", "holds", "folded", "merged", "differs", "gone", "new"]
+Mark = Literal["same", "holds", "folded", "merged", "lowered", "differs", "gone", "new"]
 
 
 @dataclass(frozen=True)
 class PairedOperator:
     """Two operators that stand at the same place of two networks; one of them is None where only the other network has it.
 
-    mark: what became of it. holds: the candidate's has taken something up; folded, merged: it is gone into another; gone, new: without a
+    mark: what became of it. holds: the candidate's has taken something up; folded, merged: it is gone into another; lowered:
+    a BatchNorm that other operators stand for; gone, new: without a
     counterpart. note: what it was folded or merged into, or what it holds. reads: the rows of the operators whose outputs the reference's
     reads; candidate_reads: the candidate's likewise.
     """

@@ -115,20 +115,24 @@ def verify(
     return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *notes))
 
 
-def check_fold(reference: Model, fused: Model, example: Any = None) -> VerifyReport:
-    """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample of each call that the example states."""
+def check_fold(reference: Model, fused: Model, example: Any = None, *, by_layer: bool = False) -> VerifyReport:
+    """What `fuse` asks of its own result before it gives it out: levels 1 and 2, on one sample of each call that the example states.
+
+    by_layer: as for `verify`.
+    """
     start = time.perf_counter()
     calls = reference.calls
-    reports = [_checked(reference, fused, example)] if len(calls) == 1 else [_checked(call, fused.called(call), call) for call in calls]
+    pairs = [(reference, fused, example)] if len(calls) == 1 else [(call, fused.called(call), call) for call in calls]
+    reports = [_checked(*pair, by_layer=by_layer) for pair in pairs]
     worst = max(reports, key=lambda report: ("equivalent", "inconclusive", "different").index(report.verdict))
     return dataclasses.replace(worst, seconds=time.perf_counter() - start)
 
 
-def _checked(reference: Model, fused: Model, example: Any) -> VerifyReport:
+def _checked(reference: Model, fused: Model, example: Any, *, by_layer: bool) -> VerifyReport:
     first, second = alike(reference, fused)
     known = first.example()
     data = RANDOM if known is None and example is None else "the example"
-    both = Comparison(first, second, example is None, thorough=False, data=data)
+    both = Comparison(first, second, example is None, thorough=False, data=data, by_layer=by_layer)
     feeds: Iterable[Batch]
     if known is not None:
         feeds = [shortened(first, known)]

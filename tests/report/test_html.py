@@ -100,10 +100,35 @@ def test_a_page_says_what_the_report_knows(pages: dict[str, str]) -> None:
     assert "8 of 8 would fold" in shown["inspect"]
     assert "Drift by channel" in shown["recalibrate"]
     assert pages["recalibrate"].count('class="strip"') == 16
-    assert all(title in shown["fuse"] for title in ("equivalent", "Size", "BatchNorms", "Weight ranges"))
+    assert all(title in shown["fuse"] for title in ("equivalent", "Size", "BatchNorms", "Weight ranges", "Error by layer", "Both networks"))
     assert all(title in shown["verify"] for title in ("Error by layer", "Both networks", "folded into /stem/Conv", "takes up /bn/"))
     assert all(title in shown["pipeline"] for title in ("Scores", "Drift by channel", "Both networks", "improved"))
     assert "the median of a call" in shown["bench"]
+
+
+@pytest.mark.parametrize(("lower", "written"), [("mul-add", ["Mul", "Add"]), ("depthwise", ["Conv"])])
+def test_what_was_lowered_is_marked_and_compared(lower: Any, written: list[str]) -> None:
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["a"], name="conv"),
+        onnx.helper.make_node("Sigmoid", ["a"], ["b"], name="sigmoid"),
+        onnx.helper.make_node("BatchNormalization", ["b", "gamma", "beta", "mean", "variance"], ["c"], name="bn"),
+        onnx.helper.make_node("Tanh", ["c"], ["y"], name="tanh"),
+    ]
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.uniform(0.5, 1.5, 4).astype(np.float32) for name in ("gamma", "beta", "mean", "variance")}
+    arrays["w"] = rng.standard_normal((4, 3, 1, 1)).astype(np.float32)
+    ports = [[onnx.helper.make_tensor_value_info(name, 1, ["n", channels, 5, 5])] for name, channels in (("x", 3), ("y", 4))]
+    weights = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "net", *ports, weights), ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 17)]
+    )
+    fused, _ = bnfold.fuse(model, lower=lower)
+    report = bnfold.verify(model, fused, by_layer=True)
+    assert [row.note for row in report.graph if row.mark == "lowered"] == written
+    assert [row.reference for row in report.graph if row.mark == "same"] == ["conv", "sigmoid", "tanh"]
+    assert {layer.name for layer in report.layers} == {"conv", "sigmoid", "bn", "tanh"}
+    assert all(layer.candidate < 1e-6 for layer in report.layers)
+    assert f"lowered to {written[-1]}" in report._repr_html_()
 
 
 def test_names_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Any) -> None:

@@ -77,9 +77,9 @@ td.rail i { position: absolute; top: 50%; width: 8px; height: 8px; margin: -4px 
   padding: .12rem .5rem; background: var(--band); }
 .op b { font-weight: 600; } .op span { color: var(--soft); font-size: .87rem; }
 .graph small { display: block; padding-left: .3rem; }
-tr.holds .op { border-left-color: var(--good); }
+tr.holds .op, tr.lowered .op { border-left-color: var(--good); }
 tr.folded .op, tr.merged .op { border: 1px dashed var(--good); background: none; }
-tr.folded small, tr.merged small, tr.holds small { color: var(--good); }
+tr.folded small, tr.merged small, tr.lowered small, tr.holds small { color: var(--good); }
 tr.differs .op { border-color: var(--bad); } tr.differs small { color: var(--bad); font-weight: 600; }
 tr.gone .op, tr.new .op { border: 1px dashed var(--doubt); } tr.gone small, tr.new small { color: var(--doubt); }
 @media (max-width: 600px) { .op span { display: block; } th, td { padding-right: .5rem; font-size: .9rem; }

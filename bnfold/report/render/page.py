@@ -135,6 +135,7 @@ TOLD = {
     "holds": "takes up",
     "folded": "folded into",
     "merged": "merged into",
+    "lowered": "lowered to",
     "differs": "differs",
     "gone": "only in the reference",
     "new": "only in the candidate",
@@ -209,8 +210,8 @@ def graph(rows: Sequence[PairedOperator]) -> str:
     for row, mine, theirs in zip(rows, left, right, strict=True):
         note = f"<small>{TOLD[row.mark]}{f' {breakable(row.note)}' if row.note else ''}</small>" if row.mark != "same" else ""
         sides = [
-            "" if name is None else f'<div class="op"><b>{escaped(row.operator)}</b> <span>{breakable(name)}</span></div>'
-            for name in (row.reference, row.candidate)
+            "" if name is None else f'<div class="op"><b>{escaped(operator)}</b> <span>{breakable(name)}</span></div>'
+            for name, operator in ((row.reference, row.operator), (row.candidate, row.note if row.mark == "lowered" else row.operator))
         ]
         body.append(f'<tr class="{row.mark}"><td class="rail">{mine}</td><td>{sides[0]}{note if row.reference is not None else ""}</td>')
         body.append(f'<td>{sides[1]}{note if row.reference is None else ""}</td><td class="rail">{theirs}</td></tr>\n')

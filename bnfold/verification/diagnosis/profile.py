@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def layer_errors(sides: Sides, feeds: Batch) -> tuple[LayerError, ...]:
     found = []
     try:
         with np.errstate(all="ignore"):
-            for pair, (want, own, got) in together(sides, feeds, runs):
+            for pair, (want, own, got) in together(sides, feeds, runs, alike=True):
                 if want.dtype.kind == "f" and want.size and want.size == own.size == got.size:
                     name = sides.reference.name_of(pair.node)
                     found.append(LayerError(name, pair.node.label, _error(want, own), _error(want, got)))
@@ -52,6 +53,7 @@ def paired_operators(sides: Sides, differing: Collection[str | None]) -> tuple[P
             partners[node] = same
     rows = list(_rows([step.node for step in sides.reference.steps], [step.node for step in sides.candidate.steps], partners))
     reads = [_reads(side, [row[i] for row in rows]) for i, side in enumerate((sides.reference, sides.candidate))]
+    norms = [{n for o in side.plan.outcomes if o.site.is_batchnorm for n in o.site.nodes} for side in (sides.reference, sides.candidate)]
     merges = sides.reference.plan.merges
     merged = {node: merge.host.name for merge in merges for node in (merge.branch, merge.add) if node is not None}
     found = []
@@ -59,10 +61,17 @@ def paired_operators(sides: Sides, differing: Collection[str | None]) -> tuple[P
         mark, note = _mark(sides, mine, other, merged, differing)
         if mark == "gone" and mine in sites and sites[mine].folded:
             mark, note = "folded", ", ".join(dict.fromkeys(node.name for node in sites[mine].into))
+        elif mark == "same" and other is not None and mine in norms[0] and other not in norms[1]:
+            mark, note = "lowered", other.label
         label = next(node.label for node in (mine, other) if node is not None)
         found.append(
             PairedOperator(_name(sides.reference, mine), _name(sides.candidate, other), label, mark, note, reads[0][i], reads[1][i])
         )
+    for row in [row for row in found if row.mark == "lowered"]:  # a Mul before the Add that stands in the BatchNorm's place
+        for i in row.candidate_reads:
+            made = rows[i][1]
+            if found[i].mark == "new" and made is not None and made.op == "Affine":
+                found[i] = replace(found[i], mark="lowered", note=made.label)
     return tuple(found)
 
 

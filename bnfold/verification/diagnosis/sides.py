@@ -21,7 +21,7 @@ from bnfold.report import Difference
 
 from ..noise import deviation, plain
 from ..normal_form import Normal
-from ..pairing import Pair, counterparts
+from ..pairing import Pair, comparable, counterparts
 from ..roundoff import output_axis
 from ..yardstick import ARITHMETIC, FUNCTION_LIMIT, Truth, function_ratio
 
@@ -56,14 +56,21 @@ class Sides:
     unit: float
     exact: bool = True
 
-    def comparable(self) -> list[Pair]:
-        """Pairs whose values both models compute themselves, the first for each value of the reference."""
+    def comparable(self, *, alike: bool = False) -> list[Pair]:
+        """Pairs whose values both models compute themselves, in the reference's order: the first for each value of it; alike: if there is
+        one, the first that operators of one kind make."""
         found: dict[str, Pair] = {}
-        for pair in self.pairs:
+        for pair in sorted(self.pairs, key=lambda pair: alike and not _alike(pair)):
             mine, theirs = self.reference.stands.get(pair.reference), self.candidate.stands.get(pair.candidate)
             if pair.same and mine and theirs and pair.candidate.producer is not None:
                 found.setdefault(mine, pair)
-        return list(found.values())
+        return sorted(found.values(), key=lambda pair: pair.node.index)
+
+
+def _alike(pair: Pair) -> bool:
+    """Whether operators of one kind, with coefficients of one shape, make the two values."""
+    mine, other = pair.node, pair.other
+    return other is not None and comparable(mine, other) and all(p.shape == other.params[role].shape for role, p in mine.params.items())
 
 
 @dataclass(frozen=True)
@@ -106,10 +113,12 @@ def _compared(sides: Sides, feeds: Batch) -> Iterator[Compared]:
             yield _compare(pair, want, got, moved, sides)
 
 
-def together(sides: Sides, feeds: Batch, runs: Iterable[tuple[Normal, int | None, bool]]) -> Iterator[tuple[Pair, tuple[Values, ...]]]:
+def together(
+    sides: Sides, feeds: Batch, runs: Iterable[tuple[Normal, int | None, bool]], *, alike: bool = False
+) -> Iterator[tuple[Pair, tuple[Values, ...]]]:
     """Every comparable pair with its value from several runs: of one of the sides, with moved weights (a seed) or without, in float64 or in
-    the stored types."""
-    wanted = sides.comparable()
+    the stored types. alike: see `Sides.comparable`."""
+    wanted = sides.comparable(alike=alike)
     names: dict[Normal, dict[str, list[Pair]]] = {sides.reference: {}, sides.candidate: {}}
     for pair in wanted:
         names[sides.reference].setdefault(sides.reference.stands[pair.reference], []).append(pair)
