@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ __all__ = ["main", "run"]
 INTERRUPTED = "interrupted; no file is left half-written"
 # onnx_ir imports them for sizes that are formulas: half of all that a command would import.
 SELDOM = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
+COLLECTED = 100_000, 20, 100  # new objects between looks for cycles: those of a large graph stay as long as the command
 
 
 class _WhenUsed:
@@ -37,6 +39,7 @@ class _WhenUsed:
 def main() -> None:
     """Run the command of the process's arguments and exit with the contract's status (see `bnfold.errors`)."""
     sys.meta_path.insert(0, _WhenUsed)
+    gc.set_threshold(*COLLECTED)
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ[NO_TELEMETRY] = "1"
     open_streams()
