@@ -9,6 +9,7 @@ stages of recalibration; then how much the slowest of these grew since the line 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from cases.builder import Net
 
 from bnfold import api
 from bnfold.backends.onnx.recalibration.plan import plan_of
+from bnfold.cli import COLLECTED
 
 CHANNELS = 2
 
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="250,500,1000")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     args = parser.parse_args()
+    gc.set_threshold(*COLLECTED)
     print("| graph | size | inspect | fuse | coefficients | stages | growth |\n|---|--:|--:|--:|--:|--:|--:|")
     for shape in args.shapes.split(","):
         before = None
