@@ -93,8 +93,8 @@ def fuse(model: M, *, example: Any = None, check: bool = True, by_layer: bool = 
     module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back;
     by_layer: every layer, too, as in `verify`.
-    options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `equalise`,
-    `lower`, `target` (see `folding.options.FoldOptions`).
+    options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `drop_dead`,
+    `equalise`, `lower`, `target` (see `folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
@@ -109,7 +109,7 @@ def fold(
     """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
     fused, report = model.folded(options)
-    if report.batchnorms.before == 0 and not report.layers and not report.equalised:
+    if report.batchnorms.before == 0 and not report.layers and not report.equalised and not report.dropped:
         raise NothingToDoError(nothing_to_fold(model))
     if check and report.changes:
         from .verification.verify import check_fold

@@ -219,3 +219,12 @@ def test_the_command_on_a_slimmed_network(tmp_path: Path) -> None:
     assert f"{report['parameters']['before']:,} to {report['parameters']['after']:,} parameters" in done.stdout
     checked = [sys.executable, "-m", "bnfold", "verify", "slim.onnx", "fused.onnx", "--data", str(DIGITS / "test.npz"), "-q"]
     assert subprocess.run(checked, cwd=tmp_path, check=False).returncode == 0
+
+
+def test_it_needs_no_batchnorm() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    nn.init.zeros_(module[0].weight[1])
+    nn.init.ones_(module[0].bias)
+    fused, report = bnfold.fuse(module, example=torch.ones(2, 4), drop_dead=True)
+    assert (fused[0].out_features, fused[2].in_features, report.parameters.after) == (5, 5, 43)
+    assert torch.allclose(fused(torch.ones(2, 4)), module(torch.ones(2, 4)), atol=1e-6)
