@@ -142,7 +142,7 @@ def test_function_of_a_file(tmp_path):
         assert data.samples == 20
         assert data.labels is None if name == "arrays" else data.labels.tolist() == list(range(20))
     assert sizes(open_data(f"{tmp_path}/load.py:arrays", X, batch_size=6)) == [6, 6, 6, 2]
-    refused("load.py:fails raised RuntimeError: no disk", lambda: open_data(f"{tmp_path}/load.py:fails", X))
+    refused("load.py:fails raised RuntimeError instead of its batch 2: no disk", lambda: open_data(f"{tmp_path}/load.py:fails", X))
     refused("load.py:number gave int; it must give an iterable", lambda: open_data(f"{tmp_path}/load.py:number", X))
     refused("has no function 'nope'; it has arrays, pairs", lambda: open_data(f"{tmp_path}/load.py:nope", X))
     refused("there is no file gone.py", lambda: open_data("gone.py:load", X))

@@ -285,7 +285,7 @@ def test_a_lost_process_and_those_that_go_on(tmp_path: Path) -> None:
     how: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}}
     lost = subprocess.run([*start, "killed.py", "stage_done", "2", "before", *base], **how, check=False, capture_output=True, timeout=120)
     assert lost.returncode != 0
-    assert b"another process has stopped" in lost.stderr
+    assert b"has stopped" in lost.stderr
     subprocess.run([*start, "whole.py", *base], **how, check=True, timeout=120)
     assert any("went on behind stage 1 " in note for note in json.loads((tmp_path / "r.json").read_text())["notes"])
     wanted, made = (onnx.load_from_string(numbers(each)) for each in (recalibrate(residual(), X)[0], onnx.load(tmp_path / "out.onnx")))

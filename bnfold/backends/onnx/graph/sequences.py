@@ -162,7 +162,7 @@ class Sequences:
             each, drops = 1, not attribute(node, "keepdims", 1)
         else:
             split, drops = self._constants.get(node.inputs[1]), False
-            if split is None or (split <= 0).any() or not split.size:
+            if split is None or split.ndim > 1 or (split <= 0).any() or not split.size:
                 return None
             if split.ndim:
                 ends = np.cumsum(split).tolist()

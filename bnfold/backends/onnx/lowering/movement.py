@@ -182,6 +182,10 @@ def taken(ctx: OnnxLowering, node: ir.Node) -> None:
     along = None if node.op_type == "SequenceAt" else whole(node, "axis", 0) % (rank - drops + stacks)
     ctx.set_rank(y, rank - drops + stacks)
     cut = {part.axis % rank for part in parts if part.start is not None}
+    for part in parts:
+        lengths = [sizes[part.axis] for sizes in ctx.value(part.source).probes or ()] if part.start is not None else []
+        if any(n is not None and part.start is not None and part.start >= n for n in lengths):
+            raise Blocked("it takes a part that isn't there")
     alike = all(part.drops == drops and not ctx.is_constant(part.source) for part in parts)
     kept = {}
     for axis in range(rank) if alike else ():
