@@ -9,18 +9,3 @@ from .inputs import WHOLE, Counted
 from .open import as_batches, open_data
 from .source import BATCH_SIZE, LABELS, Chunk, digest
 from .spec import Array, Batch, InputSpec
-
-__all__ = [
-    "BATCH_SIZE",
-    "LABELS",
-    "WHOLE",
-    "Array",
-    "Batch",
-    "Chunk",
-    "Counted",
-    "Data",
-    "InputSpec",
-    "as_batches",
-    "digest",
-    "open_data",
-]

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from bnfold._version import __version__
-from bnfold.data import WHOLE, Batch, Data, InputSpec, digest
+from bnfold.data import BATCH_SIZE, WHOLE, Batch, Data, InputSpec, as_batches, digest
 from bnfold.data.inputs import check_feeds
 from bnfold.data.memory import repeatable, within_memory
+from bnfold.data.samples import few
+from bnfold.data.source import peek
 from bnfold.errors import DataError, NothingToDoError, UsageError
 from bnfold.model import Model
 from bnfold.report import RecalibrateReport
 
+from .changes import Scores, effect, score, score_if_fits
 from .distributed import Processes, processes
 from .journal import Journal
 from .lockstep import recalibrate as run_plan
 from .methods import Method
 from .plan import Plan, Selection, every
 from .protocol import Progress
-from .scoring import Scores, effect, score, score_if_fits
 from .statistics_file import fingerprint
 
 PILOT = 64  # samples of the first trial of `until`
@@ -171,9 +173,6 @@ def _counts_elsewhere(specs: Sequence[InputSpec]) -> bool:
 
 def called(model: Model, batches: Any, batch_size: int | None) -> tuple[Model, Any]:
     """The model, called as the data show where nothing else does; and the data."""
-    from bnfold.data import BATCH_SIZE
-    from bnfold.data.source import peek
-
     if not model.needs_example:
         return model, batches
     first, batches = peek(batches)
@@ -188,8 +187,6 @@ def data_of(batches: Any, plan: Plan, one_size: bool, batch_size: int | None, sa
 
     spread: samples are taken from all over the data, not the first ones.
     """
-    from bnfold.data import as_batches
-
     specs = plan.specs
     taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
     first = None if spread else samples
@@ -236,8 +233,6 @@ def _until(run: _Run, limit: float, samples: int | None) -> tuple[Model, Recalib
 
 def _few(samples: Any, count: int) -> Any:
     """The first samples of an array, or of each in a mapping or tuple of arrays, where these are plainly samples."""
-    from bnfold.data.samples import few
-
     if isinstance(samples, Mapping):
         return few(dict(samples), count)
     arrays = few({str(i): array for i, array in enumerate(samples if isinstance(samples, tuple) else (samples,))}, count)

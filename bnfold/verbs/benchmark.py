@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold.api import AnyModel, Progress, told
+from bnfold.backends.open import open_both
 from bnfold.capture import overhearing
 from bnfold.data import Chunk, as_batches
 from bnfold.data.inputs import Inputs
@@ -51,7 +52,6 @@ def bench(
     map_inputs: as for `api.verify`. threads: that one operator may use. See `BenchReport` for what is found. UsageError where
     there is no batch of a size that is asked for.
     """
-    from bnfold.backends.open import open_both
     from bnfold.verification.comparison import alike
 
     progress = told(progress)

@@ -12,6 +12,7 @@ from bnfold.backends import open as backends
 from bnfold.errors import UsageError
 from bnfold.model import Model
 from bnfold.recalibration.methods import Method
+from bnfold.recalibration.methods import method as chosen
 from bnfold.report import RecalibrateReport
 
 
@@ -41,7 +42,6 @@ def measure_part(
     """
     from bnfold.recalibration import parts as parts_of
     from bnfold.recalibration import recalibrate as calibration
-    from bnfold.recalibration.methods import method as chosen
 
     opened = backends.open_model(model, example)
     target = calibration.Target(layers, skip_layers, freeze, place(opened, provider, device))

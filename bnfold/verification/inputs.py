@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.data import Batch
+from bnfold.data import Batch, as_batches
 from bnfold.data.random import whole_numbers
-from bnfold.data.samples import Run
+from bnfold.data.samples import ROWS, Run, sample_inputs
 from bnfold.errors import UnsupportedError, UsageError
 from bnfold.model import Model
 
@@ -29,8 +29,6 @@ def is_several(example: Any) -> bool:
 
 def given(reference: Model, batches: Any, samples: int | None, batch_size: int | None) -> Iterator[Batch]:
     """The user's data, as many batches as it takes for the number of samples."""
-    from bnfold.data import as_batches
-
     if samples is not None and samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}")
     seen = 0
@@ -58,8 +56,6 @@ def outputs_of(subject: Model) -> Run:
 
 def shortened(subject: Model, example: Batch) -> Batch:
     """Two samples of an example for a quick check, where a trial shows that they can be cut out of it; else the example as it was given."""
-    from bnfold.data.samples import ROWS, sample_inputs
-
     specs = subject.inputs()
     if max((array.shape[0] for array in example.values() if array.ndim), default=0) <= ROWS:
         return example

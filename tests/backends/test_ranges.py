@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import bnfold
-from bnfold.backends.onnx.graph.inputs import inputs
+from bnfold.backends.onnx.graph.ranges import inputs
 from bnfold.data.random import random_feeds
 
 TABLE = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)

@@ -26,10 +26,9 @@ from bnfold import api
 from bnfold.cli import run
 from bnfold.errors import DataError, UnsupportedError, UsageError
 from bnfold.recalibration import statistics_file as kept_statistics
-from bnfold.recalibration.changes import f_ratio
+from bnfold.recalibration.changes import Scores, cross_entropy, effect, f_ratio
 from bnfold.recalibration.methods import Exact, MovingAverage
 from bnfold.recalibration.moments import measure
-from bnfold.recalibration.scoring import Scores, cross_entropy, effect
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = np.random.default_rng(0).normal(1, 2, (37, 3, 8, 7)).astype(np.float32)
@@ -495,7 +494,7 @@ def test_no_effect_where_nothing_changes() -> None:
 
 def _labelled(model: Any) -> Any:
     from bnfold.backends.onnx.files.load import from_proto
-    from bnfold.backends.onnx.graph.inputs import inputs
+    from bnfold.backends.onnx.graph.ranges import inputs
     from bnfold.data import as_batches
 
     return as_batches((DATA, np.arange(37) % 4), inputs(from_proto(model)))

@@ -24,8 +24,8 @@ from bnfold.report import Size
 from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS
 from .graph.edit import extract, inlined, reads
-from .graph.inputs import inputs
 from .graph.proto import identity, self_contained, stored_tensors
+from .graph.ranges import inputs
 from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of

@@ -27,7 +27,7 @@ from .export.other_calls import OtherCall, shapes_text
 from .export.regions import has_regions
 from .export.trace import Traced, at_its_sizes, trace
 from .lowering.table import lowering
-from .writing.differential import DifferentialTest, users_call
+from .writing.checks import DifferentialTest, users_call
 from .writing.module import write_module
 from .writing.paths import Allowed, Path, conflict, path_of, plain_name
 from .writing.program import copy_program, write_program

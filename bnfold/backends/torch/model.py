@@ -197,7 +197,7 @@ class TorchModel(Model):
         return precise()
 
     def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        from .writing.differential import compared
+        from .writing.checks import compared
 
         return compared(self.traced, candidate.traced) if isinstance(candidate, TorchModel) else None
 

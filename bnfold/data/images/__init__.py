@@ -2,5 +2,3 @@
 
 from .options import ImageOptions
 from .pipeline import Pipeline, resolve
-
-__all__ = ["ImageOptions", "Pipeline", "resolve"]

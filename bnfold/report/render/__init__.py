@@ -17,6 +17,10 @@ from bnfold.report.words import headline
 from bnfold.text import counted
 
 VERDICTS = ("equivalent", "different", "inconclusive", "improved", "harmed", "no effect")
+# Whether what a word says of a model is good news.
+GOOD = ("equivalent", "improved", "folded", "folds", "lowered")
+BAD = ("different", "harmed", "failed", "error", "worse")
+DOUBTFUL = ("inconclusive", "kept", "stays")
 
 
 @dataclass(frozen=True)

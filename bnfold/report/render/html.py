@@ -8,26 +8,12 @@ from collections.abc import Iterable, Sequence
 from bnfold.report.base import Report
 from bnfold.text import counted
 
-from . import Bar, Cell, Drawing, Headline, Part, Picture, Table
+from . import BAD, DOUBTFUL, GOOD, Bar, Cell, Drawing, Headline, Part, Picture, Table
 from .page import breakable, escaped, page
 
 MANY = 40  # rows of a table that is closed until somebody opens it
 SHORT = 28  # characters of a cell that stays on one line
-CLASSES = {
-    "equivalent": "good",
-    "improved": "good",
-    "folded": "good",
-    "folds": "good",
-    "lowered": "good",
-    "different": "bad",
-    "harmed": "bad",
-    "failed": "bad",
-    "error": "bad",
-    "worse": "bad",
-    "inconclusive": "doubt",
-    "kept": "doubt",
-    "stays": "doubt",
-}
+CLASSES = dict.fromkeys(GOOD, "good") | dict.fromkeys(BAD, "bad") | dict.fromkeys(DOUBTFUL, "doubt")
 # All of it holds within one element, so that it leaves the page of a notebook alone.
 STYLE = """
 .bnfold { color-scheme: light dark; --page: #fff; --text: #1c2128; --soft: #59636e; --line: #d1d9e0; --band: #f6f8fa;

@@ -16,21 +16,10 @@ from rich.text import Text
 from bnfold.report.base import Report
 from bnfold.text import visible
 
-from . import Bar, Cell, Drawing, Headline, Part, Table
+from . import BAD, DOUBTFUL, GOOD, VERDICTS, Bar, Cell, Drawing, Headline, Part, Table
 
-COLOURS = {
-    "improved": "bold green",
-    "harmed": "bold red",
-    "no effect": "bold",
-    "folded": "green",
-    "folds": "green",
-    "lowered": "green",
-    "kept": "yellow",
-    "stays": "yellow",
-    "equivalent": "bold green",
-    "different": "bold red",
-    "inconclusive": "bold yellow",
-}
+COLOURS = dict.fromkeys(GOOD, "green") | dict.fromkeys(BAD, "red") | dict.fromkeys(DOUBTFUL, "yellow")
+COLOURS |= {word: f"bold {COLOURS.get(word, '')}".strip() for word in VERDICTS}
 BAR = 12  # characters of the longest bar
 GAP = 2  # columns between two cells
 PROSE = 28  # the least width for a last column of sentences; with less room, a row is written as a paragraph

@@ -18,10 +18,9 @@ from bnfold.errors import BnfoldError
 from ..normal_form import Normal
 from ..pairing import NORMALISES, Pair
 from ..roundoff import type_of
-from .channel_order import orders
 from .fold_mistakes import mistakes, other_statistics
 from .sides import Compared, Sides
-from .weights import Both, Coefficient, both_planned, channels_off, worst_coefficient
+from .weights import Both, Coefficient, both_planned, channels_off, orders, worst_coefficient
 
 UNEXPLAINED = "nothing that was tried explains it"
 SETTINGS = ("groups", "window", "x", "w", "y", "axis", "axes", "signs", "factors")  # they decide which places an operator reads

@@ -10,8 +10,7 @@ import numpy as np
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node, Norm
 
-from .channel_order import exchanged, order_of_scales
-from .weights import SLACK, Weights, along, factors, inner_axis, scale_and_shift, unfolded
+from .weights import SLACK, Weights, along, exchanged, factors, inner_axis, order_of_scales, scale_and_shift, unfolded
 
 BETTER = 0.6  # of the misfit of the right coefficients, in root mean square: what a hypothesis must come down to
 MOST_COUNTS = 4096  # numbers of elements that are tried for n/(n - 1)

@@ -21,8 +21,8 @@ from onnx import TensorProto, helper
 from opened import verify
 
 import bnfold
-from bnfold.backends.onnx.graph.inputs import inputs
 from bnfold.backends.onnx.graph.proto import skeleton
+from bnfold.backends.onnx.graph.ranges import inputs
 from bnfold.backends.onnx.runtime import placement as placements
 from bnfold.backends.onnx.runtime import providers
 from bnfold.backends.onnx.runtime import session as run

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from bnfold.backends.onnx.graph.inputs import inputs
+from bnfold.backends.onnx.graph.ranges import inputs
 from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.backends.onnx.runtime import session as run
 from bnfold.backends.onnx.runtime.session import Session

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.writing.differential import DifferentialTest
+from bnfold.backends.torch.writing.checks import DifferentialTest
 
 
 @pytest.fixture(autouse=True)

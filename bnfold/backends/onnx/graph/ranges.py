@@ -1,7 +1,8 @@
-"""Which integers the inputs of an ONNX model take (see `bnfold.backends.ranges`): where they go, and what is done with them there."""
+"""Which values an ONNX model's inputs take: their types and shapes, and which integers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.backends.ranges import AffineRange, Found
+from bnfold.data import Batch, InputSpec
 from bnfold.data.spec import Range
+from bnfold.errors import UnsupportedError
 
-from .shapes import symbolic
-from .walk import attribute, held_tensor, is_standard, whole
+from .shapes import Shapes, symbolic
+from .walk import attribute, axes, held_tensor, is_standard, whole
 
 # By operator, the inputs whose numbers come out as they went in.
 THROUGH: dict[str, tuple[int, ...]] = {
@@ -154,3 +157,37 @@ SMALL = {
     ("Range", 2): (1, 1),
     ("Loop", 0): (1, 3),
 }
+
+
+def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
+    """What the caller feeds: the graph's inputs without those that an initializer already fills, in their order.
+
+    An input that doesn't state its rank takes that of its data in `feeds`, or else what its operators tell; where they don't, it is refused
+    (UnsupportedError).
+    """
+    specs = []
+    for value in model.graph.inputs:
+        if value.name is None or value.name in model.graph.initializers:
+            continue
+        dtype = _numpy_dtype(value)
+        given = None if feeds is None else feeds.get(value.name)
+        shape = (None,) * given.ndim if value.shape is None and given is not None else _axes(value, model)
+        specs.append(InputSpec(value.name, dtype, shape))
+    known = taken(model) if any(spec.dtype.kind in "iu" for spec in specs) else {}
+    return [replace(spec, takes=known.get(spec.name)) for spec in specs]
+
+
+def _axes(value: ir.Value, model: ir.Model) -> tuple[int | str | None, ...]:
+    if (stated := axes(value)) is not None:
+        return stated
+    if isinstance(value.type, ir.TensorType) and (probes := Shapes(model).probes(value)) is not None:
+        return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*probes, strict=True))
+    raise UnsupportedError(f"input {value.name!r} doesn't state its rank; write the model again with a shape for it")
+
+
+def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:
+    if value.dtype is None or not isinstance(value.type, ir.TensorType):
+        raise UnsupportedError(f"input {value.name!r} is no tensor ({value.type}); bnfold feeds tensors only")
+    if value.dtype == ir.DataType.UNDEFINED:
+        raise UnsupportedError(f"input {value.name!r} doesn't state its type; write the model again with one")
+    return np.dtype(value.dtype.numpy())

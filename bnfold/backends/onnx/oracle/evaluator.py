@@ -27,8 +27,8 @@ from bnfold.text import listed
 from ..files.fit import most_made
 from ..files.schemas import forget_unknown
 from ..graph.codes import stored_codes
-from ..graph.inputs import inputs
 from ..graph.proto import self_contained
+from ..graph.ranges import inputs
 from ..graph.weights import weights
 from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops

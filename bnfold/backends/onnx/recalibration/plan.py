@@ -20,8 +20,8 @@ from bnfold.recalibration.protocol import BatchNorm, Reading
 from ..folded import numpy_type
 from ..graph.constants import Constants
 from ..graph.edit import inlined
-from ..graph.inputs import inputs
 from ..graph.proto import identity
+from ..graph.ranges import inputs
 from ..graph.sequences import Sequences
 from ..graph.shapes import Shapes
 from ..graph.walk import all_nodes, arg, attribute, batchnorms, behind_identity, in_training, is_batchnorm, name_of, number, opset

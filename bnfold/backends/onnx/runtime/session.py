@@ -22,8 +22,8 @@ from bnfold.files import Workplace
 from bnfold.model import Placement
 
 from ..files.validate import tensors
-from ..graph.inputs import inputs
 from ..graph.proto import self_contained, skeleton, stored_bytes
+from ..graph.ranges import inputs
 from ..graph.walk import all_nodes
 from .placement import assigned, honoured, name_nodes, profiled
 from .providers import CPU, resolve, runtime, runtime_message, start
