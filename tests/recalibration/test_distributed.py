@@ -61,7 +61,8 @@ def started(folder: Path, arguments: list[str], **env: object) -> subprocess.Pop
 def test_a_lost_process_is_named_within_the_timeout(folder: Path, lost: int, does: str) -> None:
     """One of two, which stops, or is killed: the other ends, says which it was, and leaves nothing behind."""
     shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WHO": lost}
-    both = [started(folder, ["bnfold"], RANK=rank, DOES=f"os.kill(os.getpid(), signal.SIG{does})", **shared) for rank in (0, 1)]
+    does = f"time.sleep(1); os.kill(os.getpid(), signal.SIG{does})"
+    both = [started(folder, ["bnfold"], RANK=rank, DOES=does, **shared) for rank in (0, 1)]
     try:
         _, error = both[1 - lost].communicate(timeout=100)
     finally:
@@ -98,7 +99,7 @@ def test_two_nodes_give_the_result_of_one_process(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_node_that_leaves_is_named(folder: Path) -> None:
     start = time.monotonic()
-    (status, _, error), (other, _, _) = nodes(folder, WHO=2, DOES="os.kill(os.getpid(), signal.SIGKILL)")
+    (status, _, error), (other, _, _) = nodes(folder, WHO=2, DOES="time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)")
     assert status != 0
     assert other != 0
     assert f"process 2 on {socket.gethostname()} has stopped" in error
