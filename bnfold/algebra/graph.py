@@ -51,7 +51,8 @@ class Tensor:
 
     name: the stored name. read: the array in float64, in the stored layout.
     limit: the largest finite number of the stored type. cast_from: the same of the narrowest type that it was cast from, if it was: that
-    one tells how it was rounded. raw: the array in the type in which it is stored, without a copy where that can be.
+    one tells how it was rounded. integers: whether the model computes it from integers, which it no longer will where it is rewritten.
+    raw: the array in the type in which it is stored, without a copy where that can be.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Tensor:
     dtype: Any = None  # the stored type, the front-end's affair
     users: list[tuple[Node, str]] = field(default_factory=list)  # (node, parameter role)
     quantised: Quantised | None = None
+    integers: bool = False
     cast_from: float | None = None
     raw: Callable[[], npt.NDArray[Any]] | None = None
     extents: dict[Any, Any] = field(default_factory=dict)  # by layout and axes, once somebody asked (see `blocks.measured`)

@@ -21,6 +21,7 @@ from .rounding import lost, rounded
 
 ROUNDED = "it rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
 BECOMES_FLOATS = "{}, which was stored as integers, becomes floats: a shift is no whole number of its steps"
+NO_LONGER_INTEGERS = "{}, which was computed from integers, becomes floats"
 Blocks = tuple[int, ...]  # the sizes of a block along each axis
 Rounding = Callable[[npt.NDArray[Any], npt.NDArray[Any], Array], Array]  # the codes of an array, by its scales and zeros
 

@@ -171,6 +171,85 @@ def test_a_program_takes_it_in_its_scales(name: str, decomposed: bool) -> None:
     assert len(fused.state_dict) + len(fused.constants) <= len(program.state_dict) + len(program.constants)
 
 
+# --- the same in operators of other kinds ----------------------------------------------------------------------------------------------
+
+
+def around(t: Tensor, zero: int = 0) -> Tensor:
+    return (t + zero).round().clamp(*INT8) - zero
+
+
+WRITTEN: dict[str, Callable[[Any], Tensor]] = {
+    "rounded": lambda s: around(s.w / s.s) * s.s,
+    "rounded, the scale first, a zero point": lambda s: s.s * around(s.w / s.s, 3),
+    "rounded past the gradient": lambda s: ((s.w / s.s).round() - s.w / s.s).detach().add(s.w / s.s).clamp(*INT8) * s.s,
+    "one scale that is a number": lambda s: around(s.w / 0.02) * 0.02,
+    "one scale that is computed": lambda s: around(s.w / s.s.mean().exp()) * s.s.mean().exp(),
+    "signs": lambda s: s.w.sign() * s.s,
+    "stored": lambda s: s.q.float() * s.s,
+    "stored, a zero point": lambda s: (s.q.to(torch.int32) - 3) * s.s,
+    "stored, transposed behind": lambda s: (s.q.float().transpose(0, 1) * s.s.transpose(0, 1)).transpose(0, 1),
+}
+BY_PARTS: dict[str, Callable[[Any], Tensor]] = {
+    "past the gradient of all": lambda s: s.w + (around(s.w / s.s) * s.s - s.w).detach(),
+    "divided": lambda s: (s.w * 64).round() / 64,
+    "stored, an offset behind": lambda s: s.q.float() * s.s + 0.1,
+}
+
+
+def written(weight: Callable[[Any], Tensor]) -> Net:
+    torch.manual_seed(0)
+    held = {"w": nn.Parameter(torch.randn(6, 4, 3, 3)), "s": nn.Parameter(torch.rand(6, 1, 1, 1) * 0.01 + 0.01)}
+    held["q"] = torch.randint(-127, 128, (6, 4, 3, 3), dtype=torch.int8)
+    return Net(lambda s, x: s.b(F.conv2d(x, weight(s))), **held, b=norm(6)).eval()
+
+
+class Factors(torch.fx.Interpreter):
+    """Notes the whole numbers that are multiplied."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if "aten.mul" in str(n.target):
+            factors, _ = self.fetch_args_kwargs_from_env(n)
+            self.found = next(each for each in factors if isinstance(each, Tensor) and torch.equal(each, each.round()))
+        return super().run_node(n)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_product_that_scales_integers_takes_it(name: str) -> None:
+    program = torch.export.export(written(WRITTEN[name]), (IMAGE,))
+    fused, report = bnfold.fuse(program)
+    (layer,) = report.layers
+    assert layer.verdict == "folded", layer.reason
+    assert "takes it in its scales, and none of its integers changes" in layer.notes[0]
+    assert ("one scale becomes one for each channel" in layer.notes[0]) == ("one" in name)
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent"
+    assert difference(run(program, IMAGE), run(fused, IMAGE)) < 1e-5
+    before, after = (Factors(each.module()) for each in (program, fused))
+    before.run(IMAGE)
+    after.run(IMAGE)
+    assert torch.equal(before.found, after.found)
+
+
+@pytest.mark.parametrize("name", BY_PARTS)
+def test_integers_that_become_floats_are_told_of(name: str) -> None:
+    _, report = bnfold.fuse(torch.export.export(written(BY_PARTS[name]), (IMAGE,)))
+    assert report.batchnorms.after == 0
+    assert "computed from integers, becomes floats" in report.layers[0].notes[0]
+
+
+class Rounded(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, around(self.weight / 0.02) * 0.02, self.bias)
+
+
+def test_a_module_whose_weights_are_rounded_says_so_or_names_the_way() -> None:
+    torch.manual_seed(0)
+    report = bnfold.fuse(nn.Sequential(Rounded(4, 6, 3), norm(6)).eval(), example=IMAGE)[1]
+    assert report.layers[0].notes == ("0.weight, which was computed from integers, becomes floats",)
+    reason = bnfold.inspect(written(WRITTEN["rounded"]), example=IMAGE).layers[0].reason
+    assert "can be rewritten in a module: give the model as an exported program (torch.export.export)" in reason
+
+
 # --- modules -------------------------------------------------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -8,7 +8,7 @@ is the function that the model states, not its rounding on the way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -21,8 +21,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node, map_arg
 
 from ..runtime.widen import call, widened
-from .quantisers import quantiser
-from .walk import RANDOM, function, mutates, operator_name, overload, tensor_named, value_of, written
+from .quantisers import ROUND, quantiser
+from .walk import RANDOM, function, is_float, mutates, operator_name, overload, tensor_named, value_of, written
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -77,14 +77,13 @@ class ProgramConstants:
 
     def is_quantised(self, node: Any) -> bool:
         """Whether a constant is computed from what is quantised."""
-        stack, seen = [node], {node}
-        while stack:
-            each = stack.pop()
-            if quantiser(each) is not None:
-                return True
-            stack += [source for source in _read(each) if source not in seen]
-            seen.update(_read(each))
-        return False
+        return any(quantiser(each) is not None for each in _behind(node))
+
+    def of_integers(self, node: Any) -> bool:
+        """Whether a constant is computed from what operators round, or from stored integers that one casts."""
+        behind = list(_behind(node))
+        cast = [each.all_input_nodes[0] for each in behind if operator_name(each) in ("to", "_to_copy") and is_float(each)]
+        return any(operator_name(each) in ROUND for each in behind) or any(self.stored(each) and not is_float(each) for each in cast)
 
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""
@@ -96,15 +95,7 @@ class ProgramConstants:
 
     def roots(self, node: Node) -> list[Node]:
         """The stored tensors that a constant is computed from."""
-        found: dict[Node, None] = {}
-        seen, stack = {node}, [node]
-        while stack:
-            each = stack.pop()
-            if self.stored(each) is not None:
-                found[each] = None
-            stack += [source for source in _read(each) if source not in seen]
-            seen.update(_read(each))
-        return list(found)
+        return [each for each in _behind(node) if self.stored(each) is not None]
 
     def ends(self, node: Node) -> list[tuple[Node, Node]]:
         """Who reads a constant, and what they read: the constant itself or what is computed from it alone."""
@@ -173,6 +164,16 @@ def _read(node: Node) -> list[Node]:
     """The tensors whose numbers an operator reads: a cast to another tensor's type reads only what it casts."""
     cast = operator_name(node) == "type_as" or (operator_name(node) == "to" and overload(node) == "other")
     return node.all_input_nodes[:1] if cast else node.all_input_nodes
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """A constant, and what it is computed from, the last first."""
+    seen, stack = {node}, [node]
+    while stack:
+        each = stack.pop()
+        yield each
+        stack += [source for source in _read(each) if source not in seen]
+        seen.update(_read(each))
 
 
 def as_float64(tensor: Tensor) -> npt.NDArray[np.float64]:

@@ -16,14 +16,19 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.quantised import Blocks
 
-from .walk import arguments, value_of
+from .walk import arguments, dtype_of, operator_name, value_of
 
 NAMES = re.compile(r"(?:aten::_?|quantized_decomposed::|torchao::)(fake_quantize|quantize|dequantize)_(?!.*(?:float8|token))")
+
+ROUND = {"round", "floor", "ceil", "trunc", "sign"}
+# What may stand between these and a scale: bounds, zero points, a way past the gradient, another layout.
+AROUND = {"clamp", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum", "add", "sub", "to", "_to_copy", "type_as"}
+AROUND |= {"detach", "alias", "clone", "contiguous", "view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze"}
 
 
 @dataclass(frozen=True, eq=False)
 class Quantiser:
-    """A call of one. kind: "fake_quantize", "quantize" or "dequantize". bounds: the lowest and the highest code.
+    """A call of one. kind: "fake_quantize", "quantize", "dequantize", or "mul" where that scales integers. bounds: of the codes.
 
     source, scale, zero: nodes, tensors or numbers, as they were given; no zero for 0. axis: of its scales, None where it has one or blocks
     of them. blocks: the sizes of what has a scale of its own, by axis.
@@ -97,3 +102,23 @@ def quantiser(node: Any) -> Quantiser | None:
         return quantiser(node.args[0]) if node.args[1] == 0 else None
     known = isinstance(node.target, torch._ops.OpOverload) and NAMES.match(node.target._schema.name)
     return described(node.target, arguments(node)) if known else None
+
+
+def scaled_integers(node: Op) -> Quantiser | None:
+    """The same of a product of integers, stored or rounded by operators of other kinds, and of a scale of fewer numbers."""
+    given = arguments(node) if operator_name(node) == "mul" else {}
+    whole = [key for key in given if _is_whole(given[key])]
+    if len(whole) != 1 or (shape := tuple(value_of(given[whole[0]]).shape)) != tuple(value_of(node).shape) or len(shape) < 2:
+        return None
+    scale = given["other" if whole == ["self"] else "self"]
+    sizes = tuple(value_of(scale).shape) if isinstance(scale, Op) else ()
+    blocks = tuple(n if size == 1 else 1 for n, size in zip(shape, (1,) * (len(shape) - len(sizes)) + sizes, strict=True))
+    bounds = (-float("inf"), float("inf"))
+    return None if sizes == shape else Quantiser("mul", given[whole[0]], scale, None, bounds, None, blocks)
+
+
+def _is_whole(node: Any) -> bool:
+    kind = dtype_of(node)
+    if kind is None or kind is torch.bool or operator_name(node) in ROUND or not kind.is_floating_point:
+        return kind is not None and kind is not torch.bool
+    return operator_name(node) in AROUND and any(map(_is_whole, node.all_input_nodes))

@@ -16,7 +16,8 @@ from bnfold.algebra.lowering import Lowering
 from bnfold.algebra.quantised import ROUNDED
 from bnfold.algebra.settings import Settings
 
-from ..export.constants import ProgramConstants, as_float64
+from ..export.constants import ProgramConstants
+from ..export.copies import WAY_OUT
 from ..export.functional import entangled, functional
 from ..export.quantisers import quantiser
 from ..export.sizes import Sizes
@@ -161,7 +162,8 @@ class TorchLowering(Lowering):
         argument: Any = self.arg(op, key) if key else None
         found = self._rewritable(op, argument, computed)
         if found is None:
-            raise Blocked(f"its {role} is no constant that can be rewritten")
+            inside = not self.copies_weights and self.constants.is_constant(argument)
+            raise Blocked(f"its {role} is no constant that can be rewritten" + f" in a module: {WAY_OUT}" * inside)
         tensor, base = found
         own = self.shape(argument)
         shape = own if shape is None else shape
@@ -222,7 +224,7 @@ class TorchLowering(Lowering):
         """The stored tensor that a constant is, or is computed from, and how; None where none can be rewritten."""
         if not isinstance(argument, Op) or not self.constants.is_constant(argument) or not is_float(argument):
             return None
-        if self.constants.is_quantised(argument):
+        if quantised.knows(self.constants, argument, self.copies_weights):
             return self._quantised(op, argument)
         place, source, base = self.host.weight(op, argument), argument, AS_STORED
         dtypes = [dtype_of(argument) or torch.float32]
@@ -237,6 +239,7 @@ class TorchLowering(Lowering):
             dtype = min(kinds, key=lambda kind: torch.finfo(kind).eps) if self.copies_weights else dtypes[0]
             name = place.target if isinstance(place, Place) else self.target(source)
             made = Tensor(name, lambda: self._read(source), self.shape(source), min(map(largest, kinds)), place, dtype)
+            made.integers = self.constants.of_integers(argument)
             made.cast_from = largest(max(kinds, key=lambda kind: torch.finfo(kind).eps))
             self._tensors[place] = made
         tensor = self._tensors[place]
@@ -258,16 +261,14 @@ class TorchLowering(Lowering):
         return [place for role, place in self.codes[tensor].places.items() if role != "source"] if tensor in self.codes else []
 
     def _read(self, argument: Op) -> Array:
-        stored = self.constants.stored(argument)
-        array = as_float64(stored.tensor) if stored is not None else self.constants.get(argument)
+        array = self.const(argument)
         assert array is not None
         return array
 
 
 def first(op: Op) -> Op:
     """The operator's first tensor, whatever its schema calls it."""
-    source = next(value for value in arguments(op).values() if isinstance(value, Op))
-    return source
+    return next(value for value in arguments(op).values() if isinstance(value, Op))
 
 
 def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
@@ -284,8 +285,7 @@ def _kinds(argument: Op) -> list[torch.dtype]:
     """The float types that a constant has and had on its way from where it is stored, which only copied and cast it."""
     dtypes = [dtype_of(argument)]
     while operator_name(argument) in COPIES and isinstance(source := argument.args[0], Op):
-        argument = source
-        dtypes.append(dtype_of(argument))
+        dtypes.append(dtype_of(argument := source))
     return [dtype for dtype in dtypes if dtype in FLOATS]
 
 

@@ -20,19 +20,20 @@ from bnfold.algebra.rounding import rounded
 
 from ..export.constants import ProgramConstants
 from ..export.observers import is_fake_quantiser, is_symmetric
-from ..export.quantisers import Quantiser, quantiser
+from ..export.quantisers import Quantiser, quantiser, scaled_integers
 from ..export.tensors import NUMPY
 from ..export.walk import dtype_of, value_of
 from ..writing.derived import derived
 from .module_host import ModuleHost
 from .places import Host, Place
 
-KIND = np.dtype(np.float32)  # in which all of these operators have their scales
+KIND = np.dtype(np.float32)  # in which all quantisers have their scales
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A quantised weight. node: what dequantises. last: how; first: what quantises to its codes, None where these are stored.
+    """A quantised weight. node: what dequantises, or scales integers. last: how; first: what quantises to its codes, None where these are
+    stored, or made by operators of other kinds.
 
     places: where a module holds its "source" (what is rounded, or the codes), its "scale" and its "zero".
     """
@@ -70,9 +71,9 @@ class Codes:
 
 def codes_of(constants: ProgramConstants, node: Op) -> Codes:
     """How a quantised constant is stored. Blocked, in a clause behind its name, where it may not change."""
-    last = quantiser(node)
+    last = quantiser(node) or scaled_integers(node)
     assert last is not None
-    shape = tuple(map(int, last.shape))
+    shape, apart = tuple(map(int, last.shape)), last.kind == "mul"
     scale, zero = (_grid(constants, last, each) for each in (last.scale, last.zero))
     array = constants.get(node)
     if scale is None or zero is None or array is None:
@@ -90,12 +91,15 @@ def codes_of(constants: ProgramConstants, node: Op) -> Codes:
 
     def codes() -> Array:
         assert array is not None
+        if apart and (stored := constants.get(last.source)) is not None:
+            return stored
         found: Array = np.rint(array / spread(scale, blocks, shape) + spread(zero, blocks, shape))
         return found
 
     code = _type_of(last) if first is not None else NUMPY[dtype_of(last.source) or torch.int32]
-    small = len(shape) == 1  # a bias
-    return Codes(node, last, first, Quantised(codes, shape, scale, zero, blocks, code, *last.bounds, KIND, small=small, source=source))
+    kind, small = NUMPY[dtype_of(node) or torch.float32] if apart else KIND, len(shape) == 1  # a bias
+    how = Quantised(codes, shape, scale, zero, blocks, code, *last.bounds, kind, small=small, source=source, apart=apart)
+    return Codes(node, last, first, how)
 
 
 def _type_of(found: Quantiser) -> np.dtype[Any]:
@@ -105,10 +109,16 @@ def _type_of(found: Quantiser) -> np.dtype[Any]:
     return next((kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.dtype("int32"))
 
 
+def knows(constants: ProgramConstants, argument: Op, copies: bool) -> bool:
+    """Whether a constant's scales may take a map. copies: and whether it may have new ones where others read the old."""
+    found = derived(constants, argument) if copies else None
+    return constants.is_quantised(argument) or (found is not None and scaled_integers(found.root) is not None)
+
+
 def read(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> tuple[str, Codes, Layout]:
     """The name of a quantised constant that an operator reads, how it is stored, and how it is laid out there. Blocked as above."""
     found = derived(constants, argument)
-    if found is None or quantiser(found.root) is None:
+    if found is None or (quantiser(found.root) is None and scaled_integers(found.root) is None):
         raise Blocked("its weight is quantised, and computed further behind that")
     codes = codes_of(constants, found.root)
     source = (codes.first or codes.last).source

@@ -20,7 +20,7 @@ from bnfold.algebra.affine import Array, Blocked
 from bnfold.algebra.layouts import AS_STORED, Layout
 
 from ..export.constants import ProgramConstants
-from ..export.quantisers import quantiser
+from ..export.quantisers import quantiser, scaled_integers
 from ..export.walk import arguments, dtype_of, is_float, operator_name, value_of
 from ..runtime.widen import reads_bits
 
@@ -34,7 +34,7 @@ MOVES = {
 
 @dataclass(frozen=True)
 class Derived:
-    """root: the stored constant, or what a quantiser gives. layout: from its array to the computed one, and back.
+    """root: the stored constant, or what a quantiser or the scale of integers gives. layout: from its array to the computed one, and back.
 
     dtypes: of what stands on the way.
     """
@@ -46,7 +46,7 @@ class Derived:
 
 def derived(constants: ProgramConstants, argument: Node) -> Derived | None:
     """How a computed constant comes from one stored tensor; None where the steps can't be undone."""
-    if constants.stored(argument) is not None or quantiser(argument) is not None:
+    if constants.stored(argument) is not None or quantiser(argument) is not None or scaled_integers(argument) is not None:
         return Derived(argument, AS_STORED, ())
     name, dtype = operator_name(argument), dtype_of(argument)
     if dtype is None or not is_float(argument):

@@ -29,7 +29,7 @@ class _Chain:
     """The operators from what is rounded, or from the codes, to what an operator reads."""
 
     def __init__(self, editor: ProgramEditor, constants: ProgramConstants, reader: Op, argument: Op, codes: Codes, made: Rescaled) -> None:
-        self.editor, self.constants, self.reader, self.made = editor, constants, reader, made
+        self.editor, self.constants, self.reader, self.codes, self.made = editor, constants, reader, codes, made
         self.start = codes.last.source if codes.first is None or made.source is None else codes.first.source
         self.on_it: dict[Op, bool] = {}
         self._leads(argument)
@@ -58,6 +58,10 @@ class _Chain:
         with self.editor.graph.inserting_before(self.reader):
             new: Op = self.editor.graph.node_copy(self.editor.copies[op], lambda each: before.get(each, each))
         self.copies.add(new)
+        if op is self.codes.node and self.codes.last.kind == "mul":
+            key = next(key for key, given in arguments(op).items() if given is self.codes.last.scale)
+            set_argument(new, key, self._numbers(self.editor.copies.get(self.codes.last.scale), "scale", self.made.scale, True))
+            return new
         if described(op.target, arguments(op) if isinstance(op.target, torch._ops.OpOverload) else {}) is not None:
             self._rescale(op, new)
         return new
@@ -86,7 +90,7 @@ class _Chain:
         key = (before if isinstance(before, Op) else None, role)
         if key not in self.numbers:
             old = next((op for op, new in self.editor.copies.items() if new is before), None) if isinstance(before, Op) else None
-            kind = NUMPY[dtype_of(old) or torch.int32] if role == "zero_point" else np.dtype(np.float32)
+            kind = NUMPY[dtype_of(old) or torch.int32] if role == "zero_point" else array.dtype
             same = old is not None and value_of(old).numel() == array.size
             shape = tuple(value_of(old).shape) if same else array.shape if grid else (array.size,)
             self.numbers[key] = self._stored(old, role, array.astype(kind).reshape(shape))
@@ -97,7 +101,8 @@ class _Chain:
         tensor = to_tensor(np.ascontiguousarray(array))
         stored = None if old is None else self.constants.stored(old)
         own = old is not None and set(self.editor.copies[old].users) <= self.copies | {self.reader}
-        if stored is not None and old is not None and self.alone and own and tensor.shape == stored.tensor.shape:
+        fits = stored is not None and (tensor.shape, tensor.dtype) == (stored.tensor.shape, stored.tensor.dtype)
+        if stored is not None and old is not None and self.alone and own and fits:
             holder = self.editor.state if stored.target in self.editor.state else self.editor.constants
             if isinstance(stored.tensor, torch.nn.Parameter):
                 tensor = torch.nn.Parameter(tensor, stored.tensor.requires_grad)
