@@ -20,8 +20,6 @@ from .affine import Array, Blocked
 from .rounding import lost, rounded
 
 ROUNDED = "it rounds activations to integers, which no map crosses exactly: fold before quantising, or recalibrate"
-BECOMES_FLOATS = "{}, which was stored as integers, becomes floats: a shift is no whole number of its steps"
-NO_LONGER_INTEGERS = "{}, which was computed from integers, becomes floats"
 Blocks = tuple[int, ...]  # the sizes of a block along each axis
 Rounding = Callable[[npt.NDArray[Any], npt.NDArray[Any], Array], Array]  # the codes of an array, by its scales and zeros
 
@@ -148,7 +146,8 @@ class Quantised:
             raise Blocked(f"is quantised in blocks of {blocks[0]}, and the map varies inside of one")
         if self.scale.size > 1:
             along = " and ".join(str(i) for i, n in enumerate(self.scale.shape) if n > 1)
-            raise Blocked(f"is quantised with scales along axis {along}, and the map varies along axis {varying[0]}")
+            other = next((i for i in varying if self.scale.shape[i] == 1), varying[0])
+            raise Blocked(f"is quantised with scales along axis {along}, and the map varies along axis {other}")
         if reason := one_scale or self.one_scale:
             raise Blocked(f"is quantised with one scale, and {reason}")
         if len(varying) > 1:

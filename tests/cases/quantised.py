@@ -28,11 +28,13 @@ def weight(
     float_first: bool = False,
     scale_type: Any = None,
     bare: bool = False,
+    signed: bool = False,
     behind: Sequence[str] = (),
 ) -> Value:
     """A quantised weight. axis: of its scales, None for one; block: along the axis; full: with all codes of its type, the lowest too.
 
-    float_first: a float weight, which QuantizeLinear rounds; bare: without zero points; behind: what lays it out anew.
+    float_first: a float weight, which QuantizeLinear rounds; bare: without zero points; signed: with negative scales;
+    behind: what lays it out anew.
     """
     info = ml_dtypes.iinfo(kind)
     low, high = (int(info.min), int(info.max)) if full else (max(int(info.min), 2 * zero - int(info.max)), int(info.max))
@@ -44,6 +46,8 @@ def weight(
         assert axis is not None
         count, attrs = tuple(-(-n // block) if i == axis else n for i, n in enumerate(shape)), {"axis": axis, "block_size": block}
     numbers = (net.rng.uniform(1, 2, count) / (high - low)).astype(scale_type or net.dtype)
+    if signed:
+        numbers = numbers * np.resize([-1, 1, 1], count).astype(numbers.dtype)
     scale = net.weight(numbers, "scale", dtype=scale_type)
     zeros = [] if bare else [net.constant(np.full(count, zero).astype(kind), "zero")]
     if float_first:  # not at the middle of a step
@@ -136,6 +140,8 @@ case("int8 filter and int32 bias, which becomes a float one", 41, bias="int32", 
 case("int8 filter and int32 bias, no shift", bias="int32", shift=False, act=True)
 case("int8 filter and int32 bias of one scale, no shift", bias="int32 of one scale", shift=False)
 case("int8 filter without bias", bias="")
+case("int8 filter, negative scales", signed=True, notes=SIGN)
+case("int8 filter of one negative scale that holds -128", axis=None, signed=True, full=True, notes=MIRRORED)
 
 
 @CASES.case("int8 filters of one, two and three axes, grouped and depthwise", 52, double=False, opset=19, notes=MIRRORED)
@@ -165,6 +171,19 @@ def _(net: Net) -> None:
     net.output(net.bn(rows, 6, shift=False))
 
 
+@CASES.case("an int8 filter whose scales are of half precision", 52, double=False, opset=23, notes="takes it in its scales")
+def _(net: Net) -> None:
+    scale = net.weight(net.rng.uniform(0.01, 0.02, 6), "scale", dtype=np.float16)
+    w = net.op("DequantizeLinear", net.constant(net.rng.integers(-120, 120, SHAPES["Conv"]).astype(np.int8)), scale, axis=0, output_dtype=1)
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
+
+
+@CASES.case("int8 numbers in a row that Reshape makes a filter", 52, double=False, opset=19, notes="integers, becomes floats")
+def _(net: Net) -> None:
+    w = net.reshape(weight(net, (216,), axis=None), *SHAPES["Conv"])
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
+
+
 case("int8 filter in the newest opset", opset=25, full=True, notes=MIRRORED)
 case("int8 filter in the newest opset, rounded in the graph", 51, opset=25, float_first=True)
 
@@ -180,6 +199,7 @@ case("int8 filter in blocks, rounded in the graph", 51, float_first=True, opset=
 case("int8 filter, half-precision scales, rounded in the graph", 51, float_first=True, scale_type=np.float16, behind=["Cast"])
 case("int8 filter behind a copy, rounded in the graph", 51, float_first=True, behind=["Identity"])
 case("int8 filter of a transposed conv, rounded in the graph", 51, op="ConvTranspose", axis=1, float_first=True, full=True)
+case("int8 filter, negative scales, rounded in the graph", 51, float_first=True, signed=True, full=True, notes=MIRRORED)
 case("int8 matrix, rounded in the graph", 51, op="MatMul", axis=1, float_first=True)
 case("int8 matrix, transposed behind, rounded in the graph", 51, op="Linear", float_first=True)
 stays(

@@ -17,7 +17,7 @@ from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
 from bnfold.algebra.blocks import lost, stored
 from bnfold.algebra.graph import Graph, Node, Param, Tensor
-from bnfold.algebra.quantised import BECOMES_FLOATS, Quantised, Rescaled, said_of_scale
+from bnfold.algebra.quantised import Quantised, Rescaled, said_of_scale
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
@@ -125,8 +125,8 @@ class _Writer:
         made, tensor = self.weights.tensor(param, dtype), param.tensor
         if tensor is None:
             return self._initializer(f"{node.name}.{role}", made)
-        if tensor.quantised is not None:
-            self._note(node, BECOMES_FLOATS.format(tensor.name))
+        if said := tensor.as_floats():
+            self._note(node, said)
         key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
         if key not in self.alike:
             self.alike[key] = self._initializer(tensor.name or node.name, made)

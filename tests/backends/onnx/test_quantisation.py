@@ -18,9 +18,8 @@ from bnfold.errors import ModelError
 
 ONES = np.full(6, 0.01)
 TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
-    "a scale of 0": ({"scale": ONES * [1, 0, 1, 1, 1, 1]}, "a scale of it is 0 at place 1, where it must be a positive number"),
-    "a negative scale": ({"scale": ONES * [1, 1, 1, -1, 1, 1]}, "a scale of it is -0.01 at place 3"),
-    "a scale that is no number": ({"scale": np.nan}, "a scale of it is nan, where it must be a positive number"),
+    "a scale of 0": ({"scale": ONES * [1, 0, 1, 1, 1, 1]}, "a scale of it is 0 at place 1, where it must be a number other than 0"),
+    "a scale that is no number": ({"scale": np.nan}, "a scale of it is nan, where it must be a number other than 0"),
     "an infinite scale": ({"scale": np.inf}, "a scale of it is inf"),
     "too few scales": ({"scale": ONES[:5], "zero": np.zeros(5, np.int8)}, r"scales have the shape \(5\), where axis 0 asks for \(6\)"),
     "too few zero points": ({"zero": np.zeros(5, np.int8)}, r"zero points have the shape \(5\), and its scales \(6\)"),
@@ -64,7 +63,7 @@ def test_what_makes_no_sense_is_refused(name: str) -> None:
 
 
 def test_activations_are_asked_too() -> None:
-    for scale in (0.0, -1.0, np.nan):
+    for scale in (0.0, np.nan):
         with pytest.raises(ModelError, match="QuantizeLinear 'QuantizeLinear_node_0' is not valid"):
             bnfold.verify(drawn(scale=scale, act=True), drawn(scale=0.01, act=True))
 
@@ -75,7 +74,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 3
     assert run.stderr.count("\n") == 1, run.stderr
-    assert "a scale of it is 0, where it must be a positive number; export the model again" in run.stderr
+    assert "a scale of it is 0, where it must be a number other than 0; export the model again" in run.stderr
     assert not (tmp_path / "out.onnx").exists()
 
 

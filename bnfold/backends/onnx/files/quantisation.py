@@ -1,4 +1,5 @@
-"""Whether the numbers that quantise are what the standard asks for: positive scales, as many as there are places for, zeros of their type.
+"""Whether the numbers that quantise are what the standard asks for: scales other than 0, as many as there are places for, zeros of their
+type.
 
 ONNX's own inference looks at none of it, and ONNX Runtime at some of it, and only when it runs.
 """
@@ -31,10 +32,12 @@ def _troubles(node: ir.Node) -> Iterator[str]:
     for i in SCALES[node.op_type]:
         if (held := _held(node, i)) is not None:
             numbers = held.numpy().astype(np.float64).ravel()
-            bad = np.flatnonzero(~(np.isfinite(numbers) & (numbers > 0)))
+            signed = node.op_type in ("QuantizeLinear", "DequantizeLinear")  # whose formulas ask for no sign, nor do runtimes
+            bad = np.flatnonzero(~(np.isfinite(numbers) & ((numbers > 0) | (signed & (numbers < 0)))))
             if bad.size:
                 where = f" at place {bad[0]}" if numbers.size > 1 else ""
-                yield f"a scale of it is {numbers[bad[0]]:g}{where}, where it must be a positive number"
+                kind = "number other than 0" if signed else "positive number"
+                yield f"a scale of it is {numbers[bad[0]]:g}{where}, where it must be a {kind}"
     scale, zero = _held(node, 1), _held(node, 2)
     if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
         return

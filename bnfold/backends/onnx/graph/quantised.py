@@ -18,7 +18,8 @@ from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
 from .constants import FLOATS, Constants
 from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_tensor, whole
 
-AROUND = {"Clip", "Min", "Max", "Add", "Sub"}  # what stands between a Round and the scale: bounds, zero points, a way past the gradient
+ROUND = {"Round", "Floor", "Ceil", "Sign"}
+AROUND = {"Clip", "Min", "Max", "Add", "Sub"}  # what stands between these and the scale: bounds, zero points, a way past the gradient
 MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 # Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
 ROUNDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
@@ -59,7 +60,7 @@ def integers(node: ir.Node) -> int | None:
 def _are_whole(value: ir.Value | None) -> bool:
     while value is not None and (node := value.producer()) is not None and is_standard(node):
         stored = None if node.op_type != "Cast" or node.inputs[0] is None else stored_tensor(node.inputs[0])
-        if node.op_type == "Round" or (stored is not None and stored.dtype not in FLOATS):
+        if node.op_type in ROUND or (stored is not None and stored.dtype not in FLOATS):
             return True
         if node.op_type not in MOVING | AROUND:
             return False
@@ -71,7 +72,7 @@ def stored_name(value: ir.Value) -> str:
     """What a constant is called in its file: one that is dequantised, or rounded before, as what is stored."""
     node, way = value.producer(), {"DequantizeLinear", "QuantizeLinear", "Identity"}
     if node is not None and (place := integers(node)) is not None:
-        value, way = node.inputs[place] or value, MOVING | AROUND | {"Round", "Div"}
+        value, way = node.inputs[place] or value, MOVING | AROUND | ROUND | {"Div"}
         node = value.producer()
     while node is not None and node.op_type in way and node.inputs[0] is not None:
         value, node = node.inputs[0], node.inputs[0].producer()
@@ -118,8 +119,8 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
     most = [-(-n // block) if n else 0 for n, block in zip(codes.shape, blocks, strict=True)]
     if any(each.ndim != codes.ndim or any(n not in (1, m) for n, m in zip(each.shape, most, strict=True)) for each in (grid, zeros)):
         return "is quantised, and its scales and zero points aren't as many as it has places for"
-    if not (np.isfinite(grid) & (grid > 0)).all():
-        return "is quantised, and a scale of it is computed to be no positive number"
+    if not (np.isfinite(grid) & (grid != 0)).all():
+        return "is quantised, and a scale of it is computed to be 0, or no number"
     return Quantised(
         lambda: codes.astype(np.float64),
         codes.shape,

@@ -21,7 +21,7 @@ from bnfold.algebra.rounding import limits, roundoff
 from bnfold.algebra.settings import Settings
 
 from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
-from ..graph.quantised import dequantised, quantised, relaid, rounding, stored_name
+from ..graph.quantised import ROUND, dequantised, quantised, relaid, rounding, stored_name
 from ..graph.sequences import Sequences, without_sequences
 from ..graph.shapes import Shapes
 from ..graph.walk import all_graphs, all_nodes, arg, attribute, behind_identity, is_standard, name_of, subgraphs
@@ -215,6 +215,7 @@ class OnnxLowering(Lowering):
             made = self._tensors[v] = Tensor(stored_name(v), read, shape, largest(dtype), v, dtype, quantised=how)
             made.cast_from = self._cast_from(v)
             made.raw = partial(self._raw, v) if how is None else None
+            made.integers = how is None and self._makers(v, ROUND | {"DequantizeLinear"})
         return self._tensors[v]
 
     @staticmethod
@@ -230,7 +231,7 @@ class OnnxLowering(Lowering):
         if len(self.shape(v)) < 2 and (node is None or between or node.op_type == "Mul"):
             return None  # a bias is small enough to become floats
         if node is None:
-            return "is quantised, and computed further behind DequantizeLinear" if self._makers(v, "DequantizeLinear") else None
+            return "is quantised, and computed further behind DequantizeLinear" if self._makers(v, {"DequantizeLinear"}) else None
         if node not in self._known:
             self._known[node] = quantised(self.constants, self.opset, node)
         how = self._known[node]
@@ -249,6 +250,8 @@ class OnnxLowering(Lowering):
         while (node := v.producer()) is not None and node.op_type in COPIES and is_standard(node) and node.inputs[0] is not None:
             v = node.inputs[0]
             dtypes.append(self.constants.dtype(v))
+        if node is not None and node.op_type == "DequantizeLinear" and is_standard(node):  # its scales may have another type
+            dtypes += [self.constants.dtype(scale) for scale in node.inputs[1:2] if scale is not None]
         floats = [dtype for dtype in dtypes if dtype in FLOATS]
         return largest(max(floats, key=lambda dtype: roundoff(dtype.numpy()))) if floats else None
 
@@ -261,14 +264,14 @@ class OnnxLowering(Lowering):
         stored = self.constants.stored(v)
         return self._get(v) if stored is None else stored.numpy()
 
-    def _makers(self, v: ir.Value, op_type: str) -> bool:
-        """Whether an operator of this type takes part in the making of a constant."""
+    def _makers(self, v: ir.Value, op_types: set[str]) -> bool:
+        """Whether an operator of these types takes part in the making of a constant."""
         stack, seen = [v], {v}
         while stack:
             node = stack.pop().producer()
             if node is None:
                 continue
-            if node.op_type == op_type and is_standard(node):
+            if node.op_type in op_types and is_standard(node):
                 return True
             for x in value_inputs(node):
                 if x is not None and x not in seen:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site
-from bnfold.algebra.quantised import NO_LONGER_INTEGERS
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.branches import Merge
 from bnfold.folding.dead import Narrowed
@@ -58,7 +57,7 @@ class Fold:
                 continue
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
-            said = NO_LONGER_INTEGERS.format(param.tensor.name) if param.tensor is not None and param.tensor.integers else ""
+            said = "" if param.tensor is None else param.tensor.as_floats()
             yield Update(node, slot.place, exact, dtype, param.tensor is None, said=said)
 
     def left(self, site: Site) -> Array:

@@ -16,7 +16,6 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
-from bnfold.algebra.quantised import BECOMES_FLOATS, NO_LONGER_INTEGERS
 from bnfold.algebra.rounding import lost, rounded
 from bnfold.folding.dead import Narrowed
 from bnfold.folding.feasible import rescaled
@@ -82,10 +81,8 @@ class _Writer(ProgramEditor):
                 argument, codes = self.ctx.arg(native.op, slot.argument), self.ctx.codes[param.tensor]
                 self._give(op, slot, requantised(self, self.ctx.constants, op, argument, codes, made))
                 continue
-            if param.tensor is not None and param.tensor.quantised is not None:
-                self.notes[node] = BECOMES_FLOATS.format(param.tensor.name)
-            elif param.tensor is not None and param.tensor.integers:
-                self.notes[node] = NO_LONGER_INTEGERS.format(param.tensor.name)
+            if param.tensor is not None and (said := param.tensor.as_floats()):
+                self.notes[node] = said
             exact = param.layout.stored(param.read())
             if slot.argument == "value" and param.tensor is None:
                 set_argument(op, "value", float(exact))
