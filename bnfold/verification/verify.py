@@ -224,10 +224,11 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     both.progress("weights", 0, 1)
     try:
         found, best = correspond(both.reference.plan(), both.candidate.plan()), PLAIN
-        if found.unpaired or (found.mismatches and _weights(both.candidate.plan()) > _weights(both.reference.plan())):
+        doubled = _weights(both.candidate.plan()) > _weights(both.reference.plan())
+        if found.unpaired or (found.mismatches and doubled):
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                done = found.unpaired and (how.clone or (how.clamps and clips_by_channel(both.candidate.plan().graph)))
+                done = found.unpaired and ((how.clone and doubled) or (how.clamps and clips_by_channel(both.candidate.plan().graph)))
                 if not other.unpaired and (done or not other.mismatches):  # else a mistake is taken for what nobody did
                     found, best = other, how
                     break
