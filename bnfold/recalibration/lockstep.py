@@ -36,7 +36,8 @@ from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
 from bnfold.text import counted
 
-from .changes import report, unscaled, unshuffled
+from .changes import report
+from .data_checks import unscaled, unshuffled
 from .distributed import Processes, together
 from .journal import Journal
 from .methods import TOGETHER, Method

@@ -11,7 +11,7 @@ from bnfold.backends.open import open_model
 from bnfold.certificates import nothing_to_fold, verified
 from bnfold.errors import NothingToDoError
 from bnfold.folding.options import FoldOptions
-from bnfold.recalibration.changes import effect, score, score_if_fits
+from bnfold.recalibration.scoring import effect, score, score_if_fits
 from bnfold.report import PipelineReport
 
 
