@@ -20,7 +20,7 @@ def aligned(first: npt.NDArray[Any], *others: npt.NDArray[Any]) -> Iterator[tupl
     order = sorted(range(first.ndim), key=lambda axis: -abs(first.strides[axis]))
     arrays = [array.transpose(order) for array in (first, *others)]
     for place in _places(arrays[0].shape):
-        yield tuple(a[tuple(slice(None) if n == 1 else part for n, part in zip(a.shape, place, strict=False))] for a in arrays)
+        yield tuple(a[(*(slice(None) if n == 1 else part for n, part in zip(a.shape, place, strict=False)), ...)] for a in arrays)
 
 
 def _places(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:

@@ -111,8 +111,9 @@ def local(name: str | Path) -> Path:
     except ImportError:
         raise UnsupportedError(f"{text}: fetching it needs huggingface_hub: pip install huggingface_hub, or download the file") from None
     file = found["file"]
-    shards = f"{file.removesuffix(INDEX[1:])}-*.safetensors" if file.endswith(INDEX[1:]) else file
-    wanted = [file, shards, f"{file}_data", f"{file}.data", BESIDE, f"{Path(file).parent}/{BESIDE}"]
+    wanted = [file, f"{file}_data", f"{file}.data", BESIDE, f"{Path(file).parent}/{BESIDE}"]
+    if file.endswith(INDEX[1:]):
+        wanted.append(f"{file.removesuffix(INDEX[1:])}-*.safetensors")
     try:
         path = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted)) / file
     except Exception as error:  # of the hub's own kinds, and of whatever carries its requests
