@@ -20,7 +20,13 @@ def aligned(first: npt.NDArray[Any], *others: npt.NDArray[Any]) -> Iterator[tupl
     order = sorted(range(first.ndim), key=lambda axis: -abs(first.strides[axis]))
     arrays = [array.transpose(order) for array in (first, *others)]
     for place in _places(arrays[0].shape):
-        yield tuple(a[(*(slice(None) if n == 1 else part for n, part in zip(a.shape, place, strict=False)), ...)] for a in arrays)
+        yield tuple(_part(array, place) for array in arrays)
+
+
+def _part(array: npt.NDArray[Any], place: Sequence[slice]) -> npt.NDArray[Any]:
+    """What an array that broadcasts has at a place; a view, also of a number without axes."""
+    places: tuple[Any, ...] = tuple(slice(None) if n == 1 else part for n, part in zip(array.shape, place, strict=False))
+    return array[(*places, ...)]
 
 
 def _places(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
