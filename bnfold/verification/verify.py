@@ -50,9 +50,11 @@ OTHERWISE = (
 )
 
 
-def _weights(plan: NormalForm) -> int:
-    """How many operators have weights, of which a doubled one is one more."""
-    return sum("weight" in node.params for node in plan.graph.nodes)
+def _weights(plan: NormalForm) -> tuple[int, int]:
+    """How many operators have weights and how many arrays those are, which doubling adds to; and how many numbers the operators read."""
+    weights = [node.params["weight"] for node in plan.graph.nodes if "weight" in node.params]
+    arrays = {weight.tensor for weight in weights}
+    return len(weights) + len(arrays), sum(math.prod(weight.shape) for weight in weights)
 
 
 def _holds_norms(plan: NormalForm) -> bool:
@@ -224,12 +226,14 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     both.progress("weights", 0, 1)
     try:
         found, best = correspond(both.reference.plan(), both.candidate.plan()), PLAIN
-        doubled = _weights(both.candidate.plan()) > _weights(both.reference.plan())
+        (ours, numbers), (theirs, left) = _weights(both.reference.plan()), _weights(both.candidate.plan())
+        doubled, smaller, clipped = theirs > ours, left < numbers, clips_by_channel(both.candidate.plan().graph)
         if found.unpaired or (found.mismatches and doubled):
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                done = found.unpaired and ((how.clone and doubled) or (how.clamps and clips_by_channel(both.candidate.plan().graph)))
-                if not other.unpaired and (done or not other.mismatches):  # else a mistake is taken for what nobody did
+                done = (how.clone and doubled) or (how.drop_dead and smaller) or (how.clamps and clipped)
+                seen = found.unpaired and done  # else a mistake is taken for what nobody did
+                if not other.unpaired and (seen or not other.mismatches):
                     found, best = other, how
                     break
         if found.mismatches and _holds_norms(both.reference.plan()):
