@@ -78,7 +78,8 @@ def _linear(node: Node, given: list[Affine]) -> Affine | None:
     bias = node.params["bias"].read() if "bias" in node.params else np.zeros(())
     behind: Array = np.zeros(())  # what comes out for want of a bias
     rest = [identity(value) for value in node.inputs[1:]]
-    for a in () if given[0].is_identity else (given[0], projection((given[0].scale != 0) | (given[0].shift != 0), given[0].shift)):
+    zeros = projection((given[0].scale != 0) | (given[0].shift != 0), given[0].shift)
+    for a in (each for each in (given[0], zeros) if not each.is_identity):
         try:
             step = rule_of(node).down(node, [a, *rest])[0]
         except Blocked:  # it may be for the sake of what isn't 0

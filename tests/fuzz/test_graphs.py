@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import onnx
+import onnx_ir
 import pytest
 from cases import Net
 from compare import difference, feeds, run_double
 
 import bnfold
 from bnfold.backends.onnx.lowering.table import OPERATORS
+from bnfold.backends.onnx.oracle.evaluator import Oracle
 
-from .graphs import build, share_folded, tried
+from .graphs import TOLERANCE, build, share_folded, tried
 
 COUNT = 300
 BLOCK = 50
@@ -149,3 +153,22 @@ def test_what_random_networks_found(draw: Callable[[Net], None], left: int | Non
     assert difference(run_double(model, data), run_double(fused, data)) < 1e-12
     assert sum(layer.verdict == "kept" for layer in report.layers) == report.batchnorms.after
     assert left is None or report.batchnorms.after == left
+
+
+@pytest.mark.parametrize("seed", [7, 18, 38, 61])
+def test_constant_channels_leave_random_networks(seed: int) -> None:
+    """Some of what is constant is 0, so that it may leave in front of padding, or none of it is."""
+    model = build(seed)
+    rng = np.random.default_rng(seed)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization" and node.input[1] in stored:
+            gamma = onnx.numpy_helper.to_array(stored[node.input[1]]).copy()
+            gamma[rng.random(gamma.size) < 0.5] = 0
+            stored[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(gamma, node.input[1]))
+    fused, _ = bnfold.fuse(model, check=False, drop_dead=True)
+    assert bnfold.verify(model, fused).verdict in ("equivalent", "inconclusive")
+    shapes = {i.name: [d.dim_value or 3 for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    fed = {name: rng.normal(0.1, 1.0, shape) for name, shape in shapes.items()}
+    reference, folded = (Oracle(onnx_ir.from_proto(each)).run(fed) for each in (model, fused))
+    assert difference(reference, folded) < TOLERANCE
