@@ -229,13 +229,17 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
         (ours, numbers), (theirs, left) = _weights(both.reference.plan()), _weights(both.candidate.plan())
         doubled, smaller, clipped = theirs > ours, left < numbers, clips_by_channel(both.candidate.plan().graph)
         if found.unpaired or (found.mismatches and doubled):
+            wrong = None  # the first way that something speaks for: else a mistake is taken for what nobody did
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
                 done = (how.clone and doubled) or (how.drop_dead and smaller) or (how.clamps and clipped)
-                seen = found.unpaired and done  # else a mistake is taken for what nobody did
-                if not other.unpaired and (seen or not other.mismatches):
+                if not other.unpaired and not other.mismatches:
                     found, best = other, how
                     break
+                if found.unpaired and not other.unpaired and done and wrong is None:
+                    wrong = other, how
+            else:
+                found, best = wrong or (found, best)
         if found.mismatches and _holds_norms(both.reference.plan()):
             moved = dataclasses.replace(best, norm_affine=True)
             again = correspond(both.reference.plan(moved), both.candidate.plan(moved))
