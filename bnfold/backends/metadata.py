@@ -24,7 +24,7 @@ def files_of(model: Any, path: Path) -> list[Path]:
     if family(model) != "onnx" or not hasattr(model.graph, "initializers"):
         if kind_of(path) != "shards":
             return [path]
-        from .torch.files.shards import shards_of
+        from .torch.files.checkpoint import shards_of
 
         return [path, *sorted(shards_of(path))]
     tensors = (value.const_value for value in model.graph.initializers.values())
@@ -107,14 +107,14 @@ def text_in_archive(path: Path) -> str | None:
 def _text_in_onnx(path: Path) -> str | None:
     import onnx
 
-    from .onnx.files import wire
+    from .onnx.files import storage
 
     if why := unreadable(path):
         raise ModelError(f"{path}: {why}")
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for field in wire.fields(data):  # type: ignore[arg-type]  # it is indexed as bytes are
-                if field.number == METADATA and field.kind == wire.BYTES:
+            for field in storage.fields(data):  # type: ignore[arg-type]  # it is indexed as bytes are
+                if field.number == METADATA and field.kind == storage.BYTES:
                     entry = onnx.StringStringEntryProto.FromString(data[field.start : field.end])
                     if entry.key == KEY:
                         return str(entry.value)

@@ -140,5 +140,5 @@ def _value(path: Path, name: str, value: Any, parameter: Any) -> Any:
 def _may_run(name: str, text: str) -> bool:
     """Whether the value of an option could be code: a function of a file or a module, or what a provider loads."""
     if name in ("data", "eval"):
-        return text.rpartition(":")[2].isidentifier() and ":" in text  # as `data.functions` reads it
+        return text.rpartition(":")[2].isidentifier() and ":" in text  # as `data.open` reads it
     return name == "provider" and PROVIDER.fullmatch(text) is None

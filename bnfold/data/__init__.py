@@ -1,6 +1,6 @@
 """What the user's data can be, as batches: files, folders, functions, arrays and loaders.
 
-Every form becomes a `Source` of chunks (`source`, and by name `files`, `functions`, `random`, `images` and `tables`); `Data` fits the
+Every form becomes a `Source` of chunks (`source`, and by name `files`, `open`, `random`, `images` and `tables`); `Data` fits the
 chunks to the model's inputs (`spec`, `inputs`) and cuts them into batches (`batches`). `open` has the doors.
 """
 

@@ -26,7 +26,7 @@ from bnfold.files import contents, locked, write_text
 from .distributed import Processes, together
 from .methods import Accumulator, Method
 from .moments import Moments
-from .protocol import BatchNorm, Measurement
+from .plan import BatchNorm, Measurement
 from .spill import Slot, copied
 from .statistics_file import PROGRESS, packed, read_arrays, unpacked, write_arrays
 

@@ -36,15 +36,13 @@ from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
 from bnfold.text import counted
 
-from .changes import report
-from .data_checks import unscaled, unshuffled
+from .changes import report, unscaled, unshuffled
 from .distributed import Processes, together
 from .journal import Journal
 from .methods import TOGETHER, Method
 from .methods import method as chosen
 from .moments import Moments, Samples, pool
-from .plan import Plan
-from .protocol import NOTHING, BatchNorm, Measurement, Progress, Reading, Stage, Values
+from .plan import NOTHING, BatchNorm, Measurement, Plan, Progress, Reading, Stage, Values
 from .spill import Frontier
 
 

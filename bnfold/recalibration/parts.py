@@ -20,8 +20,7 @@ from .changes import report
 from .lockstep import measure, settle
 from .methods import Accumulator, Exact, Method
 from .moments import Moments, pool
-from .plan import Plan
-from .protocol import BatchNorm, Measurement, Progress
+from .plan import BatchNorm, Measurement, Plan, Progress
 from .recalibrate import Target, called, data_of, fitting
 
 

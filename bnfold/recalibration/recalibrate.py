@@ -25,8 +25,7 @@ from .distributed import Processes, processes
 from .journal import Journal
 from .lockstep import recalibrate as run_plan
 from .methods import Method
-from .plan import Plan, Selection, every
-from .protocol import Progress
+from .plan import Plan, Progress, Selection, every
 from .scoring import Scores, effect, score, score_if_fits
 from .statistics_file import fingerprint
 

@@ -18,7 +18,7 @@ from bnfold.model import Model
 from bnfold.report import Accuracy, Effect, Word
 from bnfold.text import counted
 
-from .protocol import Progress
+from .plan import Progress
 
 SURE = 2.0  # standard errors from which on a difference counts
 SUM = 1e-3  # how far probabilities in half precision miss a sum of 1

@@ -23,7 +23,7 @@ from bnfold.text import first_line
 
 from .methods import METHODS, Accumulator, Method
 from .moments import Moments
-from .protocol import BatchNorm, Measurement
+from .plan import BatchNorm, Measurement
 
 OLD, PART, PROGRESS = "bnfold.statistics/1", "bnfold.part/1", "bnfold.progress/1"
 WHAT = {

@@ -10,7 +10,7 @@ from functools import cached_property
 from bnfold.data.spec import Port
 from bnfold.errors import UnsupportedError, UsageError
 from bnfold.model import Model
-from bnfold.recalibration.protocol import Progress
+from bnfold.recalibration.plan import Progress
 from bnfold.text import listed, meant
 
 

@@ -25,7 +25,7 @@ from bnfold.folding.clamps import clips_by_channel
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm
 from bnfold.model import Model
-from bnfold.recalibration.protocol import Progress
+from bnfold.recalibration.plan import Progress
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
 
 from .coefficients import Correspondence, correspond

@@ -19,7 +19,7 @@ import bnfold
 from bnfold.backends.torch.export.call import random_example
 from bnfold.backends.torch.export.copies import duplicate
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.files.architecture import build
+from bnfold.backends.torch.files.load import build
 from bnfold.cli import run
 from tests.backends.torch.test_torch_files import FACTORY
 

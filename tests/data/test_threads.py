@@ -14,7 +14,7 @@ import pytest
 from tabular import PICTURES, ROWS, A, images, shades, tar, write
 
 from bnfold.data import open_data
-from bnfold.data.functions import importable, module_of
+from bnfold.data.open import importable, module_of
 
 CODE = """
 import sys, time
@@ -88,7 +88,7 @@ def test_a_fork_while_another_thread_imports(tmp_path):
     code = f"""
 import os, signal, threading, time
 from pathlib import Path
-from bnfold.data.functions import module_of
+from bnfold.data.open import module_of
 folder = Path({str(tmp_path)!r})
 thread = threading.Thread(target=module_of, args=(folder / "slow.py", "test"))
 thread.start()

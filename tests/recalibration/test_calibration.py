@@ -26,7 +26,7 @@ from bnfold import api
 from bnfold.cli import run
 from bnfold.errors import DataError, UnsupportedError, UsageError
 from bnfold.recalibration import statistics_file as kept_statistics
-from bnfold.recalibration.data_checks import f_ratio
+from bnfold.recalibration.changes import f_ratio
 from bnfold.recalibration.methods import Exact, MovingAverage
 from bnfold.recalibration.moments import measure
 from bnfold.recalibration.scoring import Scores, cross_entropy, effect

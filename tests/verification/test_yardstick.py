@@ -18,8 +18,8 @@ from torch import nn
 import bnfold
 from bnfold.backends.onnx.oracle import evaluator as oracle
 from bnfold.backends.onnx.oracle.evaluator import moving
+from bnfold.backends.torch.export.constants import weights
 from bnfold.backends.torch.export.trace import trace
-from bnfold.backends.torch.export.weights import weights
 from bnfold.verification.noise import Errors, Noise, worst_part
 from bnfold.verification.yardstick import FUNCTION_LIMIT, Scale, Truth, chance, deployed_ratio, function_ratio
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import bnfold
 from bnfold.backends.kinds import kind_of
-from bnfold.backends.torch.files.architecture import build
+from bnfold.backends.torch.files.load import build
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 FACTORY = """

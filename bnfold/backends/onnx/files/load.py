@@ -5,6 +5,8 @@ The weights are not parsed: the file's bytes stay as they were read, and each we
 
 from __future__ import annotations
 
+import io
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +16,15 @@ import onnx_ir as ir
 
 from bnfold.backends.kinds import check_readable
 from bnfold.errors import ModelError, UnsupportedError
+from bnfold.files import DAMAGED_ZIP
 from bnfold.text import one_line
 
-from . import wire
-from .external import Files, is_external
+from . import storage
 from .fit import misfit, refused
-from .quantisation import check_quantisation
+from .parameters import check_quantisation
 from .save import EXTERNAL, MAPS, save, to_proto
 from .schemas import check_operators
-from .sniff import sniff
+from .storage import Files, is_external
 from .validate import check_complete, check_names, check_values, data_type, tensors, without_maps
 
 __all__ = ["checked", "from_proto", "load", "save", "to_proto"]
@@ -75,14 +77,14 @@ def _parse(data: bytes) -> tuple[onnx.ModelProto, list[memoryview | None]]:
     parts: list[bytes | memoryview] = []
     views: list[memoryview | None] = []
     try:
-        for field in wire.fields(data):
-            if field.number != wire.GRAPH or field.kind != wire.BYTES:
+        for field in storage.fields(data):
+            if field.number != storage.GRAPH or field.kind != storage.BYTES:
                 parts.append(view[field.key : field.end])
                 continue
-            inner = [part for entry in wire.fields(data, field.start, field.end) for part in _entry(data, entry, views)]
-            parts += (wire.opening(wire.GRAPH, sum(map(len, inner))), *inner)
+            inner = [part for entry in storage.fields(data, field.start, field.end) for part in _entry(data, entry, views)]
+            parts += (storage.opening(storage.GRAPH, sum(map(len, inner))), *inner)
         proto = onnx.ModelProto.FromString(b"".join(parts))
-    except wire.CutShort as cut:
+    except storage.CutShort as cut:
         if len(data) < cut.end < 1 << 40 and data[:1] == b"\x08":  # the IR version comes first in all files met so far
             raise ModelError(f"cut short: it has {len(data):,} bytes of at least {cut.end:,}; export or download it again") from None
         raise ModelError("not an ONNX model, or a damaged one; export or download it again") from None
@@ -93,20 +95,20 @@ def _parse(data: bytes) -> tuple[onnx.ModelProto, list[memoryview | None]]:
     return proto, views
 
 
-def _entry(data: bytes, entry: wire.Field, views: list[memoryview | None]) -> list[bytes | memoryview]:
+def _entry(data: bytes, entry: storage.Field, views: list[memoryview | None]) -> list[bytes | memoryview]:
     """The bytes of a graph's field; of a large weight only what describes it, and its raw data go to `views`."""
     view = memoryview(data)
-    if entry.number != wire.INITIALIZER or entry.kind != wire.BYTES:
+    if entry.number != storage.INITIALIZER or entry.kind != storage.BYTES:
         return [view[entry.key : entry.end]]
     large = entry.end - entry.start > LARGE
-    found = [f for f in wire.fields(data, entry.start, entry.end) if f.number == wire.RAW_DATA] if large else []
-    if len(found) != 1 or found[0].kind != wire.BYTES or found[0].end - found[0].start < LARGE:
+    found = [f for f in storage.fields(data, entry.start, entry.end) if f.number == storage.RAW_DATA] if large else []
+    if len(found) != 1 or found[0].kind != storage.BYTES or found[0].end - found[0].start < LARGE:
         views.append(None)
         return [view[entry.key : entry.end]]
     raw = found[0]
     views.append(view[raw.start : raw.end])
     size = entry.end - entry.start - (raw.end - raw.key)
-    return [wire.opening(wire.INITIALIZER, size), view[entry.start : raw.key], view[raw.end : entry.end]]
+    return [storage.opening(storage.INITIALIZER, size), view[entry.start : raw.key], view[raw.end : entry.end]]
 
 
 def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files | None) -> ir.Model:
@@ -187,3 +189,61 @@ def _line(error: Exception) -> str:
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return one_line(error)
+
+
+EXPORT = "export it to ONNX first, with torch.onnx.export(model, inputs, path, dynamo=True, optimize=False)"
+BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; what the file is; what to do
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run 'git lfs pull'"),
+    (b"<!doctype html", "an HTML page, probably of a failed download", "download the model again"),
+    (b"<html", "an HTML page, probably of a failed download", "download the model again"),
+    (b"<?xml", "an XML file, such as an OpenVINO model", "give the ONNX model that it was made from"),
+    (b"ir_version", "ONNX in text form", "convert it with onnx.save(onnx.load(path, format='textproto'), 'model.onnx')"),
+    (b"<", "ONNX in text form, or a web page", "convert it with onnx.save(onnx.load(path, format='onnxtxt'), 'model.onnx')"),
+    (b"{", "a JSON file", "if it is ONNX in JSON form, convert it with onnx.save(onnx.load(path, format='json'), 'model.onnx')"),
+    (b"\x89hdf", "an HDF5 file, such as a Keras model", "convert it to ONNX with tf2onnx"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it with gunzip"),
+    (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
+    (b"gguf", "a GGUF file, which holds weights without a network", "give the model in ONNX form"),
+    (b"\x93numpy", "not an ONNX model but a NumPy array", "give the model first and the array with --data"),
+    *((bytes([128, n]), "a Python pickle, such as an old PyTorch checkpoint", EXPORT) for n in range(2, 6)),
+)
+ZIPS = (  # the end of a member's name, what the archive is, what to do
+    (".onnx", "a zip archive that holds an ONNX model", "unpack it"),
+    ("constants.pkl", "a TorchScript archive", EXPORT),
+    ("serialized_exported_program.json", "a PyTorch exported program (.pt2)", EXPORT),
+    ("archive_format", "a PyTorch exported program (.pt2)", EXPORT),
+    ("data.pkl", "a PyTorch checkpoint", EXPORT),
+    ("model.weights.h5", "a Keras model", "convert it to ONNX with tf2onnx"),
+    (".npy", "a NumPy .npz archive", "give the model first and the arrays with --data"),
+)
+AT_FOUR = {  # the identifier of a FlatBuffer, at byte 4
+    b"TFL3": ("a TensorFlow Lite model", "convert it to ONNX with tf2onnx"),
+    b"ORTM": ("a model in ONNX Runtime's own format (.ort)", "give the ONNX model that it was made from"),
+}
+
+
+def sniff(data: bytes) -> tuple[str, str] | None:
+    """What the file is and what to do about it; None where nothing but ONNX is recognised."""
+    if data.startswith(b"PK\x03\x04"):
+        return _sniff_zip(data)
+    if data[2:4] == b"\0\0" and data[4:8] in AT_FOUR:
+        return AT_FOUR[data[4:8]]
+    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") <= len(data) - 8:
+        return "a safetensors file, which holds weights without a network", EXPORT
+    start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for first, kind, remedy in BEGINNINGS:
+        if start.startswith(first):
+            return kind, remedy
+    return None
+
+
+def _sniff_zip(data: bytes) -> tuple[str, str]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+    except DAMAGED_ZIP:
+        return "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged", "save or download it again"
+    for ending, kind, remedy in ZIPS:
+        if any(name.endswith(ending) for name in names):
+            return kind, remedy
+    return "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file)", EXPORT

@@ -1,6 +1,6 @@
 """Write an ONNX file: whole or not at all, and one weight at a time.
 
-The graph is serialised without its initializers, and these follow one by one, each behind the few bytes that describe it (see `wire`).
+The graph is serialised without its initializers, and these follow one by one, each behind the few bytes that describe it (see `storage`).
 So the peak of memory is the model and one weight, not three models, and a weight that is computed on demand is computed once.
 """
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from bnfold.errors import ModelError, UnsupportedError, UsageError
 from bnfold.files import may_write, replacing, unreadable
 
-from . import wire
+from . import storage
 from .validate import with_maps
 
 EXTERNAL = "bnfold.external_data"  # in a graph's meta: whether its file kept weights in other files
@@ -105,7 +105,7 @@ class _Weight:
     @property
     def size(self) -> int:
         """The bytes that it will take in the model file, as the content of a field."""
-        return int(self.proto.ByteSize()) + (wire.framed(wire.RAW_DATA, self.nbytes) if self.raw else 0)
+        return int(self.proto.ByteSize()) + (storage.framed(storage.RAW_DATA, self.nbytes) if self.raw else 0)
 
     def move(self, data: IO[bytes], location: str) -> None:
         """Put its bytes into an external file, unless they are few."""
@@ -124,7 +124,7 @@ class _Weight:
         """Write it as the content of a field, `size` bytes."""
         out.write(self.proto.SerializeToString())
         if self.raw:
-            out.write(wire.opening(wire.RAW_DATA, self.nbytes))
+            out.write(storage.opening(storage.RAW_DATA, self.nbytes))
             self._put(out)
 
     def _put(self, file: IO[bytes]) -> None:
@@ -141,12 +141,12 @@ def _write(skeleton: onnx.ModelProto, weights: list[_Weight], out: IO[bytes]) ->
     skeleton.ClearField("functions")
     head = skeleton.SerializeToString()
     sizes = [weight.size for weight in weights]
-    length = len(graph) + sum(wire.framed(wire.INITIALIZER, size) for size in sizes)
+    length = len(graph) + sum(storage.framed(storage.INITIALIZER, size) for size in sizes)
     if len(head) + length + len(functions) > ONE_FILE + (1 << 27):
         raise UnsupportedError("the weights within subgraphs pass 2 GB, which a file can't hold; make them weights of the graph")
-    out.write(head + wire.opening(wire.GRAPH, length) + graph)
+    out.write(head + storage.opening(storage.GRAPH, length) + graph)
     for weight, size in zip(weights, sizes, strict=True):
-        out.write(wire.opening(wire.INITIALIZER, size))
+        out.write(storage.opening(storage.INITIALIZER, size))
         weight.write(out)
     out.write(functions)
 

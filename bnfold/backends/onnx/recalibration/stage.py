@@ -21,7 +21,7 @@ from bnfold.data.spec import shape_text
 from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.recalibration.distributed import threads
 from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure_samples, measure_through
-from bnfold.recalibration.protocol import NOTHING, Reading, Values
+from bnfold.recalibration.plan import NOTHING, Reading, Values
 
 from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes, opset

@@ -19,7 +19,7 @@ from bnfold.errors import CheckError, UnsupportedError, UsageError
 from bnfold.files import HeldErrors, may_write, replacing
 from bnfold.text import one_line
 
-from ..export.other_sizes import fixed_axes, substituted
+from ..export.sizes import fixed_axes, substituted
 from ..export.trace import Traced, trace
 from ..writing.surgery import ATTRIBUTE, Surgery
 from .checkpoint import RECORD
@@ -170,7 +170,7 @@ def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, c
 
 
 def _fix_axes(model: ir.Model, sizes: dict[str, int]) -> None:
-    """State the size of axes that have one only (see `other_sizes`). sizes: by the axis's symbol."""
+    """State the size of axes that have one only (see `sizes`). sizes: by the axis's symbol."""
     import onnx_ir as ir
 
     from bnfold.backends.onnx.graph.walk import all_nodes

@@ -22,8 +22,7 @@ from bnfold.data import Batch, InputSpec
 from bnfold.folding.plan import missed
 from bnfold.recalibration.methods import Statistics
 from bnfold.recalibration.moments import Moments, Pointwise
-from bnfold.recalibration.plan import Select, StagePlan, every
-from bnfold.recalibration.protocol import BatchNorm, Reading
+from bnfold.recalibration.plan import BatchNorm, Reading, Select, StagePlan, every
 
 from ..export.census import held
 from ..export.constants import ProgramConstants, as_float64

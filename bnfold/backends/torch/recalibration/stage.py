@@ -16,7 +16,7 @@ from torch.fx import Node as Op
 from bnfold.data.memory import out_of_memory
 from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.recalibration.moments import Moments, Pointwise, Samples
-from bnfold.recalibration.protocol import NOTHING, Reading, Values
+from bnfold.recalibration.plan import NOTHING, Reading, Values
 from bnfold.recalibration.schedule import Cut
 from bnfold.text import first_line
 

@@ -22,13 +22,12 @@ from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, DataError, UnsupportedError
 from bnfold.text import first_line
 
-from ..export.constants import ProgramConstants
+from ..export.constants import ProgramConstants, weights
 from ..export.quantisers import quantiser
 from ..export.regions import under
 from ..export.tensors import to_tensor
 from ..export.trace import Traced
 from ..export.walk import FLOATS, dtype_of, function, is_tensor, mutates, operator_name, tensor_named
-from ..export.weights import weights
 from .session import moved, precise, seed_of
 from .widen import call, reads_bits, widened, writes_bits
 

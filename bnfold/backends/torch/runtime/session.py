@@ -26,12 +26,12 @@ from bnfold.errors import DataError, DeviceError, OutOfMemoryError, UnsupportedE
 from bnfold.model import Placement
 from bnfold.text import first_line
 
+from ..export.constants import weights
 from ..export.copies import duplicate
 from ..export.observers import observers, settled_quantisers, without_observers
 from ..export.tensors import flat_outputs, to_numpy, to_tensor
 from ..export.trace import Traced
 from ..export.walk import in_training, is_batchnorm, mutates, written
-from ..export.weights import weights
 
 MOVED = 1 / 12  # the share of stored numbers that move by a unit in the last place, with the variance of rounding itself
 

@@ -25,13 +25,13 @@ from bnfold.capture import quiet
 from bnfold.errors import UnsupportedError
 
 from ..export.call import Call, as_call
+from ..export.constants import weights
 from ..export.copies import duplicate
 from ..export.observers import settled_quantisers
 from ..export.other_calls import OtherCall, other_calls, shapes_text, users_shapes
 from ..export.regions import kind_of
 from ..export.trace import Traced, at_its_sizes
 from ..export.walk import frames, operator_name
-from ..export.weights import weights
 from ..runtime.eager import Eager, alike, eager
 from ..runtime.session import move_weights
 
