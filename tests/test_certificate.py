@@ -56,6 +56,9 @@ def test_a_folded_file_states_what_it_is(fused: Path) -> None:
         "kept": [],
         "constants": [],
         "merged": [],
+        "dropped": {},
+        "clamped": [],
+        "equalised": [],
         "earlier": [],
     }
     assert verdict["verdict"] == "equivalent"

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import parser
 
 import bnfold
 from bnfold.algebra.rules import RULES
 from bnfold.cli import run
 from bnfold.verbs.explanations import WORDS
+
+NETWORK = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 2, 6, 6] x) => (float[N, 2, 6, 6] y)
+<float[3, 2, 1, 1] w = {1, -2, 0.5, 1, 3, 1}, float[3] g1 = {1, 0, 2}, float[3] b = {0.1, 0.2, 0.3}, float[3] m = {0.1, 0, 0.2},
+ float[3] v = {1, 2, 3}, float[3, 3, 1, 1] w1 = {1, 2, 1, -1, 3, 2, 1, 1, 1}, float[3] g2 = {1, -1, 0.5},
+ float[3] b2 = {0, 0.1, 0.2}, float[3] m2 = {0.3, 0, 0.1}, float[3] v2 = {2, 1, 1}, float[2, 3, 1, 1] w2 = {1, 2, 3, 4, 5, 6}>
+{
+  [conv] a = Conv (x, w)
+  [first] a1 = BatchNormalization (a, g1, b, m, v)
+  [relu1] a2 = Relu (a1)
+  [mid] a3 = Conv (a2, w1)
+  [tanh] c = Tanh (a3)
+  [second] d = BatchNormalization (c, g2, b2, m2, v2)
+  [relu] e = Relu (d)
+  [last] y = Conv (e, w2)
+}"""
 
 
 def test_every_rule_has_its_words() -> None:
@@ -48,3 +65,43 @@ def test_a_layer_says_why_it_stays_and_what_would_let_it_go(here: Path, capsys: 
     assert run(["explain", "model.onnx"]) == 2
     assert "model.onnx is a file: name one of its BatchNorms before it" in capsys.readouterr().err
     assert bnfold.explain("bn", bnfold.load("none.onnx")).what == "bn"
+
+
+def test_what_options_would_let_go_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network with a channel that is constant, and a BatchNorm with negative gammas between two non-linearities."""
+    model = parser.parse_model(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model, "model.onnx")
+
+    def said(*arguments: str) -> str:
+        assert run(["explain", *arguments]) == 0
+        return capsys.readouterr().out
+
+    text = said("second", "model.onnx")
+    assert "it stays: " in text
+    assert "what would let it go: --clamps, with which it folds into" in text
+    assert "--clone" not in text
+    text = said("second", "model.onnx", "--clamps")
+    assert "it folds into" in text
+    assert "clips with bounds for each channel" in text
+    dropped = "1 channel of the 3 of conv holds one number whatever goes in; it can be taken out"
+    assert f"with --drop-dead: {dropped}" in said("first", "model.onnx")
+    assert dropped in said("first", "model.onnx", "--drop-dead").replace("with --drop-dead: ", "")
+    assert "it takes up first" in said("conv", "model.onnx")
+
+    options = ["--clamps", "--drop-dead", "--equalise"]
+    assert run(["fuse", "model.onnx", "-o", "fused.onnx", *options]) == 0
+    assert "clips with bounds for each channel" in capsys.readouterr().out
+    certificate = bnfold.certificate("fused.onnx")
+    assert certificate is not None
+    assert (certificate["dropped"], certificate["clamped"], certificate["equalised"]) == ({"conv": 1}, ["relu"], ["conv"])
+    assert "it was folded, as the model's certificate states" in said("second", "fused.onnx")
+    assert "it lost channels" in said("conv", "fused.onnx")
+    assert run(["inspect", "fused.onnx"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "channels: 1 constant, taken out of 1 layer",
+        "clips: 1 with bounds for each channel",
+        "equalised: the channel ranges of 1",
+    ):
+        assert line in out

@@ -10,6 +10,7 @@ from bnfold.files import ready_to_write
 from . import options as o
 from .app import command
 from .job import Job, Reporting
+from .options.folding import Folding
 from .options.inputs import Loading, Shaping
 from .options.recalibration import Measuring, beside, finish
 
@@ -45,11 +46,12 @@ def average(
 @command
 def explain(
     *,
-    what: str | None = o.argument("[RULE|LAYER]", "An operator or a rule, or all of them; with MODEL, one of its BatchNorms."),
-    model: Path | None = o.argument("[MODEL]", "The model that the BatchNorm is in.", read=o.model_file),
+    what: str | None = o.argument("[RULE|LAYER]", "An operator or a rule, or all of them; with MODEL, one of its layers."),
+    model: Path | None = o.argument("[MODEL]", "The model that the layer is in.", read=o.model_file),
     loading: Loading,
     shaping: Shaping,
     reporting: Reporting,
+    folding: Folding,
 ) -> None:
     """Say what can cross an operator, or why a BatchNorm stays and what would let it go."""
     from bnfold.verbs.explanations import explain as run
@@ -58,4 +60,5 @@ def explain(
         raise UsageError(f"{what} is a file: name one of its BatchNorms before it, which `bnfold inspect {what}` lists")
     with Job(reporting) as job:
         loaded = None if model is None else loading.load(model, job)
-        job.finish(run(what or "", loaded, example=None if loaded is None else shaping.call(loaded)))
+        example = None if loaded is None else shaping.call(loaded)
+        job.finish(run(what or "", loaded, example=example, **(folding.options if loaded is not None else {})))

@@ -36,6 +36,7 @@ class Planned:
 
     equalised: what became of ranges; scaled: the operators whose weights that, or the scale of a normalisation, changed. said: what of
     normalisations stays. work: multiply-adds for a sample, before and after. written: operators in the place of others. fewer: what goes.
+    clamped: the names of those that clip by channel now.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -47,6 +48,7 @@ class Planned:
     said: tuple[str, ...] = ()
     work: tuple[int | None, int | None] = (None, None)
     fewer: Narrowed = field(default_factory=Narrowed)
+    clamped: tuple[str, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -79,6 +81,7 @@ class Planned:
             merged=merged,
             equalised=self.equalised,
             dropped=self.fewer.dropped,
+            clamped=self.clamped,
             ranges=ranges,
             bytes_added=bytes_added,
             multiply_adds=None if before is None or after is None else Counts(before, after),
@@ -171,6 +174,7 @@ def plan(
     merges = [narrowed(m, fewer) for m in merges]
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
     written = list(clamped(graph))
+    clips = tuple(each.node.name for each in written)
     if options.lower is not None:
         outcomes, lowered = lower(graph, outcomes, options.lower, replaceable)
         written += lowered
@@ -185,6 +189,7 @@ def plan(
         tuple(said),
         (before, work(graph, written)),
         fewer,
+        clips,
     )
 
 
@@ -281,7 +286,7 @@ def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
     site = outcome.site
     said = [notes[node] for node in outcome.into if node in notes]
     if dead := site.nodes[0].attrs.get("dead"):
-        said.append(f"{dead} of its {site.channels} channels are dead (gamma is 0)")
+        said.append(f"{dead} of its {site.channels} channels {'is' if dead == 1 else 'are'} dead (gamma is 0)")
     if len(site.nodes) > 1:
         said.append(f"called {len(site.nodes)} times")
     if (norm := site.nodes[0].attrs.get("norm")) is not None and (odd := norm.unmeasured):

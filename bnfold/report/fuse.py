@@ -102,6 +102,7 @@ class FuseReport(Report):
     lowered: int = 0  # BatchNorms that other operators stand for now
     equalised: tuple[Equalised, ...] = ()
     dropped: tuple[Dropped, ...] = ()
+    clamped: tuple[str, ...] = ()  # what clips by bounds of each channel now, since a map passed it
     ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
     multiply_adds: Counts | None = None  # of the layers with weights, for one sample; None where a size isn't known

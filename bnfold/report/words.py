@@ -14,6 +14,7 @@ from .verify import Levels, VerifyReport
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 ONCE = 1.0001  # units of roundoff: a number that is rounded once is within one, but for how that is measured
+CLIPS = "clips with bounds for each channel, since a BatchNorm passes it"
 Fact = tuple[str, str]  # what was compared, and what was found
 
 

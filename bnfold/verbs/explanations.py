@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import replace
 from typing import Any
 
-from bnfold import api
 from bnfold.algebra.rules import RULES
+from bnfold.backends.open import open_model
+from bnfold.certificates import certificate
 from bnfold.errors import UsageError
-from bnfold.report import ExplainReport, Layer
-from bnfold.text import listed, meant, some
+from bnfold.folding.options import FoldOptions
+from bnfold.model import Model
+from bnfold.report import ExplainReport, FuseReport
+from bnfold.report.words import CLIPS
+from bnfold.text import counted, listed, meant, some
 
 ANY, ORDERED, SCALES = "any map crosses", "maps cross whose scales aren't negative", "pure scalings cross, whose scales aren't negative"
 # Of each rule: which maps cross, the equation of which it is the proof, and operators that it is for.
@@ -61,10 +66,6 @@ WORDS: dict[str, tuple[str, str, str]] = {
 ADVICE = (
     (r"training mode", "export the model in evaluation mode (model.eval()), or give it statistics by `bnfold recalibrate --freeze`"),
     (r"no running statistics|track_running_stats", "give it statistics by `bnfold recalibrate --freeze`"),
-    (
-        r"is read (by|elsewhere|twice)|other readers|read by",
-        "--clone doubles the operator before it, if that one is a convolution or a product",
-    ),
     (r"is an output of the model", "a value that callers see mustn't change; take that output away where nobody needs it"),
     (
         r"scales (is|are) negative",
@@ -80,12 +81,23 @@ ADVICE = (
     (r"isn't known|isn't certain|dynamic", "state the shape of the input (--input-shape, or fixed axes in the export)"),
 )
 
+# What a certificate lists by name.
+CERTIFIED = {
+    "folded": "it was folded",
+    "lowered": "it was written as other operators",
+    "constants": "it was a constant operator, and was folded",
+    "merged": "it was merged from parallel branches",
+    "dropped": "it lost channels that held one number whatever went in",
+    "clamped": "it clips with bounds for each channel, since a map passed it",
+    "equalised": "its channel ranges were made to match those of the layers that read it",
+}
 
-def explain(what: str, model: Any = None, *, example: Any = None) -> ExplainReport:
-    """What can cross an operator (the name of a rule, or of an operator of ONNX's or PyTorch's; "" for all rules), or, of a model, why a
-    BatchNorm stays.
 
-    Raises UsageError where there is nothing of that name.
+def explain(what: str, model: Any = None, *, example: Any = None, **options: Any) -> ExplainReport:
+    """What can cross an operator (the name of a rule, or of an operator of ONNX's or PyTorch's; "" for all rules), or, of a model, what
+    becomes of a layer: why a BatchNorm stays and which options of a fold would let it go, and what leaves, is clamped or equalised.
+
+    example, options: as for `fuse`. Raises UsageError where there is nothing of that name.
     """
     start = time.perf_counter()
     if model is None:
@@ -93,10 +105,8 @@ def explain(what: str, model: Any = None, *, example: Any = None) -> ExplainRepo
         if not found:
             raise UsageError(f"no rule and no operator is called {what!r}: nothing crosses what isn't in the table{meant(what, names)}")
         return ExplainReport(what=what or "the rules, by operators", text=tuple(found), seconds=time.perf_counter() - start)
-    layers = {layer.name: layer for layer in api.inspect(model, example=example).layers}
-    if what not in layers:
-        raise UsageError(f"no BatchNorm is called {what!r}; there are {some(layers)}{meant(what, layers)}")
-    return ExplainReport(what=what, text=tuple(_layer(layers[what])), seconds=time.perf_counter() - start)
+    opened = open_model(model, example)
+    return ExplainReport(what=what, text=tuple(_layer(what, opened, FoldOptions(**options))), seconds=time.perf_counter() - start)
 
 
 def _rules(what: str) -> Iterator[str]:
@@ -111,10 +121,61 @@ def _plain(name: str) -> str:
     return re.sub(r"_|[123]d$", "", name.rpartition(".")[2].lower())
 
 
-def _layer(layer: Layer) -> Iterator[str]:
+def _layer(name: str, model: Model, options: FoldOptions) -> Iterator[str]:
+    """What becomes of a BatchNorm, or of another layer that a fold changes."""
+    report = model.folded(options)[1]
+    layer = next((layer for layer in report.layers if layer.name == name), None)
+    if layer is None:
+        held = [layer.name for layer in report.layers if name in layer.into]
+        found = [*([f"it takes up {listed(held)}"] if held else []), *_changes(report, {name})] or [*_certified(name, model)]
+        if not found:
+            names = [layer.name for layer in report.layers]
+            raise UsageError(
+                f"no BatchNorm is called {name!r}, nor anything that takes one up; there are {some(names)}{meant(name, names)}"
+            )
+        yield from found
+        return
     if layer.verdict == "folded":
         yield f"it folds into {listed(layer.into) or 'nothing: it changes nothing'}"
     else:
-        yield f"it stays: {layer.reason}"
+        yield f"it is lowered, and stays otherwise: {layer.reason}" if layer.verdict == "lowered" else f"it stays: {layer.reason}"
+        for option, other in _more(options, "clone", "clamps"):
+            tried = next((each for each in model.folded(other)[1].layers if each.name == name), None)
+            if tried is not None and tried.verdict == "folded":
+                yield f"what would let it go: {option}, with which it folds into {listed(tried.into) or 'nothing'}"
         yield from (f"what would let it go: {advice}" for pattern, advice in ADVICE if re.search(pattern, layer.reason))
     yield from layer.notes
+    here = {name, *layer.into}
+    yield from _changes(report, here)
+    if any("gamma is 0" in note for note in layer.notes):
+        for option, other in _more(options, "drop_dead"):
+            yield from (f"with {option}: {text}" for text in _changes(model.folded(other)[1], here))
+
+
+def _more(options: FoldOptions, *names: str) -> Iterator[tuple[str, FoldOptions]]:
+    """The options with one of these more, which isn't asked for; its name on the command line."""
+    for name in names:
+        if not getattr(options, name):
+            more: Any = {name: True}
+            yield f"--{name.replace('_', '-')}", replace(options, **more)
+
+
+def _changes(report: FuseReport, names: Container[str]) -> Iterator[str]:
+    """What leaves layers of these names, and why some of it stays; what is clamped; and whose ranges were made to match."""
+    for d in (each for each in report.dropped if each.name in names):
+        holds = f"{counted(d.dead, 'channel')} of the {d.channels} of {d.name} hold{'s' if d.dead == 1 else ''} one number whatever goes in"
+        what = f"{d.dropped or 'none'} of these can be taken out" if d.dead > 1 else f"it {'can' if d.dropped else 'can not'} be taken out"
+        yield f"{holds}; {what}" + (f": {d.reason}" if d.reason else "")
+    yield from (f"{each} {CLIPS}" for each in report.clamped if each in names)
+    for e in report.equalised:
+        if any(each in names for each in (*e.layers, *e.into)):
+            made = f"match, by factors up to {e.factor:.3g}, those of {listed(e.into)}"
+            yield f"the channel ranges of {listed(e.layers)} {f'stay: {e.reason}' if e.reason else made}"
+
+
+def _certified(name: str, model: Model) -> Iterator[str]:
+    """What the certificate of a folded model states of a layer."""
+    stated = certificate(model.source) or {}
+    for key in CERTIFIED:
+        if isinstance(names := stated.get(key), (list, dict)) and name in names:
+            yield f"{CERTIFIED[key]}, as the model's certificate states"

@@ -11,7 +11,7 @@ from bnfold.report.fuse import FuseReport, InspectReport
 from bnfold.report.others import BenchReport, ExplainReport, PipelineReport
 from bnfold.report.recalibrate import RecalibrateReport
 from bnfold.report.verify import VerifyReport
-from bnfold.report.words import headline
+from bnfold.report.words import CLIPS, headline
 from bnfold.text import counted
 
 from . import Headline, Line, Part, Row, folded, tables, verified
@@ -81,6 +81,7 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
 def _remarks(report: FuseReport) -> Iterator[Part]:
     yield tables.equalised(report)
     yield tables.dropped(report)
+    yield from _grouped("", [(CLIPS, name) for name in report.clamped])
     if report.bytes_added:
         yield Line(f"{report.bytes_added:,} bytes added by copies of shared weights")
     yield from map(Line, report.notes)

@@ -62,8 +62,8 @@ def equalised(report: FuseReport) -> Table:
 def dropped(report: FuseReport) -> Table:
     """Which layers lose channels, and why constant ones stay."""
     cells = [(each.name, f"{each.channels:,}", f"{each.dead:,}", f"{each.dropped:,}", each.reason) for each in report.dropped]
-    would = "would leave" if isinstance(report, InspectReport) else "left"
-    return Table(f"Channels that {would}", ("layer", "channels", "constant", would, "why some stay"), cells)
+    would = "would leave" if isinstance(report, InspectReport) else "taken out"
+    return Table(f"Channels {'that ' * (would != 'taken out')}{would}", ("layer", "channels", "constant", would, "why some stay"), cells)
 
 
 def drift(report: RecalibrateReport, most: int | None = None, *, verbose: bool = True) -> Table:
@@ -209,6 +209,13 @@ def certificate(found: Mapping[str, Any]) -> Iterator[str]:
         lowered = len(given(found, "lowered", list))
         also = f"{lowered:,} lowered, " if lowered else ""
         yield f"BatchNorms: {before - after - lowered:,} folded, {also}{after:,} kept{others}"
+    if fewer := given(found, "dropped", dict):
+        taken = sum(n for n in fewer.values() if isinstance(n, int))
+        yield f"channels: {taken:,} constant, taken out of {counted(len(fewer), 'layer', ',')}"
+    if clips := given(found, "clamped", list):
+        yield f"clips: {len(clips):,} with bounds for each channel"
+    if equal := given(found, "equalised", list):
+        yield f"equalised: the channel ranges of {counted(len(equal), 'layer', ',')}"
     verdict = found.get("verdict")
     reason = given(verdict, "reason", str)
     yield f"verdict: {given(verdict, 'verdict', str) or 'none'}" + (f" - {reason}" if reason else "")
