@@ -123,3 +123,10 @@ def places(paths: Iterable[Path], providers: Sequence[str], device: str | None) 
 
         device_of(device)
     return tuple(dict.fromkeys([*providers, *([device] if device else [])])) or ("cpu",)
+
+
+def providers() -> list[str]:
+    """ONNX Runtime's, of those that it has here."""
+    from .onnx.runtime.providers import runtime, short
+
+    return [short(each) for each in runtime().get_available_providers()]

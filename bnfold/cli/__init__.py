@@ -65,18 +65,19 @@ def run(arguments: list[str]) -> int:
 
     from .commands import command_line
     from .options import Interrupted
+    from .options.values import completing
     from .settings import defaults
 
-    debug = "--debug" in arguments
+    debug, quiet = "--debug" in arguments, bool({"-q", "--quiet"} & {*arguments}) or completing()
     heard.clear()
     try:
         with warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
-            parser = command_line(everything="--help-all" in arguments)
+            parser = command_line(everything="--help-all" in arguments or completing())
             asked = ["--help" if each == "--help-all" else each for each in arguments]
             asked = [*asked[1:2], "--help"] if asked[:1] == ["help"] else asked
-            found = defaults(parser, arguments, _remark if not {"-q", "--quiet"} & {*arguments} else lambda text: None)
+            found = defaults(parser, arguments, (lambda text: None) if quiet else _remark)
             status = parser.main(args=asked, prog_name="bnfold", standalone_mode=False, default_map=found)
         close()
         return status if isinstance(status, int) else 0

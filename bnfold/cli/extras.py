@@ -46,7 +46,9 @@ def average(
 @command
 def explain(
     *,
-    what: str | None = o.argument("[RULE|LAYER]", "An operator or a rule, or all of them; with MODEL, one of its layers."),
+    what: str | None = o.argument(
+        "[RULE|LAYER]", "An operator or a rule, or all of them; with MODEL, one of its layers.", values=o.values.operators
+    ),
     model: Path | None = o.argument("[MODEL]", "The model that the layer is in.", read=o.model_file),
     loading: Loading,
     shaping: Shaping,

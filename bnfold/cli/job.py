@@ -20,7 +20,7 @@ from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
 from bnfold.text import duration, figure, listed, visible
 
-from .options import OUTPUT, option
+from .options import OUTPUT, option, values
 from .streams import reader_may_leave
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Reporting:
     force: bool = option("--force", "Overwrite files that exist.", OUTPUT)
     verbose: bool = option("-v --verbose", "Show every layer and every figure.", OUTPUT)
     quiet: bool = option("-q --quiet", "No progress and no remarks.", OUTPUT)
-    recipe: str | None = option("--recipe", "Options of bnfold.toml or pyproject.toml.", OUTPUT, "NAME")
+    recipe: str | None = option("--recipe", "Options of bnfold.toml or pyproject.toml.", OUTPUT, "NAME", values=values.recipes)
     debug: bool = option("--debug", "Show the traceback of an error.", OUTPUT)
 
 

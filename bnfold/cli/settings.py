@@ -37,7 +37,7 @@ def defaults(parser: Any, arguments: Sequence[str], say: Callable[[str], None]) 
 
     InputError for a file that isn't TOML, UsageError for what is no option.
     """
-    path, found = _nearest(Path.cwd())
+    path, found = nearest(Path.cwd())
     recipe = _asked(arguments)
     if path is None:
         if recipe:
@@ -67,7 +67,8 @@ def defaults(parser: Any, arguments: Sequence[str], say: Callable[[str], None]) 
     return made
 
 
-def _nearest(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
+def nearest(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """The file that counts in a folder, and what it says."""
     for each in (folder, *folder.parents):
         for name in ("bnfold.toml", "pyproject.toml"):
             if not (each / name).is_file():

@@ -363,6 +363,28 @@ def test_shells_complete_commands_and_options(shell: str) -> None:
     assert "--dry-run" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("recalibrate model.onnx --method ", "exact ioffe-szegedy moving-average precise prior"),
+        ("recalibrate model.onnx --layers b", "bn"),
+        ("recalibrate gone.onnx --layers b", ""),
+        ("fuse model.onnx --lower ", "depthwise mul-add"),
+        ("fuse model.onnx --drop", "--drop-dead"),
+        ("verify model.onnx --provider c", "cpu"),
+        ("fuse model.onnx --recipe ", "mine"),
+        ("explain MaxP", "MaxPool"),
+    ],
+)
+def test_shells_complete_values(line: str, offered: str, here: Path) -> None:
+    Path("bnfold.toml").write_text("[recipe.mine]\nseed = 3\n")
+    environment = os.environ | {"_BNFOLD_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    environment |= {"_TYPER_COMPLETE_ARGS": f"bnfold {line}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "bnfold"], env=environment, capture_output=True, text=True)
+    assert {each.partition("\t")[0] for each in done.stdout.splitlines()} == {*offered.split()}
+    assert not done.stderr
+
+
 def test_a_memory_budget_changes_nothing_but_the_memory(here: Path) -> None:
     for name, budget in (("a.onnx", "1G"), ("b.onnx", "1k")):
         assert run(["recalibrate", "model.onnx", "--data", "x.npy", "-o", name, "--memory-budget", budget, "--batch-size", "4"]) == 0

@@ -23,6 +23,8 @@ from bnfold.backends.kinds import local
 from bnfold.errors import UsageError
 from bnfold.text import meant
 
+from .values import Values, offered, words
+
 # Titles of the help's panels.
 MODELS, DATA, STATISTICS, IMAGES, OUTPUT = "Models", "Data", "Statistics", "Images", "Output"
 # What few need, and --help-all shows beside the others.
@@ -87,19 +89,23 @@ def option(
     *,
     default: Any = MISSING,
     read: Callable[..., Any] | None = None,
+    values: Values | None = None,
     **more: Any,
 ) -> Any:
-    """An option. names: as "-o --output"; panel: of the help; read: makes the value of a text and the option's name; more: as
-    `typer.Option` has it. Without a default it must be given, but for a type that has None in it, and for bool, which is False.
+    """An option. names: as "-o --output"; panel: of the help; read: makes the value of a text and the option's name; values: what a shell
+    offers, else the words of the metavar; more: as `typer.Option` has it. Without a default it must be given, but for a type that has None
+    in it, and for bool, which is False.
     """
     settings = {"show_default": default not in (MISSING, None), "hidden": names.split()[-1] in RARE} | more
+    values = values or words(metavar or "")
+    settings |= {} if values is None else {"autocompletion": offered(values)}
     made = typer.Option(*names.split(), help=help, rich_help_panel=panel, metavar=metavar or ("N" if "min" in more else None), **settings)
     return dataclasses.field(default=default, metadata={DECLARED: made, READ: read and partial(read, option=names.split()[-1])})
 
 
-def argument(metavar: str, help: str, read: Callable[..., Any] | None = None) -> Any:
-    """An argument, which must be given unless its type has None in it. read: as for `option`, of each of a list."""
-    made = typer.Argument(metavar=metavar, help=help, show_default=False)
+def argument(metavar: str, help: str, read: Callable[..., Any] | None = None, values: Values | None = None) -> Any:
+    """An argument, which must be given unless its type has None in it. read, values: as for `option`, of each of a list."""
+    made = typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=values and offered(values))
     return dataclasses.field(metadata={DECLARED: made, READ: read and partial(read, option=metavar)})
 
 

@@ -15,7 +15,7 @@ from bnfold.certificates import folder_of
 from bnfold.errors import UsageError
 
 from ..job import Job
-from . import DATA, IMAGES, MODELS, OUTPUT, counts, height_and_width, json_object, numbers, option, resize, shapes
+from . import DATA, IMAGES, MODELS, OUTPUT, counts, height_and_width, json_object, numbers, option, resize, shapes, values
 
 if TYPE_CHECKING:
     from bnfold.data.images import ImageOptions
@@ -72,6 +72,7 @@ class Running:
         "ONNX Runtime's: cpu (default), cuda, openvino, ..., or tensorrt:trt_fp16_enable=1; repeatable.",
         MODELS,
         "NAME",
+        values=values.providers,
     )
     allow_cpu_fallback: list[str] | None = option(
         "--allow-cpu-fallback",
@@ -189,7 +190,9 @@ class Imaging:
     scale: float | None = option("--scale", "Then: what pixels are multiplied by, 1/255 unless given.", IMAGES, "X")
     mean: tuple[float, ...] | None = option("--mean", "Then: what is subtracted.", IMAGES, "R,G,B", read=numbers)
     std: tuple[float, ...] | None = option("--std", "Then: what it is divided by.", IMAGES, "R,G,B", read=numbers)
-    interpolation: str | None = option("--interpolation", "bilinear, bicubic, nearest, lanczos, box or hamming.", IMAGES, "NAME")
+    interpolation: str | None = option(
+        "--interpolation", "bilinear, bicubic, nearest, lanczos, box or hamming.", IMAGES, "NAME", values=values.interpolations
+    )
     bgr: bool | None = option("--bgr/--rgb", "The order of the channels.", IMAGES)
     channels_last: bool | None = option(
         "--channels-last/--channels-first", "(N, H, W, C) or (N, C, H, W), where the shape leaves it open.", IMAGES

@@ -14,7 +14,7 @@ from bnfold.files import replacing, unreadable
 from bnfold.recalibration.distributed import TIMEOUT, processes
 
 from ..job import Job
-from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes
+from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes, values
 from .inputs import Feeding, Loading, Running
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ METHODS = "exact, precise, ioffe-szegedy, moving-average or prior"
 class Calibrating:
     """How statistics are measured."""
 
-    method: str | None = option("--method", f"{METHODS}. Default: exact.", STATISTICS, "NAME")
+    method: str | None = option("--method", f"{METHODS}. Default: exact.", STATISTICS, "NAME", values=values.methods)
     variance: str | None = option("--variance", "M2/n or M2/(n-1). Default: as the method's source has it.", STATISTICS, "biased|unbiased")
     momentum: str | None = option(
         "--momentum", "moving-average: weight of the newest batch; none for the plain mean.", STATISTICS, "M|none"
@@ -70,8 +70,8 @@ class Calibrating:
 class Choosing:
     """Whose statistics are measured."""
 
-    layers: list[str] | None = option("--layers", "Only BatchNorms of such names; repeatable.", STATISTICS, "PATTERN")
-    skip_layers: list[str] | None = option("--skip-layers", "None of such names; repeatable.", STATISTICS, "PATTERN")
+    layers: list[str] | None = option("--layers", "Only BatchNorms of such names; repeatable.", STATISTICS, "PATTERN", values=values.layers)
+    skip_layers: list[str] | None = option("--skip-layers", "None of such names; repeatable.", STATISTICS, "PATTERN", values=values.layers)
     freeze: bool = option("--freeze", "Give BatchNorms in training mode statistics of their own, so that they can fold.", STATISTICS)
 
     def settings(self) -> dict[str, Any]:
