@@ -381,7 +381,7 @@ def test_shells_complete_values(line: str, offered: str, here: Path) -> None:
     environment = os.environ | {"_BNFOLD_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     environment |= {"_TYPER_COMPLETE_ARGS": f"bnfold {line}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "bnfold"], env=environment, capture_output=True, text=True)
-    assert {each.partition("\t")[0] for each in done.stdout.splitlines()} == {*offered.split()}
+    assert {each.partition("\t")[0] for each in done.stdout.split("\n") if each} == {*offered.split()}
     assert not done.stderr
 
 
