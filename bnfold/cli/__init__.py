@@ -15,7 +15,7 @@ from bnfold.capture import COLOUR, NO_TELEMETRY, heard
 from bnfold.errors import InputError
 from bnfold.text import visible
 
-from .streams import open_streams, own_stderr, reader_may_leave
+from .streams import completing, open_streams, own_stderr, reader_may_leave
 
 __all__ = ["main", "run"]
 
@@ -42,6 +42,8 @@ def main() -> None:
     gc.set_threshold(*COLLECTED)
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ[NO_TELEMETRY] = "1"
+    if completing():
+        os.environ["COLUMNS"] = "1000"  # Typer wraps what it says of an option, which a shell takes for more options
     open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
@@ -65,7 +67,6 @@ def run(arguments: list[str]) -> int:
 
     from .commands import command_line
     from .options import Interrupted
-    from .options.values import completing
     from .settings import defaults
 
     debug, quiet = "--debug" in arguments, bool({"-q", "--quiet"} & {*arguments}) or completing()

@@ -13,6 +13,11 @@ from typing import Any
 from bnfold.errors import InputError
 
 
+def completing() -> bool:
+    """Whether a shell reads what may come next on its line, in the way of Typer's scripts."""
+    return "_BNFOLD_COMPLETE" in os.environ
+
+
 def open_streams() -> None:
     """Let the standard streams lead nowhere that a process was started without: a file that it opens would take their places."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):

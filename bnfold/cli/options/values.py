@@ -10,11 +10,6 @@ from pathlib import Path
 Values = Callable[[], Iterable[str]]
 
 
-def completing() -> bool:
-    """Whether it is a shell that asks, in the way of Typer's scripts."""
-    return "_BNFOLD_COMPLETE" in os.environ
-
-
 def offered(values: Values) -> Callable[[str], list[str]]:
     """Those of the values that begin as what is typed. What goes wrong is nobody's concern who hasn't finished typing."""
 
