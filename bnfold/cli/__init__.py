@@ -15,7 +15,7 @@ from bnfold.capture import COLOUR, NO_TELEMETRY, heard
 from bnfold.errors import InputError
 from bnfold.text import visible
 
-from .streams import completing, open_streams, own_stderr, reader_may_leave
+from .streams import PLAIN, completing, open_streams, own_stderr, reader_may_leave
 
 __all__ = ["main", "run"]
 
@@ -46,8 +46,8 @@ def main() -> None:
         os.environ["COLUMNS"] = "1000"  # Typer wraps what it says of an option, which a shell takes for more options
     open_streams()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets escapes, not an exception
-            stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets other characters, not an exception
+            stream.reconfigure(errors=PLAIN)
     own_stderr()
     try:
         status = run(sys.argv[1:])

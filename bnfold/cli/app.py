@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from bnfold._version import __version__
+from bnfold.errors import UsageError
 
 from .options import grouped
 
@@ -36,6 +37,16 @@ NAMES = 21  # columns of a help page for options; a longer one has a line of its
 
 class Command(TyperCommand):
     """One whose help is short: a line for most options, in sections without boxes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without giving up a value in silence, as where two data sets are named."""
+        if not ctx.resilient_parsing:
+            given: list[Any] = self.make_parser(ctx).parse_args(args=[*args])[2]
+            twice = [each for each in given if each.param_type_name == "option" and not each.is_flag and not each.multiple]
+            for each in twice:
+                if twice.count(each) > 1:
+                    raise UsageError(f"{each.opts[-1]} is given twice, and takes one value")
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS]", *(_placeholder(each) for each in self.params if each.param_type_name == "argument")]

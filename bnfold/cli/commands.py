@@ -10,7 +10,6 @@ from bnfold import api
 from bnfold.certificates import claim
 from bnfold.errors import UsageError
 from bnfold.files import ready_to_write
-from bnfold.text import counted
 
 from . import extras as extras
 from . import options as o
@@ -160,7 +159,8 @@ def fuse(
         elif report.in_training:
             job.warn(report.in_training)
         elif not report.changes:
-            job.warn(f"nothing folds: {len(report.kept)} of {counted(len(report.kept), 'BatchNorm')} stay, and the model is as it was")
+            stay = f"all {len(report.kept)} BatchNorms stay" if len(report.kept) > 1 else "the only BatchNorm stays"
+            job.warn(f"nothing folds: {stay}, and the model is as it was")
     return 1 if stays else STATUS["inconclusive"] if doubt else 0
 
 

@@ -64,7 +64,7 @@ class Job:
         self._bar: Progress | None = None
         self._data: list[Data] = []
         self._notes: set[str] = set()
-        self._said: dict[str, float] = {}
+        self._said: dict[int, float] = {}
         self._began: dict[str, tuple[int, float]] = {}
         self._check, self._steps, self._step = check, steps, 0
         self._written: list[str] = []
@@ -107,7 +107,7 @@ class Job:
     # --- while it runs ----------------------------------------------------------------------------------------------------------
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
-        """On a terminal a bar for the stage; elsewhere a line when a stage begins, and then every ten seconds."""
+        """On a terminal a bar for the stage; elsewhere a line when a step begins, and then every ten seconds."""
         if self.quiet:
             return
         now = time.monotonic()
@@ -117,12 +117,16 @@ class Job:
             rate = (done - first) / (now - begun)
             found += [f"{figure(rate)}/s", *([] if total is None else [f"{duration(max(total - done, 0) / rate)} left"])]
         self._step = next((i for i, step in enumerate(self._steps) if i >= self._step and stage.startswith(step)), self._step)
-        name = f"step {self._step + 1} of {len(self._steps)}, {stage}" if self._steps else stage
-        if self._err.is_terminal:
+        count = f"step {self._step + 1} of {len(self._steps)}, " if self._steps else ""
+        name = f"{count}{stage}"
+        if self._err.is_terminal and not self._err.is_dumb_terminal:
             self._show_bar(name, done, total, ", ".join(found))
-        elif stage not in self._said or now - self._said[stage] >= EVERY:
-            self.remark(f"{name}: {', '.join(found)}" if stage in self._said and found else name)
-            self._said[stage] = now
+        elif self._step not in self._said:
+            self.remark(f"{count}{self._steps[self._step]}" if count else stage)
+            self._said[self._step] = now
+        elif now - self._said[self._step] >= EVERY:
+            self.remark(f"{name}: {', '.join(found)}" if found else name)
+            self._said[self._step] = now
 
     def _show_bar(self, stage: str, done: int, total: int | None, found: str) -> None:
         """The bar of the stage, alone; the first makes the display."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import io
 import os
@@ -16,6 +17,21 @@ from bnfold.errors import InputError
 def completing() -> bool:
     """Whether a shell reads what may come next on its line, in the way of Typer's scripts."""
     return "_BNFOLD_COMPLETE" in os.environ
+
+
+PLAIN = "bnfold.plain"  # how what an encoding lacks is written
+_OTHERS = {"±": "+-", "²": "^2", **dict.fromkeys("▌▋▊▉█", "#"), **dict.fromkeys("▏▎▍", "")}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for the character that can't be written."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1
+    found = _OTHERS.get(error.object[error.start])
+    return (str(codecs.backslashreplace_errors(error)[0]) if found is None else found), error.end
+
+
+codecs.register_error(PLAIN, _plain)
 
 
 def open_streams() -> None:

@@ -56,6 +56,7 @@ NONSENSE = {
     "fold model.onnx": "No such command 'fold'; see",
     "insect model.onnx": "No such command 'insect'; did you mean 'inspect'? See 'bnfold --help'",
     "inspect": "Missing argument 'MODEL'",
+    "recalibrate model.onnx --data x.npy --data y.npy -o out.onnx": "--data is given twice, and takes one value",
     "inspect model.onnx --fast": "No such option: --fast",
     "recalibrate model.onnx -o out.onnx": "--data DATA is missing",
     "recalibrate model.onnx --data x.npy -o out.onnx --batch-size 0": "--batch-size",

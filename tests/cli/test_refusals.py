@@ -157,7 +157,7 @@ def test_a_check_that_is_inconclusive_is_status_6_and_nothing_is_written(here: P
 
 def test_where_nothing_folds_that_is_a_warning(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fuse", "none.onnx", "-o", "out.onnx", "-q"]) == 0
-    assert capsys.readouterr().err == "bnfold: warning: nothing folds: 1 of 1 BatchNorm stay, and the model is as it was\n"
+    assert capsys.readouterr().err == "bnfold: warning: nothing folds: the only BatchNorm stays, and the model is as it was\n"
     assert run(["fuse", "none.onnx", "-o", "strict.onnx", "--strict", "-q"]) == 1
     assert "strict.onnx" not in named(here)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -55,3 +58,15 @@ def test_no_line_of_a_table_is_a_command(name: str, here: Path, capsys: pytest.C
             assert "\x1b" not in text
             assert "\r" not in text
             assert not [each for each in text.split("\n") if each.lstrip().startswith("::")], line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_an_encoding_lacks_is_written_with_what_it_has(encoding: str, digits: Path, tmp_path: Path) -> None:
+    """Bars and signs of a table, and names, in a process of its own."""
+    arguments = ["recalibrate", digits, "--data", digits.parent / "test.npz", "-o", "größe☃.onnx", "-q"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-m", "bnfold", *arguments], capture_output=True, env=environment, cwd=tmp_path, check=True)
+    out = done.stdout.decode(encoding)
+    assert ("█" if encoding == "utf-8" else "####") in out
+    assert f"accuracy 80.9 % ({'+-' if encoding == 'ascii' else '±'} " in out
+    assert {"ascii": r"gr\xf6\xdfe\u2603.onnx", "cp1252": r"größe\u2603.onnx", "utf-8": "größe☃.onnx"}[encoding] in out

@@ -68,7 +68,7 @@ def known_example(module: nn.Module) -> Call:
             return as_call(module, torch.randn((2, *size), generator=generator))
     raise UsageError(
         f"{type(module).__name__} doesn't say what it takes: give an example of its input (example=batch in Python, "
-        f"--input-shape 1,3,224,224 or --data on the command line)"
+        f"--input-shape 1,3,224,224 on the command line, or --data where there is that)"
     )
 
 
