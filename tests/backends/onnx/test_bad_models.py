@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import io
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -51,19 +50,11 @@ CONTENT: dict[str, tuple[bytes, str]] = {
     "json": (b'\xef\xbb\xbf{"irVersion": "8"}', "a JSON file"),
     "keras 2": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file, such as a Keras model; convert it to ONNX with tf2onnx"),
     "keras 3": (zipped("metadata.json", "model.weights.h5"), "a Keras model"),
-    "checkpoint": (zipped("m/data.pkl", "m/data/0"), "a PyTorch checkpoint; export it to ONNX first, with torch.onnx.export"),
-    "torchscript": (zipped("m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"), "a TorchScript archive; export it to ONNX first"),
-    "pt2": (zipped("m/archive_format", "m/models/model.json"), "a PyTorch exported program (.pt2); export it to ONNX first"),
     "zipped model": (zipped("model.onnx"), "a zip archive that holds an ONNX model; unpack it"),
     "npz": (zipped("x.npy"), "a NumPy .npz archive; give the model first"),
     "damaged zip": (
         b"PK\x03\x04" + bytes(9),
         "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file), cut short or damaged; save or",
-    ),
-    "pickle": (pickle.dumps({"state_dict": 1}), "a Python pickle, such as an old PyTorch checkpoint; export it to ONNX first"),
-    "safetensors": (
-        (16).to_bytes(8, "little") + b'{"w":{}}        ',
-        "a safetensors file, which holds weights without a network; export it",
     ),
     "gzip": (gzip.compress(WHOLE), "a gzip archive; unpack it"),
     "numpy": (b"\x93NUMPY\x01\x00", "not an ONNX model but a NumPy array"),

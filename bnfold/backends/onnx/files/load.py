@@ -27,7 +27,7 @@ from .schemas import check_operators
 from .storage import Files, is_external
 from .validate import check_complete, check_names, check_values, data_type, tensors, without_maps
 
-__all__ = ["checked", "from_proto", "load", "save", "to_proto"]
+__all__ = ["from_proto", "load", "save", "to_proto"]
 
 LARGE = 1024  # bytes: smaller weights are parsed with the rest
 
@@ -50,12 +50,6 @@ def load(path: str | Path) -> ir.Model:
 def from_proto(proto: onnx.ModelProto) -> ir.Model:
     """onnx_ir's model of a proto, which isn't changed. Raises ModelError and UnsupportedError as `load` does."""
     return _model(proto, [], None)
-
-
-def checked(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The proto itself; UnsupportedError where it holds something that onnx_ir would silently drop."""
-    check_complete(proto)
-    return proto
 
 
 def _read(path: Path) -> bytes:
@@ -191,7 +185,6 @@ def _line(error: Exception) -> str:
     return one_line(error)
 
 
-EXPORT = "export it to ONNX first, with torch.onnx.export(model, inputs, path, dynamo=True, optimize=False)"
 BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; what the file is; what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run 'git lfs pull'"),
     (b"<!doctype html", "an HTML page, probably of a failed download", "download the model again"),
@@ -205,14 +198,9 @@ BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; wha
     (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
     (b"gguf", "a GGUF file, which holds weights without a network", "give the model in ONNX form"),
     (b"\x93numpy", "not an ONNX model but a NumPy array", "give the model first and the array with --data"),
-    *((bytes([128, n]), "a Python pickle, such as an old PyTorch checkpoint", EXPORT) for n in range(2, 6)),
 )
 ZIPS = (  # the end of a member's name, what the archive is, what to do
     (".onnx", "a zip archive that holds an ONNX model", "unpack it"),
-    ("constants.pkl", "a TorchScript archive", EXPORT),
-    ("serialized_exported_program.json", "a PyTorch exported program (.pt2)", EXPORT),
-    ("archive_format", "a PyTorch exported program (.pt2)", EXPORT),
-    ("data.pkl", "a PyTorch checkpoint", EXPORT),
     ("model.weights.h5", "a Keras model", "convert it to ONNX with tf2onnx"),
     (".npy", "a NumPy .npz archive", "give the model first and the arrays with --data"),
 )
@@ -223,13 +211,11 @@ AT_FOUR = {  # the identifier of a FlatBuffer, at byte 4
 
 
 def sniff(data: bytes) -> tuple[str, str] | None:
-    """What the file is and what to do about it; None where nothing but ONNX is recognised."""
+    """What the file is and what to do about it; None where nothing but ONNX is recognised. PyTorch's don't come here."""
     if data.startswith(b"PK\x03\x04"):
         return _sniff_zip(data)
     if data[2:4] == b"\0\0" and data[4:8] in AT_FOUR:
         return AT_FOUR[data[4:8]]
-    if data[8:10] == b'{"' and int.from_bytes(data[:8], "little") <= len(data) - 8:
-        return "a safetensors file, which holds weights without a network", EXPORT
     start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for first, kind, remedy in BEGINNINGS:
         if start.startswith(first):
@@ -246,4 +232,4 @@ def _sniff_zip(data: bytes) -> tuple[str, str]:
     for ending, kind, remedy in ZIPS:
         if any(name.endswith(ending) for name in names):
             return kind, remedy
-    return "a zip archive (a PyTorch checkpoint, TorchScript or .pt2 file)", EXPORT
+    return "a zip archive", "unpack it"

@@ -26,6 +26,7 @@ MAPS = "bnfold.maps"  # there too: the types that onnx_ir has no object for, by 
 ONE_FILE = 1_900_000_000  # bytes: readers refuse a protocol buffer of 2 GiB
 ALIGNMENT = 4096  # of weights in an external file, so that they can be mapped
 EMBEDDED = 1024  # bytes: smaller weights stay in the model file
+NOTHING = ir.Tensor(np.zeros(0))  # in the place of a weight, where a copy needs none
 
 
 def save(model: ir.Model, path: str | Path, *, force: bool = False) -> list[Path]:
@@ -153,42 +154,13 @@ def _write(skeleton: onnx.ModelProto, weights: list[_Weight], out: IO[bytes]) ->
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without its initializers, but with what is said about them elsewhere. The model isn't changed."""
-    graph = model.graph
-    nothing = ir.Tensor(np.zeros(0, np.float32))
-    shadows = []
-    for value in graph.initializers.values():
+    bare = model.clone()
+    for value in bare.graph.initializers.values():
         tensor = value.const_value
         assert tensor is not None
-        plain = value.type == ir.TensorType(tensor.dtype) and value.shape == tensor.shape
-        shadow = ir.Value(name=value.name, type=None if plain else value.type, shape=None if plain else value.shape)
-        shadow.doc_string = value.doc_string
-        shadow.metadata_props.update(value.metadata_props)
-        shadow.meta.update(value.meta)
-        shadow.const_value = nothing
-        shadows.append(shadow)
-    view = ir.GraphView(
-        graph.inputs,
-        graph.outputs,
-        nodes=graph,
-        initializers=shadows,
-        doc_string=graph.doc_string,
-        opset_imports=graph.opset_imports,
-        name=graph.name,
-        metadata_props=graph.metadata_props,
-    )
-    proto = ir.to_proto(
-        ir.Model(
-            view,  # type: ignore[arg-type]  # documented to work
-            ir_version=model.ir_version,
-            producer_name=model.producer_name,
-            producer_version=model.producer_version,
-            domain=model.domain,
-            model_version=model.model_version,
-            doc_string=model.doc_string,
-            functions=list(model.functions.values()),
-            metadata_props=model.metadata_props,
-            device_configurations=model.device_configurations,
-        )
-    )
+        if value.type == ir.TensorType(tensor.dtype) and value.shape == tensor.shape and not value.is_graph_input():
+            value.type = value.shape = None  # which goes without saying
+        value.const_value = NOTHING
+    proto = to_proto(bare)
     del proto.graph.initializer[:]
-    return with_maps(proto, graph.meta.get(MAPS) or {})
+    return proto

@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from ..files.save import to_proto
+from ..files.save import NOTHING, to_proto
 from ..files.validate import tensors
 from .walk import all_graphs, all_nodes, held_tensor, nbytes, open_axes
-
-NOTHING = ir.Tensor(np.zeros(0))
 
 
 def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
