@@ -38,7 +38,7 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> list[Path
     """
     path = Path(path)
     target = path.resolve() if path.is_symlink() else path
-    weights = [_Weight(value) for value in model.graph.initializers.values()]
+    weights = [Weight(value) for value in model.graph.initializers.values()]
     outside = bool(model.graph.meta.get(EXTERNAL)) or any(isinstance(w.tensor, ir.ExternalTensor) for w in weights)
     apart = outside or sum(w.nbytes for w in weights) > ONE_FILE
     names: tuple[str, ...] = _data_names(target) if apart and any(w.movable for w in weights) else ()
@@ -50,7 +50,7 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> list[Path
         files = [stack.enter_context(open(part, "xb")) for part in parts]
         for weight in weights if names else ():
             weight.move(files[0], names[0])
-        _write(_skeleton(model), weights, files[-1])
+        write(_skeleton(model), weights, files[-1])
     for name in names[1:] if replaced else ():
         with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
             target.with_name(name).unlink()
@@ -77,7 +77,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     return with_maps(ir.to_proto(model), model.graph.meta.get(MAPS) or {})
 
 
-class _Weight:
+class Weight:
     """An initializer on its way into a file: what describes it, serialised, and its bytes, which are asked for once."""
 
     def __init__(self, value: ir.Value) -> None:
@@ -135,7 +135,8 @@ class _Weight:
             raise RuntimeError(f"weight {self.proto.name} has {file.tell() - start} bytes, {self.nbytes} were announced")
 
 
-def _write(skeleton: onnx.ModelProto, weights: list[_Weight], out: IO[bytes]) -> None:
+def write(skeleton: onnx.ModelProto, weights: list[Weight], out: IO[bytes]) -> None:
+    """Write a model as a file. skeleton: all but the weights; it is used up."""
     graph = skeleton.graph.SerializeToString()
     functions = onnx.ModelProto(functions=skeleton.functions).SerializeToString()
     skeleton.ClearField("graph")

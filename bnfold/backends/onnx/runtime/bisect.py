@@ -24,52 +24,25 @@ from .providers import resolve, runtime
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 # By the names under which ONNX Runtime 1.20 to 1.32 takes them in `disabled_optimizers`; one that a build lacks is passed over there.
+# fmt: off
 NAMES = (
-    *(
-        "ConstantFolding",
-        "ConstantSharing",
-        "CommonSubexpressionElimination",
-        "TransposeOptimizer",
-        "ReshapeFusion",
-        "PreShapeNodeElimination",
-    ),
-    *("ConvBNFusion", "ConvAddFusion", "ConvMulFusion", "MatMul_BatchNormalization_Fusion", "Pad_Fusion", "MatMulAddFusion"),
-    *("EliminateIdentity", "EliminateDropout", "EliminateSlice", "UnsqueezeElimination", "ExpandElimination", "CastElimination"),
-    *("CastChainElimination", "NoopElimination", "DivMulFusion", "FuseReluClip", "ClipQuantRewrite", "ReluQuantRewrite", "NotWhereFusion"),
-    *(
-        "GemmTransposeFusion",
-        "GemmSumFusion",
-        "GemmActivationFusion",
-        "MatmulTransposeFusion",
-        "MatMulScaleFusion",
-        "MatMulActivationFusion",
-    ),
-    *("ConvActivationFusion", "ConvAddActivationFusion", "NchwcTransformer", "NhwcTransformer", "GeluFusionL1", "GeluFusionL2"),
-    *("FastGeluFusion", "QuickGeluFusion", "BiasGeluFusion", "BiasSoftmaxFusion", "BiasDropoutFusion", "LayerNormFusionL1"),
-    *("LayerNormFusionL2", "SimplifiedLayerNormFusion", "SkipLayerNormFusion", "BiasSkipLayerNormFusion", "AttentionFusion"),
-    *(
-        "EmbedLayerNormFusion",
-        "GroupQueryAttentionFusion",
-        "DynamicQuantizeMatMulFusion",
-        "MatMulIntegerToFloatFusion",
-        "ConstantFoldingDQ",
-    ),
-    *("QDQPropagationTransformer", "QDQSelectorActionTransformer", "QDQFinalCleanupTransformer", "QDQS8ToU8Transformer"),
-    *(
-        "GatherSliceToSplitFusion",
-        "GatherToSliceFusion",
-        "SliceConcatToSpaceToDepthFusion",
-        "DoubleQDQPairsRemover",
-        "WeightBiasQuantization",
-    ),
-    *(
-        "EnsureUniqueDQForNodeUnit",
-        "RemoveDuplicateCastTransformer",
-        "FuseInitializersTransformer",
-        "LabelEncoderFusion",
-        "RocmBlasAltImpl",
-    ),
+    "ConstantFolding", "ConstantSharing", "CommonSubexpressionElimination", "TransposeOptimizer", "ReshapeFusion",
+    "PreShapeNodeElimination", "ConvBNFusion", "ConvAddFusion", "ConvMulFusion", "MatMul_BatchNormalization_Fusion",
+    "Pad_Fusion", "MatMulAddFusion", "EliminateIdentity", "EliminateDropout", "EliminateSlice", "UnsqueezeElimination",
+    "ExpandElimination", "CastElimination", "CastChainElimination", "NoopElimination", "DivMulFusion", "FuseReluClip",
+    "ClipQuantRewrite", "ReluQuantRewrite", "NotWhereFusion", "GemmTransposeFusion", "GemmSumFusion",
+    "GemmActivationFusion", "MatmulTransposeFusion", "MatMulScaleFusion", "MatMulActivationFusion",
+    "ConvActivationFusion", "ConvAddActivationFusion", "NchwcTransformer", "NhwcTransformer", "GeluFusionL1",
+    "GeluFusionL2", "FastGeluFusion", "QuickGeluFusion", "BiasGeluFusion", "BiasSoftmaxFusion", "BiasDropoutFusion",
+    "LayerNormFusionL1", "LayerNormFusionL2", "SimplifiedLayerNormFusion", "SkipLayerNormFusion",
+    "BiasSkipLayerNormFusion", "AttentionFusion", "EmbedLayerNormFusion", "GroupQueryAttentionFusion",
+    "DynamicQuantizeMatMulFusion", "MatMulIntegerToFloatFusion", "ConstantFoldingDQ", "QDQPropagationTransformer",
+    "QDQSelectorActionTransformer", "QDQFinalCleanupTransformer", "QDQS8ToU8Transformer", "GatherSliceToSplitFusion",
+    "GatherToSliceFusion", "SliceConcatToSpaceToDepthFusion", "DoubleQDQPairsRemover", "WeightBiasQuantization",
+    "EnsureUniqueDQForNodeUnit", "RemoveDuplicateCastTransformer", "FuseInitializersTransformer", "LabelEncoderFusion",
+    "RocmBlasAltImpl",
 )
+# fmt: on
 LEAST = 30.0  # units of roundoff; an output off by less is off by its own rounding
 DEEPEST = 12  # operators in a row that one optimisation may look at
 

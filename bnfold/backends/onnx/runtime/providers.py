@@ -37,7 +37,8 @@ _WHEELS = {
 }
 # With float32 in full. For TensorRT's own kernels only the driver's switch helps, NVIDIA_TF32_OVERRIDE=0.
 _FULL = {"cuda": {"use_tf32": "0"}, "openvino": {"precision": "FP32"}}
-_BENEATH = {"tensorrt": ("cuda",), "nvtensorrtrtx": ("cuda",)}  # what runs the operators that the provider doesn't have
+# What runs the operators that the provider doesn't have.
+_BENEATH = dict.fromkeys(("tensorrt", "nvtensorrtrtx"), ("CUDAExecutionProvider",))
 # ROCm left the list of names in ONNX Runtime 1.24, and is still in use with older ones.
 _FORMER = ("ROCMExecutionProvider",)
 
@@ -75,7 +76,6 @@ def parse(provider: str) -> tuple[str, dict[str, str]]:
 def resolve(provider: str) -> str:
     """ONNX Runtime's name of a provider that is built in. UsageError: nobody knows it. DeviceError: this build hasn't got it."""
     ort = runtime()
-
     name, _ = parse(provider)
     known = {short(each): each for each in (*ort.get_all_providers(), *_FORMER, *ort.get_available_providers())}
     asked = short(name)
@@ -112,9 +112,8 @@ def precisions(provider: str) -> tuple[str, ...]:
 def _chain(provider: str, precision: str) -> list[tuple[str, dict[str, str]]]:
     """What ONNX Runtime is given: the provider with its options, and what runs beneath it."""
     ort = runtime()
-
     full = resolve(provider)
-    chain = [(full, parse(provider)[1]), *((name, {}) for name in map(_full_name, _BENEATH.get(short(full), ())))]
+    chain = [(full, parse(provider)[1]), *((name, {}) for name in _BENEATH.get(short(full), ()))]
     exact = precision == "full" and precisions(provider) != ("as deployed",)
     return [(p, {**o, **(_FULL.get(short(p), {}) if exact else {})}) for p, o in chain if p in ort.get_available_providers()]
 
@@ -128,7 +127,6 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
     options: of the session; what it logs is heard. Whether single nodes fell to the CPU is for `placed` to say.
     """
     ort = runtime()
-
     full, chain = resolve(provider), _chain(provider, precision)
     ort.set_default_logger_severity(2)  # warnings: the reason why a provider was dropped is in them
     options.log_severity_level = 3
@@ -177,21 +175,12 @@ def _said(lines: list[str], already: str, limit: int = 400) -> str:
     return f" (it says: {fresh if len(fresh) <= limit else fresh[: limit - 1] + '…'})"
 
 
-# --- which nodes run where ------------------------------------------------------------------------------------------------------------
-
-
 # --- words ----------------------------------------------------------------------------------------------------------------------------
 
 
 def short(name: str) -> str:
     """ "cuda" of "CUDAExecutionProvider"."""
     return name.lower().removesuffix("executionprovider")
-
-
-def _full_name(short_name: str) -> str:
-    ort = runtime()
-
-    return next((name for name in ort.get_all_providers() if short(name) == short_name), short_name)
 
 
 def _advice(name: str, *, built_in: bool = False) -> str:

@@ -21,6 +21,7 @@ from bnfold.errors import DataError, ModelError, UsageError
 from bnfold.files import Workplace
 from bnfold.model import Placement
 
+from ..files.save import Weight, write
 from ..files.validate import tensors
 from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.ranges import inputs
@@ -141,20 +142,11 @@ class Session:
             return bytes(proto.SerializeToString())
         self._folder = Workplace()
         path = self._folder.path / "model.onnx"
-        with open(path.with_suffix(".data"), "wb") as file:
-            for name, value in model.graph.initializers.items():
-                tensor = value.const_value
-                assert tensor is not None
-                data = tensor.tobytes()
-                file.write(b"\0" * (-file.tell() % 4096))  # aligned to pages, so that it can be mapped
-                entry = TensorProto(
-                    name=name, data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), data_location=TensorProto.EXTERNAL
-                )
-                for key, text in (("location", "model.data"), ("offset", file.tell()), ("length", len(data))):
-                    entry.external_data.add(key=key, value=str(text))
-                proto.graph.initializer.append(entry)
-                file.write(data)
-        path.write_bytes(proto.SerializeToString())
+        weights = [Weight(value) for value in model.graph.initializers.values()]
+        with open(path.with_suffix(".data"), "wb") as data, open(path, "wb") as file:
+            for weight in weights:
+                weight.move(data, "model.data")
+            write(proto, weights, file)
         return str(path)
 
 

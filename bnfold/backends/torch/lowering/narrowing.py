@@ -23,15 +23,8 @@ from .module_host import CONVOLUTIONS, ModuleHost, reads_bias
 from .places import Host, Place
 
 VIEWS = {"view", "reshape", "_unsafe_view", "view_copy"}
-PRODUCTS = {
-    "linear",
-    "addmm",
-    "matmul",
-    "mm",
-    "einsum",
-    "convolution",
-    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
-}
+PRODUCTS = {"linear", "addmm", "matmul", "mm", "einsum", "convolution"}
+PRODUCTS |= {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
 MOVES = {"flatten", "cat", "permute", "transpose", "t", "squeeze", "unsqueeze", "permute_copy"}
 ALONG = {"mean", "sum", "amax", "amin", "pad", "constant_pad_nd", "dropout", "feature_dropout", "contiguous", "clone", "to", "_to_copy"}
 UNTAGGED = {"hardswish", "log_sigmoid", "hardshrink", "softshrink"}  # pointwise, though PyTorch doesn't say so

@@ -14,7 +14,7 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.settings import Common, Settings, clip, counted, reduction
 
-from ..export.walk import FLOATS, arguments, dtype_of, is_tensor, operator_name, value_of
+from ..export.walk import arguments, is_tensor, operator_name
 from .lowering import TorchLowering
 from .places import Slot, TorchNative
 
@@ -24,7 +24,6 @@ IDLE |= {"benchmark", "deterministic", "allow_tf32", "implicit", "requires_grad"
 IDLE |= {"padding_idx", "out_int32", "enable_gqa"}
 DIMS = {"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "axis"}
 SIZED = {"stride", "padding", "dilation", "kernel_size", "output_padding"}
-TYPES = {kind: str(kind).removeprefix("torch.") for kind in FLOATS}
 
 
 class _Unread(Exception):
@@ -149,24 +148,9 @@ def _text(module: GraphModule) -> str:
 
 # --- in ONNX's terms --------------------------------------------------------------------------------------------------------------------
 
-CAPITALISED = (
-    "relu",
-    "sigmoid",
-    "tanh",
-    "abs",
-    "exp",
-    "log",
-    "sqrt",
-    "erf",
-    "floor",
-    "ceil",
-    "sin",
-    "cos",
-    "reciprocal",
-    "softsign",
-    "mish",
-)
-PLAIN = {name: name.capitalize() for name in (*CAPITALISED, "mul", "div", "where")}  # operators without settings
+# Operators without settings, which ONNX writes with a capital.
+CAPITALISED = ("relu", "sigmoid", "tanh", "abs", "exp", "log", "sqrt", "erf", "floor", "ceil", "sin", "cos", "reciprocal", "softsign")
+PLAIN = {name: name.capitalize() for name in (*CAPITALISED, "mish", "mul", "div", "where")}
 PLAIN |= {"hardswish": "HardSwish", "maximum": "Max", "minimum": "Min", **dict.fromkeys(("matmul", "mm", "bmm"), "MatMul")}
 
 
@@ -265,9 +249,3 @@ TERMS: dict[str, Callable[[Any, Op, dict[str, Any]], Common | None]] = {
     "group_norm": partial(_normalised, "GroupNormalization"),
     "instance_norm": partial(_normalised, "InstanceNormalization"),
 }
-
-
-def type_of(op: Any) -> str:
-    """The floating-point type in which an operator gives its result, "" of another one."""
-    kind = dtype_of(op) if isinstance(value_of(op), Tensor) else None
-    return TYPES.get(kind, "") if kind is not None else ""
