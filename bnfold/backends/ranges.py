@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from bnfold.data.spec import Range
 
 LARGEST = 1 << 31
+LONGEST = 8  # of what is a size or a count
+MOST = 10_000  # steps
+V = TypeVar("V", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,38 @@ class AffineRange:
         return found if found[0] <= found[1] else None
 
 
-class Found:
-    """What is found of one input: what it must keep to, and, where that is nothing, what it is worth trying."""
+class Walk(ABC, Generic[V]):
+    """Where the integers of one input go; what they must keep to there, and, where that is nothing, what it is worth trying."""
 
     def __init__(self) -> None:
         self.must: Range | None = None
         self.may: tuple[int, int] | None = None
+
+    @abstractmethod
+    def steps(self, value: V, as_: AffineRange) -> Iterable[tuple[V, AffineRange]]:
+        """The values behind the operators that read one, and what the numbers become there; what is asked of them is noted."""
+
+    def follow(self, value: V) -> Range | None:
+        """The range of an input; None where nothing is known."""
+        stack = [(value, AffineRange())]
+        seen: set[tuple[V, AffineRange]] = set()
+        while stack and len(seen) < MOST:
+            place = stack.pop()
+            if place not in seen:
+                seen.add(place)
+                stack += self.steps(*place)
+        return self.must if self.must is not None else None if self.may is None else Range(*self.may)
+
+    @staticmethod
+    def arithmetic(kind: str, as_: AffineRange, constant: Any, *, first: bool) -> list[AffineRange]:
+        """Behind "add", "sub" or "mul" by a constant (None: one that isn't known). first: whether the numbers stand before it."""
+        if constant is None:
+            return []
+        if kind == "mul":
+            return [found] if (found := as_.times(constant)) is not None else []
+        if kind == "add":
+            return [as_.plus(constant)]
+        return [as_.plus(-np.asarray(constant)) if first else AffineRange(-as_.factor, -as_.high, -as_.low).plus(constant)]
 
     def index(self, as_: AffineRange, size: int | str | None, *, negative: bool, low: int = 0) -> None:
         """It picks one of so many, counted from the front, or from the back as well."""
@@ -57,6 +88,13 @@ class Found:
     def between(self, as_: AffineRange, low: int, high: int) -> None:
         if (ends := as_.ends(low, high)) is not None:
             self._keep(Range(*ends))
+
+    def length(self, as_: AffineRange, size: int | str | None) -> None:
+        """It is a length within an axis of that size."""
+        if isinstance(size, int):
+            self.between(as_, 1, size)
+        else:
+            self.index(as_, size, negative=False, low=1)
 
     def shape(self) -> None:
         self._keep(Range(0, 0, copies=True))
@@ -71,8 +109,3 @@ class Found:
 
     def _keep(self, found: Range) -> None:
         self.must = found if self.must is None else self.must.and_(found)
-
-    @property
-    def range(self) -> Range | None:
-        """None where nothing is known."""
-        return self.must if self.must is not None else None if self.may is None else Range(*self.may)

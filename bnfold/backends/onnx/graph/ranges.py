@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.backends.ranges import AffineRange, Found
+from bnfold.backends.ranges import LONGEST, AffineRange, Walk
 from bnfold.data import Batch, InputSpec
 from bnfold.data.spec import Range
 from bnfold.errors import UnsupportedError
@@ -25,7 +26,6 @@ THROUGH: dict[str, tuple[int, ...]] = {
 }
 COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 RECURRENT = {"LSTM", "GRU", "RNN"}
-MOST = 10_000  # steps
 
 
 def taken(model: ir.Model) -> dict[str, Range]:
@@ -40,58 +40,50 @@ def taken(model: ir.Model) -> dict[str, Range]:
     return found
 
 
-class _Walk:
+class _Walk(Walk[ir.Value]):
     def __init__(self, model: ir.Model) -> None:
+        super().__init__()
         self._model = model
-        self._found = Found()
 
-    def follow(self, value: ir.Value) -> Range | None:
-        stack: list[tuple[ir.Value, AffineRange]] = [(value, AffineRange())]
-        seen: set[tuple[ir.Value, AffineRange]] = set()
-        while stack and len(seen) < MOST:
-            v, as_ = stack.pop()
-            if (v, as_) in seen:
-                continue
-            seen.add((v, as_))
-            for node, index in v.uses():
-                if is_standard(node):
-                    stack += [(out, became) for became in self._step(node, index, as_) for out in node.outputs]
-        return self._found.range
+    def steps(self, value: ir.Value, as_: AffineRange) -> Iterator[tuple[ir.Value, AffineRange]]:
+        for node, index in value.uses():
+            if is_standard(node):
+                yield from ((out, became) for became in self._step(node, index, as_) for out in node.outputs)
 
     def _step(self, node: ir.Node, index: int, as_: AffineRange) -> list[AffineRange]:
         """What the numbers become behind an operator; what it asks of them is noted."""
-        op, found = node.op_type, self._found
+        op = node.op_type
         if (op == "Gather" and index == 1) or (op in ("GatherElements", "ScatterElements", "Scatter") and index == 1):
-            found.index(as_, self._size(node, 0, whole(node, "axis", 0)), negative=True)
+            self.index(as_, self._size(node, 0, whole(node, "axis", 0)), negative=True)
         elif op in ("GatherND", "ScatterND") and index == 1:
             first, sizes = whole(node, "batch_dims", 0), self._shape(node.inputs[0]) or ()
             width = (self._shape(node.inputs[1]) or (None,))[-1]
             for size in sizes[first : first + width] if isinstance(width, int) else ():
-                found.index(as_, size, negative=True)
+                self.index(as_, size, negative=True)
         elif op == "OneHot" and index < 2:
             depth = self._constant(node, 1)
             if index == 1:
-                found.between(as_, 2, 8)
+                self.between(as_, 2, 8)
             elif depth is not None:
-                found.index(as_, int(depth.ravel()[0]), negative=True)
+                self.index(as_, int(depth.ravel()[0]), negative=True)
         elif op in RECURRENT and index == 4:
-            self._length(as_, self._size(node, 0, 1 if attribute(node, "layout", 0) else 0))
+            self.length(as_, self._size(node, 0, 1 if attribute(node, "layout", 0) else 0))
         elif op == "ReverseSequence" and index == 1:
-            self._length(as_, self._size(node, 0, whole(node, "time_axis", 0)))
+            self.length(as_, self._size(node, 0, whole(node, "time_axis", 0)))
         elif op == "Slice" and index == 2:
-            found.between(as_, 1, LONGEST)
+            self.between(as_, 1, LONGEST)
         elif op == "TopK" and index == 1:
-            self._length(as_, self._size(node, 0, whole(node, "axis", -1)))
+            self.length(as_, self._size(node, 0, whole(node, "axis", -1)))
         elif op == "Reshape" and index == 1:
-            found.shape()
+            self.shape()
         elif (op, index) in SMALL:
-            found.between(as_, *SMALL[op, index])
+            self.between(as_, *SMALL[op, index])
         elif op in COMPARISONS:
             if (other := self._constant(node, 1 - index)) is not None:
-                found.compared(as_, other)
+                self.compared(as_, other)
         elif op in ("Mod", "Clip") and index == 0:
             bounds = [c for i in (1, 2) if (c := self._constant(node, i)) is not None]
-            found.compared(as_, np.concatenate([np.zeros(1), *(np.ravel(c) for c in bounds)]) - (op == "Mod"))
+            self.compared(as_, np.concatenate([np.zeros(1), *(np.ravel(c) for c in bounds)]) - (op == "Mod"))
         elif index in THROUGH.get(op, ()):
             return self._through(node, index, as_)
         return []
@@ -104,25 +96,10 @@ class _Walk:
             return []
         if op == "Where" and index == 0:
             return []
-        if op == "Neg":
-            return [each] if (each := as_.times(-1)) is not None else []
-        if op not in ("Add", "Sub", "Mul"):
-            return [as_]
-        other = self._constant(node, 1 - index)
-        if other is None:
-            return []
-        if op == "Mul":
-            return [each] if (each := as_.times(other)) is not None else []
-        if op == "Add":
-            return [as_.plus(other)]
-        turned = as_ if index == 0 else as_.times(-1)
-        return [] if turned is None else [turned.plus(-other if index == 0 else other)]
-
-    def _length(self, as_: AffineRange, size: int | str | None) -> None:
-        if isinstance(size, int):
-            self._found.between(as_, 1, size)
-        else:
-            self._found.index(as_, size, negative=False, low=1)
+        if op in ("Neg", "Add", "Sub", "Mul"):
+            kind, other = ("mul", -1) if op == "Neg" else (op.lower(), self._constant(node, 1 - index))
+            return self.arithmetic(kind, as_, other, first=index == 0)
+        return [as_]
 
     def _constant(self, node: ir.Node, index: int) -> Any:
         v = node.inputs[index] if index < len(node.inputs) else None
@@ -147,7 +124,6 @@ class _Walk:
         return symbolic(self._model)
 
 
-LONGEST = 8
 # By operator and input, small numbers that it takes for a size, a count or a shape that broadcasts.
 SMALL = {
     ("Expand", 1): (1, 1),

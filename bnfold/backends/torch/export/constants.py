@@ -27,7 +27,7 @@ from torch.fx import Node, map_arg
 
 from ..runtime.widen import call, widened
 from .quantisers import ROUND, quantiser
-from .walk import RANDOM, function, is_float, mutates, operator_name, overload, tensor_named, value_of, written
+from .walk import RANDOM, function, is_float, is_item, mutates, operator_name, overload, tensor_named, value_of, written
 
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -68,7 +68,7 @@ class ProgramConstants:
         if node.op != "call_function" or mutates(node) or not isinstance(value_of(node), (Tensor, list, tuple)):
             return False
         name = operator_name(node)
-        if not name and getattr(node.target, "__name__", "") != "getitem" and quantiser(node) is None:
+        if not name and not is_item(node) and quantiser(node) is None:
             return False
         if RANDOM.search(name) or name.startswith(("empty", "new_empty")):
             return False
@@ -239,7 +239,7 @@ def _read_as_weights(op: Node) -> Iterator[tuple[Node, int, int]]:
         least, rank = 1, 0
     elif name in _ARITHMETIC:
         least, rank = 2, 0
-    elif name or getattr(op.target, "__name__", "") == "getitem":
+    elif name or is_item(op):
         return
     elif isinstance(op.target, torch._ops.HigherOrderOperator):  # what it does with them stands in a graph of its own
         least, rank = 2, 0

@@ -16,7 +16,7 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.quantised import Blocks
 
-from .walk import arguments, dtype_of, operator_name, value_of
+from .walk import arguments, dtype_of, is_item, operator_name, value_of
 
 NAMES = re.compile(r"(?:aten::_?|quantized_decomposed::|torchao::)(fake_quantize|quantize|dequantize)_(?!.*(?:float8|token))")
 
@@ -98,7 +98,7 @@ def quantiser(node: Any) -> Quantiser | None:
     """The same of a node of a graph, or of that of whose outputs it is the first."""
     if not isinstance(node, Op) or node.op != "call_function":
         return None
-    if getattr(node.target, "__name__", "") == "getitem":
+    if is_item(node):
         return quantiser(node.args[0]) if node.args[1] == 0 else None
     known = isinstance(node.target, torch._ops.OpOverload) and NAMES.match(node.target._schema.name)
     return described(node.target, arguments(node)) if known else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.backends.ranges import AffineRange, Found
+from bnfold.backends.ranges import LONGEST, AffineRange, Walk
 from bnfold.data.spec import Range
 
 from .tensors import axis_of
-from .walk import arguments, dtype_of, is_tensor, operator_name, tensor_named, value_of
+from .walk import arguments, dtype_of, is_item, is_tensor, operator_name, stored_targets, tensor_named, value_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Operators whose first tensor's numbers come out as they went in.
@@ -22,8 +23,6 @@ THROUGH = {"to", "_to_copy", "view", "reshape", "permute", "transpose", "t", "un
 THROUGH |= {"contiguous", "alias", "detach", "flatten", "repeat", "unflatten", "split", "chunk", "unbind", "cat", "stack", "where", "tile"}
 THROUGH |= {"_unsafe_view", "split_with_sizes", "flip", "roll", "constant_pad_nd", "pad", "index_select", "gather", "index", "type_as"}
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
-LONGEST = 8
-MOST = 10_000  # steps
 
 
 def taken(program: ExportedProgram, node: Op) -> Range | None:
@@ -31,57 +30,47 @@ def taken(program: ExportedProgram, node: Op) -> Range | None:
     return _Walk(program).follow(node) if dtype_of(node) in INTEGERS else None
 
 
-class _Walk:
+class _Walk(Walk[Op]):
     def __init__(self, program: ExportedProgram) -> None:
-        self._program = program
-        self._stored = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
-        self._found = Found()
+        super().__init__()
+        self._program, self._stored = program, stored_targets(program)
 
-    def follow(self, node: Op) -> Range | None:
-        stack: list[tuple[Op, AffineRange]] = [(node, AffineRange())]
-        seen: set[tuple[Op, AffineRange]] = set()
-        while stack and len(seen) < MOST:
-            op, as_ = stack.pop()
-            if (op, as_) in seen:
-                continue
-            seen.add((op, as_))
-            for user in op.users:
-                if getattr(user.target, "__name__", "") == "getitem":
-                    stack.append((user, as_))
-                elif operator_name(user):
-                    stack += [(user, became) for became in self._step(user, op, as_)]
-        return self._found.range
+    def steps(self, value: Op, as_: AffineRange) -> Iterator[tuple[Op, AffineRange]]:
+        for user in value.users:
+            if is_item(user):
+                yield user, as_
+            elif operator_name(user):
+                yield from ((user, became) for became in self._step(user, value, as_))
 
     def _step(self, op: Op, source: Op, as_: AffineRange) -> list[AffineRange]:
         """What the numbers become behind an operator; what it asks of them is noted."""
-        name, given, found = operator_name(op), arguments(op), self._found
+        name, given = operator_name(op), arguments(op)
         if name in ("embedding", "embedding_bag") and given.get("indices") is source:
-            found.index(as_, _size(given["weight"], 0), negative=False)
+            self.index(as_, _size(given["weight"], 0), negative=False)
         elif name == "embedding_bag" and given.get("offsets") is source:
-            found.between(as_, 0, 0)
+            self.between(as_, 0, 0)
         elif name in ("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill") and (
             given.get("index") is source
         ):
-            found.index(as_, _size(given["self"], int(given["dim"])), negative=False)
+            self.index(as_, _size(given["self"], int(given["dim"])), negative=False)
         elif name in ("index", "index_put", "_index_put_impl", "_unsafe_index") and source in given["indices"]:
             for place, each in enumerate(given["indices"]):
                 if each is source:
-                    found.index(as_, _size(given["self"], place), negative=name != "_unsafe_index")
+                    self.index(as_, _size(given["self"], place), negative=name != "_unsafe_index")
         elif name == "take" and given["index"] is source:
-            found.index(as_, value_of(given["self"]).numel(), negative=False)
+            self.index(as_, value_of(given["self"]).numel(), negative=False)
         elif name == "one_hot":
-            found.index(as_, given["num_classes"] if isinstance(given["num_classes"], int) else None, negative=False)
+            self.index(as_, given["num_classes"] if isinstance(given["num_classes"], int) else None, negative=False)
         elif name == "_pack_padded_sequence" and given["lengths"] is source:
             axis = 1 if given["batch_first"] else 0
-            size = _size(given["input"], axis)
-            found.between(as_, 1, size) if isinstance(size, int) else found.index(as_, size, negative=False, low=1)
+            self.length(as_, _size(given["input"], axis))
         elif name in ("item", "_local_scalar_dense"):
-            found.between(as_, 1, LONGEST)
+            self.between(as_, 1, LONGEST)
         elif name in COMPARISONS:
             self._compared(op, source, as_)
         elif name in ("remainder", "fmod", "clamp"):
             bounds = [given[key] for key in ("other", "min", "max") if isinstance(given.get(key), (int, float))]
-            found.compared(as_, np.array([0, *bounds]) - (name != "clamp"))
+            self.compared(as_, np.array([0, *bounds]) - (name != "clamp"))
         else:
             return self._through(op, name, source, as_)
         return []
@@ -89,7 +78,7 @@ class _Walk:
     def _compared(self, op: Op, source: Op, as_: AffineRange) -> None:
         one, other = arguments(op)["self"], arguments(op)["other"]
         if (constant := self._constant(other if one is source else one)) is not None:
-            self._found.compared(as_, constant)
+            self.compared(as_, constant)
 
     def _through(self, op: Op, name: str, source: Op, as_: AffineRange) -> list[AffineRange]:
         if name in ("add", "sub", "mul", "rsub", "neg"):
@@ -103,17 +92,12 @@ class _Walk:
     def _arithmetic(self, op: Op, name: str, source: Op, as_: AffineRange) -> list[AffineRange]:
         given = arguments(op)
         if name == "neg":
-            return [each] if (each := as_.times(-1)) is not None else []
-        other = self._constant(given["other"] if given["self"] is source else given["self"])
-        if other is None or float(given.get("alpha", 1) or 1) != 1:
+            return self.arithmetic("mul", as_, -1, first=True)
+        if float(given.get("alpha", 1) or 1) != 1:
             return []
-        if name == "mul":
-            return [each] if (each := as_.times(other)) is not None else []
-        if name == "add":
-            return [as_.plus(other)]
-        first = (given["self"] is source) == (name == "sub")  # whether it is what the other is taken from
-        turned = as_ if first else as_.times(-1)
-        return [] if turned is None else [turned.plus(-np.asarray(other) if first else other)]
+        first = given["self"] is source
+        other = self._constant(given["other"] if first else given["self"])
+        return self.arithmetic(name.removeprefix("r"), as_, other, first=first == (name != "rsub"))
 
     def _constant(self, argument: Any) -> Any:
         """A number, or what the program holds."""

@@ -26,7 +26,7 @@ from torch.utils._sympy.value_ranges import bound_sympy
 
 from bnfold.capture import quiet
 
-from .walk import is_tensor, tensor_named
+from .walk import is_tensor, stored_targets, tensor_named
 
 Probe = dict[Any, int]  # symbol -> size
 FACTORS = (2, 3)  # multiples keep what a model may demand of its sizes: that they are even, say
@@ -176,7 +176,7 @@ def fixed_axes(program: ExportedProgram) -> dict[str, int]:
 
 
 def _runs(program: ExportedProgram, probe: Probe) -> bool:
-    stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None and s.kind.name != "USER_INPUT"}
+    stored = stored_targets(program)
     with quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
             values = []

@@ -42,6 +42,11 @@ def tensor_named(program: ExportedProgram, target: str) -> Any:
     return program.constants.get(target) if found is None else found
 
 
+def stored_targets(program: ExportedProgram) -> dict[str, str]:
+    """The qualified names of what a program stores, by the names of its placeholders."""
+    return {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+
+
 def operator_name(node: Node) -> str:
     """ "relu" for aten.relu.default and for aten.relu_.default; "" for what is no ATen operator."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
@@ -49,6 +54,16 @@ def operator_name(node: Node) -> str:
     name = node.target._schema.name.partition("::")[2]
     name = name.removesuffix("_") if node.target._schema.is_mutable and name.endswith("_") else name
     return OTHER_NAMES.get(name, name)
+
+
+def is_item(node: Any) -> bool:
+    """Whether it takes one of what an operator gives that gives several."""
+    return isinstance(node, Node) and node.target is operator.getitem
+
+
+def items(node: Node) -> list[Node]:
+    """The users that take one each of what an operator gives that gives several."""
+    return [user for user in node.users if is_item(user)]
 
 
 def overload(node: Node) -> str:
@@ -137,7 +152,7 @@ SILENT_VIEWS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dr
 
 def viewed(node: Node) -> Node | None:
     """The tensor whose storage the output shares, or may share."""
-    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+    if is_item(node):
         return node.args[0] if isinstance(node.args[0], Node) else None
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
@@ -211,7 +226,7 @@ def function(op: Node) -> Callable[..., Any]:
 
 def size_of(program: ExportedProgram) -> Size:
     """Each stored tensor counts once."""
-    operators = sum(op.op == "call_function" and op.target is not operator.getitem for op in program.graph.nodes)
+    operators = sum(op.op == "call_function" and not is_item(op) for op in program.graph.nodes)
     held = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
     parameters = sum(t.numel() for t in held.values() if t.is_floating_point())
     return Size(operators, sum(t.nbytes for t in held.values()), parameters)

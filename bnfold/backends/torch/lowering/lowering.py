@@ -22,7 +22,7 @@ from ..export.functional import entangled, functional
 from ..export.quantisers import quantiser
 from ..export.sizes import Sizes
 from ..export.trace import Traced
-from ..export.walk import FLOATS, arguments, dtype_of, frame, frames, is_float, is_tensor, mutates, operator_name, value_of, written
+from ..export.walk import FLOATS, arguments, dtype_of, frame, is_float, is_tensor, items, mutates, operator_name, value_of, written
 from . import narrowing, quantised
 from .module_host import ModuleHost
 from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
@@ -150,9 +150,9 @@ class TorchLowering(Lowering):
         return operator_name(op) or str(op.target)
 
     def native(self, op: Op, inputs: list[Op], keys: list[str], output: Op | None) -> TorchNative:
-        items = {} if is_tensor(op) else self.items(op)
-        self.done.update(items.values())
-        dtype, item = dtype_of(output) or torch.float32, output if output in items.values() else None
+        parts = [] if is_tensor(op) else [*self.items(op).values()]
+        self.done.update(parts)
+        dtype, item = dtype_of(output) or torch.float32, output if output in parts else None
         return TorchNative(op, inputs, dtype, item, largest(dtype), self.copies_weights and item is None and not mutates(op))
 
     def param(
@@ -192,7 +192,7 @@ class TorchLowering(Lowering):
     def layer_of(self, op: Op, node: Node, param: Param) -> tuple[Any, str]:
         owner = frame(op)
         assert param.tensor is not None
-        name = owner if owner and frames(op)[-1] == owner and node.name.startswith(owner) else node.name
+        name = owner if owner and node.name.startswith(owner) else node.name
         return node if self.copies_weights else ("constant", param.tensor.name), name
 
     # --- what the operators' functions use -------------------------------------------------------------------------------------------
@@ -210,8 +210,7 @@ class TorchLowering(Lowering):
 
     def items(self, op: Op) -> dict[int, Op]:
         """The users that take an item each of the tuple or list that an operator gives."""
-        users = (user for user in op.users if getattr(user.target, "__name__", "") == "getitem")
-        return {user.args[1]: user for user in users if isinstance(user.args[1], int)}
+        return {user.args[1]: user for user in items(op) if isinstance(user.args[1], int)}
 
     def target(self, argument: Op) -> str:
         """The qualified name of a stored constant; for another one, the node's."""

@@ -12,8 +12,8 @@ from torch.fx import Node as Op
 from bnfold.recalibration.moments import Pointwise
 from bnfold.recalibration.schedule import Cut, NormCall, Operation
 
-from ..export.walk import arguments, elements, is_tensor, operator_name
-from .stage import StoredTensors, parts
+from ..export.walk import arguments, elements, is_tensor, items, operator_name
+from .stage import StoredTensors
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 PRODUCTS = (*CONVOLUTIONS, *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear")
@@ -34,7 +34,7 @@ def operations(graph: torch.fx.Graph, stored: StoredTensors) -> Iterator[TorchOp
         name = operator_name(op)
         whole = "pool" in name and is_tensor(op) and all(n == 1 for n in op.meta["val"].shape[2:])
         shrinks = 2 if whole or name == "sym_size" else 1 if "pool" in name or name in SMALLER else 0
-        pieces = parts(op)
+        pieces = items(op)
         made.update(pieces)
         short = len(op.users) == 1 and _is_pointwise(op, stored)
         yield Operation(op, reads, tuple(pieces) or (op,), shrinks, _work(op, stored), short)

@@ -23,7 +23,7 @@ from bnfold.text import first_line
 from ..export.constants import ProgramConstants
 from ..export.regions import under
 from ..export.tensors import to_numpy, to_tensor
-from ..export.walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, operator_name, viewed
+from ..export.walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, items, operator_name, stored_targets, viewed
 from .moments import Meter
 
 aten = torch.ops.aten
@@ -41,8 +41,7 @@ class StoredTensors:
 
     def __init__(self, program: ExportedProgram, constants: ProgramConstants, device: torch.device) -> None:
         self._program, self._constants, self.device = program, constants, device
-        specs = program.graph_signature.input_specs
-        self._targets = {s.arg.name: s.target for s in specs if s.target is not None and s.kind.name != "USER_INPUT"}
+        self._targets = stored_targets(program)
         self.meter = Meter(device)
         self._new: dict[str, Tensor] = {}
         self._values: dict[Op, Any] = {}
@@ -152,7 +151,7 @@ class TorchStage:
             self.needs = list(dict.fromkeys([*self.needs, *(op.name for op in inputs)])) if first else [*self.needs, SIZES]
             if not last:
                 self.keeps[SIZES] = None
-        self._nodes = [op for each in part.nodes for op in (each, *parts(each))]
+        self._nodes = [op for each in part.nodes for op in (each, *items(each))]
         inner = set(self._nodes).difference(part.makes)  # what nobody needs behind this stage
         self._drops: dict[Op, list[Op]] = {}
         self._in_place: dict[Op, Any] = {}
@@ -235,11 +234,6 @@ def _evaluated(size: torch.SymInt, known: Mapping[Any, int]) -> int:
     if not expression.free_symbols <= known.keys():
         raise UnsupportedError("a size in this model depends on the data's values, which lockstep can't follow: export it to ONNX")
     return int(expression.subs(known))
-
-
-def parts(op: Op) -> list[Op]:
-    """The tensors of an operator that gives several."""
-    return [] if is_tensor(op) else [user for user in op.users if getattr(user.target, "__name__", "") == "getitem"]
 
 
 def _fits_into(op: Op, source: Any, inner: Collection[Op]) -> bool:

@@ -27,7 +27,7 @@ from ..export.quantisers import quantiser
 from ..export.regions import under
 from ..export.tensors import to_tensor
 from ..export.trace import Traced
-from ..export.walk import FLOATS, dtype_of, function, is_tensor, mutates, operator_name, tensor_named
+from ..export.walk import FLOATS, dtype_of, function, is_item, is_tensor, mutates, operator_name, stored_targets, tensor_named
 from .session import moved, precise, seed_of
 from .widen import call, reads_bits, widened, writes_bits
 
@@ -101,12 +101,7 @@ class Float64Interpreter(Interpreter):
     def called(self, op: Op) -> Any:
         if operator_name(op) == "_assert_tensor_metadata":  # of the stored types
             return None
-        if (
-            not self.rounds
-            and (rounding := quantiser(op)) is not None
-            and not self._is_weight(op)
-            and getattr(op.target, "__name__", "") != "getitem"
-        ):
+        if not self.rounds and (rounding := quantiser(op)) is not None and not self._is_weight(op) and not is_item(op):
             return self.env[rounding.source] if is_tensor(op) else (self.env[rounding.source],)
         returned = self._returned(op)
         if self._writes and operator_name(op) in ("to", "type_as") and dtype_of(op) != dtype_of(op.args[0]):
@@ -151,7 +146,7 @@ class TorchOracle:
             raise UnsupportedError(f"the model writes into numbers by their bits (in {where}), which has no form in float64")
         moving = frozenset() if jitter is None else weights(program)
         self._tensors = stored_tensors(program)
-        for name, target in _targets(program).items():
+        for name, target in stored_targets(program).items():
             if isinstance(tensor := self._tensors[name], Tensor):
                 seed = seed_of(target, jitter) if jitter is not None and target in moving else None
                 self._tensors[name] = _exact(tensor, seed)
@@ -181,7 +176,7 @@ class StoredTypes:
         self._tensors = stored_tensors(program)
         if jitter is not None:
             names = {id(tensor_named(program, target)): target for target in sorted(weights(program), reverse=True)}
-            for name, target in _targets(program).items():
+            for name, target in stored_targets(program).items():
                 if (first := names.get(id(tensor_named(program, target)))) is not None:
                     self._tensors[name] = moved(self._tensors[name], seed_of(first, jitter))
 
@@ -191,14 +186,9 @@ class StoredTypes:
         return Interpreter(self._traced.program.graph_module, self._tensors).values(feeds)
 
 
-def _targets(program: ExportedProgram) -> dict[str, str]:
-    """The qualified names of what a program stores, by the names of its placeholders."""
-    return {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
-
-
 def stored_tensors(program: ExportedProgram) -> dict[str, Any]:
     """What it stores, by the same names."""
-    found = {name: tensor_named(program, target) for name, target in _targets(program).items()}
+    found = {name: tensor_named(program, target) for name, target in stored_targets(program).items()}
     return {name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in found.items()}
 
 

@@ -31,7 +31,7 @@ from ..export.copies import duplicate
 from ..export.observers import observers, settled_quantisers, without_observers
 from ..export.tensors import flat_outputs, to_numpy, to_tensor
 from ..export.trace import Traced
-from ..export.walk import in_training, is_batchnorm, mutates, written
+from ..export.walk import in_training, is_batchnorm, mutates, stored_targets, written
 
 MOVED = 1 / 12  # the share of stored numbers that move by a unit in the last place, with the variance of rounding itself
 
@@ -164,10 +164,9 @@ def _threads(count: int) -> Iterator[None]:
 
 def _updates(program: ExportedProgram) -> bool:
     """Whether a program writes into its buffers when it runs, such as running statistics in training mode."""
-    held = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
     written_to = {each.name for op in program.graph.nodes if mutates(op) for each in written(op)}
     trained = any(is_batchnorm(op) and in_training(op) for op in program.graph.nodes)
-    return trained or bool(program.graph_signature.buffers_to_mutate) or not held.isdisjoint(written_to)
+    return trained or bool(program.graph_signature.buffers_to_mutate) or not written_to.isdisjoint(stored_targets(program))
 
 
 def seed_of(name: str, jitter: int) -> int:

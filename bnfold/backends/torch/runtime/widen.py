@@ -15,7 +15,7 @@ from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
 
 from ..export.quantisers import quantiser
-from ..export.walk import FLOATS, dtype_of, function, mutates, operator_name, overload, storage_of, viewed, views, written
+from ..export.walk import FLOATS, dtype_of, function, is_item, mutates, operator_name, overload, storage_of, viewed, views, written
 
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 NEIGHBOURS = ("nextafter", "nan_to_num")  # the next stored number; the largest
@@ -51,7 +51,7 @@ def writes_bits(ops: Iterable[Op]) -> str:
 
 def call(op: Op, value: Callable[[Op], Any], *, stored: bool = False) -> Any:
     """What an operator gives, tensors widened. value: of the operators before it. stored: whether its arguments get their stored types."""
-    rounding = None if getattr(op.target, "__name__", "") == "getitem" else quantiser(op)
+    rounding = None if is_item(op) else quantiser(op)
     stored = stored or reads_bits(op) or rounding is not None
 
     def given(leaf: Any) -> Any:
