@@ -94,7 +94,7 @@ def fuse(model: M, *, example: Any = None, check: bool = True, by_layer: bool = 
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back;
     by_layer: every layer, too, as in `verify`.
     options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `drop_dead`,
-    `equalise`, `lower`, `target` (see `folding.options.FoldOptions`).
+    `equalise`, `lower`, `flush_subnormals`, `target` (see `folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """

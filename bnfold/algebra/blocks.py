@@ -112,9 +112,9 @@ def stored(param: Param, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         there = param.layout.canonical(made)
         if np.may_share_memory(there, made) and _keeps(param, there.shape):
             for _, exact, part in folded(param, there):
-                part[...] = rounding.rounded(exact, dtype)
+                part[...] = rounding.rounded(exact, dtype, flush=param.flush)
             return made
-    return rounding.rounded(param.layout.stored(param.read()), dtype)
+    return rounding.rounded(param.layout.stored(param.read()), dtype, flush=param.flush)
 
 
 def in_order(param: Param, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
@@ -124,7 +124,7 @@ def in_order(param: Param, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
         yield stored(param, dtype)  # it is laid out anew
         return
     for _, exact in folded(param):
-        yield rounding.rounded(exact, dtype)
+        yield rounding.rounded(exact, dtype, flush=param.flush)
 
 
 def _is_view(param: Param, source: npt.NDArray[Any]) -> bool:
@@ -137,13 +137,13 @@ def lost(param: Param, dtype: np.dtype[Any]) -> tuple[int, int]:
     source = param.source()
     if source is None or not _keeps(param, source.shape):
         exact = param.layout.stored(param.read())
-        return rounding.lost(exact, rounding.rounded(exact, dtype)), exact.size
+        return rounding.lost(exact, rounding.rounded(exact, dtype, flush=param.flush)), exact.size
     update = param.update
     if update is not None and not update.shift.any():
         least = np.abs(update.scale[update.scale != 0]).min(initial=np.inf)
         if measured(param).smallest.min(initial=np.inf) * least >= 2 * float(rounding.limits(dtype).tiny):
             return 0, source.size
-    return sum(rounding.lost(exact, rounding.rounded(exact, dtype)) for _, exact in folded(param)), source.size
+    return sum(rounding.lost(exact, rounding.rounded(exact, dtype, flush=param.flush)) for _, exact in folded(param)), source.size
 
 
 def measured(param: Param, axes: Sequence[int] = ()) -> Extent:

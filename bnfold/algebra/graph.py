@@ -82,7 +82,8 @@ class Param:
     A weight isn't replaced but mapped: `update` is an affine map over the canonical array, so a plan for a large model
     takes no memory, and a weight that absorbs several maps is rounded once. shape: the canonical shape. tensor: None for a
     parameter that the operator could have but hasn't (a bias): it then reads as `default`. slot: where the operator has it, the
-    front-end's affair; refusal: why it can't have it, if so. narrowed: whether it has lost channels.
+    front-end's affair; refusal: why it can't have it, if so. narrowed: whether it has lost channels. flush: whether what is subnormal in
+    its type is stored as 0.
     """
 
     tensor: Tensor | None
@@ -93,6 +94,7 @@ class Param:
     slot: Any = None
     refusal: str = ""
     narrowed: bool = False
+    flush: bool = False
 
     def read(self) -> Array:
         """The canonical array with its update, in float64."""

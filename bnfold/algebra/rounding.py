@@ -19,13 +19,14 @@ def limits(dtype: Any) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]  # it comes without types
 
 
-def rounded(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The array rounded once, to nearest even."""
+def rounded(array: Array, dtype: np.dtype[Any], *, flush: bool = False) -> npt.NDArray[Any]:
+    """The array rounded once, to nearest even. flush: what is below the type's smallest normal number becomes 0 of its sign."""
     exact: npt.NDArray[Any] = np.ascontiguousarray(array).reshape(np.shape(array))
     if dtype == BFLOAT16:  # ml_dtypes goes there through float32, which would round twice
         exact = _to_odd(exact)
     with np.errstate(over="ignore"):
-        return np.asarray(exact.astype(dtype))
+        made = np.asarray(exact.astype(dtype))
+    return np.where(np.abs(made) < limits(dtype).tiny, np.copysign(dtype.type(0), made), made) if flush else made
 
 
 def narrowed(statistics: tuple[Array, Array], dtypes: Sequence[np.dtype[Any]]) -> list[npt.NDArray[Any]] | str:
@@ -58,6 +59,11 @@ def lost(exact: Array, stored: npt.NDArray[Any]) -> int:
         return 0
     exact, stored = np.ravel(exact)[small], np.ravel(stored)[small]
     return int((np.abs(stored.astype(np.float64) - exact) > 2.0**-7 * np.abs(exact)).sum())
+
+
+def too_small(count: int, of: int, name: str, dtype: np.dtype[Any], *, flush: bool) -> str:
+    """What is said of these."""
+    return f"{count} of the {of} coefficients of {name} are too small for {dtype}{' and became 0' if flush else ''}"
 
 
 def told(exact: Array, dtype: np.dtype[Any]) -> str:

@@ -24,10 +24,12 @@ SPATIAL = range(1, 4)  # axes that a convolution may have
 @dataclass(frozen=True, eq=False)
 class Written:
     """Operators with constants in the place of one, in their order. constants: by the operator's name ("Mul", "Add", "Max", "Min"), with
-    the tensor's rank or less; "Conv" has its weight, [C, 1, ...], and its bias, [C], under "weight" and "bias" instead."""
+    the tensor's rank or less; "Conv" has its weight, [C, 1, ...], and its bias, [C], under "weight" and "bias" instead.
+    flush: whether what is subnormal in their type is stored as 0."""
 
     node: Node
     constants: Mapping[str, Array]
+    flush: bool = False
 
     @property
     def said(self) -> str:

@@ -25,6 +25,8 @@ class FoldOptions:
     lower: what stays of BatchNorms is written as operators that every target has, in the same arithmetic: "mul-add" a multiplication and an
     addition by constants, "depthwise" a convolution of one tap for each channel (where there are channels behind a batch axis, and one to
     three spatial axes; else as "mul-add").
+    flush_subnormals: new weights that are below the smallest normal number of the type in which they are stored (1.2e-38 in float32,
+    6.1e-5 in float16) become 0, as targets have it that compute without such numbers; how many is told.
     target: the type to which the model will be converted: what would overflow there, or lose its digits, is told.
     Raises ValueError for another word.
     """
@@ -36,6 +38,7 @@ class FoldOptions:
     drop_dead: bool = False
     equalise: bool = False
     lower: Lowering | None = None
+    flush_subnormals: bool = False
     target: Target | None = None
 
     def __post_init__(self) -> None:

@@ -178,6 +178,10 @@ def plan(
     if options.lower is not None:
         outcomes, lowered = lower(graph, outcomes, options.lower, replaceable)
         written += lowered
+    if options.flush_subnormals:
+        written = [replace(each, flush=True) for each in written]
+        for _, _, param in graph.updates():
+            param.flush = True
     said += _in_target(graph, written, options.target) if options.target is not None else []
     return Planned(
         tuple(outcomes),

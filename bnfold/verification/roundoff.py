@@ -147,11 +147,17 @@ def _total(summands: Iterable[Array], shape: tuple[int, ...]) -> Array:
 
 
 def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: float) -> Array:
-    """|have - want| over unit * magnitude; an error of `tiny` counts as none, and a number that is none by itself as infinite."""
+    """|have - want| over unit * magnitude; a number that is none by itself counts as infinite.
+
+    An error of `tiny` counts as none, and so does a 0 for what is below the type's normal range: some targets know no such numbers.
+    """
     with np.errstate(all="ignore"):
         error = np.abs(have - want)
         units = np.asarray(np.maximum(error - tiny, 0) / (unit * magnitude))
-        if np.isnan(units.max(initial=0.0)):
+        most = units.max(initial=0.0)
+        if not most <= 1:
+            np.copyto(units, 0.0, where=(have == 0) & (np.abs(want) < tiny / unit))
+        if np.isnan(most):
             np.copyto(units, np.inf, where=np.isnan(units))
             np.copyto(units, 0.0, where=(error <= tiny) | (want == have) | (np.isnan(want) & np.isnan(have)))
     return units

@@ -84,3 +84,38 @@ def test_multiply_adds_are_counted() -> None:
 def test_an_unknown_target_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="one of float16, bfloat16, or None"):
         bnfold.fuse(drawn("float32")[0], target="int8")
+
+
+@pytest.mark.parametrize(("name", "scale"), [("float16", 3e-4), ("bfloat16", 1e-37), ("float32", 1e-37)])
+def test_subnormal_numbers_become_0_where_that_is_asked_for(name: str, scale: float) -> None:
+    model, _ = drawn(name, scale=scale)
+    smallest = float(ml_dtypes.finfo(numpy_type(name)).smallest_normal)
+    plain, flushed = (bnfold.fuse(model, check=False, flush_subnormals=flush) for flush in (False, True))
+    arrays = [
+        {t.name: np.frombuffer(t.raw_data, numpy_type(name)).astype(np.float64) for t in fused.graph.initializer}
+        for fused, _ in (plain, flushed)
+    ]
+    small = np.abs(arrays[0]["w"]) < smallest
+    assert small.any()
+    assert (arrays[0]["w"][small] != 0).any()
+    assert not small.all()
+    np.testing.assert_array_equal(arrays[1]["w"], np.where(small, 0, arrays[0]["w"]))
+    np.testing.assert_array_equal(arrays[1]["b"], arrays[0]["b"])
+    assert plain[1].layers[0].notes == () or "became 0" not in plain[1].layers[0].notes[0]
+    assert f"{small.sum()} of the 216 coefficients of h are too small for {name} and became 0" in flushed[1].layers[0].notes
+    assert bnfold.verify(model, flushed[0]).equivalent
+
+
+@pytest.mark.parametrize("kind", ["module", "program"])
+def test_they_do_in_pytorch(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(6)).eval()
+    with torch.no_grad():
+        module[0].weight.copy_(torch.linspace(-4e-38, 4e-38, 216).reshape(6, 4, 3, 3))
+    x = torch.ones(1, 4, 5, 5)
+    fused, report = bnfold.fuse(module if kind == "module" else torch.export.export(module, (x,)), example=x, flush_subnormals=True)
+    state = fused.state_dict() if kind == "module" else fused.state_dict
+    (weight,) = (each.detach().abs() for each in state.values() if each.ndim == 4)
+    assert 50 < int((weight == 0).sum()) < 70
+    assert weight[weight > 0].min() >= torch.finfo(torch.float32).smallest_normal
+    assert "too small for float32 and became 0" in report.layers[0].notes[0]

@@ -69,9 +69,9 @@ def _widened(source: ir.TensorProtocol) -> Array:
     return source.numpy().astype(np.float64)
 
 
-def rounded(array: Array, dtype: ir.DataType | None) -> npt.NDArray[Any]:
+def rounded(array: Array, dtype: ir.DataType | None, *, flush: bool = False) -> npt.NDArray[Any]:
     """The array rounded once, to nearest even, to a stored type (float32 where it isn't known)."""
-    return rounding.rounded(array, numpy_type(dtype))
+    return rounding.rounded(array, numpy_type(dtype), flush=flush)
 
 
 def numpy_type(dtype: ir.DataType | None) -> np.dtype[Any]:

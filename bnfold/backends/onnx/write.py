@@ -102,7 +102,7 @@ class _Writer:
             self._note(node, made.said(tensor.name))
         else:
             dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
-            self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy())
+            self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy(), flush=param.flush)
             if node.attrs.get("scales_integers"):
                 grown = stored(param, dtype.numpy()).size > (1 if tensor is None else math.prod(tensor.shape))
                 self._note(node, said_of_scale(node.name, grown=grown))
@@ -139,8 +139,8 @@ class _Writer:
         dtype = written.node.attrs.get("mixed") or native.dtype
 
         def initializer(name: str, exact: Array) -> ir.Value:
-            array = rounded(exact, dtype)
-            self._note_tiny(written.node, rounding.lost(exact, array), array.size, array.dtype)
+            array = rounded(exact, dtype, flush=written.flush)
+            self._note_tiny(written.node, rounding.lost(exact, array), array.size, array.dtype, flush=written.flush)
             return self._initializer(name, ir.Tensor(array))
 
         casts = None if dtype == native.dtype else (dtype, native.dtype)
@@ -170,10 +170,10 @@ class _Writer:
             for reader, i in native.readers:  # perhaps through a BatchNorm that folded before and is still to be removed
                 reader.node.replace_input_with(reader.positions[i], made)
 
-    def _note_tiny(self, node: Node, count: int, of: int, dtype: np.dtype[Any]) -> None:
+    def _note_tiny(self, node: Node, count: int, of: int, dtype: np.dtype[Any], *, flush: bool) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
         if count:
-            self._note(node, f"{count} of the {of} coefficients of {node.name} are too small for {dtype}")
+            self._note(node, rounding.too_small(count, of, node.name, dtype, flush=flush))
 
     def _note(self, node: Node, text: str) -> None:
         self.notes[node] = f"{self.notes[node]}; {text}" if node in self.notes else text

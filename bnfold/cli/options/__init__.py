@@ -76,6 +76,7 @@ RARE = {
     "--norm-affine",
     "--drop-dead",
     "--lower",
+    "--flush-subnormals",
     "--target",
 }
 DECLARED, READ = "typer", "read"  # keys of a field's metadata

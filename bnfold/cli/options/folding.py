@@ -55,7 +55,7 @@ class Folding:
         "mul-add|depthwise",
         read=lowering,
     )
-
+    flush_subnormals: bool = option("--flush-subnormals", "Write new weights that are subnormal in their type as 0.", FOLDING)
     target: Target | None = option(
         "--target", "Tell what of the new weights would overflow, or lose its digits, in the type to come.", FOLDING, "TYPE", read=target
     )

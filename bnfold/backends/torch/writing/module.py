@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site
-from bnfold.algebra.rounding import lost, rounded
+from bnfold.algebra.rounding import lost, rounded, too_small
 from bnfold.folding.branches import Merge
 from bnfold.folding.dead import Narrowed
 from bnfold.folding.lower import Written
@@ -58,7 +58,7 @@ class Fold:
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
             said = "" if param.tensor is None else param.tensor.as_floats()
-            yield Update(node, slot.place, exact, dtype, param.tensor is None, said=said)
+            yield Update(node, slot.place, exact, dtype, param.tensor is None, param.flush, said=said)
 
     def left(self, site: Site) -> Array:
         """The shift that a site's calls still add, by channel: 0 where they do nothing."""
@@ -85,6 +85,7 @@ class Update:
     exact: Array
     dtype: torch.dtype
     grows: bool = False
+    flush: bool = False
     quantiser: str | None = None
     axis: int | None = None
     said: str = ""
@@ -104,9 +105,10 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     made: dict[str, Tensor] = {}
     for ctx, update in ((each.ctx, update) for each in folds for update in each.updates()):
         node, place = update.node, update.place
-        array = update.exact if exact and update.dtype.is_floating_point else rounded(update.exact, NUMPY[update.dtype])
+        whole = exact and update.dtype.is_floating_point
+        array = update.exact if whole else rounded(update.exact, NUMPY[update.dtype], flush=update.flush)
         if update.dtype.is_floating_point and (count := lost(update.exact, array)):
-            notes[node] = f"{count} of the {array.size} coefficients of {node.name} are too small for {array.dtype}"
+            notes[node] = too_small(count, array.size, node.name, array.dtype, flush=update.flush)
         if update.said:
             notes[node] = update.said
         if place.how == "plain":

@@ -16,7 +16,7 @@ from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
-from bnfold.algebra.rounding import lost, rounded
+from bnfold.algebra.rounding import lost, rounded, too_small
 from bnfold.folding.dead import Narrowed
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
@@ -88,8 +88,8 @@ class _Writer(ProgramEditor):
                 set_argument(op, "value", float(exact))
                 continue
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
-            array = rounded(exact, NUMPY[dtype])
-            self._note_tiny(node, exact, array)
+            array = rounded(exact, NUMPY[dtype], flush=param.flush)
+            self._note_tiny(node, exact, array, flush=param.flush)
             old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
             key = (old, array.shape, array.tobytes() if old is not None and self._shared(old) else b"")
             if old is None or key not in alike:
@@ -193,8 +193,8 @@ class _Writer(ProgramEditor):
         native: TorchNative = written.node.native
         constants: dict[str, Op] = {}
         for role, exact in written.constants.items():
-            array = rounded(exact, NUMPY[written.node.attrs.get("mixed") or native.dtype])
-            self._note_tiny(written.node, exact, array)
+            array = rounded(exact, NUMPY[written.node.attrs.get("mixed") or native.dtype], flush=written.flush)
+            self._note_tiny(written.node, exact, array, flush=written.flush)
             tensor = to_tensor(array).to(self._device(native.op))
             constants[role] = self.store(self.new_name(f"{_path(native)}.{CONSTANTS[role]}"), torch.nn.Parameter(tensor))
         value: Op = self._current(native.operands[0])
@@ -208,9 +208,9 @@ class _Writer(ProgramEditor):
                 value.meta = dict(native.end.meta)
         return value
 
-    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any]) -> None:
+    def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any], *, flush: bool) -> None:
         if count := lost(exact, array):
-            self.notes[node] = f"{count} of the {exact.size} coefficients of {node.name} are too small for {array.dtype}"
+            self.notes[node] = too_small(count, exact.size, node.name, array.dtype, flush=flush)
 
     def _remove(self, native: TorchNative, by: Op) -> None:
         """Let another stand in the place of an operator."""
