@@ -89,7 +89,7 @@ class OnnxModel(Model):
         return [_port(v) for v in fed], [_port(v) for v in defaults], [_port(v) for v in graph.outputs]
 
     def normal_form(self, options: FoldOptions = PLAIN) -> NormalForm:
-        model = inlined(self.model)
+        model = self._inlined
         lowering = lowering_of(model)
         graph, known = lowering.graph(), lowering.constants
         outputs = {str(v.name): lowering.value(v) for v in model.graph.outputs if not known.is_constant(v)}
@@ -100,7 +100,7 @@ class OnnxModel(Model):
         return normal_form(graph, outputs, options, inputs=inputs, constants=constants)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
-        return Oracle(self.model, jitter=jitter, outputs=outputs, rounds=self.rounded)
+        return Oracle(self.model, skeleton=self._bare, jitter=jitter, outputs=outputs, rounds=self.rounded)
 
     def rounds(self) -> bool:
         return any(rounds(self._skeleton.graph, self._inlined.graph.initializers))
@@ -153,7 +153,7 @@ class OnnxModel(Model):
         known = {v.name for node in self._inlined.graph for v in node.outputs}
         names = [name for name in wanted if name in known]
         if exact:
-            yield from Oracle(self._inlined, jitter=jitter, rounds=self.rounded).stream(feeds, names)
+            yield from Oracle(self._inlined, skeleton=self._skeleton, jitter=jitter, rounds=self.rounded).stream(feeds, names)
             return
         order = [v.name for node in self._inlined.graph for v in node.outputs if v.name in set(names)]
         model = self._inlined if jitter is None else OnnxModel(self._inlined)._moved(jitter)
@@ -187,7 +187,11 @@ class OnnxModel(Model):
 
     @cached_property
     def _skeleton(self) -> onnx.ModelProto:
-        return self_contained(self._inlined, initializers=False)
+        return self_contained(self._inlined, initializers=False) if self.model.functions else self._bare
+
+    @cached_property
+    def _bare(self) -> onnx.ModelProto:
+        return self_contained(self.model, initializers=False)
 
     def types(self, names: Iterable[str]) -> dict[str, Any]:
         wanted = set(names)

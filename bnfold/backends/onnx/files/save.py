@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -155,13 +156,47 @@ def write(skeleton: onnx.ModelProto, weights: list[Weight], out: IO[bytes]) -> N
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without its initializers, but with what is said about them elsewhere. The model isn't changed."""
-    bare = model.clone()
-    for value in bare.graph.initializers.values():
+    shadows = []
+    for value in model.graph.initializers.values():
         tensor = value.const_value
         assert tensor is not None
-        if value.type == ir.TensorType(tensor.dtype) and value.shape == tensor.shape and not value.is_graph_input():
-            value.type = value.shape = None  # which goes without saying
-        value.const_value = NOTHING
-    proto = to_proto(bare)
+        plain = value.type == ir.TensorType(tensor.dtype) and value.shape == tensor.shape
+        shadow = ir.Value(name=value.name, type=None if plain else value.type, shape=None if plain else value.shape)
+        shadow.doc_string = value.doc_string
+        shadow.metadata_props.update(value.metadata_props)
+        shadow.meta.update(value.meta)
+        shadow.const_value = NOTHING
+        shadows.append(shadow)
+    proto = bare(model, shadows)
     del proto.graph.initializer[:]
     return proto
+
+
+def bare(model: ir.Model, initializers: Iterable[ir.Value] = ()) -> onnx.ModelProto:
+    """The model as a proto with these initializers instead of its graph's own. The model isn't changed."""
+    graph = model.graph
+    view = ir.GraphView(
+        graph.inputs,
+        graph.outputs,
+        nodes=graph,
+        initializers=tuple(initializers),
+        doc_string=graph.doc_string,
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+        metadata_props=graph.metadata_props,
+    )
+    proto = ir.to_proto(
+        ir.Model(
+            view,  # type: ignore[arg-type]  # documented to work
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+            domain=model.domain,
+            model_version=model.model_version,
+            doc_string=model.doc_string,
+            functions=list(model.functions.values()),
+            metadata_props=model.metadata_props,
+            device_configurations=model.device_configurations,
+        )
+    )
+    return with_maps(proto, graph.meta.get(MAPS) or {})

@@ -9,18 +9,14 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from ..files.save import NOTHING, to_proto
+from ..files.save import bare
 from ..files.validate import tensors
 from .walk import all_graphs, all_nodes, held_tensor, nbytes, open_axes
 
 
 def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelProto:
     """The model as a proto with all its data inside, or without the main graph's initializers. The model isn't touched."""
-    bare = model.clone()
-    for value in bare.graph.initializers.values():
-        value.const_value = NOTHING  # which is copied in no time
-    proto = to_proto(bare)
-    del proto.graph.initializer[:]
+    proto = bare(model)
     open_axes(proto.graph)
     for name, value in model.graph.initializers.items() if initializers else ():
         tensor = value.const_value

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from ..files.save import bare
+from ..files.validate import inner_graphs
 from .integers import settle, sized_by_data
 from .ranks import channels, told
 from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
@@ -199,25 +201,24 @@ def _probe_sizes(graph: onnx.GraphProto) -> Iterator[dict[tuple[str, int], int]]
 
 def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx.ModelProto:
     """The model without its large weights (these become inputs) and without the shapes that the inference can find itself."""
-    clone = model.clone()
-    for value in list(clone.graph.initializers.values()):
-        if value.const_value is not None and nbytes(value.const_value) > SMALL:
-            value.shape, value.type = ir.Shape(value.const_value.shape.numpy()), ir.TensorType(value.const_value.dtype)
-            del clone.graph.initializers[value.name or ""]
-            value.const_value = None
-            if value not in clone.graph.inputs:
-                clone.graph.inputs.append(value)
-    for node in list(clone.graph):
-        for i, v in enumerate(node.inputs):
-            if v is not None and v.name is not None and v.name in computed and v.producer() is not None:
-                name = f"{v.name}.computed"
-                if name not in clone.graph.initializers:
-                    clone.graph.register_initializer(ir.Value(name=name, const_value=ir.Tensor(computed[v.name], name=name)))
-                node.replace_input_with(i, clone.graph.initializers[name])
-    _forget_shapes(clone.graph)
-    proto = ir.to_proto(clone)
-    open_axes(proto.graph)
-    _unfuse(proto.graph)
+    proto = bare(model)
+    graph, inputs = proto.graph, {info.name: info for info in proto.graph.input}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and nbytes(tensor) > SMALL:
+            info = inputs[name] if name in inputs else graph.input.add()
+            info.CopyFrom(onnx.helper.make_tensor_value_info(name, tensor.dtype.value, tensor.shape.numpy()))
+        elif tensor is not None:
+            graph.initializer.append(ir.to_proto(tensor))
+            graph.initializer[-1].name = name
+    graph.initializer.extend(onnx.numpy_helper.from_array(array, f"{name}.computed") for name, array in computed.items())
+    for node in graph.node if computed else ():
+        for i, name in enumerate(node.input):
+            if name in computed:
+                node.input[i] = f"{name}.computed"
+    _forget_shapes(graph)
+    open_axes(graph)
+    _unfuse(graph)
     return proto
 
 
@@ -241,14 +242,18 @@ def _unfuse(graph: onnx.GraphProto) -> None:
             node.attribute.append(onnx.helper.make_attribute("equation", equation))
 
 
-def _forget_shapes(graph: ir.Graph) -> None:
-    for node in graph:
-        for _, inner in subgraphs(node):
-            _forget_shapes(inner)
-        if node.domain not in ("", "ai.onnx"):
-            continue
-        for value in node.outputs:
-            value.shape = None
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    """Forget the shapes of what the standard's operators make, which the inference finds."""
+    made = {name for node in graph.node if node.domain in ("", "ai.onnx") for name in node.output}
+    for info in (*graph.value_info, *graph.output):
+        kind = info.type
+        while (nested := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
+            kind = getattr(kind, nested).elem_type
+        if info.name in made and kind.HasField("tensor_type"):
+            kind.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for body in inner_graphs(node):
+            _forget_shapes(body)
 
 
 def symbolic(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:

@@ -46,7 +46,7 @@ class Oracle:
     jitter: a seed; every weight (see `weights`) is then moved by up to half a unit in the last place of its stored type (see
     `widen.jittered`), which is what rounding may have done to it. outputs: inner values to return besides the model's outputs.
     rounds: whether activations are rounded to integers where the model does it (see `quantised`). most: how many numbers a value may
-    have; by default as many as weights and inputs let one expect.
+    have; by default as many as weights and inputs let one expect. skeleton: the model without its initializers, where that is made already.
     Raises UnsupportedError, naming the operator, where the evaluator lacks one or can't run it.
     """
 
@@ -58,9 +58,11 @@ class Oracle:
         outputs: Iterable[str] = (),
         rounds: bool = True,
         most: int | None = None,
+        skeleton: onnx.ModelProto | None = None,
     ) -> None:
         self._model = model
-        proto = self_contained(model, initializers=False)
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self_contained(model, initializers=False) if skeleton is None else skeleton)
         self._outputs = list(dict.fromkeys((*(o.name for o in proto.graph.output), *outputs)))
         unknown = set(self._outputs) - _defined(proto.graph) - set(model.graph.initializers)
         if unknown:
