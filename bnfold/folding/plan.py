@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -12,22 +11,18 @@ import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Graph, Node, Param, Site, Value
-from bnfold.algebra.rounding import BFLOAT16, told
+from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
 from .clamps import clamped, free, joined
 from .dead import Narrowed, drop, narrowed
 from .equalise import equalise as equalise_ranges
-from .feasible import rescaled
 from .lower import Written, lower, work
 from .norms import move
-from .options import PLAIN, FoldOptions, Target
-from .ranges import weight_ranges
+from .options import PLAIN, FoldOptions
+from .ranges import in_target, weight_ranges
 from .search import Outcome, fold
-
-NARROW: Mapping[Target, np.dtype[Any]] = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,7 @@ def plan(
         written = [replace(each, flush=True) for each in written]
         for _, _, param in graph.updates():
             param.flush = True
-    said += _in_target(graph, written, options.target) if options.target is not None else []
+    said += in_target(graph, written, options.target) if options.target is not None else []
     return Planned(
         tuple(outcomes),
         tuple(merges),
@@ -195,22 +190,6 @@ def plan(
         fewer,
         clips,
     )
-
-
-def _in_target(graph: Graph, written: Iterable[Written], target: Target) -> list[str]:
-    """What becomes of the new coefficients in the type to which the model will be converted."""
-    updated = ((node, role, *each) for node, role, param in graph.updates() for each in _made(graph, node, role, param))
-    others = ((each.node, role, "coefficients", array) for each in written for role, array in each.constants.items())
-    found = ((node, role, what, told(array, NARROW[target])) for node, role, what, array in chain(updated, others))
-    said = {(node, role): f"{what} {clause}" for node, role, what, clause in found if clause}
-    return [f"--target {target}: the {role} of {node.name} has {text}" for (node, role), text in said.items()]
-
-
-def _made(graph: Graph, node: Node, role: str, param: Param) -> Iterator[tuple[str, Array]]:
-    """What a parameter becomes, and behind that the scales of one that is quantised, which are what is stored."""
-    yield "coefficients", param.layout.stored(param.read())
-    if (made := rescaled(graph, node, role)) is not None:
-        yield "scales", made.scale.astype(np.float64)
 
 
 def _equalised(graph: Graph, merges: Iterable[Merge]) -> tuple[list[Equalised], list[Node]]:

@@ -6,7 +6,8 @@ themselves but for one number, keep few of their digits: what folding a BatchNor
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,15 @@ import numpy.typing as npt
 
 from bnfold.algebra.affine import Affine, Array
 from bnfold.algebra.blocks import folded, measured
-from bnfold.algebra.graph import Node, Param
+from bnfold.algebra.graph import Graph, Node, Param
+from bnfold.algebra.rounding import BFLOAT16, told
 from bnfold.report import WeightRange
 
+from .feasible import rescaled
+from .lower import Written
+from .options import Target
+
+NARROW: Mapping[Target, np.dtype[Any]] = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 LEVELS = 127  # of 8 bits on either side of zero
 MOST = 128  # weights of a channel that are looked at
 # Where the weights of the median channel are off by more than this much of themselves: about what 4 bits with a scale for each channel do
@@ -101,3 +108,22 @@ def _medians(rows: Array) -> Array:
     """The lower median of each row's numbers that aren't NaN, which sorting puts last. (numpy's nanmedian takes row by row.)"""
     middle = (np.isfinite(rows).sum(axis=1, keepdims=True) - 1) // 2
     return np.take_along_axis(np.sort(rows, axis=1), middle, axis=1)
+
+
+# --- the type to come ------------------------------------------------------------------------------------------------------------------
+
+
+def in_target(graph: Graph, written: Iterable[Written], target: Target) -> list[str]:
+    """What becomes of the new coefficients in the type to which the model will be converted."""
+    updated = ((node, role, *each) for node, role, param in graph.updates() for each in _made(graph, node, role, param))
+    others = ((each.node, role, "coefficients", array) for each in written for role, array in each.constants.items())
+    found = ((node, role, what, told(array, NARROW[target])) for node, role, what, array in chain(updated, others))
+    said = {(node, role): f"{what} {clause}" for node, role, what, clause in found if clause}
+    return [f"--target {target}: the {role} of {node.name} has {text}" for (node, role), text in said.items()]
+
+
+def _made(graph: Graph, node: Node, role: str, param: Param) -> Iterator[tuple[str, Array]]:
+    """What a parameter becomes, and behind that the scales of one that is quantised, which are what is stored."""
+    yield "coefficients", param.layout.stored(param.read())
+    if (made := rescaled(graph, node, role)) is not None:
+        yield "scales", made.scale.astype(np.float64)
