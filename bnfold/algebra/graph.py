@@ -82,8 +82,8 @@ class Param:
     A weight isn't replaced but mapped: `update` is an affine map over the canonical array, so a plan for a large model
     takes no memory, and a weight that absorbs several maps is rounded once. shape: the canonical shape. tensor: None for a
     parameter that the operator could have but hasn't (a bias): it then reads as `default`. slot: where the operator has it, the
-    front-end's affair; refusal: why it can't have it, if so. narrowed: whether it has lost channels. flush: whether what is subnormal in
-    its type is stored as 0.
+    front-end's affair; refusal: why it can't have it, if so. remade: whether it is of another array than the stored one. flush: whether
+    what is subnormal in its type is stored as 0.
     """
 
     tensor: Tensor | None
@@ -93,7 +93,7 @@ class Param:
     update: Affine | None = None
     slot: Any = None
     refusal: str = ""
-    narrowed: bool = False
+    remade: bool = False
     flush: bool = False
 
     def read(self) -> Array:
@@ -121,7 +121,7 @@ class Param:
         if any(self.shape[axis] > 1 for axis in kept):
             self.layout = self.layout.fewer(self.shape, kept)
             self.shape = tuple(len(kept[i]) if i in kept and n > 1 else n for i, n in enumerate(self.shape))
-            self.narrowed = self.tensor is not None
+            self.remade = self.tensor is not None
 
     def updated(self, by: Affine) -> Affine:
         return by if self.update is None else by.after(self.update)
@@ -274,7 +274,7 @@ class Graph:
         """Every parameter that awaits an update; a clamp's bounds are none: another operator takes its place (see `folding.clamps`)."""
         for node in (node for node in self.nodes if node.op != "Clamp"):
             for role, param in node.params.items():
-                if param.update is not None or param.narrowed:
+                if param.update is not None or param.remade:
                     yield node, role, param
 
     @staticmethod

@@ -108,6 +108,16 @@ def settings(node: Node) -> Settings:
     return replace(found, values={**found.values, **fill}, common=common)
 
 
+def restated(stated: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings of an operator that is set otherwise from now on: what it has of some values, by their names in both frameworks."""
+
+    def changed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {**values, **{name: value for name, value in changes.items() if name in values}}
+
+    common = None if stated.common is None else (stated.common[0], changed(stated.common[1]))
+    return replace(stated, values=changed(stated.values), common=common)
+
+
 def operator(node: Node) -> str:
     """What an operator is called, alike in both frameworks where they have the same."""
     found = settings(node)

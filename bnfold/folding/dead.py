@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.algebra.layouts import Places, taken
 from bnfold.algebra.movement import move_down, move_up
 from bnfold.algebra.rules import rule_of
-from bnfold.algebra.settings import Settings
+from bnfold.algebra.settings import restated
 from bnfold.report import Dropped
 
 from .branches import Merge
@@ -277,20 +276,10 @@ def _narrow(node: Node, kept: Mapping[Value, tuple[int, Places]]) -> None:
         if (groups := node.attrs.get("groups", 1)) > 1 and made is not None:
             node.attrs["groups"] = left = groups * len(made[1]) // node.params["weight"].shape[0]
             if (stated := node.attrs.get("settings")) is not None:
-                node.attrs["settings"] = lambda: _regrouped(stated(), left)
+                node.attrs["settings"] = lambda: restated(stated(), {"group": left, "groups": left})
         node.params["weight"].narrow(of_weight)
     for role, param in node.params.items():
         if made is not None and role != "weight":
             axis, places = made
             param.narrow({0 if node.op == "Conv" else axis - (node.output.rank or 0) + len(param.shape): places})
     node.attrs.pop("reads", None)
-
-
-def _regrouped(stated: Settings, groups: int) -> Settings:
-    """The settings of a convolution with another number of groups."""
-
-    def changed(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: groups if key in ("group", "groups") else value for key, value in values.items()}
-
-    common = None if stated.common is None else (stated.common[0], changed(stated.common[1]))
-    return replace(stated, values=changed(stated.values), common=common)

@@ -34,7 +34,7 @@ class FoldedWeights:
         It is held, unless others take what may be held. Then it is made of the weight in its file, by a map that takes much less memory.
         """
         kind = dtype.numpy()
-        if param.tensor is not None and param.update is not None and not param.narrowed and param.source() is not None:
+        if param.tensor is not None and param.update is not None and not param.remade and param.source() is not None:
             size = math.prod(param.tensor.shape) * kind.itemsize
             little = 16 * param.update.scale.size <= size and param.tensor.native is not None
             source = stored_tensor(param.tensor.native) if little else None
