@@ -94,7 +94,7 @@ def fuse(model: M, *, example: Any = None, check: bool = True, by_layer: bool = 
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back;
     by_layer: every layer, too, as in `verify`.
     options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `drop_dead`,
-    `equalise`, `lower`, `flush_subnormals`, `target` (see `folding.options.FoldOptions`).
+    `merge_linear`, `equalise`, `lower`, `flush_subnormals`, `target` (see `folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
@@ -109,7 +109,8 @@ def fold(
     """As `fuse`, of a model as the verbs see it."""
     start = time.perf_counter()
     fused, report = model.folded(options)
-    if report.batchnorms.before == 0 and not report.layers and not report.equalised and not report.dropped:
+    others = report.equalised or report.dropped or report.composed
+    if report.batchnorms.before == 0 and not report.layers and not others:
         raise NothingToDoError(nothing_to_fold(model))
     if check and report.changes:
         from .verification.verify import check_fold

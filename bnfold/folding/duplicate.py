@@ -7,6 +7,7 @@ fold comes to nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -80,19 +81,25 @@ class Clones:
         return f"doubles {names}{cost}"
 
 
-def multiply_adds(node: Node) -> int | None:
-    """Multiplications that an operator with weights does for one sample, at the first probe's sizes; None where they aren't known."""
+def multiply_adds(
+    node: Node, probe: int = 0, *, shape: Sequence[int] | None = None, groups: int | None = None, output: Value | None = None
+) -> int | None:
+    """Multiplications that an operator with weights does for one sample, at a probe's sizes; None where they aren't known.
+
+    shape, groups, output: what it would have instead of its own weight, groups and output.
+    """
     if node.op == "Recurrent":
         return None
     if "weight" not in node.params:
         return 0
     transposed = node.attrs.get("transposed", False)  # its taps are spread from each element that it reads
-    probes = node.inputs[0].probes if transposed else node.output.probes
-    if probes is None or None in probes[0]:
+    probes = (node.inputs[0] if transposed else output or node.output).probes
+    if probes is None or None in probes[probe]:
         return None
-    shape, letters = node.params["weight"].shape, node.attrs.get("w", "")
+    shape, letters = shape or node.params["weight"].shape, node.attrs.get("w", "")
+    groups = groups or node.attrs.get("groups", 1)
     if node.op == "Conv":
-        taps = shape[0] // node.attrs.get("groups", 1) * int(np.prod(shape[2:])) if transposed else int(np.prod(shape[1:]))
+        taps = shape[0] // groups * int(np.prod(shape[2:])) if transposed else int(np.prod(shape[1:]))
     else:
         taps = int(np.prod([n for n, name in zip(shape, letters, strict=True) if name not in node.attrs["y"]]))
-    return int(np.prod([n for n in probes[0][1:] if n is not None])) * taps
+    return int(np.prod([n for n in probes[probe][1:] if n is not None])) * taps

@@ -21,6 +21,7 @@ class FoldOptions:
     them; no BatchNorm is needed.
     drop_dead: channels that hold the same number whatever goes in (gamma is 0, mostly) leave the layers that make and read them, where
     all of these can do without; no BatchNorm is needed. In a module that takes layers of PyTorch's own, each called once.
+    merge_linear: linear operators in a row become one where that takes fewer multiply-adds, or as many; no BatchNorm is needed.
     equalise: the ranges of weights are then made to match, for integers with one scale a tensor (see `equalise`); no BatchNorm is needed.
     lower: what stays of BatchNorms is written as operators that every target has, in the same arithmetic: "mul-add" a multiplication and an
     addition by constants, "depthwise" a convolution of one tap for each channel (where there are channels behind a batch axis, and one to
@@ -36,6 +37,7 @@ class FoldOptions:
     clamps: bool = False
     norm_affine: bool = False
     drop_dead: bool = False
+    merge_linear: bool = False
     equalise: bool = False
     lower: Lowering | None = None
     flush_subnormals: bool = False

@@ -18,6 +18,7 @@ from .branches import May, Merge, always, merge
 from .clamps import clamped, free, joined
 from .dead import Narrowed, drop, narrowed
 from .equalise import equalise as equalise_ranges
+from .linear import Chains, Magnitudes, join
 from .lower import Written, lower, work
 from .norms import move
 from .options import PLAIN, FoldOptions
@@ -27,7 +28,8 @@ from .search import Outcome, fold
 
 @dataclass(frozen=True)
 class Planned:
-    """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch.
+    """A decided plan, whose updates are in the graph. removed: the affine nodes that go, those apart that merged into another branch, and
+    all that became part of the linear operator before or behind it (chains).
 
     equalised: what became of ranges; scaled: the operators whose weights that, or the scale of a normalisation, changed. said: what of
     normalisations stays. work: multiply-adds for a sample, before and after. written: operators in the place of others. fewer: what goes.
@@ -44,10 +46,12 @@ class Planned:
     work: tuple[int | None, int | None] = (None, None)
     fewer: Narrowed = field(default_factory=Narrowed)
     clamped: tuple[str, ...] = ()
+    chains: Chains = field(default_factory=Chains)
 
     @property
     def changes(self) -> bool:
-        return bool(self.scaled or self.merges or self.written or self.fewer.nodes) or any(outcome.folded for outcome in self.outcomes)
+        others = self.scaled or self.merges or self.written or self.fewer.nodes or self.chains.removed
+        return bool(others) or any(outcome.folded for outcome in self.outcomes)
 
     @property
     def folded_sites(self) -> list[Site]:
@@ -67,7 +71,7 @@ class Planned:
         counts = Counts(sum(n for n, _ in calls), sum(n for n, verdict in calls if verdict == "kept"))
         merged = tuple(Merged(host.name, branches) for host, branches in _by_host(self.merges).items())
         changed = {node for outcome in self.outcomes if outcome.folded for node in outcome.into}
-        hosts, gone = {m.host for m in self.merges}, {m.branch for m in self.merges}
+        hosts, gone = {m.host for m in self.merges}, {m.branch for m in self.merges} | {*self.chains.into}
         ranges = weight_ranges(sorted((changed | hosts | {*self.scaled}) - gone, key=lambda node: node.index), hosts)
         return FuseReport(
             batchnorms=counts,
@@ -75,6 +79,7 @@ class Planned:
             layers=layers,
             merged=merged,
             equalised=self.equalised,
+            composed=self.chains.composed,
             dropped=self.fewer.dropped,
             clamped=self.clamped,
             ranges=ranges,
@@ -90,7 +95,7 @@ class NormalForm:
 
     outputs: those of the model, by name. inputs: the values that a caller feeds. constants: outputs that are the same whatever goes in,
     and what inputs are where nobody feeds them. narrowest: the largest number of the narrowest floating-point type in which it computes,
-    and the operator that gives it.
+    and the operator that gives it. hosts: the operators that hold others before or behind them (see `linear.Chains`).
     """
 
     graph: Graph
@@ -100,6 +105,7 @@ class NormalForm:
     inputs: frozenset[Value] = frozenset()
     constants: Mapping[str, Array] = field(default_factory=dict)
     narrowest: tuple[float, str] = (np.inf, "")
+    hosts: Mapping[Node, Magnitudes] = field(default_factory=dict)
 
     def renamed(self, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> NormalForm:
         """The same under other names, by those that it has."""
@@ -157,14 +163,15 @@ def plan(
         affine += numbers
         outcomes += [Outcome(Site(node.name, [node], 1, is_batchnorm=False), False) for node in numbers if node in graph.nodes]
         outcomes = _after_merging(graph, outcomes, {m.branch: m.host for m in more if m.branch is not None}, options.clone)
-    into_host = {m.branch for m in merges}
-    left = set(graph.nodes)
     moved: list[Node] = []
     said: list[str] = []
     if options.norm_affine:
         outcomes, moved, said = move(graph, outcomes)
-        left = set(graph.nodes)
-    removed = tuple(node for node in affine if node not in left and node not in into_host)
+    chains = join(graph) if options.merge_linear and graph.copies_weights else Chains()
+    if chains.removed:
+        outcomes = _after_merging(graph, chains.outcomes(outcomes), {}, options.clone)
+    stays = {*graph.nodes, *(m.branch for m in merges)}  # or is taken out as a branch
+    removed = [node for node in affine if node not in stays]
     fewer = drop(graph, () if graph.copies_weights else {m.host for m in merges}) if options.drop_dead else Narrowed()
     merges = [narrowed(m, fewer) for m in merges]
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
@@ -181,7 +188,7 @@ def plan(
     return Planned(
         tuple(outcomes),
         tuple(merges),
-        removed,
+        tuple(dict.fromkeys([*removed, *chains.removed])),
         tuple(equalised),
         (*moved, *scaled),
         tuple(written),
@@ -189,6 +196,7 @@ def plan(
         (before, work(graph, written)),
         fewer,
         clips,
+        chains,
     )
 
 
@@ -219,7 +227,7 @@ def normal_form(
     left = set(graph.nodes)
     ends = {name: graph.end(value, left) for name, value in outputs.items()}
     narrowest = min(limits, key=lambda each: each[0], default=(np.inf, ""))
-    return NormalForm(graph, ends, planned.outcomes, planned.merges, frozenset(inputs), constants, narrowest)
+    return NormalForm(graph, ends, planned.outcomes, planned.merges, frozenset(inputs), constants, narrowest, planned.chains.hosts)
 
 
 def _after_merging(graph: Graph, outcomes: list[Outcome], into_host: Mapping[Node, Node], clone: bool) -> list[Outcome]:

@@ -4,7 +4,7 @@
 """
 
 from .base import RENDERINGS, InputFile, Report
-from .fuse import Counts, Dropped, Equalised, FuseReport, InspectReport, Layer, Merged, Size, WeightRange
+from .fuse import Composed, Counts, Dropped, Equalised, FuseReport, InspectReport, Layer, Merged, Size, WeightRange
 from .others import BenchReport, ExplainReport, Latency, PipelineReport, Timing
 from .recalibrate import Accuracy, Effect, LayerStatistics, RecalibrateReport, Word
 from .verify import (

@@ -13,6 +13,12 @@ from .verify import VerifyReport
 
 
 @dataclass(frozen=True)
+class Counts:
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """What became of one BatchNorm, or would; batchnorm: False for another constant affine operator, which is listed where it folded."""
 
@@ -74,18 +80,23 @@ class Dropped:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Composed:
+    """Linear layers in a row. into: the operator that they became; reason: why they stay as they are, where they do. multiply_adds: of
+    these alone, for one sample; None where they aren't known."""
+
+    layers: tuple[str, ...]
+    into: str
+    reason: str = ""
+    multiply_adds: Counts | None = None
+
+
 class Size(NamedTuple):
     """Of a model: the operators that compute, constants apart; the bytes of what is stored; and the floating-point numbers among it."""
 
     operators: int
     bytes: int
     parameters: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    before: int
-    after: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +114,7 @@ class FuseReport(Report):
     equalised: tuple[Equalised, ...] = ()
     dropped: tuple[Dropped, ...] = ()
     clamped: tuple[str, ...] = ()  # what clips by bounds of each channel now, since a map passed it
+    composed: tuple[Composed, ...] = ()
     ranges: tuple[WeightRange, ...] = ()  # of the operators whose weights change
     bytes_added: int = 0
     multiply_adds: Counts | None = None  # of the layers with weights, for one sample; None where a size isn't known
@@ -123,7 +135,7 @@ class FuseReport(Report):
     def changes(self) -> bool:
         """Whether anything folds, merges, is lowered or equalised, or loses channels."""
         more = any(each.factor != 1 for each in self.equalised) or any(each.dropped for each in self.dropped) or bool(self.merged)
-        return more or any(layer.verdict != "kept" for layer in self.layers)
+        return more or any(each.into for each in self.composed) or any(layer.verdict != "kept" for layer in self.layers)
 
     @property
     def kept(self) -> tuple[Layer, ...]:

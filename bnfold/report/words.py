@@ -84,8 +84,11 @@ def sizes(report: FuseReport) -> Iterator[str]:
     """Bytes and operators, before and after."""
     if report.bytes is not None:
         yield in_bytes(report.bytes)
-    if report.parameters is not None and any(each.dropped for each in report.dropped):
+    joined = any(each.into for each in report.composed)
+    if report.parameters is not None and (joined or any(each.dropped for each in report.dropped)):
         yield f"{report.parameters.before:,} to {report.parameters.after:,} parameters"
+    if report.multiply_adds is not None and joined:
+        yield f"{report.multiply_adds.before:,} to {report.multiply_adds.after:,} multiply-adds"
     if report.operators is not None:
         before, after = report.operators.before, report.operators.after
         yield counted(before, "operator", ",") + (f" to {after:,}" if after != before else "")

@@ -126,7 +126,7 @@ def _compared(
 ) -> Correspondence:
     """What corresponds. scales: by which the reference's biases were multiplied for the occasion, if it was rescaled."""
     unpaired, hidden = structure.unpaired, hidden_summands(reference, scales or {}) | hidden_summands(candidate)
-    merged = merged_summands((*reference.merges, *candidate.merges))
+    merged = merged_summands(reference) | merged_summands(candidate)
     mismatches = [Mismatch(a, each.text, each.widespread or not each.number, setting=not each.number) for a, each in structure.settings]
     compared: list[Node] = []
     worst = 0.0

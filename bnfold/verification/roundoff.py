@@ -16,7 +16,6 @@ from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Array
 from bnfold.algebra.blocks import aligned, folded
 from bnfold.algebra.graph import Node, Param, Tensor
-from bnfold.folding.branches import Merge
 from bnfold.folding.plan import NormalForm
 
 from .structure import FIXED, AffineChain, ParameterPair, coefficients_of, has, order_of_axes
@@ -166,7 +165,8 @@ def in_units(want: Array, have: Array, magnitude: Array, unit: float, tiny: floa
 def hidden_summands(plan: NormalForm, scales: Mapping[Node, Array] = MappingProxyType({})) -> Summands:
     """What the planned shifts no longer show: |beta| + |s*mean|, and what a weight makes of them, for each site that went in.
 
-    Where branches were merged, those of all branches, and their own biases. scales: by which biases were multiplied later, by channel.
+    Where branches were merged, those of all branches, and their own biases; where operators in a row were, what the last makes of the
+    others'. scales: by which biases were multiplied later, by channel.
     """
     found: Summands = {}
     into_host = {m.branch: m.host for m in plan.merges if m.branch is not None}
@@ -187,14 +187,17 @@ def hidden_summands(plan: NormalForm, scales: Mapping[Node, Array] = MappingProx
                 weight = node.params.get("weight")
                 went_down = site_node.index < node.index and weight is not None  # into W*t
                 found.setdefault(last(node), []).append(summands.max() * _row_sums(node) if went_down else summands)
+    for host, (_, summands) in plan.hosts.items():
+        found.setdefault(host, []).append(summands)
     for node, scale in scales.items():
         found[node] = [each.ravel() * scale if each.size in (1, scale.size) else each * scale.max() for each in found.get(node, ())]
     return found
 
 
-def merged_summands(merges: Iterable[Merge]) -> dict[Node, Array]:
-    """For each operator into which branches were merged, the magnitudes of all weights that are in its own, where they may cancel."""
-    return {m.host: m.summands_now for m in merges}
+def merged_summands(plan: NormalForm) -> dict[Node, Array]:
+    """For each operator into which others were merged, the magnitudes of all weights that are in its own, where they may cancel."""
+    branches = {m.host: m.summands_now for m in plan.merges if m.host not in plan.hosts}
+    return branches | {host: weight() for host, (weight, _) in plan.hosts.items()}
 
 
 def _row_sums(node: Node) -> Array:

@@ -46,7 +46,8 @@ OTHERWISE = (
     FoldOptions(clamps=True),
     FoldOptions(norm_affine=True),
     FoldOptions(drop_dead=True),
-    FoldOptions(clone=True, clamps=True, norm_affine=True, drop_dead=True),
+    FoldOptions(merge_linear=True),
+    FoldOptions(clone=True, clamps=True, norm_affine=True, drop_dead=True, merge_linear=True),
 )
 
 
@@ -227,12 +228,13 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
     try:
         found, best = correspond(both.reference.plan(), both.candidate.plan()), PLAIN
         (ours, numbers), (theirs, left) = _weights(both.reference.plan()), _weights(both.candidate.plan())
-        doubled, smaller, clipped = theirs > ours, left < numbers, clips_by_channel(both.candidate.plan().graph)
+        doubled, joined, smaller = theirs > ours, theirs < ours, left < numbers
+        clipped = clips_by_channel(both.candidate.plan().graph)
         if found.unpaired or (found.mismatches and doubled):
             wrong = None  # the first way that something speaks for: else a mistake is taken for what nobody did
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))
-                done = (how.clone and doubled) or (how.drop_dead and smaller) or (how.clamps and clipped)
+                done = (how.clone and doubled) or (how.drop_dead and smaller) or (how.merge_linear and joined) or (how.clamps and clipped)
                 if not other.unpaired and not other.mismatches:
                     found, best = other, how
                     break

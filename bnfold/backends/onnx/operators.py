@@ -1,4 +1,5 @@
-"""Operators with constants, in the place of another one (see `folding.lower`), and operators that have lost channels."""
+"""Operators with constants, in the place of another one (see `folding.lower`), and operators that are set otherwise: that have lost
+channels, or hold others."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Window
 from bnfold.folding.dead import Narrowed
+from bnfold.folding.linear import Chains
 from bnfold.folding.lower import Written
 
 from .graph.constants import Constants
@@ -97,6 +100,21 @@ def add_behind(node: ir.Node, constant: ir.Value, opset: int, named: Named) -> N
     new.name = free
     if output:
         old.name, new.name = free, before
+
+
+def reset(chains: Chains) -> None:
+    """State the sizes of what operators give that hold others behind them, and the groups and windows of convolutions that hold any."""
+    for gone, host in chains.into.items():
+        if gone.index > host.index:
+            host.native.node.outputs[0].shape = gone.native.node.outputs[0].shape
+    for host in (host for host in chains.hosts if host.op == "Conv"):
+        attributes, window = host.native.node.attributes, host.attrs.get("window")
+        attributes["group"] = ir.AttrInt64("group", host.attrs["groups"])
+        if isinstance(window, Window):
+            attributes.pop("auto_pad", None)
+            kernel, pads = host.params["weight"].shape[2:], (*window.before, *window.after)
+            stated = {"kernel_shape": kernel, "strides": window.stride, "dilations": window.dilation, "pads": pads}
+            attributes.update({name: ir.AttrInt64s(name, value) for name, value in stated.items()})
 
 
 def narrow(fewer: Narrowed, constants: Constants, initializer: Callable[[str, ir.TensorProtocol], ir.Value]) -> None:

@@ -30,7 +30,7 @@ from .graph.quantised import dequantised, remade
 from .graph.quantised import quantised as stated
 from .graph.walk import all_graphs, nbytes, opset
 from .lowering.lowering import OnnxNative
-from .operators import add_behind, narrow, put
+from .operators import add_behind, narrow, put, reset
 
 SHAPE_ONLY = ("Shape", "Size")
 
@@ -85,6 +85,7 @@ class _Writer:
             self._update(graph, node, role, param)
         for each in planned.written:
             self._write_in_place(each)
+        reset(planned.chains)
         for node in (*planned.removed, *(each.node for each in planned.written)):
             self._remove(node.native.node, node.native.positions[0])
         for m in planned.merges:
@@ -225,8 +226,7 @@ class _Writer:
 
     def _remove(self, node: ir.Node, kept: int) -> None:
         """Take a node out: its users read its input number `kept`. A graph output keeps its name."""
-        source = node.inputs[kept]
-        output, graph = node.outputs[0], node.graph
+        source, output, graph = node.inputs[kept], node.outputs[0], node.graph
         assert graph is not None
         assert source is not None
         if output.is_graph_output():

@@ -75,6 +75,7 @@ RARE = {
     "--clamps",
     "--norm-affine",
     "--drop-dead",
+    "--merge-linear",
     "--lower",
     "--flush-subnormals",
     "--target",

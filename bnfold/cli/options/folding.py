@@ -45,6 +45,9 @@ class Folding:
     drop_dead: bool = option(
         "--drop-dead", "Take channels out that are constant (gamma is 0), with their filters in the layers on both sides, exactly.", FOLDING
     )
+    merge_linear: bool = option(
+        "--merge-linear", "Let linear layers in a row be one where that takes fewer multiply-adds, or as many, exactly.", FOLDING
+    )
     equalise: bool = option(
         "--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.", FOLDING
     )

@@ -79,6 +79,7 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
 
 
 def _remarks(report: FuseReport) -> Iterator[Part]:
+    yield tables.composed(report)
     yield tables.equalised(report)
     yield tables.dropped(report)
     yield from _grouped("", [(CLIPS, name) for name in report.clamped])

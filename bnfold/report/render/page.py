@@ -64,6 +64,7 @@ def _folded(report: FuseReport) -> Iterator[Part]:
     merges = [(merged.into, ", ".join(merged.branches)) for merged in report.merged]
     yield Table(f"Parallel branches that {would} into one operator", ("operator", "branches"), merges)
     yield tables.ranges(report)
+    yield tables.composed(report)
     yield tables.equalised(report)
     yield tables.dropped(report)
     if isinstance(report, InspectReport) and report.certificate is not None:

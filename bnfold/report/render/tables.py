@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bnfold.report.fuse import FuseReport, InspectReport
+from bnfold.report.fuse import Counts, FuseReport, InspectReport
 from bnfold.report.others import BenchReport, PipelineReport
 from bnfold.report.recalibrate import LayerStatistics, RecalibrateReport
 from bnfold.report.verify import VerifyReport
@@ -57,6 +57,18 @@ def equalised(report: FuseReport) -> Table:
     """Whose ranges were made equal, channel by channel."""
     cells = [(", ".join(e.layers), ", ".join(e.into), "" if e.reason else f"up to {e.factor:.3g}", e.reason) for e in report.equalised]
     return Table("Equalised ranges", ("made by", "read by", "factor", "remarks"), cells, names=(0, 1))
+
+
+def composed(report: FuseReport) -> Table:
+    """Which linear layers in a row became one, and why others didn't."""
+    cells = [(", ".join(e.layers), e.into, *_counts(e.multiply_adds), e.reason) for e in report.composed]
+    would = "would become one" if isinstance(report, InspectReport) else "became one"
+    titles = (f"layers that {would}, or could", "into", "multiply-adds", "then", "why they stay")
+    return Table("Linear layers in a row", titles, cells, names=(0, 1))
+
+
+def _counts(counts: Counts | None) -> tuple[str, str]:
+    return ("", "") if counts is None else (f"{counts.before:,}", f"{counts.after:,}")
 
 
 def dropped(report: FuseReport) -> Table:

@@ -105,7 +105,10 @@ class OnnxLowering(Lowering):
             kinds = [self.shapes.dtype(v) for v in node.outputs]
             numbers = bool(kinds) and all(kind is not None and kind not in FLOATS for kind in kinds)
             name = node.op_type if is_standard(node) else f"{node.domain}::{node.op_type}"
+            start = len(self.nodes)
             self.lower(node, name, rounding(name) or ("it isn't floating point" if numbers else ""))
+            for made in self.nodes[start:]:
+                made.attrs["scope"] = id(graph)
 
     # --- see `Lowering` --------------------------------------------------------------------------------------------------------------
 

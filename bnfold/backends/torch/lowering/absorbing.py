@@ -37,6 +37,7 @@ def conv(ctx: TorchLowering, op: Op) -> None:
     weights.convolution(
         ctx, op, given["input"], weight, "bias", int(given["groups"]), stride, dilation, widths, transposed=transposed, extended=extended
     )
+    ctx.nodes[-1].attrs["even"] = True  # it has one number for both sides
 
 
 def deform_conv(ctx: TorchLowering, op: Op) -> None:

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array
+from bnfold.algebra.graph import Node, Window
+
+from ..export.walk import arguments, set_argument
 
 KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Mul": torch.mul, "Add": torch.add, "Max": torch.maximum, "Min": torch.minimum}
 ATEN = {
@@ -59,3 +63,16 @@ def operators(shapes: Mapping[str, Sequence[int]], like: Tensor) -> nn.Module:
     channels, _, *kernel = shapes["weight"]
     kind = CONVOLUTIONS[len(kernel) - 1]
     return kind(channels, channels, 1, groups=channels, dtype=like.dtype, device=like.device)
+
+
+def reset(op: Op, node: Node) -> None:
+    """State the groups and the window of an operator of a program that holds others, if it is a convolution."""
+    window = node.attrs.get("window")
+    if node.op == "Conv":
+        set_argument(op, "groups", node.attrs["groups"])
+    if isinstance(window, Window):
+        if isinstance(arguments(op)["padding"], str):
+            assert isinstance(op.target, torch._ops.OpOverload)
+            op.target = op.target.overloadpacket.default
+        for name, value in (("stride", window.stride), ("padding", window.before), ("dilation", window.dilation)):
+            set_argument(op, name, list(value))

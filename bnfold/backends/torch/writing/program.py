@@ -29,7 +29,7 @@ from ..lowering.lowering import TorchLowering
 from ..lowering.narrowing import VIEWS
 from ..lowering.places import Slot, TorchNative
 from .editor import ProgramEditor
-from .operators import CONSTANTS, calls
+from .operators import CONSTANTS, calls, reset
 from .requantised import requantised
 
 
@@ -97,6 +97,9 @@ class _Writer(ProgramEditor):
                 alike[key] = self._parameter(old, native, role, to_tensor(np.ascontiguousarray(array)).to(device))
             self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
         self._narrow(planned.fewer)
+        for host in planned.chains.hosts:
+            reset(self.copies[host.native.op], host)
+            self.resized.add(self.copies[host.native.op])
         for node in planned.removed:
             self._remove(node.native, self._current(node.native.operands[0]))
         for each in planned.written:
