@@ -86,7 +86,9 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
     sizes = [min((a.size for a in outputs.values() if a.size), default=0) for outputs in found.expected]
     samples = sum(sample_count(batch) for batch in feeds)
     if both.thorough and 0 < sum(sizes) < ENOUGH and samples < ENOUGH_SAMPLES:
-        found = truth([*feeds, *moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, both.seed)])
+        copies = list(moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, both.seed))
+        found = truth([*feeds, *copies])
+        found.copies = sum(map(sample_count, copies))
     both.progress("outputs, rounded weights", 0, None)
     least = 1 if quick and sum(sizes) >= PLENTY else FEW
     found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough and least > 1)

@@ -48,7 +48,7 @@ class Findings:
     @property
     def samples(self) -> int:
         """How many were compared."""
-        return sum(sample_count(batch) for batch in self.truth.feeds) if self.truth is not None else 0
+        return sum(map(sample_count, self.truth.feeds)) - self.truth.copies if self.truth is not None else 0
 
     @property
     def outputs(self) -> tuple[OutputError, ...]:

@@ -70,6 +70,7 @@ class Truth:
         self._depth, self.slack = depth, slack
         self.again: Callable[[], Truth] | None = None  # the same, measured afresh on data that are slightly moved
         self._run = run
+        self.copies = 0  # samples among those that are others, slightly moved
         self.feeds: list[Batch] = []
         self.expected: list[dict[str, npt.NDArray[Any]]] = []
         self.noise: dict[str, Noise] = {}

@@ -391,6 +391,15 @@ def test_a_memory_budget_changes_nothing_but_the_memory(here: Path) -> None:
     assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
 
 
+def test_samples_that_are_moved_to_tell_roundings_apart_are_not_counted(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fused = str(tmp_path / "fused.onnx")
+    assert run(["fuse", str(digits), "-o", fused, "-q"]) == 0
+    assert run(["verify", str(digits), fused, "--data", str(digits.parent / "test.npz"), "--samples", "3", "-q"]) == 0
+    assert "on 3 samples of test.npz" in capsys.readouterr().out
+
+
 def test_labels_give_the_accuracy(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = digits.parent
     out = str(tmp_path / "out.onnx")
