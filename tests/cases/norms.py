@@ -37,6 +37,12 @@ def _(net: Net) -> None:
     )
 
 
+@CASES.case("GroupNormalization of opset 25, whose type isn't inferred", 34, opset=25, dtype="float16", ort=False)
+def _(net: Net) -> None:
+    y = net.op("GroupNormalization", net.input("N", 6, "H", "W"), net.bias(6), net.bias(6), num_groups=2)
+    net.output(net.bn(net.conv(net.op("Gather", y, net.ints(4, 1), axis=1), 2, 3, 1, bias=False), 3), shape=("N", 3, "H", "W"))
+
+
 @CASES.case("GroupNormalization as torch writes it", 34)
 def _(net: Net) -> None:
     """Reshape, InstanceNormalization of the groups, Reshape, Mul, Add."""

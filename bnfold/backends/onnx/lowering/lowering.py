@@ -147,8 +147,8 @@ class OnnxLowering(Lowering):
         return op.op_type
 
     def native(self, op: ir.Node, inputs: list[ir.Value], keys: list[int], output: ir.Value | None) -> OnnxNative:
-        dtype = None if output is None else self.dtype(output)
-        dtype = self.dtype(inputs[0]) if dtype not in FLOATS and inputs else dtype
+        kinds = (self.dtype(v) for v in (output, *inputs, *op.inputs) if v is not None)  # weights tell where inference finds nothing
+        dtype = next((kind for kind in kinds if kind in FLOATS), None)
         return OnnxNative(op, dtype, keys, largest(dtype), len(op.outputs) == 1)
 
     def param(
