@@ -253,7 +253,8 @@ def _dropped(node: Node, known: Affine | None, needs: _Needs) -> Dropped | None:
         return None
     size = node.params["weight"].shape[0 if node.op == "Conv" else _letter(node, "y")]
     mask = np.broadcast_to(needs.masks[node.output].ravel(), size)
-    dead = np.zeros(size, bool) if known is None else np.broadcast_to(known.scale.ravel() == 0, size)
+    by_channel = known is not None and known.scale.shape[axes[0]] == known.scale.size
+    dead = np.broadcast_to(known.scale.ravel() == 0, size) if known is not None and by_channel else np.zeros(size, bool)
     if not dead.any() and mask.all():
         return None
     return Dropped(node.name, size, int((~mask).sum()), int(dead.sum()), needs.why.get(node.output, "") if (dead & mask).any() else "")
