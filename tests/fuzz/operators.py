@@ -27,6 +27,8 @@ class Growing:
     used: set[str] = field(default_factory=set)
     norms: list[tuple[int, Sequence[str]]] = field(default_factory=list)  # (channels, parameters)
     filters: list[tuple[Shape, int, str]] = field(default_factory=list)  # (shape, groups, weight)
+    holds: Sequence[str] = ("initializer", "initializer", "initializer", "constant", "identity")  # where weights may live
+    dead: float = 0.0  # the share of gammas that are 0, in BatchNorms that have some
 
     def chance(self, p: float) -> bool:
         return bool(self.rng.random() < p)
@@ -75,7 +77,7 @@ class Growing:
         return self.rng.normal(0, scale, shape)
 
     def weight(self, array: np.ndarray, stem: str = "w") -> str:
-        self.net.hold = str(self.pick("initializer", "initializer", "initializer", "constant", "identity"))
+        self.net.hold = str(self.pick(*self.holds))
         return self.net.weight(array, stem)
 
 
@@ -111,6 +113,8 @@ def batchnorm(g: Growing, x: str | None = None) -> str | bool:
             gamma *= g.rng.choice([-1, 1], channels)
         if kind < 0.1:
             gamma[g.rng.integers(channels)] = 0
+        elif g.dead and g.chance(0.6):
+            gamma[g.rng.random(channels) < g.dead] = 0
         shifted = not g.chance(0.15)
         params = [g.weight(gamma, "gamma"), g.weight(g.tensor(channels) * shifted, "beta"), *_statistics(g, channels, shifted)]
     g.norms.append((channels, params))
