@@ -21,7 +21,8 @@ EVERY_PAGE = {
     page: page.read_text(encoding="utf-8")
     for page in [ROOT / "README.md", *(p for room in ("bnfold", "samples", "tests") for p in sorted((ROOT / room).rglob("README.md")))]
 }
-PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+TORCH = EVERY_PAGE[ROOT / "bnfold" / "backends" / "torch" / "README.md"]
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README + TORCH, re.MULTILINE | re.DOTALL)
 
 
 def named(name: str) -> str:
@@ -47,9 +48,45 @@ def test_the_first_command_without_its_installation(
     assert masked(capsys.readouterr().out) == masked(shown[1])
 
 
+def test_the_commands_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other; "..." stands for lines that aren't shown."""
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    monkeypatch.chdir(tmp_path)
+    shown = re.search(r"^<!-- run:.*?^```console\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert shown
+    ran = set()
+    for block in re.split(r"^\$ bnfold ", shown[1], flags=re.MULTILINE)[1:]:
+        command, _, lines = block.partition("\n")
+        ran.add(command.split()[0])
+        status = run(command.split())
+        assert status == (1 if lines.startswith("different") else 0)
+        pattern = ".*".join(re.escape(masked(part).strip()) for part in lines.split("...\n"))
+        assert re.fullmatch(pattern, masked(capsys.readouterr().out).strip(), re.DOTALL), command
+    assert len(ran) >= 6
+
+
+def test_what_is_said_of_other_tools_is_what_was_measured() -> None:
+    """In the tables of the page of evidence."""
+    evidence, rows = tables(EVERY_PAGE[ROOT / "tests" / "README.md"]), tables(README)
+    measured = {row[0]: row[2:8] for row in evidence if row[1:2] == ["catalogue"]}
+    told = [row for row in rows if row[0] in measured]
+    assert len(told) == 10
+    assert all(row[1:] == measured[row[0]] for row in told)
+    right, wrong = (row for row in evidence if row[0] == "all")
+    for row in (row for row in rows if row[0].endswith((f"of {right[1]}", f"of {wrong[1]}"))):
+        whole = right if row[0].startswith("right") else wrong
+        assert [row[1].split()[0], *row[2:]] == [whole[2].split()[0], whole[4], *whole[6:]]
+    assert f"{wrong[2].split()[2]} of the defects are smaller than rounding" in README
+
+
+def tables(page: str) -> list[list[str]]:
+    """The rows of all tables."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+
+
 def masked(text: str) -> str:
     """What a command says but for its measured numbers, which another release of a library moves."""
-    return re.sub(r"[▏▎▍▌▋▊▉█ ]+", " ", re.sub(r"[\d.]+(e-\d+)?", "N", text))
+    return re.sub(r"[▏▎▍▌▋▊▉█\s]+", " ", re.sub(r"[\d.]+(e-\d+)?", "N", text))
 
 
 def test_ci_runs_the_two_commands_word_for_word(tmp_path: Path) -> None:
@@ -94,7 +131,7 @@ def test_the_ways_to_export_keep_the_batchnorms(tmp_path: Path) -> None:
     import onnx
 
     (code,) = [block for block in PYTHON if "torch.onnx.export" in block]
-    older = re.search(r"With the older exporter: `(.*?)`", README)
+    older = re.search(r"With the older exporter: `(.*?)`", TORCH)
     assert older
     for arguments in ("dynamo=True, optimize=False", older[1]):
         path = tmp_path / "kept.onnx"

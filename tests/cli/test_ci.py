@@ -776,8 +776,8 @@ def test_pre_commit_itself_on_a_repository_of_the_hook(shell: Shell, tmp_path: P
     assert "training/digits.onnx: 8 BatchNorms would fold" in done.stdout
 
 
-def test_the_commands_of_the_readme(shell: Shell, tmp_path: Path) -> None:
-    found = re.search(r"^<!-- ci:.*?^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_the_commands_of_the_page(shell: Shell, tmp_path: Path) -> None:
+    found = re.search(r"^<!-- ci:.*?^```sh\n(.*?)^```$", (SAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert found
     done = shell(found[1])
     assert done.returncode == 0, done.stderr
