@@ -9,6 +9,7 @@ import pytest
 
 from bnfold.data import InputSpec
 from bnfold.errors import DataError
+from bnfold.recalibration.moments import Moments, measure_samples, pool
 
 F32 = np.dtype(np.float32)
 X = [InputSpec("x", F32, ("batch", 3))]
@@ -30,3 +31,8 @@ def refused(text, call):
     with pytest.raises(DataError, match=re.escape(text)):
         for _ in call():
             pass
+
+
+def measure(x: np.ndarray, axis: int = 1) -> Moments:
+    """The moments of each index along an axis, over all others; samples lie along axis 0."""
+    return pool([measure_samples(np.moveaxis(x, axis, 1))])

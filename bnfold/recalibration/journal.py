@@ -27,7 +27,7 @@ from .distributed import Processes, together
 from .methods import Accumulator, Method
 from .moments import Moments
 from .plan import BatchNorm, Measurement
-from .spill import Slot, copied
+from .spill import Slot, copied, loaded
 from .statistics_file import PROGRESS, packed, read_arrays, unpacked, write_arrays
 
 SHARE = 20  # times as long as a record of a pass takes to write, at the least, is measured before the next
@@ -158,14 +158,11 @@ class Journal:
         return slot
 
     def read(self, slot: Slot) -> npt.NDArray[Any]:
-        array = np.empty(slot.shape, slot.dtype)
         try:
             with open(self.folder / slot.file, "rb", buffering=0) as file:
-                file.seek(slot.offset)
-                copied(file.readinto, array)
+                return loaded(file, slot)
         except OSError as error:
             raise DataError(f"{self.folder / slot.file}: can't be read ({error.strerror or error})") from None
-        return array
 
     def stage_done(self, found: Measurement, layers: Iterable[int], sizes: Sequence[int], keeps: Iterable[str]) -> None:
         """Keep what a stage gave. layers: those that were measured in it, with all their calls so far; keeps: what waits behind it."""

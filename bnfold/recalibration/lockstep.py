@@ -23,7 +23,7 @@ pooled with those of the others as if they all stood in one list, but for standa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -205,7 +205,8 @@ def _in_lockstep(
             total = len(sizes) * plan.stage_count if number else None
             failed = None
             try:
-                for index, values in enumerate(_waiting(frontier, stage, len(sizes)) if number else batches):
+                waiting = ({name: frontier.get(i, name) for name in stage.needs} for i in range(len(sizes)))
+                for index, values in enumerate(waiting if number else batches):
                     if number == 0:
                         sizes.append(samples_of(values))
                     with enough_memory(sizes[index]):
@@ -240,12 +241,6 @@ def _in_lockstep(
         found.notes.append(f"went on behind stage {done} of {plan.stage_count}, up to which all had been measured before")
     found.held, found.spilled = frontier.peak, frontier.spilled
     return found, kept
-
-
-def _waiting(frontier: Frontier, stage: Stage, count: int) -> Iterator[Values]:
-    """What each micro-batch has left for a stage."""
-    for index in range(count):
-        yield {name: frontier.get(index, name) for name in stage.needs}
 
 
 def _read(

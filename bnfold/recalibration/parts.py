@@ -15,7 +15,7 @@ from bnfold.errors import DataError, UnsupportedError, UsageError
 from bnfold.model import Model
 from bnfold.report import RecalibrateReport, VerifyReport
 
-from . import statistics_file as kept_statistics
+from . import statistics_file
 from .changes import report
 from .lockstep import measure, settle
 from .methods import Accumulator, Exact, Method
@@ -60,7 +60,7 @@ def measure_part(
     data = data_of(batches, plan, False, batch_size, samples).sharded(index, count)
     with model.computing():
         measured = measure(plan, fitting(data, plan.specs), method, progress=progress)
-    kept_statistics.write_part(path, plan.layers, measured, method, part, kept_statistics.fingerprint(plan.layers))
+    statistics_file.write_part(path, plan.layers, measured, method, part, statistics_file.fingerprint(plan.layers))
     found = report(plan, measured, method, dict.fromkeys(range(len(plan.layers)), "only a part of the data was measured"))
     notes = (f"part {index} of {count}: nothing has changed; bnfold merge-stats puts the parts together", *measured.notes)
     return dataclasses.replace(found, notes=notes, seconds=time.perf_counter() - start)
@@ -70,7 +70,7 @@ def merge(model: Model, paths: Iterable[str | Path], target: Target) -> tuple[Mo
     """A copy of the model with the statistics of all parts together (see `measure_part`)."""
     start = time.perf_counter()
     plan = target.plan(model)
-    measured, method = kept_statistics.read_parts([Path(path) for path in paths], plan.layers)
+    measured, method = statistics_file.read_parts([Path(path) for path in paths], plan.layers)
     kept = settle(plan, measured, method)
     found = report(plan, measured, method, kept)
     return model.remade(plan.write()), dataclasses.replace(found, seconds=time.perf_counter() - start)

@@ -110,6 +110,14 @@ def copied(copy: Callable[[memoryview], int], array: npt.NDArray[Any]) -> None:
         left = left[count:]
 
 
+def loaded(file: IO[bytes], slot: Slot) -> npt.NDArray[Any]:
+    """The array that lies in an unbuffered file. OSError where the file ends before."""
+    array = np.empty(slot.shape, slot.dtype)
+    file.seek(slot.offset)
+    copied(file.readinto, array)  # type: ignore[attr-defined]  # an unbuffered file has it
+    return array
+
+
 class _Scratch:
     """A temporary file in which room that was freed is used again, first fit."""
 
@@ -133,11 +141,8 @@ class _Scratch:
         return slot
 
     def read(self, slot: Slot) -> npt.NDArray[Any]:
-        array = np.empty(slot.shape, slot.dtype)
         assert self._file is not None
-        self._file.seek(slot.offset)
-        copied(self._file.readinto, array)  # type: ignore[attr-defined]  # an unbuffered file has it
-        return array
+        return loaded(self._file, slot)
 
     def free(self, slot: Slot) -> None:
         start, end = slot.offset, slot.offset + slot.nbytes

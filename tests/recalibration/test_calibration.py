@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from arrays import measure
 from cases.builder import Net as OnnxNet
 from modules import Net, norm
 from onnx import numpy_helper
@@ -28,7 +29,6 @@ from bnfold.errors import DataError, UnsupportedError, UsageError
 from bnfold.recalibration import statistics_file as kept_statistics
 from bnfold.recalibration.changes import f_ratio
 from bnfold.recalibration.methods import Exact, MovingAverage
-from bnfold.recalibration.moments import measure
 from bnfold.recalibration.scoring import Scores, cross_entropy, effect
 
 ROOT = Path(__file__).resolve().parents[2]

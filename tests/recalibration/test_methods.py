@@ -270,7 +270,7 @@ def test_settings_that_make_no_sense(choice: str, given: dict[str, Any], text: s
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_parts_of_the_data_add_up(sizes: list[int], seed: int) -> None:
     """Whatever the cuts, in any order: what an additive method makes of a sum of tallies is what it makes of all."""
-    from bnfold.recalibration.moments import measure
+    from arrays import measure
 
     rng = np.random.default_rng(seed)
     batches = [measure(rng.normal(rng.normal(), 1 + rng.random(), (size, 3, 4))) for size in sizes]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays import measure
 
 from bnfold.recalibration import moments
-from bnfold.recalibration.moments import Moments, measure, pool
+from bnfold.recalibration.moments import Moments, pool
 
 
 def whole(x: np.ndarray, axis: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from arrays import measure
 from cases.builder import Net
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ import bnfold
 from bnfold.backends.torch.recalibration.moments import Meter
 from bnfold.errors import DataError
 from bnfold.recalibration import schedule as stages
-from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure, measure_through, pool
+from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure_through, pool
 
 
 def by_numpy(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any] | None) -> Samples:

@@ -11,13 +11,14 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from arrays import measure
 from modules import Net, difference, lively, norm, run
 from torch import nn
 from vision import package
 
 import bnfold
 from bnfold.backends.torch.recalibration.moments import Meter
-from bnfold.recalibration.moments import measure, pool
+from bnfold.recalibration.moments import pool
 from bnfold.recalibration.spill import Frontier
 from bnfold.report import RecalibrateReport
 

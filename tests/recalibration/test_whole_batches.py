@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from arrays import measure
 from modules import Net, norm
 from onnx import TensorProto, helper, numpy_helper
 from opened import score
@@ -22,7 +23,6 @@ from bnfold.backends.open import open_model
 from bnfold.data import InputSpec, as_batches
 from bnfold.data.samples import fixed_size, sample_inputs
 from bnfold.recalibration.methods import Prior
-from bnfold.recalibration.moments import measure
 from bnfold.verbs.benchmark import bench
 
 RNG = np.random.default_rng(0)

@@ -29,9 +29,7 @@ OPERATOR = re.compile(
 )
 IDENTIFIER = re.compile(r"\w*")
 PLAIN_TEXT = re.compile(r"[^\x00-\x1f\x7f\"'`\\{}]*")  # may stand between quotes in code
-PLAIN_KEYS = (
-    "a key|type|fqn|torch_version|parameter_name|buffer_name|tensor_constant_name|user_input_name|as_strings?|as_string_to_argument"
-)
+NO_NAME, UNKNOWN = "it holds a name that is no name ({})", "it says {} where an export says nothing"
 REMARKS = re.compile("stack_trace|nn_module_stack|source_fn_stack|torch_fn|custom|from_node")  # on operators, for people
 STRUCTURES = {
     "builtins.tuple",
@@ -101,31 +99,12 @@ def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
 
 def _in_text(path: Path, text: str) -> Iterator[str]:
     key = path[-1]
-    if key in ("target", "as_operator"):
-        if not OPERATOR.fullmatch(text):
-            yield f"it calls {text[:60]!r}"
-    elif key == "expr_str":
-        if not _is_size(text):
-            yield f"it holds an expression that is no size ({text[:60]!r})"
-    elif key == "guards_code":
-        if not _is_guard(text):
-            yield f"it holds a guard that is no comparison of sizes ({text[:60]!r})"
-    elif key in ("in_spec", "out_spec"):
-        if text:
-            yield from _in_structure(text)
-    elif key in ("name", "as_name", "forward_arg_names", "verifiers", "field_names"):
-        if not IDENTIFIER.fullmatch(text):
-            yield f"it holds a name that is no name ({text[:60]!r})"
-    elif key.startswith("as_string") and path[-3:-1] == ("inputs", "arg"):
-        pass  # the argument of an operator is quoted by torch
-    elif re.fullmatch(PLAIN_KEYS, key):
-        if not is_plain_text(text):
-            yield f"it holds a name that is no name ({text[:60]!r})"
-    elif key in ("as_float", "as_floats", "as_float_lists"):
-        if text not in ("Infinity", "-Infinity", "NaN"):
-            yield f"it holds a number that is none ({text[:60]!r})"
-    else:
-        yield f"it says {text[:60]!r} where an export says nothing"
+    if key in ("in_spec", "out_spec"):
+        yield from _in_structure(text) if text else ()
+    elif not (key.startswith("as_string") and path[-3:-1] == ("inputs", "arg")):  # the argument of an operator is quoted by torch
+        passes, trouble = next(((passes, trouble) for keys, passes, trouble in PLACES if re.fullmatch(keys, key)), (bool, UNKNOWN))
+        if trouble == UNKNOWN or not passes(text):
+            yield trouble.format(repr(text[:60]))
 
 
 def _is_size(text: str) -> bool:
@@ -249,3 +228,18 @@ def _in_structure(text: str) -> Iterator[str]:
         yield from walk(json.loads(text)[1])
     except (LookupError, TypeError, ValueError):
         yield f"its inputs or outputs have no structure ({text[:60]!r})"
+
+
+# Where a text may stand, whether it may say what it says, and what is wrong where it may not.
+PLACES: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("target|as_operator", OPERATOR.fullmatch, "it calls {}"),
+    ("expr_str", _is_size, "it holds an expression that is no size ({})"),
+    ("guards_code", _is_guard, "it holds a guard that is no comparison of sizes ({})"),
+    ("name|as_name|forward_arg_names|verifiers|field_names", IDENTIFIER.fullmatch, NO_NAME),
+    (
+        "a key|type|fqn|torch_version|parameter_name|buffer_name|tensor_constant_name|user_input_name|as_strings?|as_string_to_argument",
+        is_plain_text,
+        NO_NAME,
+    ),
+    ("as_floats?|as_float_lists", ("Infinity", "-Infinity", "NaN").__contains__, "it holds a number that is none ({})"),
+)
