@@ -1,7 +1,6 @@
-"""ONNX operators in which maps end, in the terms of the rules; those of com.microsoft, too, that ONNX Runtime writes where it optimises.
+"""ONNX operators that are affine maps, the sites, and those in which maps end, in the terms of the rules.
 
-One of them is one of the standard's linear operators, and what it fused in. Of products of integers the scales are worked out when the
-model runs, as ONNX Runtime quantises dynamically:
+Of products of integers the scales are worked out when the model runs, as ONNX Runtime quantises dynamically:
 
     y = x_integer . w_integer * (x_scale * w_scale) + b        of DynamicQuantizeLinear, ConvInteger or MatMulInteger, Cast, Mul, Mul, Add
 
@@ -11,6 +10,7 @@ other does; so no integer changes, and its sign may.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -18,15 +18,16 @@ import onnx_ir as ir
 
 from bnfold.algebra import weights
 from bnfold.algebra.affine import Array, Blocked
+from bnfold.algebra.geometry import pointwise
 from bnfold.algebra.graph import Param, Value
 from bnfold.algebra.layouts import Layout
-from bnfold.algebra.lowering import NO_RULE
 from bnfold.data.spec import shape_text
 from bnfold.errors import ModelError
 
-from ..graph.walk import MICROSOFT, arg, attribute, is_standard, name_of, number, whole, wholes
-from .commuting import padding
-from .lowering import Lower, OnnxLowering, OnnxNative, given
+from ..graph.constants import FLOATS
+from ..graph.walk import arg, attribute, in_training, is_standard, name_of, number, whole, wholes
+from .commuting import padding, used
+from .lowering import OnnxLowering, OnnxNative, given
 from .movement import gathered
 from .settings import fused
 
@@ -135,58 +136,6 @@ def normalisation(ctx: OnnxLowering, node: ir.Node) -> None:
         ctx.value(extra)  # statistics, which its own affine part doesn't touch
 
 
-STRETCHING = ("Relu", "LeakyRelu")
-
-
-def activated(lower: Lower) -> Lower:
-    """The linear operator, what is added to it, and the activation behind: each a node of its own to the rules, none of them to double."""
-
-    def run(ctx: OnnxLowering, node: ir.Node) -> None:
-        made = ctx.value(node.outputs[0])
-        inner = Value(f"{made.name}:linear", made.probes, made.rank)
-        with ctx.standing_in(node.outputs[0], inner):
-            lower(ctx, node)
-        linear = ctx.nodes[-1]
-        linear.attrs["cloneable"] = False
-        linear.attrs.pop("window", None)  # it doesn't merge with a branch beside it
-        made.rank = inner.rank
-        attrs = {"limit": linear.attrs["limit"], "cloneable": False}
-        if node.op_type == "FusedConv" and given(node, 3) is not None:
-            added = Value(f"{made.name}:sum", made.probes, made.rank)
-            stated = {**attrs, "settings": partial(fused, node, "Add")}
-            both = OnnxNative(node, positions=[0, 3])
-            ctx.add("Add", node, [inner, ctx.value(arg(node, 3))], [added], stated, {}, both).label = "Add"
-            inner = added
-        kind, why = _activation(node)
-        label = _name(node) or node.op_type
-        attrs |= {"why": why, "settings": partial(fused, node, label)}
-        ctx.add(kind, node, [inner], [made], attrs, {}, OnnxNative(node)).label = label
-
-    return run
-
-
-def _name(node: ir.Node) -> str:
-    return str(attribute(node, "activation", "") or "")
-
-
-def _activation(node: ir.Node) -> tuple[str, str]:
-    """The row of the rules that an activation belongs to, and why no map crosses it where there is none."""
-    name = _name(node)
-    if not name:
-        return "Identity", ""
-    bounds = attribute(node, "activation_params", None)
-    if name in STRETCHING or (name == "Clip" and bounds is not None and bounds[0] == 0 and bounds[1] >= 3.4e38):  # type: ignore[index]
-        return "Relu", ""
-    return "Barrier", "it clips at a bound other than zero" if name == "Clip" else NO_RULE
-
-
-FUSED: dict[str, Lower] = {
-    f"{MICROSOFT}::FusedConv": activated(conv),
-    f"{MICROSOFT}::FusedGemm": activated(gemm),
-    f"{MICROSOFT}::FusedMatMul": matmul,
-}
-
-
 def scale_of(ctx: OnnxLowering, value: ir.Value) -> tuple[ir.Node, int] | None:
     """The Mul of one computed number by a constant that makes a scale, read by one Mul alone, and which of its inputs is the constant."""
     node, uses = value.producer(), list(value.uses())
@@ -231,3 +180,79 @@ def _trailing(shape: tuple[int, ...], stored: tuple[int, ...]) -> Layout:
         return c.reshape(c.shape[int(np.argmax(np.array(c.shape) > 1)) :])
 
     return Layout(f"as {shape}", lambda c: c.reshape(shape), back)
+
+
+# --- affine maps ----------------------------------------------------------------------------------------------------------------------
+
+
+def batchnorm(ctx: OnnxLowering, node: ir.Node) -> None:
+    """`spatial=0` (opset < 9) has parameters [C, H, W]."""
+    x, y = arg(node), node.outputs[0]
+    constants = [ctx.const(v) for v in node.inputs[1:5]]
+    missing = [role for role, c in zip(weights.BN_ROLES, constants, strict=True) if c is None]
+    shape = next((c.shape for c in constants if c is not None), ())
+    rank = ctx.value(x).rank or (ctx.value(y).rank if shape else None)
+    if rank is not None:
+        ctx.set_rank(x, rank)
+        ctx.set_rank(y, rank)
+    refusal = None
+    if in_training(node, ctx.opset):
+        stated = f", which its {len(node.outputs)} outputs say, read or not" if 7 <= ctx.opset < 14 else ""
+        refusal = f"it is in training mode{stated}: it normalises each batch by itself"
+    elif any(used(node, i) for i in range(1, len(node.outputs))):
+        refusal = "its further outputs are read, which only training mode gives"
+    elif missing:
+        refusal = f"its {missing[0]} is not a constant, or callers may override it"
+    elif rank is None:
+        refusal = "the rank of its input isn't known"
+    elif None in (ctx.tensor(arg(node, 1)), ctx.tensor(arg(node, 2))):
+        refusal = "its parameters are quantised"
+    odd = ctx.opset < 9 and not attribute(node, "spatial", 1) and len(shape) == 1 and (rank or 0) > 2
+    weights.batchnorm(
+        ctx,
+        node,
+        x,
+        (1, 2),
+        constants,
+        number(node, "epsilon", 1e-5),
+        layer=node if refusal else tuple(node.inputs[3:5]),
+        channels=_inferred(ctx, node) if not shape else math.prod(shape) if refusal else shape[0],
+        note="its file says spatial=0, but its parameters are one per channel: read as spatial=1" if odd else "",
+        refusal=refusal,
+    )
+    wide, own = ctx.constants.dtype(arg(node, 1)), ctx.shapes.dtype(x)
+    ctx.nodes[-1].attrs["mixed"] = wide if own in FLOATS and wide != own else None  # coefficients of a wider type than the data
+
+
+def _inferred(ctx: OnnxLowering, node: ir.Node) -> int:
+    """The channels of a BatchNorm without a constant parameter, as its input or its gamma tells them; 0 where neither does."""
+    sizes = [shape[axis] for v, axis in ((arg(node), 1), (arg(node, 1), 0)) if (shape := ctx.value(v).sizes) and len(shape) > axis]
+    return next((size for size in sizes if size is not None), 0)
+
+
+def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
+    """Add, Sub, Mul, Div: of two activations, or by a constant, which makes an affine operator."""
+    operands, kind = (arg(node), arg(node, 1)), node.op_type.lower()
+    if any(ctx.dtype(v) not in (None, *FLOATS) for v in operands):
+        raise Blocked("it isn't floating point")
+    constant = [ctx.is_constant(v) for v in operands]
+    if not any(constant):
+        if ctx.opset < 7 and attribute(node, "broadcast", 0):
+            raise Blocked("it broadcasts an activation in the way of opset 6")
+        scales = [(i, found) for i, v in enumerate(operands) if kind == "mul" and (found := scale_of(ctx, v)) is not None]
+        if scales:
+            scaled(ctx, node, scales[0][0], *scales[0][1])
+        elif kind in ("add", "sub"):
+            pointwise(ctx, node, "Add", *operands, signs=(1, 1 if kind == "add" else -1))
+        else:
+            pointwise(ctx, node, "Mul", *operands, factors=2 if kind == "mul" else 1)
+        return
+    if scale_of(ctx, node.outputs[0]) is not None:
+        return  # a part of the product that it scales
+    which = constant.index(True)
+    shape, x, c = None, operands[1 - which], ctx.const(operands[which])
+    assert c is not None
+    if ctx.opset < 7 and attribute(node, "broadcast", 0) and "axis" in node.attributes:  # it says where the constant aligns
+        lead = whole(node, "axis", 0) % ctx.rank(x)
+        shape = (1,) * lead + c.shape + (1,) * (ctx.rank(x) - lead - c.ndim)
+    weights.by_constant(ctx, node, kind, x, which, c, first=which == 1, shape=shape)

@@ -12,7 +12,7 @@ from bnfold.algebra.graph import Graph
 
 from ..export.trace import Traced
 from ..export.walk import BATCHNORMS
-from . import absorbing, affine, commuting
+from . import absorbing, commuting
 from .chains import frozen
 from .commuting import elementwise, reduced, windowed
 from .lowering import Lower, TorchLowering, by_first
@@ -27,9 +27,9 @@ INTERPOLATIONS = (
 
 OPERATORS: dict[str, Lower] = {
     # the sites
-    **dict.fromkeys(BATCHNORMS, affine.batchnorm),
-    **dict.fromkeys(("add", "sub", "mul", "div"), affine.arithmetic),
-    "rsub": affine.reversed_sub,
+    **dict.fromkeys(BATCHNORMS, absorbing.batchnorm),
+    **dict.fromkeys(("add", "sub", "mul", "div"), absorbing.arithmetic),
+    "rsub": absorbing.reversed_sub,
     "neg": by_first(weights.negation),
     # maps end here
     **{f"conv{under}{d}": absorbing.conv for d in DIMS for under in ("", "_transpose")},
