@@ -7,9 +7,11 @@ outside of all that is shared with others. So a copy is given what Python's own 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from bnfold.errors import ModelError, UnsupportedError
 from bnfold.text import first_line
+
+from .closures import close_over, closures, without_closure
 
 COPIED = "its copy"  # by Python's own means
 
@@ -36,6 +40,36 @@ def duplicate(module: nn.Module) -> nn.Module:
     return _copied(module, {id(each): each.detach().clone() for each in expanded})
 
 
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """For the run of a copy: the original's attributes, and what its dicts and lists hold, are as before when this ends.
+
+    Raises UnsupportedError where the copy called a module of the original, by a name that no copy can have: a global, say.
+    """
+    attributes = [vars(each) for each in module.modules()]
+    held = [*attributes, *(value for each in attributes for value in each.values())]
+    lists = [(each, list(each)) for each in held if isinstance(each, list)]
+    dicts = [(each, dict(each)) for each in held if isinstance(each, dict)]
+    reached: list[str] = []
+    here = threading.get_ident()
+    for name, each in module.named_modules():
+        each.register_forward_pre_hook(lambda *_, name=name: reached.append(name) if threading.get_ident() == here else None)
+    try:
+        yield
+    finally:
+        for found, entries in lists:
+            found[:] = entries
+        for named, values in dicts:
+            for added in named.keys() - values.keys():
+                del named[added]
+            named.update(values)
+    if reached:
+        raise UnsupportedError(
+            f"{type(module).__name__} can't be copied, and bnfold works on a copy: its code reaches {reached[0] or 'the module itself'} "
+            f"by another name than its own (a global, say), so a copy would run the original's; {WAY_OUT}"
+        )
+
+
 def require_copies(folded: nn.Module) -> None:
     """Who copies a folded module, or saves and loads it, must not get the unfolded one with new weights, wrong as that is.
 
@@ -47,6 +81,8 @@ def require_copies(folded: nn.Module) -> None:
 
 def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't be copied, and bnfold works on a copy") -> nn.Module:
     """A deep copy, also of a tensor that is an attribute and was computed (as weight_norm's), which copy.deepcopy refuses.
+
+    And of functions that it holds, as a patched forward or a hook, in whose closures copy.deepcopy leaves the original's modules.
 
     Raises UnsupportedError, which names what is in the way, where there is no copy that can be changed without changing the original.
     """
@@ -60,7 +96,12 @@ def _copied(module: nn.Module, memo: dict[int, Any], consequence: str = "can't b
     try:
         for layer in outermost(module):
             memo[id(layer)] = copied(layer, memo)
+        functions = closures(module)
+        for function in functions:
+            memo[id(function)] = without_closure(function)
         made = copy.deepcopy(module, memo)
+        for function in functions:
+            close_over(memo[id(function)], function, memo)
     except Exception as error:  # what an attribute holds may raise anything
         why = f"{_uncopied(module, own)} ({first_line(error)})"
         raise UnsupportedError(f"{told}: {why}; take it off before, or {WAY_OUT}") from error

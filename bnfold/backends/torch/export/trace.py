@@ -23,7 +23,7 @@ from bnfold.errors import UsageError
 from bnfold.verification.inputs import is_several
 
 from .call import Call, Model, arguments_of, as_call, formed, known_example
-from .copies import shared_twin
+from .copies import shared_twin, unchanged
 from .functional import graph_copy, settled, with_graph, with_known_sizes
 from .observers import note_on, settled_quantisers, without_observers
 from .program import export, require_readable
@@ -205,7 +205,8 @@ def _read(
     if evaluation:
         twin.eval()
     most = 1 if one_size and opened is None else opened
-    exported, opened, note = export(twin, model, calls[0], most, patient)
+    with unchanged(model):
+        exported, opened, note = export(twin, model, calls[0], most, patient)
     note = "; ".join(filter(None, (note, note_on(model))))
     named, held = _by_name(exported, model)
     program = settled(with_known_sizes(written_out(named, casts=False)))

@@ -116,7 +116,8 @@ class TorchSession:
         else:
             module = traced.model
             there = all(t.device == self.device for t in (*module.parameters(), *module.buffers()))
-            if jitter is not None or not there or any(each.training for each in module.modules()) or observers(module):
+            changes = any(each.training for each in module.modules()) or observers(module) or _updates(traced.program)
+            if jitter is not None or not there or changes:
                 module = settled_quantisers(duplicate(module)).to(self.device)
         if jitter is not None:
             move_weights(module, weights(traced.program), jitter)
