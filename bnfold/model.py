@@ -55,6 +55,11 @@ class Model(ABC):
         """Unit roundoff of its coarsest floating-point type, 2**-24 for float32."""
 
     @property
+    def arithmetic(self) -> float:
+        """Unit roundoff of the coarsest type in which it computes, which may be coarser than what it stores."""
+        return self.roundoff
+
+    @property
     @abstractmethod
     def specs(self) -> list[InputSpec]:
         """What a caller must feed."""

@@ -43,6 +43,11 @@ class Comparison:
         """Unit roundoff of the coarser of their types."""
         return max(self.reference.roundoff, self.candidate.roundoff)
 
+    @property
+    def arithmetic(self) -> float:
+        """Unit roundoff of the coarsest type in which one of them computes."""
+        return max(self.reference.arithmetic, self.candidate.arithmetic)
+
     def unrounded(self) -> Comparison | None:
         """The same of both models without the rounding of activations; None unless both round some."""
         reference, candidate = self.reference.unrounded(), self.candidate.unrounded()

@@ -29,7 +29,7 @@ class Deployments:
     def __init__(self, both: Comparison, truth: Truth | None, lacking: str) -> None:
         """truth: None where none can be had. lacking: why."""
         self.both, self.truth, self.lacking = both, truth, lacking
-        self.limit = HALF_LIMIT if both.unit > 2.0**-20 else DEPLOYED_LIMIT
+        self.limit = HALF_LIMIT if both.arithmetic > 2.0**-20 else DEPLOYED_LIMIT
         self.rows: list[Deployment] = []
         self.ratios: dict[str, float] = {}
         self.unsteady = ""
@@ -52,7 +52,7 @@ class Deployments:
             own = truth.compare(reference.run)
         except (UnsupportedError, DataError) as error:
             return [dataclasses.replace(row, verdict="skipped", reason=str(error)) for row in rows]
-        if reason := unsteady(reference.run, reference.run, truth, STEADY * both.unit):
+        if reason := unsteady(reference.run, reference.run, truth, STEADY * both.arithmetic):
             self.unsteady = reason
             return [dataclasses.replace(row, verdict="inconclusive", reason=reason) for row in rows]
         return [self._row(truth, own, row) for row in rows]
@@ -102,7 +102,7 @@ class Deployments:
         return dataclasses.replace(row, verdict="skipped", reason=f"{changes}: switch it off")
 
     def _ratio(self, truth: Truth, name: str, candidate: Errors, reference: Errors) -> float:
-        noise, scale = truth.noise[name], truth.scale(name, self.both.unit)
+        noise, scale = truth.noise[name], truth.scale(name, self.both.arithmetic)
         ratio = deployed_ratio(candidate, reference, noise, scale)
         if ratio <= self.limit or candidate.problem:
             return ratio
