@@ -217,3 +217,38 @@ def test_weights_that_are_not_held_are_the_same_weights(jitter: int | None, monk
             found = model.oracle(jitter=jitter).run(feeds)
         for name, array in held.items():
             np.testing.assert_array_equal(found[name], array, err_msg=case.name)
+
+
+def test_what_is_written_in_place_nobody_else_sees() -> None:
+    """All operators that may write into their inputs, where another value is a view of one, is read twice, or is asked for."""
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["x", "w"], ["conv"], pads=[1, 1, 1, 1]),
+        make("Identity", ["conv"], ["same"]),
+        make("Reshape", ["same", "flat"], ["seen"]),
+        make("Relu", ["same"], ["relu"]),
+        make("Sigmoid", ["relu"], ["gate"]),
+        make("Mul", ["relu", "gate"], ["silu"]),
+        make("BatchNormalization", ["silu", "g", "b", "m", "v"], ["bn"]),
+        make("Add", ["bn", "x"], ["sum"]),
+        make("Mul", ["sum", "sum"], ["square"]),
+        make("Clip", ["square", "low", "high"], ["clip"]),
+        make("Relu", ["x"], ["fed"]),
+        make("Sub", ["fed", "clip"], ["left"]),
+        make("ReduceSum", ["seen", "axis"], ["total"], keepdims=0),
+        make("Add", ["left", "total"], ["y"]),
+    ]
+    weights = {"w": normal(3, 3, 3, 3), "g": normal(3), "b": normal(3, seed=1), "m": normal(3, seed=2), "v": normal(3, seed=3) ** 2}
+    weights |= {"low": np.float64(0.1), "high": np.float64(2), "flat": np.array([-1]), "axis": np.array([0])}
+    arrays = {"x": normal(2, 3, 8, 8)}
+    net, before = model(nodes, arrays, weights=weights, output_types={"y": TensorProto.DOUBLE}), arrays["x"].copy()
+    oracle, inner = Oracle(net), [name for node in nodes for name in node.output]
+    apart = Oracle(net, outputs=inner).run(arrays)  # where all are asked for, none is written into
+    for _ in range(2):
+        np.testing.assert_array_equal(oracle.run(arrays)["y"], apart["y"])
+    for name in inner:
+        np.testing.assert_array_equal(Oracle(net, outputs=[name]).run(arrays)[name], apart[name], err_msg=name)
+        np.testing.assert_array_equal(dict(oracle.stream(arrays, [name]))[name], apart[name], err_msg=name)
+    np.testing.assert_array_equal(arrays["x"], before)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(net.graph.initializers[name].const_value.numpy(), array)

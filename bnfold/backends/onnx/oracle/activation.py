@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .normalisation import per_channel
-from .registry import Array, operator
+from .registry import Array, operator, place
 
 
 def _softmax_of_log(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -72,9 +72,27 @@ def gelu(x: Array, *, approximate: str = "none") -> tuple[Array, ...]:
     return (0.5 * x * (1 + _erf(x / math.sqrt(2))),)
 
 
-@operator("HardSwish", since=14)
+@operator("Relu", own=True)
+def relu(x: Array, *, consumed_inputs: Any = None, out: Array | None = None) -> tuple[Array, ...]:
+    return (np.asarray(np.maximum(x, x.dtype.type(0), out=place(out, x))),)
+
+
+@operator("Clip", since=11, own=True)
+def clip(x: Array, low: Array | None = None, high: Array | None = None, *, out: Array | None = None) -> tuple[Array, ...]:
+    """Where the bounds cross, the upper one wins."""
+    if low is None and high is None:
+        return (x.copy(),)
+    bounds = [each for each in (low, high) if each is not None]
+    return (np.asarray(np.clip(x, low, high, out=place(out, x, *bounds))),)
+
+
+@operator("HardSwish", since=14, own=True)
 def hard_swish(x: Array) -> tuple[Array, ...]:
-    return (x * np.clip(x / 6 + 0.5, 0, 1),)
+    y = np.asarray(x / 6)
+    y += 0.5
+    np.clip(y, 0, 1, out=y)
+    y *= x
+    return (y,)
 
 
 @operator("Softplus")
@@ -87,9 +105,13 @@ def mish(x: Array) -> tuple[Array, ...]:
     return (x * np.tanh(np.logaddexp(x, 0)),)
 
 
-@operator("Sigmoid")
-def sigmoid(x: Array) -> tuple[Array, ...]:
-    return (np.exp(-np.logaddexp(0, -x)),)
+@operator("Sigmoid", own=True)
+def sigmoid(x: Array, *, out: Array | None = None) -> tuple[Array, ...]:
+    """1 / (1 + exp(-x)), which has all its digits on both sides, and is 0 where exp(x) is less than the smallest normal number."""
+    y = np.asarray(np.negative(x, out=place(out, x)))
+    np.exp(y, out=y)
+    y += 1
+    return (np.reciprocal(y, out=y),)
 
 
 @operator("PRelu", until=6)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .registry import Array, Function, operator
+from .registry import Array, Function, operator, place
 
 
 def _quotient(a: Array, b: Array) -> Array:
@@ -44,6 +44,17 @@ def _legacy(compute: Callable[[Array, Array], Array]) -> Function:
 
 for _name, _compute in _ARITHMETIC.items():
     operator(_name, until=6)(_legacy(_compute))
+
+
+def _elementwise(compute: np.ufunc) -> Function:
+    def run(a: Array, b: Array, *, out: Array | None = None) -> tuple[Array, ...]:
+        return (np.asarray(compute(a, b, out=place(out, a, b))),)
+
+    return run
+
+
+for _name, _ufunc in {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply}.items():
+    operator(_name, since=7, own=True)(_elementwise(_ufunc))
 
 
 @operator("Gemm")

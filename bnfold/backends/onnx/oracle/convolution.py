@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .registry import Array, operator
+from .registry import CACHE, Array, operator
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
-CACHE = 1 << 19  # bytes of output at a time where each is added to often
 WIDE, TILE = 5, 16  # a kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most
 
 
@@ -87,7 +86,7 @@ def _shifted(y: Array, bias: Array | None) -> Array:
     return y if bias is None else np.add(y, bias.reshape((-1,) + (1,) * (y.ndim - 2)), out=y)
 
 
-@operator("Conv")
+@operator("Conv", own=True)
 def conv(
     x: Array,
     w: Array,
@@ -191,7 +190,7 @@ def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
         y[:, :, first : first + count] = (weights @ columns.reshape(group, weights.shape[2], -1)).reshape(group, -1, count, *at.out[1:])
 
 
-@operator("ConvTranspose")
+@operator("ConvTranspose", own=True)
 def conv_transpose(
     x: Array,
     w: Array,

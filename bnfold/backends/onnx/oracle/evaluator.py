@@ -8,6 +8,7 @@ Values are dropped after their last use.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -145,6 +146,7 @@ class _Evaluator(ReferenceEvaluator):
             to_float64(body)
             proto = body
         self._dead: list[list[str]] | None = None
+        self._spare: list[list[str]] = []
         super().__init__(proto, *args, **kwargs)
 
     def _load_impl(self, node: onnx.NodeProto, input_types: Any = None) -> Any:
@@ -191,13 +193,15 @@ class _Evaluator(ReferenceEvaluator):
         wanted = set(names)
         results: dict[str, Any] = {"": None, **self.rt_inits_, **feed_inputs}
         yield from ((name, value.array() if isinstance(value, Weight) else value) for name, value in results.items() if name in wanted)
-        for node, dead in zip(self.rt_nodes_, self._last_uses(), strict=True):
+        for node, dead, spare in zip(self.rt_nodes_, self._last_uses(), self._spare, strict=True):
             extra: dict[str, Any] = {"context": results} if node.need_context() else {}
             if node.has_linked_attribute and attributes:
                 extra["linked_attributes"] = attributes
             try:
                 values = [each.array() if isinstance(each, Weight) else each for each in (results[name] for name in node.input)]
                 check_said(node.onnx_node, values, self.most)
+                if isinstance(node, _Operator):
+                    node.out = next((results[name] for name in spare if name not in wanted), None)
                 outputs = node.run(*values, **extra)
                 del values
             except (BnfoldError, MemoryError):
@@ -224,6 +228,10 @@ class _Evaluator(ReferenceEvaluator):
                 dead.append(sorted(names))
                 seen |= names
             self._dead = dead[::-1]
+            # Of what a node reads, the arrays that are no other's, nor views of them, and that it alone ever sees: it may write into them.
+            times = Counter(name for node in self.rt_nodes_ for name in (*node.input, *reads(node.onnx_node) - {*node.input}))
+            own = {node.output[0] for node in self.rt_nodes_ if isinstance(node, _Operator) and node.function in oracle_ops.OWN}
+            self._spare = [[name for name in node.input if name in own and times[name] == 1] for node in self.rt_nodes_]
         return self._dead
 
 
@@ -235,7 +243,8 @@ class _Operator(OpRun):
     def __init__(self, node: onnx.NodeProto, run_params: dict[str, Any], function: oracle_ops.Function) -> None:
         # Without a schema: the evaluator would fill in the defaults of the newest version.
         super().__init__(node, run_params, schema=False)
-        self._function = function
+        self.function = function
+        self.out: np.ndarray | None = None  # an array that nobody needs after this node
         asked = [i for i, name in enumerate(node.output, 1) if name]
         self._asked = {"outputs": asked[-1] if asked else 1} if function in oracle_ops.COUNTS_OUTPUTS else {}
 
@@ -243,7 +252,9 @@ class _Operator(OpRun):
         attributes.pop("attributes", None)
         # numpy's float32 scalars would be rounded again in arithmetic among themselves.
         plain = {k: float(v) if isinstance(v, np.floating) else _plain_list(v) for k, v in attributes.items()}
-        return self._function(*values, **self._asked, **plain)
+        if self.function in oracle_ops.OVERWRITES:
+            plain["out"], self.out = self.out, None
+        return self.function(*values, **self._asked, **plain)
 
 
 def _plain_list(value: Any) -> Any:

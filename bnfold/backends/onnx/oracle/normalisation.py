@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .registry import Array, operator
+from .registry import CACHE, Array, operator
 
 
 def per_channel(x: Array, *params: Array) -> list[Array]:
@@ -15,14 +15,20 @@ def per_channel(x: Array, *params: Array) -> list[Array]:
     return [p.reshape(p.shape + (1,) * (x.ndim - 2)) if p.ndim <= 1 and x.ndim >= 2 else p for p in params]
 
 
-def _normalised(x: Array, scale: Array, bias: Array, mean: Array, var: Array, *, epsilon: float) -> Array:
+def _normalised(x: Array, scale: Array, bias: Array, mean: Array, var: Array, *, epsilon: float, out: Array | None = None) -> Array:
     scale, bias, mean, var = per_channel(x, scale, bias, mean, var)
-    y = np.asarray(x - mean)
     scale = scale / np.sqrt(var + epsilon)
-    if np.broadcast_shapes(y.shape, scale.shape, bias.shape) != y.shape or y.dtype != np.float64:
-        return np.asarray(y * scale + bias)
-    y *= scale
-    y += bias
+    params = (mean, scale, bias)
+    if x.dtype != np.float64 or x.ndim < 3 or {p.shape for p in params} != {(x.shape[1], *(1,) * (x.ndim - 2))}:
+        return np.asarray((x - mean) * scale + bias)
+    y = np.empty(x.shape) if out is None else out
+    block = max(1, CACHE // (8 * max(1, math.prod(x.shape[2:]))))
+    for image in range(len(x)):  # and as many channels as a cache holds
+        for first in range(0, x.shape[1], block):
+            mean, scale, bias = (p[first : first + block] for p in params)
+            part = np.subtract(x[image, first : first + block], mean, out=y[image, first : first + block])
+            part *= scale
+            part += bias
     return y
 
 
@@ -36,7 +42,7 @@ def _trained(
     return y, mean * momentum + now_mean * (1 - momentum), var * momentum + now_var * (1 - momentum), now_mean, now_var
 
 
-@operator("BatchNormalization", since=1, until=13, counts_outputs=True)
+@operator("BatchNormalization", since=1, until=13, counts_outputs=True, own=True)
 def batch_normalization_1(
     *arrays: Array,
     epsilon: float = 1e-5,
@@ -45,6 +51,7 @@ def batch_normalization_1(
     is_test: int = 0,
     consumed_inputs: Any = None,
     outputs: int = 1,
+    out: Array | None = None,
 ) -> tuple[Array, ...]:
     """Opsets 1 to 13: one output is inference with the running statistics, more is training (operator text, "Output case #1, #2").
 
@@ -53,15 +60,17 @@ def batch_normalization_1(
     were exported, only the usual reading makes sense.
     """
     if outputs == 1 or is_test:
-        return (_normalised(*arrays, epsilon=epsilon),)
+        return (_normalised(*arrays, epsilon=epsilon, out=out),)
     return _trained(*arrays, epsilon=epsilon, momentum=momentum)[:outputs]
 
 
-@operator("BatchNormalization", since=14)
-def batch_normalization_14(*arrays: Array, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0) -> tuple[Array, ...]:
+@operator("BatchNormalization", since=14, own=True)
+def batch_normalization_14(
+    *arrays: Array, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0, out: Array | None = None
+) -> tuple[Array, ...]:
     """Opset 14 on: `training_mode` alone decides."""
     if not training_mode:
-        return (_normalised(*arrays, epsilon=epsilon),)
+        return (_normalised(*arrays, epsilon=epsilon, out=out),)
     return _trained(*arrays, epsilon=epsilon, momentum=momentum)[:3]
 
 

@@ -7,10 +7,12 @@ broadcasting of opset 6, and more. What stands in `normalisation`, `activation`,
 docs/Changelog.md) version by version.
 
 Every function takes the inputs in their order (None for an omitted one) and the node's attributes as keywords, and returns a tuple.
+Those with a keyword `out` may be given an array that nobody needs any more, to write their result into where it fits (`place`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +24,18 @@ Function = Callable[..., tuple[Any, ...]]
 # By operator: (first opset, function), oldest first. None: from there on the evaluator's own implementation is right.
 TABLE: dict[str, list[tuple[int, Function | None]]] = {}
 COUNTS_OUTPUTS: set[Function] = set()
+OWN: set[Function] = set()  # what these return are arrays of their own, never an input or a view of one
+OVERWRITES: set[Function] = set()  # of them, those that take `out`
+CACHE = 1 << 19  # bytes that are passed over several times at a stretch
 
 
 def operator(
-    *names: str, since: int = 1, until: int | None = None, counts_outputs: bool = False, domain: str = ""
+    *names: str, since: int = 1, until: int | None = None, counts_outputs: bool = False, own: bool = False, domain: str = ""
 ) -> Callable[[Function], Function]:
-    """Enter a function for operators `names` of opsets `since` to `until`. counts_outputs: it wants to be told how many are asked for."""
+    """Enter a function for operators `names` of opsets `since` to `until`. counts_outputs: it wants to be told how many are asked for.
+
+    own: what it returns is an array of its own, never an input or a view of one.
+    """
 
     def enter(function: Function) -> Function:
         for name in names:
@@ -39,9 +47,19 @@ def operator(
             rows.sort(key=lambda row: row[0])
         if counts_outputs:
             COUNTS_OUTPUTS.add(function)
+        if own:
+            OWN.add(function)
+            OVERWRITES.update({function} if "out" in inspect.signature(function).parameters else ())
         return function
 
     return enter
+
+
+def place(out: Array | None, *inputs: Array) -> Array | None:
+    """`out`, where numbers made of these inputs, element by element, are float64 and as many."""
+    if out is None or {each.dtype for each in (out, *inputs)} != {np.dtype(np.float64)}:
+        return None
+    return out if np.broadcast_shapes(*(each.shape for each in inputs)) == out.shape else None
 
 
 def _key(domain: str, name: str) -> str:
