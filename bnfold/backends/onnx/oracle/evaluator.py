@@ -157,7 +157,7 @@ class _Evaluator(ReferenceEvaluator):
         called = self.functions_.get((node.domain, node.op_type))
         function = None if called is not None and domain else oracle_ops.find(node.op_type, max(opset, 1), domain)
         if function is not None:
-            return lambda node, run_params: _Operator(node, run_params, function)
+            return lambda node, run_params: oracle_ops.Operator(node, run_params, function)
         if called is not None:
             return lambda node, run_params: _Call(node, run_params, impl=called)
         where = f"{domain + '::' if domain else ''}{node.op_type} of opset {opset} (node {node.name or node.output[0]!r})"
@@ -200,7 +200,7 @@ class _Evaluator(ReferenceEvaluator):
             try:
                 values = [each.array() if isinstance(each, Weight) else each for each in (results[name] for name in node.input)]
                 check_said(node.onnx_node, values, self.most)
-                if isinstance(node, _Operator):
+                if isinstance(node, oracle_ops.Operator):
                     node.out = next((results[name] for name in spare if name not in wanted), None)
                 outputs = node.run(*values, **extra)
                 del values
@@ -230,35 +230,9 @@ class _Evaluator(ReferenceEvaluator):
             self._dead = dead[::-1]
             # Of what a node reads, the arrays that are no other's, nor views of them, and that it alone ever sees: it may write into them.
             times = Counter(name for node in self.rt_nodes_ for name in (*node.input, *reads(node.onnx_node) - {*node.input}))
-            own = {node.output[0] for node in self.rt_nodes_ if isinstance(node, _Operator) and node.function in oracle_ops.OWN}
+            own = {node.output[0] for node in self.rt_nodes_ if isinstance(node, oracle_ops.Operator) and node.function in oracle_ops.OWN}
             self._spare = [[name for name in node.input if name in own and times[name] == 1] for node in self.rt_nodes_]
         return self._dead
-
-
-class _Operator(OpRun):
-    """One of our functions as an operator of the evaluator."""
-
-    op_domain = ""
-
-    def __init__(self, node: onnx.NodeProto, run_params: dict[str, Any], function: oracle_ops.Function) -> None:
-        # Without a schema: the evaluator would fill in the defaults of the newest version.
-        super().__init__(node, run_params, schema=False)
-        self.function = function
-        self.out: np.ndarray | None = None  # an array that nobody needs after this node
-        asked = [i for i, name in enumerate(node.output, 1) if name]
-        self._asked = {"outputs": asked[-1] if asked else 1} if function in oracle_ops.COUNTS_OUTPUTS else {}
-
-    def _run(self, *values: Any, **attributes: Any) -> tuple[Any, ...]:
-        attributes.pop("attributes", None)
-        # numpy's float32 scalars would be rounded again in arithmetic among themselves.
-        plain = {k: float(v) if isinstance(v, np.floating) else _plain_list(v) for k, v in attributes.items()}
-        if self.function in oracle_ops.OVERWRITES:
-            plain["out"], self.out = self.out, None
-        return self.function(*values, **self._asked, **plain)
-
-
-def _plain_list(value: Any) -> Any:
-    return [float(v) if isinstance(v, np.floating) else v for v in value] if isinstance(value, list) else value
 
 
 class _Call(OpFunction):

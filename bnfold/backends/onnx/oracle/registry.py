@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx.reference.op_run import OpRun
 
 Array = np.ndarray
 Function = Callable[..., tuple[Any, ...]]
@@ -73,3 +75,29 @@ def find(name: str, opset: int, domain: str = "") -> Function | None:
         if since <= opset:
             found = function
     return found
+
+
+class Operator(OpRun):
+    """One of our functions as an operator of the evaluator."""
+
+    op_domain = ""
+
+    def __init__(self, node: onnx.NodeProto, run_params: dict[str, Any], function: Function) -> None:
+        # Without a schema: the evaluator would fill in the defaults of the newest version.
+        super().__init__(node, run_params, schema=False)
+        self.function = function
+        self.out: np.ndarray | None = None  # an array that nobody needs after this node
+        asked = [i for i, name in enumerate(node.output, 1) if name]
+        self._asked = {"outputs": asked[-1] if asked else 1} if function in COUNTS_OUTPUTS else {}
+
+    def _run(self, *values: Any, **attributes: Any) -> tuple[Any, ...]:
+        attributes.pop("attributes", None)
+        # numpy's float32 scalars would be rounded again in arithmetic among themselves.
+        plain = {k: float(v) if isinstance(v, np.floating) else _plain_list(v) for k, v in attributes.items()}
+        if self.function in OVERWRITES:
+            plain["out"], self.out = self.out, None
+        return self.function(*values, **self._asked, **plain)
+
+
+def _plain_list(value: Any) -> Any:
+    return [float(v) if isinstance(v, np.floating) else v for v in value] if isinstance(value, list) else value
