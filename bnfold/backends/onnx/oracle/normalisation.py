@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .registry import CACHE, Array, operator
+from .registry import CACHE, Array, operator, place
 
 
 def per_channel(x: Array, *params: Array) -> list[Array]:
@@ -21,7 +21,8 @@ def _normalised(x: Array, scale: Array, bias: Array, mean: Array, var: Array, *,
     params = (mean, scale, bias)
     if x.dtype != np.float64 or x.ndim < 3 or {p.shape for p in params} != {(x.shape[1], *(1,) * (x.ndim - 2))}:
         return np.asarray((x - mean) * scale + bias)
-    y = np.empty(x.shape) if out is None else out
+    y = place(out, x)
+    y = np.empty(x.shape) if y is None else y
     block = max(1, CACHE // (8 * max(1, math.prod(x.shape[2:]))))
     for image in range(len(x)):  # and as many channels as a cache holds
         for first in range(0, x.shape[1], block):
