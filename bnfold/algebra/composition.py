@@ -13,7 +13,7 @@ An operator that only mixes the channels at each place goes into any other one b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,11 @@ class Composition:
     made: Callable[[Product], Array]
 
     @property
+    def read(self) -> int:
+        """How many channels the first operator reads, where it only mixes them."""
+        return _channels(self.first, self.first.params["weight"])[1]
+
+    @property
     def channels(self) -> int:
         """How many the host gives."""
         return self.shape[0] if self.host.op == "Conv" else self.shape[self.host.attrs["w"].index(self.host.attrs["y"][self.axis])]
@@ -65,17 +70,23 @@ class Composition:
         return Layout(f"{own.name}, of a product", lambda w: w, own.stored, own.linear, own.gain)
 
 
-def composition(first: Node, second: Node, weights: tuple[Param, Param], *, onto_first: bool = False) -> Composition:
+def composition(
+    first: Node, second: Node, weights: tuple[Param, Param], *, onto_first: bool = False, carriers: Sequence[Node] = ()
+) -> Composition:
     """What two linear operators are, of which the second reads the first alone. Raises `Blocked` where they aren't one.
 
-    weights: theirs. onto_first: whether the first had better be the host, where either can.
+    weights: theirs. onto_first: whether the first had better be the host, where either can. carriers: what stands between; each does the
+    same to all channels, so that it may as well stand before an operator that only mixes them.
     """
     for node, param in zip((first, second), weights, strict=True):
         if param.tensor is None or param.tensor.quantised is not None or param.tensor.integers:
             raise Blocked(f"the weight of {node.name} is quantised")
     windows = first.attrs.get("window"), second.attrs.get("window")
-    mixed, mixes = (_mixed_axis(node) for node in (first, second))
-    if isinstance(windows[0], Window) and isinstance(windows[1], Window):
+    mixed, mixes = mixed_axis(first), None if carriers else mixed_axis(second)
+    for node in carriers:
+        if mixed is None or (mixed := carried(node, mixed)) is None:
+            raise Blocked(f"{node.label} {node.name} stands between")
+    if not carriers and isinstance(windows[0], Window) and isinstance(windows[1], Window):
         found = _convolutions(first, second, weights, windows[0], windows[1])
     elif mixed is not None and _reads(second, mixed) and not (onto_first and mixes is not None and _makes(first, mixes)):
         found = _mixed_before(first, second, weights, mixed)
@@ -94,7 +105,7 @@ def _groups(node: Node) -> int:
     return int(node.attrs.get("groups", 1))
 
 
-def _mixed_axis(node: Node) -> int | None:
+def mixed_axis(node: Node) -> int | None:
     """The axis along which an operator mixes what stands at each place, if that is all that it does."""
     if node.op == "Contraction":
         x, w, y = (node.attrs[key] for key in "xwy")
@@ -104,6 +115,17 @@ def _mixed_axis(node: Node) -> int | None:
     window, ones = node.attrs.get("window"), {*node.params["weight"].shape[2:]} == {1}
     still = isinstance(window, Window) and {*window.stride} == {1} and not any((*window.before, *window.after))
     return 1 if ones and len(node.inputs) == 1 and (still or (node.attrs["transposed"] and node.attrs["uniform"])) else None
+
+
+def carried(node: Node, axis: int) -> int | None:
+    """Where an axis lies behind an operator that does the same at all places along it; None where it does something else."""
+    if node.op == "Average":
+        mixes = node.attrs["mixes"]
+        return None if axis in mixes else axis - (sum(i < axis for i in mixes) if node.attrs.get("drops") else 0)
+    if node.op == "Move":
+        found: int | None = node.attrs["kept"].get(axis)
+        return found
+    return axis
 
 
 def _reads(node: Node, axis: int) -> bool:

@@ -1,7 +1,8 @@
 """Linear operators in a row become one (see `algebra.composition`) where that takes fewer multiply-adds, or as many and an operator less.
 
 Between them may stand what does nothing, and constants that are added or multiplied: the second operator takes these up with the bias of
-the first, by the rule for maps that come from before.
+the first, by the rule for maps that come from before. Averages may stand there too, and moves of whole channels: the mean of what a kernel
+of 1 makes is what it makes of the mean, so that a classifier takes up the convolution before a global average.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import numpy as np
 
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Array, Blocked
-from bnfold.algebra.composition import Composition, composition
-from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor
+from bnfold.algebra.composition import Composition, carried, composition, mixed_axis
+from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor, Value
 from bnfold.algebra.layouts import Layout
+from bnfold.algebra.rules import rule_of
 from bnfold.algebra.settings import restated
 from bnfold.report import Composed, Counts
 
@@ -25,18 +27,21 @@ from .duplicate import multiply_adds
 from .feasible import Draft, checked, fits_type
 from .search import Outcome, apply, taken_up
 
+CARRIERS = {"Average", "Move"}  # what may do the same to all channels
 Magnitudes = tuple[Callable[[], Array], Array]  # of what the numbers of a weight are sums of, and of what those of a bias are
 
 
 @dataclass(frozen=True)
 class Chains:
     """composed: what became of linear operators in a row; removed: the operators that are gone; into: for each of the linear ones its host;
-    hosts: the operators that hold others, with the magnitudes of what they were made of."""
+    hosts: the operators that hold others, with the magnitudes of what they were made of; sizes: of values between that have other channels
+    now, an axis and how many."""
 
     composed: tuple[Composed, ...] = ()
     removed: tuple[Node, ...] = ()
     into: Mapping[Node, Node] = field(default_factory=dict)
     hosts: Mapping[Node, Magnitudes] = field(default_factory=dict)
+    sizes: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
 
     def outcomes(self, found: Iterable[Outcome]) -> list[Outcome]:
         """With the hosts in the places of what went into them, and without constants that did."""
@@ -53,7 +58,7 @@ def join(graph: Graph, fixed: Iterable[Node] = ()) -> Chains:
     while joining.go():
         pass
     rows = (*joining.joined.values(), *joining.apart)
-    return Chains(rows, tuple(joining.removed), joining.into, joining.hosts)
+    return Chains(rows, tuple(joining.removed), joining.into, joining.hosts, joining.sizes)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class _Joining:
         self.removed: list[Node] = []
         self.into: dict[Node, Node] = {}
         self.hosts: dict[Node, Magnitudes] = {}
+        self.sizes: dict[Value, tuple[int, int]] = {}
 
     def go(self) -> bool:
         """Look at all linear operators, once; whether something has changed."""
@@ -115,9 +121,15 @@ class _Joining:
         nodes = first, *between, second
         if len({(node.attrs["limit"], node.attrs.get("scope")) for node in nodes}) > 1:
             raise Blocked("they compute in different types, or stand in different graphs")
+        carriers = [node for node in between if node.op in CARRIERS]
+        for node in carriers if self._graph.copies_weights else nodes:
+            if why := self._graph.rigid(node):
+                raise Blocked(f"of {node.label} {node.name}: {why}")
+            if not self._graph.copies_weights and any(param.tensor and len(param.tensor.users) > 1 for param in node.params.values()):
+                raise Blocked(f"{node.label} {node.name} shares its weights")
         a = _bias(first)
         for node in between:
-            a = a if node.op == "Identity" else coefficients(node).after(a)
+            a = coefficients(node).after(a) if node.op == "Affine" else rule_of(node).down(node, [a])[0].maps[0]
         if a.shift.any() and not second.attrs.get("uniform", True):
             raise Blocked(f"of {second.name}: {second.attrs['uneven']}, and what is added before it would be missing there")
         draft = {} if a.is_identity else checked(self._graph, Site(second.name, [second], 0), taken_up(second, a))
@@ -125,11 +137,12 @@ class _Joining:
         weight, own = second.params["weight"], first.params["weight"]
         if (update := draft.pop((second, "weight"), None)) is not None:
             weight = replace(weight, update=weight.updated(update))
-        found = composition(first, second, (own, weight), onto_first=grows and not first.attrs.get("grows_add"))
+        found = composition(first, second, (own, weight), onto_first=grows and not first.attrs.get("grows_add"), carriers=carriers)
         host = found.host
         _is_less(found, strictly=grows and host is second)
-        gone = [node for node in nodes if node is not host and not node.attrs.get("cloneable")]
-        if held := gone + [node for node in nodes if node in self._fixed]:
+        goes = [node for node in nodes if node is not host and node not in carriers]
+        stays = [node for node in goes if not (node.attrs.get("cloneable") if self._graph.copies_weights else node.op != "Affine")]
+        if held := stays + [node for node in nodes if node in self._fixed]:
             raise Blocked(f"{held[0].label} {held[0].name} stays")
         params = {"weight": _product(host.params["weight"], found)}
         fits_type(host, "weight", params["weight"], Affine.identity(len(found.shape)))
@@ -142,17 +155,28 @@ class _Joining:
         found, graph = pair.found, self._graph
         host, gone = found.host, found.second if found.host is found.first else found.first
         apply(pair.draft)
-        sizes = found.second.output.probes
+        probes = found.second.output.probes
         host.params |= pair.params
         if host.op == "Conv":
             _reset(host, found)
-        for node in (*pair.between, gone):
+        carriers = [node for node in pair.between if node.op in CARRIERS]
+        axis = mixed_axis(found.first) if carriers else None
+        for node in carriers:
+            assert axis is not None
+            axis = carried(node, axis)
+            assert axis is not None
+            self.sizes[node.output] = axis, found.read
+            probes = node.output.probes or ()
+            node.output.probes = tuple((*sizes[:axis], found.read, *sizes[axis + 1 :]) for sizes in probes) or None
+            node.attrs.pop("reads", None)
+        removed = [node for node in (*pair.between, gone) if node not in carriers]
+        for node in removed:
             for role, param in node.params.items():
                 if param.tensor is not None:
                     param.tensor.users.remove((node, role))
             graph.bypass(node)
-        host.output.probes = sizes
-        self.removed += [*pair.between, gone]
+        host.output.probes = probes
+        self.removed += removed
         self.into[gone] = host
         self.hosts.pop(gone, None)
         self.hosts[host] = cache(found.magnitudes), pair.added
@@ -174,8 +198,8 @@ def _before(second: Node) -> tuple[tuple[Node, ...], Node | None]:
     """What stands between an operator and the linear one before it, and that; None where something else stands there."""
     between: list[Node] = []
     value = second.inputs[0]
-    while (node := value.producer) is not None and node.op in ("Affine", "Identity") and len(node.inputs) == 1:
-        if "norm" in node.attrs or node.inputs[0].probes != value.probes:
+    while (node := value.producer) is not None and node.op in {"Affine", "Identity"} | CARRIERS and len(node.inputs) == 1:
+        if "norm" in node.attrs or (node.op == "Affine" and node.inputs[0].probes != value.probes):
             return (), None
         between.insert(0, node)
         value = node.inputs[0]

@@ -54,6 +54,11 @@ class Planned:
         return bool(others) or any(outcome.folded for outcome in self.outcomes)
 
     @property
+    def sizes(self) -> dict[Value, tuple[int, int]]:
+        """Of values that have other channels: an axis, and how many lie along it."""
+        return {**self.chains.sizes, **{value: (axis, len(places)) for value, (axis, places) in self.fewer.kept.items()}}
+
+    @property
     def folded_sites(self) -> list[Site]:
         return [outcome.site for outcome in self.outcomes if outcome.folded]
 
@@ -167,12 +172,13 @@ def plan(
     said: list[str] = []
     if options.norm_affine:
         outcomes, moved, said = move(graph, outcomes)
-    chains = join(graph) if options.merge_linear and graph.copies_weights else Chains()
+    barred = set() if graph.copies_weights else {m.host for m in merges}
+    chains = join(graph, barred) if options.merge_linear else Chains()
     if chains.removed:
         outcomes = _after_merging(graph, chains.outcomes(outcomes), {}, options.clone)
     stays = {*graph.nodes, *(m.branch for m in merges)}  # or is taken out as a branch
     removed = [node for node in affine if node not in stays]
-    fewer = drop(graph, () if graph.copies_weights else {m.host for m in merges}) if options.drop_dead else Narrowed()
+    fewer = drop(graph, barred) if options.drop_dead else Narrowed()
     merges = [narrowed(m, fewer) for m in merges]
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
     written = list(clamped(graph))

@@ -110,6 +110,29 @@ def several(net: Net) -> None:
     net.output(x)
 
 
+def behind_the_average(net: Net) -> None:
+    """A kernel of 1 makes of a mean the mean of what it makes: the classifier takes it up."""
+    x = net.op("GlobalAveragePool", net.bn(net.conv(net.input("N", 4, 9, 9), 4, 24, 1), 24))
+    net.output(net.gemm(net.op("Flatten", x), 24, 5))
+
+
+def behind_a_reshape(net: Net) -> None:
+    """Which states how many channels there are."""
+    x = net.reduce("Mean", net.conv(net.input("N", 4, 9, 9), 4, 24, 1, groups=2), 2, 3)
+    net.output(net.gemm(net.reshape(x, -1, 24), 24, 5))
+
+
+def behind_windows(net: Net) -> None:
+    x = net.op("AveragePool", net.conv(net.input("N", 4, "H", 9), 4, 24, 1), kernel_shape=[2, 2], strides=[2, 2], pads=[1, 0, 0, 1])
+    net.output(net.conv(net.op("Mul", x, net.weight(net.normal(24, 1, 1))), 24, 6, 3))
+
+
+def behind_last_axes(net: Net) -> None:
+    """Features last, as a transformer has them: the mean of all places, turned."""
+    x = net.op("Add", net.op("MatMul", net.input("N", 7, 5), net.matrix(5, 24)), net.bias(24))
+    net.output(net.gemm(net.reduce("Mean", x, 1, keepdims=0), 24, 3))
+
+
 JOINED = [
     bottleneck,
     pointwise_last,
@@ -126,6 +149,10 @@ JOINED = [
     turned_product,
     product_of_channels,
     several,
+    behind_the_average,
+    behind_a_reshape,
+    behind_windows,
+    behind_last_axes,
 ]
 
 
@@ -175,6 +202,16 @@ def given_out(net: Net) -> None:
     net.output(x, net.conv(x, 24, 6, 1))
 
 
+def strided_before_an_average(net: Net) -> None:
+    """The mean of every other place is another."""
+    x = net.op("GlobalAveragePool", net.conv(net.input("N", 4, 9, 9), 4, 24, 1, strides=[2, 2]))
+    net.output(net.gemm(net.op("Flatten", x), 24, 5))
+
+
+def flattened_places(net: Net) -> None:
+    net.output(net.gemm(net.op("Flatten", net.conv(net.input("N", 4, 3, 3), 4, 24, 1)), 216, 5))
+
+
 def unlike_windows(net: Net) -> None:
     """Neither is a mixture of channels, and the first pads by the size of its input."""
     x = net.conv(net.input("N", 4, "H", 9), 4, 24, 2, auto_pad="SAME_UPPER", strides=[2, 2])
@@ -211,6 +248,8 @@ STAY = [
     (growing, "as one they would take"),
     (read_twice, "is also read by"),
     (given_out, "is also an output of the model"),
+    (strided_before_an_average, "GlobalAveragePool GlobalAveragePool_node_0 stands between"),
+    (flattened_places, "Flatten Flatten_node_0 stands between"),
     (unlike_windows, "isn't known for all sizes"),
     (beyond_the_type, "beyond the largest"),
     (no_number, "would be no number"),
@@ -353,26 +392,71 @@ def networks():
         "depthwise": (nn.Sequential(nn.Conv2d(6, 6, 3, groups=6, stride=2, padding=1), nn.Conv2d(6, 6, 1, groups=6)), (2, 6, 9, 9)),
         "transposed": (nn.Sequential(nn.ConvTranspose2d(4, 24, 3, 2, 1, 1, groups=2), nn.Conv2d(24, 6, 1), nn.ReLU()), (2, 4, 5, 5)),
         "into transposed": (nn.Sequential(nn.Conv3d(4, 24, 1, bias=False), nn.ConvTranspose3d(24, 2, 2, 2)), (1, 4, 5, 4, 3)),
+        "average": (nn.Sequential(nn.Conv2d(4, 24, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)), (2, 4, 9, 9)),
         "linear": (nn.Sequential(nn.Linear(4, 24), nn.Dropout(), nn.Linear(24, 6, bias=False)), (2, 3, 4)),
     }
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "kernels", "depthwise", "transposed", "into transposed", "linear"])
-def test_in_a_program(name: str, tmp_path: Path) -> None:
+NAMES = ["bottleneck", "kernels", "depthwise", "transposed", "into transposed", "linear", "average"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_program_and_a_module(name: str, tmp_path: Path) -> None:
     module, shape = networks()[name]
     import torch
 
     x = torch.randn(*shape)
     program = torch.export.export(module.eval(), (x,))
-    fused, report = bnfold.fuse(program, merge_linear=True)
-    (row,) = report.composed
-    assert row.multiply_adds.after < row.multiply_adds.before
-    assert report.verify is not None
-    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
-    assert len(row.layers) == len([node for node in program.graph.nodes if "conv" in node.name or "linear" in node.name])
-    bnfold.save(fused, tmp_path / "fused.pt2")
-    assert torch.allclose(bnfold.load(tmp_path / "fused.pt2").module()(x), module(x), atol=1e-5)
-    assert report.parameters.after < report.parameters.before
+    for given, suffix in ((program, "pt2"), (module, "safetensors")):
+        fused, report = bnfold.fuse(given, example=x, merge_linear=True)
+        (row,) = report.composed
+        assert row.multiply_adds.after < row.multiply_adds.before
+        assert report.verify is not None
+        assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
+        assert report.parameters.after < report.parameters.before
+        path = tmp_path / f"fused.{suffix}"
+        bnfold.save(fused, path)
+        again = bnfold.load(path).module() if given is program else bnfold.load(path, arch=lambda: networks()[name][0])
+        assert torch.allclose(again(x), module(x), atol=1e-5)
+    linear = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    assert [sum(isinstance(each, linear) for each in net.modules()) for net in (module, fused)] == [2, 1]
+
+
+def test_what_the_code_holds_stays_in_a_module_alone() -> None:
+    """A constant between, and a layer that is called twice; one whose weight another layer has gets its own."""
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 24), nn.Linear(24, 6)
+
+        def forward(self, x):
+            return self.b(2 * self.a(x))
+
+    class Twice(Scaled):
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x))) + self.b(self.a(x))
+
+    class Tied(Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.d = nn.Linear(4, 24), nn.Linear(24, 6)
+            self.c.weight, self.d.weight = self.a.weight, self.b.weight
+
+        def forward(self, x):
+            return self.b(self.a(x)) + self.d(torch.relu(self.c(x)))
+
+    x = torch.randn(3, 4)
+    for kind, why in ((Scaled, "mul mul stays"), (Twice, "called once"), (Tied, "")):
+        module = kind().eval()
+        fused, report = bnfold.fuse(module, example=x, merge_linear=True)
+        assert [why in row.reason and (row.into == "") == bool(why) for row in report.composed] == [True]
+        assert torch.allclose(fused(x), module(x), atol=1e-6)
+        fused, report = bnfold.fuse(torch.export.export(module, (x,)), merge_linear=True)
+        assert [row.into != "" for row in report.composed] == [True]
+        assert torch.allclose(fused.module()(x), module(x), atol=1e-6)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------------

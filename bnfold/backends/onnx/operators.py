@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Window
-from bnfold.folding.dead import Narrowed
 from bnfold.folding.linear import Chains
 from bnfold.folding.lower import Written
+from bnfold.folding.plan import Planned
 
 from .graph.constants import Constants
 from .graph.walk import name_of
@@ -117,19 +117,17 @@ def reset(chains: Chains) -> None:
             attributes.update({name: ir.AttrInt64s(name, value) for name, value in stated.items()})
 
 
-def narrow(fewer: Narrowed, constants: Constants, initializer: Callable[[str, ir.TensorProtocol], ir.Value]) -> None:
-    """State the sizes of what has lost channels."""
-    for node in fewer.nodes:
-        op: ir.Node = node.native.node
-        if node.op == "Conv" and "group" in op.attributes:
-            op.attributes["group"] = ir.AttrInt64("group", node.attrs["groups"])
-        if (found := fewer.kept.get(node.output)) is None:
-            continue
-        axis, places = found
+def narrow(planned: Planned, constants: Constants, initializer: Callable[[str, ir.TensorProtocol], ir.Value]) -> None:
+    """State the groups of what has lost channels, and the sizes of all that has others."""
+    for op, groups in ((node.native.node, node.attrs["groups"]) for node in planned.fewer.nodes if node.op == "Conv"):
+        if "group" in op.attributes:
+            op.attributes["group"] = ir.AttrInt64("group", groups)
+    for node, axis, size in ((value.producer, *sizes) for value, sizes in planned.sizes.items() if value.producer is not None):
+        op = node.native.node
         if op.outputs[0].shape is not None:
-            op.outputs[0].shape = ir.Shape(len(places) if i == axis else n for i, n in enumerate(op.outputs[0].shape))
+            op.outputs[0].shape = ir.Shape(size if i == axis else n for i, n in enumerate(op.outputs[0].shape))
         if op.op_type == "Reshape" and (stored := None if op.inputs[1] is None else constants.stored(op.inputs[1])) is not None:
-            sizes = stored.numpy().copy()
-            if sizes[axis] > 0:
-                sizes[axis] = len(places)
-                op.replace_input_with(1, initializer(f"{node.name}.shape", ir.Tensor(sizes)))
+            stated = stored.numpy().copy()
+            if stated[axis] > 0:
+                stated[axis] = size
+                op.replace_input_with(1, initializer(f"{node.name}.shape", ir.Tensor(stated)))

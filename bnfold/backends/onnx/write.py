@@ -76,7 +76,7 @@ class _Writer:
 
     def write(self, graph: Graph, planned: Planned) -> None:
         self._make_clones(graph.clones)
-        narrow(planned.fewer, self.constants, self._initializer)
+        narrow(planned, self.constants, self._initializer)
         updates = list(graph.updates())
         for node, role, param in updates:
             if not isinstance(node.native, OnnxNative) or param.slot is None:

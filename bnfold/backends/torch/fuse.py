@@ -39,8 +39,8 @@ MOST_TRIES = 32  # to find out which folds don't hold elsewhere, where that can'
 FEW_NAMES = 8
 OTHERWISE = "the module's own code, or a hook, looks at it or at what it folds into: folded, it computes something else"
 NOT_MOVED = (
-    "no ranges are equalised, no normalisation gives up its scale and no channel leaves: the code has paths that wouldn't agree, or looks "
-    "at weights"
+    "no ranges are equalised, no normalisation gives up its scale, no channel leaves and no layers in a row become one: the code has paths "
+    "that wouldn't agree, or looks at weights"
 )
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
@@ -134,14 +134,15 @@ class _Folding:
     @property
     def _does_more(self) -> bool:
         options = self._allowed.options
-        return options.equalise or options.norm_affine or options.drop_dead
+        return options.equalise or options.norm_affine or options.drop_dead or options.merge_linear
 
     def _restrict(self) -> None:
-        """Do less: equalise no ranges, drop no channels and leave normalisations alone, or else merge no branches."""
+        """Do less: equalise no ranges, drop no channels and leave normalisations and layers in a row alone, or else merge no branches."""
         merging, options = self._allowed
         more = self._does_more
         self._said = self._said or NOT_MOVED * more
-        self._allowed = Allowed(merging and more, dataclasses.replace(options, equalise=False, norm_affine=False, drop_dead=False))
+        less = dataclasses.replace(options, equalise=False, norm_affine=False, drop_dead=False, merge_linear=False)
+        self._allowed = Allowed(merging and more, less)
 
     def _exact(self, paths: list[Path], test: DifferentialTest) -> nn.Module:
         return write_module(self._module, [path.fold for path in paths], exact=test.exact)[0]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array
-from bnfold.algebra.graph import Elementwise, Node
+from bnfold.algebra.graph import Elementwise, Node, Window
 from bnfold.folding.constant import LINEAR
-from bnfold.folding.dead import Narrowed
+from bnfold.folding.plan import Planned
 
 from ..export.constants import ProgramConstants
 from ..export.walk import arguments, frame, operator_name
@@ -82,9 +82,13 @@ def _is_layer(host: ModuleHost, constants: ProgramConstants, node: Node) -> bool
     return own and called == [node.native.op] and isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and reads_bias(layer)
 
 
-def narrowed_layers(fewer: Narrowed) -> Iterator[tuple[str, dict[str, list[int]]]]:
-    """A module's layers that have lost channels, with the shapes of their tensors, and the number of groups under "groups"."""
-    for node in (node for node in fewer.nodes if node.op in LINEAR):
+def narrowed_layers(planned: Planned) -> Iterator[tuple[str, dict[str, list[int]]]]:
+    """A module's layers that have other channels, or hold other layers, with the shapes of their tensors, the number of groups under
+    "groups", and what else they are set to."""
+    hosts = planned.chains.hosts
+    for node in dict.fromkeys((*hosts, *(node for node in planned.fewer.nodes if node.op in LINEAR))):
         stored = {param.slot.place.attribute: param for param in node.params.values() if param.tensor is not None}
         sizes = {name: [*param.layout.stored(param.read()).shape] for name, param in stored.items()}
+        if isinstance(window := node.attrs.get("window"), Window) and node in hosts:
+            sizes |= {"stride": [*window.stride], "padding": [*window.before], "dilation": [*window.dilation]}
         yield frame(node.native.op), {**sizes, "groups": [node.attrs.get("groups", 1)]}

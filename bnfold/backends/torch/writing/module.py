@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.algebra.rounding import lost, rounded, too_small
 from bnfold.folding.branches import Merge
-from bnfold.folding.dead import Narrowed
 from bnfold.folding.lower import Written
+from bnfold.folding.plan import Planned
 
 from ..export.copies import duplicate
 from ..export.observers import is_fake_quantiser, is_on
@@ -42,9 +42,8 @@ class Fold:
     ctx: TorchLowering
     graph: Graph
     removed: Mapping[Site, Removal]
-    merges: Sequence[Merge]
+    planned: Planned
     written: Mapping[str, Written]
-    fewer: Narrowed = field(default_factory=Narrowed)
 
     def updates(self) -> Iterator[Update]:
         for node, role, param in self.graph.updates():
@@ -55,7 +54,7 @@ class Fold:
             if param.tensor in self.ctx.codes:
                 yield from requantised(self.ctx, node, param)
                 continue
-            exact = param.layout.stored(as_called(param.read(), role, [m for m in self.merges if m.host is node]))
+            exact = param.layout.stored(as_called(param.read(), role, [m for m in self.planned.merges if m.host is node]))
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
             said = "" if param.tensor is None else param.tensor.as_floats()
             yield Update(node, slot.place, exact, dtype, param.tensor is None, param.flush, said=said)
@@ -138,10 +137,10 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
         dtype = NUMPY[written.node.attrs.get("mixed") or written.node.native.dtype]
         for role, array in written.constants.items():
             made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(array if exact else rounded(array, dtype)))
-    for m in (each for fold in folds for each in fold.merges):
-        if m.branch is not None:
-            surgery.merged[frame(m.branch.native.op)] = fills(m.add, m.kept_input)
-    surgery.narrowed = dict(each for fold in folds for each in narrowed_layers(fold.fewer))
+    merges = [(m, m.branch) for fold in folds for m in fold.planned.merges if m.branch is not None]
+    surgery.merged = {frame(branch.native.op): fills(m.add, m.kept_input) for m, branch in merges}
+    surgery.replaced |= {frame(node.native.op): [] for fold in folds for node in fold.planned.chains.into}
+    surgery.narrowed = dict(each for fold in folds for each in narrowed_layers(fold.planned))
     changed = [*made, *(name for fold in folds for each in fold.removed.values() for name in fold.made_identity(each))]
     surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(*owner_of(result, name))]
     tied = _tied(module)

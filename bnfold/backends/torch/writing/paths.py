@@ -59,7 +59,7 @@ class Path:
         for outcome in self.planned.outcomes:
             for node in outcome.into if outcome.folded else ():
                 into.setdefault(node, set()).add(plain_name(outcome.site.name))
-        merged = {m.host for m in self.planned.merges} | {*self.planned.scaled, *self.planned.fewer.nodes}
+        merged = {m.host for m in self.planned.merges} | {*self.planned.scaled, *self.planned.fewer.nodes, *self.planned.chains.hosts}
         found: dict[Key, Edit] = {}
         for update in self.fold.updates():
             there = not update.grows and update.place.how == "stored"
@@ -78,6 +78,8 @@ class Path:
         for m in self.planned.merges:
             if m.branch is not None:
                 found["module", self.host.canonical(frame(m.branch.native.op))] = Edit("merged", frozenset())
+        for node in self.planned.chains.into:
+            found["module", self.host.canonical(frame(node.native.op))] = Edit("joined", frozenset())
         return found
 
     def comes_by(self, key: Key) -> bool:
@@ -137,7 +139,7 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
     removed |= {site: ways[site] for site in lowered}
     places = [ways[modules[each.node]].path if each.node in modules else frame(each.node.native.op) for each in planned.written]
     written = {path: each for path, each in zip(places, planned.written, strict=True) if path}
-    return Path(text, planned, Fold(ctx, graph, removed, planned.merges, written, planned.fewer))
+    return Path(text, planned, Fold(ctx, graph, removed, planned, written))
 
 
 def conflict(paths: list[Path]) -> Conflict | None:

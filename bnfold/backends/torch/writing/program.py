@@ -17,7 +17,6 @@ from torch.fx import Node as Op
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.rounding import lost, rounded, too_small
-from bnfold.folding.dead import Narrowed
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
@@ -96,7 +95,7 @@ class _Writer(ProgramEditor):
                 device = self._device(native.op if old is None else old)
                 alike[key] = self._parameter(old, native, role, to_tensor(np.ascontiguousarray(array)).to(device))
             self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
-        self._narrow(planned.fewer)
+        self._narrow(planned)
         for host in planned.chains.hosts:
             reset(self.copies[host.native.op], host)
             self.resized.add(self.copies[host.native.op])
@@ -110,17 +109,18 @@ class _Writer(ProgramEditor):
             if (given := self._current(source)).op == "call_function" and op in self.copies:
                 self._replace(self.copies[op], given)
 
-    def _narrow(self, fewer: Narrowed) -> None:
-        """State the sizes of what has lost channels."""
-        for node in fewer.nodes:
-            op, given = self.copies[node.native.op], arguments(node.native.op)
+    def _narrow(self, planned: Planned) -> None:
+        """State the groups of what has lost channels, and the sizes of all that has others."""
+        for node in planned.fewer.nodes:
             if node.op == "Conv":
-                set_argument(op, "groups", node.attrs["groups"])
-            if operator_name(op) in VIEWS and node.output in fewer.kept:
-                (axis, places), name = fewer.kept[node.output], "size" if "size" in given else "shape"
-                if isinstance(n := given[name][axis], int) and n != -1:
-                    set_argument(op, name, [len(places) if i == axis else each for i, each in enumerate(given[name])])
-        self.resized |= {self.copies[node.native.op] for node in fewer.nodes}
+                set_argument(self.copies[node.native.op], "groups", node.attrs["groups"])
+            self.resized.add(self.copies[node.native.op])
+        for node, axis, size in ((value.producer, *sizes) for value, sizes in planned.sizes.items() if value.producer is not None):
+            op, given = self.copies[node.native.op], arguments(node.native.op)
+            name = "size" if "size" in given else "shape"
+            if operator_name(op) in VIEWS and isinstance(n := given[name][axis], int) and n != -1:
+                set_argument(op, name, [size if i == axis else each for i, each in enumerate(given[name])])
+            self.resized.add(op)
 
     def _shared(self, op: Op) -> bool:
         """Whether several operators read it, those that were doubled included."""

@@ -40,7 +40,8 @@ class Surgery:
     each channel, None for one that stays as it is.
     keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
     persistent: buffers that changed, and that a state dict left out.
-    narrowed: layers that lost channels, each with the shapes of its tensors, and its number of groups under "groups".
+    narrowed: layers that lost channels, or hold others, each with the shapes of its tensors, its number of groups under "groups", and what
+    else it is set to.
     copied: those of the replaced whose output somebody writes into, while their input is still needed.
     """
 
@@ -209,7 +210,7 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def narrow(layer: nn.Module, sizes: Mapping[str, list[int]]) -> None:
-    """Let a convolution or a linear layer have fewer channels. sizes: see `Surgery.narrowed`."""
+    """Let a convolution or a linear layer have other channels, and another kernel. sizes: see `Surgery.narrowed`."""
     for name, size in sizes.items():
         if (old := layer._parameters.get(name)) is not None and [*old.shape] != size:
             layer._parameters[name] = nn.Parameter(old.detach().new_zeros(size), old.requires_grad)
@@ -218,7 +219,10 @@ def narrow(layer: nn.Module, sizes: Mapping[str, list[int]]) -> None:
         layer.out_features, layer.in_features = first, second
         return
     made, read = (second * groups, first) if getattr(layer, "transposed", False) else (first, second * groups)
-    layer.out_channels, layer.in_channels, layer.groups = made, read, groups  # type: ignore[assignment]  # a module has what it is given
+    settings = {name: tuple(sizes[name]) for name in ("stride", "padding", "dilation") if name in sizes}
+    stated = {"out_channels": made, "in_channels": read, "groups": groups, "kernel_size": tuple(sizes["weight"][2:]), **settings}
+    for name, value in stated.items():
+        setattr(layer, name, value)
 
 
 def fix(module: nn.Module, attribute: str, how: str) -> None:
