@@ -103,7 +103,7 @@ def guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
         try:
             yield
         except (Exception, SystemExit) as error:
-            raise DataError(f"{spec} raised {type(error).__name__}{when}: {first_line(error)}{advice}") from error
+            raise DataError(f"{spec} raised {type(error).__name__}{when}: {_said(error)}{advice}") from error
 
     def items(iterator: Iterator[Any]) -> Iterator[Any]:
         end = object()
@@ -122,6 +122,15 @@ def guarded(function: Callable[[], Any], spec: str) -> Callable[[], Any]:
             return items(iter(made))
 
     return called
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, that of another process too: PyTorch's loaders put that process's traceback first, or meet its end."""
+    if isinstance(error, (EOFError, ConnectionError)):
+        return f"{first_line(error)}: a process that loads the data may have died, perhaps for want of memory"
+    if "Original Traceback" not in str(error):
+        return first_line(error)
+    return str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
 
 
 FORMS = (

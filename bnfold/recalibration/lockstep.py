@@ -32,7 +32,7 @@ import numpy as np
 
 from bnfold.data.inputs import samples_of
 from bnfold.data.memory import enough_memory
-from bnfold.errors import BnfoldError, DataError, UnsupportedError, UsageError
+from bnfold.errors import BnfoldError, DataError, DeviceError, OutOfMemoryError, UnsupportedError, UsageError
 from bnfold.report import RecalibrateReport
 from bnfold.text import counted
 
@@ -160,8 +160,10 @@ def _through(stages: Sequence[Stage], data: Values, layers: Sequence[BatchNorm],
 def _run(stage: Stage, values: Values, index: int, own: Mapping[int, Moments] = NOTHING) -> Values:
     try:
         return stage.run(values, own)
-    except DataError as error:
-        raise DataError(f"micro-batch {index + 1}: {error}") from None
+    except OutOfMemoryError:
+        raise
+    except (DataError, DeviceError) as error:
+        raise type(error)(f"micro-batch {index + 1}: {error}") from None
 
 
 def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[int] | None = None) -> dict[int, str]:

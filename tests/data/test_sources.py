@@ -133,6 +133,9 @@ def test_function_of_a_file(tmp_path):
         "def pairs():\n    return [(A[:9], range(9)), (A[9:], range(9, 20))]\n"
         "def dicts():\n    yield {'x': A, 'labels': list(range(20))}\n"
         "def fails():\n    yield A\n    raise RuntimeError('no disk')\n"
+        "class Set:\n    __len__ = lambda self: 20\n    def __getitem__(self, i):\n"
+        "        if i == 7: raise OSError('disk gone')\n        return A[i]\n"
+        "def worker():\n    from torch.utils.data import DataLoader\n    return DataLoader(Set(), batch_size=5, num_workers=1)\n"
         "def number():\n    return 3\n"
     )
     for name, cut in (("arrays", [5, 5, 5, 5]), ("pairs", [9, 11]), ("dicts", [20])):
@@ -143,6 +146,7 @@ def test_function_of_a_file(tmp_path):
         assert data.labels is None if name == "arrays" else data.labels.tolist() == list(range(20))
     assert sizes(open_data(f"{tmp_path}/load.py:arrays", X, batch_size=6)) == [6, 6, 6, 2]
     refused("load.py:fails raised RuntimeError instead of its batch 2: no disk", lambda: open_data(f"{tmp_path}/load.py:fails", X))
+    refused("load.py:worker raised OSError instead of its batch 2: disk gone; see", lambda: open_data(f"{tmp_path}/load.py:worker", X))
     refused("load.py:number gave int; it must give an iterable", lambda: open_data(f"{tmp_path}/load.py:number", X))
     refused("has no function 'nope'; it has arrays, pairs", lambda: open_data(f"{tmp_path}/load.py:nope", X))
     refused("there is no file gone.py", lambda: open_data("gone.py:load", X))

@@ -120,6 +120,10 @@ def test_what_breaks_in_mid_run_is_placed(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(stage._Session, "__call__", breaking)
     with pytest.raises(bnfold.DataError, match=r"micro-batch 5: ONNX Runtime can't run the model on x \(30, 3, 6, 6\): Non-zero status"):
         bnfold.recalibrate(residual(), X, batch_size=30)
+    calls = 0
+    monkeypatch.setattr(stage, "run_failed", lambda error, *_: bnfold.DeviceError(f"execution provider cuda failed: {error}"))
+    with pytest.raises(bnfold.DeviceError, match=r"^micro-batch 5: execution provider cuda failed: "):
+        bnfold.recalibrate(residual(), X, batch_size=30)
     broken = started(folder, ["bnfold"], RANK=0, WHO=0, DOES="raise OSError('shard 7 is gone')")
     _, error = broken.communicate(timeout=100)
     assert broken.returncode == 3

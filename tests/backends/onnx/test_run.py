@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from bnfold.backends.onnx.graph.ranges import inputs
 from bnfold.backends.onnx.oracle.evaluator import Oracle
@@ -284,6 +285,25 @@ def test_a_size_that_the_model_can_not_run(capfd):
     with pytest.raises(DataError, match=r"^ONNX Runtime can't run the model on x \(5\): .*Reshape"):
         Session(net).run({"x": np.zeros(5, np.float32)})
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "raised", "said"), [(True, DeviceError, r"on x \(6\), which the CPU runs: .*failure 700"), (False, DataError, "")]
+)
+def test_a_provider_that_fails_in_mid_run(monkeypatch, on_cpu, raised, said):
+    net = model([make("Sqrt", ["x"], ["y"])], [info("x", TensorProto.FLOAT, ["n"])], [info("y", TensorProto.FLOAT, None)])
+    device, run = Session(net), ort.InferenceSession.run
+
+    def failing(self, *args):
+        if self is device._session or not on_cpu:
+            raise Fail("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Sqrt node. CUDA failure 700")
+        return run(self, *args)
+
+    monkeypatch.setattr(ort.InferenceSession, "run", failing)
+    monkeypatch.setattr("bnfold.backends.onnx.runtime.providers.resolve", lambda name: f"{name.upper()}ExecutionProvider")
+    device._asked = "cuda"
+    with pytest.raises(raised, match=said or r"^ONNX Runtime can't run the model on x \(6\): Non-zero"):
+        device.run({"x": np.ones(6, np.float32)})
 
 
 # ---- random feeds

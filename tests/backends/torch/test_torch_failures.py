@@ -13,6 +13,7 @@ from torch import nn
 import bnfold
 from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.runtime.interpreter import TorchOracle
+from bnfold.backends.torch.runtime.session import run_failed
 
 X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7))
 
@@ -211,3 +212,20 @@ def test_old_statistics_leave_no_trace() -> None:
     fresh = [bnfold.recalibrate(net, X, batch_size=2)[0] for net in (one, other)]
     assert torch.equal(fresh[0][1].running_mean, fresh[1][1].running_mean)
     assert torch.equal(fresh[0][1].running_var, fresh[1][1].running_var)
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [
+        ("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later", bnfold.DeviceError),
+        ("CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", bnfold.DeviceError),
+        ("CUDA error: device-side assert triggered", bnfold.DataError),  # an index that isn't there, which the data or the model have
+        ("The size of tensor a (4) must match the size of tensor b (3)", bnfold.DataError),
+        ("\"addmm_impl_cpu_\" not implemented for 'Half'", bnfold.UnsupportedError),
+    ],
+)
+def test_whose_fault_a_run_is_that_fails(said: str, raised: type[bnfold.BnfoldError]) -> None:
+    error = run_failed(RuntimeError(said), "the model", "x (1, 3)", torch.device("cuda:1"))
+    assert type(error) is raised
+    assert str(error).startswith(f"PyTorch can't run the model on x (1, 3): {said.splitlines()[0]}")
+    assert ("device cuda:1" in str(error)) == (raised is bnfold.DeviceError)

@@ -16,9 +16,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from bnfold.capture import overhearing
-from bnfold.data.memory import out_of_memory
-from bnfold.data.spec import shape_text
-from bnfold.errors import BnfoldError, DataError, UnsupportedError
+from bnfold.errors import BnfoldError, UnsupportedError
 from bnfold.recalibration.distributed import threads
 from bnfold.recalibration.moments import Moments, Pointwise, Samples, measure_samples, measure_through
 from bnfold.recalibration.plan import NOTHING, Reading, Values
@@ -26,7 +24,7 @@ from bnfold.recalibration.plan import NOTHING, Reading, Values
 from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes, opset
 from ..runtime.placement import assigned, honoured, name_nodes
-from ..runtime.providers import resolve, runtime, runtime_message, start
+from ..runtime.providers import resolve, run_failed, runtime, runtime_message, start
 from .operations import OnnxCut, sources
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
@@ -70,12 +68,13 @@ class OnnxStage:
         if not part.nodes:
             return
         proto, lent = _proto(model, part, measured, kinds, given)
+        self._provider, self._on = provider, partial(_Session, proto, lent, kinds)
         self._instead = partial(_evaluator, proto, lent, kinds)
         self._takes = [info.name for info in proto.graph.input if info.name not in self._given]
         self.lacks = "" if opset(model) >= OLDEST else f"there are none below opset {OLDEST}"
         if not self.lacks:
             try:
-                self._run = _Session(proto, lent, provider, kinds)
+                self._run = self._on(provider)
                 return
             except _NoKernelError as error:
                 self.lacks = str(error)
@@ -101,10 +100,7 @@ class OnnxStage:
             if "does not support" in text or "not implemented" in text.lower():  # as recurrent kernels in float64 say when they run
                 self.lacks, self._run = text, self._instead()
                 return self._run(feeds)
-            if out_of_memory(error):
-                raise MemoryError(text) from None
-            shapes = ", ".join(f"{name} {shape_text(array.shape)}" for name, array in feeds.items())
-            raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+            raise run_failed(error, self._provider, feeds, lambda: self._on("cpu")(feeds)) from None
 
 
 class _NoKernelError(Exception):
@@ -114,7 +110,7 @@ class _NoKernelError(Exception):
 class _Session:
     """ONNX Runtime over one stage, without graph optimisation."""
 
-    def __init__(self, proto: onnx.ModelProto, lent: Arrays, provider: str, kinds: dict[str, int]) -> None:
+    def __init__(self, proto: onnx.ModelProto, lent: Arrays, kinds: dict[str, int], provider: str) -> None:
         ort = runtime()
         self._ort, self._kinds = ort, kinds
         options = ort.SessionOptions()

@@ -7,15 +7,21 @@ the reason (see `capture`).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import re
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from bnfold.capture import overhearing, without_telemetry
-from bnfold.errors import DeviceError, UnsupportedError, UsageError
+from bnfold.data.memory import out_of_memory
+from bnfold.data.spec import shape_text
+from bnfold.errors import DataError, DeviceError, UnsupportedError, UsageError
 from bnfold.text import listed
 
 CPU = "CPUExecutionProvider"
@@ -155,6 +161,25 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
         )
     session.disable_fallback()
     return session
+
+
+def run_failed(error: Exception, provider: str, feeds: Mapping[str, np.ndarray], on_cpu: Callable[[], object]) -> Exception:
+    """What to raise for a run that failed: MemoryError; DeviceError where the CPU does the same without fail; else DataError.
+
+    on_cpu: runs the same there.
+    """
+    text, name = runtime_message(error), resolve(provider)
+    if out_of_memory(error):
+        return MemoryError(text)
+    shapes = ", ".join(f"{key} {shape_text(array.shape)}" for key, array in feeds.items())
+    if name != CPU:
+        with contextlib.suppress(Exception):  # onnxruntime's classes share no other base
+            on_cpu()
+            return DeviceError(
+                f"execution provider {short(name)} failed on {shapes}, which the CPU runs: {text}; "
+                f"{_advice(name, built_in=True)}, or take another provider"
+            )
+    return DataError(f"ONNX Runtime can't run the model on {shapes}: {text}")
 
 
 def runtime_message(error: BaseException | str, limit: int = 300) -> str:

@@ -15,9 +15,8 @@ from onnx import TensorProto
 from bnfold.capture import overhearing
 from bnfold.data import Batch, InputSpec
 from bnfold.data.inputs import check_feeds, samples_of
-from bnfold.data.memory import enough_memory, out_of_memory
-from bnfold.data.spec import shape_text
-from bnfold.errors import DataError, ModelError, UsageError
+from bnfold.data.memory import enough_memory
+from bnfold.errors import ModelError, UsageError
 from bnfold.files import Workplace
 from bnfold.model import Placement
 
@@ -27,7 +26,7 @@ from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.ranges import inputs
 from ..graph.walk import all_nodes
 from .placement import assigned, honoured, name_nodes, profiled
-from .providers import CPU, resolve, runtime, runtime_message, start
+from .providers import CPU, resolve, run_failed, runtime, start
 
 LONGEST = 60  # seconds of a run with loops in it
 # Protocol buffers can't hold more; the margin is for the graph around the weights.
@@ -96,7 +95,8 @@ class Session:
         return inputs(self._model)
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:
-        """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit."""
+        """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit,
+        DeviceError where the provider fails on what the CPU runs."""
         check_feeds(feeds, inputs(self._model, feeds), self._optional)
         given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
         with enough_memory(samples_of(feeds)), overhearing(), self._ending() as options:
@@ -105,11 +105,7 @@ class Session:
             except Exception as error:
                 if options is not None and options.terminate:
                     raise ModelError(f"a loop of the model doesn't end within {LONGEST} s; don't use this file") from None
-                text = runtime_message(error)
-                if out_of_memory(error):
-                    raise MemoryError(text) from None
-                shapes = ", ".join(f"{k} {shape_text(v.shape)}" for k, v in feeds.items())
-                raise DataError(f"ONNX Runtime can't run the model on {shapes}: {text}") from None
+                raise run_failed(error, self._asked, feeds, lambda: Session(self._model).run(feeds)) from None
         if self._profiling:
             self._profiling = False
             self.placement = profiled(self._session.end_profiling(), self._asked)

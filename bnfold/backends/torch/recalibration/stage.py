@@ -14,16 +14,16 @@ from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
 from bnfold.data.memory import out_of_memory
-from bnfold.errors import BnfoldError, DataError, UnsupportedError
+from bnfold.errors import BnfoldError, UnsupportedError
 from bnfold.recalibration.moments import Moments, Pointwise, Samples
 from bnfold.recalibration.plan import NOTHING, Reading, Values
 from bnfold.recalibration.schedule import Cut
-from bnfold.text import first_line
 
 from ..export.constants import ProgramConstants
 from ..export.regions import under
 from ..export.tensors import to_numpy, to_tensor
 from ..export.walk import arguments, epsilon, in_training, is_batchnorm, is_tensor, items, operator_name, stored_targets, viewed
+from ..runtime.session import run_failed
 from .moments import Meter
 
 aten = torch.ops.aten
@@ -202,7 +202,7 @@ class TorchStage:
             except Exception as error:  # operators raise what they like
                 if isinstance(error, BnfoldError) or out_of_memory(error):
                     raise
-                raise DataError(f"PyTorch can't run {op.name} on these data: {first_line(error)}") from None
+                raise run_failed(error, op.name, "these data", self._stored.device) from None
             for source in self._drops[op]:
                 env.pop(source, None)
         return {op.name: env[op] for op in self._part.makes} | ({SIZES: sizes} if self._first else {})

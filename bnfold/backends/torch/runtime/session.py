@@ -5,6 +5,7 @@ TF32, whose rounding hides real defects, is off while a model runs here, unless 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
@@ -22,7 +23,7 @@ from bnfold.capture import Switch
 from bnfold.data import Batch, InputSpec
 from bnfold.data.inputs import check_feeds, samples_of
 from bnfold.data.memory import enough_memory
-from bnfold.errors import DataError, DeviceError, OutOfMemoryError, UnsupportedError, UsageError
+from bnfold.errors import BnfoldError, DataError, DeviceError, OutOfMemoryError, UnsupportedError, UsageError
 from bnfold.model import Placement
 from bnfold.text import first_line
 
@@ -34,6 +35,7 @@ from ..export.trace import Traced
 from ..export.walk import in_training, is_batchnorm, mutates, stored_targets, written
 
 MOVED = 1 / 12  # the share of stored numbers that move by a unit in the last place, with the variance of rounding itself
+_DEVICE = re.compile(r"(CUDA|HIP) error|CUBLAS_|CUDNN_|cuDNN error", re.IGNORECASE)
 
 
 def device_of(name: str) -> torch.device:
@@ -145,11 +147,18 @@ class TorchSession:
                 raise
             except Exception as error:  # the model's code raises what it likes
                 shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
-                text = f"PyTorch can't run the model on {shapes}: {first_line(error)}"
-                raise (UnsupportedError if "not implemented" in str(error) else DataError)(text) from None
+                raise run_failed(error, "the model", shapes, self.device) from None
         if where is not None:
             self.placement = Placement(where.there, where.all, "operators")
         return {name: to_numpy(tensor) for name, tensor in flat_outputs(returned).items()}
+
+
+def run_failed(error: Exception, what: str, data: str, device: torch.device) -> BnfoldError:
+    """What to raise where something can't be run on some data: DeviceError where it is the device that says so."""
+    text = f"PyTorch can't run {what} on {data}: {first_line(error)}"
+    if "device-side assert" not in text and _DEVICE.search(text):
+        return DeviceError(f"{text}; see to device {device} and its driver, or take another device")
+    return (UnsupportedError if "not implemented" in str(error) else DataError)(text)
 
 
 @contextmanager
