@@ -191,8 +191,8 @@ def open_data(
     """
     if seed < 0:
         raise UsageError(f"the seed is {seed}; it must be 0 or more")
-    asked = Request(spec, inputs, batch_size, samples, seed, images, input_shapes or {}, column, flat)
-    return Data(_source(asked), inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
+    request = Request(spec, inputs, batch_size, samples, seed, images, input_shapes or {}, column, flat)
+    return Data(_source(request), inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
 
 
 def first_of(spec: str) -> Any:
@@ -209,28 +209,28 @@ def first_of(spec: str) -> Any:
     return None if function is None else peek(function)[0]
 
 
-def _source(asked: Request) -> Source:
-    tables = None if asked.spec == "random" else files_in_table(asked.spec)
-    if asked.spec == "random":
+def _source(request: Request) -> Source:
+    tables = None if request.spec == "random" else files_in_table(request.spec)
+    if request.spec == "random":
         from .random import random_source
 
-        source = random_source(asked)
+        source = random_source(request)
     elif tables is not None:
         from .tables.source import table_source
 
         for file in tables:
             files.check_beginning(file)
-        source = table_source(asked, tables)
-    elif Path(asked.spec).is_dir():
-        source = _folder(asked)
+        source = table_source(request, tables)
+    elif Path(request.spec).is_dir():
+        source = _folder(request)
     else:
-        source = _file_or_function(asked)
+        source = _file_or_function(request)
     unused = []
-    if asked.column is not None and tables is None:
-        unused.append(f"{source.description}: this is no table, so --column {asked.column} isn't used")
-    if asked.images is not None and not source.images:
+    if request.column is not None and tables is None:
+        unused.append(f"{source.description}: this is no table, so --column {request.column} isn't used")
+    if request.images is not None and not source.images:
         unused.append(f"{source.description}: these are no image files, so the image options aren't used")
-    return replace(source, notes=(*source.notes, *unused), files=lambda: tables or _files(asked.spec))
+    return replace(source, notes=(*source.notes, *unused), files=lambda: tables or _files(request.spec))
 
 
 def _files(spec: str) -> Iterator[Path]:
@@ -242,29 +242,29 @@ def _files(spec: str) -> Iterator[Path]:
         yield path
 
 
-def _file_or_function(asked: Request) -> Source:
-    spec, path = asked.spec, Path(asked.spec)
+def _file_or_function(request: Request) -> Source:
+    spec, path = request.spec, Path(request.spec)
     if path.exists():
         if not path.is_file():
             raise DataError(f"{spec}: a device or pipe, not a file; give {FORMS}")
         if path.suffix.lower() not in files.READERS:
             raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
-        return from_object(files.read(path), asked.inputs, str(path), asked.flat)
+        return from_object(files.read(path), request.inputs, str(path), request.flat)
     function = function_of(spec)
     if function is None:
         raise DataError(f"{spec}: there is no such file or folder; give {FORMS}")
-    return from_stream(guarded(function, spec), asked.inputs, spec, asked.flat)
+    return from_stream(guarded(function, spec), request.inputs, spec, request.flat)
 
 
-def _folder(asked: Request) -> Source:
+def _folder(request: Request) -> Source:
     """A folder of .npy files, one sample or one batch each, or of images."""
-    path = Path(asked.spec)
+    path = Path(request.spec)
     paths = sorted(path.glob("*.npy"))
     if not paths:
         from .images.pipeline import folder_source
 
-        return folder_source(asked)
-    spec = asked.only_input("a folder of .npy files serves", "an .npz file")
+        return folder_source(request)
+    spec = request.only_input("a folder of .npy files serves", "an .npz file")
 
     def chunks() -> Iterator[Chunk]:
         for file in paths:

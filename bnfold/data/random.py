@@ -52,12 +52,12 @@ def random_feeds(
 def check_shapes(wanted: Mapping[str, Sequence[int]], specs: Sequence[InputSpec]) -> None:
     """UsageError unless these shapes that a user asks for, by input name, are some that the inputs take."""
     by_name = {spec.name: spec for spec in specs}
-    for name, asked in wanted.items():
+    for name, shape in wanted.items():
         if name not in by_name:
             raise UsageError(f"--input-shape names {name!r}, which is no input; the model has {listed(by_name)}")
         stated = by_name[name].shape
-        if len(asked) != len(stated) or any(isinstance(d, int) and d != n for d, n in zip(stated, asked, strict=True)):
-            raise UsageError(f"input {name!r} has shape {shape_text(stated)}; {shape_text(tuple(asked))} doesn't fit it")
+        if len(shape) != len(stated) or any(isinstance(d, int) and d != n for d, n in zip(stated, shape, strict=True)):
+            raise UsageError(f"input {name!r} has shape {shape_text(stated)}; {shape_text(tuple(shape))} doesn't fit it")
 
 
 def whole_numbers(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
@@ -87,22 +87,22 @@ def _lively(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...], s
     raise UnsupportedError(f"input {spec.name!r} takes {spec.dtype}: there are no random data of that type; give --data")
 
 
-def random_source(asked: Request) -> Source:
+def random_source(request: Request) -> Source:
     """Batches of `random_feeds`, each from a seed of its own; two batches unless a number of samples is given."""
-    inputs, samples, shapes = asked.inputs, asked.samples, {name: tuple(shape) for name, shape in asked.input_shapes.items()}
-    if (asked.batch_size is not None and asked.batch_size < 1) or (samples is not None and samples < 1):
+    inputs, samples, shapes = request.inputs, request.samples, {name: tuple(shape) for name, shape in request.input_shapes.items()}
+    if (request.batch_size is not None and request.batch_size < 1) or (samples is not None and samples < 1):
         raise UsageError("the batch size and the number of samples must be 1 or more")
     given = [shapes[s.name][0] for s in inputs if shapes.get(s.name) and s.shape]
     fixed = [s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], int)]
     dynamic = len(fixed) < sum(bool(s.shape) for s in inputs)
-    usual = asked.batch_size or min(samples or BATCH_SIZE, BATCH_SIZE)
+    usual = request.batch_size or min(samples or BATCH_SIZE, BATCH_SIZE)
     size = max(given) if given else usual if dynamic or not fixed else fixed[0]
     count = -(-samples // size) if samples is not None else 2
 
     def chunks() -> Iterator[Chunk]:
         shared: dict[str, Array] = {}
         for number in range(count):
-            state = int(np.random.SeedSequence([asked.seed, number]).generate_state(1)[0])
+            state = int(np.random.SeedSequence([request.seed, number]).generate_state(1)[0])
             feeds = random_feeds(inputs, batch=size, seed=state, input_shapes=shapes)
             for s in inputs:
                 if not s.shape or (dynamic and isinstance(s.shape[0], int)):
@@ -116,4 +116,4 @@ def random_source(asked: Request) -> Source:
             taken = "x".join(str(n) for n in example.arrays[s.name].shape)
             notes.append(f"input {s.name!r} has dynamic axes; {taken} is taken (--input-shape {s.name}=... gives another)")
     # Of several inputs it may show only when they are fed which of them hold samples, and how many.
-    return Source(chunks, f"random, seed {asked.seed}", tuple(notes), count * size if len(inputs) == 1 else None, keep=True)
+    return Source(chunks, f"random, seed {request.seed}", tuple(notes), count * size if len(inputs) == 1 else None, keep=True)

@@ -19,11 +19,11 @@ from .plan import BatchNorm, Measurement, Plan
 DEAD = 1e-12  # of the channels' mean variance: at or below it, a channel says nothing
 
 
-def report(plan: Plan, measured: Measurement, method: Method, kept: Mapping[int, str]) -> RecalibrateReport:
-    """What became of each layer. kept: those that keep their statistics, and why."""
+def report(plan: Plan, measured: Measurement, method: Method, unchanged: Mapping[int, str]) -> RecalibrateReport:
+    """What became of each layer. unchanged: those that keep their statistics, and why."""
     layers, tallies = plan.layers, measured.tallies
     statistics = [
-        (layer.mean, layer.variance) if i in kept else method.statistics(tally, (layer.mean, layer.variance), measured.samples)
+        (layer.mean, layer.variance) if i in unchanged else method.statistics(tally, (layer.mean, layer.variance), measured.samples)
         for i, (layer, tally) in enumerate(zip(layers, tallies, strict=True))
     ]
     return RecalibrateReport(
@@ -31,9 +31,9 @@ def report(plan: Plan, measured: Measurement, method: Method, kept: Mapping[int,
         variance=method.variance,
         samples=measured.samples,
         layers=tuple(_changes(layers[i], tally.moments, statistics[i]) for i, tally in enumerate(tallies)),
-        held_bytes=measured.held,
-        spilled_bytes=measured.spilled,
-        notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(kept.items())), *measured.notes),
+        held_bytes=measured.peak_bytes,
+        spilled_bytes=measured.spilled_bytes,
+        notes=(*plan.notes, *(f"{layers[i].name} keeps its statistics: {why}" for i, why in sorted(unchanged.items())), *measured.notes),
         before={layer.name: (layer.mean, layer.variance) for layer in layers},
         after={layer.name: each for layer, each in zip(layers, statistics, strict=True)},
     )

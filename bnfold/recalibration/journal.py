@@ -103,9 +103,9 @@ class Journal:
         there = there if isinstance(there, dict) else {}
         for what, mine in here.items():
             if (its := there.get(what)) != mine:
-                told = f" ({its} there, {mine} now)" if max(len(str(its)), len(mine)) <= LONGEST else ""
+                both = f" ({its} there, {mine} now)" if max(len(str(its)), len(mine)) <= LONGEST else ""
                 raise UsageError(
-                    f"{self._root}: what is kept there was measured with another {what}{told}; to go on give the same, or to start anew "
+                    f"{self._root}: what is kept there was measured with another {what}{both}; to go on give the same, or to start anew "
                     f"name another folder to --resume"
                 )
 

@@ -69,11 +69,11 @@ def recalibrate(
     if group.size > 1 and not (how.lockstep or how.additive):
         raise UnsupportedError(f"the method {how} depends on the order of the data, so several processes can't share it; use one")
     if how.lockstep:
-        measured, kept = _in_lockstep(plan, batches, how, memory_budget, progress, group, journal)
+        measured, unchanged = _in_lockstep(plan, batches, how, memory_budget, progress, group, journal)
     else:
         measured = measure(plan, batches, how, progress=progress, group=group, journal=journal)
-        kept = settle(plan, measured, how)
-    return report(plan, measured, how, kept)
+        unchanged = settle(plan, measured, how)
+    return report(plan, measured, how, unchanged)
 
 
 def measure(
@@ -168,7 +168,7 @@ def _run(stage: Stage, values: Values, index: int, own: Mapping[int, Moments] = 
 
 def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[int] | None = None) -> dict[int, str]:
     """Set the statistics that the measurements make; the layers that keep theirs, and why. layers: all of them."""
-    kept = {}
+    unchanged = {}
     for index in range(len(plan.layers)) if layers is None else layers:
         layer, tally = plan.layers[index], measured.tallies[index]
         if tally.moments.count == 0:
@@ -178,8 +178,8 @@ def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[i
         else:
             why = plan.set(index, method.statistics(tally, (layer.mean, layer.variance), measured.samples))
         if why is not None:
-            kept[index] = why
-    return kept
+            unchanged[index] = why
+    return unchanged
 
 
 def _in_lockstep(
@@ -193,17 +193,17 @@ def _in_lockstep(
 ) -> tuple[Measurement, dict[int, str]]:
     layers = plan.layers
     found = Measurement([method.start(layer.mean, layer.variance) for layer in layers])
-    kept: dict[int, str] = {}
+    unchanged: dict[int, str] = {}
     sizes: list[int] = []  # the samples of this process's micro-batches
     resumed = None if journal is None else journal.stages()
     with Frontier(memory_budget, plan.device_room, journal) as frontier:
         if resumed is not None:
             found, sizes = resumed.found, list(resumed.sizes)
             frontier.found(resumed.values)
-            kept = settle(plan, found, method, resumed.layers)
+            unchanged = settle(plan, found, method, resumed.layers)
         done, known = (0, None) if resumed is None else (resumed.done, resumed.dtypes)
         for number, stage in enumerate(plan.stages(done=done, known=known), done):
-            mine = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
+            own = {reading.layer: method.start(layers[reading.layer].mean, layers[reading.layer].variance) for reading in stage.readings}
             total = len(sizes) * plan.stage_count if number else None
             failed = None
             try:
@@ -214,7 +214,7 @@ def _in_lockstep(
                     with enough_memory(sizes[index]):
                         made = _run(stage, values, index)
                         for reading in stage.readings:
-                            method.add(mine[reading.layer], _read(stage, {**values, **made}, reading, layers, index, sizes[index]))
+                            method.add(own[reading.layer], _read(stage, {**values, **made}, reading, layers, index, sizes[index]))
                     for name in frontier.names(index):
                         if name not in stage.keeps:
                             frontier.drop(index, name)
@@ -227,22 +227,22 @@ def _in_lockstep(
                         progress("recalibrate", number * len(sizes) + index + 1, total)
             except BnfoldError as error:
                 failed = error
-            every = together(group, (mine, Measurement([], sum(sizes), len(sizes))), failed)
+            every = together(group, (own, Measurement([], sum(sizes), len(sizes))), failed)
             if number == 0:
                 found.count([part for _, part in every])
-            for layer in mine:
+            for layer in own:
                 found.tallies[layer] = reduce(add, (tallies[layer] for tallies, _ in every), found.tallies[layer])
-                kept.pop(layer, None)
-            kept |= settle(plan, found, method, mine)
+                unchanged.pop(layer, None)
+            unchanged |= settle(plan, found, method, own)
             if number == 0:
-                first = next(iter(mine))
+                first = next(iter(own))
                 found.notes = unscaled(layers[first], found.tallies[first].moments)
             if journal is not None:
-                journal.stage_done(found, mine, sizes, stage.keeps)
+                journal.stage_done(found, own, sizes, stage.keeps)
     if done:
         found.notes.append(f"went on behind stage {done} of {plan.stage_count}, up to which all had been measured before")
-    found.held, found.spilled = frontier.peak, frontier.spilled
-    return found, kept
+    found.peak_bytes, found.spilled_bytes = frontier.peak, frontier.spilled
+    return found, unchanged
 
 
 def _read(

@@ -123,8 +123,8 @@ def pool(parts: Iterable[Moments | Samples]) -> Moments:
         else:
             every.append(part)
     every += map(Moments.of_samples, alike.values())
-    some = [part for part in every if part.count] or every[:1]
-    return some[0] if len(some) == 1 else _pooled(some)
+    filled = [part for part in every if part.count] or every[:1]
+    return filled[0] if len(filled) == 1 else _pooled(filled)
 
 
 def _spread(size: float, off: Array, about: Array) -> Array:

@@ -71,8 +71,8 @@ def merge(model: Model, paths: Iterable[str | Path], target: Target) -> tuple[Mo
     start = time.perf_counter()
     plan = target.plan(model)
     measured, method = statistics_file.read_parts([Path(path) for path in paths], plan.layers)
-    kept = settle(plan, measured, method)
-    found = report(plan, measured, method, kept)
+    unchanged = settle(plan, measured, method)
+    found = report(plan, measured, method, unchanged)
     return model.remade(plan.write()), dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
@@ -88,8 +88,8 @@ def merge_models(
     """
     start = time.perf_counter()
     if len(models) != len(counts) or min(counts) < 1:
-        told = ", ".join(map(str, counts))
-        raise UsageError(f"there are {len(models)} models and the counts {told}: give each model's number of samples, 1 or more")
+        text = ", ".join(map(str, counts))
+        raise UsageError(f"there are {len(models)} models and the counts {text}: give each model's number of samples, 1 or more")
     plans = [target.plan(model) for model in models]
     plan, method = plans[0], Exact()
     notes = [f"the statistics of {len(models)} models together; all else is the first model's"]
@@ -110,8 +110,8 @@ def merge_models(
         seen = [_stated(each, count) for each, count in zip((layer, *others), counts, strict=True)]
         tallies.append(Accumulator(pool(seen), np.zeros((2, layer.mean.size)), (layer.mean, layer.variance)))
     measured = Measurement(tallies, sum(counts), len(counts))
-    kept = settle(plan, measured, method)
-    made = report(plan, measured, method, kept)
+    unchanged = settle(plan, measured, method)
+    made = report(plan, measured, method, unchanged)
     return models[0].remade(plan.write()), dataclasses.replace(made, notes=(*made.notes, *notes), seconds=time.perf_counter() - start)
 
 

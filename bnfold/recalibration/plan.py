@@ -88,14 +88,14 @@ class Stage(Protocol):
 class Measurement:
     """What the data said. tallies: one for each layer. samples, batches: how many there were, in all processes together.
 
-    held, spilled: the most bytes that waited at once, and those of them that went to disk.
+    peak_bytes, spilled_bytes: the most bytes that waited at once, and those of them that went to disk.
     """
 
     tallies: list[Accumulator]
     samples: int = 0
     batches: int = 0
-    held: int = 0
-    spilled: int = 0
+    peak_bytes: int = 0
+    spilled_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
     def count(self, parts: Sequence[Measurement]) -> None:
@@ -120,17 +120,17 @@ class Selection:
 
     def __init__(self, layers: Sequence[str] = (), skipped: Sequence[str] = ()) -> None:
         self._layers, self._skipped = tuple(layers), tuple(skipped)
-        self._asked: dict[str, None] = {}
+        self._names: dict[str, None] = {}
 
     def __call__(self, name: str) -> bool:
-        self._asked[name] = None
+        self._names[name] = None
         return (not self._layers or _any(name, self._layers)) and not _any(name, self._skipped)
 
     def check(self) -> None:
         """UsageError for a pattern that matches none of the names asked for."""
         for pattern in (*self._layers, *self._skipped):
-            if not any(fnmatchcase(name, pattern) for name in self._asked):
-                names = list(self._asked)
+            if not any(fnmatchcase(name, pattern) for name in self._names):
+                names = list(self._names)
                 raise UsageError(f"no BatchNorm is called {pattern!r}; there are {some(names)}{meant(pattern, names)}")
 
 

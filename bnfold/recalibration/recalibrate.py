@@ -187,9 +187,9 @@ def data_of(batches: Any, plan: Plan, one_size: bool, batch_size: int | None, sa
     spread: samples are taken from all over the data, not the first ones.
     """
     specs = plan.specs
-    taken = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
+    wide = [dataclasses.replace(spec, shape=(*spec.shape[:1], *(None for _ in spec.shape[1:]))) for spec in specs] if one_size else specs
     first = None if spread else samples
-    data: Data = as_batches(batches, taken, batch_size=batch_size, samples=first, run=plan.outputs, flat=plan.flat)
+    data: Data = as_batches(batches, wide, batch_size=batch_size, samples=first, run=plan.outputs, flat=plan.flat)
     return data.spread(samples) if spread and samples is not None else data
 
 
@@ -221,13 +221,13 @@ def _until(run: _Run, limit: float, samples: int | None) -> tuple[Model, Recalib
         wanted = math.ceil(found.samples * (worst / limit) ** 2 * MARGIN) if math.isfinite(worst) else count * GROWTH
         count = min(max(wanted, count + 1), count * GROWTH)
         count = count if samples is None else min(count, samples)
-    told = (
+    note = (
         f"{found.samples:,} samples were enough: the worst channel's mean is known to {worst:.2g} standard deviations"
         if reached
         else f"{found.samples:,} samples, all that there are, were not enough: the worst channel's mean is known to {worst:.2g} standard "
         f"deviations, and {limit:g} was asked for"
     )
-    return fresh, dataclasses.replace(found, until=limit, reached=reached, notes=(told, *found.notes))
+    return fresh, dataclasses.replace(found, until=limit, reached=reached, notes=(note, *found.notes))
 
 
 def _few(samples: Any, count: int) -> Any:

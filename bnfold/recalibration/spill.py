@@ -53,7 +53,7 @@ class Frontier:
         self._store = store
         self._values: dict[int, dict[str, Any]] = {}
         self._file = _Scratch()
-        self._in_memory = self._held = self.peak = self.spilled = 0
+        self._in_memory = self._bytes = self.peak = self.spilled = 0
 
     def __enter__(self) -> Frontier:
         return self
@@ -67,8 +67,8 @@ class Frontier:
 
     def put(self, batch: int, name: str, array: Any) -> None:
         """Hold an array, which nobody may write to from then on. array: numpy's, or one of a device, with its `nbytes`."""
-        self._held += array.nbytes
-        self.peak = max(self.peak, self._held)
+        self._bytes += array.nbytes
+        self.peak = max(self.peak, self._bytes)
         entry = array
         stored = None if self._store is None else self._store.write(batch, name, array)
         if not isinstance(array, np.ndarray):
@@ -83,7 +83,7 @@ class Frontier:
     def found(self, values: Sequence[Mapping[str, Slot]]) -> None:
         """Take over what lies in the store already, by micro-batch and name."""
         self._values = {batch: dict(slots) for batch, slots in enumerate(values)}
-        self._held = self.peak = sum(slot.nbytes for slots in values for slot in slots.values())
+        self._bytes = self.peak = sum(slot.nbytes for slots in values for slot in slots.values())
 
     def get(self, batch: int, name: str) -> Any:
         entry = self._values[batch][name]
@@ -91,7 +91,7 @@ class Frontier:
 
     def drop(self, batch: int, name: str) -> None:
         entry = self._values[batch].pop(name)
-        self._held -= entry.nbytes
+        self._bytes -= entry.nbytes
         if isinstance(entry, Slot):
             if self._store is None:
                 self._file.free(entry)

@@ -21,7 +21,7 @@ from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import kept, plan
 from bnfold.report import Counts, FuseReport, Layer
 
-from .export.census import computed, held, of_constants, operators
+from .export.census import batchnorms, computed, of_constants, operators
 from .export.copies import WAY_OUT, duplicate, require_copies
 from .export.other_calls import OtherCall, shapes_text
 from .export.regions import has_regions
@@ -55,7 +55,7 @@ def fuse(traced: Traced, options: FoldOptions = PLAIN) -> tuple[nn.Module | Expo
     ctx = lowering(traced)
     graph = ctx.graph()
     met = operators(site for site in graph.sites if site.is_batchnorm)
-    others = kept(held(ctx, met), met)
+    others = kept(batchnorms(ctx, met), met)
     planned = plan(graph, options)
     constants = of_constants(ctx)
     others = [*map(computed, constants), *others]
@@ -205,7 +205,7 @@ class _Folding:
         ctx = paths[0].fold.ctx
         met = operators(o.site for o in paths[0].planned.outcomes if o.site.is_batchnorm)
         elsewhere = {layer.name for layer in layers[len(first.layers) :]}
-        unmet = [layer for layer in kept(held(ctx, met), met) if layer.name not in elsewhere]
+        unmet = [layer for layer in kept(batchnorms(ctx, met), met) if layer.name not in elsewhere]
         said = [self._traced.note, unexercised(self._traced) if first.changes or after < before or merged else "", self._said]
         return dataclasses.replace(
             first,

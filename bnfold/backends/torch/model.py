@@ -28,7 +28,7 @@ from .export.functional import entangled, functional
 from .export.sizes import Sizes
 from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
-from .export.walk import FLOATS, dtype_of, frame, held_types, is_batchnorm, mutates, size_of
+from .export.walk import FLOATS, dtype_of, float_types, frame, is_batchnorm, mutates, size_of
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import StoredTypes, TorchOracle, inner, rounds
 from .runtime.session import TorchSession, device_of, precise, precisions
@@ -125,7 +125,7 @@ class TorchModel(Model):
 
     @cached_property
     def roundoff(self) -> float:
-        return max((roundoff(NUMPY[kind]) for kind in held_types(self.traced.program)), default=2.0**-24)
+        return max((roundoff(NUMPY[kind]) for kind in float_types(self.traced.program)), default=2.0**-24)
 
     @cached_property
     def arithmetic(self) -> float:

@@ -234,15 +234,15 @@ def _labelled(folder: Path) -> tuple[list[Path], Array | None, int | None, list[
     return paths, np.array([classes.index(parts[0]) for parts in inside], np.int64), len(classes), []
 
 
-def folder_source(asked: Request) -> Source:
+def folder_source(request: Request) -> Source:
     """A folder of images; as many as are asked for, when that is fewer, by a shuffle from the seed."""
-    folder, samples = Path(asked.spec), asked.samples
-    spec = shaped(asked.only_input("images serve", "an .npz file or FILE.py:FUNCTION"), asked.input_shapes)
+    folder, samples = Path(request.spec), request.samples
+    spec = shaped(request.only_input("images serve", "an .npz file or FILE.py:FUNCTION"), request.input_shapes)
     paths, labels, classes, notes = _labelled(folder)
-    pipeline, assumed = resolve(spec, asked.images)
+    pipeline, assumed = resolve(spec, request.images)
     total = len(paths)
     if samples is not None and 0 < samples < total:
-        chosen = np.random.default_rng(asked.seed).permutation(total)[:samples]
+        chosen = np.random.default_rng(request.seed).permutation(total)[:samples]
         paths, labels = [paths[i] for i in chosen], None if labels is None else labels[chosen]
 
     def make(path: Path) -> Batch:

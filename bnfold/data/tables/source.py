@@ -26,16 +26,16 @@ WHOLE = re.compile(r"u?int\d+")
 NUMBERS = re.compile(r"(list of )*(u?int\d+|float\d+|bool)")
 
 
-def table_source(asked: Request, files: Sequence[Path]) -> Source:
+def table_source(request: Request, files: Sequence[Path]) -> Source:
     """Samples of shards, or, where there are no `files`, of the folder that save_to_disk wrote.
 
     As many as are asked for: the first ones of shards, which are read in order, and a choice by the seed of a folder of save_to_disk.
     UnsupportedError where pyarrow is missing, DataError where what it reads doesn't fit.
     """
-    spec, samples = asked.spec, asked.samples
+    spec, samples = request.spec, request.samples
     form = files[0].suffix.lower() if files else None
-    table = saved(spec, samples, asked.seed) if form is None else parquet(spec, files) if form == ".parquet" else tars(spec, files)
-    chosen = _inputs(table.columns, asked.inputs, spec, asked.column)
+    table = saved(spec, samples, request.seed) if form is None else parquet(spec, files) if form == ".parquet" else tars(spec, files)
+    chosen = _inputs(table.columns, request.inputs, spec, request.column)
     label, notes = _labels(table.columns, chosen)
     if samples is not None and files and (table.total is None or samples < table.total):
         notes.append(f"{spec}: the first {samples} samples are taken, in the order of the files")
@@ -44,8 +44,8 @@ def table_source(asked: Request, files: Sequence[Path]) -> Source:
     if not pictures:
         arrays = partial(_arrays, table, chosen, label, spec)
         return Source(arrays, described, tuple(notes), table.total, count=table.count)
-    one = asked.only_input("images serve", "arrays, or FILE.py:FUNCTION")
-    pipeline, assumed = resolve(shaped(one, asked.input_shapes), asked.images)
+    one = request.only_input("images serve", "arrays, or FILE.py:FUNCTION")
+    pipeline, assumed = resolve(shaped(one, request.input_shapes), request.images)
     images = partial(_images, table, pictures[0], one.name, label, pipeline, spec)
     return Source(images, f"{described}: {pipeline}", (*notes, *assumed), table.total, images=True, count=table.count)
 

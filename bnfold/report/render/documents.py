@@ -72,8 +72,8 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
         if len({text for text, _ in same}) > 1:
             most = max((int(share) for each, _ in same for share in SHARE.findall(each)), default=0)
             text = SHARE.sub(f"up to {most}%", OTHER_NAME.sub("*", text))
-        some = len(names) > FEW + 1
-        listed = ", ".join(names[:FEW] if some else names) + (f" and {len(names) - FEW:,} more" if some else "")
+        many = len(names) > FEW + 1
+        listed = ", ".join(names[:FEW] if many else names) + (f" and {len(names) - FEW:,} more" if many else "")
         count = f"{len(names):,} {word if len(names) == 1 else word.rstrip('s')}: " if word else ""
         yield Line(f"{count}{text} ({listed})")
 
@@ -97,7 +97,7 @@ def _recalibrate(report: RecalibrateReport, verbose: bool) -> Iterator[Part]:
     yield Line(tables.MOVED)
     hidden = [layer for layer in report.layers if layer.dead and not verbose]
     yield from _grouped("", [(f"{counted(layer.dead, 'channel')} constant on these data", layer.name) for layer in hidden])
-    yield Line(tables.measured(report, held=verbose))
+    yield Line(tables.measured(report, memory=verbose))
     yield from map(Line, report.notes)
     yield from tables.effects(report, verbose=verbose)
 

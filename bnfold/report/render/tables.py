@@ -115,11 +115,11 @@ def timings(report: BenchReport) -> Table:
     return Table("Latency, the median of a call", ("batch", *sides, "ratio"), cells, prose=False, names=(), spare=(3, 7, 4, 8, 2, 6))
 
 
-def measured(report: RecalibrateReport, *, held: bool = True) -> str:
-    """On what statistics were measured, and how; held: and with how much memory."""
+def measured(report: RecalibrateReport, *, memory: bool = True) -> str:
+    """On what statistics were measured, and how; memory: and with how much memory."""
     spilled = f", {_mebibytes(report.spilled_bytes)} spilled to disk" if report.spilled_bytes else ""
-    memory = f"; at most {_mebibytes(report.held_bytes)} held{spilled}" if report.held_bytes and held else ""
-    return f"{counted(report.samples, 'sample', ',')}, method {report.method}, {report.variance} variance{memory}"
+    held = f"; at most {_mebibytes(report.held_bytes)} held{spilled}" if report.held_bytes and memory else ""
+    return f"{counted(report.samples, 'sample', ',')}, method {report.method}, {report.variance} variance{held}"
 
 
 def effects(report: RecalibrateReport | PipelineReport, *, verbose: bool = True) -> Iterator[Part]:

@@ -75,21 +75,21 @@ def _table(console: Console, table: Table) -> None:
     used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     if not used:
         return
-    told: list[str] = []
+    shortened: list[str] = []
     names = [i for i in table.names if i in used]
     for step in ("", "ends", "places", *table.spare):
         if step == "ends":
             rows, ends = _shortened(rows, names)
-            told += [f"{titles[k]}: {before}{LEFT_OUT}{behind}" for k, (before, behind) in ends.items() if before or behind]
+            shortened += [f"{titles[k]}: {before}{LEFT_OUT}{behind}" for k, (before, behind) in ends.items() if before or behind]
         elif step == "places":
             rows, found = _nearer(rows, names)
-            told += [f"{NEAR} is where the first name is"] if found else []
+            shortened += [f"{NEAR} is where the first name is"] if found else []
         elif isinstance(step, int) and step in used:
             used.remove(step)
         if _fits(console, table, titles, rows, used):
             _grid(console, titles, rows, used)
-            if told:
-                console.print(Text(f"names in full: {'; '.join(told)}", style="dim"))
+            if shortened:
+                console.print(Text(f"names in full: {'; '.join(shortened)}", style="dim"))
             return
     for row in whole:
         console.print(Text(row[0], style="bold"), overflow="fold")
@@ -128,7 +128,7 @@ def _shortened(rows: Cells, names: Sequence[int]) -> tuple[Cells, dict[int, tupl
 
 
 def _nearer(rows: Cells, names: Sequence[int]) -> tuple[Cells, bool]:
-    """The rows with names told from the place of the row's first name, where they have one in common; and whether any is."""
+    """The rows with names shortened from the place of the row's first name, where they have one in common; and whether any is."""
     found = [[*row] for row in rows]
     for row in found:
         mine = re.split(r"(?<=[/.])", row[names[0]]) if names else []

@@ -20,9 +20,9 @@ LARGEST = 1 << 30  # numbers that an input may hold by the sizes that it states
 MOST_SIZES = 1 << 20  # numbers of a list of sizes or axes that is computed: inference follows each of them
 
 
-def most_made(held: int) -> int:
+def most_elements(stored: int) -> int:
     """How many numbers a value may have in a model whose weights and inputs have so many. Networks from noise to pictures make 1e5 of 1."""
-    return max(1 << 28, 1024 * held)
+    return max(1 << 28, 1024 * stored)
 
 
 def misfit(proto: ModelProto) -> str:
@@ -80,7 +80,7 @@ def _check_extent(skeleton: ModelProto, weights: dict[str, int]) -> None:
         return
     kinds = {info.name: info.type.tensor_type for info in (*inferred.value_info, *inferred.output, *graph.input)}
     sizes = {name: math.prod(d.dim_value or 1 for d in kind.shape.dim) for name, kind in kinds.items() if kind.HasField("shape")}
-    held = sum(weights.values()) + sum(sizes.get(info.name, 0) for info in graph.input if info.name not in weights)
+    stored = sum(weights.values()) + sum(sizes.get(info.name, 0) for info in graph.input if info.name not in weights)
     followed = set(weights)
     for node in graph.node:
         if (node.op_type == "Shape" or followed.issuperset(node.input)) and not any(a.type == AttributeProto.GRAPH for a in node.attribute):
@@ -88,9 +88,9 @@ def _check_extent(skeleton: ModelProto, weights: dict[str, int]) -> None:
         for name in node.output:
             listed = name in followed and name in kinds and kinds[name].elem_type in (TensorProto.INT64, TensorProto.INT32)
             listed = listed and len(kinds[name].shape.dim) < 2
-            if sizes.get(name, 0) > (max(MOST_SIZES, held) if listed else most_made(held)):
+            if sizes.get(name, 0) > (max(MOST_SIZES, stored) if listed else most_elements(stored)):
                 raise ModelError(
-                    f"value '{name}' would have {sizes[name]:,} numbers, and weights and inputs have {held:,}; don't use this file"
+                    f"value '{name}' would have {sizes[name]:,} numbers, and weights and inputs have {stored:,}; don't use this file"
                 )
 
 

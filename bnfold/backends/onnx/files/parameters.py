@@ -128,15 +128,15 @@ def check_quantisation(model: ir.Model) -> None:
 
 def _troubles(node: ir.Node) -> Iterator[str]:
     for i in SCALES[node.op_type]:
-        if (held := _held(node, i)) is not None:
-            numbers = held.numpy().astype(np.float64).ravel()
+        if (stored := _stored(node, i)) is not None:
+            numbers = stored.numpy().astype(np.float64).ravel()
             signed = node.op_type in ("QuantizeLinear", "DequantizeLinear")  # whose formulas ask for no sign, nor do runtimes
             bad = np.flatnonzero(~(np.isfinite(numbers) & ((numbers > 0) | (signed & (numbers < 0)))))
             if bad.size:
                 where = f" at place {bad[0]}" if numbers.size > 1 else ""
                 kind = "number other than 0" if signed else "positive number"
                 yield f"a scale of it is {numbers[bad[0]]:g}{where}, where it must be a {kind}"
-    scale, zero = _held(node, 1), _held(node, 2)
+    scale, zero = _stored(node, 1), _stored(node, 2)
     if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
         return
     if zero is not None:
@@ -162,12 +162,12 @@ def _misplaced(node: ir.Node, scales: Shape, sizes: list[int | None] | None) -> 
         yield f"its axis is {axis}, and what it quantises has {len(sizes)} axes"
         return
     axis %= len(sizes)
-    asked: list[int | None] = [sizes[axis]]
+    expected: list[int | None] = [sizes[axis]]
     if block:
-        asked = [n if i != axis or n is None else -(-n // block) for i, n in enumerate(sizes)]
-    if len(scales) != len(asked) or any(n is not None and n != given for n, given in zip(asked, scales, strict=True)):
+        expected = [n if i != axis or n is None else -(-n // block) for i, n in enumerate(sizes)]
+    if len(scales) != len(expected) or any(n is not None and n != given for n, given in zip(expected, scales, strict=True)):
         blocks = f" in blocks of {block}" if block else ""
-        what = f"({', '.join('?' if n is None else str(n) for n in asked)})"
+        what = f"({', '.join('?' if n is None else str(n) for n in expected)})"
         yield f"its scales have the shape {shape_text(scales)}, where axis {axis}{blocks} asks for {what}"
 
 
@@ -179,18 +179,18 @@ def _code(node: ir.Node) -> ir.DataType | None:
     value = node.inputs[0]
     maker = None if value is None else value.producer()
     if maker is not None and maker.op_type == "QuantizeLinear" and is_standard(maker):
-        zero = _held(maker, 2)
+        zero = _stored(maker, 2)
         return _code(maker) if zero is None else zero.dtype
-    held = _held(node, 0)
-    return held.dtype if held is not None else None
+    stored = _stored(node, 0)
+    return stored.dtype if stored is not None else None
 
 
 def _sizes(value: ir.Value | None) -> list[int | None] | None:
     """What is known of the sizes of what is quantised."""
     if value is None:
         return None
-    if (held := stored_tensor(value)) is not None:
-        return list(held.shape.numpy())
+    if (stored := stored_tensor(value)) is not None:
+        return list(stored.shape.numpy())
     maker = value.producer()
     if maker is not None and maker.op_type == "QuantizeLinear" and is_standard(maker):
         return _sizes(maker.inputs[0])
@@ -201,6 +201,6 @@ def _shape(tensor: ir.TensorProtocol) -> Shape:
     return tuple(tensor.shape.numpy())
 
 
-def _held(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+def _stored(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     value = node.inputs[index] if index < len(node.inputs) else None
     return None if value is None else stored_tensor(value)

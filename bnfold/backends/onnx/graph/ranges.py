@@ -28,7 +28,7 @@ COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
-def taken(model: ir.Model) -> dict[str, Range]:
+def integer_ranges(model: ir.Model) -> dict[str, Range]:
     """By name, of the inputs of integers of which something is known."""
     found = {}
     for value in model.graph.inputs:
@@ -149,7 +149,7 @@ def inputs(model: ir.Model, feeds: Batch | None = None) -> list[InputSpec]:
         given = None if feeds is None else feeds.get(value.name)
         shape = (None,) * given.ndim if value.shape is None and given is not None else _axes(value, model)
         specs.append(InputSpec(value.name, dtype, shape))
-    known = taken(model) if any(spec.dtype.kind in "iu" for spec in specs) else {}
+    known = integer_ranges(model) if any(spec.dtype.kind in "iu" for spec in specs) else {}
     return [replace(spec, takes=known.get(spec.name)) for spec in specs]
 
 

@@ -169,7 +169,7 @@ def sequence(ctx: OnnxLowering, node: ir.Node) -> None:
         raise Blocked("it makes a sequence that isn't only taken apart again")
 
 
-def taken(ctx: OnnxLowering, node: ir.Node) -> None:
+def from_sequence(ctx: OnnxLowering, node: ir.Node) -> None:
     """SequenceAt and ConcatFromSequence: a move of the tensors that the parts are cut from.
 
     It can't be doubled, nor read a double, nor be compared by what it is set to: its inputs are another operator's.

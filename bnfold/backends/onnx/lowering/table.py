@@ -19,7 +19,7 @@ from ..graph.walk import MICROSOFT, arg, attribute
 from . import absorbing, commuting
 from .commuting import elementwise, reduced, several, windowed
 from .lowering import Lower, OnnxLowering, OnnxNative, by_first, given
-from .movement import MOVES, sequence, taken
+from .movement import MOVES, from_sequence, sequence
 from .settings import fused, settings
 
 OPERATORS: dict[str, Lower] = {
@@ -61,7 +61,7 @@ OPERATORS: dict[str, Lower] = {
     # the rest
     "Pad": commuting.pad,
     **dict.fromkeys(("SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"), sequence),
-    **dict.fromkeys(("SequenceAt", "ConcatFromSequence"), taken),
+    **dict.fromkeys(("SequenceAt", "ConcatFromSequence"), from_sequence),
     **MOVES,
 }
 

@@ -25,7 +25,7 @@ from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
 from bnfold.text import listed
 
-from ..files.fit import most_made
+from ..files.fit import most_elements
 from ..files.schemas import forget_unknown
 from ..graph.codes import stored_codes
 from ..graph.proto import self_contained
@@ -101,7 +101,7 @@ class Oracle:
         return dict(zip(self._outputs, results, strict=True))
 
     def _bounded(self, feeds: Batch) -> None:
-        self._evaluator.most = self._most or most_made(self._stored + sum(array.size for array in feeds.values()))
+        self._evaluator.most = self._most or most_elements(self._stored + sum(array.size for array in feeds.values()))
 
     def stream(self, feeds: Batch, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """These values as they are computed, each given out once and then no longer held than the model needs it."""

@@ -149,7 +149,7 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
         text = runtime_message(failed)
         if full != CPU and type(failed).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NotImplemented", "InvalidArgument"):
             raise DeviceError(
-                f"execution provider {short(full)} could not start: {text}{_said(hearing.errors(), text)}; {_advice(full, built_in=True)}"
+                f"execution provider {short(full)} could not start: {text}{_logged(hearing.errors(), text)}; {_advice(full, built_in=True)}"
             ) from None
         raise UnsupportedError(f"ONNX Runtime can't run this model: {text}") from None
     running = session.get_providers()
@@ -157,7 +157,7 @@ def start(source: bytes | str, options: Any, provider: str, *, precision: str = 
         raise DeviceError(
             f"execution provider {short(full)} is built in but ONNX Runtime dropped it and would run on "
             f"{listed(map(short, running))} instead: its libraries don't load here, or there is no such device"
-            f"{_said(hearing.errors(), '')}; {_advice(full, built_in=True)}"
+            f"{_logged(hearing.errors(), '')}; {_advice(full, built_in=True)}"
         )
     session.disable_fallback()
     return session
@@ -191,10 +191,10 @@ def runtime_message(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _said(lines: list[str], already: str, limit: int = 400) -> str:
+def _logged(lines: list[str], already: str, limit: int = 400) -> str:
     """What the runtime printed, for the end of a reason."""
-    told = (runtime_message(line, 1 << 16) for line in lines)
-    fresh = "; ".join(dict.fromkeys(line for line in told if line and line not in already))
+    messages = (runtime_message(line, 1 << 16) for line in lines)
+    fresh = "; ".join(dict.fromkeys(line for line in messages if line and line not in already))
     if not fresh:
         return ""
     return f" (it says: {fresh if len(fresh) <= limit else fresh[: limit - 1] + '…'})"

@@ -64,7 +64,7 @@ class Session:
     ) -> None:
         ort = runtime()
 
-        self._asked = provider
+        self._requested = provider
         self.provider = resolve(provider)
         self._model = model
         self._optional = set(model.graph.initializers)
@@ -108,8 +108,8 @@ class Session:
                 raise run_failed(error, self._asked, feeds, lambda: Session(self._model).run(feeds)) from None
         if self._profiling:
             self._profiling = False
-            self.placement = profiled(self._session.end_profiling(), self._asked)
-            honoured(self.placement, self._asked, lambda: skeleton(self._model))
+            self.placement = profiled(self._session.end_profiling(), self._requested)
+            honoured(self.placement, self._requested, lambda: skeleton(self._model))
         named = zip(self._outputs, results, strict=True)
         return {k: v.astype(self._widened[k]) if k in self._widened else v for k, v in named}
 

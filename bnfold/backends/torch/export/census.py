@@ -36,14 +36,17 @@ def computed(op: Op) -> Layer:
     return Layer(frame(op) or op.name, _channels(op), "folded", (), "", ("it normalises constants alone, so it was computed once",))
 
 
-def held(ctx: TorchLowering, met: Collection[Op]) -> list[Listed]:
-    """All of them: by their operators, and those modules to which no such operator belongs by their names. met: who was met already."""
+def batchnorms(ctx: TorchLowering, lowered: Collection[Op]) -> list[Listed]:
+    """All of them: by their operators, and those modules to which no such operator belongs by their names.
+
+    lowered: the operators that sites stand for.
+    """
     inner = [(each, _owner(ctx, each.op, each.outer)) for each in inner_operators(ctx.program) if is_batchnorm(each.op)]
     found = [Listed(op, frame(op) or op.name, _channels(op), "its output isn't used") for op in _operators(ctx)]
     found += [Listed(each.op, owner or each.op.name, _channels(each.op), _inside(each.holder)) for each, owner in inner]
     if not isinstance(ctx.host, ModuleHost):
         return found
-    owners = {path for op in (*_operators(ctx), *met) for path in (frame(op), _owner(ctx, op))} | {owner for _, owner in inner}
+    owners = {path for op in (*_operators(ctx), *lowered) for path in (frame(op), _owner(ctx, op))} | {owner for _, owner in inner}
     return [*found, *_modules(ctx, ctx.host, {ctx.host.canonical(path) for path in owners})]
 
 
@@ -57,12 +60,12 @@ def _operators(ctx: TorchLowering) -> list[Op]:
     return [op for op in ctx.program.graph.nodes if is_batchnorm(op) and not ctx.constants.is_constant(op)]
 
 
-def _modules(ctx: TorchLowering, host: ModuleHost, met: Collection[str]) -> Iterator[Listed]:
+def _modules(ctx: TorchLowering, host: ModuleHost, lowered: Collection[str]) -> Iterator[Listed]:
     statistics = (ctx.constants.stored(each) for op in _operators(ctx) for each in op.all_input_nodes)
     used = {stored.tensor.data_ptr() for stored in statistics if stored is not None}  # by code that holds them under no name
     read = {owner for op in ctx.program.graph.nodes if op.users and (owner := ctx.target(op).rpartition(".")[0])}
     for path, module in host.modules.items():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or path != host.canonical(path) or path in met:
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or path != host.canonical(path) or path in lowered:
             continue
         if module.running_mean is not None and module.running_mean.data_ptr() in used:
             continue

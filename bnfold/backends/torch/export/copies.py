@@ -126,8 +126,8 @@ def _uncopied(module: nn.Module, memo: dict[int, Any]) -> str:
         rest = {name: value for name, value in vars(each).items() if name not in ("_parameters", "_buffers", "_modules")}
         for name, value in (*tensors.items(), *rest.items()):
             if fails(value):
-                held = f"{path}.{name}" if path else name
-                return f"its hooks, {held}, have no deep copy" if name.endswith("_hooks") else f"its attribute {held} has no deep copy"
+                named = f"{path}.{name}" if path else name
+                return f"its hooks, {named}, have no deep copy" if name.endswith("_hooks") else f"its attribute {named} has no deep copy"
         if fails(each):
             innermost = f"its module {path} ({type(each).__name__}) has no deep copy" if path else innermost + " has no deep copy"
     return innermost
@@ -147,15 +147,15 @@ def _no_copy(module: nn.Module, copied: Any, shared: Mapping[int, Any]) -> str:
         theirs[path].training = each.training
         others = {**theirs[path]._parameters, **theirs[path]._buffers}
         for name, tensor in {**each._parameters, **each._buffers}.items():
-            other, held = others.get(name), f"{path}.{name}".lstrip(".")
+            other, named = others.get(name), f"{path}.{name}".lstrip(".")
             if tensor is None and other is None:
                 continue
             if tensor is None or other is None or tensor.shape != other.shape:
-                return f"{what} leaves out {held}, or gives it another shape"
+                return f"{what} leaves out {named}, or gives it another shape"
             if other is tensor and id(tensor) not in shared:
                 return f"{what} shares {name} with the original"
             if other is not tensor and what != COPIED and not _equal(tensor, other):
-                return f"{what} gives {held} other values"
+                return f"{what} gives {named} other values"
     return "" if len(mine) == len(theirs) else f"its {_own_copy(module)} gives more modules than there are"
 
 

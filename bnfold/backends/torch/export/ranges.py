@@ -25,7 +25,7 @@ THROUGH |= {"_unsafe_view", "split_with_sizes", "flip", "roll", "constant_pad_nd
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
-def taken(program: ExportedProgram, node: Op) -> Range | None:
+def integer_range(program: ExportedProgram, node: Op) -> Range | None:
     """Of one input; None where nothing is known, or it holds no integers."""
     return _Walk(program).follow(node) if dtype_of(node) in INTEGERS else None
 

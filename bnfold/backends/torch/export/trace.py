@@ -27,7 +27,7 @@ from .copies import shared_twin, unchanged
 from .functional import graph_copy, settled, with_graph, with_known_sizes
 from .observers import note_on, settled_quantisers, without_observers
 from .program import export, require_readable
-from .ranges import taken
+from .ranges import integer_range
 from .regions import written_out
 from .tensors import NUMPY, axis_of, output_name
 
@@ -40,7 +40,7 @@ class Traced:
     outputs that are tensors, "output" where there is one, else "output.0" or "output.logits" by their place. evaluation, one_size: how a
     module was read (see `trace`). exported: what torch.export gave for a module, where `program` isn't that (see `regions.written_out`).
     calls: how a module is called, of which the first was traced. opened: how many of the first axes of its inputs were left open for that,
-    all for None. note: what a user should know of how it was read. held: see `_by_name`.
+    all for None. note: what a user should know of how it was read. aliases: see `_by_name`.
     """
 
     model: Model
@@ -51,7 +51,7 @@ class Traced:
     calls: tuple[Call, ...] = ()
     opened: int | None = None
     note: str = ""
-    held: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def runnable(self) -> ExportedProgram:
@@ -82,7 +82,7 @@ class Traced:
         found = []
         for node in self.input_nodes:
             value = node.meta["val"]
-            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(axis_of, value.shape)), taken(self.program, node)))
+            found.append(InputSpec(node.name, NUMPY[value.dtype], tuple(map(axis_of, value.shape)), integer_range(self.program, node)))
         return found
 
     @cached_property
@@ -208,9 +208,9 @@ def _read(
     with unchanged(model):
         exported, opened, note = export(twin, model, calls[0], most, patient)
     note = "; ".join(filter(None, (note, note_on(model))))
-    named, held = _by_name(exported, model)
+    named, aliases = _by_name(exported, model)
     program = settled(with_known_sizes(written_out(named, casts=False)))
-    return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note, held)
+    return Traced(model, program, evaluation, one_size, exported if program is not exported else None, calls, opened, note, aliases)
 
 
 def _by_name(program: ExportedProgram, model: nn.Module) -> tuple[ExportedProgram, dict[str, str]]:

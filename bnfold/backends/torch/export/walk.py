@@ -117,11 +117,11 @@ def elements(node: Node, start: int = 0) -> int | None:
     return found
 
 
-def held_types(program: ExportedProgram) -> set[torch.dtype]:
+def float_types(program: ExportedProgram) -> set[torch.dtype]:
     """The floating types of what a program holds and takes."""
-    held = [*program.state_dict.values(), *program.constants.values()]
-    held += [op.meta["val"] for op in program.graph.nodes if op.op == "placeholder"]
-    return {t.dtype for t in held if isinstance(t, Tensor) and t.dtype in FLOATS}
+    stored = [*program.state_dict.values(), *program.constants.values()]
+    stored += [op.meta["val"] for op in program.graph.nodes if op.op == "placeholder"]
+    return {t.dtype for t in stored if isinstance(t, Tensor) and t.dtype in FLOATS}
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
@@ -227,6 +227,6 @@ def function(op: Node) -> Callable[..., Any]:
 def size_of(program: ExportedProgram) -> Size:
     """Each stored tensor counts once."""
     operators = sum(op.op == "call_function" and not is_item(op) for op in program.graph.nodes)
-    held = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
-    parameters = sum(t.numel() for t in held.values() if t.is_floating_point())
-    return Size(operators, sum(t.nbytes for t in held.values()), parameters)
+    stored = {id(t): t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)}
+    parameters = sum(t.numel() for t in stored.values() if t.is_floating_point())
+    return Size(operators, sum(t.nbytes for t in stored.values()), parameters)

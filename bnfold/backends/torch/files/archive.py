@@ -75,8 +75,8 @@ def _in_entries(path: Path, entries: list[zipfile.ZipInfo]) -> Iterator[str]:
     """What is in the entries, as PyTorch's own reader sees them: another reader may see another archive in the same file."""
     reader = torch._C.PyTorchFileReader(str(path))
     names = reader.get_all_records()
-    told = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
-    sizes = getattr(reader, "get_record_size", told.__getitem__)  # before PyTorch 2.11 the reader doesn't tell them
+    stated = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
+    sizes = getattr(reader, "get_record_size", stated.__getitem__)  # before PyTorch 2.11 the reader doesn't tell them
     if Counter(name.lower() for name in names) != Counter(entry.filename.partition("/")[2].lower() for entry in entries):
         yield "its table of contents can be read in two ways"
     if max(Counter(name.lower() for name in names).values()) > 1:

@@ -59,8 +59,8 @@ def state_of(found: Any, where: str, say: Say) -> tuple[dict[str, Tensor], Surge
         path.append(nests[0])
         found = found[nests[0]]
     if not isinstance(found, Mapping) or not _is_state(found):
-        held = ", ".join(map(repr, list(found)[:6])) if isinstance(found, Mapping) else type(found).__name__
-        raise ModelError(f"{where}: no state dict in it (it holds {held}); save model.state_dict()")
+        content = ", ".join(map(repr, list(found)[:6])) if isinstance(found, Mapping) else type(found).__name__
+        raise ModelError(f"{where}: no state dict in it (it holds {content}); save model.state_dict()")
     if path:
         say(f"{where}: the weights are those under {'.'.join(path)!r}")
     return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}, surgery

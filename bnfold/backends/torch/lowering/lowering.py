@@ -50,7 +50,7 @@ class TorchLowering(Lowering):
         self.sizes = Sizes(self.program)
         self.constants = ProgramConstants(self.program)
         module = None if isinstance(traced.model, ExportedProgram) else traced.model
-        self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants, traced.example, traced.held)
+        self.host: Host = ProgramHost() if module is None else ModuleHost(module, self.program, self.constants, traced)
         self.copies_weights = self.host.copies_weights
         self.named_outputs: dict[str, Value] = {}
         self._names: dict[str, int] = {}

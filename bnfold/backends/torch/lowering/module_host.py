@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from bnfold.algebra.layouts import AS_STORED
 
-from ..export.call import Call
 from ..export.constants import ProgramConstants
 from ..export.copies import duplicate
+from ..export.trace import Traced
 from ..export.walk import arguments, frame, frames, mutates, operator_name, value_of, viewed
 from ..writing.checks import WITH_BIAS, Check, bias_check, passed
 from ..writing.derived import Derived, derived
@@ -32,21 +31,13 @@ HOOKS = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
 
 
 class ModuleHost:
-    """A module. program: its data flow; example: how it was called there; held: see `trace`'s `_by_name`."""
+    """A module. program: its data flow, as it is lowered; traced: as it was read."""
 
     copies_weights = False
     grows = False
 
-    def __init__(
-        self,
-        module: nn.Module,
-        program: ExportedProgram,
-        constants: ProgramConstants,
-        example: Call | None,
-        held: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self.held = held
-        self._constants, self._program, self.example, self.root = constants, program, example, module
+    def __init__(self, module: nn.Module, program: ExportedProgram, constants: ProgramConstants, traced: Traced) -> None:
+        self._constants, self._program, self.root, self.example, self.aliases = constants, program, module, traced.example, traced.aliases
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._names: dict[int, list[str]] = {}  # all names that a module has
         for path, each in self._modules.items():
@@ -102,11 +93,11 @@ class ModuleHost:
             parents = {".".join(parts[:i]) for name in self._called.get(key, ()) for parts in [name.split(".")] for i in range(len(parts))}
             alone = all(len(self._names[id(self._modules[parent])]) == 1 for parent in parents)
             leaf = not module._modules and not module._buffers
-            found[key] = alone and leaf and key not in self._held and not self._read_from_outside(module)
+            found[key] = alone and leaf and key not in self._referenced and not self._read_from_outside(module)
         return found
 
     @cached_property
-    def _held(self) -> set[int]:
+    def _referenced(self) -> set[int]:
         """Modules that others hold in another way than by a name: in a list, say."""
         values = [value for module in self._modules.values() for name, value in vars(module).items() if name != "_modules"]
         return {id(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, nn.Module)}
@@ -124,8 +115,8 @@ class ModuleHost:
             if argument not in self._computed:
                 self._computed[argument] = self._attribute(argument)
             return self._computed[argument]
-        if stored.target in self.held:
-            return Place(self.held[stored.target])
+        if stored.target in self.aliases:
+            return Place(self.aliases[stored.target])
         own = self._own_name(op, argument)
         if own is not None:
             return own  # a tied weight has several names: this module's own can be untied

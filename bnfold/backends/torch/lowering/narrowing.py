@@ -75,9 +75,8 @@ def _is_layer(host: ModuleHost, constants: ProgramConstants, node: Node) -> bool
     path = frame(node.native.op)
     layer = host.module(path)
     places = [param.slot.place for param in node.params.values() if param.slot is not None]
-    own = all(
-        isinstance(each, Place) and each.how == "stored" and each.owner == path and each.target not in host.held.values() for each in places
-    )
+    aliases = host.aliases.values()
+    own = all(isinstance(each, Place) and each.how == "stored" and each.owner == path and each.target not in aliases for each in places)
     called = [op for op in host.inside(path) if op.op == "call_function" and not constants.is_constant(op)]
     return own and called == [node.native.op] and isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and reads_bias(layer)
 

@@ -24,7 +24,7 @@ from bnfold.recalibration.methods import Statistics
 from bnfold.recalibration.moments import Moments, Pointwise
 from bnfold.recalibration.plan import BatchNorm, Reading, Select, StagePlan, every
 
-from ..export.census import held
+from ..export.census import batchnorms
 from ..export.constants import ProgramConstants, as_float64
 from ..export.copies import duplicate
 from ..export.functional import without_writing
@@ -87,7 +87,7 @@ class TorchPlan(StagePlan[Op, Op]):
     def find(self) -> None:
         lowering = lowering_of(Traced(self._model, self.program))
         chains = {chain.ops[0]: chain for chain in frozen_chains(lowering)}
-        met = {op for chain in chains.values() for op in chain.ops}
+        lowered = {op for chain in chains.values() for op in chain.ops}
         for op in self.program.graph.nodes:
             name, axis = frame(op) or op.name, 1
             if op in chains:
@@ -100,7 +100,7 @@ class TorchPlan(StagePlan[Op, Op]):
                     continue
                 key, source = statistics, next(s for s in op.all_input_nodes if not self.constants.is_constant(s))
             elif is_batchnorm(op) and not self.constants.is_constant(op):
-                met.add(op)
+                lowered.add(op)
                 if not self.select(name):
                     continue
                 given = arguments(op)
@@ -119,7 +119,7 @@ class TorchPlan(StagePlan[Op, Op]):
             self.calls.append(TorchCall(op, source, self.place(key, partial(self._layer, name, op, key)), axis=axis))
         names = {layer.name for layer in self.layers}
         said = "{} has the statistics of its other calls: in this one, {}", "{} keeps its statistics: {}"
-        others = [each for each in missed(held(lowering, met), met) if self.select(each.name)]
+        others = [each for each in missed(batchnorms(lowering, lowered), lowered) if self.select(each.name)]
         self.notes += dict.fromkeys(said[each.name not in names].format(each.name, each.why) for each in others)
         self.notes += [text for name, text in self._said.items() if name in names]
 

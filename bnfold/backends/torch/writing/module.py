@@ -150,7 +150,7 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for name in before:
         stands = re.sub(r"(?:(^|\.)parametrizations\.(\w+)\.original\d*|(^|\.)(\w+)_(?:g|v|u|orig))$", r"\1\2\3\4", name)
         surgery.keys[name] = name if name in after else stands if stands in after else None
-    held = {name for host in hosts for name in host.held}
+    held = {name for host in hosts for name in host.aliases}
     for target, tensor in made.items():
         _set(result, target, tensor, inside=target in held)
     surgery.untied, added = _tie_again(result, tied, made)
