@@ -73,6 +73,14 @@ def module_of(file: Path, prefix: str) -> ModuleType:
     return module
 
 
+def imported(place: str, prefix: str) -> ModuleType:
+    """The module of FILE.py (see `module_of`), or of a name that is known here, or in the working folder."""
+    if place.endswith(".py"):
+        return module_of(Path(place), prefix)
+    with importable(Path.cwd()):
+        return importlib.import_module(place)
+
+
 def function_of(spec: str) -> Callable[[], Any] | None:
     """FILE.py:FUNCTION or MODULE:FUNCTION; None where it is neither. DataError where it can't be imported, or isn't there."""
     target, colon, name = spec.rpartition(":")
@@ -81,11 +89,7 @@ def function_of(spec: str) -> Callable[[], Any] | None:
     if target.endswith(".py") and not Path(target).is_file():
         raise DataError(f"{spec}: there is no file {target}")
     try:
-        if target.endswith(".py"):
-            module = module_of(Path(target), "_bnfold_data")
-        else:
-            with importable(Path.cwd()):
-                module = importlib.import_module(target)
+        module = imported(target, "_bnfold_data")
     except (Exception, SystemExit) as error:  # a script without a main guard may exit, even with status 0
         raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {first_line(error)})") from error
     function: Callable[[], Any] | None = getattr(module, name, None)

@@ -11,7 +11,7 @@ import pickle
 import re
 import shlex
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from bnfold.backends.kinds import LARGEST_INDEX
 from bnfold.errors import ModelError
 from bnfold.files import DAMAGED_ZIP, bomb, contents, unreadable
-from bnfold.text import one_line
+from bnfold.text import one_line, some
 
 from ..export.observers import fit_quantisers
 from ..writing.surgery import Surgery, rebuild
@@ -278,12 +278,6 @@ def _read(shard: Path, names: Iterable[str] | None, index: Path, say: Callable[[
 
 def _compare(index: Path, shard: Path, wanted: set[str], there: set[str], say: Callable[[str], None]) -> None:
     if missing := sorted(wanted - there):
-        raise ModelError(f"{index}: {shard.name} doesn't hold {', '.join(_first_of(missing))}; download or save all files again")
+        raise ModelError(f"{index}: {shard.name} doesn't hold {some(missing, SHOWN)}; download or save all files again")
     if more := sorted(there - wanted):
-        say(f"{index}: {shard.name} also holds {', '.join(_first_of(more))}, which the index doesn't name there, and which isn't used")
-
-
-def _first_of(names: list[str]) -> Iterator[str]:
-    yield from (repr(name) for name in names[:3])
-    if len(names) > 3:
-        yield f"and {len(names) - 3} more"
+        say(f"{index}: {shard.name} also holds {some(more, SHOWN)}, which the index doesn't name there, and which isn't used")

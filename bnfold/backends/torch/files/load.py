@@ -5,7 +5,6 @@ Nothing is unpickled unasked.
 
 from __future__ import annotations
 
-import importlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -18,7 +17,7 @@ from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
 from bnfold.capture import quiet
-from bnfold.data.open import importable, module_of
+from bnfold.data.open import imported
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
 from bnfold.files import DAMAGED_ZIP
 from bnfold.text import first_line, meant, one_line
@@ -152,18 +151,12 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     place, colon, name = arch.rpartition(":")
     if not colon or not place or not name:
         raise UsageError(f"--arch {arch}: write it as package.module:factory or FILE.py:FACTORY")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UsageError(f"--arch {place}: no such file")
     try:
-        if place.endswith(".py") and not Path(place).is_file():
-            raise UsageError(f"--arch {place}: no such file")
-        if place.endswith(".py"):
-            found: Any = module_of(Path(place), "bnfold_arch")
-        else:
-            with importable(Path.cwd()):
-                found = importlib.import_module(place)
+        found: Any = imported(place, "bnfold_arch")
     except ModuleNotFoundError as error:
         raise UsageError(f"--arch {arch}: there is no module {error.name!r}; install it, or give the path of a file") from None
-    except UsageError:
-        raise
     except Exception as error:  # importing runs the user's code
         raise UsageError(f"--arch {arch}: importing it fails with {type(error).__name__}: {one_line(error)}") from error
     for part in name.split("."):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
+from torch.fx.node import map_aggregate
 
 from bnfold.data.memory import out_of_memory
 from bnfold.errors import BnfoldError, UnsupportedError
@@ -88,20 +89,14 @@ class StoredTensors:
 
 def called(op: Op, value: Value, device: torch.device, target: Any = None) -> Any:
     """What an operator gives, or another in its place. value: gives that of the nodes that it reads."""
+
+    def given(leaf: Any) -> Any:
+        return value(leaf) if isinstance(leaf, Op) else device if isinstance(leaf, torch.device) else leaf
+
     run: Any = op.target if target is None else target
-    args = [_given(each, value, device) for each in op.args]
-    kwargs = {name: _given(each, value, device) for name, each in op.kwargs.items()}
+    args, kwargs = map_aggregate((op.args, op.kwargs), given)
     with under(op):
         return run(*args, **kwargs)
-
-
-def _given(argument: Any, value: Value, device: torch.device) -> Any:
-    # Not a closure: one that calls itself would keep all values until the next collection of garbage.
-    if isinstance(argument, Op):
-        return value(argument)
-    if isinstance(argument, (list, tuple)):
-        return [_given(each, value, device) for each in argument]
-    return device if isinstance(argument, torch.device) else argument
 
 
 def normalising(op: Op, moments: Moments) -> Callable[[Value], Any]:
