@@ -105,7 +105,7 @@ class Session:
             except Exception as error:
                 if options is not None and options.terminate:
                     raise ModelError(f"a loop of the model doesn't end within {LONGEST} s; don't use this file") from None
-                raise run_failed(error, self._asked, feeds, lambda: Session(self._model).run(feeds)) from None
+                raise run_failed(error, self._requested, feeds, lambda: Session(self._model).run(feeds)) from None
         if self._profiling:
             self._profiling = False
             self.placement = profiled(self._session.end_profiling(), self._requested)
