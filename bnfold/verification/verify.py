@@ -20,15 +20,16 @@ from typing import Any
 
 from bnfold.data import Batch
 from bnfold.data.memory import repeatable, within_memory
-from bnfold.errors import UnsupportedError
+from bnfold.errors import BnfoldError, UnsupportedError
 from bnfold.folding.clamps import clips_by_channel
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm
 from bnfold.model import Model
 from bnfold.recalibration.plan import Progress
 from bnfold.report import Coefficients, Function, Levels, VerifyReport
+from bnfold.report.verify import LayerError
 
-from .coefficients import Correspondence, correspond
+from .coefficients import RESCALED, Correspondence, correspond
 from .comparison import Comparison, Names, alike, interface_difference, interface_notes, silent
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
@@ -40,6 +41,7 @@ from .inputs import given, is_large, is_several, random, resized, shortened
 from .verdict import Findings, verdict
 
 RANDOM = "random data"
+UNTOLD = "errors aren't told layer by layer"
 # What may have been done besides folding: one thing, or several.
 OTHERWISE = (
     FoldOptions(clone=True),
@@ -180,15 +182,24 @@ def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[
 
 
 def _by_layer(both: Comparison, report: VerifyReport, findings: Findings, located: Located | None) -> VerifyReport:
-    """The report with every layer's errors and both networks side by side; as it is where one of them can't be seen into."""
+    """The report with every layer's errors and both networks side by side, or with why one of these isn't there."""
     both.progress("layers", 0, None)
     sides = sides_of(both.reference, both.candidate) if located is None else located.sides
     if sides is None or findings.truth is None:
-        return report
+        return dataclasses.replace(report, notes=(*report.notes, f"{UNTOLD}: one of the models can't be seen into"))
     level = findings.correspondence
     off = {mismatch.node.name for mismatch in level.mismatches} if level is not None and report.verdict == "different" else set()
     graph = paired_operators(sides, off | {report.first_difference})
-    return dataclasses.replace(report, layers=layer_errors(sides, findings.truth.feeds[0]), graph=graph)
+    layers: tuple[LayerError, ...] = ()
+    notes = report.notes
+    if RESCALED in report.levels.coefficients.reason:
+        notes += (f"{UNTOLD}: {RESCALED}, so what is between isn't the reference's",)
+    else:
+        try:
+            layers = layer_errors(sides, findings.truth.feeds[0])
+        except BnfoldError as error:
+            notes += (f"{UNTOLD}: {error}",)
+    return dataclasses.replace(report, layers=layers, graph=graph, notes=notes)
 
 
 def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iterable[Batch]) -> Findings:

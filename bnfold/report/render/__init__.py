@@ -118,7 +118,7 @@ def rows(report: Report) -> Iterator[Row]:
 def levels(report: VerifyReport) -> Iterator[Row]:
     """The three levels: what each measured, and what it says."""
     c, f = report.levels.coefficients, report.levels.function
-    found = f"worst of {counted(c.checked, 'array')} off by {c.worst:.2g} units of roundoff" if c.checked else ""
+    found = f"worst of {counted(c.checked, 'array')} off by {c.worst:.2g} times the unit roundoff" if c.checked else ""
     yield Row("coefficients", "coefficients", c.verdict, found, c.reason)
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     yield Row("function", "function, in float64", f.verdict, found, f.reason)

@@ -14,7 +14,7 @@ from bnfold.report.verify import VerifyReport
 from bnfold.report.words import CLIPS, headline
 from bnfold.text import counted
 
-from . import Headline, Line, Part, Row, folded, tables, verified
+from . import Headline, Line, Part, Row, Table, folded, tables, verified
 from .tables import NAMELESS
 
 SHARE = re.compile(r"(\d+)%")
@@ -34,7 +34,7 @@ def _fuse(report: FuseReport, verbose: bool) -> Iterator[Part]:
     yield from _layers(report, verbose)
     if (check := report.verify) is not None:
         yield from [tables.findings(check)] if check.verdict == "equivalent" else [Line(check.reason, check.verdict, "check")]
-        yield from (tables.of_levels(check), tables.outputs(check)) if verbose else ()
+        yield from _titled(tables.of_levels(check), tables.outputs(check)) if verbose else ()
 
 
 def _inspect(report: InspectReport, verbose: bool) -> Iterator[Part]:
@@ -50,7 +50,8 @@ def _inspect(report: InspectReport, verbose: bool) -> Iterator[Part]:
 def _layers(report: FuseReport, verbose: bool) -> Iterator[Part]:
     would = "would merge" if isinstance(report, InspectReport) else "merged"
     if verbose:
-        yield from (tables.layers(report), tables.ranges(report))
+        yield tables.layers(report)
+        yield from _titled(tables.ranges(report))
         yield from (Line(f"{would} into {merged.into}: {', '.join(merged.branches)}") for merged in report.merged)
     else:
         yield from _grouped("stays", [(layer.reason, layer.name) for layer in report.kept])
@@ -78,10 +79,15 @@ def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
         yield Line(f"{count}{text} ({listed})")
 
 
+def _titled(*found: Table) -> Iterator[Part]:
+    """Tables behind their titles, of those that have rows."""
+    for table in found:
+        if table.rows:
+            yield from (Line(table.title, title=True), table)
+
+
 def _remarks(report: FuseReport) -> Iterator[Part]:
-    yield tables.composed(report)
-    yield tables.equalised(report)
-    yield tables.dropped(report)
+    yield from _titled(tables.composed(report), tables.equalised(report), tables.dropped(report))
     yield from _grouped("", [(CLIPS, name) for name in report.clamped])
     if report.bytes_added:
         yield Line(f"{report.bytes_added:,} bytes added by copies of shared weights")
@@ -90,11 +96,13 @@ def _remarks(report: FuseReport) -> Iterator[Part]:
 
 def _recalibrate(report: RecalibrateReport, verbose: bool) -> Iterator[Part]:
     """Whose statistics moved most, and what that did to labelled samples."""
-    few = None if verbose or len(report.layers) <= FEW + 1 else FEW
+    moved = any(layer.mean_shift or layer.var_ratio != 1 for layer in report.layers)  # by a part of the data none has
+    few = None if verbose or not moved or len(report.layers) <= FEW + 1 else FEW
     if few is not None:
         yield Line(f"the {few} that moved most, of {len(report.layers):,}", title=True)
-    yield tables.drift(report, few, verbose=verbose)
-    yield Line(tables.MOVED)
+    if moved:
+        yield tables.drift(report, few, verbose=verbose)
+        yield Line(tables.MOVED)
     hidden = [layer for layer in report.layers if layer.dead and not verbose]
     yield from _grouped("", [(f"{counted(layer.dead, 'channel')} constant on these data", layer.name) for layer in hidden])
     yield Line(tables.measured(report, memory=verbose))
@@ -108,9 +116,9 @@ def _verify(report: VerifyReport, verbose: bool) -> Iterator[Part]:
     yield from tables.first_difference(report)
     yield from map(Line, report.notes)
     if verbose or any(row.placed for row in report.levels.deployment):
-        yield tables.of_levels(report)
+        yield from _titled(tables.of_levels(report))
     if verbose:
-        yield tables.outputs(report)
+        yield from _titled(tables.outputs(report))
     if report.certificate is not None:
         yield Line(report.certificate.reason)
 

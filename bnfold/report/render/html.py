@@ -113,7 +113,7 @@ def _part(part: Part) -> str:
     about = f"{escaped(part.about)}: " if part.about else ""
     texts = filter(None, (f"{about}{_verdict(part.verdict)}" if part.verdict else "", breakable(part.text)))
     text = ": ".join(texts)
-    return f"<p>{text}</p>\n" if text else ""
+    return f"<p{' class=soft' * part.text.startswith('  ')}>{text}</p>\n" if text else ""
 
 
 def _verdict(word: str) -> str:
@@ -125,10 +125,10 @@ def _table(table: Table) -> str:
     used = [i for i in range(len(table.columns)) if any(row[i] for row in table.rows)]
     if not used:
         return ""
-    numbers = {i for i in used if i and all(_is_number(row[i]) for row in table.rows)}
+    last = table.prose and len(table.columns) - 1
+    numbers = {i for i in used if i and i != last and all(_is_number(row[i]) for row in table.rows)}
     head = "".join(f'<th{" class=n" * (i in numbers)} scope="col">{_title(table.columns[i])}</th>' for i in used)
     head = f"<thead><tr>{head}</tr></thead>\n" if any(table.columns) else ""
-    last = table.prose and len(table.columns) - 1
     rows = ("".join(_cell(row[i], "n" if i in numbers else "text" if i == last else "") for i in used) for row in table.rows)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     title = f"<h2>{escaped(table.title)}</h2>\n" if table.title else ""

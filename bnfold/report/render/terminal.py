@@ -87,7 +87,7 @@ def _table(console: Console, table: Table) -> None:
         elif isinstance(step, int) and step in used:
             used.remove(step)
         if _fits(console, table, titles, rows, used):
-            _grid(console, titles, rows, used)
+            _grid(console, table, titles, rows, used)
             if shortened:
                 console.print(Text(f"names in full: {'; '.join(shortened)}", style="dim"))
             return
@@ -105,10 +105,12 @@ def _fits(console: Console, table: Table, titles: Sequence[str], rows: Cells, us
     return sum(widths) + GAP * (len(used) - 1) <= console.width
 
 
-def _grid(console: Console, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> None:
+def _grid(console: Console, table: Table, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> None:
     grid = Grid(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", show_header=any(titles))
+    prose = table.prose and len(titles) - 1
     for i in used:
-        grid.add_column(titles[i], overflow="fold", no_wrap=i != used[-1], justify="right" if _numbers(rows, i) else "left")
+        numbers = i != prose and _numbers(rows, i)
+        grid.add_column(titles[i], overflow="fold", no_wrap=i != used[-1], justify="right" if numbers else "left")
     for row in rows:
         grid.add_row(*(_coloured(row[i]) for i in used))
     console.print(grid)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from cases.builder import Net
 from onnx import helper, numpy_helper
 
 import bnfold
@@ -97,6 +98,25 @@ def exact(model: onnx.ModelProto) -> np.ndarray:
         gamma, beta, mean, var = (stored[f"{name}{bn}"][:, None, None] for name in ("gamma", "beta", "mean", "var"))
         total = total + gamma * (value - mean) / np.sqrt(var + 1e-5) + beta
     return np.maximum(total, 0.0)
+
+
+def test_why_a_layer_has_no_error_is_said() -> None:
+    """ONNX Runtime has no convolution in float64."""
+    net = Net("in float64", dtype="float64")
+    net.output(net.bn(net.conv(net.input("N", 3, 6, 6), 3, 4), 4))
+    report = bnfold.fuse(net.model(), by_layer=True)[1].verify
+    assert report is not None
+    assert report.layers == ()
+    assert any(note.startswith("errors aren't told layer by layer: ") for note in report.notes)
+
+
+def test_moved_scales_are_no_errors() -> None:
+    net = Net("equalised")
+    net.output(net.conv(net.op("Relu", net.bn(net.conv(net.input("N", 3, 6, 6), 3, 4), 4)), 4, 3))
+    report = bnfold.fuse(net.model(), by_layer=True, equalise=True)[1].verify
+    assert report is not None
+    assert (report.layers, report.verdict) == ((), "equivalent")
+    assert "errors aren't told layer by layer: scales were moved between layers" in report.notes[0]
 
 
 def test_without_being_asked_nothing_is_compared_by_layer(digits: Path) -> None:
