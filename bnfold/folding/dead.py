@@ -42,6 +42,11 @@ class Narrowed:
     kept: Mapping[Value, tuple[int, Places]] = field(default_factory=dict)
     nodes: tuple[Node, ...] = ()
 
+    @property
+    def sizes(self) -> dict[Value, tuple[int, int]]:
+        """Of each of the values the axis, and how many places are left on it."""
+        return {value: (axis, len(places)) for value, (axis, places) in self.kept.items()}
+
 
 def drop(graph: Graph, barred: Iterable[Node] = ()) -> Narrowed:
     """Take all channels out that nobody needs. The updates are left in the graph's parameters, and its values have their new sizes.

@@ -22,6 +22,7 @@ from bnfold.algebra.rules import rule_of
 from bnfold.algebra.settings import restated
 from bnfold.report import Composed, Counts
 
+from .averages import defer
 from .constant import LINEAR
 from .duplicate import multiply_adds
 from .feasible import Draft, checked, fits_type
@@ -35,13 +36,14 @@ Magnitudes = tuple[Callable[[], Array], Array]  # of what the numbers of a weigh
 class Chains:
     """composed: what became of linear operators in a row; removed: the operators that are gone; into: for each of the linear ones its host;
     hosts: the operators that hold others, with the magnitudes of what they were made of; sizes: of values between that have other channels
-    now, an axis and how many."""
+    now, an axis and how many; behind: convolutions that stand behind averages now, each with its average."""
 
     composed: tuple[Composed, ...] = ()
     removed: tuple[Node, ...] = ()
     into: Mapping[Node, Node] = field(default_factory=dict)
     hosts: Mapping[Node, Magnitudes] = field(default_factory=dict)
     sizes: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
+    behind: tuple[tuple[Node, Node], ...] = ()
 
     def outcomes(self, found: Iterable[Outcome]) -> list[Outcome]:
         """With the hosts in the places of what went into them, and without constants that did."""
@@ -57,8 +59,9 @@ def join(graph: Graph, fixed: Iterable[Node] = ()) -> Chains:
     joining = _Joining(graph, set(fixed))
     while joining.go():
         pass
-    rows = (*joining.joined.values(), *joining.apart)
-    return Chains(rows, tuple(joining.removed), joining.into, joining.hosts, joining.sizes)
+    behind, deferred = defer(graph, joining.fixed) if graph.copies_weights else ([], [])  # a module's code has its order
+    rows = (*joining.joined.values(), *deferred, *joining.apart)
+    return Chains(rows, tuple(joining.removed), joining.into, joining.hosts, joining.sizes, tuple(behind))
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class _Pair:
 
 class _Joining:
     def __init__(self, graph: Graph, fixed: set[Node]) -> None:
-        self._graph, self._fixed = graph, fixed
+        self._graph, self.fixed = graph, fixed
         self.joined: dict[Node, Composed] = {}
         self.apart: list[Composed] = []
         self.removed: list[Node] = []
@@ -142,7 +145,7 @@ class _Joining:
         _is_less(found, strictly=grows and host is second)
         goes = [node for node in nodes if node is not host and node not in carriers]
         stays = [node for node in goes if not (node.attrs.get("cloneable") if self._graph.copies_weights else node.op != "Affine")]
-        if held := stays + [node for node in nodes if node in self._fixed]:
+        if held := stays + [node for node in nodes if node in self.fixed]:
             raise Blocked(f"{held[0].label} {held[0].name} stays")
         params = {"weight": _product(host.params["weight"], found)}
         fits_type(host, "weight", params["weight"], Affine.identity(len(found.shape)))
@@ -166,8 +169,7 @@ class _Joining:
             axis = carried(node, axis)
             assert axis is not None
             self.sizes[node.output] = axis, found.read
-            probes = node.output.probes or ()
-            node.output.probes = tuple((*sizes[:axis], found.read, *sizes[axis + 1 :]) for sizes in probes) or None
+            node.output.probes = tuple((*each[:axis], found.read, *each[axis + 1 :]) for each in node.output.probes or ()) or None
             node.attrs.pop("reads", None)
         removed = [node for node in (*pair.between, gone) if node not in carriers]
         for node in removed:

@@ -50,13 +50,8 @@ class Planned:
 
     @property
     def changes(self) -> bool:
-        others = self.scaled or self.merges or self.written or self.fewer.nodes or self.chains.removed
+        others = self.scaled or self.merges or self.written or self.fewer.nodes or self.chains.removed or self.chains.behind
         return bool(others) or any(outcome.folded for outcome in self.outcomes)
-
-    @property
-    def sizes(self) -> dict[Value, tuple[int, int]]:
-        """Of values that have other channels: an axis, and how many lie along it."""
-        return {**self.chains.sizes, **{value: (axis, len(places)) for value, (axis, places) in self.fewer.kept.items()}}
 
     @property
     def folded_sites(self) -> list[Site]:

@@ -83,12 +83,14 @@ class Dropped:
 @dataclass(frozen=True)
 class Composed:
     """Linear layers in a row. into: the operator that they became; reason: why they stay as they are, where they do. multiply_adds: of
-    these alone, for one sample; None where they aren't known."""
+    these alone, for one sample; None where they aren't known. behind: the average behind which the layer stands now, before which it stood.
+    """
 
     layers: tuple[str, ...]
     into: str
     reason: str = ""
     multiply_adds: Counts | None = None
+    behind: str = ""
 
 
 class Size(NamedTuple):

@@ -179,6 +179,51 @@ def test_two_become_one(draw: Callable[[Net], None]) -> None:
     assert difference(run_stored(model, data), run_stored(fused, data)) < 2e-6
 
 
+def transition(net: Net) -> None:
+    """As DenseNet's: what it has a BatchNorm for folds first, and two averages stand behind."""
+    x = net.bn(net.conv(net.input("N", 8, 9, "W"), 8, 4, 1), 4)
+    x = net.op("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2], pads=[1, 0, 0, 1], ceil_mode=1)
+    net.output(net.op("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2]))
+
+
+@pytest.mark.parametrize("value_info", [False, True])
+def test_a_mixture_of_channels_goes_behind_an_average(value_info: bool) -> None:
+    net, exact = Net("transition"), Net("transition", dtype="float64")
+    for each in (net, exact):
+        each.value_info = value_info
+        transition(each)
+    model, double = net.model(), exact.model()
+    fused, report = merged(model)
+    onnx.checker.check_model(fused, full_check=True)
+    (row,) = report.composed
+    assert (row.layers, row.into, row.behind) == (("Conv_node_0",), "Conv_node_0", "AveragePool_node_1")
+    assert row.multiply_adds == report.multiply_adds
+    assert row.multiply_adds.after * 8 < row.multiply_adds.before
+    assert [node.op_type for node in fused.graph.node] == ["AveragePool", "AveragePool", "Conv"]
+    assert report.verify is not None
+    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
+    data = feeds(double)
+    assert difference(run_double(double, data), run_double(merged(double, check=False)[0], data)) < 1e-13
+    data = feeds(model)
+    assert difference(run_stored(model, data), run_stored(fused, data)) < 2e-6
+
+
+def test_a_densenet_takes_fewer_multiply_adds_in_a_program() -> None:
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    def layer(i, o):
+        return nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), nn.Conv2d(i, o, 1), nn.AvgPool2d(2))
+
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), layer(16, 8), layer(8, 4), nn.Flatten(), nn.Linear(36, 5)).eval()
+    x = torch.randn(2, 3, 14, 14)
+    fused, report = bnfold.fuse(torch.export.export(module, (x,)), merge_linear=True)
+    assert [row.behind for row in report.composed if row.behind] == ["1.3", "2.3"]
+    assert report.verify is not None
+    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
+    assert torch.allclose(fused.module()(x), module(x), atol=1e-5)
+
+
 def padded_bias(net: Net) -> None:
     net.output(net.conv(net.conv(net.input("N", 4, 9, 9), 4, 24, 1), 24, 6, 3, pads=1))
 
@@ -349,6 +394,11 @@ def random_chain(seed: int, **how) -> onnx.ModelProto:
             x = net.dropout(x)
         elif between < 0.45:
             x = net.relu(x)
+        elif between < 0.55 and convolves:
+            more = {"kernel_shape": [2] * dims, "strides": [int(rng.integers(1, 3))] * dims, "count_include_pad": int(rng.integers(2))}
+            x = net.op("AveragePool", x, pads=[int(rng.integers(2))] * (2 * dims), **more)
+    if convolves and rng.integers(2):
+        x = net.gemm(net.op("Flatten", net.op("GlobalAveragePool", x)), channels, 3, bias=bias)
     net.output(x)
     return net.model()
 

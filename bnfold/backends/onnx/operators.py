@@ -103,7 +103,8 @@ def add_behind(node: ir.Node, constant: ir.Value, opset: int, named: Named) -> N
 
 
 def reset(chains: Chains) -> None:
-    """State the sizes of what operators give that hold others behind them, and the groups and windows of convolutions that hold any."""
+    """State the sizes of what operators give that hold others behind them, and the groups and windows of convolutions that hold any; let
+    those stand behind their averages that do."""
     for gone, host in chains.into.items():
         if gone.index > host.index:
             host.native.node.outputs[0].shape = gone.native.node.outputs[0].shape
@@ -115,6 +116,23 @@ def reset(chains: Chains) -> None:
             kernel, pads = host.params["weight"].shape[2:], (*window.before, *window.after)
             stated = {"kernel_shape": kernel, "strides": window.stride, "dilations": window.dilation, "pads": pads}
             attributes.update({name: ir.AttrInt64s(name, value) for name, value in stated.items()})
+    for node, average in chains.behind:
+        _swap(node.native.node, average.native.node, node.params["weight"].shape[1] * node.attrs["groups"])
+
+
+def _swap(first: ir.Node, second: ir.Node, channels: int) -> None:
+    """Let two operators stand in the other order; the values between and behind keep their names. channels: of what the first reads."""
+    inner, outer, graph = first.outputs[0], second.outputs[0], first.graph
+    assert graph is not None
+    ir.convenience.replace_all_uses_with(outer, inner, replace_graph_outputs=True)
+    second.replace_input_with(0, first.inputs[0])
+    first.replace_input_with(0, outer)
+    names = inner.name, outer.name
+    inner.name, outer.name = names[::-1]
+    inner.type, inner.shape = outer.type, outer.shape
+    outer.shape = None if outer.shape is None else ir.Shape(channels if i == 1 else n for i, n in enumerate(outer.shape))
+    graph.remove(first)
+    graph.insert_after(second, first)
 
 
 def narrow(planned: Planned, constants: Constants, initializer: Callable[[str, ir.TensorProtocol], ir.Value]) -> None:
@@ -122,7 +140,9 @@ def narrow(planned: Planned, constants: Constants, initializer: Callable[[str, i
     for op, groups in ((node.native.node, node.attrs["groups"]) for node in planned.fewer.nodes if node.op == "Conv"):
         if "group" in op.attributes:
             op.attributes["group"] = ir.AttrInt64("group", groups)
-    for node, axis, size in ((value.producer, *sizes) for value, sizes in planned.sizes.items() if value.producer is not None):
+    for value, (axis, size) in {**planned.chains.sizes, **planned.fewer.sizes}.items():
+        if (node := value.producer) is None:
+            continue
         op = node.native.node
         if op.outputs[0].shape is not None:
             op.outputs[0].shape = ir.Shape(size if i == axis else n for i, n in enumerate(op.outputs[0].shape))

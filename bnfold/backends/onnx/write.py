@@ -85,11 +85,11 @@ class _Writer:
             self._update(graph, node, role, param)
         for each in planned.written:
             self._write_in_place(each)
-        reset(planned.chains)
         for node in (*planned.removed, *(each.node for each in planned.written)):
             self._remove(node.native.node, node.native.positions[0])
         for m in planned.merges:
             self._remove(m.add.native.node, m.kept_input)
+        reset(planned.chains)
         self.idle_nodes -= {m.branch.native.node for m in planned.merges if m.branch is not None}
         self.sweep()
         self._keep_names()

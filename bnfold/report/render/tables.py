@@ -61,7 +61,10 @@ def equalised(report: FuseReport) -> Table:
 
 def composed(report: FuseReport) -> Table:
     """Which linear layers in a row became one, and why others didn't."""
-    cells = [(", ".join(e.layers), e.into, *_counts(e.multiply_adds), e.reason) for e in report.composed]
+    cells = [
+        (", ".join(e.layers), e.into + f", behind {e.behind}" * bool(e.behind), *_counts(e.multiply_adds), e.reason)
+        for e in report.composed
+    ]
     would = "would become one" if isinstance(report, InspectReport) else "became one"
     titles = (f"layers that {would}, or could", "into", "multiply-adds", "then", "why they stay")
     return Table("Linear layers in a row", titles, cells, names=(0, 1))

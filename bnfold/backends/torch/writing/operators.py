@@ -76,3 +76,12 @@ def reset(op: Op, node: Node) -> None:
             op.target = op.target.overloadpacket.default
         for name, value in (("stride", window.stride), ("padding", window.before), ("dilation", window.dilation)):
             set_argument(op, name, list(value))
+
+
+def swap(first: Op, second: Op) -> None:
+    """Let two operators of a program stand in the other order."""
+    source, given = (op.all_input_nodes[0] for op in (first, second))
+    second.replace_all_uses_with(first)
+    second.replace_input_with(given, source)
+    first.replace_input_with(source, second)
+    second.append(first)

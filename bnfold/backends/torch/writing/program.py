@@ -28,7 +28,7 @@ from ..lowering.lowering import TorchLowering
 from ..lowering.narrowing import VIEWS
 from ..lowering.places import Slot, TorchNative
 from .editor import ProgramEditor
-from .operators import CONSTANTS, calls, reset
+from .operators import CONSTANTS, calls, reset, swap
 from .requantised import requantised
 
 
@@ -105,6 +105,10 @@ class _Writer(ProgramEditor):
             self._remove(each.node.native, self._written(each))
         for m in planned.merges:
             self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
+        for first, second in ((self.copies[node.native.op], self.copies[each.native.op]) for node, each in planned.chains.behind):
+            swap(first, second)
+            self._rename_output(second, first)
+            self.resized |= {first, second}
         for op, source in self.ctx.idle.items() if planned.merges else ():  # the 0 with which a sum of branches began
             if (given := self._current(source)).op == "call_function" and op in self.copies:
                 self._replace(self.copies[op], given)
@@ -115,8 +119,10 @@ class _Writer(ProgramEditor):
             if node.op == "Conv":
                 set_argument(self.copies[node.native.op], "groups", node.attrs["groups"])
             self.resized.add(self.copies[node.native.op])
-        for node, axis, size in ((value.producer, *sizes) for value, sizes in planned.sizes.items() if value.producer is not None):
-            op, given = self.copies[node.native.op], arguments(node.native.op)
+        for value, (axis, size) in {**planned.chains.sizes, **planned.fewer.sizes}.items():
+            if value.producer is None:
+                continue
+            op, given = self.copies[value.producer.native.op], arguments(value.producer.native.op)
             name = "size" if "size" in given else "shape"
             if operator_name(op) in VIEWS and isinstance(n := given[name][axis], int) and n != -1:
                 set_argument(op, name, [size if i == axis else each for i, each in enumerate(given[name])])
