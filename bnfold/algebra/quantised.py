@@ -51,8 +51,8 @@ class Rescaled:
     mirrored: int
     dead: int
 
-    def said(self, name: str) -> str:
-        """What became of the tensor, in plain words."""
+    def said(self, name: str, *, coded: bool = False) -> str:
+        """What became of the tensor, in plain words. coded: whether its scales had been codes themselves."""
         parts = [f"{name} takes it in its scales, and none of its integers changes"]
         if self.negated or self.dead:
             changes = [f"in {self.negated} channels they change their sign"] * bool(self.negated)
@@ -63,6 +63,8 @@ class Rescaled:
                 parts = [f"{name} takes it in its scales: {', '.join(changes)}, and no other integer changes"]
         if self.axis is not None:
             parts.append(f"its one scale becomes one for each channel along axis {self.axis}, which some targets don't take")
+        if coded:
+            parts.append(f"its scales, which were codes with a scale themselves, become {self.scale.dtype}")
         return "; ".join(parts)
 
 

@@ -184,6 +184,50 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
 
 
+case("int2 filter that holds -2", opset=25, kind=ml_dtypes.int2, full=True, notes=MIRRORED)
+case("uint2 filter, rounded in the graph", 51, opset=25, kind=ml_dtypes.uint2, zero=1, float_first=True)
+case("int2 filter in blocks", opset=25, kind=ml_dtypes.int2, axis=1, block=2)
+
+
+def of_float4(
+    net: Net, *, axis: int | None = 0, block: int = 0, scales: str = "float32", rounds: bool = False, zeros: bool = False
+) -> None:
+    """A filter of four-bit floats. scales: their type, or "codes" with a scale of their own. rounds: when the model runs."""
+    shape, kind = SHAPES["Conv"], ml_dtypes.float4_e2m1fn
+    numbers = net.rng.choice([-6.0, -4.0, -3.0, -1.5, -0.5, 0.0, 1.0, 2.0, 6.0], shape)
+    count = () if axis is None else (shape[axis],) if not block else tuple(-(-n // block) if i == axis else n for i, n in enumerate(shape))
+    how: dict[str, Any] = ({} if axis is None else {"axis": axis}) | ({"block_size": block} if block else {})
+    scale = net.rng.uniform(0.5, 1, count)
+    if scales == "codes":
+        s = net.op("DequantizeLinear", net.constant(scale.astype(ml_dtypes.float8_e4m3fn)), net.weight(np.array(0.1), "scale"))
+    else:
+        s = net.constant(scale.astype(np.float32 if scales == "float32" else ml_dtypes.float8_e8m0fnu), "scale")
+        how |= {"output_dtype": 1} if scales != "float32" else {}
+    z = [net.constant(np.zeros(count, kind), "zero")] if zeros or rounds else []
+    q = net.op("QuantizeLinear", net.weight(0.7 * numbers), s, *z, **how) if rounds else net.constant(numbers.astype(kind), "q")
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), net.op("DequantizeLinear", q, s, *z, **how), net.bias(6)), 6))
+
+
+for name, settings, notes, reason in (
+    ("a scale per channel", {"zeros": True}, SIGN, ""),
+    ("one scale", {"axis": None}, ONE, ""),
+    ("in blocks whose scales are codes with a scale", {"axis": 1, "block": 2, "scales": "codes"}, "become float32", ""),
+    ("rounded in the graph", {"rounds": True}, "", "rounded to float4_e2m1fn when the model runs"),
+    ("scales that are powers of two", {"scales": "float8_e8m0fnu"}, "", "scales aren't of a type of which any multiple"),
+):
+    CASES.case(
+        f"float4 filter, {name}",
+        52,
+        draw=partial(of_float4, **settings),
+        opset=25,
+        left=int(bool(reason)),
+        notes=notes,
+        reason=reason,
+        double=False,
+        ort=False,
+    )
+
+
 case("int8 filter in the newest opset", opset=25, full=True, notes=MIRRORED)
 case("int8 filter in the newest opset, rounded in the graph", 51, opset=25, float_first=True)
 
@@ -249,6 +293,19 @@ for kind, op, axis, dtype in (
         double=False,
         notes="none of its integers changes",
     )
+
+
+@CASES.case("int8 filter less an offset, without a scale", 52, double=False, notes="computed from integers, becomes floats")
+def _(net: Net) -> None:
+    w = net.op("Sub", net.op("Cast", net.constant(net.rng.integers(-99, 99, SHAPES["Conv"]).astype(np.int8)), to=1), net.scalar(3))
+    net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
+
+
+@CASES.case("int8 filter whose scales the data tell", 52, left=1, reason="its scales are computed when the model runs", double=False)
+def _(net: Net) -> None:
+    x, stored = net.input("N", 4, "H", "W"), net.constant(net.rng.integers(-120, 120, SHAPES["Conv"]).astype(np.int8))
+    scale = net.op("Mul", net.reduce("Max", net.op("Abs", x), 0, 1, 2, 3, keepdims=0), net.weight(net.rng.uniform(0.01, 0.02, 6)))
+    net.output(net.bn(net.op("Conv", x, net.op("DequantizeLinear", stored, scale, axis=0)), 6))
 
 
 @CASES.case("int8 filter with computed scales", 41, double=False, notes="none of its integers changes", opset=19)

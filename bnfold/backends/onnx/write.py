@@ -24,15 +24,13 @@ from bnfold.folding.plan import Planned
 from bnfold.text import unused
 
 from .folded import FoldedWeights, rounded
-from .graph.constants import Constants
+from .graph.constants import Constants, is_made
 from .graph.edit import idle, inner_first, is_read
-from .graph.quantised import dequantised, remade
+from .graph.quantised import dequantised, dequantises, remade
 from .graph.quantised import quantised as stated
 from .graph.walk import all_graphs, nbytes, opset
-from .lowering.lowering import OnnxNative
+from .lowering.lowering import SHAPES, OnnxNative
 from .operators import add_behind, narrow, put, reset
-
-SHAPE_ONLY = ("Shape", "Size")
 
 _unused = partial(unused, form="{}.{}")
 
@@ -100,7 +98,8 @@ class _Writer:
         slot, tensor = param.slot, param.tensor
         if tensor is not None and (made := rescaled(graph, node, role)) is not None:
             value = self._requantised(native.node.inputs[slot], tensor, made)
-            self._note(node, made.said(tensor.name))
+            coded = any(each is not None and is_made(each, dequantises) for each in tensor.native.producer().inputs)
+            self._note(node, made.said(tensor.name, coded=coded))
         else:
             dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
             self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy(), flush=param.flush)
@@ -282,7 +281,7 @@ class _Writer:
             graph, interface = old.graph, old.is_graph_input() or old.is_graph_output()
             if graph is not None and old.producer() is None and not interface and old.shape == new.shape:
                 uses = old.uses()
-                if all(user.op_type in SHAPE_ONLY or (user.op_type == "CastLike" and i == 1) for user, i in uses):
+                if all(user.op_type in SHAPES or (user.op_type == "CastLike" and i == 1) for user, i in uses):
                     ir.convenience.replace_all_uses_with(old, new)
                     del graph.initializers[old.name]  # type: ignore[arg-type]
             maker = old.producer()

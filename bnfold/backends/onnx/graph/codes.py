@@ -20,7 +20,8 @@ from bnfold.algebra.rounding import BFLOAT16, limits
 from .walk import is_standard, stored_tensor, whole
 
 STORED = {np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)}
-FLOAT8 = {np.dtype(getattr(ml_dtypes, f"float8_{kind}")) for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")}
+KINDS = ("float4_e2m1fn", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+FLOATING = {np.dtype(getattr(ml_dtypes, kind)) for kind in KINDS if hasattr(ml_dtypes, kind)}
 WHOLE = {np.dtype(kind) for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int32)}
 WHOLE |= {np.dtype(getattr(ml_dtypes, kind)) for kind in ("int2", "uint2", "int4", "uint4")}
 
@@ -71,7 +72,7 @@ def stored_codes(model: ir.Model) -> dict[str, npt.NDArray[Any]]:
 
 def bounds(kind: np.dtype[Any]) -> tuple[float, float]:
     """The lowest and the highest code of a type."""
-    if kind in FLOAT8:
+    if kind in FLOATING:
         return -float(limits(kind).max), float(limits(kind).max)
     info: Any = ml_dtypes.iinfo(kind)  # type: ignore[no-untyped-call]  # it comes without types
     return float(info.min), float(info.max)

@@ -8,6 +8,7 @@ the float64 oracle, so that what is folded is the function that the file states,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -154,3 +155,19 @@ class Constants:
 def value_inputs(node: ir.Node) -> list[ir.Value | None]:
     """The inputs whose values the node reads: CastLike takes only the type of its second."""
     return list(node.inputs[:1]) if node.op_type == "CastLike" else list(node.inputs)
+
+
+def is_made(v: ir.Value, by: Callable[[ir.Node], bool]) -> bool:
+    """Whether such an operator takes part in the making of a constant."""
+    stack, seen = [v], {v}
+    while stack:
+        node = stack.pop().producer()
+        if node is None:
+            continue
+        if by(node):
+            return True
+        for x in value_inputs(node):
+            if x is not None and x not in seen:
+                seen.add(x)
+                stack.append(x)
+    return False

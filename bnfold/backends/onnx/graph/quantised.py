@@ -14,7 +14,7 @@ from bnfold.algebra.layouts import AS_STORED, Layout
 from bnfold.algebra.quantised import ROUNDED, FloatSource, Quantised, Rescaled
 from bnfold.algebra.rounding import rounded
 
-from .codes import FLOAT8, WHOLE, bounds, codes_of, grid_of, quotients
+from .codes import FLOATING, WHOLE, bounds, codes_of, grid_of, quotients
 from .constants import FLOATS, Constants
 from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_tensor, whole
 
@@ -47,8 +47,13 @@ def dequantised(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node]]:
     while (node := value.producer()) is not None and is_standard(node) and node.op_type in MOVING and node.inputs[0] is not None:
         between.append(node)
         value = node.inputs[0]
-    known = node is not None and ((is_standard(node) and node.op_type == "DequantizeLinear") or integers(node) is not None)
+    known = node is not None and (dequantises(node) or integers(node) is not None)
     return (node, between) if known else (None, [])
+
+
+def dequantises(node: ir.Node) -> bool:
+    """Whether it is a DequantizeLinear."""
+    return node.op_type == "DequantizeLinear" and is_standard(node)
 
 
 def integers(node: ir.Node) -> int | None:
@@ -59,13 +64,18 @@ def integers(node: ir.Node) -> int | None:
 
 def _are_whole(value: ir.Value | None) -> bool:
     while value is not None and (node := value.producer()) is not None and is_standard(node):
-        stored = None if node.op_type != "Cast" or node.inputs[0] is None else stored_tensor(node.inputs[0])
-        if node.op_type in ROUND or (stored is not None and stored.dtype not in FLOATS):
+        if makes_whole(node):
             return True
         if node.op_type not in MOVING | AROUND:
             return False
         value = node.inputs[0]
     return False
+
+
+def makes_whole(node: ir.Node) -> bool:
+    """Whether an operator rounds to integers, or makes floats of stored ones."""
+    stored = None if node.op_type != "Cast" or node.inputs[0] is None else stored_tensor(node.inputs[0])
+    return is_standard(node) and (node.op_type in ROUND or (stored is not None and stored.dtype not in FLOATS))
 
 
 def stored_name(value: ir.Value) -> str:
@@ -110,10 +120,10 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
     kind = None if node.inputs[1] is None else constants.dtype(node.inputs[1])
     if codes is None or scale is None or kind is None or kind not in FLOATS:
         return "is quantised, and its scales aren't of a type of which any multiple can be stored"
-    if codes.dtype not in FLOAT8 | WHOLE:
+    if codes.dtype not in FLOATING | WHOLE:
         return f"is quantised as {codes.dtype}, whose scales aren't changed"
-    if codes.dtype in FLOAT8 and rounds_to(node) is not None:
-        return "is rounded to float8 when the model runs"
+    if codes.dtype in FLOATING and rounds_to(node) is not None:
+        return f"is rounded to {codes.dtype} when the model runs"
     grid, blocks = grid_of(node, codes.shape, scale.astype(np.float64))
     zeros = np.zeros((1,) * codes.ndim) if zero is None else grid_of(node, codes.shape, zero.astype(np.float64))[0]
     most = [-(-n // block) if n else 0 for n, block in zip(codes.shape, blocks, strict=True)]
@@ -131,7 +141,7 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
         *bounds(codes.dtype),
         np.dtype(kind.numpy()),
         one_scale=f"opset {opset} has no scale for each channel" if opset < 13 else "",
-        one_zero=f"{codes.dtype} codes have no zero point" if codes.dtype in FLOAT8 or codes.dtype == np.int32 else "",
+        one_zero=f"{codes.dtype} codes have no zero point" if codes.dtype in FLOATING or codes.dtype == np.int32 else "",
         small=codes.ndim == 1,  # a bias
         source=_source(constants, node, codes.dtype),
     )

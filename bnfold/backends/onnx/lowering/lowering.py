@@ -20,8 +20,8 @@ from bnfold.algebra.quantised import Quantised
 from bnfold.algebra.rounding import limits, roundoff
 from bnfold.algebra.settings import Settings
 
-from ..graph.constants import CONTROL, FLOATS, Constants, value_inputs
-from ..graph.quantised import ROUND, dequantised, quantised, relaid, rounding, stored_name
+from ..graph.constants import CONTROL, FLOATS, Constants, is_made
+from ..graph.quantised import dequantised, dequantises, makes_whole, quantised, relaid, rounding, stored_name
 from ..graph.sequences import Sequences, without_sequences
 from ..graph.shapes import Shapes
 from ..graph.walk import all_graphs, all_nodes, arg, attribute, behind_identity, is_standard, name_of, subgraphs
@@ -218,7 +218,7 @@ class OnnxLowering(Lowering):
             made = self._tensors[v] = Tensor(stored_name(v), read, shape, largest(dtype), v, dtype, quantised=how)
             made.cast_from = self._cast_from(v)
             made.raw = partial(self._raw, v) if how is None else None
-            made.integers = how is None and self._makers(v, ROUND | {"DequantizeLinear"})
+            made.integers = how is None and is_made(v, lambda node: makes_whole(node) or dequantises(node))
         return self._tensors[v]
 
     @staticmethod
@@ -234,7 +234,7 @@ class OnnxLowering(Lowering):
         if len(self.shape(v)) < 2 and (node is None or between or node.op_type == "Mul"):
             return None  # a bias is small enough to become floats
         if node is None:
-            return "is quantised, and computed further behind DequantizeLinear" if self._makers(v, {"DequantizeLinear"}) else None
+            return "is quantised, and computed further behind DequantizeLinear" if is_made(v, dequantises) else None
         if node not in self._known:
             self._known[node] = quantised(self.constants, self.opset, node)
         how = self._known[node]
@@ -242,10 +242,14 @@ class OnnxLowering(Lowering):
 
     def _untouchable(self, v: ir.Value | None) -> str:
         """Why an input can't be rewritten, in words that follow what it is."""
-        how = self._quantised(v) if v is not None and self.is_constant(v) else None
-        if how is not None:
-            return how if isinstance(how, str) else "is quantised"
-        return "is not a float constant, or callers may override it"
+        if v is None or self.is_constant(v):
+            how = None if v is None else self._quantised(v)
+            return how if isinstance(how, str) else "is not of floating-point numbers" if how is None else "is quantised"
+        source, (node, _) = behind_identity(v), dequantised(v)
+        if source.is_graph_input():
+            return "is a default that callers may override" if source.is_initializer() else "is given by the caller"
+        scaled = node is not None and any(self.is_constant(each) for each in node.inputs)
+        return "is quantised, and its scales are computed when the model runs" if scaled else "is computed when the model runs"
 
     def _cast_from(self, v: ir.Value) -> float | None:
         """The largest number of the narrowest float type that a constant has or is a copy of, where it is cast."""
@@ -266,21 +270,6 @@ class OnnxLowering(Lowering):
     def _raw(self, v: ir.Value) -> npt.NDArray[Any]:
         stored = self.constants.stored(v)
         return self._get(v) if stored is None else stored.numpy()
-
-    def _makers(self, v: ir.Value, op_types: set[str]) -> bool:
-        """Whether an operator of these types takes part in the making of a constant."""
-        stack, seen = [v], {v}
-        while stack:
-            node = stack.pop().producer()
-            if node is None:
-                continue
-            if node.op_type in op_types and is_standard(node):
-                return True
-            for x in value_inputs(node):
-                if x is not None and x not in seen:
-                    seen.add(x)
-                    stack.append(x)
-        return False
 
 
 def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
