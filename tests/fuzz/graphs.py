@@ -246,7 +246,7 @@ def _judged(model: onnx.ModelProto, fused: onnx.ModelProto, found: Found) -> str
     array.flat[place] = array.dtype.type(there * 1.1 + (0.1 if there >= 0 else -0.1))
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     fed = feeds(model, seed=found.seed)
-    seen = difference(run_double(model, fed), run_double(wrong, fed))
+    seen = difference(run_double(fused, fed), run_double(wrong, fed))
     verdict = bnfold.verify(model, wrong)
     if verdict.verdict == "equivalent" and seen > TOLERANCE:
         return f"verify says equivalent of a fold with a mistake in {tensor.name} [{place}], which moves outputs by {seen:.2e}"
