@@ -241,7 +241,7 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
         (ours, numbers), (theirs, left) = _weights(both.reference.plan()), _weights(both.candidate.plan())
         doubled, joined, smaller = theirs > ours, theirs < ours, left < numbers
         clipped = clips_by_channel(both.candidate.plan().graph)
-        if found.unpaired or (found.mismatches and doubled):
+        if found.unpaired or (found.mismatches and (doubled or joined or smaller)):
             wrong = None  # the first way that something speaks for: else a mistake is taken for what nobody did
             for how in OTHERWISE:
                 other = correspond(both.reference.plan(how), both.candidate.plan(how))

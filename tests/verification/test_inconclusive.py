@@ -7,9 +7,12 @@ import itertools
 import numpy as np
 import onnx
 import onnx_ir as ir
+from cases import Net
 from networks import as_max, folded, model, small, weights
 from onnx import helper, numpy_helper
 from opened import verify
+
+import bnfold
 
 
 def test_a_network_that_answers_a_constant():
@@ -25,6 +28,17 @@ def test_a_network_that_answers_a_constant():
     )
     right["stem.weight"][0] *= 1.1
     assert verify(reference, model("residual", right)).verdict == "different"
+
+
+def test_a_network_that_answers_a_constant_without_its_dead_channels():
+    net = Net("all channels are dead")
+    y = net.gemm(net.input("N", 5), 5, 3)
+    params = net.bn_params(3)
+    net.initializers[2].raw_data = bytes(12)
+    net.output(net.op("Add", net.op("MatMul", net.bn(y, params=params), net.matrix(3, 4)), net.bias(4)))
+    fused, report = bnfold.fuse(net.model(), drop_dead=True)
+    assert report.dropped[0].dropped == 2
+    assert bnfold.verify(net.model(), fused).verdict == "equivalent"
 
 
 def test_both_sides_nan():
