@@ -5,6 +5,7 @@ The logger says at DEBUG which stages a verb goes through, at INFO what its repo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import BnfoldError
+from .report.base import Report
+from .text import meant
 
 log = logging.getLogger("bnfold")
 EVERY = 0.1  # seconds between two looks at a stage
@@ -32,7 +35,11 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             given["progress"] = stages = _Stages(given.get("progress"))
         if "say" in parameters and given.get("say") is None:
             given["say"] = log.info
+        unknown = [name for name in given if name not in parameters and name not in (known := _arguments())]
+        if unknown:
+            raise TypeError(f"{function.__name__}() has no argument {unknown[0]!r}{meant(unknown[0], known)}")
         log.debug("%s begins", function.__name__)
+        start = time.perf_counter()
         try:
             made = function(*args, **given)
         except BnfoldError as error:
@@ -42,8 +49,13 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             if told:
                 stages.end()
-        _outcome(function.__name__, made)
-        return made
+        *models, report = made if isinstance(made, tuple) else (made,)
+        if not isinstance(report, Report):
+            return made
+        if not report.seconds:
+            report = dataclasses.replace(report, seconds=time.perf_counter() - start)
+        _log(function.__name__, report)
+        return (*models, report) if models else report
 
     return called
 
@@ -106,14 +118,11 @@ class _Stages:
             sys.stderr.write("\r")
 
 
-def _outcome(name: str, made: Any) -> None:
+def _log(name: str, report: Report) -> None:
     """Log what a report comes to, and the BatchNorms that stayed only since nobody called eval()."""
-    from .report import FuseReport, Report
+    from .report import FuseReport
     from .report.words import headline
 
-    report = made[-1] if isinstance(made, tuple) else made
-    if not isinstance(report, Report):
-        return
     log.info("%s: %s", name, ", ".join(headline(report)))
     fused = report if isinstance(report, FuseReport) else getattr(report, "fuse", None)
     if fused is not None and fused.in_training:

@@ -37,10 +37,19 @@ def test_all_verbs_are_there(x: np.ndarray) -> None:
     assert report.verify
     timed = bnfold.bench(model, ready, x, rounds=2)
     assert isinstance(timed, bnfold.BenchReport)
+    assert timed.seconds > 0
+    assert report.seconds > 0
     assert timed.batch_size == len(x)  # an array is one batch, not as many as it has rows
     assert bnfold.bench(model, ready, [x[:3], x], rounds=2).batch_size == 3
     assert isinstance(bnfold.inspect(model), bnfold.InspectReport)
     assert bnfold.pipeline is bnfold.pipeline
+
+
+def test_an_argument_that_there_is_not_is_named_with_the_one_that_was_meant(x: np.ndarray) -> None:
+    model = bnfold.load("model.onnx")
+    for verb, name, meant in ((bnfold.fuse, "clmps", "clamps"), (bnfold.pipeline, "drop_daed", "drop_dead")):
+        with pytest.raises(TypeError, match=rf"{verb.__name__}\(\) has no argument '{name}'; did you mean '{meant}'\?"):
+            verb(model, [x], **{name: True})
 
 
 def test_progress_for_the_asking(x: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
