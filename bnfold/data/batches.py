@@ -109,16 +109,10 @@ class Data:
         return self._labels
 
     def fed(
-        self,
-        inputs: Sequence[InputSpec],
-        *,
-        batch_size: int | None = None,
-        samples: int | None = None,
-        shard: tuple[int, int] | None = None,
-        run: Run | None = None,
+        self, inputs: Sequence[InputSpec], *, batch_size: int | None = None, samples: int | None = None, run: Run | None = None
     ) -> Data:
         """The same data for other inputs; what isn't given stays as it is. The bad images that are found are known to both."""
-        given = {"batch_size": batch_size, "samples": samples, "shard": shard, "run": run}
+        given = {"batch_size": batch_size, "samples": samples, "run": run}
         made = self._with(self._source, inputs, **{name: value for name, value in given.items() if value})
         made._bad = self._bad
         return made

@@ -149,7 +149,6 @@ def as_batches(
     *,
     batch_size: int | None = None,
     samples: int | None = None,
-    shard: tuple[int, int] | None = None,
     run: Run | None = None,
     flat: Flat | None = None,
 ) -> Data:
@@ -159,16 +158,16 @@ def as_batches(
     batches, each of one of these forms (a list, a DataLoader, a generator); or a function without arguments that returns any of them,
     called for each pass.
     An item without a sample axis is one sample. batch_size: 8 for arrays; an iterable's own batches are kept unless a size is given or the
-    model takes one only. A generator can be iterated once. shard: (i, n), run: see `Data`. flat: what takes an item in the form in which a
+    model takes one only. A generator can be iterated once. run: see `Data`. flat: what takes an item in the form in which a
     model is called apart (see `Flat`).
     """
     if isinstance(obj, Data):
-        return obj.fed(inputs, batch_size=batch_size, samples=samples, shard=shard, run=run)
+        return obj.fed(inputs, batch_size=batch_size, samples=samples, run=run)
     whole = is_samples(obj, inputs, flat)
     if isinstance(obj, (str, bytes)) or not (whole or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")):
         raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
     source = (from_object if whole else from_stream)(obj, inputs, f"the {type(obj).__name__} given", flat)
-    return Data(source, inputs, batch_size=batch_size, samples=samples, shard=shard or (0, 1), run=run)
+    return Data(source, inputs, batch_size=batch_size, samples=samples, run=run)
 
 
 def open_data(
@@ -180,7 +179,6 @@ def open_data(
     seed: int = 0,
     images: ImageOptions | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    shard: tuple[int, int] = (0, 1),
     max_bad: int | str = MAX_BAD,
     column: str | None = None,
     flat: Flat | None = None,
@@ -190,13 +188,13 @@ def open_data(
     spec: a .npy, .npz, .safetensors, .pt or .pth file; tar shards or Parquet files, by a pattern or as a folder; a folder of images, of
     .npy files or of `datasets`' save_to_disk; FILE.py:FUNCTION or MODULE:FUNCTION (any form of `as_batches`, made anew for each pass); or
     `random`. samples: at most so many, the first ones, but a random choice by `seed` in a folder of images or of save_to_disk. images: how
-    images are prepared. input_shapes: whole shapes by input name, where the model's are dynamic. shard, max_bad: see `Data`. column: the
+    images are prepared. input_shapes: whole shapes by input name, where the model's are dynamic. max_bad: see `Data`. column: the
     one of a table that goes into the model, where several could.
     """
     if seed < 0:
         raise UsageError(f"the seed is {seed}; it must be 0 or more")
     request = Request(spec, inputs, batch_size, samples, seed, images, input_shapes or {}, column, flat)
-    return Data(_source(request), inputs, batch_size=batch_size, samples=samples, shard=shard, max_bad=max_bad)
+    return Data(_source(request), inputs, batch_size=batch_size, samples=samples, max_bad=max_bad)
 
 
 def first_of(spec: str) -> Any:

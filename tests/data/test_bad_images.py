@@ -98,7 +98,7 @@ def test_of_tables_too(tmp_path, form):
     assert len(data.notes[-1]) < 400
     refused("; 2 of 130 images are bad and --max-bad 1% allows 1: replace or remove them, or allow more", lambda: open_data(path, PICTURES))
     assert len(list(open_data(path, PICTURES, max_bad="1.6%"))) == 17
-    assert not open_data(path, PICTURES, max_bad=0, shard=(1, 2), batch_size=64).bad
+    assert not open_data(path, PICTURES, max_bad=0, batch_size=64).sharded(1, 2).bad
 
 
 def test_rows_without_an_image(tmp_path):

@@ -56,9 +56,9 @@ def test_the_shards_are_the_whole(sizes, batch_size, fixed, limit, count, form, 
     whole = as_batches(data, inputs, batch_size=batch_size, samples=limit)
     expected = batches(whole)
     assert dealt(whole, count) == expected
-    shard = as_batches(whole, inputs, shard=(count - 1, count))
+    shard = as_batches(whole, inputs).sharded(count - 1, count)
     assert batches(shard) == expected[count - 1 :: count]
-    assert batches(as_batches(data, inputs, batch_size=batch_size, samples=limit, shard=(0, count))) == expected[::count]
+    assert batches(as_batches(data, inputs, batch_size=batch_size, samples=limit).sharded(0, count)) == expected[::count]
     assert shard.samples == whole.samples  # of the whole
     assert shard.notes == whole.notes
     assert shard.labels is None if not labelled else shard.labels.tolist() == whole.labels.tolist()
@@ -101,7 +101,7 @@ def test_of_others_nothing_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "__call__", lambda self, path, where=None: decoded.append(path.name) or real(self, path, where))
     for i in range(12):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
-    data = open_data(str(tmp_path), PICTURES, batch_size=2, shard=(1, 3))
+    data = open_data(str(tmp_path), PICTURES, batch_size=2).sharded(1, 3)
     assert [len(batch["x"]) for batch in data] == [2, 2]
     assert sorted(decoded) == ["02.png", "03.png", "08.png", "09.png"]
     assert data.samples == 12
@@ -115,7 +115,7 @@ def test_arrays_of_others_are_not_converted(monkeypatch):
     monkeypatch.setattr(inputs, "convert", lambda array, *rest: seen.append(len(array)) or real(array, *rest))
     spoilt = A.astype(np.float64)
     spoilt[3] = np.nan  # another's affair
-    data = as_batches(spoilt, X, batch_size=6, shard=(1, 2))
+    data = as_batches(spoilt, X, batch_size=6).sharded(1, 2)
     assert [batch["x"][0, 0] for batch in data] == [18, 54]
     assert seen == [6, 2]
 
@@ -124,8 +124,8 @@ def test_an_empty_shard_is_no_error():
     data = as_batches(A, X, batch_size=20).sharded(1, 2)
     assert list(data) == []
     assert (data.samples, data.shard) == (20, (1, 2))
-    assert len(list(open_data("random", X, shard=(1, 2)))) == 1
-    assert list(open_data("random", X, shard=(2, 3))) == []
+    assert len(list(open_data("random", X).sharded(1, 2))) == 1
+    assert list(open_data("random", X).sharded(2, 3)) == []
 
 
 def test_random_data_are_shared_out():
@@ -136,6 +136,6 @@ def test_random_data_are_shared_out():
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
 def test_shards_that_are_none(shard):
     with pytest.raises(UsageError, match=r"the shard is .*; it must be one of 0 to n - 1"):
-        as_batches(A, X, shard=shard)
+        as_batches(A, X).sharded(*shard)
     with pytest.raises(UsageError, match="the shard is"):
         as_batches(A, X).sharded(*shard)

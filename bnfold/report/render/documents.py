@@ -140,7 +140,6 @@ def _pipeline(report: PipelineReport, verbose: bool) -> Iterator[Part]:
 
 
 def _bench(report: BenchReport, verbose: bool) -> Iterator[Part]:
-    """Two models side by side."""
     yield tables.timings(report)
     yield Line("candidate / reference with its 95 % interval; where 1 is within that, these rounds show no difference")
     threads = "" if report.threads is None else f", {counted(report.threads, 'thread')}"

@@ -38,13 +38,11 @@ def _spread(report: FuseReport, into: Sequence[str]) -> str:
 
 
 def staying(report: FuseReport) -> Table:
-    """The BatchNorms that stay, and why."""
     cells = [(layer.name or NAMELESS, channels(layer.channels), layer.reason) for layer in report.kept]
     return Table("BatchNorms that stay", ("BatchNorm", "channels", "why"), cells)
 
 
 def ranges(report: FuseReport) -> Table:
-    """How a fold changes the ranges of weights."""
     cells = [
         (each.name, f"{each.before:.3g}", f"{each.after:.3g}", percent(each.error_before), percent(each.error), each.warning)
         for each in report.ranges
@@ -54,7 +52,6 @@ def ranges(report: FuseReport) -> Table:
 
 
 def equalised(report: FuseReport) -> Table:
-    """Whose ranges were made equal, channel by channel."""
     cells = [(", ".join(e.layers), ", ".join(e.into), "" if e.reason else f"up to {e.factor:.3g}", e.reason) for e in report.equalised]
     return Table("Equalised ranges", ("made by", "read by", "factor", "remarks"), cells, names=(0, 1))
 
@@ -180,12 +177,10 @@ def first_difference(report: VerifyReport) -> Iterator[Line]:
 
 
 def judged(rows: Sequence[Row]) -> Table:
-    """Rows held against a baseline."""
     return Table("Baseline", ("row", "verdict", "remarks"), [(row.name, row.verdict, row.reason) for row in rows], names=())
 
 
 def sizes(report: FuseReport) -> Table:
-    """How large the model is, before and after."""
     found = (
         ("operators", report.operators),
         ("bytes of weights and constants", report.bytes),

@@ -110,7 +110,6 @@ def _is_pointwise(node: ir.Node, constants: Constants, shapes: Shapes) -> bool:
 
 
 def pointwise(node: ir.Node, constants: Constants) -> Pointwise:
-    """What a pointwise convolution does."""
     weight, bias = (constants.get(node.inputs[i]) if i < len(node.inputs) else None for i in (1, 2))
     assert weight is not None
     return Pointwise(weight.astype(np.float64).reshape(weight.shape[:2]), None if bias is None else bias.astype(np.float64))

@@ -191,13 +191,13 @@ def runtime_message(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _logged(lines: list[str], already: str, limit: int = 400) -> str:
+def _logged(lines: list[str], already: str) -> str:
     """What the runtime printed, for the end of a reason."""
     messages = (runtime_message(line, 1 << 16) for line in lines)
     fresh = "; ".join(dict.fromkeys(line for line in messages if line and line not in already))
     if not fresh:
         return ""
-    return f" (it says: {fresh if len(fresh) <= limit else fresh[: limit - 1] + '…'})"
+    return f" (it says: {fresh if len(fresh) <= 400 else fresh[:399] + '…'})"
 
 
 # --- words ----------------------------------------------------------------------------------------------------------------------------

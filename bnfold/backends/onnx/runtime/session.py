@@ -91,7 +91,6 @@ class Session:
 
     @property
     def specs(self) -> list[InputSpec]:
-        """What the model is fed."""
         return inputs(self._model)
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:

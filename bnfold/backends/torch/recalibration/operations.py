@@ -82,7 +82,6 @@ def _is_pointwise(op: Op, stored: StoredTensors) -> bool:
 
 
 def pointwise(op: Op, stored: StoredTensors) -> Pointwise:
-    """What a pointwise convolution does."""
     given = arguments(op)
     weight, bias = (None if given[name] is None else stored.value(given[name]).to(torch.float64) for name in ("weight", "bias"))
     assert weight is not None

@@ -68,7 +68,6 @@ class StoredTensors:
         self._values.clear()
 
     def value(self, op: Op) -> Any:
-        """The value of a constant."""
         if op not in self._values:
             self._values[op] = self._compute(op)
         return self._values[op]

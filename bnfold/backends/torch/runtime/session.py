@@ -127,7 +127,6 @@ class TorchSession:
 
     @property
     def specs(self) -> list[InputSpec]:
-        """What the model is fed."""
         return self._traced.specs
 
     def flat(self, item: Any) -> dict[str, Any] | None:
