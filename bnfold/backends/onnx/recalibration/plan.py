@@ -85,7 +85,8 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
                 self.keeps(name_of(node), why)
             else:
                 place = self.place(self._identity(node), partial(self._layer, node))
-                self.calls.append(OnnxCall(node, arg(node), place, self._is_per_activation(node)))
+                per_activation = attribute(node, "spatial", 1) == 0 and self._value(node, 3).ndim > 1
+                self.calls.append(OnnxCall(node, arg(node), place, per_activation))
 
     def _layer(self, node: ir.Node) -> BatchNorm:
         if self._in_training(node):
@@ -143,9 +144,6 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
 
     def nbytes(self, value: ir.Value) -> int | None:
         return operations.nbytes(value, self._shapes)
-
-    def _is_per_activation(self, node: ir.Node) -> bool:
-        return attribute(node, "spatial", 1) == 0 and self._value(node, 3).ndim > 1
 
     def weights(self, convolution: ir.Node) -> Pointwise:
         return operations.pointwise(convolution, self.constants)

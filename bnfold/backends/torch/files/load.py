@@ -57,7 +57,7 @@ def load(
     if kind in ("safetensors", "shards"):
         return _safetensors(path, kind, arch, arch_args, ignore_keys, say)
     found = unpickled(path, trust_pickle)
-    if isinstance(found, Mapping) and not isinstance(found, nn.Module):
+    if isinstance(found, Mapping):
         inner = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), None)
         if inner is not None:
             found = inner
@@ -67,10 +67,9 @@ def load(
         return found.eval()
     if isinstance(found, ExportedProgram):
         raise ModelError(f"{path}: a pickled exported program; write it with torch.export.save")
-    if arch is None:
-        state_of(found, str(path), say)
-        raise UsageError(f"{path}: {NEEDS_ARCH}")
     state, surgery = state_of(found, str(path), say)
+    if arch is None:
+        raise UsageError(f"{path}: {NEEDS_ARCH}")
     return _certified(put(state, build(arch, arch_args), surgery, str(path), say, ignore_keys).eval(), text_beside(found))
 
 

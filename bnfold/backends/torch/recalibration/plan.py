@@ -32,6 +32,7 @@ from ..export.tensors import NUMPY, to_tensor
 from ..export.trace import Traced, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
 from ..lowering.chains import Chain, frozen_chains
+from ..lowering.places import Place
 from ..lowering.table import lowering as lowering_of
 from ..runtime.interpreter import TorchOracle
 from ..runtime.session import device_of
@@ -136,7 +137,8 @@ class TorchPlan(StagePlan[Op, Op]):
     def _are_named(self, stored: list[Any]) -> bool:
         """Whether a module's own names lead to tensors; in a program, all have names."""
         module = self._model if isinstance(self._model, nn.Module) else None
-        return module is None or all(hasattr(module.get_submodule(path), name) for path, name in map(_split, stored))
+        places = (Place(each.target) for each in stored)
+        return module is None or all(hasattr(module.get_submodule(place.owner), place.attribute) for place in places)
 
     def _layer(self, name: str, op: Op, key: tuple[str, str]) -> BatchNorm:
         path = key[0].rpartition(".")[0]
@@ -274,11 +276,6 @@ class TorchPlan(StagePlan[Op, Op]):
 def _owned(owner: str) -> tuple[str, str]:
     """The qualified names of a module's statistics."""
     return f"{owner}.running_mean".lstrip("."), f"{owner}.running_var".lstrip(".")
-
-
-def _split(stored: Any) -> tuple[str, str]:
-    path, _, name = stored.target.rpartition(".")
-    return path, name
 
 
 def _give(norm: nn.modules.batchnorm._BatchNorm, attribute: str, tensor: torch.Tensor) -> None:

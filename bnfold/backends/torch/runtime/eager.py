@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -79,12 +80,10 @@ class Eager:
         """The same. Raises DataError where it doesn't run."""
         own = call.map_tensors(lambda t: _double(t.detach().cpu().clone()) if self.exact else t.detach().clone())
         try:
+            mode: Any = _Float64() if self.exact else nullcontext()  # type: ignore[no-untyped-call]  # the same
             with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                if self.exact:
-                    with _Float64():  # type: ignore[no-untyped-call]  # the same
-                        returned = own.on(self._module)
-                else:
+                with mode:
                     returned = own.on(self._module)
                 return plain({name: to_numpy(tensor) for name, tensor in flat_outputs(returned).items()})
         except Exception as error:  # the user's code raises what it likes

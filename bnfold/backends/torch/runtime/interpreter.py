@@ -101,15 +101,13 @@ class Float64Interpreter(Interpreter):
     def called(self, op: Op) -> Any:
         if operator_name(op) == "_assert_tensor_metadata":  # of the stored types
             return None
-        if not self.rounds and (rounding := quantiser(op)) is not None and not self._is_weight(op) and not is_item(op):
+        rounding = None if self.rounds or is_item(op) else quantiser(op)
+        if rounding is not None and not (self.constants is not None and self.constants.is_constant(op)):
             return self.env[rounding.source] if is_tensor(op) else (self.env[rounding.source],)
         returned = self._returned(op)
         if self._writes and operator_name(op) in ("to", "type_as") and dtype_of(op) != dtype_of(op.args[0]):
             return returned.clone()  # as the cast does that float64 makes needless
         return returned
-
-    def _is_weight(self, op: Op) -> bool:
-        return self.constants is not None and self.constants.is_constant(op)
 
     def _returned(self, op: Op) -> Any:
         try:

@@ -6,6 +6,7 @@ TF32, whose rounding hides real defects, is off while a model runs here, unless 
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
@@ -179,8 +180,6 @@ def _updates(program: ExportedProgram) -> bool:
 
 
 def seed_of(name: str, jitter: int) -> int:
-    import zlib
-
     return zlib.crc32(f"{jitter} {name}".encode())
 
 
