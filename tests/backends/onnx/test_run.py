@@ -301,7 +301,7 @@ def test_a_provider_that_fails_in_mid_run(monkeypatch, on_cpu, raised, said):
 
     monkeypatch.setattr(ort.InferenceSession, "run", failing)
     monkeypatch.setattr("bnfold.backends.onnx.runtime.providers.resolve", lambda name: f"{name.upper()}ExecutionProvider")
-    device._asked = "cuda"
+    device._requested = "cuda"
     with pytest.raises(raised, match=said or r"^ONNX Runtime can't run the model on x \(6\): Non-zero"):
         device.run({"x": np.ones(6, np.float32)})
 
