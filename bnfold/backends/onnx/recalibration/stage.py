@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -25,12 +22,11 @@ from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes, opset
 from ..runtime.placement import assigned, honoured, name_nodes
 from ..runtime.providers import resolve, run_failed, runtime, runtime_message, start
+from ..runtime.session import outputs_of
 from .operations import OnnxCut, sources
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for
 LARGE = 1 << 10  # bytes: weights from here on are lent to the session, not copied into the proto
-# Types that ONNX Runtime's Python interface takes by their bits only.
-BITS: dict[int, np.dtype[Any]] = {TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 LENT = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 Arrays = dict[str, npt.NDArray[Any]]
 Measured = Mapping[ir.Node, Sequence[npt.NDArray[Any]]]
@@ -112,7 +108,6 @@ class _Session:
 
     def __init__(self, proto: onnx.ModelProto, lent: Arrays, kinds: dict[str, int], provider: str) -> None:
         ort = runtime()
-        self._ort, self._kinds = ort, kinds
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.use_deterministic_compute = True
@@ -132,22 +127,11 @@ class _Session:
                 raise _NoKernelError(text) from None
             raise UnsupportedError(f"ONNX Runtime can't run this model on {provider}: {text}") from None
         honoured(assigned(self._session, provider), provider, lambda: proto)
-        outputs = self._session.get_outputs()
-        self._results = [output.name for output in outputs]
-        kinds.update({output.name: _kind(output.type, output.name) for output in outputs})
-        self._by_bits = any(kinds[info.name] in BITS for info in (*proto.graph.input, *outputs))
+        kinds.update({output.name: _kind(output.type, output.name) for output in self._session.get_outputs()})
 
     def __call__(self, feeds: Arrays) -> Values:
         with overhearing():
-            if not self._by_bits:
-                return dict(zip(self._results, self._session.run(self._results, feeds), strict=True))
-            lent = {name: self._lend(array, self._kinds[name]) for name, array in feeds.items()}
-            return dict(zip(self._results, map(_borrow, self._session.run_with_ort_values(self._results, lent)), strict=True))
-
-    def _lend(self, array: npt.NDArray[Any], kind: int) -> Any:
-        if kind in BITS:
-            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
-        return self._ort.OrtValue.ortvalue_from_numpy(array)
+            return outputs_of(self._session, feeds)
 
 
 def _evaluator(proto: onnx.ModelProto, lent: Arrays, kinds: dict[str, int]) -> Callable[[Arrays], Values]:
@@ -280,16 +264,3 @@ def _kind(text: str, name: str) -> int:
     if f"tensor({inner})" != text:
         raise UnsupportedError(f"{name!r} is a {text} that would have to wait between two BatchNorms; only tensors can")
     return int(TensorProto.DataType.Value(inner.upper()))
-
-
-def _borrow(value: Any) -> npt.NDArray[Any]:
-    """An array over the memory of an OrtValue, which lives as long as the array."""
-    kind = value.element_type()
-    if kind not in BITS:
-        array: npt.NDArray[Any] = value.numpy()
-        return array
-    shape = tuple(value.shape())
-    buffer = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    buffer.owner = value
-    bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
-    return bits.view(BITS[kind]).reshape(shape)

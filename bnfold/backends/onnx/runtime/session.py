@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx import TensorProto
 
 from bnfold.capture import overhearing
 from bnfold.data import Batch, InputSpec
@@ -21,7 +24,6 @@ from bnfold.files import Workplace
 from bnfold.model import Placement
 
 from ..files.save import Weight, write
-from ..files.validate import tensors
 from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.ranges import inputs
 from ..graph.walk import all_nodes
@@ -31,14 +33,12 @@ from .providers import CPU, resolve, run_failed, runtime, start
 LONGEST = 60  # seconds of a run with loops in it
 # Protocol buffers can't hold more; the margin is for the graph around the weights.
 PROTO_LIMIT = 2**31 - 2**24
-# numpy has these types only through ml_dtypes, which ONNX Runtime's Python interface doesn't take.
-WIDENED: set[int] = {
-    TensorProto.BFLOAT16,
-    TensorProto.FLOAT8E4M3FN,
-    TensorProto.FLOAT8E4M3FNUZ,
-    TensorProto.FLOAT8E5M2,
-    TensorProto.FLOAT8E5M2FNUZ,
+# By ONNX Runtime's names, the types that numpy has only through ml_dtypes: its Python interface takes them by their bits.
+BY_BITS = {
+    f"tensor({name.replace('_', '')})": np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 }
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Session:
@@ -69,7 +69,6 @@ class Session:
         self._model = model
         self._optional = set(model.graph.initializers)
         self._loops = any(node.op_type == "Loop" for node in all_nodes(model.graph))
-        self._widened: dict[str, np.dtype[Any]] = {}
 
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel
@@ -87,7 +86,6 @@ class Session:
         self._session = start(source, options, provider, precision=precision)
         self.placement: Placement | None = assigned(self._session, provider)
         honoured(self.placement, provider, lambda: skeleton(model))
-        self._outputs = [o.name for o in self._session.get_outputs()]
 
     @property
     def specs(self) -> list[InputSpec]:
@@ -97,10 +95,9 @@ class Session:
         """The outputs by name, in the model's order, then the extra ones. Raises DataError for feeds that don't fit,
         DeviceError where the provider fails on what the CPU runs."""
         check_feeds(feeds, inputs(self._model, feeds), self._optional)
-        given = {k: np.ascontiguousarray(v.astype(np.float32) if k in self._widened else v) for k, v in feeds.items()}
         with enough_memory(samples_of(feeds)), overhearing(), self._ending() as options:
             try:
-                results = self._session.run(self._outputs, given, options)
+                found = outputs_of(self._session, {name: np.ascontiguousarray(array) for name, array in feeds.items()}, options)
             except Exception as error:
                 if options is not None and options.terminate:
                     raise ModelError(f"a loop of the model doesn't end within {LONGEST} s; don't use this file") from None
@@ -109,8 +106,7 @@ class Session:
             self._profiling = False
             self.placement = profiled(self._session.end_profiling(), self._requested)
             honoured(self.placement, self._requested, lambda: skeleton(self._model))
-        named = zip(self._outputs, results, strict=True)
-        return {k: v.astype(self._widened[k]) if k in self._widened else v for k, v in named}
+        return found
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[Any]:
@@ -132,7 +128,6 @@ class Session:
         proto = self_contained(model, initializers=not large)
         name_nodes(proto.graph)
         _expose(proto, model, extra)
-        self._widened = _widen_interface(proto)
         if not large:
             return bytes(proto.SerializeToString())
         self._folder = Workplace()
@@ -146,62 +141,45 @@ class Session:
 
 
 def _expose(proto: onnx.ModelProto, model: ir.Model, names: tuple[str, ...]) -> None:
-    """Make inner values outputs. ONNX Runtime infers their types; those that must pass as another type are inferred here."""
+    """Make inner values outputs. ONNX Runtime infers their types where the model doesn't state them."""
     inner = {value.name: value for node in model.graph for value in node.outputs}
     there = {info.name for info in proto.graph.output}
-    infos = {}
     for name in dict.fromkeys(names):
         if name not in inner:
             raise UsageError(f"the model computes no value {name!r}")
         if name not in there:
-            infos[name] = onnx.ValueInfoProto(name=name)
+            info = proto.graph.output.add(name=name)
             dtype = inner[name].dtype
             if dtype is not None and isinstance(inner[name].type, ir.TensorType):
-                infos[name].type.tensor_type.elem_type = dtype.value
-    if any(not info.HasField("type") for info in infos.values()) and _uses(proto, WIDENED):
-        bare = onnx.ModelProto()
-        bare.CopyFrom(proto)
-        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=False).graph.value_info
-        infos.update({info.name: info for info in inferred if info.name in infos})
-    proto.graph.output.extend(infos.values())
+                info.type.tensor_type.elem_type = dtype.value
 
 
-def _uses(proto: onnx.ModelProto, types: set[int]) -> bool:
-    return any(i.type.tensor_type.elem_type in types for i in proto.graph.input) or any(t.data_type in types for t in tensors(proto))
+def outputs_of(session: Any, feeds: Arrays, options: Any = None) -> dict[str, npt.NDArray[Any]]:
+    """What a session of ONNX Runtime gives, by name. feeds: C-contiguous arrays."""
+    outputs = session.get_outputs()
+    names = [output.name for output in outputs]
+    if not any(each.type in BY_BITS for each in (*session.get_inputs(), *session.get_overridable_initializers(), *outputs)):
+        return dict(zip(names, session.run(names, feeds, options), strict=True))
+    values = session.run_with_ort_values(names, {name: _lent(array) for name, array in feeds.items()}, options)
+    return {output.name: _borrowed(value, BY_BITS.get(output.type)) for output, value in zip(outputs, values, strict=True)}
 
 
-def _widen_interface(proto: onnx.ModelProto) -> dict[str, np.dtype[Any]]:
-    """Let inputs and outputs of types that numpy hasn't got pass as float32, which holds them exactly. Returns their own types by name."""
-    graph, own = proto.graph, {}
-    casts: tuple[list[onnx.NodeProto], list[onnx.NodeProto]] = ([], [])
-    filled = {t.name for t in graph.initializer}
-    for values, is_output in ((graph.input, False), (graph.output, True)):
-        for info in values:
-            kind = info.type.tensor_type.elem_type
-            if kind not in WIDENED or (not is_output and info.name in filled):
-                continue
-            own[info.name] = onnx.helper.tensor_dtype_to_np_dtype(kind)
-            info.type.tensor_type.elem_type = TensorProto.FLOAT
-            inner = info.name + ":stored"
-            _rename(graph, info.name, inner)
-            ends = (inner, info.name) if is_output else (info.name, inner)
-            casts[is_output].append(onnx.helper.make_node("Cast", ends[:1], ends[1:], to=TensorProto.FLOAT if is_output else kind))
-    for node in reversed(casts[0]):
-        graph.node.insert(0, node)
-    graph.node.extend(casts[1])
-    return own
+def _lent(array: npt.NDArray[Any]) -> Any:
+    """An OrtValue over the memory of an array."""
+    lend = runtime().OrtValue
+    if array.dtype not in BY_BITS.values():
+        return lend.ortvalue_from_numpy(array)
+    bits = array.view(f"u{array.itemsize}")
+    return lend.ortvalue_from_numpy_with_onnx_type(bits, onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
 
 
-def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Rename a value in all nodes that write or read it, in subgraphs too."""
-    for node in graph.node:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                if name == old:
-                    names[i] = new
-        for attribute in node.attribute:
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _rename(body, old, new)
-                for info in body.output:
-                    if info.name == old:
-                        info.name = new
+def _borrowed(value: Any, dtype: np.dtype[Any] | None) -> npt.NDArray[Any]:
+    """An array over the memory of an OrtValue, which lives as long as the array. dtype: of one that is taken by its bits."""
+    if dtype is None:
+        array: npt.NDArray[Any] = value.numpy()
+        return array
+    shape = tuple(value.shape())
+    buffer = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(value.data_ptr())
+    buffer.owner = value
+    bits: npt.NDArray[Any] = np.ctypeslib.as_array(buffer)
+    return bits.view(dtype).reshape(shape)
