@@ -77,6 +77,29 @@ def test_what_stays_is_grouped_by_its_reason() -> None:
     assert all(name in text(fused(12), width=300, verbose=True) for name in NAMES)
 
 
+def test_reasons_that_differ_by_names_and_counts_are_one() -> None:
+    """Names as torch.onnx.export and torch.export give them."""
+    report = fused(12)
+    why = "before it: HardSwish n0_{0} blocks, its output is also used by node_add_{0}; behind it: relu relu_{0} blocks, {0} of its 16 "
+    layers = tuple(
+        dataclasses.replace(
+            layer, reason=why.format(i) + ("scales is" if i == 1 else "scales are") + " negative" if layer.verdict == "kept" else ""
+        )
+        for i, layer in enumerate(report.layers)
+    )
+    found = text(dataclasses.replace(report, layers=layers), width=300)
+    assert (
+        "12 stay: before it: HardSwish * blocks, its output is also used by *; behind it: relu * blocks, some of its scales are negative ("
+        in found
+    )
+
+
+def test_names_of_digits_are_no_numbers() -> None:
+    layers = tuple(Layer(f"{i}.bn", 8, "folded", (f"{i}.{'0' * i}",), "") for i in range(3))
+    report = FuseReport(batchnorms=Counts(3, 0), layers=layers)
+    assert "\n0.bn              8  folded   0.\n" in text(report, width=300, verbose=True)
+
+
 def test_amounts_are_said_in_one_unit() -> None:
     cases = {(1_120_000, 1_100_400): "1.12 to 1.10 MB", (118_888, 116_520): "119 to 117 kB", (512, 448): "512 to 448 bytes"}
     assert {pair: in_bytes(Counts(*pair)) for pair in cases} == cases

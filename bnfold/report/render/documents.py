@@ -18,7 +18,10 @@ from . import Headline, Line, Part, Row, Table, folded, tables, verified
 from .tables import NAMELESS
 
 SHARE = re.compile(r"(\d+)%")
-OTHER_NAME = re.compile(r"(?<![\w/.])(?:[\w.:-]*/[\w./:-]*\w|[^\W\d]\w*(?:\.\w+)+)(?![\w/])")  # in what is said of a layer
+COUNT = re.compile(r"\d+ of its \d+ (\w+) (?:is|are)\b")
+OTHER_NAME = re.compile(  # in what is said of a layer
+    r"(?<![\w/.])(?:[\w.:-]*/[\w./:-]*\w|[^\W\d]\w*(?:\.\w+)+|\w+_\w+|(?<=\w )\w+(?= blocks))(?![\w/])"
+)
 FEW = 5  # layers that are named of many with one thing to be said of them, and shown of those that moved
 
 # --- on a terminal ----------------------------------------------------------------------------------------------------------------------
@@ -64,15 +67,15 @@ def _layers(report: FuseReport, verbose: bool) -> Iterator[Part]:
 
 
 def _grouped(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Line]:
-    """Layers with one thing to be said of them, the first few by name. What is said may differ by names and percentages."""
+    """Layers with one thing to be said of them, the first few by name. What is said may differ by names, counts and percentages."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for text, name in found:
-        groups.setdefault(SHARE.sub("", OTHER_NAME.sub("", text)), []).append((text, name or NAMELESS))
+        groups.setdefault(SHARE.sub("", OTHER_NAME.sub("", COUNT.sub("", text))), []).append((text, name or NAMELESS))
     for same in groups.values():
         text, names = same[0][0] or "no reason is known", [name for _, name in same]
         if len({text for text, _ in same}) > 1:
             most = max((int(share) for each, _ in same for share in SHARE.findall(each)), default=0)
-            text = SHARE.sub(f"up to {most}%", OTHER_NAME.sub("*", text))
+            text = COUNT.sub(r"some of its \1 are", SHARE.sub(f"up to {most}%", OTHER_NAME.sub("*", text)))
         many = len(names) > FEW + 1
         listed = ", ".join(names[:FEW] if many else names) + (f" and {len(names) - FEW:,} more" if many else "")
         count = f"{len(names):,} {word if len(names) == 1 else word.rstrip('s')}: " if word else ""

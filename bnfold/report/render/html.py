@@ -126,7 +126,7 @@ def _table(table: Table) -> str:
     if not used:
         return ""
     last = table.prose and len(table.columns) - 1
-    numbers = {i for i in used if i and i != last and all(_is_number(row[i]) for row in table.rows)}
+    numbers = {i for i in used if i and i != last and i not in table.names and all(_is_number(row[i]) for row in table.rows)}
     head = "".join(f'<th{" class=n" * (i in numbers)} scope="col">{_title(table.columns[i])}</th>' for i in used)
     head = f"<thead><tr>{head}</tr></thead>\n" if any(table.columns) else ""
     rows = ("".join(_cell(row[i], "n" if i in numbers else "text" if i == last else "") for i in used) for row in table.rows)

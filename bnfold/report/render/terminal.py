@@ -109,7 +109,7 @@ def _grid(console: Console, table: Table, titles: Sequence[str], rows: Cells, us
     grid = Grid(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", show_header=any(titles))
     prose = table.prose and len(titles) - 1
     for i in used:
-        numbers = i != prose and _numbers(rows, i)
+        numbers = i != prose and i not in table.names and _numbers(rows, i)
         grid.add_column(titles[i], overflow="fold", no_wrap=i != used[-1], justify="right" if numbers else "left")
     for row in rows:
         grid.add_row(*(_coloured(row[i]) for i in used))

@@ -172,8 +172,9 @@ def from_timm(name: str, args: Mapping[str, Any] | None) -> nn.Module:
     try:
         import timm
     except Exception as error:  # whatever its own imports raise
-        why = "that needs timm: pip install timm" if isinstance(error, ImportError) else f"timm can't be imported ({first_line(error)})"
-        raise UnsupportedError(f"timm:{name}: {why}") from None
+        why = f"it can't be imported ({first_line(error)}); install releases of torch, torchvision and timm that fit"
+        why = "pip install timm" if isinstance(error, ImportError) else why
+        raise UnsupportedError(f"timm:{name}: that needs timm: {why}") from None
     base = name.rpartition("/")[2].partition(".")[0]
     if not timm.is_model(base):
         raise UsageError(f"timm:{name}: timm has no such model{meant(base, timm.list_models())}")
