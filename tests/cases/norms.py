@@ -37,10 +37,16 @@ def _(net: Net) -> None:
     )
 
 
-@CASES.case("GroupNormalization of opset 25, whose type isn't inferred", 34, opset=25, dtype="float16", ort=False)
+@CASES.case("GroupNormalization of opset 25, whose type ONNX doesn't infer", 34, opset=25, dtype="float16", ort=False)
 def _(net: Net) -> None:
     y = net.op("GroupNormalization", net.input("N", 6, "H", "W"), net.bias(6), net.bias(6), num_groups=2)
     net.output(net.bn(net.conv(net.op("Gather", y, net.ints(4, 1), axis=1), 2, 3, 1, bias=False), 3), shape=("N", 3, "H", "W"))
+
+
+@CASES.case("GroupNormalization of opset 21, whose shape ONNX doesn't infer, before a Flatten and a Gemm", 34, opset=21)
+def _(net: Net) -> None:
+    y = net.op("GroupNormalization", net.input("N", 4, 3, 2), net.bias(4), net.bias(4), num_groups=2)
+    net.output(net.gemm(net.op("Flatten", net.bn(net.op("Sigmoid", y), 4)), 24, 5), shape=("N", 5))
 
 
 @CASES.case("GroupNormalization as torch writes it", 34)

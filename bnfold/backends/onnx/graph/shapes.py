@@ -223,8 +223,14 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
 
 
 def _unfuse(graph: onnx.GraphProto) -> None:
-    """Write fused operators of ONNX Runtime as the standard's of the same shape, which the inference knows."""
+    """Write fused operators of ONNX Runtime as the standard's of the same shape, which the inference knows.
+
+    A GroupNormalization, which it doesn't know, is an Identity by that.
+    """
     for node in graph.node:
+        if node.op_type == "GroupNormalization" and node.domain in ("", "ai.onnx"):
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
         if node.domain != MICROSOFT:
             continue
         settings = {a.name: a for a in node.attribute}
