@@ -162,7 +162,8 @@ def _refilled(node: Node, maps: list[Affine], fill: float) -> list[Step]:
     if fill == _fill(node):
         return [Step(maps)]
     if "fill" not in node.params:
-        raise Blocked("it pads with zeros and the map's shift is not zero")
+        what = "zeros and the map's shift is not zero" if _fill(node) == 0 else "a number that can't change"
+        raise Blocked(f"it pads with {what}")
     return [Step(maps, {"fill": Affine(np.zeros(()), np.asarray(fill))})]
 
 

@@ -282,3 +282,16 @@ def _(net: Net) -> None:
 @CASES.case("Pad over channels", 49, left=1, reason=r"pad|Pad|shift|fill|ax[ie]s|channel")
 def _(net: Net) -> None:
     net.output(net.bn(net.pad(net.conv(net.input("N", 4, "H", "W"), 4, 4), 0, 1, 0, 0, 0, 1, 0, 0), 6))
+
+
+@CASES.case(
+    "constant Pad at opset 9, whose attribute holds no float64",
+    49,
+    opset=9,
+    dtype="float64",
+    left=1,
+    reason="a number that can't",
+    ort=False,
+)
+def _(net: Net) -> None:
+    net.output(net.bn(net.pad(net.conv(net.input("N", 4, 5, 5), 4, 1), 0, 0, 1, 0, 0, 0, 0, 0, value=0.75), 1))

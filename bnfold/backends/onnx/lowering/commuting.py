@@ -162,7 +162,8 @@ def pad(ctx: OnnxLowering, node: ir.Node) -> None:
     axes = range(rank) if stated is None else [i for i, each in enumerate(stated) if each != (0, 0)]
     if ctx.opset < 11:
         fill = number(node, "value", 0.0)
-        param = Param(None, (), default=fill, slot="value")
+        single = ctx.shapes.dtype(arg(node)) != ir.DataType.DOUBLE  # of which an attribute holds few
+        param = Param(None, (), default=fill, slot="value") if single else None
     elif given(node, 2) is None:
         fill, param = 0.0, Param(None, (), slot=2)
     elif axes:
