@@ -17,7 +17,7 @@ from bnfold.report import Function
 
 from .comparison import Comparison
 from .inputs import moved, sample_count
-from .noise import Errors, Noise, numbers
+from .noise import Errors, Noise, Outputs, numbers
 from .yardstick import FEW, FUNCTION_LIMIT, MANY, Run, Scale, Truth, function_ratio
 
 PLENTY = 256  # numbers of an output, from which one run with moved weights tells the noise well enough for a quick check
@@ -89,9 +89,16 @@ def _truth(both: Comparison, make: Callable[..., Runner], feeds: list[Batch], ot
         copies = list(moved(feeds, -(-ENOUGH_SAMPLES // samples) - 1, both.seed))
         found = truth([*feeds, *copies])
         found.copies = sum(map(sample_count, copies))
-    both.progress("outputs, rounded weights", 0, None)
     least = 1 if quick and sum(sizes) >= PLENTY else FEW
-    found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough and least > 1)
+
+    def measure() -> None:
+        both.progress("outputs, rounded weights", 0, None)
+        found.measure(lambda k: make(jitter=both.seed + k + 1).run, least=least, settle=both.thorough and least > 1)
+
+    if both.thorough or not exact:
+        measure()
+    else:
+        found.measure_when_asked(measure)
 
     def again() -> Truth:
         other = truth(list(moved(feeds, 1, both.seed + 1)))
@@ -110,7 +117,9 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     candidate = both.candidate
     how = f"by the noise of the stored type, since {lacking}" if lacking else ""
     try:
-        run = (candidate.session("cpu", candidate.optimisations[0]) if lacking else candidate.exact()).run
+        run = _remembered((candidate.session("cpu", candidate.optimisations[0]) if lacking else candidate.exact()).run)
+        if not both.thorough and not lacking and (settled := _settled(both, truth, run)):
+            return _judged(settled, truth, how), settled
         deviations = _deviations(both, truth, run)
         found = _judged(deviations, truth, how)
         if found.verdict == "different" and truth.again is not None and not any(each.errors.problem for each in deviations.values()):
@@ -124,6 +133,32 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     except DataError as error:
         return Function("different", np.inf, reason=f"the candidate doesn't run on what the reference takes: {error}"), {}
     return found, deviations
+
+
+def _remembered(run: Run) -> Run:
+    """The same, without running again on a batch that it has run on."""
+    results: dict[int, tuple[Batch, Outputs]] = {}  # the batch is held, or another might be given its number
+
+    def once(batch: Batch) -> Outputs:
+        if id(batch) not in results:
+            results[id(batch)] = batch, run(batch)
+        return results[id(batch)][1]
+
+    return once
+
+
+def _settled(both: Comparison, truth: Truth, run: Run) -> Deviations:
+    """The candidate's errors where they are within the limit whatever moved weights do, which then need not be run; else none.
+
+    The yardstick that is stated is then what rounding the outputs explains, once.
+    """
+    found = {}
+    for name, (errors, scale) in (truth.settled(run, both.unit) or {}).items():
+        ratio = function_ratio(errors, Noise(), scale)
+        if ratio > FUNCTION_LIMIT:
+            return {}
+        found[name] = Deviation(errors, Noise(), dataclasses.replace(scale, floor=both.unit * scale.largest), ratio)
+    return found
 
 
 def compare_unrounded(both: Comparison, feeds: Iterable[Batch], found: Function) -> Function:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,6 +128,12 @@ def variation(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
     finite = np.isfinite(one) & np.isfinite(other)
     size, off = (float(np.abs(each).max(initial=0.0)) for each in (one[finite], (other - one)[finite]))
     return 0.0 if not off else off / size if size else np.inf
+
+
+def sliced(shape: Sequence[int]) -> bool:
+    """Whether an output of this shape is also judged by parts: slices along an axis that are large enough to tell."""
+    size = math.prod(shape)
+    return any(length >= 2 and size // length >= PART_SIZE for length in shape)
 
 
 def worst_part(want: Array, error: Array, noise: Array, slack: float = 0.0) -> tuple[float, str]:

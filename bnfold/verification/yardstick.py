@@ -18,7 +18,7 @@ import numpy.typing as npt
 from bnfold.data import Batch
 from bnfold.errors import DataError, UnsupportedError
 
-from .noise import FLOOR, Errors, Noise, Outputs, deviation, plain, variation, worst_part
+from .noise import FLOOR, Errors, Noise, Outputs, deviation, plain, sliced, variation, worst_part
 
 Run = Callable[["Batch"], Outputs]
 
@@ -51,7 +51,7 @@ class Scale:
 
 
 class Truth:
-    """The reference's outputs on all samples, and the yardstick. noise: by output."""
+    """The reference's outputs on all samples, and the yardstick."""
 
     def __init__(
         self,
@@ -73,7 +73,8 @@ class Truth:
         self.copies = 0  # samples among those that are others, slightly moved
         self.feeds: list[Batch] = []
         self.expected: list[dict[str, npt.NDArray[Any]]] = []
-        self.noise: dict[str, Noise] = {}
+        self._noise: dict[str, Noise] = {}
+        self._unmeasured: Callable[[], None] | None = None
         for batch in feeds:
             self._add(batch, plain(run(batch)))
             if (most_bytes := most_bytes - 2 * sum(array.nbytes for array in self.expected[-1].values())) < 0:
@@ -90,16 +91,28 @@ class Truth:
         self.feeds.append(batch)
         self.expected.append(outputs)
 
+    @property
+    def noise(self) -> dict[str, Noise]:
+        """By output; measured when it is first asked for, if that was left till then."""
+        if self._unmeasured is not None:
+            measure, self._unmeasured = self._unmeasured, None
+            measure()
+        return self._noise
+
+    def measure_when_asked(self, measure: Callable[[], None]) -> None:
+        """Leave a call of `measure` till somebody asks for the noise."""
+        self._unmeasured = measure
+
     def measure(self, moved: Callable[[int], Run], *, least: int = FEW, most: int = MANY, settle: bool = True) -> None:
         """Run with moved weights: `least` times, and up to `most` where a run comes to nothing, or (`settle`) what they do scatters."""
-        self.noise = {name: Noise() for name in self.names}
+        self._noise = {name: Noise() for name in self.names}
         for seed in range(most):
-            known = min((len(n.runs) for n in self.noise.values()), default=least)
-            if known >= least and not (settle and any(n.scatters for n in self.noise.values())):
+            known = min((len(n.runs) for n in self._noise.values()), default=least)
+            if known >= least and not (settle and any(n.scatters for n in self._noise.values())):
                 break
             run = moved(seed)
             runs = [plain(run(batch)) for batch in self.feeds]
-            for name, noise in self.noise.items():
+            for name, noise in self._noise.items():
                 noise.add([expected[name] for expected in self.expected], [got[name] for got in runs])
             del run  # before the next one is made
 
@@ -147,6 +160,34 @@ class Truth:
                     if ratio > errors.part:
                         errors.part, errors.where = ratio, where
         return found
+
+    def settled(self, run: Run, unit: float) -> dict[str, tuple[Errors, Scale]] | None:
+        """The errors of a run and the least floor that any noise leaves them; None where its parts are judged, or something is missing.
+
+        A floor is measured on the numbers that moved weights move. Those that the run moved are some of them, however little.
+        """
+        if any(want.dtype.kind == "f" and sliced(want.shape) for outputs in self.expected for want in outputs.values()):
+            return None
+        found = {name: Errors() for name in self.names}
+        squares, largest = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0)
+        for batch, expected in zip(self.feeds, self.expected, strict=True):
+            got = plain(run(batch))
+            for name, want in expected.items():
+                error, problem = deviation(want, got[name]) if name in got else (None, "")
+                if error is None or problem:
+                    return None
+                found[name].add(error)
+                if want.dtype.kind in "fc":
+                    size = np.abs(want)
+                    squares[name] += float(np.square(size[error > 0]).sum())
+                    largest[name] = max(largest[name], float(size[np.isfinite(size)].max(initial=0.0)))
+        discrete = {name for name in found if any(outputs[name].dtype.kind not in "fc" for outputs in self.expected)}
+        return {
+            name: (errors, Scale(1.0, CHANGED, errors.count, True))
+            if name in discrete
+            else (errors, Scale(largest[name], unit * float(np.sqrt(squares[name] / max(errors.count, 1))), errors.count, False))
+            for name, errors in found.items()
+        }
 
     def variation(self, probe: Callable[[Batch], Batch]) -> float:
         """By how much of its largest number an output differs from one batch to another, at most.
