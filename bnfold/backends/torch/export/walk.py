@@ -117,6 +117,12 @@ def elements(node: Node, start: int = 0) -> int | None:
     return found
 
 
+def multiple(given: dict[str, Any]) -> float | None:
+    """The number by which an operator multiplies before it adds (0 is one too); None where it is complex, or computed."""
+    alpha = given.get("alpha", 1)
+    return float(alpha) if isinstance(alpha, (int, float)) else None
+
+
 def float_types(program: ExportedProgram) -> set[torch.dtype]:
     """The floating types of what a program holds and takes."""
     stored = [*program.state_dict.values(), *program.constants.values()]

@@ -20,9 +20,10 @@ from ..export.walk import (
     frame,
     in_training,
     is_float,
+    multiple,
     operator_name,
 )
-from .chains import StoredNorm, multiple, number
+from .chains import StoredNorm, number
 from .lowering import TorchLowering, each
 
 SETTINGS = ("groups", "stride", "padding", "dilation", "output_padding")

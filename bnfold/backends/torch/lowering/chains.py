@@ -17,7 +17,7 @@ from bnfold.algebra import weights
 from bnfold.algebra.affine import Affine, Array
 from bnfold.algebra.graph import Norm
 
-from ..export.walk import arguments, elements, frame, is_batchnorm, is_float, is_tensor, mutates, operator_name, value_of, written
+from ..export.walk import arguments, elements, frame, is_batchnorm, is_float, is_tensor, multiple, mutates, operator_name, value_of, written
 from .lowering import TorchLowering
 from .places import plain_path
 
@@ -237,12 +237,6 @@ def step(ctx: TorchLowering, op: Op, const: Const | None = None) -> tuple[Array,
     if c is None or ctx.rank(one if first else other) != ctx.rank(op):
         return None
     return weights.step(name, c, first=first, alpha=alpha)
-
-
-def multiple(given: dict[str, Any]) -> float | None:
-    """The number by which an operator multiplies before it adds (0 is one too); None where it is complex, or computed."""
-    alpha = given.get("alpha", 1)
-    return float(alpha) if isinstance(alpha, (int, float)) else None
 
 
 def number(const: Const, argument: Any) -> Array | None:
