@@ -23,7 +23,8 @@ from ..export.walk import (
     multiple,
     operator_name,
 )
-from .chains import StoredNorm, number
+from .arithmetic import number
+from .chains import StoredNorm
 from .lowering import TorchLowering, each
 
 SETTINGS = ("groups", "stride", "padding", "dilation", "output_padding")

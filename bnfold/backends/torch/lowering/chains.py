@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,13 @@ import torch
 from torch.fx import Node as Op
 
 from bnfold.algebra import weights
-from bnfold.algebra.affine import Affine, Array
 from bnfold.algebra.graph import Norm
 
-from ..export.walk import arguments, elements, frame, is_batchnorm, is_float, is_tensor, multiple, mutates, operator_name, value_of, written
+from ..export.walk import arguments, elements, frame, is_batchnorm, is_float, is_tensor, mutates, operator_name, value_of, written
+from .arithmetic import close, composed, mapped, step
 from .lowering import TorchLowering
 from .places import plain_path
 
-Const = Callable[[Any], Array | None]
 ROLES = ("gamma", "beta", "mean", "var")
 
 
@@ -161,10 +160,10 @@ def _power(ctx: TorchLowering, ops: list[Op]) -> int:
         if len(roots) != 1 or elements(roots[0]) != elements(vector) or not is_float(roots[0]):
             continue
         drawn = (torch.full(value_of(roots[0]).shape, number, dtype=torch.float64) for number in (1.0, 4.0))
-        one, other = (_mapped(ctx, ops, {roots[0]: each}) for each in drawn)
+        one, other = (mapped(ctx, ops, {roots[0]: each}) for each in drawn)
         if one is not None and other is not None:
             low, high = np.sqrt((1 + epsilon, 4 + epsilon))
-            return next((k for k in (-1, 1) if _close(one[0] / low**k, other[0] / high**k)), 0)
+            return next((k for k in (-1, 1) if close(one[0] / low**k, other[0] / high**k)), 0)
     return 0
 
 
@@ -183,17 +182,17 @@ def _norm(ctx: TorchLowering, ops: list[Op]) -> StoredNorm | None:
     generator = torch.Generator().manual_seed(0)
     drawn = {each: torch.rand(value_of(each).shape, generator=generator, dtype=torch.float64) + 0.5 for each in tensors}
     found = {"var": variance}
-    whole = _mapped(ctx, ops, drawn)
+    whole = mapped(ctx, ops, drawn)
     flat = {each: array.flatten().numpy() for each, array in drawn.items()}
     for each in tensors:
-        other = _mapped(ctx, ops, drawn | {each: 2 * drawn[each]}) if each is not variance else None
+        other = mapped(ctx, ops, drawn | {each: 2 * drawn[each]}) if each is not variance else None
         if whole is None or other is None:
             continue
         (scale, shift), (theirs, moved) = whole, other
         roles = {
-            "gamma": _close(theirs, 2 * scale),
-            "beta": _close(theirs, scale) and _close(moved - shift, flat[each]),
-            "mean": _close(theirs, scale) and _close(shift - moved, scale * flat[each]),
+            "gamma": close(theirs, 2 * scale),
+            "beta": close(theirs, scale) and close(moved - shift, flat[each]),
+            "mean": close(theirs, scale) and close(shift - moved, scale * flat[each]),
         }
         found |= {role: each for role, holds in roles.items() if holds}
     if whole is None or len(found) != len(tensors):
@@ -202,64 +201,16 @@ def _norm(ctx: TorchLowering, ops: list[Op]) -> StoredNorm | None:
         flat[found[role]] if role in found else default for role, default in (("gamma", 1.0), ("beta", 0.0), ("mean", 0.0))
     )
     gain = gamma / np.sqrt(flat[variance] + epsilon)
-    return StoredNorm(found, epsilon) if _close(whole[0], gain) and _close(whole[1], beta - mean * gain) else None
-
-
-def _mapped(ctx: TorchLowering, ops: list[Op], numbers: Mapping[Op, torch.Tensor]) -> tuple[Array, Array] | None:
-    """Scale and shift of operators along their channels, with other numbers in some of the stored tensors."""
-    whole = _composed(ctx, ops, ctx.constants.with_numbers(numbers).get)
-    return None if whole is None else (whole.scale.ravel(), whole.shift.ravel())
-
-
-def _close(one: Array, other: Array) -> bool:
-    return (one.size == other.size or 1 in (one.size, other.size)) and np.allclose(one, other, rtol=1e-9, atol=1e-9)
+    return StoredNorm(found, epsilon) if close(whole[0], gain) and close(whole[1], beta - mean * gain) else None
 
 
 def _source(ctx: TorchLowering, op: Op) -> Op:
     return next(source for source in op.all_input_nodes if not ctx.constants.is_constant(source))
 
 
-def step(ctx: TorchLowering, op: Op, const: Const | None = None) -> tuple[Array, Array] | None:
-    """Scale and shift of an operator that is arithmetic with a constant; None of another. const: what gives a constant's array."""
-    name = operator_name(op)
-    if name not in ("add", "sub", "mul", "div", "neg") or not is_float(op) or len(op.all_input_nodes) == 0:
-        return None
-    given = arguments(op)
-    one, other = given["self"], given.get("other", -1.0)
-    if name == "neg":
-        return np.asarray(-1.0), np.zeros(())
-    if given.get("rounding_mode") is not None or ctx.is_activation(one) == ctx.is_activation(other):
-        return None
-    first, alpha = ctx.is_activation(one), multiple(given)
-    if alpha is None:
-        return None
-    c = number(const or ctx.const, other if first else one)
-    if c is None or ctx.rank(one if first else other) != ctx.rank(op):
-        return None
-    return weights.step(name, c, first=first, alpha=alpha)
-
-
-def number(const: Const, argument: Any) -> Array | None:
-    """A constant tensor or a number."""
-    if isinstance(argument, Op):
-        return const(argument)
-    return np.asarray(float(argument)) if isinstance(argument, (int, float)) else None
-
-
-def _composed(ctx: TorchLowering, ops: list[Op], const: Const | None = None) -> Affine | None:
-    """The map of operators one behind the other."""
-    rank = ctx.rank(ops[-1])
-    whole = Affine.identity(rank)
-    for op in ops:
-        if (found := step(ctx, op, const)) is None:
-            return None
-        whole = Affine(*(c.reshape((1,) * (rank - c.ndim) + c.shape) for c in found)).after(whole)
-    return whole
-
-
 def _lower_chain(ctx: TorchLowering, chain: Chain) -> None:
     ops, norm = chain.ops, chain.norm
-    x, whole = _source(ctx, ops[0]), _composed(ctx, ops)
+    x, whole = _source(ctx, ops[0]), composed(ctx, ops)
     assert whole is not None
     whole = whole.settled()
     if len(whole.varying) > 1 or ctx.value(x).sizes != ctx.value(ops[-1]).sizes:
