@@ -65,6 +65,8 @@ def no_grad() -> AbstractContextManager[Any]:
 
 
 REGIONS = {
+    "vmap": lambda s, x: s.hb(s.head(torch.vmap(lambda y: 2 * y)(body(s, x)))),
+    "vmap over a layer": lambda s, x: s.hb(torch.vmap(lambda y: s.head(y))(body(s, x))),
     "no_grad": within(no_grad),
     "autocast that is off": within(off),
     "autocast that is off, after a cast": within(off, cast=True),

@@ -58,6 +58,8 @@ def written_out(program: ExportedProgram, *, casts: bool) -> ExportedProgram:
     casts: whether what autocast casts is said by operators, so that the program computes by itself what it did; else each operator
     remembers its region (see `under`).
     """
+    if any(map(_is_transform, program.graph.nodes)):
+        return functional(program)
     if not has_regions(program):
         return program
     flat = _flat(program)
@@ -67,6 +69,11 @@ def written_out(program: ExportedProgram, *, casts: bool) -> ExportedProgram:
         except Exception:  # torch fails on some of its own programs; what is under autocast stays a region there
             return _flat(program, autocast=False)
     return flat
+
+
+def _is_transform(op: Op) -> bool:
+    """Whether an operator opens or closes a region of torch.vmap, whose operators mean nothing elsewhere."""
+    return op.op == "call_function" and str(getattr(op.target, "__module__", "")).startswith("torch._functorch.")
 
 
 def _writable(op: Op, autocast: bool) -> bool:
