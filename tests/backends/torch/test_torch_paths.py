@@ -143,6 +143,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, set[str], list[Any]]] = {
         {"b"},
         [torch.arange(6).reshape(1, 6)],
     ),
+    "without the last axis": (
+        lambda: net(lambda s, x: s.b(s.a(x)) if x.ndim == 3 else s.b(s.lin(x)) + s.lin(x), lin=nn.Linear(3, 4)),
+        data(2, 3, 9),
+        {"b"},
+        [data(2, 3)],
+    ),
+    "without the last axis, alike": (
+        lambda: net(lambda s, x: s.b(s.a(x) if x.ndim == 3 else s.lin(x)), lin=nn.Linear(3, 4)),
+        data(2, 3, 9),
+        set(),
+        [data(2, 3)],
+    ),
     "half precision": (lambda: net(lambda s, x: s.b(s.a(x)) if x.shape[-1] > 20 else s.a(x)).half(), data(2, 3, 40).half(), {"b"}, []),
     "a tensor that is no buffer": (
         lambda: (lambda k: net(lambda s, x: F.conv1d(s.b(s.a(x)) if x.shape[-1] > 20 else s.a(x), k, groups=4)))(torch.ones(4, 1, 3)),

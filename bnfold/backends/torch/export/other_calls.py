@@ -145,7 +145,8 @@ class _Calls:
         return together + apart[:plus_one] + hanging, apart[plus_one:]
 
     def _ranks(self) -> Iterator[tuple[Shapes | None, Shapes | None]]:
-        """Without the first axis, and with one more before it, each at two sizes, since an axis may take another's place by chance."""
+        """Without the first axis, without the last, and with one more before the first, each at two sizes, since an axis may take another's
+        place by chance."""
         model, batch, rest = self._traced.model, self._sizes.batch, self._sizes.rest
         assert isinstance(model, nn.Module)
         taken = {t.numel() for t in itertools.chain(model.parameters(), model.buffers()) if t.ndim == 1}
@@ -155,6 +156,11 @@ class _Calls:
         if None not in others and (rest or all(t.ndim <= 2 for t in self._tensors.values())):
             dropped = [{name: shape[1:] for name, shape in shapes.items()} for shapes in others if shapes is not None]
             yield dropped[0], dropped[1] if rest else None
+            if any(t.ndim > 2 for t in self._tensors.values()):
+                one, other = (
+                    {name: shape[: max(len(shape) - 1, 2)] for name, shape in shapes.items()} for shapes in others if shapes is not None
+                )
+                yield one, other
         free = [n for n in (3, 5, 7, 11, 13) if n not in taken][:2]
         added = [self._shapes(dict.fromkeys(batch, n)) for n in free]
         if len(free) == 2 and None not in added:
