@@ -159,6 +159,49 @@ def test_frozen_statistics_are_measured_too() -> None:
     assert torch.allclose(fresh[4].running_mean, outer.mean((0, 2, 3)), rtol=1e-10)
 
 
+class Own(nn.Module):
+    """A norm of somebody's own, of [n, channels, height, width]. how: what it makes of x, its mean, its variance and its weight."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.how, self.weight = how, nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+        self.register_buffer("running_mean", torch.randn(4, 1, 1))
+        self.register_buffer("running_var", torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.how(x, self.running_mean, self.running_var, self.weight)  # type: ignore[no-any-return]
+
+
+OWN = {
+    "one and more": (lambda x, m, v, w: (x - m) / (v + 1e-5).sqrt() * (1 + w), ""),
+    "a clamp": (lambda x, m, v, w: (x - m) * w / v.clamp(min=1e-5).sqrt(), ""),
+    "no epsilon, and a softplus": (lambda x, m, v, w: F.softplus(w) * (x - m) * v.rsqrt() + 1, ""),
+    "a deviation by another name": (lambda x, m, v, w: (x - m) / v * w, "which tensors its statistics are isn't known"),
+    "the mean alone is another": (lambda x, m, v, w: (x - 2 * m) / v.sqrt(), "which tensors its statistics are isn't known"),
+    "mixed with those of the sample": (
+        lambda x, m, v, w: (x - 0.5 * (m + x.mean((2, 3), keepdim=True))) / (v + x.var((2, 3), keepdim=True)).sqrt() * w,
+        "its forward is its own, and holds no BatchNorm that bnfold knows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_statistics_of_a_class_of_somebodys_own(name: str) -> None:
+    """Measured where its arithmetic shows that they are the mean and the variance of what comes in; else left, and told."""
+    how, why = OWN[name]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Own(how), nn.Conv2d(4, 4, 1), norm(4)).double().eval()
+    fresh, report = bnfold.recalibrate(net, DATA.double())
+    assert [layer.name for layer in report.layers] == ["3"] if why else ["1", "3"]
+    inner = net[0](DATA.double())
+    if why:
+        assert any(note.startswith("1 keeps its statistics") and note.endswith(why) for note in report.notes)
+        assert torch.equal(fresh[1].running_mean, net[1].running_mean)
+    else:
+        assert torch.allclose(fresh[1].running_mean.ravel(), inner.mean((0, 2, 3)), rtol=1e-12)
+        assert torch.allclose(fresh[1].running_var.ravel(), inner.var((0, 2, 3), correction=0), rtol=1e-12)
+    assert torch.allclose(fresh[3].running_mean, fresh[:3](DATA.double()).mean((0, 2, 3)), rtol=1e-10)
+
+
 def test_statistics_of_the_batch_are_left_and_said() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1), norm(4)).eval()
     _, report = bnfold.recalibrate(net, DATA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node as Op
 
 from bnfold.algebra.graph import Site
@@ -65,9 +65,8 @@ def _modules(ctx: TorchLowering, host: ModuleHost, lowered: Collection[str]) -> 
     used = {stored.tensor.data_ptr() for stored in statistics if stored is not None}  # by code that holds them under no name
     read = {owner for op in ctx.program.graph.nodes if op.users and (owner := ctx.target(op).rpartition(".")[0])}
     for path, module in host.modules.items():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or path != host.canonical(path) or path in lowered:
-            continue
-        if module.running_mean is not None and module.running_mean.data_ptr() in used:
+        mean: Tensor | None = getattr(module, "running_mean", None)
+        if not _normalises(module) or path != host.canonical(path) or path in lowered or (mean is not None and mean.data_ptr() in used):
             continue
         if inside := host.inside(path):
             alone = all(map(ctx.constants.is_constant, inside))
@@ -76,7 +75,14 @@ def _modules(ctx: TorchLowering, host: ModuleHost, lowered: Collection[str]) -> 
             why = "it isn't called itself: its parameters are read elsewhere"
         else:
             why = "the call that was traced doesn't reach it"
-        yield Listed(path, path, module.num_features, why)
+        yield Listed(path, path, getattr(module, "num_features", 0 if mean is None else mean.numel()), why)
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm, or somebody's own class with running statistics (which InstanceNorm may have too)."""
+    buffers = module._buffers
+    own = isinstance(buffers.get("running_mean"), Tensor) and isinstance(buffers.get("running_var"), Tensor)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (own and not isinstance(module, nn.modules.batchnorm._NormBase))
 
 
 def _inside(holder: Op) -> str:

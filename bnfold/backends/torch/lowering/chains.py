@@ -62,10 +62,7 @@ def frozen(ctx: TorchLowering) -> None:
 
 
 def frozen_chains(ctx: TorchLowering) -> list[Chain]:
-    """Each such call: with a scale made of the root of a variance, or all arithmetic of a module with running statistics."""
-    named = {s.target for s in map(ctx.constants.stored, ctx.program.graph.nodes) if s is not None}
-    owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] == "running_mean"}
-    owners = {owner for owner in owners if f"{owner}.running_var".lstrip(".") in named}
+    """Each such call: with a scale made of the root of a variance, or arithmetic with both running statistics of its module."""
     runs: list[list[Op]] = []
     for op in ctx.program.graph.nodes:
         if op.op != "call_function" or ctx.constants.is_constant(op) or step(ctx, op) is None:
@@ -79,8 +76,30 @@ def frozen_chains(ctx: TorchLowering) -> list[Chain]:
             runs.append([op])
     by_root = [_chains(ctx, run) for run in runs]
     rooted = {chain.owner for chains in by_root for chain in chains} | {frame(op) for op in ctx.program.graph.nodes if is_batchnorm(op)}
-    others = ([Chain(run)] * (frame(run[0]) in owners - rooted) for run in runs)
+    others = ([Chain(run)] * (frame(run[0]) not in rooted and _statistics(ctx, run) is not None) for run in runs)
     return _named(ctx, [chain for chains, other in zip(by_root, others, strict=True) for chain in chains or other])
+
+
+def _statistics(ctx: TorchLowering, run: list[Op]) -> tuple[Op, Op] | None:
+    """The running mean and variance of the module in whose forward a run of arithmetic stands, where it is made with both."""
+    constants = [source for op in run for source in op.all_input_nodes if ctx.constants.is_constant(source)]
+    read = {ctx.target(root): root for each in constants for root in ctx.constants.roots(each)}
+    mean, var = (read.get(f"{frame(run[0])}.{name}".lstrip(".")) for name in ("running_mean", "running_var"))
+    return None if mean is None or var is None else (mean, var)
+
+
+def normalises(ctx: TorchLowering, chain: Chain) -> bool:
+    """Whether a BatchNorm that is made with its module's statistics maps their mean to one value, and divides by the variance's root."""
+    if (statistics := _statistics(ctx, chain.ops)) is None:
+        return False
+    drawn = (
+        [torch.full(value_of(each).shape, number).double() for each, number in zip(statistics, numbers, strict=True)]
+        for numbers in ((0.0, 1e6), (1.0, 4e6))
+    )
+    one, other = (mapped(ctx, chain.ops, dict(zip(statistics, each, strict=True))) for each in drawn)
+    if one is None or other is None:
+        return False
+    return np.allclose(one[0], 2 * other[0], rtol=1e-3) and np.allclose(one[1], other[0] + other[1], rtol=1e-3)
 
 
 def _named(ctx: TorchLowering, chains: list[Chain]) -> list[Chain]:

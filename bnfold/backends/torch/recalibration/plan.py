@@ -31,7 +31,8 @@ from ..export.functional import without_writing
 from ..export.tensors import NUMPY, to_tensor
 from ..export.trace import Traced, trace
 from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
-from ..lowering.chains import Chain, frozen_chains
+from ..lowering.chains import Chain, frozen_chains, normalises
+from ..lowering.lowering import TorchLowering
 from ..lowering.places import Place
 from ..lowering.table import lowering as lowering_of
 from ..runtime.interpreter import TorchOracle
@@ -95,7 +96,7 @@ class TorchPlan(StagePlan[Op, Op]):
                 name, axis = chains[op].name, chains[op].axis
                 if not self.select(name):
                     continue
-                statistics = self._statistics(chains[op])
+                statistics = self._statistics(lowering, chains[op])
                 if isinstance(statistics, str):
                     self.keeps(name, statistics)
                     continue
@@ -124,7 +125,7 @@ class TorchPlan(StagePlan[Op, Op]):
         self.notes += dict.fromkeys(said[each.name not in names].format(each.name, each.why) for each in others)
         self.notes += [text for name, text in self._said.items() if name in names]
 
-    def _statistics(self, chain: Chain) -> tuple[str, str] | str:
+    def _statistics(self, lowering: TorchLowering, chain: Chain) -> tuple[str, str] | str:
         """The names of the mean and the variance of a BatchNorm that is written out; a text where they can't be measured."""
         names = _owned(chain.owner)
         if chain.norm is not None:
@@ -132,7 +133,8 @@ class TorchPlan(StagePlan[Op, Op]):
             if mean is not None and var is not None and not self._are_named([mean, var]):
                 return NAMELESS
             names = ("" if mean is None else mean.target, "" if var is None else var.target)
-        return names if all(map(self._is_stored, names)) else "it is written out, and which tensors its statistics are isn't known"
+        known = normalises(lowering, chain) if chain.norm is None else all(map(self._is_stored, names))
+        return names if known else "it is written out, and which tensors its statistics are isn't known"
 
     def _are_named(self, stored: list[Any]) -> bool:
         """Whether a module's own names lead to tensors; in a program, all have names."""
@@ -149,7 +151,7 @@ class TorchPlan(StagePlan[Op, Op]):
             return BatchNorm(name, np.zeros(channels), np.ones(channels))
         if self.freeze and isinstance(self._model, nn.Module) and self._model.get_submodule(path).training:
             self.notes.append(f"{name} was in training mode, and has statistics of its own now")
-        mean, variance = (as_float64(self.stored.tensor(each)) for each in key)
+        mean, variance = (as_float64(self.stored.tensor(each)).ravel() for each in key)
         return BatchNorm(name, mean, variance)
 
     def _why_not(self, op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
