@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -38,6 +39,45 @@ def test_a_convolution_called_twice_of_which_one_call_is_read_bare() -> None:
 
 def test_a_linear_layer_called_twice() -> None:
     assert both(Net(lambda s, x: s.b(s.l(x)).relu() + s.b(s.l(x * 2)), l=nn.Linear(5, 4), b=norm(4, 1)), torch.randn(6, 5)) == (0, 0)
+
+
+def test_batchnorms_with_one_gamma_and_one_beta() -> None:
+    b, d = norm(4), norm(4)
+    d.weight, d.bias = b.weight, b.bias
+    net = Net(lambda s, x: s.b(s.c(x)).relu() + s.d(s.e(x)).sigmoid(), c=nn.Conv2d(3, 4, 3), b=b, e=nn.Conv2d(3, 4, 3), d=d)
+    assert both(net) == (0, 0)
+
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+    more: dict[str, torch.Tensor | None]
+
+
+@dataclass
+class Answers:
+    first: Answer
+    name: str = ""
+
+
+def test_dataclasses_that_pytorch_does_not_know() -> None:
+    def forward(s: Any, x: torch.Tensor) -> Answers:
+        y = s.b(s.c(x))
+        return Answers(Answer(y.relu(), {"mean": y.mean((2, 3)), "none": None}))
+
+    model = Net(forward, c=nn.Conv2d(3, 4, 3), b=norm(4)).double().eval()
+    fused, report = bnfold.fuse(model, example=X)
+    assert report.batchnorms.after == 0
+    want, got = model(X.double()).first, fused(X.double())
+    assert isinstance(got, Answers)
+    assert difference([want.scores, want.more["mean"]], [got.first.scores, got.first.more["mean"]]) < 1e-12
+    checked = bnfold.verify(model, fused, [X])
+    assert checked.verdict == "equivalent"
+    assert [output.name for output in checked.outputs] == ["output.first.scores", "output.first.more.mean"]
+    with torch.no_grad():
+        fused.c.bias[0] += 1e-3
+    assert bnfold.verify(model, fused, [X]).verdict == "different"
+    assert [layer.name for layer in bnfold.recalibrate(model, [X])[1].layers] == ["b"]
 
 
 def test_channels_along_an_axis_that_the_linear_layer_doesnt_write() -> None:

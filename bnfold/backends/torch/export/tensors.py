@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,9 +55,20 @@ def output_name(path: Sequence[Any]) -> str:
     return ".".join(["output", *keys])
 
 
+def as_tree(returned: Any) -> Any:
+    """What a model returned, with a dict of its fields for each dataclass that PyTorch doesn't know as a tree."""
+
+    def fields(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return {field.name: as_tree(getattr(leaf, field.name)) for field in dataclasses.fields(leaf)}
+
+    return pytree.tree_map(fields, returned)
+
+
 def flat_outputs(returned: Any) -> dict[str, Tensor]:
     """The tensors that a model returned, by output name."""
-    return {output_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(returned)[0] if isinstance(leaf, Tensor)}
+    return {output_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(as_tree(returned))[0] if isinstance(leaf, Tensor)}
 
 
 def axis_of(size: Any) -> int | str:

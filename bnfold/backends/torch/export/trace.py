@@ -29,7 +29,7 @@ from .observers import note_on, settled_quantisers, without_observers
 from .program import export, require_readable
 from .ranges import integer_range
 from .regions import written_out
-from .tensors import NUMPY, axis_of, output_name
+from .tensors import NUMPY, as_tree, axis_of, output_name
 
 
 @dataclass(eq=False)
@@ -204,6 +204,7 @@ def _read(
     twin = settled_quantisers(shared_twin(model))
     if evaluation:
         twin.eval()
+    twin.register_forward_hook(lambda module, given, returned: as_tree(returned))
     most = 1 if one_size and opened is None else opened
     with unchanged(model):
         exported, opened, note = export(twin, model, calls[0], most, patient)

@@ -30,6 +30,7 @@ from ..export.copies import duplicate
 from ..export.observers import settled_quantisers
 from ..export.other_calls import OtherCall, other_calls, shapes_text, users_shapes
 from ..export.regions import kind_of
+from ..export.tensors import flat_outputs
 from ..export.trace import Traced, at_its_sizes
 from ..export.walk import frames, operator_name
 from ..runtime.eager import Eager, alike, eager
@@ -81,7 +82,7 @@ def _own(tensor: Tensor, *, double: bool = False) -> Tensor:
 
 
 def outputs(module: nn.Module, call: Call) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(call.map_tensors(_own).on(module)) if isinstance(leaf, Tensor)]
+    return [*flat_outputs(call.map_tensors(_own).on(module)).values()]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:

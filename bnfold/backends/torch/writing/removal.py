@@ -27,6 +27,7 @@ from ..export.walk import elements, frame, frames, mutates, operator_name
 from ..lowering.chains import StoredNorm
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import CONVOLUTIONS, ModuleHost
+from ..lowering.places import Place
 from .checks import Check, outputs, passed, same
 from .surgery import remains
 
@@ -126,11 +127,15 @@ def _removal(ctx: TorchLowering, host: ModuleHost, site: Site) -> Removal | None
 
 
 def _readers(ctx: TorchLowering, host: ModuleHost) -> dict[str, list[Op]]:
-    """Who reads the tensors that each module holds itself."""
+    """Who reads the tensors that each module holds itself; a tensor of several names is each reader's own, where it has one."""
     found: dict[str, list[Op]] = {}
     for op in ctx.program.graph.nodes:
-        if (stored := ctx.constants.stored(op)) is not None:
-            found.setdefault(host.canonical(stored.target.rpartition(".")[0]), []).extend(op.users)
+        if (stored := ctx.constants.stored(op)) is None:
+            continue
+        for user in op.users:
+            place = host.weight(user, op)
+            owner = place.owner if isinstance(place, Place) else stored.target.rpartition(".")[0]
+            found.setdefault(host.canonical(owner), []).append(user)
     return found
 
 
