@@ -91,9 +91,9 @@ class Job:
         """Files that were read, for the report."""
         self._inputs += [InputFile(str(path), sha256(path) if path.is_file() else "") for path in paths]
 
-    def feed(self, data: Data) -> None:
-        """Say what data go in, and what there is to know about them."""
-        self.remark(f"data: {data.description}")
+    def feed(self, data: Data, what: str) -> None:
+        """Say what data go in, and what there is to know about them. what: they are for."""
+        self.remark(f"{what}: {data.description}")
         self._data.append(data)
         self._say_notes()
 

@@ -230,8 +230,8 @@ class Feeding(Shaping):
             raise UsageError(f"--batch-size {','.join(map(str, self.batch_sizes))}: this command takes one number")
         return None if self.batch_sizes is None else self.batch_sizes[0]
 
-    def open(self, spec: str, model: Any, job: Job, example: Any, *, samples: int | None = None) -> Any:
-        """The user's data as batches; what is done to them is said on standard error. example: as `read` gives it."""
+    def open(self, spec: str, model: Any, job: Job, example: Any, *, samples: int | None = None, what: str = "data") -> Any:
+        """The user's data as batches; what is done to them is said on standard error. example: as `read` gives it; what: they are for."""
         from bnfold.data import open_data
         from bnfold.data.corrupt import MAX_BAD
 
@@ -248,7 +248,7 @@ class Feeding(Shaping):
             max_bad=self.images.max_bad or MAX_BAD,
             flat=getattr(example, "flat", None),
         )
-        job.feed(data)
+        job.feed(data, what)
         if job.reports and Path(spec).is_file():
             job.came_in(Path(spec))
         return data

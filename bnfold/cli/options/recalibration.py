@@ -134,7 +134,7 @@ class Measuring:
         """The data to score."""
         if self.evaluate == "none":
             return None
-        return batches if self.evaluate is None else self.feeding.open(self.evaluate, model, job, example)
+        return batches if self.evaluate is None else self.feeding.open(self.evaluate, model, job, example, what="labelled data")
 
 
 @dataclass(frozen=True, kw_only=True)
