@@ -203,6 +203,8 @@ def first_of(spec: str) -> Any:
     """
     path = Path(spec)
     if path.is_file():
+        if path.suffix == ".py":
+            raise DataError(f"{spec}: name the function in it that returns batches, as {spec}:FUNCTION")
         if path.suffix.lower() not in files.READERS:
             return None
         found = files.read(path)
@@ -249,12 +251,15 @@ def _file_or_function(request: Request) -> Source:
     if path.exists():
         if not path.is_file():
             raise DataError(f"{spec}: a device or pipe, not a file; give {FORMS}")
+        if path.suffix == ".py":
+            raise DataError(f"{spec}: name the function in it that returns batches, as {spec}:FUNCTION")
         if path.suffix.lower() not in files.READERS:
             raise DataError(f"{spec}: bnfold reads no {path.suffix or 'nameless'} files; give {FORMS}")
         return from_object(files.read(path), request.inputs, str(path), request.flat)
     function = function_of(spec)
     if function is None:
-        raise DataError(f"{spec}: there is no such file or folder; give {FORMS}")
+        what = "an address, not a file; download it, or" if "://" in spec else "there is no such file or folder;"
+        raise DataError(f"{spec}: {what} give {FORMS}")
     return from_stream(guarded(function, spec), request.inputs, spec, request.flat)
 
 

@@ -102,6 +102,9 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "c.csv").write_text("1")
     refused("c.csv: bnfold reads no .csv files; give a .npy", lambda: open_data(str(tmp_path / "c.csv"), X))
     refused("nowhere.npy: there is no such file or folder", lambda: open_data("nowhere.npy", X))
+    refused("https://a.b/c.npy: an address, not a file; download it", lambda: open_data("https://a.b/c.npy", X))
+    (tmp_path / "gen.py").touch()
+    refused("gen.py:FUNCTION", lambda: open_data(str(tmp_path / "gen.py"), X))
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
