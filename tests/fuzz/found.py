@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-LIMIT = 30  # seconds
+LIMIT, HANGS = 30, 300  # seconds of the processor, which others may use too; seconds after which a run hangs that uses none
 Say = Callable[[str], object]
 
 
@@ -40,21 +40,23 @@ def watched(found: Found, what: str, say: Say | None = None) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, LIMIT), signal.SIGALRM: (signal.ITIMER_REAL, HANGS)}
+    before = {number: signal.signal(number, stop) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             yield
     except TooLong:
-        found.became, found.problem = "too long", f"{what}: longer than {LIMIT} s"
+        found.became, found.problem = "too long", f"{what}: longer than {LIMIT} s of the processor, or {HANGS} s in all"
     except Exception as error:
-        signal.alarm(0)
         if say is not None:
             say(traceback.format_exc())
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]} ({Path(where.filename).name}:{where.lineno})"
         found.became, found.problem = "failed", f"{what}: {text}"
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
