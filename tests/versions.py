@@ -1,18 +1,21 @@
 """The versions that pyproject.toml promises, tried: an environment with the oldest and one with the newest of everything, for each Python.
 
-    python -m tests.versions [--python 3.10 ...] [--end oldest|newest|both] [--torch] [--keep DIR]
+    python -m tests.versions [--python 3.10 ...] [--end oldest|newest|both|pinned] [--torch] [--keep DIR]
     python -m tests.versions --shortest       the oldest end alone, with the oldest Python that is found
 
 Each is made from the package index, in a folder that goes afterwards, with bnfold installed as a user does it; then the README's digits
-pipeline runs in it, its options are held against those here, and the core of the tests runs. The oldest is each requirement's own bound, or
-the first release after it that has a wheel for that Python; what these require in turn is the newest that pip takes. PyTorch is left out
-without --torch, since it takes gigabytes. Status 1 where anything fails.
+pipeline runs in it, its options are held against those here, and the core of the tests runs. What some commands write has to be the same,
+byte for byte, whatever the order of hashes and the number of threads, and with the pinned versions whatever the Python. The oldest is each
+requirement's own bound, or the first release after it that has a wheel for that Python; what these require in turn is the newest that pip
+takes. PyTorch is left out without --torch, since it takes gigabytes. Status 1 where anything fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +45,13 @@ TORCH = (
 )
 RUNNERS = ("pytest>=8", "hypothesis>=6.100")  # for the tests; they are no promise of bnfold's
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
+SAME = (  # commands, run in a folder, all of whose files are compared; of reports all but what times and threads decide
+    "recalibrate {}/digits.onnx --data {}/calibration.npz -o fresh.onnx --report fresh.json",
+    "recalibrate {}/digits.onnx --data {}/calibration.npz --method precise --shard 0/2 --stats part.npz",
+    "fuse fresh.onnx -o fused.onnx --report fused.json",
+    "verify fresh.onnx fused.onnx --data {}/test.npz --report verified.json",
+)
+SETTINGS = tuple({"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads} for seed, threads in (("0", "1"), ("1", "2"), ("random", "2")))
 OPTIONS = """
 import json, typer.main
 from bnfold.cli.commands import app
@@ -89,7 +99,7 @@ class Environment:
     def install(self, end: str, extra: str) -> None:
         """bnfold with the oldest or the newest of what it requires."""
         constraints = self.folder / "constraints.txt"
-        constraints.touch()
+        constraints.write_text((ROOT / "tests" / "constraints.txt").read_text() if end == "pinned" else "")
         if end == "oldest":
             promised = {**bounds(), **(bounds(extra) if extra else {})}
             constraints.write_text("".join(f"{name}=={self._first(name, bound)}\n" for name, bound in promised.items()))
@@ -128,10 +138,10 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def run(command: Sequence[str], **environment: str) -> str:
+def run(command: Sequence[str], *, folder: str | Path = ROOT, **environment: str) -> str:
     """What a command prints. Failed with its last lines where it fails."""
     here = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**here, **environment}, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env={**here, **environment}, cwd=folder, check=False)
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and not line.startswith("WARNING: ")][-15:]
         raise Failed("\n    ".join([f"status {done.returncode}: {' '.join(command)}", *said]))
@@ -145,7 +155,29 @@ def digits() -> list[str]:
     return found[1].split()
 
 
-def check(environment: Environment, names: Sequence[str]) -> Iterator[str]:
+def written(python: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """A digest of each file that the commands of SAME write."""
+    samples = ROOT / "samples" / "digits"
+    with tempfile.TemporaryDirectory() as folder:
+        for command in SAME:
+            run([python, "-m", "bnfold", *command.replace("{}", str(samples)).split()], folder=folder, **settings)
+        for report in Path(folder).glob("*.json"):
+            untimed = json.loads(report.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k != "seconds"})
+            report.write_text(json.dumps(untimed))
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())}
+
+
+def same(python: str, want: Mapping[str, str]) -> str:
+    """How many files are the same whatever the settings, and as they are wanted. Failed with the names of those that aren't."""
+    for settings in SETTINGS:
+        made = written(python, settings)
+        want = want or made
+        if differing := [name for name in {**made, **want} if made.get(name) != want.get(name)]:
+            raise Failed(f"other bytes in {', '.join(differing)} with {settings}")
+    return f"{len(want)} files the same"
+
+
+def check(environment: Environment, names: Sequence[str], want: Mapping[str, str]) -> Iterator[str]:
     """What was tried, in a few words each. Failed where something is wrong."""
     *arguments, out = digits()
     with tempfile.TemporaryDirectory() as folder:
@@ -158,6 +190,7 @@ def check(environment: Environment, names: Sequence[str]) -> Iterator[str]:
         if not ("The model" in said and "--data" in said):
             raise Failed(f"bnfold {command} --help lacks the help of an argument, or an option")
     yield "options"
+    yield same(environment.python, want)
     files = [f"tests/{name}.py" for name in names]
     tests = run([environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not at_once", *files])
     yield tests.strip().splitlines()[-1].strip("= ")
@@ -168,7 +201,7 @@ def main() -> int:
         prog="python -m tests.versions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", action="append", choices=PYTHONS, help="repeatable; all that are found unless given")
-    parser.add_argument("--end", choices=("oldest", "newest", "both"), default="both")
+    parser.add_argument("--end", choices=("oldest", "newest", "both", "pinned"), default="both")
     parser.add_argument("--torch", action="store_true", help="with PyTorch, and its tests")
     parser.add_argument("--shortest", action="store_true")
     parser.add_argument("--keep", type=Path, help="a folder for the environments, which then stay")
@@ -182,6 +215,7 @@ def main() -> int:
     if args.shortest:
         asked, args.end = asked[:1], "oldest"
     ends = ("oldest", "newest") if args.end == "both" else (args.end,)
+    want = written(sys.executable, SETTINGS[0]) if args.end == "pinned" else {}
     for version, end in ((version, end) for version in asked for end in ends):
         began, title = time.perf_counter(), f"Python {version}, the {end} of everything"
         folder = Path(tempfile.mkdtemp(prefix="bnfold-")) if args.keep is None else args.keep / f"{version}-{end}"
@@ -189,7 +223,7 @@ def main() -> int:
             environment = Environment(found[version], folder)
             environment.install(end, "torch" if args.torch else "")
             print(f"{title}: {environment.versions()}", flush=True)
-            done = ", ".join(check(environment, (*names, *(TORCH if args.torch else ()))))
+            done = ", ".join(check(environment, (*names, *(TORCH if args.torch else ())), want))
             print(f"    {done}; {time.perf_counter() - began:.0f} s", flush=True)
         except Failed as error:
             failed.append(f"{title}: {error}")

@@ -21,7 +21,7 @@ def self_contained(model: ir.Model, *, initializers: bool = True) -> onnx.ModelP
     for name, value in model.graph.initializers.items() if initializers else ():
         tensor = value.const_value
         assert tensor is not None
-        entry = ir.to_proto(tensor)
+        entry = ir.serde.serialize_tensor(tensor)
         if entry.data_location == TensorProto.EXTERNAL:
             entry = TensorProto(data_type=tensor.dtype.value, dims=list(tensor.shape.numpy()), raw_data=tensor.tobytes())
         entry.name = name

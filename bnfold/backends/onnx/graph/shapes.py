@@ -209,7 +209,7 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
             info = inputs[name] if name in inputs else graph.input.add()
             info.CopyFrom(onnx.helper.make_tensor_value_info(name, tensor.dtype.value, tensor.shape.numpy()))
         elif tensor is not None:
-            graph.initializer.append(ir.to_proto(tensor))
+            graph.initializer.append(ir.serde.serialize_tensor(tensor))
             graph.initializer[-1].name = name
     graph.initializer.extend(onnx.numpy_helper.from_array(array, f"{name}.computed") for name, array in computed.items())
     for node in graph.node if computed else ():
