@@ -294,6 +294,9 @@ ODD: dict[str, tuple[Change, str]] = {
     ),
     "functions in a circle": (circle, "functions call each other in a circle (d::f, d::g)"),
     "a function that calls itself": (calls("f", "x", body="f"), "functions call each other in a circle (d::f)"),
+    "a chain of functions": (
+        lambda m: [calls(f"f{i}", "x", body=f"f{i + 1}" if i < 100 else "")(m) for i in range(101)], "call each other 101 deep, more than 100"
+    ),
     "a call with too many inputs": (calls("f", "x", "x"), "it has 2 inputs, and the function that it calls 1"),
     "a name that is no text": (lambda m: setattr(m.graph.node[0], "name", "MARK"), "a name of "),
 }  # fmt: skip

@@ -21,6 +21,7 @@ from .validate import domain_of, inner_graphs, label, nodes
 
 OPTION = defs.OpSchema.FormalParameterOption
 MOST_CALLED = 200_000  # operators that calls of functions may come to
+DEEPEST_CALL = 100  # of functions that call each other: onnx puts no deeper ones in the places of their calls
 KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
 CHOICES = {  # of attributes that are one of a few words
     "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
@@ -189,13 +190,17 @@ def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
 
     callees = [Counter(calls(function.node)) for function in proto.functions]
     left = set(range(len(callees)))
+    deep = 0
     comes_to: dict[int, int] = {}  # operators, with those of the functions that it calls
     while ready := {i for i in left if not callees[i].keys() & left}:
         comes_to |= {i: len(proto.functions[i].node) + sum(n * comes_to[k] for k, n in callees[i].items()) for i in ready}
         left -= ready
+        deep += 1
     if left:
         circle = ", ".join(sorted(_name(proto.functions[i]) for i in left)[:3])
         raise ModelError(f"functions call each other in a circle ({circle}); export the model again")
+    if deep > DEEPEST_CALL:
+        raise ModelError(f"its functions call each other {deep:,} deep, more than {DEEPEST_CALL}; export the model without functions")
     called = [*calls(proto.graph.node)]
     if (total := sum(map(comes_to.__getitem__, called))) > MOST_CALLED:
         raise ModelError(f"its functions come to {total:,} operators, more than {MOST_CALLED:,}; export the model without functions")
