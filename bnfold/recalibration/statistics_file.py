@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -123,9 +124,13 @@ def unpacked(arrays: Mapping[str, Any], name: str) -> Moments:
 
 
 def write_arrays(path: Path, head: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """A file of arrays and what they are. head: with `schema`."""
-    with replacing(path) as (part,), open(part, "wb") as file:
-        np.savez(file, head=np.array(json.dumps({"schema": head["schema"], "bnfold": __version__} | head)), **arrays)
+    """A file of arrays and what they are, the same whatever the Python, which numpy's own `savez` isn't. head: with `schema`."""
+    text = json.dumps({"schema": head["schema"], "bnfold": __version__} | head)
+    with replacing(path) as (part,), zipfile.ZipFile(part, "w") as archive:
+        for name, array in {"head": text, **arrays}.items():
+            content = io.BytesIO()
+            np.save(content, np.asarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
 
 
 def is_statistics(path: Path) -> bool:

@@ -295,7 +295,7 @@ ODD: dict[str, tuple[Change, str]] = {
     "functions in a circle": (circle, "functions call each other in a circle (d::f, d::g)"),
     "a function that calls itself": (calls("f", "x", body="f"), "functions call each other in a circle (d::f)"),
     "a chain of functions": (
-        lambda m: [calls(f"f{i}", "x", body=f"f{i + 1}" if i < 100 else "")(m) for i in range(101)], "call each other 101 deep, more than 100"
+        lambda m: [calls(f"f{i}", "x", body=f"f{i + 1}" if i < 100 else "")(m) for i in range(101)], "call each other 101 deep, more than"
     ),
     "a call with too many inputs": (calls("f", "x", "x"), "it has 2 inputs, and the function that it calls 1"),
     "a name that is no text": (lambda m: setattr(m.graph.node[0], "name", "MARK"), "a name of "),
@@ -397,6 +397,7 @@ UNSAFE = {
     "gone.data": "the file 'gone.data' with the data of tensor 'weight' is missing from {folder}; copy it there",
     "link.data": "points outside the model's folder ('link.data' is a link to {outer}), which is not safe",
     "folder": "'folder', with the data of tensor 'weight', can't be read",
+    "pipe": "'pipe', with the data of tensor 'weight', can't be read (a device or pipe, not a file)",
     "hard.data": "tensor 'weight' has its data in a hard link ('hard.data'), which is not safe; put a copy in its place",
 }
 
@@ -408,6 +409,7 @@ def test_external_data_that_must_not_be_read(tmp_path: Path, location: str) -> N
     outer.write_bytes(bytes(1000))
     (folder / "link.data").symlink_to(outer)
     (folder / "hard.data").hardlink_to(outer)
+    os.mkfifo(folder / "pipe")
     path = outside(folder / "m.onnx", location=location)
     assert UNSAFE[location].format(folder=folder, outer=outer) in refused(path, ModelError)
 

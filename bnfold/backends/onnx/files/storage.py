@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import ModelError
+from bnfold.files import unreadable
 
 from .validate import nbytes
 
@@ -158,11 +158,11 @@ class Files:
         real = found.resolve()
         if not any(real.is_relative_to(base) for base in self._bases):
             raise ModelError(f"tensor '{name}' points outside the model's folder ('{location}' is a link to {real}), which is not safe")
+        if why := unreadable(real):
+            raise ModelError(f"'{location}', with the data of tensor '{name}', can't be read ({why})")
         try:
             with open(real, "rb") as file:
                 status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise ModelError(f"'{location}', with the data of tensor '{name}', is not a file")
                 if status.st_nlink > 1:
                     raise ModelError(
                         f"tensor '{name}' has its data in a hard link ('{location}'), which is not safe; put a copy in its place"
