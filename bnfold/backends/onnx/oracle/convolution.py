@@ -1,85 +1,22 @@
-"""Convolution and pooling of the float64 oracle: exact for all attributes, fast through BLAS, and within a bounded workspace.
+"""Convolution of the float64 oracle: exact for all attributes, fast through BLAS, and within a bounded workspace.
 
-Shapes are [N, C, D1, ...] for 1 to 3 (or more) spatial axes. A window starts at `output * stride` on the padded input and
-steps by the dilation. Output sizes follow docs/Operators.md of the onnx repository (Conv, ConvTranspose, AveragePool, MaxPool).
+Shapes are [N, C, D1, ...] for 1 to 3 (or more) spatial axes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .registry import CACHE, Array, operator
+from .windows import Windows, pad, windows
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
 WIDE, TILE = 5, 16  # a kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Where windows lie, one number per spatial axis. before, after: padding (`after` is what the last window needs)."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    out: tuple[int, ...]
-
-    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[slice[int, int, int], ...]]]:
-        """Each element of the kernel, and the slice of the padded input that all windows together see there."""
-        for tap in itertools.product(*map(range, self.kernel)):
-            starts = [k * d for k, d in zip(tap, self.dilations, strict=True)]
-            yield tap, tuple(slice(a, a + (o - 1) * s + 1, s) for a, o, s in zip(starts, self.out, self.strides, strict=True))
-
-
-def windows(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    strides: Sequence[int] | None,
-    dilations: Sequence[int] | None,
-    pads: Sequence[int] | None,
-    auto_pad: str,
-    ceil_mode: int = 0,
-) -> Windows:
-    n = len(sizes)
-    strides, dilations = tuple(strides or (1,) * n), tuple(dilations or (1,) * n)
-    pads = tuple(pads or (0,) * 2 * n) if auto_pad in ("NOTSET", "") else (0,) * 2 * n
-    before, after, out = [], [], []
-    for i, (size, k, s, d) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
-        extent = (k - 1) * d + 1
-        begin, end = pads[i], pads[n + i]
-        if auto_pad.startswith("SAME"):
-            count = -(-size // s)
-            total = max(0, (count - 1) * s + extent - size)
-            begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
-            end = total - begin
-        else:
-            room = size + begin + end - extent
-            count = room // s + 1
-            # A window may be cut off by the end, but none may start behind the input and its leading padding.
-            if ceil_mode and room % s and count * s < size + begin:
-                count += 1
-        if count <= 0:
-            raise ValueError(f"a window of {extent} doesn't fit into {size} elements padded by {begin} and {end}")
-        before.append(begin)
-        after.append(max(end, (count - 1) * s + extent - size - begin))
-        out.append(count)
-    return Windows(tuple(kernel), strides, dilations, tuple(before), tuple(after), tuple(out))
-
-
-def pad(x: Array, at: Windows, fill: float) -> Array:
-    """The input with its padding; a negative one cuts."""
-    sides = list(zip(at.before, at.after, strict=True))
-    cut: Any = (slice(None), slice(None), *(slice(max(0, -b), s - max(0, -a)) for (b, a), s in zip(sides, x.shape[2:], strict=True)))
-    widths = [(0, 0), (0, 0), *((max(0, b), max(0, a)) for b, a in sides)]
-    x = x[cut]
-    return np.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
 
 
 def _shifted(y: Array, bias: Array | None) -> Array:

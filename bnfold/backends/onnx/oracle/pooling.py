@@ -1,4 +1,4 @@
-"""Pooling of the float64 oracle; sizes as in `convolution`."""
+"""Pooling of the float64 oracle; sizes as in `windows`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .convolution import Windows, pad, windows
 from .registry import Array, operator
+from .windows import Windows, pad, windows
 
 
 @operator("AveragePool")
