@@ -63,6 +63,30 @@ def test_wide_kernels_of_single_channels(sizes, stride, dilation, monkeypatch):
     np.testing.assert_array_equal(np.isfinite(one("Conv", [x, w, b], **given)), np.isfinite(expected))
 
 
+@pytest.mark.parametrize("sizes", [(200,), (15, 14), (5, 6, 7)])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_fewer_outputs_than_inputs(sizes, group, dilation, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(oracle_windows, "CACHE", 1 << 9)  # several blocks
+    x, w, b = normal(2, 12, *sizes), normal(4, 12 // group, *(3, 2, 3)[: len(sizes)]), normal(4)
+    given = {"dilations": [dilation] * len(sizes), "pads": [1] * 2 * len(sizes), "group": group}
+    function = getattr(torch.nn.functional, f"conv{len(sizes)}d")
+    close(one("Conv", [x, w, b], **given), function(*map(torch.tensor, (x, w, b)), 1, 1, dilation, group))
+
+
+@pytest.mark.parametrize("width", [9, 50])
+@pytest.mark.parametrize("pads", [[0, 3, 2, 1], [-1, 2, 0, -2], [-2, -1, -1, 0]])
+@pytest.mark.parametrize(("strides", "dilations"), [([1, 1], [1, 2]), ([2, 1], [1, 1]), ([3, 2], [2, 3]), ([1, 4], [1, 1])])
+def test_single_channels_with_any_padding(width, pads, strides, dilations, monkeypatch):
+    monkeypatch.setattr(oracle_windows, "CACHE", 1 << 11)  # several blocks
+    x, w, b = normal(2, 5, 11, width), normal(5, 1, 3, 2), normal(5)
+    cut = x[:, :, max(0, -pads[0]) : 11 - max(0, -pads[2]), max(0, -pads[1]) : width - max(0, -pads[3])]
+    begin, end = ([max(0, n) for n in each] for each in (pads[:2], pads[2:]))
+    expected = tap_by_tap(cut, w, b, strides, dilations, begin, end, 5)
+    close(one("Conv", [x, w, b], strides=strides, dilations=dilations, pads=pads, group=5), expected)
+
+
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize(("stride", "dilation", "pad", "extra"), [(1, 1, 0, 0), (2, 1, 1, 1), (1, 2, 1, 0), (3, 2, 2, 2)])

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from .registry import CACHE, Array, operator
-from .windows import Windows, pad, windows
+from .windows import Windows, pad, phases, windows
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
-WIDE, TILE = 5, 16  # a kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most
+# A kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most; any on short rows.
+WIDE, TILE, NARROW = 5, 16, 32
 
 
 def _shifted(y: Array, bias: Array | None) -> Array:
@@ -36,7 +37,8 @@ def conv(
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> tuple[Array, ...]:
-    """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap, or row by row; any other unfolds the input and multiplies."""
+    """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap, or row by row; any other unfolds the input and multiplies, or
+    multiplies and adds up tap by tap."""
     at = windows(x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
     n, c = x.shape[:2]
     o, per_group = w.shape[:2]
@@ -45,67 +47,96 @@ def conv(
     y = np.empty((n, o, *at.out))
     if per_group == 1 and o == group:
         for image in range(n):
-            padded = pad(x[image : image + 1], at, 0)[0]
-            wide = at.kernel[-1] >= WIDE and at.strides[-1] == 1 and math.prod(at.kernel) * padded[0].nbytes < WORKSPACE
-            (_banded if wide and np.isfinite(padded.sum()) else _depthwise)(w[:, 0], padded, at, y[image])
-    else:
-        weights = w.reshape(group, o // group, -1)
-        for image in range(n):
-            padded = pad(x[image : image + 1], at, 0)[0]
-            _unfolded_product(
-                weights, padded.reshape(group, per_group, *padded.shape[1:]), at, y[image].reshape(group, o // group, *at.out)
-            )
+            _depthwise(w[:, 0], x[image], at, y[image])
+        return (_shifted(y, b),)
+    weights, tapwise = w.reshape(group, o // group, per_group, *at.kernel), set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1
+    for image in range(n):
+        padded = pad(x[image : image + 1], at, 0)[0]
+        parts, made = padded.reshape(group, per_group, *padded.shape[1:]), y[image].reshape(group, o // group, *at.out)
+        if tapwise:
+            _shifted_products(weights, parts, at, made)
+        else:
+            _unfolded_product(weights.reshape(group, o // group, -1), parts, at, made)
     return (_shifted(y, b),)
 
 
 def _depthwise(weights: Array, x: Array, at: Windows, y: Array) -> None:
-    """y [C, *out], each channel of the padded x [C, *padded] by its own kernel [C, *kernel]: tap by tap, as many channels as a cache holds.
-
-    Where windows step by one, a tap is a shift of the flat image: one run of numbers, of which those where rows wrap are left out.
-    """
-    padded, flat = x.shape[1:], set(at.strides) == {1}
-    steps = [math.prod(padded[i + 1 :]) for i in range(len(padded))]
-    length = 1 + sum((n - 1) * step for n, step in zip(at.out, steps, strict=True))
-    rows: tuple[int, ...] = (length,) if flat else tuple(at.out)
-    block = max(1, CACHE // (8 * max(1, math.prod(rows))))
-    total, product = np.empty((block, *rows)), np.empty((block, *rows))
+    """y [C, *out], each channel of x [C, *in] by its own kernel [C, *kernel], as many channels at a time, with their padding, as a cache
+    holds."""
+    sides = list(zip(at.before, at.after, x.shape[1:], strict=True))
+    size = [-(-(before + n + after) // step) * step for (before, after, n), step in zip(sides, at.strides, strict=True)]
+    width, tiles = at.out[-1], -(-at.out[-1] // TILE)
+    wide = at.strides[-1] == 1 and at.kernel[-1] >= (WIDE if width > NARROW else 2)
+    wide &= math.prod(at.kernel) * 8 * math.prod(size) < WORKSPACE
+    if wide:  # the last stretch of a row may end behind it
+        size[-1] = max(size[-1], tiles * -(-width // tiles) + (at.kernel[-1] - 1) * at.dilations[-1])
+    cost = 8 * math.prod(size)
+    block = max(1, 4 * CACHE // (cost * math.prod(at.kernel[:-1])) if wide else CACHE // cost)
+    canvas = np.zeros((min(block, len(x)), *size))
+    seen: Any = (slice(None), *(slice(max(0, -before), n - max(0, -after)) for before, after, n in sides))
+    inside: Any = (slice(None), *(slice(max(0, before), max(0, before) + n + min(0, before) + min(0, after)) for before, after, n in sides))
     for first in range(0, len(x), block):
-        part = x[first : first + block]
-        under = part.reshape(len(part), -1) if flat else part
-        sum_, term = total[: len(part)], product[: len(part)]
-        sum_[...] = 0
-        for tap, place in at.taps():
-            start = sum(slice_.start * step for slice_, step in zip(place, steps, strict=True))
-            at_tap: Any = (slice(None), slice(start, start + length)) if flat else (slice(None), *place)
-            kernel: Any = (slice(first, first + block), *tap)
-            np.multiply(under[at_tap], weights[kernel].reshape(-1, *(1,) * len(rows)), out=term)
-            sum_ += term
-        strides = (sum_.strides[0], *(8 * step for step in steps)) if flat else sum_.strides
-        y[first : first + block] = np.lib.stride_tricks.as_strided(sum_, (len(part), *at.out), strides, writeable=False)
+        under: Any = slice(first, first + block)
+        part = x[under][seen]
+        laid = canvas[: len(part)]
+        laid[inside] = part
+        (_banded if wide and np.isfinite(laid.sum()) else _tapped)(weights[under], laid, at, y[under])
+
+
+def _tapped(weights: Array, x: Array, at: Windows, y: Array) -> None:
+    """y [C, *out] of the padded x, tap by tap, of which each sees one stretch of the flat image."""
+    flat, grid = phases(x, at.strides)
+    length, taps = at.shifts(grid)
+    total, term = np.empty((len(x), length)), np.empty((len(x), length))
+    for k, (tap, start) in enumerate(taps):
+        kernel: Any = (slice(None), *tap, None)
+        np.multiply(flat[:, start : start + length], weights[kernel], out=term if k else total)
+        if k:
+            total += term
+    y[...] = at.placed(total, grid)
 
 
 def _banded(weights: Array, x: Array, at: Windows, y: Array) -> None:
-    """As `_depthwise`, of finite x: each row of a kernel is a band in a matrix, by which stretches of the image's rows are multiplied."""
+    """As `_tapped`, of finite x: each row of a kernel is a band in a matrix, by which stretches of the image's rows are multiplied."""
     *outer, width = at.out
     tiles, step = -(-width // TILE), at.dilations[-1]
     tile, taps = -(-width // tiles), math.prod(at.kernel[:-1])
     span = tile + (at.kernel[-1] - 1) * step
-    missing = (tiles - 1) * tile + span - x.shape[-1]  # where the last stretch ends behind the image
-    block = max(1, 2 * CACHE // (8 * math.prod(x.shape[1:-1]) * tiles * taps * tile))
-    bands = np.zeros((block, span, taps, tile))
+    bands = np.zeros((len(x), span, taps, tile))
     channel, row, tap, column = bands.strides
-    band = np.lib.stride_tricks.as_strided(bands, (block, taps, at.kernel[-1], tile), (channel, tap, row * step, row + column))
+    band = np.lib.stride_tricks.as_strided(bands, (len(x), taps, at.kernel[-1], tile), (channel, tap, row * step, row + column))
+    band[...] = weights.reshape(-1, taps, at.kernel[-1], 1)
+    pieces = np.lib.stride_tricks.sliding_window_view(x, span, -1)[..., : tiles * tile : tile, :]
+    product = pieces.reshape(len(x), -1, span) @ bands.reshape(len(x), span, -1)
+    product = product.reshape(*pieces.shape[:-1], taps, tile)
     rows = Windows(at.kernel[:-1], at.strides[:-1], at.dilations[:-1], (), (), tuple(outer))
-    places: list[Any] = [(slice(None), *place, slice(None), k) for k, (_, place) in enumerate(rows.taps())]
-    for first in range(0, len(x), block):
-        part, kernels = x[first : first + block], weights[first : first + block].reshape(-1, taps, at.kernel[-1], 1)
-        part = np.pad(part, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing > 0 else part
-        pieces = np.lib.stride_tricks.sliding_window_view(part, span, -1)[..., : tiles * tile : tile, :]
-        band[: len(part)] = kernels
-        product = pieces.reshape(len(part), -1, span) @ bands[: len(part)].reshape(len(part), span, -1)
-        product = product.reshape(*pieces.shape[:-1], taps, tile)
-        total = sum(product[place] for place in places)
-        y[first : first + block] = np.reshape(total, (len(part), *outer, -1))[..., :width]
+    total: Array | None = None
+    for k, (_, place) in enumerate(rows.taps()):
+        at_tap: Any = (slice(None), *place, slice(None), k)
+        total = product[at_tap].copy() if total is None else np.add(total, product[at_tap], out=total)
+    assert total is not None
+    y[...] = total.reshape(len(x), *outer, -1)[..., :width]
+
+
+def _shifted_products(weights: Array, x: Array, at: Windows, y: Array) -> None:
+    """y [G, O/G, *out] of the padded x [G, C/G, *padded], tap by tap: its weights times a stretch of the flat image, which nobody copies.
+
+    What is added up are outputs: this is for convolutions that have fewer of them than inputs.
+    """
+    group, out, grid = *weights.shape[:2], x.shape[2:]
+    flat = x.reshape(*x.shape[:2], -1)
+    length, taps = at.shifts(grid)
+    by_tap = np.ascontiguousarray(np.moveaxis(weights.reshape(*weights.shape[:3], -1), -1, 0))
+    total, block = np.empty((group, out, length)), max(64, 2 * CACHE // (8 * group * out))
+    for first in range(0, length, block):
+        sum_ = total[..., first : first + block]
+        term = np.empty(sum_.shape)
+        for k, (_, start) in enumerate(taps):
+            seen = flat[..., first + start : first + start + sum_.shape[-1]]
+            np.matmul(by_tap[k], seen, out=term if k else sum_)
+            if k:
+                sum_ += term
+    y[...] = at.placed(total, grid)
 
 
 def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:

@@ -6,6 +6,7 @@ Output sizes follow docs/Operators.md of the onnx repository (Conv, ConvTranspos
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,38 @@ class Windows:
         for tap in itertools.product(*map(range, self.kernel)):
             starts = [k * d for k, d in zip(tap, self.dilations, strict=True)]
             yield tap, tuple(slice(a, a + (o - 1) * s + 1, s) for a, o, s in zip(starts, self.out, self.strides, strict=True))
+
+    def shifts(self, grid: Sequence[int]) -> tuple[int, list[tuple[tuple[int, ...], int]]]:
+        """What the taps see of an image that lies flat: so many numbers at a stretch, in which `placed` finds the outputs, and where each
+        tap's begin.
+
+        Where windows step by more than one, the image comes as its phases (see `phases`) one behind the other, each of the size `grid`.
+        """
+        steps = [math.prod(grid[i + 1 :]) for i in range(len(grid))]
+        found = []
+        for tap, place in self.taps():
+            phase = start = 0
+            for slice_, stride, step in zip(place, self.strides, steps, strict=True):
+                phase = phase * stride + slice_.start % stride
+                start += slice_.start // stride * step
+            found.append((tap, phase * math.prod(grid) + start))
+        return 1 + sum((n - 1) * step for n, step in zip(self.out, steps, strict=True)), found
+
+    def placed(self, stretches: Array, grid: Sequence[int]) -> Array:
+        """[..., *out], a view of [..., length] as `shifts` has it, without what lies where rows wrap."""
+        steps = [stretches.strides[-1] * math.prod(grid[i + 1 :]) for i in range(len(grid))]
+        shape, strides = (*stretches.shape[:-1], *self.out), (*stretches.strides[:-1], *steps)
+        return np.lib.stride_tricks.as_strided(stretches, shape, strides, writeable=False)
+
+
+def phases(x: Array, strides: Sequence[int]) -> tuple[Array, list[int]]:
+    """[C, *size] flat, and the size of one phase, of which the axes are multiples: all elements whole strides apart."""
+    grid = [size // stride for size, stride in zip(x.shape[1:], strides, strict=True)]
+    if max(strides) > 1:
+        n = len(grid)
+        x = x.reshape(len(x), *(d for pair in zip(grid, strides, strict=True) for d in pair))
+        x = x.transpose(0, *range(2, 2 * n + 1, 2), *range(1, 2 * n + 1, 2))
+    return x.reshape(len(x), -1), grid
 
 
 def windows(
