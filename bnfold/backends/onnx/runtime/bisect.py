@@ -172,12 +172,7 @@ class _Search:
         return tuple(needed)
 
     def _harms(self, output: str) -> bool:
-        part = extract(self.model, {name: self.feeds[name] for name in self.feeds}, [output])
-        used = {name for node in part.graph.node for name in node.input}
-        unused = [i for i in part.graph.input if i.name not in used]
-        for each in unused:
-            part.graph.input.remove(each)
-        return self._differs(part, {name: array for name, array in self.feeds.items() if name in used})
+        return self._differs(extract(self.model, self.feeds, [output]), self.feeds)
 
     def _differs(self, part: onnx.ModelProto, feeds: Arrays, disabled: Iterable[str] = ()) -> bool:
         right, wrong = self._run(part, feeds, False), self._run(part, feeds, True, disabled)
@@ -193,8 +188,7 @@ class _Search:
                 part.SerializeToString(), options, providers=[self.provider], disabled_optimizers=list(disabled), enable_fallback=0
             )
             names = [o.name for o in session.get_outputs()]
-            wanted = {i.name for i in session.get_inputs()}
-            found = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
+            found = session.run(names, dict(feeds))
         except Exception as error:  # onnxruntime raises its own classes, which share no base but Exception
             raise UnsupportedError(f"ONNX Runtime can't run a part of the model: {str(error)[:200]}") from None
         return dict(zip(names, found, strict=True))
