@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,43 +53,32 @@ def load(
     if kind == "timm":
         return from_timm(str(path).removeprefix("timm:"), arch_args)
     if kind == "pt2":
-        return _certified(_program(path, trust_pickle), text_in_archive(path))
+        program = _program(path, trust_pickle)
+        attach(program, text_in_archive(path))
+        return program
     if kind in ("safetensors", "shards"):
-        return _safetensors(path, kind, arch, arch_args, ignore_keys, say)
-    found = unpickled(path, trust_pickle)
-    if isinstance(found, Mapping):
-        inner = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), None)
-        if inner is not None:
-            found = inner
-    if isinstance(found, nn.Module):
-        if arch is not None:
-            say(f"{path}: a whole module, so --arch isn't used")
-        return found.eval()
-    if isinstance(found, ExportedProgram):
-        raise ModelError(f"{path}: a pickled exported program; write it with torch.export.save")
-    state, surgery = state_of(found, str(path), say)
-    if arch is None:
-        raise UsageError(f"{path}: {NEEDS_ARCH}")
-    return _certified(put(state, build(arch, arch_args), surgery, str(path), say, ignore_keys).eval(), text_beside(found))
-
-
-T = TypeVar("T", nn.Module, ExportedProgram)
-
-
-def _certified(model: T, text: str | None) -> T:
-    """The model with the certificate of its file, and with no other: a factory may give a network that has one."""
-    attach(model, text)
-    return model
-
-
-def _safetensors(
-    path: Path, kind: str, arch: Arch | None, arch_args: Mapping[str, Any] | None, ignore: Sequence[str], say: Say
-) -> nn.Module:
-    if arch is None:
-        raise UsageError(f"{path}: {NEEDS_ARCH}")
-    module = build(arch, arch_args)
-    state, metadata = state_in(path, kind, say)
-    return _certified(put(state, module, surgery_of(metadata), str(path), say, ignore).eval(), metadata.get(KEY))
+        if arch is None:
+            raise UsageError(f"{path}: {NEEDS_ARCH}")
+        network = build(arch, arch_args)
+        state, metadata = state_in(path, kind, say)
+        surgery, certificate = surgery_of(metadata), metadata.get(KEY)
+    else:
+        found = unpickled(path, trust_pickle)
+        if isinstance(found, Mapping):
+            found = next((found[key] for key in ("ema", "model", "net", "network") if isinstance(found.get(key), nn.Module)), found)
+        if isinstance(found, nn.Module):
+            if arch is not None:
+                say(f"{path}: a whole module, so --arch isn't used")
+            return found.eval()
+        if isinstance(found, ExportedProgram):
+            raise ModelError(f"{path}: a pickled exported program; write it with torch.export.save")
+        state, surgery = state_of(found, str(path), say)
+        if arch is None:
+            raise UsageError(f"{path}: {NEEDS_ARCH}")
+        network, certificate = build(arch, arch_args), text_beside(found)
+    module = put(state, network, surgery, str(path), say, ignore_keys).eval()
+    attach(module, certificate)  # a factory may give a network that has another
+    return module
 
 
 def _program(path: Path, trust_pickle: bool) -> ExportedProgram:
