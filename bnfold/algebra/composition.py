@@ -55,15 +55,18 @@ class Composition:
 
     def weight(self) -> Array:
         """In float64, as the exact sums round to it (but for one in 2**40, or so, that lies between two numbers)."""
-        return self.made(_exact)
+        with np.errstate(all="ignore"):  # what is no number is refused where it is written
+            return self.made(_exact)
 
     def magnitudes(self) -> Array:
         """For each number the sum of the magnitudes of its summands."""
-        return self.made(lambda a, b: iter((np.abs(a) @ np.abs(b),)))
+        with np.errstate(all="ignore"):
+            return self.made(lambda a, b: iter((np.abs(a) @ np.abs(b),)))
 
     def layout(self) -> Layout:
         """From the canonical layout, in which the weight is made, to that in which it is stored."""
         own = self.host.params["weight"].layout
+        own = own.whole or own
         if self.host.attrs.get("transposed"):
             out, fan_in, *kernel = self.shape
             own = swapped((fan_in * self.groups, out // self.groups, *kernel), self.groups)[1]
@@ -94,10 +97,10 @@ def composition(
         found = _mixed_behind(first, second, weights, mixes)
     else:
         raise Blocked("neither of them only mixes channels, and it isn't known for all sizes what both see")
-    own = found.host.params["weight"]
-    plain = own.layout is AS_STORED or own.layout.name == f"transposed in {_groups(found.host)} groups"
-    if not (own.remade or plain or found.host.op == "Contraction") or own.tensor is None or len(own.tensor.shape) != len(own.shape):
-        raise Blocked(f"the weight of {found.host.name} is laid out in another way")
+    host, own = found.host, found.host.params["weight"]
+    plain = host.op == "Contraction" or host.attrs["transposed"] or own.remade or own.layout is AS_STORED
+    if own.tensor is None or len(own.tensor.shape) != len(own.shape) or not plain:
+        raise Blocked(f"the weight of {host.name} is laid out in another way")
     return found
 
 

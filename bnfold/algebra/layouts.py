@@ -21,7 +21,8 @@ Places = npt.NDArray[np.int64]
 class Layout:
     """`canonical` gives the rules' layout, `stored` is its inverse.
 
-    linear: both only rearrange the elements, or multiply them by `gain` (canonical over stored).
+    linear: both only rearrange the elements, or multiply them by `gain` (canonical over stored). whole: of an array that has lost places,
+    the layout before.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Layout:
     stored: Callable[[Array], Array]
     linear: bool = True
     gain: float = 1.0
+    whole: Layout | None = None
 
     def after(self, first: Layout) -> Layout:
         """This layout of what another one makes of the stored array."""
@@ -56,6 +58,7 @@ class Layout:
             lambda w: _without_gaps(self.stored(spread(w))),
             self.linear,
             self.gain,
+            self.whole or self,
         )
 
 

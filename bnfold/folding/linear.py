@@ -255,14 +255,17 @@ def _bias_behind(found: Composition, draft: Draft) -> dict[str, Param]:
     first, second = found.first, found.second
     own, theirs, update = first.params.get("bias"), second.params.get("bias"), draft.pop((second, "bias"), None)
     total = np.zeros(()) if theirs is None else (theirs if update is None else replace(theirs, update=theirs.updated(update))).read()
-    if own is None or own.refusal or (own.tensor is None and own.update is None and (first.attrs.get("grows_add") or not total.any())):
-        if total.any():
-            raise Blocked(f"{first.name} has no place for a bias")
+    there = own is not None and (own.tensor is not None or own.update is not None)
+    if total.any() and not there and (own is None or own.refusal or first.attrs.get("grows_add")):
+        raise Blocked(f"{first.name} has no place for a bias")
+    if own is None:
         return {}
     size = found.channels if first.op == "Conv" else [found.channels if i == found.axis else 1 for i in range(first.output.rank or 0)]
     total = total.reshape(-1) if first.op == "Conv" else total
     total = np.broadcast_to(total, np.broadcast_shapes(total.shape, size))
     layout = Layout("a new bias", lambda c: c, lambda c: c.reshape(-1) if c.size == found.channels else c)
-    made = Param(None, total.shape, layout, slot=own.slot)
-    fits_type(first, "bias", made, Affine.shifting(total))
-    return {"bias": replace(made, update=Affine.shifting(total))}
+    made = Param(None, total.shape, layout, slot=own.slot, refusal=own.refusal)
+    if there or total.any():
+        fits_type(first, "bias", made, Affine.shifting(total))
+        made.update = Affine.shifting(total)
+    return {"bias": made}

@@ -168,13 +168,13 @@ def plan(
     if options.norm_affine:
         outcomes, moved, said = move(graph, outcomes)
     barred = set() if graph.copies_weights else {m.host for m in merges}
+    fewer = drop(graph, barred) if options.drop_dead else Narrowed()
+    merges = [narrowed(m, fewer) for m in merges]
     chains = join(graph, barred) if options.merge_linear else Chains()
     if chains.removed:
         outcomes = _after_merging(graph, chains.outcomes(outcomes), {}, options.clone)
     stays = {*graph.nodes, *(m.branch for m in merges)}  # or is taken out as a branch
     removed = [node for node in affine if node not in stays]
-    fewer = drop(graph, barred) if options.drop_dead else Narrowed()
-    merges = [narrowed(m, fewer) for m in merges]
     equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
     written = list(clamped(graph))
     clips = tuple(each.node.name for each in written)

@@ -140,7 +140,7 @@ def narrow(planned: Planned, constants: Constants, initializer: Callable[[str, i
     for op, groups in ((node.native.node, node.attrs["groups"]) for node in planned.fewer.nodes if node.op == "Conv"):
         if "group" in op.attributes:
             op.attributes["group"] = ir.AttrInt64("group", groups)
-    for value, (axis, size) in {**planned.chains.sizes, **planned.fewer.sizes}.items():
+    for value, (axis, size) in {**planned.fewer.sizes, **planned.chains.sizes}.items():
         if (node := value.producer) is None:
             continue
         op = node.native.node

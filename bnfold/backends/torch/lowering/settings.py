@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as Op
 
 from bnfold.algebra.settings import Common, Settings, clip, counted, reduction
+from bnfold.algebra.weights import same_padding
 
 from ..export.walk import arguments, is_tensor, operator_name
 from .lowering import TorchLowering
@@ -43,6 +44,11 @@ def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[
         return Settings(name, places=outputs, kind="torch", unread=f"{name} {op.name}, its {argument} can't be read")
     if name in ("max_pool", "avg_pool") and not values.get("stride"):
         values["stride"] = values["kernel_size"]
+    if name == "conv" and isinstance(word := values["padding"], str):
+        kernel = ctx.shape(arguments(op)["weight"])[2:]
+        widths = same_padding(kernel, values["dilation"]) if word == "same" else [(0, 0)] * len(kernel)
+        if all(before == after for before, after in widths):
+            values["padding"] = tuple(before for before, _ in widths)
     return Settings(name, values, _in_onnx(ctx, op, name, values), outputs, tuple(flowing), kind="torch")
 
 

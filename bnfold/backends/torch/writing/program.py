@@ -119,7 +119,7 @@ class _Writer(ProgramEditor):
             if node.op == "Conv":
                 set_argument(self.copies[node.native.op], "groups", node.attrs["groups"])
             self.resized.add(self.copies[node.native.op])
-        for value, (axis, size) in {**planned.chains.sizes, **planned.fewer.sizes}.items():
+        for value, (axis, size) in {**planned.fewer.sizes, **planned.chains.sizes}.items():
             if value.producer is None:
                 continue
             op, given = self.copies[value.producer.native.op], arguments(value.producer.native.op)
