@@ -59,7 +59,7 @@ def _notes(report: Report) -> Iterator[str]:
 def _folded(report: FuseReport) -> Iterator[Part]:
     yield tables.staying(report)
     yield tables.sizes(report)
-    yield tables.layers(report)
+    yield tables.layers(report, reasons=False)  # which the table of those that stay has
     would = "would merge" if isinstance(report, InspectReport) else "merged"
     merges = [(merged.into, ", ".join(merged.branches)) for merged in report.merged]
     yield Table(f"Parallel branches that {would} into one operator", ("operator", "branches"), merges)

@@ -19,15 +19,15 @@ NAMELESS = "(no name)"
 MOVED = "each figure is the layer's worst channel's; means move in old standard deviations, and the variance is new over old"
 
 
-def layers(report: FuseReport, *, verbose: bool = True) -> Table:
-    """What became of every BatchNorm, or would; verbose: with all that there is to say of each."""
+def layers(report: FuseReport, *, verbose: bool = True, reasons: bool = True) -> Table:
+    """What became of every BatchNorm, or would; verbose: with all that there is to say of each, reasons: why it stays, too."""
     words = {"folded": "folds", "kept": "stays"} if isinstance(report, InspectReport) else {}
     titles = ["BatchNorm", "channels", "verdict", "into", "weight range", *(["remarks"] if verbose else [])]
     cells = []
     for layer in report.layers:
         verdict = words.get(layer.verdict, layer.verdict)
         figures = (layer.name or NAMELESS, channels(layer.channels), verdict, ", ".join(layer.into), _spread(report, layer.into))
-        cells.append([*figures, joined(layer.reason, *layer.notes)][: len(titles)])
+        cells.append([*figures, joined(layer.reason if reasons else "", *layer.notes)][: len(titles)])
     return Table("BatchNorms", titles, cells, prose=verbose, names=(0, 3), spare=() if verbose else (4, 1))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_onnx_is_checked_and_keeps_the_dynamic_batch(net: nn.Module) -> None:
     bnfold.save(fused, "f.onnx", example=X)
     model = onnx.load("f.onnx")
     onnx.checker.check_model(model)
-    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert bnfold.verify(fused, model, X).verdict == "equivalent"
 
 
@@ -368,6 +369,8 @@ def test_axes_that_only_one_size_fits_are_fixed_in_onnx(rest: list[nn.Module], s
     infos = (*model.graph.input, *model.graph.output)
     found = [OPEN if d.dim_param else d.dim_value for info in infos for d in info.type.tensor_type.shape.dim]
     assert found == axes
+    names = {d.dim_param for info in infos for d in info.type.tensor_type.shape.dim if re.fullmatch(r"\w+", d.dim_param)}
+    assert names <= {"batch", *(f"{infos[0].name}_axis_{axis}" for axis in range(4))}
     assert bnfold.verify(net, model, x).verdict != "different"
 
 

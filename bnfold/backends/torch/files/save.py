@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from bnfold.report import VerifyReport
 
+MADE_UP = re.compile(r"\bs\d+\b")  # a symbol of torch.export's
 SUFFIXES = (".pt2", ".onnx", ".safetensors", ".pth", ".bin", ".ckpt", ".pt")
 
 
@@ -170,13 +172,20 @@ def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, c
 
 
 def _fix_axes(model: ir.Model, sizes: dict[str, int]) -> None:
-    """State the size of axes that have one only (see `sizes`). sizes: by the axis's symbol."""
+    """State the size of axes that have one only (see `sizes`), and name the others by the inputs that have them: what the exporter makes up
+    (s77) says nothing. sizes: by the axis's symbol."""
     import onnx_ir as ir
 
     from bnfold.backends.onnx.graph.walk import all_nodes
 
     graph = model.graph
+    named: dict[str, str] = {}
     for value in (*graph.inputs, *graph.outputs, *(v for node in all_nodes(graph) for v in node.outputs)):
         if value.shape is not None:
             axes = [n if isinstance(n, int) else n.value for n in value.shape]
-            value.shape = ir.Shape([substituted(n, sizes) if isinstance(n, str) else n for n in axes])
+            found = [substituted(n, sizes) if isinstance(n, str) else n for n in axes]
+            if value in graph.inputs:
+                for axis, n in enumerate(found):
+                    if isinstance(n, str) and MADE_UP.fullmatch(n):
+                        named.setdefault(n, "batch" if not axis and "batch" not in named.values() else f"{value.name}_axis_{axis}")
+            value.shape = ir.Shape([MADE_UP.sub(lambda m: named.get(m[0], m[0]), n) if isinstance(n, str) else n for n in found])
