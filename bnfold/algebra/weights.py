@@ -247,9 +247,22 @@ def step(kind: str, c: Array, *, first: bool, alpha: float = 1.0) -> tuple[Array
 
 
 def by_constant(
-    ctx: Lowering, op: Op, kind: str, x: Ref, key: Key, c: Array, *, first: bool, alpha: float = 1.0, shape: Shape | None = None
+    ctx: Lowering,
+    op: Op,
+    kind: str,
+    x: Ref,
+    key: Key,
+    c: Array,
+    *,
+    first: bool,
+    alpha: float = 1.0,
+    shape: Shape | None = None,
+    normalises: bool = False,
 ) -> None:
-    """x + alpha*c and so on, as `step` has it. key: of the constant; None for a number. shape: the constant's in the tensor's rank."""
+    """x + alpha*c and so on, as `step` has it. key: of the constant; None for a number. shape: the constant's in the tensor's rank.
+
+    normalises: whether the constant is made of the root of a variance, which makes it the scale of a BatchNorm that is written out.
+    """
     rank = ctx.rank(x)
     if kind == "div" and (not first or (c == 0).any()):
         raise Blocked("it divides by zero" if first else "it divides by an activation")
@@ -271,4 +284,5 @@ def by_constant(
     behind_affine = made.inputs[0].producer is not None and made.inputs[0].producer.op == "Affine"
     if len(vector) == 1 or (not vector and behind_affine):  # a scalar alone is not worth moving
         layer, name = ctx.layer_of(op, made, param)
-        ctx.site(layer, made, vector[0] if vector else 1, is_batchnorm=False, name=name)
+        note = "written out as arithmetic" if normalises else ""
+        ctx.site(layer, made, vector[0] if vector else 1, is_batchnorm=normalises, name=name, note=note)

@@ -24,8 +24,9 @@ from bnfold.algebra.layouts import Layout
 from bnfold.data.spec import shape_text
 from bnfold.errors import ModelError
 
-from ..graph.constants import FLOATS
-from ..graph.walk import arg, attribute, in_training, is_standard, name_of, number, whole, wholes
+from ..graph.constants import FLOATS, is_made
+from ..graph.quantised import MOVING
+from ..graph.walk import arg, attribute, in_training, is_standard, name_of, number, stored_tensor, whole, wholes
 from .commuting import padding, used
 from .lowering import OnnxLowering, OnnxNative, given
 from .movement import gathered
@@ -255,4 +256,21 @@ def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
     if ctx.opset < 7 and attribute(node, "broadcast", 0) and "axis" in node.attributes:  # it says where the constant aligns
         lead = whole(node, "axis", 0) % ctx.rank(x)
         shape = (1,) * lead + c.shape + (1,) * (ctx.rank(x) - lead - c.ndim)
-    weights.by_constant(ctx, node, kind, x, which, c, first=which == 1, shape=shape)
+    normalises = kind in ("mul", "div") and c.size > 1 and is_made(operands[which], _deviates)
+    weights.by_constant(ctx, node, kind, x, which, c, first=which == 1, shape=shape, normalises=normalises)
+
+
+def _deviates(node: ir.Node) -> bool:
+    """Whether an operator is the root of a stored vector, or of one and a number: of a BatchNorm's variance and epsilon."""
+    under = node.inputs[0] if node.op_type in ("Sqrt", "Pow") else None
+    maker = None if under is None else under.producer()
+    sizes = [_stored_size(v) for v in (maker.inputs if maker is not None and maker.op_type == "Add" else [under])]
+    return max(sizes) > 1 and sorted(sizes)[:-1] in ([], [1])
+
+
+def _stored_size(v: ir.Value | None) -> int:
+    """How many numbers a stored vector has, however it is laid out anew; 0 of what is computed otherwise."""
+    while v is not None and (node := v.producer()) is not None and node.op_type in MOVING:
+        v = node.inputs[0]
+    tensor = None if v is None else stored_tensor(v)
+    return 0 if tensor is None else tensor.size
