@@ -21,7 +21,7 @@ from bnfold.recalibration.plan import NOTHING, Reading, Values
 from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes, opset
 from ..runtime.placement import assigned, honoured, name_nodes
-from ..runtime.providers import resolve, run_failed, runtime, runtime_message, start
+from ..runtime.providers import resolve, run_failed, runtime, runtime_message, settings, start
 from ..runtime.session import outputs_of
 from .operations import OnnxCut, sources
 
@@ -108,10 +108,7 @@ class _Session:
 
     def __init__(self, proto: onnx.ModelProto, lent: Arrays, kinds: dict[str, int], provider: str) -> None:
         ort = runtime()
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.use_deterministic_compute = True
-        options.intra_op_num_threads = threads()
+        options = settings(threads=threads())
         options.enable_cpu_mem_arena = False  # an arena gives nothing back while one of its values is held
         # Threads that spin between two runs take the cores from whoever measures the results.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -19,7 +19,8 @@ from bnfold.errors import UnsupportedError
 
 from ..graph.edit import extract, inlined
 from ..graph.proto import self_contained, stored_bytes
-from .providers import resolve, runtime
+from ..graph.weights import constants
+from .providers import resolve, runtime, settings
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -85,11 +86,7 @@ class _Search:
         self.model, self.feeds, self.provider, self.unit = model, feeds, provider, unit
         self.limit = float(np.sqrt(unit))
         self.made = {name: i for i, node in enumerate(model.graph.node) for name in node.output if name}
-        constant = {t.name for t in model.graph.initializer}
-        for node in model.graph.node:  # what depends on no input
-            if all(not name or name in constant for name in node.input):
-                constant.update(node.output)
-        self.constant = constant
+        self.constant = constants(model.graph, (tensor.name for tensor in model.graph.initializer))
 
     def run(self) -> Culprit | None:
         right, wrong = (self._run(self.model, self.feeds, on) for on in (False, True))
@@ -179,12 +176,10 @@ class _Search:
         return any(_off(right[name], wrong[name]) > self.limit for name in right)
 
     def _run(self, part: onnx.ModelProto, feeds: Arrays, optimise: bool, disabled: Iterable[str] = ()) -> dict[str, npt.NDArray[Any]]:
-        ort = runtime()
-        options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
+        options = settings(optimise=optimise)
         options.log_severity_level = 4
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
         try:
-            session = ort.InferenceSession(
+            session = runtime().InferenceSession(
                 part.SerializeToString(), options, providers=[self.provider], disabled_optimizers=list(disabled), enable_fallback=0
             )
             names = [o.name for o in session.get_outputs()]

@@ -127,6 +127,16 @@ def _chain(provider: str, precision: str) -> list[tuple[str, dict[str, str]]]:
 # --- a session ------------------------------------------------------------------------------------------------------------------------
 
 
+def settings(*, optimise: bool = False, threads: int = 0) -> Any:
+    """The options of a session that gives the same each time. optimise: by all of ONNX Runtime's graph optimisations, or none."""
+    ort = runtime()
+    made, level = ort.SessionOptions(), ort.GraphOptimizationLevel
+    made.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    made.use_deterministic_compute = True
+    made.intra_op_num_threads = threads
+    return made
+
+
 def start(source: bytes | str, options: Any, provider: str, *, precision: str = "full") -> Any:
     """A session on the provider. DeviceError: it doesn't start, or isn't honoured. UnsupportedError: the model can't run there.
 

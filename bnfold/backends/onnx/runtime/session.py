@@ -28,7 +28,7 @@ from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.ranges import inputs
 from ..graph.walk import all_nodes
 from .placement import assigned, honoured, name_nodes, profiled
-from .providers import CPU, resolve, run_failed, runtime, start
+from .providers import CPU, resolve, run_failed, runtime, settings, start
 
 LONGEST = 60  # seconds of a run with loops in it
 # Protocol buffers can't hold more; the margin is for the graph around the weights.
@@ -70,12 +70,7 @@ class Session:
         self._optional = set(model.graph.initializers)
         self._loops = any(node.op_type == "Loop" for node in all_nodes(model.graph))
 
-        options = ort.SessionOptions()
-        level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-        options.use_deterministic_compute = True
-        options.intra_op_num_threads = threads
-
+        options = settings(optimise=optimise, threads=threads)
         self._folder: Workplace | None = None  # ONNX Runtime may map the weights: they live as long as the session
         source = self._source(model, tuple(outputs))
         self._profiling = self.provider != CPU and not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
