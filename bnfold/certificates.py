@@ -110,6 +110,7 @@ def folded(model: Any, fused: Any, report: FuseReport) -> None:
         **layers,
         "constants": [layer.name for layer in report.layers if not layer.batchnorm],
         "merged": [merged.into for merged in report.merged],
+        "composed": {each.into: [*each.layers] for each in report.composed if each.into and not each.behind},
         "dropped": {each.name: each.dropped for each in report.dropped if each.dropped},
         "clamped": [*report.clamped],
         "equalised": sorted({name for each in report.equalised if each.factor != 1 for name in each.layers}),
@@ -178,7 +179,7 @@ def _earlier(model: Any) -> list[dict[str, Any]]:
     if own is None:
         return []
     before = own.get("earlier")
-    names = ("earlier", "folded", "lowered", "kept", "constants", "merged", "dropped", "clamped", "equalised", "verdict")
+    names = ("earlier", "folded", "lowered", "kept", "constants", "merged", "composed", "dropped", "clamped", "equalised", "verdict")
     brief = {key: value for key, value in own.items() if key not in names}
     verdict = own.get("verdict")
     brief["verdict"] = verdict.get("verdict") if isinstance(verdict, Mapping) else None

@@ -56,6 +56,7 @@ def test_a_folded_file_states_what_it_is(fused: Path) -> None:
         "kept": [],
         "constants": [],
         "merged": [],
+        "composed": {},
         "dropped": {},
         "clamped": [],
         "equalised": [],

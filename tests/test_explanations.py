@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from cases.builder import Net
 from onnx import parser
 
 import bnfold
@@ -105,3 +106,16 @@ def test_what_options_would_let_go_is_tried(tmp_path: Path, monkeypatch: pytest.
         "equalised: the channel ranges of 1",
     ):
         assert line in out
+
+
+def test_linear_layers_in_a_row_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = Net("two in a row")
+    net.output(net.conv(net.conv(net.bn(net.conv(net.input("N", 3, 8, 8), 3, 8), 8), 8, 32, kernel=1), 32, 4, kernel=1))
+    onnx.save(net.model(), "model.onnx")
+    (row,) = [each for each in bnfold.inspect(bnfold.load("model.onnx"), merge_linear=True).composed if each.into]
+    assert run(["explain", row.layers[0], "model.onnx", "--merge-linear"]) == 0
+    assert f"become one, {row.into}" in capsys.readouterr().out
+    assert run(["fuse", "model.onnx", "-o", "fused.onnx", "--merge-linear", "-q"]) == 0
+    assert run(["inspect", "fused.onnx"]) == 0
+    assert "linear layers: 1 operator made of several in a row" in capsys.readouterr().out

@@ -87,6 +87,7 @@ CERTIFIED = {
     "lowered": "it was written as other operators",
     "constants": "it was a constant operator, and was folded",
     "merged": "it was merged from parallel branches",
+    "composed": "it was made of linear layers in a row",
     "dropped": "it lost channels that held one number whatever went in",
     "clamped": "it clips with bounds for each channel, since a map passed it",
     "equalised": "its channel ranges were made to match those of the layers that read it",
@@ -161,12 +162,16 @@ def _more(options: FoldOptions, *names: str) -> Iterator[tuple[str, FoldOptions]
 
 
 def _changes(report: FuseReport, names: Container[str]) -> Iterator[str]:
-    """What leaves layers of these names, and why some of it stays; what is clamped; and whose ranges were made to match."""
+    """What leaves layers of these names, and why some of it stays; what is clamped, joined, or made to match in its ranges."""
     for d in (each for each in report.dropped if each.name in names):
         holds = f"{counted(d.dead, 'channel')} of the {d.channels} of {d.name} hold{'s' if d.dead == 1 else ''} one number whatever goes in"
         what = f"{d.dropped or 'none'} of these can be taken out" if d.dead > 1 else f"it {'can' if d.dropped else 'can not'} be taken out"
         yield f"{holds}; {what}" + (f": {d.reason}" if d.reason else "")
     yield from (f"{each} {CLIPS}" for each in report.clamped if each in names)
+    for c in report.composed:
+        if any(each in names for each in (*c.layers, c.into)):
+            made = f"stands behind the average {c.behind}" if c.behind else f"become one, {c.into}"
+            yield f"{listed(c.layers)} {f'stay as they are: {c.reason}' if c.reason else made}"
     for e in report.equalised:
         if any(each in names for each in (*e.layers, *e.into)):
             made = f"match, by factors up to {e.factor:.3g}, those of {listed(e.into)}"

@@ -219,6 +219,8 @@ def certificate(found: Mapping[str, Any]) -> Iterator[str]:
         lowered = len(given(found, "lowered", list))
         also = f"{lowered:,} lowered, " if lowered else ""
         yield f"BatchNorms: {before - after - lowered:,} folded, {also}{after:,} kept{others}"
+    if rows := given(found, "composed", dict):
+        yield f"linear layers: {counted(len(rows), 'operator', ',')} made of several in a row"
     if fewer := given(found, "dropped", dict):
         taken = sum(n for n in fewer.values() if isinstance(n, int))
         yield f"channels: {taken:,} constant, taken out of {counted(len(fewer), 'layer', ',')}"
