@@ -281,6 +281,13 @@ def no_number(net: Net) -> None:
     net.output(net.op("MatMul", net.op("MatMul", net.input("N", 3), net.weight(w)), net.matrix(9, 2)))
 
 
+def integers(net: Net) -> None:
+    codes = net.constant(net.rng.integers(-99, 99, (24, 4, 1, 1)).astype(np.int8))
+    scale, zero = net.constant(np.full(24, 0.01, np.float32)), net.constant(np.zeros(24, np.int8))
+    x = net.op("Conv", net.input("N", 4, 9, 9), net.op("DequantizeLinear", codes, scale, zero, axis=0))
+    net.output(net.conv(x, 24, 6, 3))
+
+
 def in_a_loop(net: Net) -> None:
     """What the body reads from outside is worked out once."""
     x = net.gemm(net.input(2, 4), 4, 24)
@@ -305,6 +312,7 @@ STAY = [
     (unlike_windows, "isn't known for all sizes"),
     (beyond_the_type, "beyond the largest"),
     (no_number, "would be no number"),
+    (integers, "the weight of Conv_node_0 is quantised"),
     (in_a_loop, "stand in different graphs"),
 ]
 
