@@ -146,6 +146,8 @@ def fuse(
     with Job(reporting, Check("fuse", checking, model, force=reporting.force, strict=strict)) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data) if no_verify else shaping.example(loaded, data)
+        if no_verify and data is not None and example is None:
+            raise UsageError("--data and --no-verify exclude each other: data are what the result is checked on")
         job.progress("fold" if no_verify else "fold and check", 0, None)
         fused, report = api.fuse(loaded, example=example, check=not no_verify, by_layer=job.html_path is not None, **folding.options)
         stays = report.failure if strict else ""

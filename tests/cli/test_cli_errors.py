@@ -75,6 +75,7 @@ NONSENSE = {
     "inspect model.onnx --input-shape xx=1,3,8,8 --input-shape x=1,3,8,8": "the model has no input 'xx'",
     "recalibrate model.onnx --data x.npy -o out.onnx --method exat": "prior; did you mean 'exact'?",
     "recalibrate model.onnx --data x.npy -o out.onnx --layers bnn -q": "no BatchNorm is called 'bnn'; there are 'bn'; did you mean 'bn'?",
+    "fuse model.onnx -o out.onnx --no-verify --data x.npy": "--data and --no-verify exclude each other",
     "verify model.onnx": "verify takes two models, REFERENCE CANDIDATE",
     "bench model.onnx model.onnx --rounds 1": "--rounds",
     "bench model.onnx model.onnx --provider cpu --provider cuda": "--provider cpu --provider cuda: this command takes one",
