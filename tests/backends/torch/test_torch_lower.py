@@ -62,6 +62,19 @@ def test_in_a_module_and_in_a_program(how: str, tmp_path: Path) -> None:
     assert torch.equal(again(X), folded(X))
 
 
+@pytest.mark.parametrize("how", ["mul-add", "depthwise"])
+def test_one_into_which_another_folds(how: str) -> None:
+    module = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False), nn.Tanh()).eval()
+    for norm in (module[1], module[2]):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    for given in (module, torch.export.export(module, (X,))):
+        fused, report = bnfold.fuse(given, example=X, lower=how)
+        assert [(layer.verdict, layer.into) for layer in report.layers] == [("lowered", ()), ("folded", ("1",))]
+        run = fused if given is module else fused.module()
+        assert torch.allclose(run(X), module(X), atol=1e-6)
+
+
 def test_data_of_a_narrower_type_than_the_coefficients() -> None:
     norm = nn.BatchNorm2d(3)
     module = nn.Sequential(nn.Conv2d(3, 3, 1).half(), nn.Tanh(), norm, nn.Tanh()).eval()

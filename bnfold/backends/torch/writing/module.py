@@ -46,8 +46,8 @@ class Fold:
     written: Mapping[str, Written]
 
     def updates(self) -> Iterator[Update]:
-        for node, role, param in self.graph.updates():
-            native: TorchNative = node.native
+        written = {each.node for each in self.written.values()}
+        for node, role, param in (each for each in self.graph.updates() if each[0] not in written):
             slot: Slot | None = param.slot
             if slot is None or not isinstance(slot.place, Place):
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
@@ -55,7 +55,7 @@ class Fold:
                 yield from requantised(self.ctx, node, param)
                 continue
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.planned.merges if m.host is node]))
-            dtype = native.dtype if param.tensor is None else param.tensor.dtype
+            dtype = node.native.dtype if param.tensor is None else param.tensor.dtype
             said = "" if param.tensor is None else param.tensor.as_floats()
             yield Update(node, slot.place, exact, dtype, param.tensor is None, param.flush, said=said)
 
