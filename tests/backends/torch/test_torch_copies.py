@@ -83,6 +83,24 @@ def test_code_that_reaches_the_originals_modules_is_refused(verb: Callable[..., 
         verb(Global().eval(), example=X)
 
 
+def test_a_parameter_that_forward_makes() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.b(s.c(x))
+        if not hasattr(s, "scale"):
+            s.scale = nn.Parameter(torch.full_like(y[0, :, :1, :1], 2))
+        return y * s.scale
+
+    net = Net(forward, c=nn.Conv2d(3, 4, 3), b=norm(4)).double().eval()
+    fused, _ = bnfold.fuse(net, example=X)
+    assert not hasattr(net, "scale")
+    assert difference(run(net, X), run(fused, X)) < 1e-12
+    del net.scale
+    torch.export.export(net, (X,))
+    for verb in (bnfold.fuse, bnfold.inspect):
+        with pytest.raises(bnfold.UnsupportedError, match="holds no numbers in scale"):
+            verb(net, example=X)
+
+
 def test_a_buffer_that_forward_updates_stays_as_it_was() -> None:
     def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
         y = s.b(s.c(x))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,11 @@ def require_readable(model: nn.Module) -> None:
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     if any(map(nn.parameter.is_lazy, tensors.values())):
         raise UsageError(f"{type(model).__name__} has lazy parameters without a shape yet: call it once on a batch, then give it here")
+    if fake := [name for name, each in tensors.items() if isinstance(each, FakeTensor)]:
+        raise UnsupportedError(
+            f"{type(model).__name__} holds no numbers in {fake[0]}: its code made that while torch.export read it; "
+            f"make the model anew, and call it once before"
+        )
     if sparse := [name for name, each in tensors.items() if each.layout != torch.strided]:
         raise UnsupportedError(
             f"{type(model).__name__} holds sparse tensors ({sparse[0]}), which aren't served: make them dense, by to_dense()"
