@@ -1,4 +1,4 @@
-"""Random networks as modules and exported programs, in float64: each fold must compute what the network does (see `graphs`)."""
+"""Random networks as modules and exported programs, folded with random options, in float64: all must compute the same (see `graphs`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twins import NotInTorchError, Twin
 import bnfold
 
 from .found import Found, Say, watched
-from .graphs import CONDITION, build
+from .graphs import CONDITION, build, options
 
 TOLERANCE = 1e-11  # times the largest magnitude of an output
 
@@ -32,6 +32,7 @@ def tried(seed: int, *, save: Path | None = None, say: Say | None = None) -> Fou
     example = tuple(torch.from_numpy(rng.normal(0.1, 1.0, shape)) for shape in shapes)
     with watched(found, "random network", say):
         try:
+            run(twin, example)  # which makes its parameters
             program = torch.export.export(twin, example)
         except Exception as why:  # which PyTorch itself can't read
             found.became = f"not exported: {why}"
@@ -45,7 +46,7 @@ def tried(seed: int, *, save: Path | None = None, say: Say | None = None) -> Fou
 
 def _compared(found: Found, route: str, model: Any, example: tuple[torch.Tensor, ...]) -> str:
     try:
-        fused, found.report = bnfold.fuse(model, example=example, check=False)
+        fused, found.report = bnfold.fuse(model, example=example, check=False, **options(found.seed))
     except bnfold.BnfoldError as error:
         found.became = f"{type(error).__name__}: {error}"
         return ""
