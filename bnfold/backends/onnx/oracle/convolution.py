@@ -71,7 +71,7 @@ def _depthwise(weights: Array, x: Array, at: Windows, y: Array) -> None:
     if wide:  # the last stretch of a row may end behind it
         size[-1] = max(size[-1], tiles * -(-width // tiles) + (at.kernel[-1] - 1) * at.dilations[-1])
     cost = 8 * math.prod(size)
-    block = max(1, 4 * CACHE // (cost * math.prod(at.kernel[:-1])) if wide else CACHE // cost)
+    block = max(1, 2 * CACHE // (cost * math.prod(at.kernel[:-1])) if wide else CACHE // cost)
     canvas = np.zeros((min(block, len(x)), *size))
     seen: Any = (slice(None), *(slice(max(0, -before), n - max(0, -after)) for before, after, n in sides))
     inside: Any = (slice(None), *(slice(max(0, before), max(0, before) + n + min(0, before) + min(0, after)) for before, after, n in sides))
@@ -99,23 +99,20 @@ def _tapped(weights: Array, x: Array, at: Windows, y: Array) -> None:
 def _banded(weights: Array, x: Array, at: Windows, y: Array) -> None:
     """As `_tapped`, of finite x: each row of a kernel is a band in a matrix, by which stretches of the image's rows are multiplied."""
     *outer, width = at.out
-    tiles, step = -(-width // TILE), at.dilations[-1]
-    tile, taps = -(-width // tiles), math.prod(at.kernel[:-1])
+    tiles, step, rows = -(-width // TILE), at.dilations[-1], at.kernel[:-1]
+    tile = -(-width // tiles)
     span = tile + (at.kernel[-1] - 1) * step
-    bands = np.zeros((len(x), span, taps, tile))
-    channel, row, tap, column = bands.strides
-    band = np.lib.stride_tricks.as_strided(bands, (len(x), taps, at.kernel[-1], tile), (channel, tap, row * step, row + column))
-    band[...] = weights.reshape(-1, taps, at.kernel[-1], 1)
-    pieces = np.lib.stride_tricks.sliding_window_view(x, span, -1)[..., : tiles * tile : tile, :]
-    product = pieces.reshape(len(x), -1, span) @ bands.reshape(len(x), span, -1)
-    product = product.reshape(*pieces.shape[:-1], taps, tile)
-    rows = Windows(at.kernel[:-1], at.strides[:-1], at.dilations[:-1], (), (), tuple(outer))
-    total: Array | None = None
-    for k, (_, place) in enumerate(rows.taps()):
-        at_tap: Any = (slice(None), *place, slice(None), k)
-        total = product[at_tap].copy() if total is None else np.add(total, product[at_tap], out=total)
-    assert total is not None
-    y[...] = total.reshape(len(x), *outer, -1)[..., :width]
+    bands = np.zeros((len(x), *rows, span, tile))
+    *others, row, column = bands.strides
+    band = np.lib.stride_tricks.as_strided(bands, (len(x), *rows, at.kernel[-1], tile), (*others, row * step, row + column))
+    band[...] = weights[..., None]
+    channel, *steps, element = x.strides
+    apart = [n * by for n, by in zip(steps, at.strides, strict=False)]
+    within = [n * by for n, by in zip(steps, at.dilations, strict=False)]
+    strides = (channel, *apart, tile * element, *within, element)
+    pieces = np.lib.stride_tricks.as_strided(x, (len(x), *outer, tiles, *rows, span), strides, writeable=False)
+    product = pieces.reshape(len(x), math.prod(outer) * tiles, -1) @ bands.reshape(len(x), -1, tile)
+    y[...] = product.reshape(len(x), *outer, -1)[..., :width]
 
 
 def _shifted_products(weights: Array, x: Array, at: Windows, y: Array) -> None:
