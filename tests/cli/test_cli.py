@@ -400,6 +400,11 @@ def test_samples_that_are_moved_to_tell_roundings_apart_are_not_counted(
     assert "on 3 samples of test.npz" in capsys.readouterr().out
 
 
+def test_options_of_data_that_are_not_given_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", "model.onnx", "another.onnx", "--image-size", "8"]) == 1
+    assert "no --data are given, so the options of images and tables aren't used" in capsys.readouterr().err
+
+
 def test_labels_give_the_accuracy(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = digits.parent
     out = str(tmp_path / "out.onnx")

@@ -255,6 +255,8 @@ class Feeding(Shaping):
 
     def compared(self, spec: str | None, reference: Any, job: Job) -> dict[str, Any]:
         """What two models are fed, as arguments of `api.verify` and of `bench`."""
+        if spec is None and any(each is not None for each in (self.column, *vars(self.images).values())):
+            job.remark("no --data are given, so the options of images and tables aren't used")
         example = self.read(reference, spec)
         batches = None if spec is None else self.open(spec, reference, job, example, samples=self.samples)
         shapes = self.shapes(open_model(reference, example))
