@@ -21,9 +21,9 @@ import numpy as np
 from .affine import Array, Blocked
 from .graph import Node, Param, Window
 from .layouts import AS_STORED, Layout, Shape, swapped
+from .products import Total, exact, totalled
 
 Product = Callable[[Array, Array], Iterator[Array]]
-PARTS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,9 @@ class Composition:
         return self.shape[0] if self.host.op == "Conv" else self.shape[self.host.attrs["w"].index(self.host.attrs["y"][self.axis])]
 
     def weight(self) -> Array:
-        """In float64, as the exact sums round to it (but for one in 2**40, or so, that lies between two numbers)."""
+        """In float64, of sums that are formed in nearly twice its precision."""
         with np.errstate(all="ignore"):  # what is no number is refused where it is written
-            return self.made(_exact)
+            return self.made(exact)
 
     def magnitudes(self) -> Array:
         """For each number the sum of the magnitudes of its summands."""
@@ -183,7 +183,7 @@ def _mixed_before(first: Node, second: Node, weights: tuple[Param, Param], axis:
 
     def made(product: Product) -> Array:
         rows = np.moveaxis(weights[1].read(), letter, -1)
-        return np.moveaxis(_totalled(product(rows, _matrix(first, weights[0])), (*rows.shape[:-1], size)), -1, letter)
+        return np.moveaxis(totalled(product(rows, _matrix(first, weights[0])), (*rows.shape[:-1], size)), -1, letter)
 
     return Composition(first, second, second, shape, 1, None, axis, made)
 
@@ -198,7 +198,7 @@ def _mixed_behind(first: Node, second: Node, weights: tuple[Param, Param], axis:
 
     def made(product: Product) -> Array:
         rows = np.moveaxis(weights[0].read(), letter, -1)
-        return np.moveaxis(_totalled(product(rows, _matrix(second, weights[1]).T), (*rows.shape[:-1], size)), -1, letter)
+        return np.moveaxis(totalled(product(rows, _matrix(second, weights[1]).T), (*rows.shape[:-1], size)), -1, letter)
 
     return Composition(first, second, first, shape, 1, None, axis, made)
 
@@ -246,7 +246,7 @@ def _by_channels(
 
     def made(product: Product) -> Array:
         inner, outer = view(first, weights[0], one), view(second, weights[1], other)
-        total, columns = _Total((groups, out // groups, *shape[1:])), inner.reshape(*inner.shape[:2], -1)
+        total, columns = Total((groups, out // groups, *shape[1:])), inner.reshape(*inner.shape[:2], -1)
         for tap in np.ndindex(outer.shape[3:]):
             for each in product(outer[(slice(None),) * 3 + tap], columns):
                 total.add(each.reshape(*each.shape[:2], *inner.shape[2:]), (slice(None),) * 3 + seen(tap))
@@ -262,50 +262,3 @@ def _blocks(weight: Array, groups: int, fewer: int) -> Array:
     for i in range(each):
         found[:, i, :, i] = weight.reshape(fewer, each, out // groups, fan_in, *kernel)[:, i]
     return found.reshape(fewer, out // fewer, each * fan_in, *kernel)
-
-
-class _Total:
-    """A sum of arrays in twice the precision of float64 (Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B)."""
-
-    def __init__(self, shape: Shape) -> None:
-        self._high, self._low = np.zeros(shape), np.zeros(shape)
-
-    def add(self, term: Array, place: tuple[slice, ...] = ()) -> None:
-        high = self._high[place]
-        total = high + term
-        back = total - high
-        self._low[place] += (high - (total - back)) + (term - back)
-        self._high[place] = total
-
-    def sum(self) -> Array:
-        return self._high + self._low
-
-
-def _totalled(terms: Iterator[Array], shape: Shape) -> Array:
-    total = _Total(shape)
-    for term in terms:
-        total.add(term)
-    return total.sum()
-
-
-def _exact(a: Array, b: Array) -> Iterator[Array]:
-    """Products of matrices whose sum is a @ b: of parts with so few bits that the sums of their products are exact in float64, whatever the
-    order in which they are formed (Ozaki et al. 2012, Error-free transformations of matrix multiplication)."""
-    bits = (53 - a.shape[-1].bit_length()) // 2
-    rows = list(_parts(b, -2, bits))
-    for part in _parts(a, -1, bits):
-        yield from (part @ each for each in rows)
-
-
-def _parts(array: Array, axis: int, bits: int) -> Iterator[Array]:
-    """An array as a sum of some whose numbers are whole multiples, of so many bits, of a power of two along an axis; the last has the rest,
-    which lies below the rounding of all the others."""
-    for _ in range(PARTS):
-        if not array.any():
-            return
-        exponents = np.frexp(np.abs(array).max(axis, keepdims=True))[1]
-        part = np.ldexp(np.rint(np.ldexp(array, bits - exponents)), exponents - bits)
-        yield part
-        array = array - part
-    if array.any():
-        yield array
