@@ -40,15 +40,26 @@ def commutes(**conditions: bool) -> Rule:
     def up(node: Node, a: Affine) -> list[Step]:
         if node.attrs.get("drops"):  # the mixed axes are gone from the output
             a = a.map(lambda c: np.expand_dims(c, node.attrs["mixes"]))
-        return [Step([crosses(node, a)])]
+        return [Step(_steered(node, crosses(node, a)))]
 
     def down(node: Node, maps: list[Affine]) -> list[Step]:
-        a = crosses(node, maps[0])
+        a = crosses(node, _unsteered(maps))
         if node.attrs.get("drops"):
             a = a.map(lambda c: np.squeeze(c, node.attrs["mixes"]))
         return [Step([a])]
 
     return Rule(up, down)
+
+
+def _steered(node: Node, a: Affine) -> list[Affine]:
+    """A map for the first input, and none for others, which say where that is read."""
+    return [a, *map(identity, node.inputs[1:])]
+
+
+def _unsteered(maps: list[Affine]) -> Affine:
+    if not all(a.is_identity for a in maps[1:]):
+        raise Blocked("the map would change where it reads")
+    return maps[0]
 
 
 def lookup_up(node: Node, a: Affine) -> list[Step]:
@@ -143,12 +154,12 @@ def fill_up(node: Node, a: Affine) -> list[Step]:
     new = a(_fill(node))
     if (new != new.flat[0]).any():
         raise Blocked("it pads with one constant, which the map would make differ from channel to channel")
-    return _refilled(node, [a], float(new.flat[0]))
+    return _refilled(node, _steered(node, a), float(new.flat[0]))
 
 
 def fill_down(node: Node, maps: list[Affine]) -> list[Step]:
     """pad(a(x), v) = a(pad(x, u)) with a(u) = v, if u is one number."""
-    a, fill = _fixed(maps[0], node), _fill(node)
+    a, fill = _fixed(_unsteered(maps), node), _fill(node)
     if (a(fill) == fill).all():
         return [Step([a])]
     with np.errstate(divide="ignore", invalid="ignore"):

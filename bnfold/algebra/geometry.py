@@ -90,17 +90,16 @@ def pool(
     padded: bool = False,
     counted: bool = False,
     strict: bool = False,
+    places: Sequence[Ref] = (),
 ) -> None:
     """Windows that slide. kernel: None where they fit the sizes (global, adaptive). counted: zeros beside the border count in a mean.
-
-    strict: the places of the maxima are used, which a scale of 0 would move.
-    """
+    strict: the places of the maxima are used, which a scale of 0 would move. places: other inputs, which say where it reads."""
     attrs: dict[str, Any] = {"mixes": axes, "strict": strict}
     if kind == "Max":
         attrs["picks"] = _picks(ctx.value(x), ctx.value(ctx.output(op)), axes, kernel, dilation or (1,) * len(axes), padded)
     if counted:
         kind, attrs["fill"] = "Pad", 0.0
-    ctx.emit(kind, op, [x], attrs)
+    ctx.emit(kind, op, [x, *places], attrs)
 
 
 def _picks(x: Value, y: Value, axes: tuple[int, ...], kernel: tuple[int, ...] | None, dilation: tuple[int, ...], padded: bool) -> bool:

@@ -30,7 +30,7 @@ RULES: dict[str, Rule] = {
     # any map crosses
     "Identity": ANY,  # a(x) = a(x); dropout at inference, a cast between float types
     "Average": ANY,  # mean(s*x + t) = s*mean(x) + t; global, windowed without counted padding, or along axes
-    "Resize": ANY,  # weights that sum to 1 are a mean
+    "Resize": ANY,  # weights that sum to 1 are a mean; at computed places too, which take no map
     "Crop": ANY,  # a slice by computed bounds
     "Lookup": Rule(commuting.lookup_up, commuting.lookup_down),  # a(x[i]) = a(x)[i] for computed places i
     "Move": MOVE,  # out[i] = in[source(i)]: the coefficients move as the data do

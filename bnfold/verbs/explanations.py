@@ -23,7 +23,7 @@ ANY, ORDERED, SCALES = "any map crosses", "maps cross whose scales aren't negati
 WORDS: dict[str, tuple[str, str, str]] = {
     "Identity": (ANY, "a(x) = a(x)", "Identity Dropout Cast contiguous clone dropout"),
     "Average": (ANY, "mean(s*x + t) = s*mean(x) + t", "GlobalAveragePool AveragePool ReduceMean adaptive_avg_pool2d avg_pool2d mean"),
-    "Resize": (ANY, "weights that sum to 1 are a mean", "Resize Upsample interpolate upsample_nearest2d upsample_bilinear2d"),
+    "Resize": (ANY, "weights that sum to 1 are a mean", "Resize Upsample GridSample interpolate grid_sampler upsample_nearest2d"),
     "Crop": (ANY, "a slice by computed bounds", "Slice CenterCropPad"),
     "Lookup": (f"{ANY} that doesn't vary along the axis", "a(x[i]) = a(x)[i]", "Gather GatherElements index_select gather"),
     "Move": (

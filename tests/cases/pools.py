@@ -295,3 +295,24 @@ def _(net: Net) -> None:
 )
 def _(net: Net) -> None:
     net.output(net.bn(net.pad(net.conv(net.input("N", 4, 5, 5), 4, 1), 0, 0, 1, 0, 0, 0, 0, 0, value=0.75), 1))
+
+
+# --- places that are computed ---------------------------------------------------------------------
+
+
+def sampled(net: Net, *, mode: str = "border", shift: bool = True, steers: bool = False) -> None:
+    """steers: a BatchNorm on what says where it is read."""
+    y, grid = net.conv(net.input("N", 4, "H", "W"), 4, 6), net.input("N", 5, 3, 2, name="grid")
+    if steers:
+        grid = net.transpose(net.bn(net.transpose(grid, 0, 3, 1, 2), 2), 0, 2, 3, 1)
+    y = net.op("GridSample", y, grid, padding_mode=mode)
+    net.output(y if steers else net.bn(y, 6, shift=shift), shape=("N", 6, 5, 3))
+
+
+for mode in ("border", "reflection"):
+    CASES.case(f"GridSample with padding by {mode}", 14, draw=partial(sampled, mode=mode), opset=20)
+CASES.case(
+    "GridSample of zeros beyond the border", 14, draw=partial(sampled, mode="zeros"), opset=20, left=1, reason="it pads with one constant"
+)
+CASES.case("GridSample of zeros beyond the border, no shift", 14, draw=partial(sampled, mode="zeros", shift=False), opset=20)
+CASES.case("what steers a GridSample", 14, draw=partial(sampled, steers=True), opset=20, left=1, reason="change where it reads")

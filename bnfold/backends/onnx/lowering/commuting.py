@@ -154,6 +154,12 @@ def resize(ctx: OnnxLowering, node: ir.Node) -> None:
     ctx.emit("Resize", node, [arg(node)], {"mixes": mixes})
 
 
+def sample(ctx: OnnxLowering, node: ir.Node) -> None:
+    """Interpolation at computed places."""
+    space, zeros = tuple(range(2, ctx.rank(arg(node)))), attribute(node, "padding_mode", "zeros") == "zeros"
+    geometry.pool(ctx, node, "Resize", arg(node), space, counted=zeros, places=[arg(node, 1)])
+
+
 def pad(ctx: OnnxLowering, node: ir.Node) -> None:
     if attribute(node, "mode", "constant") != "constant":
         mirror(ctx, node)

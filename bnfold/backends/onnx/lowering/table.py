@@ -48,6 +48,7 @@ OPERATORS: dict[str, Lower] = {
     "ReduceMean": reduced("Average"),
     "ReduceSum": reduced("Sum"),
     **dict.fromkeys(("Resize", "Upsample"), commuting.resize),
+    "GridSample": commuting.sample,
     # maps that keep the order
     **dict.fromkeys(("MaxPool", "GlobalMaxPool"), windowed("Max")),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), reduced("Max")),

@@ -126,6 +126,12 @@ def resize(ctx: TorchLowering, op: Op) -> None:
     ctx.emit("Resize", op, [first(op)], {"mixes": tuple(range(2, ctx.rank(first(op))))})
 
 
+def sample(ctx: TorchLowering, op: Op) -> None:
+    """Interpolation at computed places."""
+    given, space = arguments(op), tuple(range(2, ctx.rank(first(op))))
+    geometry.pool(ctx, op, "Resize", first(op), space, counted=given["padding_mode"] == 0, places=[given["grid"]])
+
+
 def pad(ctx: TorchLowering, op: Op) -> None:
     given, rank = arguments(op), ctx.rank(op)
     if given.get("mode", "constant") != "constant":

@@ -52,6 +52,7 @@ OPERATORS: dict[str, Lower] = {
     "mean": reduced("Average"),
     "sum": reduced("Sum"),
     **dict.fromkeys(INTERPOLATIONS, commuting.resize),
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "_grid_sampler_2d_cpu_fallback"), commuting.sample),
     # maps that keep the order
     **{f"max_pool{d}": windowed("Max") for d in DIMS},
     **{f"max_pool{d}_with_indices": windowed("Max") for d in DIMS},
