@@ -41,6 +41,8 @@ def main() -> None:
     sys.meta_path.insert(0, _WhenUsed)
     gc.set_threshold(*COLLECTED)
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started it wants it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     os.environ[NO_TELEMETRY] = "1"
     if completing():
         os.environ["COLUMNS"] = "1000"  # Typer wraps what it says of an option, which a shell takes for more options
@@ -71,6 +73,7 @@ def run(arguments: list[str]) -> int:
 
     debug, quiet = "--debug" in arguments, bool({"-q", "--quiet"} & {*arguments}) or completing()
     heard.clear()
+    _interruptions.clear()
     try:
         with warnings.catch_warnings():
             if not debug:
@@ -89,7 +92,7 @@ def run(arguments: list[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        return _explain(error)
+        return _say(INTERRUPTED, 130) if _interruptions else _explain(error)
     finally:
         if debug:
             _tell_heard()
@@ -141,6 +144,10 @@ def _remark(text: str) -> None:
         print(f"bnfold: {visible(text)}", file=sys.stderr, flush=True)
 
 
-def _interrupt(*_: object) -> None:
+_interruptions: list[int] = []  # by their signals; a library may swallow one, in an import that is then broken, say
+
+
+def _interrupt(number: int, _: object) -> None:
     """A request to stop is an interruption: what was begun is cleaned up on the way out."""
+    _interruptions.append(number)
     raise KeyboardInterrupt

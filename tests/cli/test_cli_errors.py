@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import onnx
 import pytest
 
 import bnfold
+from bnfold import cli
 from bnfold.cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +146,27 @@ def test_every_error_has_its_status(
     assert run(["fuse", "model.onnx", "-o", "out.onnx", "-q"]) == status
     assert capsys.readouterr().err == text
     assert names(here) == before
+
+
+def test_an_interruption_that_a_library_swallows_is_one_all_the_same(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in an import, whose module is then without what it should have."""
+
+    def half_imported(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise bnfold.ModelError("module has no attribute")
+
+    monkeypatch.setattr("bnfold.api.fuse", half_imported)
+    before = signal.signal(signal.SIGTERM, cli._interrupt)
+    try:
+        assert run(["fuse", "model.onnx", "-o", "out.onnx", "-q"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "bnfold: interrupted; no file is left half-written\n"
+    monkeypatch.setattr("bnfold.api.fuse", broken)
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "-q"]) == 70
 
 
 def test_a_reader_that_leaves_changes_nothing(here: Path) -> None:
