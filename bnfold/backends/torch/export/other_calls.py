@@ -39,9 +39,9 @@ class OtherCall:
     twin: Call | None = None
 
 
-def other_calls(traced: Traced) -> tuple[OtherCall, list[OtherCall]]:
-    """A call of a module like the traced one, and a few at other sizes."""
-    calls = _Calls(traced)
+def other_calls(traced: Traced, *, small: bool = False) -> tuple[OtherCall, list[OtherCall]]:
+    """A call of a module like the traced one, and a few at other sizes. small: see `OtherSizes`."""
+    calls = _Calls(traced, small=small)
     return calls.traced(), calls.others() if traced.specs else []
 
 
@@ -63,8 +63,8 @@ def shapes_text(traced: Traced, shapes: Shapes | None = None) -> str:
 
 
 class _Calls:
-    def __init__(self, traced: Traced) -> None:
-        self._traced, self._sizes = traced, OtherSizes(traced)
+    def __init__(self, traced: Traced, *, small: bool) -> None:
+        self._traced, self._small, self._sizes = traced, small, OtherSizes(traced, small=small)
         given = dict(zip(traced.flat_names, pytree.tree_leaves(traced.program.example_inputs), strict=True))
         self._tensors: dict[str, Tensor] = {op.name: given[op.name].detach() for op in traced.input_nodes}
 
@@ -76,11 +76,11 @@ class _Calls:
         found: list[OtherCall] = []
         usual = self._shapes({})
         seen = [usual]
-        for call in self._traced.calls[:1]:
+        for call in () if self._small else self._traced.calls[:1]:
             if (shapes := users_shapes(self._traced, call)) is not None and shapes not in seen:
                 seen.append(shapes)
                 found.append(OtherCall(call, shapes_text(self._traced, shapes)))
-        room = max(MOST_NUMBERS * _numbers(usual or {}), FEW_NUMBERS)
+        room = max(MOST_NUMBERS * _numbers(self._shapes(self._sizes.example) or {}), FEW_NUMBERS)
         for shapes, twin in self._all_shapes():
             if len(found) >= MOST_CALLS:
                 break

@@ -20,15 +20,17 @@ from .trace import Traced
 SAMPLES = 2  # in most calls
 LONGEST_SCAN = 512  # sizes that are tried in a guard
 LARGEST_SIZE = 1 << 16  # of an axis that is tried
+FEW = 16  # of the longest axis, behind which no smaller one is looked for
 MOST_TERMS = 200  # of a guard that is looked at
 Values = dict[Any, int]  # symbol -> size
 
 
 class OtherSizes:
-    """shape: of each input, sizes as numbers or formulas of symbols. hints: the symbols' sizes in most calls; batch: the symbols of first
-    axes; rest: the others."""
+    """shape: of each input, sizes as numbers or formulas of symbols. hints: the symbols' sizes in most calls, example: in the example's;
+    batch: the symbols of first axes; rest: the others. small: whether most calls have the smallest sizes for which holds what was assumed
+    of the example's."""
 
-    def __init__(self, traced: Traced) -> None:
+    def __init__(self, traced: Traced, *, small: bool = False) -> None:
         self.shape = {op.name: [_size(n) for n in op.meta["val"].shape] for op in traced.input_nodes}
         used, self.batch = (_symbols(n for sizes in self.shape.values() for n in sizes[:most]) for most in (None, 1))
         sizes = Sizes(traced.program).probes[0]
@@ -36,8 +38,23 @@ class OtherSizes:
         self.rest = [symbol for symbol in self.hints if symbol not in self.batch]
         ends = limits(traced.program)
         self._limits = {symbol: ends[symbol] for symbol in self.hints if symbol in ends}
-        known = (each for each in dict.fromkeys(guards(traced.program)) if each.free_symbols <= self.hints.keys())
-        self._assumptions = [each for each in known if each.free_symbols and not has_more_terms(each, MOST_TERMS)]
+        every = {each: layout for each, layout in guards(traced.program).items() if each.free_symbols & self.hints.keys()}
+        known = [each for each in every if each.free_symbols <= self.hints.keys() and not has_more_terms(each, MOST_TERMS)]
+        self._assumptions = {each: holds for each in known if (holds := _compiled(each, self.hints)) is not None}
+        self._asked = [each for each in self._assumptions if not every[each]]  # an axis of 1 is among the usual sizes
+        self.example = self.hints
+        if small and len(self._assumptions) == len(every):
+            self.hints = self._smallest()
+
+    def _smallest(self) -> Values:
+        """Sizes in the proportions of the example's; its own where it is small, or no smaller ones will do."""
+        longest = max((self.hints[symbol] for symbol in self.rest), default=0)
+        for n in range(FEW, longest):
+            values = self.hints | {symbol: -(-self.hints[symbol] * n // longest) for symbol in self.rest}
+            within = all((low or 0) <= values[symbol] for symbol, (low, _) in self._limits.items() if symbol in self.rest)
+            if within and all(holds(values) for holds in self._assumptions.values()):
+                return values
+        return self.hints
 
     def usual(self) -> Iterator[Values]:
         """Shorter, longer, odd and even, and the ends of what the trace holds for."""
@@ -74,11 +91,10 @@ class OtherSizes:
 
     def _breaking(self, candidates: Callable[[int], list[Iterable[int]]]) -> Iterator[tuple[Any, int]]:
         """Of each assumption and symbol, the first size in each row of candidates that the assumption doesn't hold for."""
-        for expression in self._assumptions:
-            if (holds := _compiled(expression, self.hints)) is None:
-                continue
+        for expression in self._asked:
+            holds = self._assumptions[expression]
             for symbol in (each for each in self.hints if each in expression.free_symbols):
-                for row in candidates(self.hints[symbol]):
+                for row in candidates(self.example[symbol]):
                     n = next((n for n in row if not holds(self.hints | {symbol: n})), None)
                     if n is not None:
                         yield symbol, n

@@ -29,6 +29,7 @@ from bnfold.capture import quiet
 from .walk import is_tensor, stored_targets, tensor_named
 
 Probe = dict[Any, int]  # symbol -> size
+LAYOUT = ("/torch/_prims_common/", "/torch/_subclasses/")  # where torch's own code asks for it
 FACTORS = (2, 3)  # multiples keep what a model may demand of its sizes: that they are even, say
 
 
@@ -101,11 +102,19 @@ def limits(program: ExportedProgram) -> dict[Any, tuple[int | None, int | None]]
     return {symbol: (_integer(r.lower), _integer(r.upper)) for symbol, r in program.range_constraints.items()}
 
 
-def guards(program: ExportedProgram) -> list[Any]:
-    """What the trace assumed of the sizes, as formulas of their symbols; none in a program that was loaded."""
+def guards(program: ExportedProgram) -> dict[Any, bool]:
+    """What the trace assumed of the sizes, as formulas of their symbols; none in a program that was loaded.
+
+    Each with whether nobody asked but torch, which wants to know of each axis whether its size is 1 to find a tensor's memory layout.
+    """
     values = (value for node in program.graph.nodes if isinstance(value := node.meta.get("val"), Tensor))
     size = next((n for value in values for n in value.shape if isinstance(n, torch.SymInt)), None)
-    return [guard.expr for guard in size.node.shape_env.guards] if isinstance(size, torch.SymInt) else []
+    found: dict[Any, bool] = {}
+    made: Iterable[Any] = size.node.shape_env.guards if isinstance(size, torch.SymInt) else ()
+    for guard in made:
+        asked = any(place in str(guard.sloc.framework_loc) for place in LAYOUT)
+        found[guard.expr] = asked and isinstance(guard.expr, sympy.Ne) and guard.expr.rhs == 1 and found.get(guard.expr, True)
+    return found
 
 
 def equations(program: ExportedProgram) -> list[sympy.Eq]:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -156,18 +156,25 @@ class DifferentialTest:
     def __init__(self, traced: Traced) -> None:
         assert isinstance(traced.model, nn.Module)
         self._module = traced.model
-        read = [(each, *other_calls(each)) for each in (traced, *traced.others)]
-        self._read = [(each, own) for each, own, _ in read]
-        self.traced = [own for _, own in self._read]
-        self.others = [other for *_, others in read for other in others]
         self._expected: dict[int, Any] = {}
+        for exact, small in ((True, True), (True, False), (False, False)) if not _branches(traced) else ((False, False),):
+            self.exact, self._reference = exact, eager(self._module, exact)
+            read = [(each, *other_calls(each, small=small)) for each in (traced, *traced.others)]
+            self._read = [(each, own) for each, own, _ in read]
+            self.traced = [own for _, own in self._read]
+            self.others = [other for *_, others in read for other in others]
+            if all(self._wanted(own.call) is not None for own in self.traced):
+                break
+            self._expected.clear()
         kinds = {t.dtype for t in itertools.chain(self._module.parameters(), self._module.buffers()) if t.is_floating_point()}
-        self.exact = not _branches(traced) and all(eager(self._module, True)(other.call) is not None for other in self.traced)
         self._close = NEAR if self.exact else max((STORED_CLOSE.get(kind, HALF_CLOSE) for kind in kinds), default=NEAR)
 
-    @cached_property
-    def _reference(self) -> Eager:
-        return eager(self._module, self.exact)
+    def _wanted(self, call: Call) -> dict[str, Any] | None:
+        """What the original gives."""
+        if id(call) not in self._expected:
+            self._expected[id(call)] = self._reference(call)
+        found: dict[str, Any] | None = self._expected[id(call)]
+        return found
 
     def differing(self, copy: nn.Module, others: Iterable[OtherCall] = ()) -> OtherCall | None:
         """The first call on which a folded copy gives something else than the original, which gives the same each time.
@@ -186,9 +193,7 @@ class DifferentialTest:
         return None
 
     def _differs(self, call: Call, run: Eager, ranks: bool = False) -> bool:
-        if id(call) not in self._expected:
-            self._expected[id(call)] = self._reference(call)
-        want = self._expected[id(call)]
+        want = self._wanted(call)
         if want is None or alike(want, run(call), self._close, ranks=ranks):
             return False
         again = eager(self._module, self.exact)(call)
