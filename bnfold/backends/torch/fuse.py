@@ -31,6 +31,7 @@ from .writing.checks import DifferentialTest, users_call
 from .writing.module import write_module
 from .writing.paths import Allowed, Path, conflict, path_of, plain_name
 from .writing.program import copy_program, write_program
+from .writing.reading import read_folded
 from .writing.simulated import note, simulating
 from .writing.surgery import ATTRIBUTE, Surgery, restructure
 
@@ -45,8 +46,9 @@ NOT_MOVED = (
 WRITTEN_OUT = "the program's regions (torch.no_grad(), torch.autocast, checkpoints) are written out: it computes the same without them"
 
 
-def fuse(traced: Traced, options: FoldOptions = PLAIN) -> tuple[nn.Module | ExportedProgram, FuseReport]:
-    """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy.
+def fuse(traced: Traced, options: FoldOptions = PLAIN) -> tuple[nn.Module | ExportedProgram | Traced, FuseReport]:
+    """A folded copy of the model, and what became of each BatchNorm. Where nothing folds, an unchanged copy. With its data flow, where that
+    needn't be read anew.
 
     No operator is doubled in a module's code, which stays as it is.
     """
@@ -66,20 +68,21 @@ def fuse(traced: Traced, options: FoldOptions = PLAIN) -> tuple[nn.Module | Expo
     return fused, planned.report(notes, bytes_added=added, others=others, said=said)
 
 
-def _of_module(traced: Traced, module: nn.Module, allowed: Allowed) -> tuple[nn.Module, FuseReport]:
+def _of_module(traced: Traced, module: nn.Module, allowed: Allowed) -> tuple[nn.Module | Traced, FuseReport]:
     """Where its layers simulate a fold, they become what they simulate first."""
     if not (layers := simulating(module)):
         return _Folding(traced, module, allowed).result()
     plain = restructure(duplicate(module), Surgery(simulated=list(layers)))
-    fused, report = _Folding(trace(plain, traced), plain, allowed).result()
+    made, report = _Folding(trace(plain, traced), plain, allowed).result()
+    fused: Any = made.model if isinstance(made, Traced) else made
     surgery: Surgery = getattr(fused, ATTRIBUTE, None) or Surgery()
     surgery.simulated = list(layers)
     left = plain.state_dict()
     surgery.keys = {name: surgery.keys.get(name, name) if name in left else None for name in module.state_dict()}
     setattr(fused, ATTRIBUTE, surgery)
-    made = tuple(Layer(f"{path}.bn", each.bn.num_features, "folded", (path,), "", (note(each),)) for path, each in layers.items())
-    counts = Counts(report.batchnorms.before + len(made), report.batchnorms.after)
-    return fused, dataclasses.replace(report, layers=(*made, *report.layers), batchnorms=counts)
+    simulated = tuple(Layer(f"{path}.bn", each.bn.num_features, "folded", (path,), "", (note(each),)) for path, each in layers.items())
+    counts = Counts(report.batchnorms.before + len(simulated), report.batchnorms.after)
+    return made, dataclasses.replace(report, layers=(*simulated, *report.layers), batchnorms=counts)
 
 
 class _Folding:
@@ -96,7 +99,7 @@ class _Folding:
         self._allowed = allowed
         self._said = ""
 
-    def result(self) -> tuple[nn.Module, FuseReport]:
+    def result(self) -> tuple[nn.Module | Traced, FuseReport]:
         paths = self._agreed()
         test = DifferentialTest(self._traced) if _changes(paths) else None
         known: list[OtherCall] = []
@@ -112,7 +115,10 @@ class _Folding:
             return duplicate(self._module), self._report(paths, {}, 0)
         fused, notes, added = write_module(self._module, [path.fold for path in paths])
         require_copies(fused)
-        return fused, self._report(paths, notes, added)
+        read = None
+        if len(paths) == 1 and test is not None and test.exact:
+            read = read_folded(self._traced, paths[0].fold, fused, test.traced[0].call)
+        return read or fused, self._report(paths, notes, added)
 
     def _agreed(self) -> list[Path]:
         """All paths, so planned that they fold alike."""

@@ -40,7 +40,7 @@ def write_program(
     computed: operators of constants alone, in whose places what they give is stored.
     The notes are on nodes whose weights lost precision. Raises RuntimeError on an update that nothing here can write: none may be lost.
     """
-    writer = _Writer(ctx)
+    writer = ProgramWriter(ctx)
     writer.write(graph, planned)
     for op in computed:
         writer.compute(op)
@@ -55,7 +55,9 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     return editor.finish()
 
 
-class _Writer(ProgramEditor):
+class ProgramWriter(ProgramEditor):
+    """What changes in a program is said in terms of the one that was lowered."""
+
     def __init__(self, ctx: TorchLowering) -> None:
         super().__init__(ctx.program)
         self.ctx = ctx
@@ -100,17 +102,17 @@ class _Writer(ProgramEditor):
             reset(self.copies[host.native.op], host)
             self.resized.add(self.copies[host.native.op])
         for node in planned.removed:
-            self._remove(node.native, self._current(node.native.operands[0]))
+            self.remove(node.native, self.current(node.native.operands[0]))
         for each in planned.written:
-            self._remove(each.node.native, self._written(each))
+            self.remove(each.node.native, self._written(each))
         for m in planned.merges:
-            self._replace(self.copies[m.add.native.op], self._current(m.add.native.operands[m.kept_input]))
+            self._replace(self.copies[m.add.native.op], self.current(m.add.native.operands[m.kept_input]))
         for first, second in ((self.copies[node.native.op], self.copies[each.native.op]) for node, each in planned.chains.behind):
             swap(first, second)
             self._rename_output(second, first)
             self.resized |= {first, second}
         for op, source in self.ctx.idle.items() if planned.merges else ():  # the 0 with which a sum of branches began
-            if (given := self._current(source)).op == "call_function" and op in self.copies:
+            if (given := self.current(source)).op == "call_function" and op in self.copies:
                 self._replace(self.copies[op], given)
 
     def _narrow(self, planned: Planned) -> None:
@@ -149,7 +151,7 @@ class _Writer(ProgramEditor):
             self.copies[made] = made
             native.op, native.clone_of = made, None
             for reader, i in native.readers:
-                self.copies[reader.op].replace_input_with(self._current(reader.operands[i]), made)
+                self.copies[reader.op].replace_input_with(self.current(reader.operands[i]), made)
                 reader.operands = [made if k == i else op for k, op in enumerate(reader.operands)]
 
     def _parameter(self, old: Op | None, native: TorchNative, role: str, tensor: Tensor) -> Op:
@@ -206,7 +208,7 @@ class _Writer(ProgramEditor):
             self._note_tiny(written.node, exact, array, flush=written.flush)
             tensor = to_tensor(array).to(self._device(native.op))
             constants[role] = self.store(self.new_name(f"{_path(native)}.{CONSTANTS[role]}"), torch.nn.Parameter(tensor))
-        value: Op = self._current(native.operands[0])
+        value: Op = self.current(native.operands[0])
         with self.graph.inserting_before(self.copies[native.op]):
             for target, more in calls(written.constants, constants):
                 value = self.graph.call_function(target, (value, *more))
@@ -221,14 +223,14 @@ class _Writer(ProgramEditor):
         if count := lost(exact, array):
             self.notes[node] = too_small(count, exact.size, node.name, array.dtype, flush=flush)
 
-    def _remove(self, native: TorchNative, by: Op) -> None:
+    def remove(self, native: TorchNative, by: Op) -> None:
         """Let another stand in the place of an operator."""
         self._replace(self.copies[native.end], by)
         for op in map(self.copies.__getitem__, reversed(native.group[:-1])):
             if mutates(op) and not op.users:
                 self.graph.erase_node(op)
 
-    def _current(self, op: Op) -> Op:
+    def current(self, op: Op) -> Op:
         """Who gives now what an operator gave."""
         found = self.copies[op]
         while found in self.moved:
@@ -261,7 +263,7 @@ class _Writer(ProgramEditor):
                 exact = tensor.to(old.meta["val"].dtype).to(self._device(old))
                 self._replace(new, self.store(self.new_name(old.name), torch.nn.Parameter(exact, exact.is_floating_point())))
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Drop what nobody reads any more, weights and what computed them; what nobody read before stays."""
         held = {s.arg.name: s.target for s in self.signature.input_specs if s.kind.name in KINDS and s.target is not None}
         gone = set()
@@ -285,7 +287,7 @@ class _Writer(ProgramEditor):
                 tensors.pop(target, None)
 
     def finish(self) -> ExportedProgram:
-        self._sweep()
+        self.sweep()
         self.work_out_sizes(self.resized)
         return super().finish()
 

@@ -1,0 +1,86 @@
+"""The data flow of a folded module, made of the original's: torch.export, which takes longer than all else, reads each module once.
+
+What is changed in the graph is what was changed in the module: BatchNorms are gone, layers have biases, and the tensors are the folded
+module's own, by their names. That the two are one function is seen by running both, on numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+
+from bnfold.errors import BnfoldError
+
+from ..export.call import Call
+from ..export.observers import fake_quantisers
+from ..export.tensors import to_numpy
+from ..export.trace import Traced
+from ..export.walk import set_argument
+from ..lowering.places import Place
+from ..runtime.eager import alike, eager
+from ..runtime.interpreter import TorchOracle
+from .checks import CLOSE
+from .module import Fold
+from .program import ProgramWriter
+from .surgery import ATTRIBUTE, Surgery
+
+READ = {"replaced", "biases", "persistent", "keys"}  # what a change of the structure may be for this
+
+
+def read_folded(traced: Traced, fold: Fold, folded: nn.Module, call: Call) -> Traced | None:
+    """None where more was changed, and where it doesn't give what the folded module gives in a call."""
+    surgery: Surgery = getattr(folded, ATTRIBUTE)
+    more = any(value for name, value in surgery.to_dict().items() if name not in READ)
+    if more or surgery.copied or traced.exported is not None or fold.ctx.program is not traced.program or fake_quantisers(folded):
+        return None
+    try:
+        program = _Reader(fold, folded).finish()
+        made = dataclasses.replace(traced, model=folded, program=program)
+        tensors = zip(made.input_nodes, call.tensors, strict=True)
+        given = TorchOracle(made).run({op.name: to_numpy(tensor) for op, tensor in tensors})
+        return made if alike(eager(folded, True).run(call), given, CLOSE) else None
+    except (BnfoldError, LookupError, AttributeError, ValueError):  # what it lacks, or holds in another form, torch.export has to say
+        return None
+
+
+class _Reader(ProgramWriter):
+    def __init__(self, fold: Fold, folded: nn.Module) -> None:
+        super().__init__(fold.ctx)
+        self._folded = folded
+        biases: dict[str, Any] = {}
+        for op, argument, place in _grown(fold):
+            if place.target not in biases:
+                biases[place.target] = self.store(place.target, attrgetter(place.target)(folded))
+            set_argument(self.copies[op], argument, biases[place.target])
+        for node in (node for site, removal in fold.removed.items() if removal.path is not None for node in site.nodes):
+            self.remove(node.native, self.current(node.native.operands[0]))
+
+    def finish(self) -> Any:
+        """The program with the folded module's tensors."""
+        self.sweep()
+        for spec in self.signature.input_specs:
+            if spec.target is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
+                continue
+            found, holder = attrgetter(spec.target)(self._folded), self.state if spec.target in self.state else self.constants
+            old = holder[spec.target]
+            if not isinstance(found, Tensor) or not isinstance(old, Tensor) or (found.shape, found.dtype) != (old.shape, old.dtype):
+                raise ValueError(spec.target)
+            holder[spec.target] = found
+        used = {spec.target for spec in self.signature.input_specs}
+        self.state = {name: tensor for name, tensor in self.state.items() if name in used}
+        return super(ProgramWriter, self).finish()
+
+
+def _grown(fold: Fold) -> Iterator[tuple[torch.fx.Node, str, Place]]:
+    """The operators whose layers get a bias, each with the name of the argument."""
+    for node, _, param in fold.graph.updates():
+        if param.tensor is None:
+            assert param.slot is not None
+            assert isinstance(param.slot.place, Place)
+            yield node.native.op, param.slot.argument, param.slot.place
