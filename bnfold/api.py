@@ -85,22 +85,30 @@ def inspect(model: AnyModel, *, example: Any = None, **options: Any) -> InspectR
     return InspectReport(**{**fields, "notes": report.notes + notes, "certificate": found, "seconds": time.perf_counter() - start})
 
 
-def fuse(model: M, *, example: Any = None, check: bool = True, by_layer: bool = False, **options: Any) -> tuple[M, FuseReport]:
+def fuse(
+    model: M, *, example: Any = None, check: bool = True, by_layer: bool = False, graph: bool = False, **options: Any
+) -> tuple[M, FuseReport]:
     """Fold every BatchNorm that can be folded exactly.
 
     model: an onnx_ir.Model or onnx.ModelProto; a torch.nn.Module, of which a copy comes back in which BatchNorms are Identity and the
     weights around are new, all else being as it was; or an ExportedProgram. example: a batch for the check; random inputs without it. A
     module's data flow is read by calling it with the example, so it needs one (a tensor, a tuple of arguments, a dict of them by name),
     unless it says itself what it takes. check: whether the result is verified (levels 1 and 2) before it is given back;
-    by_layer: every layer, too, as in `verify`.
+    by_layer: every layer, too, as in `verify`. graph: of a module comes back a torch.fx.GraphModule, as torch.export reads the module and
+    for the sizes for which that holds, in which also parallel branches become one convolution (RepVGG, MobileOne, RepGhost); torch lets it
+    stay in evaluation mode alone.
     options: what else may be done, all off: `clone`, `keep_per_tensor`, `clamps`, `norm_affine`, `drop_dead`,
     `merge_linear`, `equalise`, `lower`, `flush_subnormals`, `target` (see `folding.options.FoldOptions`).
     Raises NothingToDoError where the model holds no BatchNorm, UnsupportedError where torch.export can't read the module, and CheckError
     where the result fails its check.
     """
     opened = backends.open_model(model, example)
-    fused, report = fold(opened, FoldOptions(**options), example=example, check=check, by_layer=by_layer)
-    return opened.in_source_form(fused.source, changed=report.changes), report
+    source = opened.as_graph() if graph else opened
+    fused, report = fold(source, FoldOptions(**options), example=example, check=check, by_layer=by_layer)
+    made = opened.in_source_form(fused.source, changed=report.changes)
+    if graph and report.changes:
+        folded(opened.source, made, report)
+    return made, report
 
 
 def fold(

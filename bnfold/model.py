@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .data.random import random_feeds
 from .data.spec import Port
-from .errors import UnsupportedError
+from .errors import UnsupportedError, UsageError
 from .folding.options import PLAIN, FoldOptions
 from .folding.plan import NormalForm
 from .report import Size
@@ -230,6 +230,10 @@ class Model(ABC):
     def remade(self, made: Any) -> Model:
         """What was made of the model, called as this one is."""
         raise UnsupportedError("nothing can be made of the model")
+
+    def as_graph(self) -> Model:
+        """The model as a graph of operators, in which a fold may change more than in code. UsageError: it is one."""
+        raise UsageError("graph=True is for a torch.nn.Module, whose code folding leaves alone; this model is a graph already")
 
     def in_source_form(self, made: Any, *, changed: bool = True) -> Any:
         """What was made of the model, in the form in which the model came in. changed: whether it says anything else than the model."""

@@ -269,6 +269,15 @@ class TorchModel(Model):
         made, report = fuse(self.traced, options)
         return TorchModel(made, self), report
 
+    def as_graph(self) -> Model:
+        from .writing.reading import as_program
+
+        return TorchModel(as_program(self.traced)) if isinstance(self.source, nn.Module) else super().as_graph()
+
+    def in_source_form(self, made: Any, *, changed: bool = True) -> Any:
+        """A folded program of a module as torch's own module of it, which refuses sizes that it doesn't hold for."""
+        return made.module() if isinstance(self.source, nn.Module) and isinstance(made, ExportedProgram) else made
+
     def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> nn.Module:
         return average([self.source, *(other.source for other in others)], shares)
 

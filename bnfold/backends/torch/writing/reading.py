@@ -1,4 +1,5 @@
-"""The data flow of a folded module, made of the original's: torch.export, which takes longer than all else, reads each module once.
+"""A module's data flow by itself, as a program; and that of a folded module, made of the original's: torch.export, which takes longer than
+all else, reads each module once.
 
 What is changed in the graph is what was changed in the module: BatchNorms are gone, layers have biases, and the tensors are the folded
 module's own, by their names. That the two are one function is seen by running both, on numbers.
@@ -15,22 +16,34 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
-from bnfold.errors import BnfoldError
+from bnfold.errors import BnfoldError, UnsupportedError, UsageError
 
 from ..export.call import Call
 from ..export.observers import fake_quantisers
 from ..export.tensors import to_numpy
-from ..export.trace import Traced
+from ..export.trace import Traced, trace
 from ..export.walk import set_argument
 from ..lowering.places import Place
 from ..runtime.eager import alike, eager
 from ..runtime.interpreter import TorchOracle
-from .checks import CLOSE
+from .checks import CLOSE, DifferentialTest
 from .module import Fold
-from .program import ProgramWriter
+from .program import ProgramWriter, copy_program
 from .surgery import ATTRIBUTE, Surgery
 
 READ = {"replaced", "biases", "persistent", "keys"}  # what a change of the structure may be for this
+ONE_WAY = "the result is a graph of the module as the example calls it: other ways through its code aren't in it"
+
+
+def as_program(traced: Traced) -> Traced:
+    """A module's program as a model of its own, with its own tensors. Raises UnsupportedError where the module itself gives something
+    else, and UsageError where it is called in several ways."""
+    if traced.others:
+        raise UsageError("a graph holds one way through a module: give one call as the example")
+    program = copy_program(traced.runnable)
+    if not DifferentialTest(traced).holds(program.module()):
+        raise UnsupportedError("torch.export reads another function than the module computes: fold the module itself, without graph=True")
+    return dataclasses.replace(trace(program), note=ONE_WAY)
 
 
 def read_folded(traced: Traced, fold: Fold, folded: nn.Module, call: Call) -> Traced | None:
@@ -64,16 +77,15 @@ class _Reader(ProgramWriter):
     def finish(self) -> Any:
         """The program with the folded module's tensors."""
         self.sweep()
+        old, self.state = self.state, self._folded.state_dict(keep_vars=True)
         for spec in self.signature.input_specs:
             if spec.target is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
                 continue
-            found, holder = attrgetter(spec.target)(self._folded), self.state if spec.target in self.state else self.constants
-            old = holder[spec.target]
-            if not isinstance(found, Tensor) or not isinstance(old, Tensor) or (found.shape, found.dtype) != (old.shape, old.dtype):
+            before, after = old.get(spec.target, self.constants.get(spec.target)), attrgetter(spec.target)(self._folded)
+            if not isinstance(before, Tensor) or not isinstance(after, Tensor) or _form(before) != _form(after):
                 raise ValueError(spec.target)
-            holder[spec.target] = found
-        used = {spec.target for spec in self.signature.input_specs}
-        self.state = {name: tensor for name, tensor in self.state.items() if name in used}
+            if spec.target in self.constants:
+                self.constants[spec.target] = after
         return super(ProgramWriter, self).finish()
 
 
@@ -84,3 +96,7 @@ def _grown(fold: Fold) -> Iterator[tuple[torch.fx.Node, str, Place]]:
             assert param.slot is not None
             assert isinstance(param.slot.place, Place)
             yield node.native.op, param.slot.argument, param.slot.place
+
+
+def _form(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.dtype, tensor.device
