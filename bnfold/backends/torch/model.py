@@ -29,10 +29,13 @@ from .export.sizes import Sizes
 from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
 from .export.walk import FLOATS, dtype_of, float_types, frame, is_batchnorm, mutates, size_of
+from .fuse import fuse
 from .lowering.table import lowering as lowering_of
 from .runtime.interpreter import StoredTypes, TorchOracle, inner, rounds
-from .runtime.session import TorchSession, device_of, precise, precisions
+from .runtime.session import TorchSession, device_for, device_of, precise, precisions
+from .writing.checks import compared
 from .writing.editor import boundary, extract
+from .writing.reading import as_program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -202,19 +205,10 @@ class TorchModel(Model):
         return precise()
 
     def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        from .writing.checks import compared
-
         return compared(self.traced, candidate.traced) if isinstance(candidate, TorchModel) else None
 
     def _device(self, provider: str) -> str:
-        """Where it runs for a provider, of whose options only the number of the device counts here."""
-        kind, _, rest = provider.partition(":")
-        if not self._beside_onnx:
-            return provider
-        if kind.lower() not in ("cpu", "cuda"):
-            return "cpu"
-        number = rest if rest.isdigit() else next((text[10:] for text in rest.split(",") if text.startswith("device_id=")), "")
-        return f"cuda:{number}" if number and kind.lower() == "cuda" else kind.lower()
+        return device_for(provider) if self._beside_onnx else provider
 
     def place(self, provider: str, device: str | None) -> str:
         return device or provider
@@ -264,18 +258,13 @@ class TorchModel(Model):
     # --- what is made of it --------------------------------------------------------------------------------------------------------------
 
     def folded(self, options: FoldOptions = PLAIN) -> tuple[TorchModel, FuseReport]:
-        from .fuse import fuse
-
         made, report = fuse(self.traced, options)
         return TorchModel(made, self), report
 
     def as_graph(self) -> Model:
-        from .writing.reading import as_program
-
         return TorchModel(as_program(self.traced)) if isinstance(self.source, nn.Module) else super().as_graph()
 
     def in_source_form(self, made: Any, *, changed: bool = True) -> Any:
-        """A folded program of a module as torch's own module of it, which refuses sizes that it doesn't hold for."""
         return made.module() if isinstance(self.source, nn.Module) and isinstance(made, ExportedProgram) else made
 
     def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> nn.Module:

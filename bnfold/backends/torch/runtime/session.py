@@ -52,6 +52,15 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_for(provider: str) -> str:
+    """Where a model runs for a provider of ONNX Runtime, of whose options only the number of the device counts here."""
+    kind, _, rest = provider.partition(":")
+    if kind.lower() not in ("cpu", "cuda"):
+        return "cpu"
+    number = rest if rest.isdigit() else next((text[10:] for text in rest.split(",") if text.startswith("device_id=")), "")
+    return f"cuda:{number}" if number and kind.lower() == "cuda" else kind.lower()
+
+
 @contextmanager
 def precise() -> Iterator[None]:
     """Without gradients, and with float32 in full."""

@@ -56,8 +56,6 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 
 
 class ProgramWriter(ProgramEditor):
-    """What changes in a program is said in terms of the one that was lowered."""
-
     def __init__(self, ctx: TorchLowering) -> None:
         super().__init__(ctx.program)
         self.ctx = ctx
