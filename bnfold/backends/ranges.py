@@ -44,7 +44,7 @@ class AffineRange:
         return found if found[0] <= found[1] else None
 
 
-class Walk(ABC, Generic[V]):
+class RangeWalk(ABC, Generic[V]):
     """Where the integers of one input go; what they must keep to there, and, where that is nothing, what it is worth trying."""
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ def save(model: ir.Model, path: str | Path, *, force: bool = False) -> list[Path
     """
     path = Path(path)
     target = path.resolve() if path.is_symlink() else path
-    weights = [Weight(value) for value in model.graph.initializers.values()]
+    weights = [WrittenWeight(value) for value in model.graph.initializers.values()]
     outside = bool(model.graph.meta.get(EXTERNAL)) or any(isinstance(w.tensor, ir.ExternalTensor) for w in weights)
     apart = outside or sum(w.nbytes for w in weights) > ONE_FILE
     names: tuple[str, ...] = _data_names(target) if apart and any(w.movable for w in weights) else ()
@@ -78,7 +78,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     return with_maps(ir.to_proto(model), model.graph.meta.get(MAPS) or {})
 
 
-class Weight:
+class WrittenWeight:
     """An initializer on its way into a file: what describes it, serialised, and its bytes, which are asked for once."""
 
     def __init__(self, value: ir.Value) -> None:
@@ -136,7 +136,7 @@ class Weight:
             raise RuntimeError(f"weight {self.proto.name} has {file.tell() - start} bytes, {self.nbytes} were announced")
 
 
-def write(skeleton: onnx.ModelProto, weights: list[Weight], out: IO[bytes]) -> None:
+def write(skeleton: onnx.ModelProto, weights: list[WrittenWeight], out: IO[bytes]) -> None:
     """Write a model as a file. skeleton: all but the weights; it is used up."""
     graph = skeleton.graph.SerializeToString()
     functions = onnx.ModelProto(functions=skeleton.functions).SerializeToString()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.backends.ranges import LONGEST, AffineRange, Walk
+from bnfold.backends.ranges import LONGEST, AffineRange, RangeWalk
 from bnfold.data import Batch, InputSpec
 from bnfold.data.spec import Range
 from bnfold.errors import UnsupportedError
@@ -40,7 +40,7 @@ def integer_ranges(model: ir.Model) -> dict[str, Range]:
     return found
 
 
-class _Walk(Walk[ir.Value]):
+class _Walk(RangeWalk[ir.Value]):
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
         self._model = model

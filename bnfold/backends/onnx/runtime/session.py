@@ -23,7 +23,7 @@ from bnfold.errors import ModelError, UsageError
 from bnfold.files import Workplace
 from bnfold.model import Placement
 
-from ..files.save import Weight, write
+from ..files.save import WrittenWeight, write
 from ..graph.proto import self_contained, skeleton, stored_bytes
 from ..graph.ranges import inputs
 from ..graph.walk import all_nodes
@@ -127,7 +127,7 @@ class Session:
             return bytes(proto.SerializeToString())
         self._folder = Workplace()
         path = self._folder.path / "model.onnx"
-        weights = [Weight(value) for value in model.graph.initializers.values()]
+        weights = [WrittenWeight(value) for value in model.graph.initializers.values()]
         with open(path.with_suffix(".data"), "wb") as data, open(path, "wb") as file:
             for weight in weights:
                 weight.move(data, "model.data")

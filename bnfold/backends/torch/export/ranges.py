@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node as Op
 
-from bnfold.backends.ranges import LONGEST, AffineRange, Walk
+from bnfold.backends.ranges import LONGEST, AffineRange, RangeWalk
 from bnfold.data.spec import Range
 
 from .tensors import axis_of
@@ -30,7 +30,7 @@ def integer_range(program: ExportedProgram, node: Op) -> Range | None:
     return _Walk(program).follow(node) if dtype_of(node) in INTEGERS else None
 
 
-class _Walk(Walk[Op]):
+class _Walk(RangeWalk[Op]):
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
         self._program, self._stored = program, stored_targets(program)
