@@ -90,6 +90,20 @@ class Spelled(nn.Module):
         return self.norm(torch.einsum(self.equation, self.linear(x)))
 
 
+class Sampled(nn.Module):
+    """A convolution that is read at places that another one computes, and a BatchNorm behind or before that."""
+
+    def __init__(self, padding: str, *, before: bool = False) -> None:
+        super().__init__()
+        self.conv, self.places, self.norm = nn.Conv2d(3, 5, 3), nn.Conv2d(3, 2, 3), norm(5)
+        self.padding, self.before = padding, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, grid = self.conv(x), self.places(x).tanh().permute(0, 2, 3, 1)
+        y = F.grid_sample(self.norm(y) if self.before else y, 2 * grid, padding_mode=self.padding, align_corners=False)
+        return y if self.before else self.norm(y)
+
+
 def norm(channels: int) -> nn.Module:
     found = nn.BatchNorm2d(channels) if channels != 6 else nn.SyncBatchNorm(channels)  # which takes any rank
     for tensor in (found.weight, found.bias, found.running_mean, found.running_var):
@@ -119,6 +133,13 @@ def test_a_deformable_convolution(masked: bool, groups: int) -> None:
 
 def test_a_batchnorm_before_a_deformable_convolution() -> None:
     assert "it reads zeros beyond the border" in folded(Deformable(masked=True, before=True), 2, 4, 7, 8)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+def test_interpolation_at_computed_places(padding: str, before: bool) -> None:
+    said = folded(Sampled(padding, before=before), 2, 3, 7, 8)
+    assert ("it pads with one constant" in said) if padding == "zeros" and not before else said == ""
 
 
 def test_places_along_the_channels() -> None:
