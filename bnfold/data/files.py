@@ -29,12 +29,7 @@ def read(path: Path) -> Any:
         return READERS[form](path)
     except DataError:
         raise
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError, RuntimeError, MemoryError) as error:
-        reason = first_line(error)
-    except Exception as error:
-        # safetensors' and pickle's own errors derive from Exception alone
-        if type(error).__module__.partition(".")[0] not in ("safetensors", "pickle", "_pickle"):
-            raise
+    except Exception as error:  # readers raise what they like, numpy the errors of Python's tokenizer
         reason = first_line(error)
     if any(sign in reason for sign in ("allow_pickle", "Python objects", "weights_only", "Weights only")):
         reason = "it holds Python objects, which could run code when read; save plain arrays"

@@ -97,6 +97,14 @@ def test_unreadable_files(tmp_path):
     for name in ("b.npy", "b.npz", "b.safetensors"):
         (tmp_path / name).write_bytes(b"nothing of the kind")
         refused(f"{name}: can't be read as .{name[2:]}", lambda name=name: open_data(str(tmp_path / name), X))
+    for head in (
+        b"((",
+        b"  x\n y",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}",
+        b"{'descr': '<f4', 'shape': (1%s,)}" % (b"0" * 30),
+    ):
+        (tmp_path / "d.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(64))
+        refused("d.npy: can't be read as .npy (", lambda: open_data(str(tmp_path / "d.npy"), X))
     np.save(tmp_path / "o.npy", np.array([{}, None], object))
     refused("it holds Python objects, which could run code when read", lambda: open_data(str(tmp_path / "o.npy"), X))
     (tmp_path / "c.csv").write_text("1")

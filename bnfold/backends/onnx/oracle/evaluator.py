@@ -79,16 +79,18 @@ class Oracle:
             state_steps(quantised.rounds(proto.graph, [*model.graph.initializers, *codes]), jitter if rounds else None)
         held: dict[str, Any] = dict(codes)
         readers = read_inside(proto.graph) | {*self._outputs}
-        room = widening.HELD
+        room, self._stored = widening.HELD, sum(array.size for array in codes.values())
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None
             held[name] = Weight(tensor, partial(maybe_jittered, data_type=tensor.dtype.value, name=name, jitter=jitter, moving=moving))
-            if name in readers or 8 * tensor.size <= room:
-                room -= 8 * tensor.size
+            size = tensor.size  # which onnx_ir works out whenever it is asked
+            self._stored += size
+            if name in readers or 8 * size <= room:
+                room -= 8 * size
                 held[name] = held[name].array()
         self._evaluator = _Evaluator(proto)
-        self._most, self._stored = most, sum(each.size for each in held.values())
+        self._most = most
         self._weights = held  # here, since the evaluator refers to itself, so that what it holds goes late
 
     def run(self, feeds: Batch) -> dict[str, np.ndarray]:

@@ -57,10 +57,6 @@ class Weight(NamedTuple):
     tensor: ir.TensorProtocol
     jittered: Callable[[np.ndarray], np.ndarray]
 
-    @property
-    def size(self) -> int:
-        return int(self.tensor.size)
-
     def array(self) -> np.ndarray:
         return self.jittered(widen(self.tensor.numpy()))
 
