@@ -379,3 +379,15 @@ def test_tied_weights_can_be_saved(here: Path) -> None:
     net[2].weight = net[0].weight
     bnfold.save(net, "t.safetensors")
     assert set(safetensors.torch.load_file("t.safetensors")) == set(net.state_dict())
+
+
+def test_what_onnx_has_no_operator_for_is_named(tmp_path: Path) -> None:
+    class Simulated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fake_quantize_per_tensor_affine(x, 0.01, 0, -127, 127)
+
+    with pytest.raises(
+        bnfold.UnsupportedError, match=r"can't write this model: .*ONNX allows only.*Got \(-127, 127\); write \.pt2 instead"
+    ):
+        bnfold.save(Simulated().eval(), tmp_path / "model.onnx", example=X)
+    assert not list(tmp_path.iterdir())

@@ -157,7 +157,10 @@ def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, c
     except ImportError as error:
         raise UnsupportedError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install -U onnxscript, or write .pt2") from None
     except Exception as error:  # the exporter raises whatever its parts raise
-        raise UnsupportedError(f"torch.onnx.export can't write this model: {one_line(error)}; write .pt2 instead") from error
+        first: BaseException = error
+        while first.__cause__ is not None:  # what the exporter raises last says in general what to do
+            first = first.__cause__
+        raise UnsupportedError(f"torch.onnx.export can't write this model: {one_line(first)}; write .pt2 instead") from error
     assert made is not None
     proto = made.model_proto
     assert isinstance(proto, onnx.ModelProto)
