@@ -235,3 +235,31 @@ def test_nothing_is_settled_where_numbers_are_missing_or_parts_are_judged(got: A
     assert truth.settled(lambda _: {} if got is None else {"y": got}, UNIT) is None
     parts = Truth(lambda _: {"y": np.ones((1, 2, 8))}, [{}])
     assert parts.settled(lambda _: {"y": np.ones((1, 2, 8))}, UNIT) is None
+
+
+def autocast(seed: int) -> onnx.ModelProto:
+    """A network stored in float32 whose convolutions compute in half precision, as exporters write it under autocast."""
+    net = Net("autocast", opset=18)
+    net.rng = np.random.default_rng(seed)
+    narrow = {"to": onnx.TensorProto.FLOAT16}
+    h = net.op("Cast", net.input("N", 3, 12, 12), **narrow)
+    for channels in (3, 8, 8):
+        weight, bias = (net.op("Cast", net.weight(a), **narrow) for a in (net.normal(8, channels, 3, 3, scale=0.3), net.normal(8)))
+        h = net.op("Cast", net.op("Conv", h, weight, bias), to=onnx.TensorProto.FLOAT)
+        h = net.op("Cast", net.op("Relu", net.bn(h, 8, positive=True)), **narrow)
+    net.output(net.op("Cast", net.op("Flatten", net.op("GlobalAveragePool", h)), to=onnx.TensorProto.FLOAT))
+    return net.model()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_move_by_what_a_cast_leaves_of_them(seed: int) -> None:
+    model = autocast(seed)
+    fused, report = bnfold.fuse(model)
+    assert report.batchnorms.after == 0
+    verdict = bnfold.verify(model, fused)
+    assert verdict.verdict == "equivalent", verdict.reason
+    weight = next(t for t in fused.graph.initializer if len(t.dims) == 4 and t.dims[1] == 8)
+    wrong = onnx.numpy_helper.to_array(weight).copy()
+    wrong[3] *= np.float16(1.01)
+    weight.CopyFrom(onnx.numpy_helper.from_array(wrong, weight.name))
+    assert bnfold.verify(model, fused).verdict == "different"

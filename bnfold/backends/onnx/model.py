@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from bnfold.algebra.rounding import roundoff
+from bnfold.algebra.rounding import rounded, roundoff
 from bnfold.data.spec import Port
 from bnfold.errors import ALREADY_FOLDED, ModelError
 from bnfold.folding.options import PLAIN, FoldOptions
@@ -27,10 +27,12 @@ from .graph.edit import extract, inlined, reads
 from .graph.proto import identity, self_contained, stored_tensors
 from .graph.ranges import inputs
 from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
+from .graph.weights import computed_in
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of
 from .oracle.evaluator import Oracle, moving
 from .oracle.quantised import rounds
+from .oracle.widen import narrower
 from .runtime.providers import precisions, resolve
 from .runtime.session import Session
 
@@ -64,6 +66,11 @@ class OnnxModel(Model):
         kinds = {t.dtype for t in stored_tensors(self.model).values() if t.dtype in FLOATS}
         kinds |= {v.dtype for v in (*self.model.graph.inputs, *self.model.graph.outputs) if v.dtype in FLOATS}
         return max((roundoff(kind.numpy()) for kind in kinds), default=2.0**-24)
+
+    @cached_property
+    def arithmetic(self) -> float:
+        kinds = computed_in(self._skeleton.graph, self._inlined.graph.initializers)
+        return max([self.roundoff, *(roundoff(ir.DataType(kind).numpy()) for kind in kinds)])
 
     @property
     def holds_batchnorm(self) -> bool:
@@ -115,17 +122,17 @@ class OnnxModel(Model):
         return precisions(provider)
 
     def _moved(self, seed: int) -> ir.Model:
-        """The model with one in twelve of its weights moved to the next stored number, up or down (see MOVED)."""
+        """The model with one in twelve of its weights moved to the next number that is stored or that a cast leaves (see MOVED)."""
         copy = OnnxModel(self.model.clone())
-        rng, names = np.random.default_rng(seed), moving(self.model)
+        rng, kinds = np.random.default_rng(seed), moving(self.model)
         for value, tensor in stored_tensors(copy.model).items():
             array = tensor.numpy()
-            if tensor.dtype not in FLOATS or value.name not in names:
+            if tensor.dtype not in FLOATS or value.name not in kinds:
                 continue
             draw = rng.random(array.shape)
-            up = np.nextafter(array, np.asarray(np.inf, array.dtype))
-            down = np.nextafter(array, np.asarray(-np.inf, array.dtype))
-            keep = (array == 0) | ~np.isfinite(array.astype(np.float64)) | (draw >= MOVED)
+            near = rounded(array.astype(np.float64), ir.DataType(narrower(tensor.dtype.value, kinds[value.name])).numpy())
+            up, down = (np.nextafter(near, np.asarray(way, near.dtype)).astype(array.dtype) for way in (np.inf, -np.inf))
+            keep = (array == 0) | ~np.isfinite(near.astype(np.float64)) | (draw >= MOVED)
             moved = ir.Tensor(np.where(keep, array, np.where(draw < MOVED / 2, up, down)), dtype=tensor.dtype, name=value.name)
             node = value.producer()
             if node is None:

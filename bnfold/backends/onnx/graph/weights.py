@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 from onnx import TensorProto
 
-from ..oracle.widen import FLOATS, all_graphs, all_nodes
+from ..oracle.widen import FLOATS, FORMATS, all_graphs, all_nodes, narrower
 
 Shape = tuple[int, ...]
 
@@ -48,30 +48,45 @@ _SHAPE_ARITHMETIC |= {"Floor", "Ceil", "Round", "Min", "Max", "Reciprocal", "Sqr
 MOST_CONTROLS = 16  # elements; a larger array behind an Add is a weight, whatever is computed from the sum
 
 
-def weights(graph: onnx.GraphProto, held: Mapping[str, Shape]) -> frozenset[str]:
-    """The names of the stored arrays that are weights, in subgraphs too. held: the shapes of those that aren't in the graph itself."""
+def weights(graph: onnx.GraphProto, held: Mapping[str, Shape]) -> dict[str, int]:
+    """The stored arrays that are weights, in subgraphs too, with the narrowest floating-point type to which each is cast on its way.
+
+    held: the shapes of those that aren't in the graph itself. The type is 0 where it is cast to none.
+    """
     shapes = {**held, **dict(_stored(graph))}
     producer = {name: node for node in all_nodes(graph) for name in node.output if name}
     constant = constants(graph, shapes)
     steering = _steering(graph, producer)
-    found: set[str] = set()
-    queue = [(name, least, rank) for node in all_nodes(graph) for name, least, rank in _read(node) if name in constant]
+    found: dict[str, int] = {}
+    queue = [(name, least, rank, 0) for node in all_nodes(graph) for name, least, rank in _read(node) if name in constant]
     seen = set()
     while queue:
-        name, least, rank = queue.pop()
-        if (name, least, rank) in seen:
+        name, least, rank, kind = queue.pop()
+        if (name, least, rank, kind) in seen:
             continue
-        seen.add((name, least, rank))
+        seen.add((name, least, rank, kind))
         if name in shapes:
             size = math.prod(shapes[name])
             if size >= least and len(shapes[name]) >= rank and not (name in steering and size <= MOST_CONTROLS):
-                found.add(name)
+                found[name] = narrower(kind, found.get(name, 0))
         elif (node := producer.get(name)) is not None:
             sources = _SOURCES.get(node.op_type, (0,))
             least = 2 if node.op_type in _ARRAYS else least
             rank = 2 if node.op_type in _TABLES else rank
-            queue.extend((each, least, rank) for each in _inputs(node, sources))
-    return frozenset(found)
+            kind = narrower(kind, cast_to(node))
+            queue.extend((each, least, rank, kind) for each in _inputs(node, sources))
+    return found
+
+
+def cast_to(node: onnx.NodeProto) -> int:
+    """The floating-point type to which a node casts, 0 for none."""
+    return next((int(a.i) for a in node.attribute if node.op_type == "Cast" and a.name == "to" and a.i in FORMATS), 0)
+
+
+def computed_in(graph: onnx.GraphProto, stored: Iterable[str]) -> set[int]:
+    """The floating-point types to which values are cast that aren't constant."""
+    fixed = constants(graph, stored)
+    return {kind for node in all_nodes(graph) if (kind := cast_to(node)) and node.input[0] not in fixed}
 
 
 def _read(node: onnx.NodeProto) -> Iterator[tuple[str, int, int]]:

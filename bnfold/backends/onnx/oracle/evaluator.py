@@ -73,7 +73,7 @@ class Oracle:
         codes = _take_codes(proto, model)
         forget_unknown(proto)
         state_bits(proto, {name: v.const_value.dtype.value for name, v in model.graph.initializers.items() if v.const_value is not None})
-        moving = frozenset() if jitter is None else weights(proto.graph, _shapes_held(model, codes))
+        moving = {} if jitter is None else weights(proto.graph, _shapes_held(model, codes))
         to_float64(proto, jitter=jitter, moving=moving)
         if jitter is not None or not rounds:
             state_steps(quantised.rounds(proto.graph, [*model.graph.initializers, *codes]), jitter if rounds else None)
@@ -112,8 +112,8 @@ class Oracle:
         yield from self._evaluator.stream(names, self._weights | {name: widen(array) for name, array in feeds.items()})
 
 
-def moving(model: ir.Model) -> frozenset[str]:
-    """The names of the model's weights (see `weights`)."""
+def moving(model: ir.Model) -> dict[str, int]:
+    """The model's weights (see `weights`)."""
     proto = self_contained(model, initializers=False)
     if proto.functions:
         proto = inliner.inline_local_functions(proto)

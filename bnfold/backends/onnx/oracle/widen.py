@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ _TYPE_DEFAULTS = {
     "SequenceEmpty": "dtype",
 }
 # Significant bits and the exponent of the smallest normal number (IEEE 754, table 3.5; bfloat16 has float32's exponents).
-_FORMATS: dict[int, tuple[int, int]] = {
+FORMATS: dict[int, tuple[int, int]] = {
     TensorProto.FLOAT16: (11, -14),
     TensorProto.BFLOAT16: (8, -126),
     TensorProto.FLOAT: (24, -126),
@@ -75,14 +76,16 @@ def reads(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-def to_float64(proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None, moving: frozenset[str] = frozenset()) -> None:
-    """Widen a proto in place, with all its subgraphs and functions. jitter: see `jittered`; moving: the names of what it moves."""
+def to_float64(
+    proto: onnx.ModelProto | onnx.FunctionProto, *, jitter: int | None = None, moving: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Widen a proto in place, with all its subgraphs and functions. jitter: see `jittered`; moving: what it moves (see `weights`)."""
     if isinstance(proto, onnx.FunctionProto):
-        _nodes(proto.node, None, frozenset())
+        _nodes(proto.node, None, {})
         return
     _graph(proto.graph, jitter, moving)
     for function in proto.functions:
-        _nodes(function.node, None, frozenset())
+        _nodes(function.node, None, {})
 
 
 def state_bits(proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
@@ -113,9 +116,9 @@ def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
 
     That is all the freedom that rounding to the stored type leaves. Zeros stay. The amounts depend on the seed and the name alone.
     """
-    if data_type not in _FORMATS:
+    if data_type not in FORMATS:
         return array
-    bits, smallest = _FORMATS[data_type]
+    bits, smallest = FORMATS[data_type]
     shape, array = array.shape, np.asarray(array, np.float64, order="C").reshape(-1)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     moved = np.subtract(rng.random(array.shape, np.float32), np.float32(0.5), dtype=np.float64)
@@ -153,7 +156,7 @@ def bodies(attribute: AttributeProto) -> list[onnx.GraphProto]:
     return [*([attribute.g] if attribute.type == AttributeProto.GRAPH else []), *attribute.graphs]
 
 
-def _graph(graph: onnx.GraphProto, jitter: int | None, moving: frozenset[str]) -> None:
+def _graph(graph: onnx.GraphProto, jitter: int | None, moving: Mapping[str, int]) -> None:
     for tensor in graph.initializer:
         _tensor(tensor, tensor.name, jitter, moving)
     for sparse in graph.sparse_initializer:
@@ -163,7 +166,7 @@ def _graph(graph: onnx.GraphProto, jitter: int | None, moving: frozenset[str]) -
     _nodes(graph.node, jitter, moving)
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, moving: frozenset[str]) -> None:
+def _nodes(nodes: Iterable[onnx.NodeProto], jitter: int | None, moving: Mapping[str, int]) -> None:
     for node in nodes:
         if node.op_type == "Constant":
             _constant(node)
@@ -193,7 +196,7 @@ def _constant(node: onnx.NodeProto) -> None:
             attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(array)))
 
 
-def _tensor(tensor: TensorProto, name: str, jitter: int | None, moving: frozenset[str]) -> None:
+def _tensor(tensor: TensorProto, name: str, jitter: int | None, moving: Mapping[str, int]) -> None:
     if tensor.data_type not in FLOATS:
         return
     kind, array = tensor.data_type, numpy_helper.to_array(tensor).astype(np.float64)
@@ -202,8 +205,13 @@ def _tensor(tensor: TensorProto, name: str, jitter: int | None, moving: frozense
     tensor.CopyFrom(numpy_helper.from_array(array, own))
 
 
-def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, moving: frozenset[str]) -> Array:
-    return array if jitter is None or name not in moving else jittered(array, data_type, name, jitter)
+def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, moving: Mapping[str, int]) -> Array:
+    return array if jitter is None or name not in moving else jittered(array, narrower(data_type, moving[name]), name, jitter)
+
+
+def narrower(one: int, other: int) -> int:
+    """That of two floating-point types which has fewer bits for the digits; 0 is none, and has the most."""
+    return min(one, other, key=lambda kind: FORMATS.get(kind, (64,))[0])
 
 
 def _type(kind: Any) -> None:
