@@ -31,7 +31,7 @@ from .module import Fold
 from .program import ProgramWriter, copy_program
 from .surgery import ATTRIBUTE, Surgery
 
-READ = {"replaced", "biases", "persistent", "keys"}  # what a change of the structure may be for this
+READ = {"replaced", "biases", "keys"}  # what a change of the structure may be for this
 ONE_WAY = "the result is a graph of the module as the example calls it: other ways through its code aren't in it"
 
 
