@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures.list import lively
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from vision import package
 
 import bnfold
 from bnfold.errors import UnsupportedError, UsageError
-from tests.architectures.list import lively
-from tests.vision import package
 
 
 class Branches(nn.Module):

@@ -52,8 +52,14 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     dicts = [(each, dict(each)) for each in held if isinstance(each, dict)]
     reached: list[str] = []
     here = threading.get_ident()
-    for name, each in module.named_modules():
-        each.register_forward_pre_hook(lambda *_, name=name: reached.append(name) if threading.get_ident() == here else None)
+    names = {each: name for name, each in module.named_modules()}
+
+    def seen(called: nn.Module, _: Any) -> None:
+        if called in names and threading.get_ident() == here:  # a copy may share the records of its hooks
+            reached.append(names[called])
+
+    for each in names:
+        each.register_forward_pre_hook(seen)
     try:
         yield
     finally:
