@@ -74,7 +74,7 @@ def test_what_is_read_of_a_folded_module_is_what_torch_export_reads() -> None:
     from bnfold.backends.torch.export.trace import Traced, trace
     from bnfold.backends.torch.fuse import fuse
 
-    module = lively(package("timm").create_model("efficientnet_b0", num_classes=7)).eval()
+    module = lively(package("timm").create_model("mobilenetv3_small_050", num_classes=7)).eval()
     read, _ = fuse(trace(module, torch.randn(2, 3, 64, 64)))
     assert isinstance(read, Traced)
     assert isinstance(read.model, nn.Module)
@@ -84,7 +84,7 @@ def test_what_is_read_of_a_folded_module_is_what_torch_export_reads() -> None:
     assert read.identity() == again.identity()
 
 
-@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["repvgg_a0", pytest.param("mobileone_s0", marks=pytest.mark.slow)])
 def test_a_graph_is_the_deploy_form(name: str) -> None:
     timm = package("timm")
     module = lively(timm.create_model(name, num_classes=7)).eval()
