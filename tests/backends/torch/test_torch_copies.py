@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from modules import Net, difference, norm, run
 from torch import nn
 
 import bnfold
+from bnfold.backends.torch.export.copies import unchanged
 
 X = torch.randn(6, 3, 10, 9, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
@@ -116,3 +118,21 @@ def test_a_buffer_that_forward_updates_stays_as_it_was() -> None:
     bnfold.recalibrate(net, [X])
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     assert (int(fused.calls), float(fused.average.abs().max())) == (3, 0.0)
+
+
+def test_threads_read_a_module_one_behind_the_other() -> None:
+    """Else one puts back what the other has put there meanwhile."""
+    net = Net(lambda s, x: s.b(s.c(x)).relu(), c=nn.Conv2d(3, 4, 3), b=norm(4))
+    inside = threading.Event()
+
+    def other() -> None:
+        with unchanged(net):
+            inside.set()
+
+    thread = threading.Thread(target=other)
+    with unchanged(net):
+        thread.start()
+        assert not inside.wait(0.3)
+    thread.join(10)
+    assert inside.is_set()
+    assert not any(layer._forward_pre_hooks for layer in net.modules())

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfold.capture import Switch
 from bnfold.errors import ModelError, UnsupportedError
 from bnfold.text import first_line
 
 from .closures import close_over, closures, without_closure
 
 COPIED = "its copy"  # by Python's own means
+_one_at_a_time = Switch(lambda: None, lambda before: None, alone=True)  # two would put back each other's hooks
 
 WAY_OUT = "give the model as an exported program (torch.export.export), or as a .pt2 or .onnx file"
 
@@ -46,6 +48,11 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
     Raises UnsupportedError where the copy called a module of the original, by a name that no copy can have: a global, say.
     """
+    with _one_at_a_time():
+        yield from _unchanged(module)
+
+
+def _unchanged(module: nn.Module) -> Iterator[None]:
     attributes = [vars(each) for each in module.modules()]
     held = [*attributes, *(value for each in attributes for value in each.values())]
     lists = [(each, list(each)) for each in held if isinstance(each, list)]
