@@ -276,7 +276,7 @@ def _by_host(merges: Iterable[Merge]) -> dict[Node, tuple[str, ...]]:
 
 def _layer(outcome: Outcome, notes: Mapping[Node, str]) -> Layer:
     site = outcome.site
-    said = [notes[node] for node in outcome.into if node in notes]
+    said = [notes[node] for node in (outcome.into if outcome.folded else site.nodes) if node in notes]
     if dead := site.nodes[0].attrs.get("dead"):
         said.append(f"{dead} of its {site.channels} channels {'is' if dead == 1 else 'are'} dead (gamma is 0)")
     if len(site.nodes) > 1:

@@ -119,3 +119,19 @@ def test_they_do_in_pytorch(kind: str) -> None:
     assert 50 < int((weight == 0).sum()) < 70
     assert weight[weight > 0].min() >= torch.finfo(torch.float32).smallest_normal
     assert "too small for float32 and became 0" in report.layers[0].notes[0]
+
+
+@pytest.mark.parametrize("lower", ["mul-add", "depthwise"])
+def test_those_of_operators_that_stay_do_too(lower: str) -> None:
+    torch = pytest.importorskip("torch")
+    norm = torch.nn.BatchNorm2d(4).eval()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 1e-39, 2.0, 1e-38]))
+    module, x = torch.nn.Sequential(torch.nn.Tanh(), norm, torch.nn.Tanh()).eval(), torch.ones(1, 4, 5, 5)
+    program = torch.export.export(module, (x,))
+    for given in (module, program):
+        fused, report = bnfold.fuse(given, example=x, lower=lower, flush_subnormals=True)
+        state = fused.state_dict if given is program else fused.state_dict()
+        (scale,) = (each.ravel() for each in state.values() if each.max() > 1.9)
+        assert [bool(each) for each in scale] == [True, False, True, False]
+        assert any("2 of the 4 coefficients of 1 are too small for float32 and became 0" in note for note in report.layers[0].notes)

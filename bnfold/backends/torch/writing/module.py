@@ -136,7 +136,10 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
         surgery.operators[path] = {role: list(array.shape) for role, array in written.constants.items()}
         dtype = NUMPY[written.node.attrs.get("mixed") or written.node.native.dtype]
         for role, array in written.constants.items():
-            made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(array if exact else rounded(array, dtype)))
+            stored = array if exact else rounded(array, dtype, flush=written.flush)
+            if count := lost(array, stored):
+                notes[written.node] = too_small(count, array.size, written.node.name, stored.dtype, flush=written.flush)
+            made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(stored))
     merges = [(m, m.branch) for fold in folds for m in fold.planned.merges if m.branch is not None]
     surgery.merged = {frame(branch.native.op): fills(m.add, m.kept_input) for m, branch in merges}
     surgery.replaced |= {frame(node.native.op): [] for fold in folds for node in fold.planned.chains.into}
