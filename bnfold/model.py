@@ -18,6 +18,7 @@ from .errors import UnsupportedError, UsageError
 from .folding.options import PLAIN, FoldOptions
 from .folding.plan import NormalForm
 from .report import Size
+from .running import Elsewhere as Elsewhere
 from .running import Extract as Extract
 from .running import Placement as Placement
 from .running import Renaming, by_value
@@ -190,9 +191,8 @@ class Model(ABC):
         """How the device computes while statistics are measured: with float32 in full."""
         return nullcontext()
 
-    def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
-        """What code gives in other calls than those read: functions of a call for this model, for the candidate, and for this one with
-        moved weights by a seed; and the calls with a text each. None where either is no code."""
+    def elsewhere(self, candidate: Model) -> Elsewhere | None:
+        """What code gives in other calls than those read. None where either is no code."""
         return None
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:

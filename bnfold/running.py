@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,20 @@ class Extract:
 
     suffix: str
     data: bytes
+
+
+class Elsewhere(NamedTuple):
+    """Two models that are code, in other calls than those that were read.
+
+    reference, candidate: functions of a call; moved: that of the reference with moved weights, by a seed. calls: with a text each. bounded:
+    whether the candidate states for which sizes it holds, and refuses others.
+    """
+
+    reference: Callable[[Any], Any]
+    candidate: Callable[[Any], Any]
+    moved: Callable[[int], Any]
+    calls: list[tuple[str, Any]]
+    bounded: bool
 
 
 class Runner(Protocol):

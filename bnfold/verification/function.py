@@ -14,6 +14,7 @@ from bnfold.data import Batch
 from bnfold.errors import DataError, UnsupportedError
 from bnfold.model import Runner
 from bnfold.report import Function
+from bnfold.text import listed
 
 from .comparison import Comparison
 from .inputs import moved, sample_count
@@ -183,31 +184,35 @@ def _deviations(both: Comparison, truth: Truth, run: Run) -> Deviations:
     return found
 
 
-def compare_elsewhere(both: Comparison) -> str:
-    """Where two modules part at other sizes than those that were fed, where their code may take another path; "" where they don't."""
+def compare_elsewhere(both: Comparison) -> tuple[str, tuple[str, ...]]:
+    """Where two modules part at other sizes than those that were fed, where their code may take another path; "" where they don't. And
+    what couldn't be compared."""
     tried = both.reference.elsewhere(both.candidate)
     if tried is None:
-        return ""
+        return "", ()
     both.progress("outputs, other sizes", 0, None)
-    reference, candidate, moved, calls = tried
     noisy: list[Any] = []
-    for text, call in calls:
+    refused: list[str] = []
+    for text, call in tried.calls:
         try:
-            truth = Truth(reference, [call])
+            truth = Truth(tried.reference, [call])
         except (DataError, UnsupportedError):
             continue
-        noisy = noisy or [moved(both.seed + k + 1) for k in range(MOVED)]
+        noisy = noisy or [tried.moved(both.seed + k + 1) for k in range(MOVED)]
         try:
             truth.measure(noisy.__getitem__, least=MOVED, most=MOVED)
-            deviations = _deviations(both, truth, candidate)
+            deviations = _deviations(both, truth, tried.candidate)
         except (DataError, UnsupportedError) as error:
-            return f"with {text} the candidate doesn't run, where the reference does: {error}"
+            if tried.bounded:
+                refused.append(text)
+                continue
+            return f"with {text} the candidate doesn't run, where the reference does: {error}", ()
         for name, found in deviations.items():
             if found.errors.problem:
-                return f"with {text} {found.errors.problem}"
+                return f"with {text} {found.errors.problem}", ()
             if found.ratio > ELSEWHERE * FUNCTION_LIMIT:
-                return f"with {text} output {name} is off by {found.ratio:.3g} times what rounded weights explain"
-    return ""
+                return f"with {text} output {name} is off by {found.ratio:.3g} times what rounded weights explain", ()
+    return "", (f"the candidate states for which sizes it holds, and doesn't run with {listed(refused)}",) if refused else ()
 
 
 def _judged(deviations: Deviations, truth: Truth, how: str) -> Function:

@@ -20,8 +20,9 @@ from .yardstick import Truth
 class Findings:
     """What each level found. correspondence: None where level 1 was skipped; same: whether both sides are one model.
 
-    ran: whether levels 2 and 3 were asked for. elsewhere: whether the two part at other sizes than those that were fed. deviations: the
-    outputs on level 2; ratios: on level 3; unsteady: why the reference is no function of its inputs there.
+    ran: whether levels 2 and 3 were asked for. elsewhere: whether the two part at other sizes than those that were fed; notes: what
+    couldn't be compared there. deviations: the outputs on level 2; ratios: on level 3; unsteady: why the reference is no function of its
+    inputs there.
     """
 
     coefficients: Coefficients
@@ -30,6 +31,7 @@ class Findings:
     function: Function
     ran: bool = True
     elsewhere: bool = False
+    notes: tuple[str, ...] = ()
     truth: Truth | None = None
     deviations: Mapping[str, Deviation] = field(default_factory=dict)
     rows: tuple[Deployment, ...] = ()

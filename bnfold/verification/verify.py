@@ -172,6 +172,7 @@ def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[
         outputs=findings.outputs,
         first_difference=layer,
         reason=reason,
+        notes=findings.notes,
         difference=None if located is None else located.difference,
         samples=findings.samples,
         data=both.data if findings.samples else "",
@@ -210,7 +211,7 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
     unrounded = both.unrounded() if function.verdict == "equivalent" and not lacking else None
     if unrounded is not None and truth is not None:
         function = compare_unrounded(unrounded, truth.feeds, function)
-    elsewhere = compare_elsewhere(both) if both.thorough and function.verdict != "different" else ""
+    elsewhere, notes = compare_elsewhere(both) if both.thorough and function.verdict != "different" else ("", ())
     if elsewhere:
         function = dataclasses.replace(function, verdict="different", error=math.inf, reason=elsewhere)
     deployed = Deployments(both, truth, lacking)
@@ -225,6 +226,7 @@ def _run(both: Comparison, found: Findings, feeds: Iterable[Batch], others: Iter
         function=function,
         ran=True,
         elsewhere=bool(elsewhere),
+        notes=notes,
         truth=truth,
         deviations=deviations,
         rows=tuple(deployed.rows),

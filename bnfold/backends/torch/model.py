@@ -19,7 +19,7 @@ from bnfold.data.spec import Port
 from bnfold.errors import NO_BATCHNORM
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
-from bnfold.model import Extract, Model, Shapes, Stream
+from bnfold.model import Elsewhere, Extract, Model, Shapes, Stream
 from bnfold.report import Size
 
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
@@ -204,7 +204,7 @@ class TorchModel(Model):
     def computing(self) -> AbstractContextManager[None]:
         return precise()
 
-    def elsewhere(self, candidate: Model) -> tuple[Any, Any, Any, list[tuple[str, Any]]] | None:
+    def elsewhere(self, candidate: Model) -> Elsewhere | None:
         return compared(self.traced, candidate.traced) if isinstance(candidate, TorchModel) else None
 
     def _device(self, provider: str) -> str:

@@ -99,6 +99,9 @@ def test_a_graph_is_the_deploy_form(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(graph(x), module(x), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(tensor, module.state_dict()[key]) for key, tensor in before.items())
+    verdict = bnfold.verify(module, graph, example=x)
+    assert verdict.verdict == "equivalent"
+    assert any(note.startswith("the candidate states for which sizes it holds, and doesn't run with x of shape") for note in verdict.notes)
 
 
 def test_a_graph_carries_its_certificate_and_is_verified(tmp_path: Path) -> None:
@@ -109,10 +112,11 @@ def test_a_graph_carries_its_certificate_and_is_verified(tmp_path: Path) -> None
     found = bnfold.certificate(graph)
     assert found is not None
     assert found["verdict"]["verdict"] == "equivalent"
-    assert bnfold.verify(module, graph, example=x).verdict == "equivalent"
+    verdict = bnfold.verify(module, graph, example=x)
+    assert verdict.verdict == "equivalent"
     bnfold.save(graph, tmp_path / "graph.pt2", example=x)
     torch.testing.assert_close(bnfold.load(tmp_path / "graph.pt2").module()(x), graph(x))
-    with pytest.raises(NotImplementedError, match="train"):
+    with pytest.raises(NotImplementedError, match="train"):  # torch's own refusal, which the docstring of `fuse` promises
         graph.train()
 
 

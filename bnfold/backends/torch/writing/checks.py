@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from bnfold.capture import quiet
 from bnfold.errors import UnsupportedError
+from bnfold.model import Elsewhere
 
 from ..export.call import Call, as_call
 from ..export.constants import weights
@@ -205,7 +206,7 @@ class DifferentialTest:
         return again is not None and alike(want, again, self._close)
 
 
-def compared(reference: Traced, candidate: Traced) -> tuple[Any, Any, Any, list[tuple[str, Call]]] | None:
+def compared(reference: Traced, candidate: Traced) -> Elsewhere | None:
     """See `TorchModel.elsewhere`."""
     if not isinstance(reference.model, nn.Module) or not isinstance(candidate.model, nn.Module):
         return None
@@ -225,9 +226,9 @@ def compared(reference: Traced, candidate: Traced) -> tuple[Any, Any, Any, list[
 
     run_copy = eager(copy, exact)
     stated = [(f"call {k} of the example", call) for k, call in enumerate(reference.calls[1:], 2)]
-    states_sizes = hasattr(copy, "_guards_fn")  # as torch's module of an exported program, which refuses others
-    tried = [(o.text, o.call) for o in others if not o.ranks and not (states_sizes and run_copy(o.call) is None)]
-    return eager(original, exact).run, theirs, moved, stated + tried
+    tried = [(other.text, other.call) for other in others if not other.ranks]
+    bounded = hasattr(copy, "_guards_fn")  # as torch's module of an exported program
+    return Elsewhere(eager(original, exact).run, theirs, moved, stated + tried, bounded)
 
 
 def _branches(traced: Traced) -> bool:
