@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.verifier import SpecViolationError
 from torch.export.graph_signature import InputKind
 
 from bnfold.errors import BnfoldError, UnsupportedError, UsageError
@@ -58,8 +59,8 @@ def read_folded(traced: Traced, fold: Fold, folded: nn.Module, call: Call) -> Tr
         tensors = zip(made.input_nodes, call.tensors, strict=True)
         given = TorchOracle(made).run({op.name: to_numpy(tensor) for op, tensor in tensors})
         return made if alike(eager(folded, True).run(call), given, CLOSE) else None
-    except (BnfoldError, LookupError, AttributeError, ValueError):  # what it lacks, or holds in another form, torch.export has to say
-        return None
+    except (BnfoldError, LookupError, AttributeError, ValueError, SpecViolationError):
+        return None  # what it lacks, or holds in another form, torch.export has to say
 
 
 class _Reader(ProgramWriter):
