@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +19,12 @@ DIGITS = ROOT / "samples" / "digits"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: the programs that tests interrupt would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes side by side share the cores: with as many threads in each as there are cores, they wait for each other."""
+    if processes := getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 @pytest.fixture(autouse=True)
