@@ -89,8 +89,8 @@ def normalisation(g: Growing) -> str | bool:
 
 def linear_twice(g: Growing) -> str | bool:
     """Two linear layers in a row, with or without a BatchNorm between."""
-    how = g.pick(gemm, matmul, convolution)
-    y = how(g)  # type: ignore[operator]
+    how = (gemm, matmul, convolution)[g.rng.integers(3)]
+    y = how(g)
     if not y:
         return False
     if g.chance(0.5) and len(g.shapes[y]) >= 2 and g.shapes[y][1] > 0:
@@ -121,7 +121,7 @@ def coded(g: Growing) -> str | bool:
     block = g.whole(1, 2) if axis is not None and g.net.opset >= 21 and g.chance(0.3) else 0
     if integers:
         how = {"full": g.chance(0.4), "float_first": g.chance(0.4), "signed": g.chance(0.2), "bare": zero == 0 and g.chance(0.3)}
-        w = quantised(g.net, size, axis=axis, block=block, kind=kind, zero=zero, **how)  # type: ignore[arg-type]
+        w = quantised(g.net, size, axis=axis, block=block, kind=kind, zero=zero, **how)
     else:
         w = g.net.op(
             "DequantizeLinear",

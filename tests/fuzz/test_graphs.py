@@ -1,4 +1,4 @@
-"""A hundred random networks in each run of the tests; thousands with `python -m tests.fuzz graphs`."""
+"""A few hundred random networks in each run of the tests; thousands with `python -m tests.fuzz graphs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnfold.backends.onnx.lowering.table import OPERATORS
 
 from .graphs import build, share_folded, tried
 
-COUNT = 100
+COUNT = 300
 BLOCK = 50
 FOLDED = 0.55  # the share of BatchNorms that must fold, by which no test here can pass by folding nothing
 
