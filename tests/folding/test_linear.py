@@ -163,27 +163,33 @@ JOINED = [
 ]
 
 
-@pytest.mark.parametrize("draw", JOINED, ids=lambda draw: draw.__name__)
-def test_two_become_one(draw: Callable[[Net], None]) -> None:
+def joined(draw: Callable[[Net], None], *, value_info: bool = True):
+    """The network in float32, folded, with its report; seen to compute the same there and in float64, and to be certified."""
     net, exact = Net(draw.__name__), Net(draw.__name__, dtype="float64")
     for each in (net, exact):
-        each.value_info = True
+        each.value_info = value_info
         draw(each)
     model, double = net.model(), exact.model()
     fused, report = merged(model)
     onnx.checker.check_model(fused, full_check=True)
+    assert report.verify is not None
+    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
+    data = feeds(double)
+    assert difference(run_double(double, data), run_double(merged(double, check=False)[0], data)) < 1e-13
+    data = feeds(model)
+    assert difference(run_stored(model, data), run_stored(fused, data)) < 2e-6
+    return model, fused, report
+
+
+@pytest.mark.parametrize("draw", JOINED, ids=lambda draw: draw.__name__)
+def test_two_become_one(draw: Callable[[Net], None]) -> None:
+    model, fused, report = joined(draw)
     (row,) = report.composed
     assert (row.into != "", row.reason) == (True, "")
     assert report.multiply_adds == row.multiply_adds
     assert report.multiply_adds.after < report.multiply_adds.before
     assert sum(operators(fused)[kind] for kind in ("Conv", "ConvTranspose", "Gemm", "MatMul")) == 1
-    assert report.verify is not None
-    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
     assert bnfold.verify(model, fused, coefficients_only=True).verdict == "equivalent"
-    data = feeds(double)
-    assert difference(run_double(double, data), run_double(merged(double, check=False)[0], data)) < 1e-13
-    data = feeds(model)
-    assert difference(run_stored(model, data), run_stored(fused, data)) < 2e-6
 
 
 def transition(net: Net) -> None:
@@ -195,24 +201,12 @@ def transition(net: Net) -> None:
 
 @pytest.mark.parametrize("value_info", [False, True])
 def test_a_mixture_of_channels_goes_behind_an_average(value_info: bool) -> None:
-    net, exact = Net("transition"), Net("transition", dtype="float64")
-    for each in (net, exact):
-        each.value_info = value_info
-        transition(each)
-    model, double = net.model(), exact.model()
-    fused, report = merged(model)
-    onnx.checker.check_model(fused, full_check=True)
+    _, fused, report = joined(transition, value_info=value_info)
     (row,) = report.composed
     assert (row.layers, row.into, row.behind) == (("Conv_node_0",), "Conv_node_0", "AveragePool_node_1")
     assert row.multiply_adds == report.multiply_adds
     assert row.multiply_adds.after * 8 < row.multiply_adds.before
     assert [node.op_type for node in fused.graph.node] == ["AveragePool", "AveragePool", "Conv"]
-    assert report.verify is not None
-    assert (report.verify.verdict, report.verify.levels.coefficients.verdict) == ("equivalent", "equivalent")
-    data = feeds(double)
-    assert difference(run_double(double, data), run_double(merged(double, check=False)[0], data)) < 1e-13
-    data = feeds(model)
-    assert difference(run_stored(model, data), run_stored(fused, data)) < 2e-6
 
 
 def test_a_densenet_takes_fewer_multiply_adds_in_a_program() -> None:

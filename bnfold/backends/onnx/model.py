@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from bnfold.algebra.rounding import rounded, roundoff
+from bnfold.algebra.rounding import roundoff
 from bnfold.data.spec import Port
 from bnfold.errors import ALREADY_FOLDED, ModelError
 from bnfold.folding.options import PLAIN, FoldOptions
@@ -130,7 +130,8 @@ class OnnxModel(Model):
             if tensor.dtype not in FLOATS or value.name not in kinds:
                 continue
             draw = rng.random(array.shape)
-            near = rounded(array.astype(np.float64), ir.DataType(narrower(tensor.dtype.value, kinds[value.name])).numpy())
+            with np.errstate(over="ignore"):
+                near = array.astype(ir.DataType(narrower(tensor.dtype.value, kinds[value.name])).numpy(), copy=False)
             up, down = (np.nextafter(near, np.asarray(way, near.dtype)).astype(array.dtype) for way in (np.inf, -np.inf))
             keep = (array == 0) | ~np.isfinite(near.astype(np.float64)) | (draw >= MOVED)
             moved = ir.Tensor(np.where(keep, array, np.where(draw < MOVED / 2, up, down)), dtype=tensor.dtype, name=value.name)

@@ -8,6 +8,7 @@ Runtime writes where it optimises: one of the standard's linear operators, and w
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 
@@ -108,8 +109,8 @@ def _activation(node: ir.Node) -> tuple[str, str]:
     name = _name(node)
     if not name:
         return "Identity", ""
-    bounds = attribute(node, "activation_params", None)
-    if name in STRETCHING or (name == "Clip" and bounds is not None and bounds[0] == 0 and bounds[1] >= 3.4e38):  # type: ignore[index]
+    bounds: Any = attribute(node, "activation_params", None)
+    if name in STRETCHING or (name == "Clip" and bounds is not None and bounds[0] == 0 and bounds[1] >= 3.4e38):
         return "Relu", ""
     return "Barrier", "it clips at a bound other than zero" if name == "Clip" else NO_RULE
 

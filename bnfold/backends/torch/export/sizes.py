@@ -157,8 +157,6 @@ def _plain(argument: Any) -> Any:
 
 # --- axes that are open and have one size only ---------------------------------------------------------------------------------------
 
-TIMES = (2, 3)  # multiples keep what a model may demand of its sizes
-
 
 def fixed_axes(program: ExportedProgram) -> dict[str, int]:
     """The symbols of axes that no other size fits, neither alone nor with the other such ones, and the size that does.
@@ -170,7 +168,7 @@ def fixed_axes(program: ExportedProgram) -> dict[str, int]:
 
     def fits(symbols: list[Any]) -> bool:
         """Whether these symbols can have another size."""
-        for times in TIMES:
+        for times in FACTORS:
             probe = {symbol: size * times if symbol in symbols else size for symbol, size in usual.items()}
             if any(probe[symbol] > limits[symbol] for symbol in symbols if symbol in limits) or _runs(program, probe):
                 return True

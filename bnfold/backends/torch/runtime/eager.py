@@ -80,7 +80,7 @@ class Eager:
         """The same. Raises DataError where it doesn't run."""
         own = call.map_tensors(lambda t: _double(t.detach().cpu().clone()) if self.exact else t.detach().clone())
         try:
-            mode: Any = _Float64() if self.exact else nullcontext()  # type: ignore[no-untyped-call]  # the same
+            mode: Any = _Float64() if self.exact else nullcontext()  # type: ignore[no-untyped-call]  # its base class has no types
             with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 with mode:
