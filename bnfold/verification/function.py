@@ -118,9 +118,11 @@ def compare_functions(both: Comparison, truth: Truth | None, lacking: str) -> tu
     candidate = both.candidate
     how = f"by the noise of the stored type, since {lacking}" if lacking else ""
     try:
-        run = _remembered((candidate.session("cpu", candidate.optimisations[0]) if lacking else candidate.exact()).run)
-        if not both.thorough and not lacking and (settled := _settled(both, truth, run)):
-            return _judged(settled, truth, how), settled
+        run: Run = (candidate.session("cpu", candidate.optimisations[0]) if lacking else candidate.exact()).run
+        if not both.thorough and not lacking:
+            run = _remembered(run)
+            if settled := _settled(both, truth, run):
+                return _judged(settled, truth, how), settled
         deviations = _deviations(both, truth, run)
         found = _judged(deviations, truth, how)
         if found.verdict == "different" and truth.again is not None and not any(each.errors.problem for each in deviations.values()):
