@@ -16,12 +16,9 @@ import bnfold
 from bnfold.backends.torch.export.trace import trace
 
 CASES = {**dict.fromkeys(OWN, 0), "crepe": 3, "mobilenet_v3_small": 0, "ghostnet_100": 0}
-LONG = {"ghostnet_100"}
 
 
-@pytest.mark.parametrize(
-    ("name", "stay"), [pytest.param(*case, marks=pytest.mark.slow if case[0] in LONG else ()) for case in CASES.items()]
-)
+@pytest.mark.parametrize(("name", "stay"), CASES.items())
 def test_all_routes_keep_the_same_ones_and_are_exact(name: str, stay: int) -> None:
     if name not in OWN:
         package("timm")
