@@ -6,11 +6,21 @@ import math
 import re
 from collections.abc import Iterable
 from itertools import chain, count
+from typing import Any
 
 # What XML 1.0 can't hold, not even escaped; half a pair of UTF-16 (a path that isn't UTF-8 has them) can't be encoded at all.
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # GitHub's runner takes a line that begins with `::`, whatever stands before of blanks, and `##[` anywhere, for a command.
 COMMAND = re.compile(r"^(\s*):(?=:)|(?<=#)#(?=\[)")
+
+
+class Notes(dict[Any, str]):
+    """What is to be said, by what it is about."""
+
+    def add(self, about: Any, text: str) -> None:
+        """Say it too, if it is anything, and new."""
+        if text not in (said := self.get(about, "")):
+            self[about] = f"{said}; {text}" if said else text
 
 
 def counted(n: int, what: str, form: str = "") -> str:

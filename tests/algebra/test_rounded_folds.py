@@ -121,6 +121,18 @@ def test_they_do_in_pytorch(kind: str) -> None:
     assert "too small for float32 and became 0" in report.layers[0].notes[0]
 
 
+def test_what_is_said_of_a_weight_stays_when_something_is_said_of_its_bias() -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(6)).eval()
+    with torch.no_grad():
+        module[0].weight.fill_(1e-39)
+        module[0].bias.fill_(2e-39)
+    x = torch.ones(1, 4, 5, 5)
+    for given in (module, torch.export.export(module, (x,))):
+        said = "; ".join(bnfold.fuse(given, example=x, check=False, flush_subnormals=True)[1].layers[0].notes)
+        assert all(f"{n} of the {n} coefficients of 0 are too small for float32 and became 0" in said for n in (216, 6))
+
+
 @pytest.mark.parametrize("lower", ["mul-add", "depthwise"])
 def test_those_of_operators_that_stay_do_too(lower: str) -> None:
     torch = pytest.importorskip("torch")

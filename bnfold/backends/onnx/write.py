@@ -21,7 +21,7 @@ from bnfold.algebra.quantised import Quantised, Rescaled, said_of_scale
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
-from bnfold.text import unused
+from bnfold.text import Notes, unused
 
 from .folded import FoldedWeights, rounded
 from .graph.constants import Constants, is_made
@@ -68,7 +68,7 @@ class _Writer:
         self.made: list[tuple[ir.Value, ir.Value]] = []  # (old, new)
         self.alike: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}  # equal copies of one weight are one weight
         self.scaled: dict[tuple[ir.Value, bytes, bytes], ir.Value] = {}  # by old weight, codes and scales
-        self.notes: dict[Node, str] = {}
+        self.notes = Notes()
         self.weights = FoldedWeights()
         self.bytes_added = 0
 
@@ -99,13 +99,13 @@ class _Writer:
         if tensor is not None and (made := rescaled(graph, node, role)) is not None:
             value = self._requantised(native.node.inputs[slot], tensor, made)
             coded = any(each is not None and is_made(each, dequantises) for each in tensor.native.producer().inputs)
-            self._note(node, made.said(tensor.name, coded=coded))
+            self.notes.add(node, made.said(tensor.name, coded=coded))
         else:
             dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
             self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy(), flush=param.flush)
             if node.attrs.get("scales_integers"):
                 grown = stored(param, dtype.numpy()).size > (1 if tensor is None else math.prod(tensor.shape))
-                self._note(node, said_of_scale(node.name, grown=grown))
+                self.notes.add(node, said_of_scale(node.name, grown=grown))
             if isinstance(slot, str) and slot != "Add":
                 native.node.attributes[slot] = ir.AttrFloat32(slot, float(stored(param, np.dtype(np.float64)).ravel()[0]))
                 return
@@ -126,7 +126,7 @@ class _Writer:
         if tensor is None:
             return self._initializer(f"{node.name}.{role}", made)
         if said := tensor.as_floats():
-            self._note(node, said)
+            self.notes.add(node, said)
         key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
         if key not in self.alike:
             self.alike[key] = self._initializer(tensor.name or node.name, made)
@@ -173,10 +173,7 @@ class _Writer:
     def _note_tiny(self, node: Node, count: int, of: int, dtype: np.dtype[Any], *, flush: bool) -> None:
         """Note weights that fall below the normal range of their type, where it keeps fewer bits of them, or none."""
         if count:
-            self._note(node, rounding.too_small(count, of, node.name, dtype, flush=flush))
-
-    def _note(self, node: Node, text: str) -> None:
-        self.notes[node] = f"{self.notes[node]}; {text}" if node in self.notes else text
+            self.notes.add(node, rounding.too_small(count, of, node.name, dtype, flush=flush))
 
     def _named(self, name: str, value: str) -> tuple[str, str]:
         """Unused names for a node and what it gives; a node without a name stays without."""

@@ -18,6 +18,7 @@ from bnfold.algebra.rounding import lost, rounded, too_small
 from bnfold.folding.branches import Merge
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
+from bnfold.text import Notes
 
 from ..export.copies import duplicate
 from ..export.observers import is_fake_quantiser, is_on
@@ -100,16 +101,20 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     if exact:
         result = result.cpu().double()
     surgery = Surgery()
-    notes: dict[Node, str] = {}
+    notes = Notes()
     made: dict[str, Tensor] = {}
+
+    def stored(node: Node, array: Array, dtype: torch.dtype, flush: bool) -> np.ndarray:
+        """The array in its type, where it isn't to be exact; that some of it is too small for the type is noted."""
+        found = array if exact and dtype.is_floating_point else rounded(array, NUMPY[dtype], flush=flush)
+        if dtype.is_floating_point and (count := lost(array, found)):
+            notes.add(node, too_small(count, array.size, node.name, found.dtype, flush=flush))
+        return found
+
     for ctx, update in ((each.ctx, update) for each in folds for update in each.updates()):
         node, place = update.node, update.place
-        whole = exact and update.dtype.is_floating_point
-        array = update.exact if whole else rounded(update.exact, NUMPY[update.dtype], flush=update.flush)
-        if update.dtype.is_floating_point and (count := lost(update.exact, array)):
-            notes[node] = too_small(count, array.size, node.name, array.dtype, flush=update.flush)
-        if update.said:
-            notes[node] = update.said
+        array = stored(node, update.exact, update.dtype, update.flush)
+        notes.add(node, update.said)
         if place.how == "plain":
             surgery.plain += [place.owner] * (place.owner not in surgery.plain)
             native: TorchNative = node.native
@@ -134,18 +139,16 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
     for path, written in (each for fold in folds for each in fold.written.items()):
         inner = f"{path}.{FIRST}" if surgery.replaced.setdefault(path, []) else path
         surgery.operators[path] = {role: list(array.shape) for role, array in written.constants.items()}
-        dtype = NUMPY[written.node.attrs.get("mixed") or written.node.native.dtype]
+        dtype = written.node.attrs.get("mixed") or written.node.native.dtype
         for role, array in written.constants.items():
-            stored = array if exact else rounded(array, dtype, flush=written.flush)
-            if count := lost(array, stored):
-                notes[written.node] = too_small(count, array.size, written.node.name, stored.dtype, flush=written.flush)
-            made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(stored))
+            made[f"{inner}.{CONSTANTS[role]}"] = to_tensor(np.ascontiguousarray(stored(written.node, array, dtype, written.flush)))
     merges = [(m, m.branch) for fold in folds for m in fold.planned.merges if m.branch is not None]
     surgery.merged = {frame(branch.native.op): fills(m.add, m.kept_input) for m, branch in merges}
     surgery.replaced |= {frame(node.native.op): [] for fold in folds for node in fold.planned.chains.into}
     surgery.narrowed = dict(each for fold in folds for each in narrowed_layers(fold.planned))
     changed = [*made, *(name for fold in folds for each in fold.removed.values() for name in fold.made_identity(each))]
-    surgery.persistent = [name for name in dict.fromkeys(changed) if _is_left_out(*owner_of(result, name))]
+    places = {name: owner_of(result, name) for name in changed}
+    surgery.persistent = [name for name, (owner, attribute) in places.items() if attribute in owner._non_persistent_buffers_set]
     tied = _tied(module)
     before = list(result.state_dict())
     restructure(result, surgery)
@@ -229,8 +232,7 @@ def _divided(host: ModuleHost, surgery: Surgery, made: Mapping[str, Tensor]) -> 
             for path in by_name:
                 for attribute in one:
                     del found[f"{path}.{attribute}"]
-                size = surgery.biases.pop(path, None)
-                if size is not None:
+                if (size := surgery.biases.pop(path, None)) is not None:
                     surgery.biases[first] = size
             found |= {f"{first}.{attribute}": tensor for attribute, tensor in one.items()}
         else:
@@ -284,11 +286,6 @@ def _set(root: nn.Module, target: str, tensor: Tensor, *, inside: bool) -> None:
         owner._buffers[attribute] = tensor
     else:
         owner._parameters[attribute] = nn.Parameter(tensor, old.requires_grad)
-
-
-def _is_left_out(owner: nn.Module, attribute: str) -> bool:
-    """Whether it is a buffer that state dicts don't hold."""
-    return attribute in owner._non_persistent_buffers_set
 
 
 def _make_identity(root: nn.Module, roles: Mapping[str, str], epsilon: float, shift: Array, held: Collection[str]) -> None:

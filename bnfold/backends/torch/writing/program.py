@@ -20,6 +20,7 @@ from bnfold.algebra.rounding import lost, rounded, too_small
 from bnfold.folding.feasible import rescaled
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
+from bnfold.text import Notes
 
 from ..export.constants import KINDS
 from ..export.tensors import NUMPY, laid_out, to_tensor
@@ -62,7 +63,7 @@ class ProgramWriter(ProgramEditor):
         self.idle = {op for op in self.graph.nodes if not op.users}
         self.moved: dict[Op, Op] = {}  # operators that were taken out, and whose output is read instead
         self.resized: set[Op] = set()  # operators that have lost channels
-        self.notes: dict[Node, str] = {}
+        self.notes = Notes()
         self.made: dict[str, list[int]] = {}  # bytes of the new tensors made of an old one
         self.bytes_added = 0
 
@@ -76,12 +77,12 @@ class ProgramWriter(ProgramEditor):
                 raise RuntimeError(f"there is no way to write the {role} of {node.label} {node.name}")
             op = self.copies[native.op]
             if (made := rescaled(graph, node, role)) is not None and param.tensor is not None:
-                self.notes[node] = made.said(param.tensor.name)
+                self.notes.add(node, made.said(param.tensor.name))
                 argument, codes = self.ctx.arg(native.op, slot.argument), self.ctx.codes[param.tensor]
                 self._give(op, slot, requantised(self, self.ctx.constants, op, argument, codes, made))
                 continue
             if param.tensor is not None and (said := param.tensor.as_floats()):
-                self.notes[node] = said
+                self.notes.add(node, said)
             exact = param.layout.stored(param.read())
             if slot.argument == "value" and param.tensor is None:
                 set_argument(op, "value", float(exact))
@@ -219,7 +220,7 @@ class ProgramWriter(ProgramEditor):
 
     def _note_tiny(self, node: Node, exact: Array, array: npt.NDArray[Any], *, flush: bool) -> None:
         if count := lost(exact, array):
-            self.notes[node] = too_small(count, exact.size, node.name, array.dtype, flush=flush)
+            self.notes.add(node, too_small(count, exact.size, node.name, array.dtype, flush=flush))
 
     def remove(self, native: TorchNative, by: Op) -> None:
         """Let another stand in the place of an operator."""
