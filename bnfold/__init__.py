@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from .report import BenchReport, ExplainReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
     from .verbs.benchmark import bench
     from .verbs.explanations import explain
-    from .verbs.parts import average, measure_part, merge_models, merge_parts
-    from .verbs.pipelines import pipeline
+    from .verbs.pipelines import average, measure_part, merge_models, merge_parts, pipeline
 
 __all__ = [  # noqa: RUF022 - in the order of the work
     "__version__",
@@ -74,14 +73,10 @@ __all__ = [  # noqa: RUF022 - in the order of the work
     "UsageError",
 ]
 _HOMES = {
-    "average": ".verbs.parts",
     "bench": ".verbs.benchmark",
     "certificate": ".certificates",
     "explain": ".verbs.explanations",
-    "measure_part": ".verbs.parts",
-    "merge_models": ".verbs.parts",
-    "merge_parts": ".verbs.parts",
-    "pipeline": ".verbs.pipelines",
+    **dict.fromkeys(("average", "measure_part", "merge_models", "merge_parts", "pipeline"), ".verbs.pipelines"),
 }
 
 

@@ -19,8 +19,7 @@ from bnfold.algebra.rule import Step, identity
 from bnfold.algebra.rules import rule_of
 
 from .duplicate import Clones, Shared
-from .feasible import Draft, checked
-from .ways import Maps, State, named, search
+from .feasible import Draft, Maps, State, checked, named, search
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from bnfold.text import counted, listed
 
 from .base import Report
 from .fuse import Counts, FuseReport, InspectReport
-from .others import BenchReport, ExplainReport, PipelineReport
-from .recalibrate import Accuracy, Effect, RecalibrateReport
+from .others import Accuracy, BenchReport, Effect, ExplainReport, PipelineReport, RecalibrateReport
 from .verify import Levels, VerifyReport
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")

@@ -21,7 +21,7 @@ from typing import Any
 from bnfold.data import Batch
 from bnfold.data.memory import repeatable, within_memory
 from bnfold.errors import BnfoldError, UnsupportedError
-from bnfold.folding.clamps import clips_by_channel
+from bnfold.folding.lower import clips_by_channel
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm
 from bnfold.model import Model
