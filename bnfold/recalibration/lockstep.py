@@ -176,7 +176,8 @@ def settle(plan: Plan, measured: Measurement, method: Method, layers: Iterable[i
         elif tally.moments.count == 1:
             why = "the data bring one value per channel, which has no variance; give more samples"
         else:
-            why = plan.set(index, method.statistics(tally, (layer.mean, layer.variance), measured.samples))
+            mean, variance = method.statistics(tally, (layer.mean, layer.variance), measured.samples)
+            why = layer.refusal(variance) or plan.set(index, (mean, variance))
         if why is not None:
             unchanged[index] = why
     return unchanged

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from bnfold.algebra.affine import Array
 from bnfold.algebra.rounding import narrowed
 from bnfold.data import Batch, InputSpec
-from bnfold.errors import DataError, NothingToDoError, UsageError
+from bnfold.errors import DataError, ModelError, NothingToDoError, UsageError
 from bnfold.text import meant, some
 
 from .methods import Accumulator, Statistics
@@ -34,11 +34,18 @@ Progress = Callable[[str, int, "int | None"], None]
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm:
-    """A BatchNorm as it came. mean, variance: float64 [channels], the old statistics."""
+    """A BatchNorm as it came. mean, variance: float64 [channels], the old statistics. epsilon: None where it isn't known."""
 
     name: str
     mean: Array
     variance: Array
+    epsilon: float | None = None
+
+    def refusal(self, variance: Array) -> str | None:
+        """Why it would give no numbers with a new variance, float64 [channels]; None where it gives some."""
+        if self.epsilon is None or not (bad := np.flatnonzero(variance + self.epsilon <= 0)).size:
+            return None
+        return f"its new variance of channel {bad[0]} is {variance[bad[0]]:.3g}, and with its epsilon of {self.epsilon:g} not above 0"
 
 
 @dataclass(frozen=True)
@@ -174,11 +181,14 @@ class StagePlan(ABC, Generic[N, V]):
         return 0
 
     def cut(self) -> None:
-        """Find what there is to measure, and cut. Raises NothingToDoError where there is nothing."""
+        """Find what there is to measure, and cut. Raises NothingToDoError where there is nothing, ModelError for an epsilon of NaN."""
         self.find()
         if not self.calls:
             why = "; ".join(self.notes) or (self.none_found if self.select is every else "no BatchNorm is selected")
             raise NothingToDoError(f"there are no statistics to measure: {why}")
+        for layer in self.layers:
+            if layer.epsilon is not None and not np.isfinite(layer.epsilon):
+                raise ModelError(f"the epsilon of {layer.name} is {layer.epsilon}, so it gives no numbers: correct it in the model")
         self._operations = list(self.operations())
         values = dict.fromkeys(value for each in self._operations for value in (*each.reads, *each.makes))
         sizes = {value: size for value in values if (size := self.nbytes(value)) is not None}

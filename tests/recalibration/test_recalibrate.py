@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from bnfold.api import fuse, recalibrate
-from bnfold.errors import DataError, DeviceError, NothingToDoError, UnsupportedError, UsageError
+from bnfold.errors import DataError, DeviceError, ModelError, NothingToDoError, UnsupportedError, UsageError
 
 Feeds = dict[str, np.ndarray]
 Statistics = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -337,6 +337,24 @@ def test_nodes_of_one_name() -> None:
         node.name = "node"
     data = {"x": normal(9, 3)}
     agree(stored(recalibrate(ir.from_proto(proto), cut(data, 4))[0]), oracle(proto, data), 2e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -0.5])
+def test_statistics_that_leave_no_root_are_refused(epsilon) -> None:
+    net = Net("rootless")
+    net.output(net.bn(net.input("N", 2), 2, epsilon=epsilon))
+    constant = np.stack([normal(9) * 3, np.ones(9, np.float32)], 1)
+    _, report = recalibrate(ir.from_proto(net.model()), [{"x": constant}])
+    why = f"its new variance of channel 1 is 0, and with its epsilon of {epsilon:g} not above 0"
+    assert f"BatchNormalization_node_0 keeps its statistics: {why}" in report.notes
+
+
+@pytest.mark.parametrize("epsilon", [np.nan, np.inf])
+def test_an_epsilon_that_is_no_number_is_refused(epsilon) -> None:
+    net = Net("nan")
+    net.output(net.bn(net.input("N", 2), 2, epsilon=epsilon))
+    with pytest.raises(ModelError, match=f"the epsilon of BatchNormalization_node_0 is {epsilon}, so it gives no numbers"):
+        recalibrate(ir.from_proto(net.model()), [{"x": normal(9, 2)}])
 
 
 def test_statistics_that_overflow_their_type_are_refused() -> None:

@@ -324,6 +324,13 @@ def test_values_far_from_zero() -> None:
     assert torch.allclose(fresh[0].running_var, torch.ones(3), rtol=0.1)
 
 
+def test_an_epsilon_that_gives_no_numbers() -> None:
+    with pytest.raises(bnfold.ModelError, match="the epsilon of 0 is nan"):
+        bnfold.recalibrate(nn.Sequential(nn.BatchNorm2d(3, eps=float("nan"))).eval(), DATA)
+    report = bnfold.recalibrate(nn.Sequential(nn.BatchNorm2d(3, eps=0.0)).eval(), torch.ones_like(DATA))[1]
+    assert any(note.startswith("0 keeps its statistics") and note.endswith("its epsilon of 0 not above 0") for note in report.notes)
+
+
 def test_sums_that_overflow() -> None:
     net = nn.Sequential(norm(3)).eval()
     fresh, _ = bnfold.recalibrate(net, DATA * 1e18)

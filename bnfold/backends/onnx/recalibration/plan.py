@@ -93,7 +93,7 @@ class OnnxPlan(StagePlan[ir.Node, ir.Value]):
             self.frozen.add(len(self.layers))
             self.notes.append(f"{name_of(node)} was in training mode, and has statistics of its own now")
         mean, variance = (np.ravel(self._value(node, index)).astype(np.float64) for index in (3, 4))
-        return BatchNorm(name_of(node), mean, variance)
+        return BatchNorm(name_of(node), mean, variance, number(node, "epsilon", 1e-5))
 
     def _why_not(self, node: ir.Node) -> str | None:
         if self._in_training(node):

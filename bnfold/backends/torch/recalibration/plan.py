@@ -30,7 +30,7 @@ from ..export.copies import duplicate
 from ..export.functional import without_writing
 from ..export.tensors import NUMPY, to_tensor
 from ..export.trace import Traced, trace
-from ..export.walk import arguments, frame, in_training, is_batchnorm, is_float
+from ..export.walk import arguments, epsilon, frame, in_training, is_batchnorm, is_float
 from ..lowering.chains import Chain, frozen_chains, normalises
 from ..lowering.lowering import TorchLowering
 from ..lowering.places import Place
@@ -93,7 +93,8 @@ class TorchPlan(StagePlan[Op, Op]):
         for op in self.program.graph.nodes:
             name, axis = frame(op) or op.name, 1
             if op in chains:
-                name, axis = chains[op].name, chains[op].axis
+                name, axis, norm = chains[op].name, chains[op].axis, chains[op].norm
+                eps = None if norm is None else norm.epsilon
                 if not self.select(name):
                     continue
                 statistics = self._statistics(lowering, chains[op])
@@ -105,7 +106,7 @@ class TorchPlan(StagePlan[Op, Op]):
                 lowered.add(op)
                 if not self.select(name):
                     continue
-                given = arguments(op)
+                given, eps = arguments(op), epsilon(arguments(op))
                 stored = [self.constants.stored(given.get(role)) for role in ("running_mean", "running_var")]
                 if (why := self._why_not(op, given, stored)) is not None:
                     self.keeps(name, why)
@@ -118,7 +119,7 @@ class TorchPlan(StagePlan[Op, Op]):
             if operations.is_fixed(source, self.stored):
                 self.keeps(name, "its input doesn't depend on the data")
                 continue
-            self.calls.append(TorchCall(op, source, self.place(key, partial(self._layer, name, op, key)), axis=axis))
+            self.calls.append(TorchCall(op, source, self.place(key, partial(self._layer, name, op, key, eps)), axis=axis))
         names = {layer.name for layer in self.layers}
         said = "{} has the statistics of its other calls: in this one, {}", "{} keeps its statistics: {}"
         others = [each for each in missed(batchnorms(lowering, lowered), lowered) if self.select(each.name)]
@@ -142,17 +143,17 @@ class TorchPlan(StagePlan[Op, Op]):
         places = (Place(each.target) for each in stored)
         return module is None or all(hasattr(module.get_submodule(place.owner), place.attribute) for place in places)
 
-    def _layer(self, name: str, op: Op, key: tuple[str, str]) -> BatchNorm:
+    def _layer(self, name: str, op: Op, key: tuple[str, str], eps: float | None) -> BatchNorm:
         path = key[0].rpartition(".")[0]
         if not self._is_stored(key[0]):
             self.frozen.add(len(self.layers))
             self.notes.append(f"{name} had no statistics: it normalised each batch by itself")
             channels = int(arguments(op)["input"].meta["val"].shape[1])
-            return BatchNorm(name, np.zeros(channels), np.ones(channels))
+            return BatchNorm(name, np.zeros(channels), np.ones(channels), eps)
         if self.freeze and isinstance(self._model, nn.Module) and self._model.get_submodule(path).training:
             self.notes.append(f"{name} was in training mode, and has statistics of its own now")
         mean, variance = (as_float64(self.stored.tensor(each)).ravel() for each in key)
-        return BatchNorm(name, mean, variance)
+        return BatchNorm(name, mean, variance, eps)
 
     def _why_not(self, op: Op, given: dict[str, Any], stored: list[Any]) -> str | None:
         module = self._model if isinstance(self._model, nn.Module) else None
