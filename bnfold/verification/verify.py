@@ -33,8 +33,7 @@ from .coefficients import RESCALED, Correspondence, correspond
 from .comparison import Comparison, Names, alike, interface_difference, interface_notes, silent
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
-from .diagnosis.localise import first_difference
-from .diagnosis.profile import layer_errors, paired_operators
+from .diagnosis.localise import first_difference, layer_errors, paired_operators
 from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
 from .inputs import given, is_large, is_several, random, resized, shortened
