@@ -65,8 +65,9 @@ class Deployments:
             errors = truth.compare(candidate.run)
         except (UnsupportedError, DataError) as error:
             reason = f"the reference runs, the candidate doesn't: {error}"
-            return dataclasses.replace(row, ratio=np.inf, verdict="different", reason=reason)
-        row = dataclasses.replace(row, **self._judged(truth, errors, own), **_placed(candidate, provider))
+            row = dataclasses.replace(row, ratio=np.inf, verdict="different", reason=reason)
+        else:
+            row = dataclasses.replace(row, **self._judged(truth, errors, own), **_placed(candidate, provider))
         if row.verdict == "different" and option in self.both.reference.optimisations[1:]:
             return self._excused(truth, row)
         return row
@@ -89,12 +90,16 @@ class Deployments:
 
     def _excused(self, truth: Truth, row: Deployment) -> Deployment:
         """Where the runtime's optimisation does as much harm to the reference, the candidate isn't to blame, and the row says nothing."""
-        try:
-            own, errors = (
-                truth.compare(side.session(row.provider, row.optimisation, precision=row.precision).run)
-                for side in (self.both.reference, self.both.candidate)
-            )
-        except (UnsupportedError, DataError):
+        found: list[Any] = []
+        for side in (self.both.reference, self.both.candidate):
+            try:
+                found.append(truth.compare(side.session(row.provider, row.optimisation, precision=row.precision).run))
+            except (UnsupportedError, DataError) as error:
+                found.append(error)
+        own, errors = found
+        if isinstance(own, Exception) and isinstance(errors, Exception):
+            return dataclasses.replace(row, verdict="skipped", reason=f"with it the runtime doesn't run the reference either ({own}): switch it off")
+        if isinstance(own, Exception) or isinstance(errors, Exception):
             return row
         if any(each.problem or self._ratio(truth, name, each, own[name]) > self.limit for name, each in errors.items()):
             return row

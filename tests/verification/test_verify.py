@@ -339,6 +339,31 @@ def test_optimisation_that_harms_the_reference_too_is_no_fault_of_the_candidate(
     assert "changes the reference itself by as much" in on.reason
 
 
+def test_optimisation_that_refuses_the_reference_too_is_no_fault_of_the_candidate():
+    """Optimising, ONNX Runtime infers shapes anew, and refuses a Range between vectors of one number, which it would run."""
+    one, three = (np.array([n], np.int64) for n in (1, 3))
+    arrays = {"w": np.ones((3, 3, 1, 1), np.float32), **dict.fromkeys("smtv", np.full(3, 0.7, np.float32)), "one": one, "end": three}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("BatchNormalization", ["a", *"smtv"], ["b"]),
+        helper.make_node("Concat", ["one", "end"], ["both"], axis=0),
+        helper.make_node("Slice", ["both", "one", "end"], ["last"]),
+        helper.make_node("Range", ["one", "last", "one"], ["steps"]),
+        helper.make_node("Cast", ["steps"], ["c"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["b", "c"], ["y"]),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 4, 2]) for name in "xy"]
+    graph = helper.make_graph(nodes, "steps", info[:1], info[1:], [numpy_helper.from_array(a, name) for name, a in arrays.items()])
+    reference = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    report = verify(reference, fuse(reference)[0])
+    off, on = report.levels.deployment
+    assert (report.verdict, off.verdict) == ("equivalent", "equivalent")
+    if on.verdict == "equivalent":
+        pytest.skip(NO_FAULT)
+    assert on.verdict == "skipped"
+    assert "doesn't run the reference either (ONNX Runtime can't run this model" in on.reason
+
+
 def test_first_difference_sees_through_values_that_a_fold_renames():
     """Our own fold keeps the name of a value that it scales; what is wrong comes only later."""
     rng = np.random.default_rng(2)

@@ -549,3 +549,11 @@ def test_a_graph_that_a_call_hands_to_a_function_is_refused() -> None:
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=9)
     with pytest.raises(UnsupportedError, match="functions can't be put in the places of their calls"):
         bnfold.inspect(model)
+
+
+@pytest.mark.parametrize(("direction", "valid"), [("LEFT", True), ("RIGHT", True), ("forward", False)])
+def test_words_of_one_name_differ_by_operator(direction: str, valid: bool) -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.UINT8, [3]) for name in "xyz"]
+    graph = helper.make_graph([helper.make_node("BitShift", ["x", "y"], ["z"], direction=direction)], "shift", ends[:2], ends[2:])
+    with contextlib.nullcontext() if valid else pytest.raises(ModelError, match="'forward', which is none of LEFT, RIGHT"):
+        from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx.backend.test.case.node import collect_testcases
 
 from bnfold.backends.onnx.files import save as saving
 from bnfold.backends.onnx.files.load import from_proto, load, save
@@ -212,3 +214,15 @@ def test_a_link_is_followed_and_the_mask_obeyed(tmp_path: Path) -> None:
     assert (tmp_path / "link.onnx").is_symlink()
     assert stat.S_IMODE((tmp_path / "real" / "m.onnx").stat().st_mode) == 0o640
     assert load(tmp_path / "link.onnx").graph.initializers.keys() == from_proto(small_model()).graph.initializers.keys()
+
+
+@pytest.mark.slow
+def test_what_onnx_tests_its_operators_with_is_read() -> None:
+    """No node of ONNX's own tests is refused as invalid."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        cases = collect_testcases(None)
+    models = {case.name: case.model for case in cases if case.model is not None}
+    for model in models.values():
+        from_proto(model)
+    assert len(models) > 1000

@@ -26,6 +26,7 @@ KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.ite
 CHOICES = {  # of attributes that are one of a few words
     "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
     "direction": {"forward", "reverse", "bidirectional"},
+    "BitShift direction": {"LEFT", "RIGHT"},
 }
 
 
@@ -160,8 +161,9 @@ def _check_word(node: NodeProto, name: str, word: bytes) -> None:
         text = word.decode("utf-8")
     except UnicodeDecodeError:
         raise _wrong(node, f"its attribute '{name}' is no text") from None
-    if name in CHOICES and text not in CHOICES[name]:
-        raise _wrong(node, f"its attribute '{name}' is '{text[:40]}', which is none of {', '.join(sorted(CHOICES[name] - {''}))}")
+    choices = CHOICES.get(f"{node.op_type} {name}", CHOICES.get(name, {text}))
+    if text not in choices:
+        raise _wrong(node, f"its attribute '{name}' is '{text[:40]}', which is none of {', '.join(sorted(choices - {''}))}")
 
 
 def _check_constant(node: NodeProto, shapes: dict[str, Dims]) -> None:
