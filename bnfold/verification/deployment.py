@@ -90,16 +90,18 @@ class Deployments:
 
     def _excused(self, truth: Truth, row: Deployment) -> Deployment:
         """Where the runtime's optimisation does as much harm to the reference, the candidate isn't to blame, and the row says nothing."""
-        found: list[Any] = []
-        for side in (self.both.reference, self.both.candidate):
+
+        def run(side: Any) -> Any:
             try:
-                found.append(truth.compare(side.session(row.provider, row.optimisation, precision=row.precision).run))
+                return truth.compare(side.session(row.provider, row.optimisation, precision=row.precision).run)
             except (UnsupportedError, DataError) as error:
-                found.append(error)
-        own, errors = found
-        if isinstance(own, Exception) and isinstance(errors, Exception):
-            return dataclasses.replace(row, verdict="skipped", reason=f"with it the runtime doesn't run the reference either ({own}): switch it off")
-        if isinstance(own, Exception) or isinstance(errors, Exception):
+                return str(error)
+
+        own, errors = run(self.both.reference), run(self.both.candidate)
+        if isinstance(own, str) and isinstance(errors, str):
+            refused = f"with it the runtime doesn't run the reference either ({own}): switch it off"
+            return dataclasses.replace(row, verdict="skipped", reason=refused)
+        if isinstance(own, str) or isinstance(errors, str):
             return row
         if any(each.problem or self._ratio(truth, name, each, own[name]) > self.limit for name, each in errors.items()):
             return row
