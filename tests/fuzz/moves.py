@@ -48,7 +48,27 @@ def _reshaped(g: Growing, x: str, after: Shape) -> str | bool:
     target = [-1 if n < 0 else 0 if i < len(before) and before[i] == n and g.chance(0.5) else n for i, n in enumerate(after)]
     if -1 not in target and g.chance(0.3):
         target[g.rng.integers(len(target))] = -1
+    if g.chance(0.3):
+        return g.made(g.net.op("Reshape", x, _worked_out(g, x, target)), [x], after)
     return g.made(g.net.reshape(x, *target), [x], after)
+
+
+def _worked_out(g: Growing, x: str, target: list[int]) -> str:
+    """A Reshape's target as exporters write it: each size made of one that the tensor has."""
+    shape, sizes, parts = g.shapes[x], g.net.op("Shape", x), []
+    for i, n in enumerate(target):
+        j = int(g.rng.integers(len(shape)))
+        own = g.net.op("Gather", sizes, g.net.constant(np.array(j, np.int64)), axis=0)
+        if n == 0 and i < len(shape) and g.chance(0.5):
+            part = g.net.op("Gather", sizes, g.net.constant(np.array(i, np.int64)), axis=0)
+        elif n > 0 and shape[j] > 0:
+            part = g.net.op(
+                "Div", g.net.op("Mul", own, g.net.constant(np.array(n, np.int64))), g.net.constant(np.array(shape[j], np.int64))
+            )
+        else:
+            part = g.net.constant(np.array(n, np.int64))
+        parts.append(g.net.unsqueeze(part, 0))
+    return g.net.op("Concat", *parts, axis=0)
 
 
 def flatten(g: Growing) -> str | bool:

@@ -28,6 +28,7 @@ from .graph.constants import Constants, is_made
 from .graph.edit import idle, inner_first, is_read
 from .graph.quantised import dequantised, dequantises, remade
 from .graph.quantised import quantised as stated
+from .graph.tidy import tidy
 from .graph.walk import all_graphs, nbytes, opset
 from .lowering.lowering import SHAPES, OnnxNative
 from .operators import add_behind, narrow, put, reset
@@ -53,6 +54,7 @@ def write(
     for node, (array, dtype) in (computed or {}).items():
         if array is not None:
             writer.compute(node, rounded(array, dtype))
+    tidy(model, writer.initializer)
     writer.sweep()
     return writer.notes, writer.bytes_added
 
@@ -74,7 +76,7 @@ class _Writer:
 
     def write(self, graph: Graph, planned: Planned) -> None:
         self._make_clones(graph.clones)
-        narrow(planned, self.constants, self._initializer)
+        narrow(planned, self.constants, self.initializer)
         updates = list(graph.updates())
         for node, role, param in updates:
             if not isinstance(node.native, OnnxNative) or param.slot is None:
@@ -124,12 +126,12 @@ class _Writer:
         """A folded parameter as an initializer; equal copies of one weight are one."""
         made, tensor = self.weights.tensor(param, dtype), param.tensor
         if tensor is None:
-            return self._initializer(f"{node.name}.{role}", made)
+            return self.initializer(f"{node.name}.{role}", made)
         if said := tensor.as_floats():
             self.notes.add(node, said)
         key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
         if key not in self.alike:
-            self.alike[key] = self._initializer(tensor.name or node.name, made)
+            self.alike[key] = self.initializer(tensor.name or node.name, made)
             self.made.append((tensor.native, self.alike[key]))
         return self.alike[key]
 
@@ -141,7 +143,7 @@ class _Writer:
         def initializer(name: str, exact: Array) -> ir.Value:
             array = rounded(exact, dtype, flush=written.flush)
             self._note_tiny(written.node, rounding.lost(exact, array), array.size, array.dtype, flush=written.flush)
-            return self._initializer(name, ir.Tensor(array))
+            return self.initializer(name, ir.Tensor(array))
 
         casts = None if dtype == native.dtype else (dtype, native.dtype)
         made = put(written, opset(self.model), initializer, self._named, casts)
@@ -179,7 +181,7 @@ class _Writer:
         """Unused names for a node and what it gives; a node without a name stays without."""
         return _unused(name, self.node_names) if name else "", _unused(value, self.names)
 
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         tensor.name = free = _unused(name, self.names)
         value = ir.Value(name=free, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
         self.model.graph.register_initializer(value)
@@ -195,7 +197,7 @@ class _Writer:
         if key not in self.scaled:
 
             def add(role: str, array: npt.NDArray[Any], former: ir.Value | None) -> ir.Value:
-                value = self._initializer(f"{tensor.name or 'weight'}.{role}", ir.Tensor(array))
+                value = self.initializer(f"{tensor.name or 'weight'}.{role}", ir.Tensor(array))
                 self.made += [] if former is None else [(former, value)]
                 return value
 
@@ -251,7 +253,7 @@ class _Writer:
         output = node.outputs[0]
         if node.graph is None or not output.uses() or output.is_graph_output():
             return
-        value = self._initializer(output.name or node.op_type, ir.Tensor(array))
+        value = self.initializer(output.name or node.op_type, ir.Tensor(array))
         ir.convenience.replace_all_uses_with(output, value)
 
     def sweep(self) -> None:

@@ -21,6 +21,7 @@ from .walk import is_standard, stored_tensor, subgraphs, whole
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
 MOST = 1 << 26  # numbers that a constant may be computed to, unless there are stored ones of such a size
+INTEGERS = {ir.DataType.INT32, ir.DataType.INT64}
 FLOATS = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE}
 
 
@@ -52,7 +53,7 @@ class Constants:
                 overridable = current.is_graph_input() and (self._model.ir_version or 0) >= 4
                 self._known[current] = current.is_initializer() and current.const_value is not None and not overridable
                 continue
-            if self._sizes(node) is not None:
+            if self._sizes(current) is not None:
                 self._known[current] = True
                 continue
             if not is_standard(node) or node.op_type in RANDOM | CONTROL or any(subgraphs(node)):
@@ -67,17 +68,18 @@ class Constants:
             self._known[current] = same and self._size(current) <= self._most
         return self._known[value]
 
-    def _sizes(self, node: ir.Node) -> npt.NDArray[np.int64] | None:
-        """What a Shape gives, where it is the same at every probe although the tensor depends on the data."""
-        source = node.inputs[0] if node.op_type == "Shape" and is_standard(node) and node.inputs else None
-        probes = None if source is None else self._shapes.probes(source)
-        if not probes:
-            return None
-        part = slice(*(None if name not in node.attributes else whole(node, name, 0) for name in ("start", "end")))
-        found = [shape[part] for shape in probes]
-        if any(sizes != found[0] for sizes in found) or None in found[0]:
-            return None
-        return np.array(found[0], np.int64)
+    def _sizes(self, value: ir.Value) -> npt.NDArray[Any] | None:
+        """Integers made of the sizes of tensors that depend on the data, where they are the same in every run."""
+        node = value.producer()
+        source = node.inputs[0] if node is not None and node.op_type == "Shape" and is_standard(node) and node.inputs else None
+        probes = None if node is None or source is None else self._shapes.probes(source)
+        if node is not None and probes:
+            part = slice(*(None if name not in node.attributes else whole(node, name, 0) for name in ("start", "end")))
+            found = [shape[part] for shape in probes]
+            if all(sizes == found[0] for sizes in found) and None not in found[0]:
+                return np.array(found[0], np.int64)
+        within = node is not None and node.graph is self._model.graph and self._shapes.dtype(value) in INTEGERS
+        return self._shapes.integers.get(value.name or "") if within else None
 
     def _size(self, value: ir.Value) -> int:
         """How many numbers it has, as far as that is known."""
@@ -114,7 +116,7 @@ class Constants:
 
         def visit(v: ir.Value) -> None:
             node = v.producer()
-            if node is not None and (sizes := self._sizes(node)) is not None:
+            if node is not None and (sizes := self._sizes(v)) is not None:
                 tensor = ir.Tensor(sizes, name=v.name)
                 leaves.setdefault(v, ir.Value(name=v.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape))
             elif node is None:

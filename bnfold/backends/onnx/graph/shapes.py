@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
 from ..files.save import bare
 from ..files.validate import inner_graphs
-from .integers import settle, sized_by_data
+from .integers import Integers, Ints, is_open, settle, sized_by_data
 from .ranks import channels, told
 from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
 
@@ -42,6 +43,7 @@ class Shapes:
         computed: Mapping[str, npt.NDArray[Any]] | None = None,
         plainly: Callable[[onnx.GraphProto], None] = lambda graph: None,
     ) -> None:
+        self._model = model
         self._probes: list[dict[ir.Value, Dims]] = []
         self._anyhow: dict[ir.Value, Dims] = {}  # whatever the sizes of open axes
         self._types: dict[ir.Value, int] = {}
@@ -106,6 +108,11 @@ class Shapes:
             for name, subgraph in subgraphs(node):
                 if name in inner and inner[name].HasField("g"):
                     self._collect(subgraph, inner[name].g, found)
+
+    @cached_property
+    def integers(self) -> Ints:
+        """Those that are the same whatever the sizes of open axes, by name."""
+        return proven(self._model)[0]
 
     def uncertain(self, node: ir.Node) -> bool:
         """Whether some size of the node's outputs isn't known."""
@@ -199,11 +206,16 @@ def _probe_sizes(graph: onnx.GraphProto) -> Iterator[dict[tuple[str, int], int]]
         yield sizes
 
 
-def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx.ModelProto:
-    """The model without its large weights (these become inputs) and without the shapes that the inference can find itself."""
+def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]], *, proven: bool = False) -> onnx.ModelProto:
+    """The model without its large weights (these become inputs) and without the shapes that the inference can find itself.
+
+    proven: also without what a file states of other operators, and the defaults of inputs.
+    """
     proto = bare(model)
     graph, inputs = proto.graph, {info.name: info for info in proto.graph.input}
     for name, value in model.graph.initializers.items():
+        if proven and value.is_graph_input() and model.ir_version >= 4:
+            continue
         tensor = value.const_value
         if tensor is not None and nbytes(tensor) > SMALL:
             info = inputs[name] if name in inputs else graph.input.add()
@@ -216,7 +228,7 @@ def _skeleton(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> onnx
         for i, name in enumerate(node.input):
             if name in computed:
                 node.input[i] = f"{name}.computed"
-    _forget_shapes(graph)
+    _forget_shapes(graph, every=proven)
     open_axes(graph)
     _unfuse(graph)
     return proto
@@ -248,9 +260,9 @@ def _unfuse(graph: onnx.GraphProto) -> None:
             node.attribute.append(onnx.helper.make_attribute("equation", equation))
 
 
-def _forget_shapes(graph: onnx.GraphProto) -> None:
-    """Forget the shapes of what the standard's operators make, which the inference finds."""
-    made = {name for node in graph.node if node.domain in ("", "ai.onnx") for name in node.output}
+def _forget_shapes(graph: onnx.GraphProto, *, every: bool) -> None:
+    """Forget the shapes of what the standard's operators make, which the inference finds; every: of what others make, too."""
+    made = {name for node in graph.node if every or node.domain in ("", "ai.onnx") for name in node.output}
     for info in (*graph.value_info, *graph.output):
         kind = info.type
         while (nested := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
@@ -259,7 +271,23 @@ def _forget_shapes(graph: onnx.GraphProto) -> None:
             kind.tensor_type.ClearField("shape")
     for node in graph.node:
         for body in inner_graphs(node):
-            _forget_shapes(body)
+            _forget_shapes(body, every=every)
+
+
+def proven(model: ir.Model) -> tuple[Ints, Ints]:
+    """Integers that are the same whatever the sizes of open axes, by name, and what Reshapes may take for their sizes, by what they give:
+    the inference leaves these axes open."""
+    skeleton = _skeleton(model, {}, proven=True)
+    inferred = _infer(skeleton, settle).graph
+    integers = Integers(skeleton.graph)
+    integers.follow(inferred)
+    known = {name: array for name, array in integers.known.items() if not is_open(array).any()}
+    targets = {node.output[0]: known[node.input[1]] for node in skeleton.graph.node if node.op_type == "Reshape" and node.input[1] in known}
+    for info in (*inferred.value_info, *inferred.output):
+        sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in info.type.tensor_type.shape.dim]
+        if info.type.tensor_type.HasField("shape") and sizes.count(-1) <= 1 and all(sizes):
+            targets.setdefault(info.name, np.array(sizes, np.int64))
+    return known, targets
 
 
 def symbolic(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
