@@ -137,6 +137,10 @@ class Model(ABC):
         """The model, called as with an item of somebody's data. count: how many samples of it are enough, where it may hold many."""
         return self
 
+    def fewer(self, samples: int) -> Model | None:
+        """The model with so many samples in a batch that it fixes, by its own names; None where its shapes don't show that this can be."""
+        return None
+
     def beside(self, other: Model) -> Model:
         """The model, as it is held against one of another framework, whose providers are asked for."""
         return self
@@ -252,6 +256,11 @@ class Model(ABC):
         made = copy.copy(self)
         vars(made).update(own_inputs=dict(own_inputs), own_outputs=dict(own_outputs), _plans={})  # plans bear the other names
         return made
+
+    def of_fewer(self, samples: int) -> Model | None:
+        """See `fewer`."""
+        made = self.fewer(samples)
+        return None if made is None else made.renamed(self.own_inputs, self.own_outputs)
 
     def own(self, feeds: Batch) -> Batch:
         """What a caller feeds, by the model's own names."""

@@ -43,6 +43,12 @@ def fixed_size(specs: Sequence[InputSpec]) -> int | None:
     return size if isinstance(size, int) and not sizes else None
 
 
+def fits_fewer(shape: Sequence[int | None], other: Sequence[int | None], batch: int, samples: int) -> bool:
+    """Whether another shape is that of the same value with fewer samples in a batch. batch, samples: how many before, and then."""
+    moved = (samples, *shape[1:]) if shape and shape[0] == batch else None
+    return None not in shape and tuple(other) in (tuple(shape), moved)
+
+
 def sample_inputs(specs: Sequence[InputSpec], arrays: Batch, run: Run | None = None, *, sure: bool = False) -> tuple[set[str], bool]:
     """The inputs of a batch that hold samples, as many each, and whether that holds for every other batch too. None hold any: it is one.
 
@@ -106,8 +112,11 @@ def _of_one(specs: Sequence[InputSpec], names: set[str], arrays: Batch, run: Run
     return names, False
 
 
-def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
-    """Whether the rows of these inputs are samples, by a trial; None where no output has as many rows, so that none can tell."""
+def rows_are_samples(arrays: Batch, names: set[str], run: Run, near: float | None = None) -> bool | None:
+    """Whether the rows of these inputs are samples, by a trial; None where no output has as many rows, so that none can tell.
+
+    near: how far rows may be off, over the largest number; by default as far as outputs in their stored types.
+    """
     rows = min(ROWS, *(len(arrays[name]) for name in names))
 
     def outputs(start: int, stop: int) -> Mapping[str, Array]:
@@ -122,7 +131,7 @@ def rows_are_samples(arrays: Batch, names: set[str], run: Run) -> bool | None:
                 if not array.ndim or len(array) != rows or part[name].shape != (stop - start, *array.shape[1:]):
                     continue
                 verdict = True
-                if not _near(array[start:stop], part[name]):
+                if not _near(array[start:stop], part[name], near):
                     return False
     except UnsupportedError:
         raise
@@ -160,10 +169,10 @@ def _most(specs: Sequence[InputSpec]) -> int:
     return max(len(spec.shape) for spec in specs)
 
 
-def _near(one: Array, other: Array) -> bool:
+def _near(one: Array, other: Array, near: float | None) -> bool:
     if one.dtype.kind not in "fcV":
         return bool(np.array_equal(one, other))
     a, b = (array.astype(np.complex128 if array.dtype.kind == "c" else np.float64) for array in (one, other))
     finite = np.abs(a[np.isfinite(a)])
-    near = NEAR_HALF if one.dtype.itemsize == 2 else NEAR
+    near = near or (NEAR_HALF if one.dtype.itemsize == 2 else NEAR)
     return bool(np.allclose(a, b, rtol=0, atol=near * float(finite.max(initial=0.0)), equal_nan=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any
@@ -11,14 +12,15 @@ import numpy as np
 
 from bnfold.data import Batch, as_batches
 from bnfold.data.random import whole_numbers
-from bnfold.data.samples import ROWS, Run, sample_inputs
-from bnfold.errors import UnsupportedError, UsageError
+from bnfold.data.samples import ROWS, Run, fixed_size, rows_are_samples, sample_inputs
+from bnfold.errors import BnfoldError, UnsupportedError, UsageError
 from bnfold.model import Model
 
 SAMPLES = 32  # compared where nobody says how many
 LARGE = 1 << 17  # numbers in one sample; of samples as large as a photograph a few are enough, since they give many outputs
 FEW_SAMPLES = 2
 BATCH = 8
+EXACT = 1e-9  # of the largest number: within this two runs in float64 agree
 OTHER_SEED = 2**31 - 1  # of data that differ from what anybody asks for
 
 
@@ -52,6 +54,41 @@ def outputs_of(subject: Model) -> Run:
             return deployed().run(batch)
 
     return run
+
+
+def in_parts(reference: Model, candidate: Model, most: int = ROWS) -> tuple[Model, Model, tuple[str, ...]]:
+    """Two models that fix a large batch, with a few samples in it, and a note of that; as they are where rows aren't shown to be samples.
+
+    most: samples in a batch, no more than ROWS. Both are tried, in float64: no row of what they give may depend on the other rows.
+    """
+    specs = reference.inputs()
+    batch = fixed_size(specs)
+    size = sum(math.prod(n for n in spec.shape if isinstance(n, int)) for spec in specs)  # an open axis counts as one
+    if batch is None or batch <= ROWS or size <= LARGE:
+        return reference, candidate, ()
+    count = FEW_SAMPLES if size > LARGE * batch else most
+    try:
+        sides = [_of_rows(side, batch, count) for side in (reference, candidate)]
+    except BnfoldError:  # what can't be run with fewer is run whole
+        return reference, candidate, ()
+    first, second = sides
+    if first is None or second is None:
+        return reference, candidate, ()
+    how = "each row is computed by itself, by the shapes in the graph and by a trial"
+    return first, second, (f"the batch of {batch:,} that the model fixes was compared {count} rows at a time: {how}",)
+
+
+def _of_rows(subject: Model, batch: int, count: int) -> Model | None:
+    """The model with so many samples in a batch, where each is computed by itself."""
+    whole, fewer = subject.of_fewer(count), subject.of_fewer(count - 1)
+    outputs = [port.shape for port in subject.ports()[2]]
+    if whole is None or fewer is None or any(shape is None or shape[:1] != (batch,) for shape in outputs):
+        return None
+    names = {spec.name for spec in subject.inputs() if spec.shape[:1] == (batch,)}
+    runs = {count: outputs_of(whole), count - 1: outputs_of(fewer)}
+    made = whole.random(batch=count, seed=OTHER_SEED, input_shapes=None)
+    shown = rows_are_samples(made, names, lambda feeds: runs[len(feeds[min(names)])](feeds), EXACT)
+    return whole if shown else None
 
 
 def shortened(subject: Model, example: Batch) -> Batch:

@@ -18,12 +18,11 @@ from bnfold.data import Batch
 from bnfold.errors import BnfoldError, UnsupportedError
 from bnfold.model import Model
 
-from .inputs import another
+from .inputs import EXACT, another
 from .noise import FLOOR, plain, variation
 from .roundoff import output_axis
 from .yardstick import Run, Truth
 
-EXACT = 1e-9  # of the largest number: within this two runs in float64 agree
 CHUNK = 64  # inner values looked at in one run, so that they needn't all be kept
 
 # Operators that let nothing through where their input lies beyond a bound.

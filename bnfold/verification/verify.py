@@ -36,7 +36,7 @@ from .diagnosis.bundle import ready, with_bundle
 from .diagnosis.localise import first_difference, layer_errors, paired_operators
 from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
-from .inputs import given, is_large, is_several, random, resized, shortened
+from .inputs import FEW_SAMPLES, given, in_parts, is_large, is_several, random, resized, shortened
 from .verdict import Findings, verdict
 
 RANDOM = "random data"
@@ -97,6 +97,9 @@ def verify(
     if bundle is not None:
         ready(bundle, force=force)
     first, second = alike(reference, candidate, map_inputs, map_outputs)
+    fewer: tuple[str, ...] = ()
+    if not coefficients_only and input_shapes is None:
+        first, second, fewer = in_parts(first, second)
     wanted = () if oracle_only or coefficients_only else tuple(dict.fromkeys(providers))
     data = RANDOM if batches is None else str(getattr(batches, "description", "")).partition(": ")[0]
     both = Comparison(
@@ -116,7 +119,7 @@ def verify(
     if bundle is not None and not coefficients_only:
         report = with_bundle(report, located, bundle, force=force)
     notes += interface_notes(first, second)
-    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *notes))
+    return dataclasses.replace(report, seconds=time.perf_counter() - start, notes=(*report.notes, *fewer, *notes))
 
 
 def check_fold(reference: Model, fused: Model, example: Any = None, *, by_layer: bool = False) -> VerifyReport:
@@ -133,7 +136,7 @@ def check_fold(reference: Model, fused: Model, example: Any = None, *, by_layer:
 
 
 def _checked(reference: Model, fused: Model, example: Any, *, by_layer: bool) -> VerifyReport:
-    first, second = alike(reference, fused)
+    first, second, fewer = in_parts(*alike(reference, fused), most=FEW_SAMPLES)
     known = first.example()
     data = RANDOM if known is None and example is None else "the example"
     both = Comparison(first, second, example is None, thorough=False, data=data, by_layer=by_layer)
@@ -142,10 +145,12 @@ def _checked(reference: Model, fused: Model, example: Any, *, by_layer: bool) ->
         feeds = [shortened(first, known)]
     elif example is not None:
         calls = example if is_several(example) else [example]
-        feeds = [shortened(first, batch) for call in calls for batch in given(first, [call], None, None)]
+        samples = FEW_SAMPLES if fewer else None
+        feeds = [shortened(first, batch) for call in calls for batch in given(first, [call], samples, None)]
     else:
         feeds = random(first, second, 1, None, 0, None)
-    return _compared(both, feeds)[0]
+    report = _compared(both, feeds)[0]
+    return dataclasses.replace(report, notes=(*report.notes, *fewer))
 
 
 def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[Batch] = ()) -> tuple[VerifyReport, Located | None]:

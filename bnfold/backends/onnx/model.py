@@ -26,6 +26,7 @@ from .graph.constants import FLOATS
 from .graph.edit import extract, inlined, reads
 from .graph.proto import identity, self_contained, stored_tensors
 from .graph.ranges import inputs
+from .graph.samples import with_samples
 from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, name_of
 from .graph.weights import computed_in
 from .lowering.table import lower
@@ -105,6 +106,10 @@ class OnnxModel(Model):
         constants |= {name: tensor.numpy() for name, tensor in fed.items() if tensor is not None}
         inputs = [lowering.value(v) for v in model.graph.inputs]
         return normal_form(graph, outputs, options, inputs=inputs, constants=constants)
+
+    def fewer(self, samples: int) -> OnnxModel | None:
+        made = with_samples(self.model, samples)
+        return None if made is None else OnnxModel(made)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
         return Oracle(self.model, skeleton=self._bare, jitter=jitter, outputs=outputs, rounds=self.rounded)

@@ -25,6 +25,7 @@ from bnfold.report import Size
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
 from .export.copies import average
 from .export.functional import entangled, functional
+from .export.samples import with_samples
 from .export.sizes import Sizes
 from .export.tensors import NUMPY, port_of, to_numpy, to_tensor
 from .export.trace import Traced, trace
@@ -115,6 +116,16 @@ class TorchModel(Model):
         """Called with what has a position by that, and not by name: an exported program is called just as its module was traced."""
         call = Call((), dict(example)) if isinstance(example, Mapping) else example
         return TorchModel(self.source, in_places(self.source, call) if isinstance(call, Call) else call)
+
+    def fewer(self, samples: int) -> TorchModel | None:
+        made = with_samples(self.source, samples) if isinstance(self.source, ExportedProgram) else None
+        if made is None:
+            return None
+        fewer = copy.copy(self)
+        for name in ("traced", "_functional", "_plans"):
+            vars(fewer).pop(name, None)
+        fewer.source, fewer._example = made, None
+        return fewer
 
     def beside(self, other: Model) -> TorchModel:
         """Then providers of ONNX Runtime are asked for, and this model runs on the CPU where they name no device of PyTorch's."""

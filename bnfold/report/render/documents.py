@@ -36,6 +36,7 @@ def _fuse(report: FuseReport, verbose: bool) -> Iterator[Part]:
     yield from _layers(report, verbose)
     if (check := report.verify) is not None:
         yield from [tables.findings(check)] if check.verdict == "equivalent" else [Line(check.reason, check.verdict, "check")]
+        yield from map(Line, check.notes)
         yield from _titled(tables.of_levels(check), tables.outputs(check)) if verbose else ()
 
 
