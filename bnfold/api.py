@@ -60,7 +60,7 @@ def save(
 
     An ONNX model as .onnx; a PyTorch model by the suffix as .pt2, .onnx, .safetensors, .pth or .pt, for some of which a module needs an
     example of its input. as_state: whether .pt is a state dict, and not the module. plain_state: whether a state dict leaves out what was
-    folded, with which `load` makes the folded network of the class that never was, and is for a class without the BatchNorms.
+    folded, by which `load` makes the folded network from the class that was never folded: then it is for a class without the BatchNorms.
     """
     return backends.open_model(model, example).save(path, force=force, as_state=as_state, plain_state=plain_state)
 

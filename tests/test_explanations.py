@@ -68,6 +68,17 @@ def test_a_layer_says_why_it_stays_and_what_would_let_it_go(here: Path, capsys: 
     assert bnfold.explain("bn", bnfold.load("none.onnx")).what == "bn"
 
 
+def test_advice_is_of_what_blocks() -> None:
+    """A shift stops before a Relu and before a padding, of which the second alone can be told to pad otherwise."""
+    net = Net("padded")
+    shifted = net.bn(net.op("Relu", net.conv(net.input("N", 3, 8, 8), 3, 4)), 4, positive=True)
+    net.output(net.conv(net.op("Tanh", shifted), 4, 2), net.conv(net.bn(net.op("Tanh", shifted), 4), 4, 2, pads=1))
+    behind_relu, before_padding = (" ".join(bnfold.explain(f"BatchNormalization_node_{i}", net.model()).text) for i in range(2))
+    assert "its shift is not zero" in behind_relu
+    assert "what pads with zeros" not in behind_relu
+    assert "what pads with zeros must not see a shift" in before_padding
+
+
 def test_what_options_would_let_go_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A network with a channel that is constant, and a BatchNorm with negative gammas between two non-linearities."""
     model = parser.parse_model(NETWORK)

@@ -17,7 +17,7 @@ from .app import app, command, command_line
 from .check import Check, Checking
 from .job import Job, Reporting
 from .options.folding import Folding
-from .options.inputs import Feeding, Loading, Running, Shaping
+from .options.inputs import Feeding, Loading, Running, Saving, Shaping
 from .options.recalibration import Choosing, Measuring, Task, beside, check_parts, finish, save, save_kept
 
 __all__ = ["app", "command_line"]
@@ -93,7 +93,7 @@ def merge_stats(
     ),
     out: Path = o.OUT,
     counts: list[int] | None = o.option("--counts", "How many samples each model was measured on.", metavar="N,N,...", read=o.counts),
-    loading: Loading,
+    loading: Saving,
     shaping: Shaping,
     reporting: Reporting,
     choosing: Choosing,
@@ -124,7 +124,7 @@ def merge_stats(
 def fuse(
     *,
     model: Path = o.MODEL,
-    loading: Loading,
+    loading: Saving,
     shaping: Shaping,
     reporting: Reporting,
     checking: Checking,

@@ -136,8 +136,8 @@ class Job:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(12),
-                TextColumn("{task.fields[found]}"),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[found]}"),
             )
             self._bar = Progress(*columns, console=self._err, transient=True)
             self._bar.start()

@@ -87,10 +87,11 @@ def _read(path: Path) -> Mapping[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
+    held = contents(path, LONGEST, "the file of options")
     try:
-        return tomllib.loads(contents(path, LONGEST, "the file of options").decode("utf-8"))
+        return tomllib.loads(held.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        if path.name == "pyproject.toml":
+        if path.name == "pyproject.toml" and b"tool.bnfold" not in held:
             return {}  # other tools will say so
         raise InputError(f"{path}: no TOML ({error})") from None
 

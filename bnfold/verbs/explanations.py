@@ -71,9 +71,12 @@ ADVICE = (
         r"scales (is|are) negative",
         "the gammas that are negative can't cross a maximum or a Relu; retrain with gamma >= 0, or move the BatchNorm",
     ),
-    (r"shift is not zero", "what pads with zeros must not see a shift: pad with edges or mirrored, or pad in front of the BatchNorm"),
     (
-        r"no rule lets a map cross",
+        r"pads with zeros|same taps",
+        "what pads with zeros must not see a shift: pad with edges or mirrored, or pad in front of the BatchNorm",
+    ),
+    (
+        r"no rule lets a map cross|blocks, its shift is not zero",
         "a non-linearity stands between it and the weights; in a block as conv, BatchNorm, activation it would fold",
     ),
     (r"is quantised|QuantizeLinear|QLinear", "fold before quantising"),

@@ -81,7 +81,7 @@ def test_a_folded_state_dict_says_how_it_is_loaded_and_may_be_plain(checkpoint: 
 
     line = ["fuse", "state.pth", "--arch", "mynet:make", "--input-shape", "1,3,8,8", "-o"]
     assert run([*line, "f.pth"]) == 0
-    assert "f.pth: folded weights, and what was folded, by which bnfold.load('f.pth', arch=...) makes" in capsys.readouterr().err
+    assert "f.pth: the weights, with what was folded: bnfold.load('f.pth', arch=...) makes" in capsys.readouterr().err
     assert run([*line, "plain.pth", "--plain-state"]) == 0
     assert "bnfold.load(" not in capsys.readouterr().err
     scope: dict[str, Any] = {}

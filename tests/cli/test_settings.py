@@ -101,6 +101,14 @@ def test_files_and_plain_options_of_providers_may_be_written_down(option: str, h
     assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 0
 
 
+def test_a_pyproject_that_is_no_toml_is_refused_only_where_it_speaks_of_bnfold(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pyproject.toml").write_text("[tool.other")
+    assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 0
+    Path("pyproject.toml").write_text("[tool.bnfold]\nseed = ")
+    assert run(["fuse", "model.onnx", "-o", "out.onnx", "--force"]) == 3
+    assert "pyproject.toml: no TOML (" in capsys.readouterr().err
+
+
 def test_a_recipe_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fuse", "model.onnx", "-o", "out.onnx", "--recipe", "small"]) == 2
     assert "--recipe small: there is no bnfold.toml" in capsys.readouterr().err

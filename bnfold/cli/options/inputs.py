@@ -33,10 +33,6 @@ class Loading:
         "--ignore-keys", "Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.", MODELS, "PATTERN"
     )
 
-    plain_state: bool = option(
-        "--plain-state", "Write a state dict without what says that it was folded, for a class without the BatchNorms.", OUTPUT
-    )
-
     def load(self, path: Path, job: Job) -> Any:
         """The model in a file, which goes into the report."""
         ignored = tuple(self.ignore_keys or ())
@@ -47,6 +43,15 @@ class Loading:
             job.came_in(*files_of(model, path))
         job.models.append(str(path))
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Loading):
+    """How they are read, and what is made of them is written."""
+
+    plain_state: bool = option(
+        "--plain-state", "Write a state dict without what says that it was folded, for a class without the BatchNorms.", OUTPUT
+    )
 
     def suffixes(self, path: Path) -> tuple[str, ...]:
         """How the name of what is made of this model may end."""

@@ -15,7 +15,7 @@ from bnfold.recalibration.distributed import TIMEOUT, processes
 
 from ..job import Job
 from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes, values
-from .inputs import Feeding, Loading, Running
+from .inputs import Feeding, Running, Saving
 
 if TYPE_CHECKING:
     from bnfold.recalibration.methods import Method
@@ -83,7 +83,7 @@ class Choosing:
 class Measuring:
     """What statistics are measured on, how, and whose."""
 
-    loading: Loading
+    loading: Saving
     running: Running
     feeding: Feeding
     calibrating: Calibrating
@@ -190,7 +190,7 @@ def beside(path: Path) -> Path:
     return path.with_name(path.name + ".before.npz")
 
 
-def save(loading: Loading, model: Any, report: RecalibrateReport, path: Path, job: Job, example: Any) -> None:
+def save(loading: Saving, model: Any, report: RecalibrateReport, path: Path, job: Job, example: Any) -> None:
     """The model, and beside it the statistics that it had: both, or neither."""
     from bnfold.recalibration.statistics_file import write
 
@@ -211,7 +211,7 @@ def finish(how: Measuring, model: Any, report: RecalibrateReport, path: Path, jo
     return int(bool(harm))
 
 
-def save_kept(loading: Loading, model: Any, path: Path, recalibrated: Any, keep: Path | None, job: Job, example: Any) -> None:
+def save_kept(loading: Saving, model: Any, path: Path, recalibrated: Any, keep: Path | None, job: Job, example: Any) -> None:
     """What a pipeline made, and before it what that was folded from, where it is to be kept: both, or neither."""
     files = [] if keep is None else loading.save(recalibrated, keep, job, example)
     try:

@@ -89,8 +89,8 @@ def reloaded(model: nn.Module | ExportedProgram, path: Path, *, as_state: bool) 
     if not hasattr(model, ATTRIBUTE) or suffix in (".pt2", ".onnx") or (suffix == ".pt" and not as_state):
         return ""
     return (
-        f"folded weights, and what was folded, by which bnfold.load({path.name!r}, arch=...) makes the folded network of the class that "
-        "never was; --plain-state writes the weights alone, for load_state_dict of a class without the BatchNorms"
+        f"the weights, with what was folded: bnfold.load({path.name!r}, arch=...) makes the folded network from the class that was "
+        "never folded; --plain-state writes the weights alone, for load_state_dict of a class without the BatchNorms"
     )
 
 
