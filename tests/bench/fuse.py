@@ -1,11 +1,11 @@
-"""`bnfold fuse` against onnxslim and onnxsim on a ResNet-50 file of 100 MB: whole processes, in interleaved rounds.
+"""bnfold's commands on ONNX files against onnxslim and onnxsim: processor time and memory of whole processes, in interleaved rounds.
 
-    python -m tests.bench.fuse [--depth 50] [--exporter dynamo|torchscript] [--rounds 5]
+    python -m tests.bench.fuse [NAMES or FILES] [--rounds 5] [--only COMMAND ...]
 
-Each round runs every command once, so that all see the same load of the machine; a ratio is the median of the rounds' ratios to
-onnxslim, with its range. Time is the wall clock from start to exit, memory the largest resident set that the system saw (wait4; Linux
-counts what this process holds when it starts another, so nothing large is imported here). Reading and writing the file with onnx alone is
-the yardstick.
+A name is that of an architecture of `tests.architectures`, exported with its BatchNorms for samples of 3 x 224 x 224. Each round runs every
+command once, so that all see the same load of the machine; a ratio is the median of the rounds' ratios. Time is user and system time with
+one thread (OMP_NUM_THREADS=1), memory the largest resident set that the system saw (wait4; Linux counts what this process holds when it
+starts another, so nothing large is imported here). Reading and writing the file with onnx alone is the floor.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-TARGETS = "at most 0.7 of onnxslim's time and 0.7 of its memory, and at least its folds"
+NAMES = ["resnet50", "mobilenet_v2", "densenet121", "convmixer_768_32", "efficientnet_b0"]
+WANTED = {"fuse --no-verify": ("onnxslim", 0.6), "fuse": ("onnxsim", 1.0), "verify": ("onnxsim", 2.0)}  # at most, of whose time
+FLOOR = "onnx load+save"
 
 
 class Run(NamedTuple):
@@ -29,73 +30,68 @@ class Run(NamedTuple):
 
 
 def commands(source: Path, folder: Path) -> dict[str, list[str]]:
-    """What is run, by name; each writes the file of its name in the folder."""
+    """What is run, by name; each but the last writes the file of its name in the folder."""
     tools = Path(sys.executable).parent
     plain = "import onnx, sys; onnx.save(onnx.load(sys.argv[1]), sys.argv[2])"
-    passed = "import sys; from bnfold.backends.onnx.files.load import load, save; save(load(sys.argv[1]), sys.argv[2], force=True)"
+    bnfold = [sys.executable, "-m", "bnfold"]
 
     def out(name: str) -> str:
         return str(folder / f"{name}.onnx")
 
     return {
+        FLOOR: [sys.executable, "-c", plain, str(source), out(FLOOR)],
         "onnxslim": [str(tools / "onnxslim"), str(source), out("onnxslim")],
-        "bnfold": [sys.executable, "-m", "bnfold", "fuse", "--no-verify", str(source), "-o", out("bnfold"), "--force"],
         "onnxsim": [str(tools / "onnxsim"), str(source), out("onnxsim")],
-        "onnx load+save": [sys.executable, "-c", plain, str(source), out("onnx load+save")],
-        "bnfold load+save": [sys.executable, "-c", passed, str(source), out("bnfold load+save")],
+        "fuse --no-verify": [*bnfold, "fuse", "--no-verify", str(source), "-o", out("fuse --no-verify"), "--force"],
+        "fuse": [*bnfold, "fuse", str(source), "-o", out("fuse"), "--force"],
+        "verify": [*bnfold, "verify", str(source), out("fuse")],
     }
 
 
 def measured(command: list[str]) -> Run:
     """Time and memory of a process. Raises RuntimeError where it fails."""
     silence = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_DUP2, 1, 2)]
-    os.sync()  # bnfold waits until its file is on the disk; it needn't wait for the files that others left in the cache
-    start = time.perf_counter()
-    pid = os.posix_spawn(command[0], command, os.environ, file_actions=silence)
+    pid = os.posix_spawn(command[0], command, os.environ | {"OMP_NUM_THREADS": "1"}, file_actions=silence)
     _, status, usage = os.wait4(pid, 0)
-    seconds = time.perf_counter() - start
     if status:
         raise RuntimeError(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    return Run(seconds, usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10))
-
-
-def batchnorms(path: Path) -> int:
-    count = "import onnx, sys; print(sum(n.op_type == 'BatchNormalization' for n in onnx.load(sys.argv[1]).graph.node))"
-    return int(subprocess.check_output([sys.executable, "-c", count, str(path)]))
+    return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=50)
-    parser.add_argument("--exporter", choices=["dynamo", "torchscript"], default="torchscript")
+    parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=[FLOOR, "onnxslim", "onnxsim", *WANTED], metavar="COMMAND")
     args = parser.parse_args()
-
-    made = subprocess.check_output([sys.executable, "-m", "tests.bench.models", str(args.depth), args.exporter], text=True)
-    source = Path(made.splitlines()[-1])
-    size = source.stat().st_size / 1e6
-    print(
-        f"ResNet-{args.depth} from torch's {args.exporter} exporter, {size:.0f} MB, {batchnorms(source)} BatchNorms; {args.rounds} rounds"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {name: command for name, command in commands(source, Path(folder)).items() if Path(command[0]).exists()}
-        taken: dict[str, list[Run]] = {name: [] for name in runs}
-        for i in range(args.rounds + 1):
-            for name, command in runs.items():
-                run = measured(command)
-                if i:  # the first round fills the caches
-                    taken[name].append(run)
-        print(f"{'':18}{'seconds':>22}{'MB':>7}   {'time / onnxslim':>20}   {'memory / onnxslim':>20}   BatchNorms left")
-        for name, of in taken.items():
-            times, sizes = ([r[k] for r in of] for k in (0, 1))
-            ratios = [_spread([r[k] / base[k] for r, base in zip(of, taken["onnxslim"], strict=True)]) for k in (0, 1)]
-            left = batchnorms(Path(folder, f"{name}.onnx"))
-            print(f"{name:18}{_spread(times):>22}{statistics.median(sizes):7.0f}   {ratios[0]:>20}   {ratios[1]:>20}   {left}")
-    print(f"wanted of bnfold: {TARGETS}")
+    print("| network | MB | command | CPU s | peak MB | over the floor | over | time | memory | wanted |")
+    print("|---|--:|---|--:|--:|--:|---|--:|--:|--:|")
+    for name in args.names:
+        made = [sys.executable, "-m", "tests.bench.models", name]
+        source = Path(name) if name.endswith(".onnx") else Path(subprocess.check_output(made, text=True).splitlines()[-1])
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {key: command for key, command in commands(source, Path(folder)).items() if key in args.only}
+            taken: dict[str, list[Run]] = {key: [] for key in runs}
+            for i in range(args.rounds + 1):
+                for key, command in runs.items():
+                    run = measured(command)
+                    if i:  # the first round fills the caches
+                        taken[key].append(run)
+        table(source, taken)
 
 
-def _spread(numbers: list[float]) -> str:
-    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f}..{max(numbers):.2f})"
+def table(source: Path, taken: dict[str, list[Run]]) -> None:
+    def ratio(key: str, other: str, of: int) -> str:
+        if other not in taken:
+            return ""
+        found = [one[of] / base[of] for one, base in zip(taken[key], taken[other], strict=True)]
+        return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+    for key, runs in taken.items():
+        seconds, megabytes = (statistics.median(column) for column in zip(*runs, strict=True))
+        other, most = WANTED.get(key, ("", ""))
+        said = f"{seconds:.2f} | {megabytes:.0f} | {ratio(key, FLOOR, 0)} | {other} | {ratio(key, other, 0)} | {ratio(key, other, 1)} | {most}"
+        print(f"| {source.stem} | {source.stat().st_size / 1e6:.0f} | {key} | {said} |", flush=True)
 
 
 if __name__ == "__main__":
