@@ -233,7 +233,7 @@ def move(model: Any) -> None:
     else:
         state = model.state_dict if isinstance(model.state_dict, dict) else model.state_dict()
         for tensor in [t for t in state.values() if t.is_floating_point() and t.numel() > 1][-1:]:
-            tensor.detach().view(-1)[0] += 0.1
+            tensor.detach()[(0,) * tensor.ndim] += 0.1
 
 
 PARTS: dict[str, Callable[[], Found]] = {"names": names, "commands": commands, "onnx": in_onnx, "torch": in_torch}
