@@ -22,7 +22,7 @@ __all__ = ["main", "run"]
 INTERRUPTED = "interrupted; no file is left half-written"
 # onnx_ir imports them for sizes that are formulas: half of all that a command would import.
 SELDOM = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
-COLLECTED = 100_000, 20, 100  # new objects between looks for cycles: those of a large graph stay as long as the command
+COLLECTED = 300_000, 20, 100  # new objects between looks for cycles: those of a large graph stay as long as the command
 
 
 class _WhenUsed:
@@ -60,6 +60,7 @@ def main() -> None:
             sys.stdout.flush()
     except InputError as error:
         status = _explain(error)
+    gc.freeze()  # what is left goes with the process; Python would look through all of it for cycles
     sys.exit(status)
 
 
@@ -78,10 +79,11 @@ def run(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
-            parser = command_line(everything="--help-all" in arguments or completing())
+            everything = "--help-all" in arguments or completing()
+            parser = command_line(everything=everything, only="" if everything else next(iter(arguments), ""))
             asked = ["--help" if each == "--help-all" else each for each in arguments]
             asked = [*asked[1:2], "--help"] if asked[:1] == ["help"] else asked
-            found = defaults(parser, arguments, (lambda text: None) if quiet else _remark)
+            found = defaults(command_line, arguments, (lambda text: None) if quiet else _remark)
             status = parser.main(args=asked, prog_name="bnfold", standalone_mode=False, default_map=found)
         close()
         return status if isinstance(status, int) else 0

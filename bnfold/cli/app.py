@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -86,10 +87,13 @@ app = typer.Typer(
 )
 
 
-def command_line(*, everything: bool) -> Any:
-    """The parser of the whole command line. everything: whether its help shows what few need, too."""
-    made: Any = typer.main.get_command(app)
-    made.commands = {name: made.commands[name] for name in (each.replace("_", "-") for each in EXAMPLES)}
+def command_line(*, everything: bool = False, only: str = "") -> Any:
+    """The parser of the command line. everything: whether its help shows what few need, too. only: the one command that it will have to
+    parse, where that is known."""
+    part = copy.copy(app)
+    part.registered_commands = [each for each in app.registered_commands if _named(each) == only] or app.registered_commands
+    made: Any = typer.main.get_command(part)
+    made.commands = {name: made.commands[name] for name in (each.replace("_", "-") for each in EXAMPLES) if name in made.commands}
     _convert_less(made)
     for each in made.commands.values():
         _convert_less(each)
@@ -98,6 +102,10 @@ def command_line(*, everything: bool) -> Any:
         if not everything and any(getattr(parameter, "hidden", False) for parameter in each.params):
             each.epilog += f"\nMore options: bnfold {each.name} --help-all"
     return made
+
+
+def _named(registered: Any) -> str:
+    return str(registered.callback.__name__).replace("_", "-")
 
 
 def _convert_less(command: Any) -> None:

@@ -32,8 +32,10 @@ OPTION = r"(?:\w+=(?:\d[\d.]*|[Tt]rue|[Ff]alse)|(?:device_type|precision)=\w+)"
 PROVIDER = re.compile(rf"\w+(?::(?:\d+|{OPTION}(?:,{OPTION})*))?")
 
 
-def defaults(parser: Any, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """What is written down, by command and parameter, as the parser takes defaults. say: told where that was.
+def defaults(parser: Callable[[], Any], arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """What is written down, by command and parameter, as the parser takes defaults.
+
+    parser: makes that of all commands. say: told where that was.
 
     InputError for a file that isn't TOML, UsageError for what is no option.
     """
@@ -49,7 +51,7 @@ def defaults(parser: Any, arguments: Sequence[str], say: Callable[[str], None]) 
     if recipe and recipe not in recipes:
         there = listed(recipes) or "none"
         raise UsageError(f"--recipe {recipe}: {path} has no such recipe; it has {there}{meant(recipe, recipes)}")
-    options = {name: dict(_options(command)) for name, command in parser.commands.items()}
+    options = {name: dict(_options(command)) for name, command in parser().commands.items()}
     every = {option for each in options.values() for option in each}
     tables = {name: table for name, table in found.items() if isinstance(table, Mapping) and name != RECIPES}
     for name in tables:
