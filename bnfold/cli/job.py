@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from bnfold.certificates import sha256
 from bnfold.files import ready_to_write, write_text
@@ -21,14 +19,13 @@ from bnfold.report import InputFile, Report
 from bnfold.text import duration, figure, listed, visible
 
 from .options import OUTPUT, option, values
-from .streams import reader_may_leave
+from .streams import may_be_terminal, reader_may_leave
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from bnfold.data import Data
 
     from .check import Check
+    from .terminal import Bar
 
 UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
 EVERY = 10.0  # seconds between two plain lines of progress
@@ -60,8 +57,7 @@ class Job:
         self._inputs: list[InputFile] = []
         self.models: list[str] = []  # in the order in which they were opened
         self._start = time.perf_counter()
-        self._err = _console(_Console, sys.stderr)
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         self._data: list[Data] = []
         self._notes: set[str] = set()
         self._said: dict[int, float] = {}
@@ -119,35 +115,18 @@ class Job:
         self._step = next((i for i, step in enumerate(self._steps) if i >= self._step and stage.startswith(step)), self._step)
         count = f"step {self._step + 1} of {len(self._steps)}, " if self._steps else ""
         name = f"{count}{stage}"
-        if self._err.is_terminal and not self._err.is_dumb_terminal:
-            self._show_bar(name, done, total, ", ".join(found))
+        if self._bar is None and may_be_terminal(sys.stderr):
+            from .terminal import bar
+
+            self._bar = bar(sys.stderr)
+        if self._bar is not None:
+            self._bar.show(name, done, total, ", ".join(found))
         elif self._step not in self._said:
             self.remark(f"{count}{self._steps[self._step]}" if count else stage)
             self._said[self._step] = now
         elif now - self._said[self._step] >= EVERY:
             self.remark(f"{name}: {', '.join(found)}" if found else name)
             self._said[self._step] = now
-
-    def _show_bar(self, stage: str, done: int, total: int | None, found: str) -> None:
-        """The bar of the stage, alone; the first makes the display."""
-        if self._bar is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(12),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[found]}"),
-            )
-            self._bar = Progress(*columns, console=self._err, transient=True)
-            self._bar.start()
-        tasks = self._bar.tasks
-        if tasks and tasks[0].description == stage:
-            self._bar.update(tasks[0].id, total=total, completed=done, found=found)
-            return
-        for task in tasks:
-            self._bar.remove_task(task.id)
-        self._bar.add_task(stage, total=total, completed=done, found=found)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -157,22 +136,28 @@ class Job:
     def remark(self, text: str) -> None:
         """A line on standard error."""
         if not self.quiet:
-            self._err.print(f"bnfold: {visible(text)}", soft_wrap=True)
+            self._tell(text)
 
     def fail(self, text: str) -> None:
         """An error on standard error, whose report is given out all the same."""
-        self._err.print(f"bnfold: error: {visible(text)}", soft_wrap=True)
+        self._tell(f"error: {text}")
 
     def warn(self, text: str) -> None:
         """What a user must know, whatever else is left unsaid."""
-        self._err.print(f"bnfold: warning: {visible(text)}", soft_wrap=True)
+        self._tell(f"warning: {text}")
+
+    def _tell(self, text: str) -> None:
+        line = f"bnfold: {visible(text)}"
+        if self._bar is not None:
+            self._bar.above(line)
+            return
+        with reader_may_leave(sys.stderr):
+            print(line, file=sys.stderr, flush=True)
 
     # --- what comes out ---------------------------------------------------------------------------------------------------------
 
     def finish(self, report: Report) -> None:
         """Give out the report: as tables or as JSON, and to a file where one was asked for."""
-        from bnfold.report.render.documents import document
-        from bnfold.report.render.terminal import show
         from bnfold.report.render.terminal import text as text_of
 
         self._stop()
@@ -199,11 +184,12 @@ class Job:
             if self.as_json:
                 _write(text.replace("##[", "#\\u0023["))  # which is the same JSON, and no command of a CI job's
                 return
-        out = _console(_Console, sys.stdout)
-        if out.is_terminal:
-            show(out, document(report, verbose=self.verbose))
-        else:
-            _write(text_of(report, verbose=self.verbose, width=UNBOUNDED) + "\n")
+        if may_be_terminal(sys.stdout):
+            from .terminal import show
+
+            if show(report, sys.stdout, verbose=self.verbose):
+                return
+        _write(text_of(report, verbose=self.verbose, width=UNBOUNDED) + "\n")
 
     def wrote(self, *paths: Path, what: str = "") -> None:
         """Files that were written, to be named at the end. what: they hold, where that isn't plain."""
@@ -220,19 +206,6 @@ class Job:
             (self.remark if self.as_json else self.say)(text)
         for row in check.worse:
             self.say(f"baseline: {row.name} is worse: {row.reason}")
-
-
-class _Console(Console):
-    """A console whose reader may leave early: the work goes on, and its status is that of the work."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        with reader_may_leave(self.file):
-            raise BrokenPipeError
-
-
-def _console(kind: type[Console], file: Any, **more: Any) -> Console:
-    return kind(file=file, markup=False, highlight=False, emoji=False, **more)
 
 
 def _write(text: str) -> None:

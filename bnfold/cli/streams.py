@@ -45,6 +45,11 @@ def open_streams() -> None:
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 - for as long as the process runs
 
 
+def may_be_terminal(stream: Any) -> bool:
+    """Whether Rich has to be asked if the stream is a terminal: it is one, or somebody says that it be taken for one."""
+    return bool({"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys()) or stream.isatty()
+
+
 def own_stderr() -> None:
     """Give Python's standard error a descriptor of its own, so that progress goes on while the runtime is overheard.
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from bnfold.report.base import Report
 from bnfold.text import visible
 
-from . import BAD, DOUBTFUL, GOOD, VERDICTS, Bar, Cell, Drawing, Headline, Part, Table
+from . import BAD, DOUBTFUL, GOOD, VERDICTS, Bar, Cell, Drawing, Headline, Line, Part, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 COLOURS = dict.fromkeys(GOOD, "green") | dict.fromkeys(BAD, "red") | dict.fromkeys(DOUBTFUL, "yellow")
 COLOURS |= {word: f"bold {COLOURS.get(word, '')}".strip() for word in VERDICTS}
@@ -33,29 +33,46 @@ def text(report: Report, *, verbose: bool = False, width: int | None = None) -> 
     """A report as plain text. width: columns, those of the terminal where it is None."""
     from .documents import document
 
-    page = io.StringIO()
+    parts = [part for part in document(report, verbose=verbose) if not isinstance(part, Drawing)]
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
-    show(Console(file=page, width=width, color_system=None, markup=False, highlight=False, emoji=False), document(report, verbose=verbose))
+    lines = ["".join(text for text, _ in _pieces(part)) for part in parts if not isinstance(part, Table)]
+    if len(lines) == len(parts) and all(2 * len(line) <= width for line in lines):  # no character takes more than two columns
+        return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
+    from rich.console import Console
+
+    page = io.StringIO()
+    show(Console(file=page, width=width, color_system=None, markup=False, highlight=False, emoji=False), parts)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
 def show(console: Console, parts: Iterable[Part]) -> None:
     """Print what `document` gives."""
+    from rich.text import Text
+
     for part in parts:
-        if isinstance(part, Drawing):
-            continue
         if isinstance(part, Table):
             _table(console, part)
-        elif isinstance(part, Headline):
-            console.print(Text(", ", style="bold").join(Text(visible(each), style=COLOURS.get(each, "bold")) for each in part.parts))
-        elif part.verdict:
-            text = Text(f"{part.about}: " if part.about else "").append(_coloured(part.verdict))
-            console.print(text.append(f" - {visible(part.text)}") if part.text else text)
-        else:
-            console.print(Text(visible(part.text), style="bold" if part.title else ""))
+        elif not isinstance(part, Drawing):
+            console.print(Text.assemble(*_pieces(part)))
+
+
+def _pieces(part: Headline | Line) -> Iterator[tuple[str, str]]:
+    """The texts of a line with their styles."""
+    if isinstance(part, Headline):
+        for i, each in enumerate(part.parts):
+            yield from [(", ", "bold")] if i else []
+            yield visible(each), COLOURS.get(each, "bold")
+    elif part.verdict:
+        yield f"{part.about}: " if part.about else "", ""
+        yield part.verdict, COLOURS.get(part.verdict, "")
+        yield f" - {visible(part.text)}" if part.text else "", ""
+    else:
+        yield visible(part.text), "bold" if part.title else ""
 
 
 def _coloured(text: str) -> Text:
+    from rich.text import Text
+
     return Text(text, style=COLOURS.get(text, ""))
 
 
@@ -70,6 +87,8 @@ def _shown(cell: Cell) -> str:
 def _table(console: Console, table: Table) -> None:
     """A table without its empty columns. Where it is too wide for the console, what all names of a column begin and end with is left out
     and told once, then what other names in a row share with the first, then spare columns; else a row is a paragraph. No name is cut."""
+    from rich.text import Text
+
     whole = rows = [[_shown(cell) for cell in row] for row in table.rows]
     titles = [*map(_shown, table.columns)]
     used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
@@ -99,6 +118,8 @@ def _table(console: Console, table: Table) -> None:
 
 
 def _fits(console: Console, table: Table, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> bool:
+    from rich.cells import cell_len
+
     widths = [max(cell_len(titles[i]), *(cell_len(row[i]) for row in rows)) for i in used]
     if table.prose and used[-1] == len(titles) - 1:
         widths[-1] = min(widths[-1], PROSE)
@@ -106,6 +127,8 @@ def _fits(console: Console, table: Table, titles: Sequence[str], rows: Cells, us
 
 
 def _grid(console: Console, table: Table, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> None:
+    from rich.table import Table as Grid
+
     grid = Grid(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", show_header=any(titles))
     prose = table.prose and len(titles) - 1
     for i in used:
