@@ -85,29 +85,43 @@ def _measured(seen: Array, largest: Array) -> tuple[float, float, float]:
     if not live.any():
         return 1.0, 0.0, 0.0
     seen, largest = seen[live], largest[live]
-    one, each = (_error(seen, np.broadcast_to(most, largest.shape)) for most in (largest.max(), largest))
-    return float(largest.max() / np.median(largest)), one, each
+    return float(largest.max() / _median(largest)), *_errors(seen, largest)
 
 
-def _error(seen: Array, largest: Array) -> float:
-    """How far 8 bits put the weights of the median channel off: the median error over the median weight, of those that aren't 0.
+def _errors(seen: Array, largest: Array) -> tuple[float, float]:
+    """How far 8 bits put the weights of the median channel off, with one scale and with one per channel: the median error over the median
+    weight, of those that aren't 0.
 
-    Not the mean squares, in which one large weight hides what becomes of all the others. largest: what the steps of each row reach to.
+    Not the mean squares, in which one large weight hides what becomes of all the others. largest: what the steps of each channel reach to.
     """
     live = seen.any(axis=1)
     if not live.any():
-        return 0.0
-    seen, step = seen[live], largest[live, None] / LEVELS
-    seen = np.where(seen == 0, np.nan, seen)
+        return 0.0, 0.0
+    seen, steps = np.where(seen == 0, np.nan, seen)[live], largest[live, None] / LEVELS
+    found = []
     with np.errstate(all="ignore"):
-        off = np.abs(np.round(seen / step) * step - seen)
-        return float(np.median(_medians(off) / _medians(np.abs(seen))))
+        sizes = _medians(np.abs(seen))
+        for step in (largest.max() / LEVELS, steps):
+            off = seen / step
+            np.round(off, out=off)
+            off *= step
+            off -= seen
+            found.append(_median((_medians(np.abs(off, out=off)) / sizes).ravel()))
+    return found[0], found[1]
 
 
 def _medians(rows: Array) -> Array:
-    """The lower median of each row's numbers that aren't NaN, which sorting puts last. (numpy's nanmedian takes row by row.)"""
+    """The lower median of each row's numbers that aren't NaN, which sorting puts last; the rows are sorted. (numpy's nanmedian takes row
+    by row.)"""
     middle = (np.isfinite(rows).sum(axis=1, keepdims=True) - 1) // 2
-    return np.take_along_axis(np.sort(rows, axis=1), middle, axis=1)
+    rows.sort(axis=1)
+    return np.take_along_axis(rows, middle, axis=1)
+
+
+def _median(numbers: Array) -> float:
+    """NaN where one is NaN. (numpy's median imports masked arrays.)"""
+    numbers = np.sort(numbers)
+    return float(numbers[-1] if np.isnan(numbers[-1]) else numbers[[(numbers.size - 1) // 2, numbers.size // 2]].mean())
 
 
 # --- the type to come ------------------------------------------------------------------------------------------------------------------

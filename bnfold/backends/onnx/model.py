@@ -31,19 +31,17 @@ from .graph.walk import all_graphs, all_nodes, axes, batchnorms, held_tensor, na
 from .graph.weights import computed_in
 from .lowering.table import lower
 from .lowering.table import lowering as lowering_of
-from .oracle.evaluator import Oracle, moving
-from .oracle.quantised import rounds
 from .oracle.widen import narrower
-from .runtime.providers import precisions, resolve
-from .runtime.session import Session
 
 if TYPE_CHECKING:
     from bnfold.algebra.graph import Graph, Value
     from bnfold.data import Batch, InputSpec
     from bnfold.report import FuseReport
 
+    from .oracle.evaluator import Oracle
     from .recalibration.plan import OnnxPlan
     from .runtime.bisect import Culprit
+    from .runtime.session import Session
 
 CHUNK = 8  # values that one run in the stored types gives out, for ONNX Runtime gives all of them at the end
 # Rounding spreads an error evenly over one unit in the last place: variance 1/12. A stored number can only move by whole units, so
@@ -112,22 +110,32 @@ class OnnxModel(Model):
         return None if made is None else OnnxModel(made)
 
     def oracle(self, *, jitter: int | None = None, outputs: Iterable[str] = ()) -> Oracle:
+        from .oracle.evaluator import Oracle
+
         return Oracle(self.model, skeleton=self._bare, jitter=jitter, outputs=outputs, rounds=self.rounded)
 
     def rounds(self) -> bool:
+        from .oracle.quantised import rounds
+
         return any(rounds(self._skeleton.graph, self._inlined.graph.initializers))
 
     def deployed(
         self, provider: str, optimisation: str, *, jitter: int | None = None, precision: str = "full", threads: int = 0
     ) -> Session:
+        from .runtime.session import Session
+
         model = self.model if jitter is None else self._moved(jitter)
         return Session(model, provider=provider, optimise=optimisation == "on", precision=precision, threads=threads)
 
     def precisions(self, provider: str) -> tuple[str, ...]:
+        from .runtime.providers import precisions
+
         return precisions(provider)
 
     def _moved(self, seed: int) -> ir.Model:
         """The model with one in twelve of its weights moved to the next number that is stored or that a cast leaves (see MOVED)."""
+        from .oracle.evaluator import moving
+
         copy = OnnxModel(self.model.clone())
         rng, kinds = np.random.default_rng(seed), moving(self.model)
         for value, tensor in stored_tensors(copy.model).items():
@@ -149,6 +157,8 @@ class OnnxModel(Model):
         return copy.model
 
     def require(self, provider: str) -> None:
+        from .runtime.providers import resolve
+
         resolve(provider)
 
     def layers(self) -> dict[str, str]:
@@ -163,6 +173,9 @@ class OnnxModel(Model):
         return graph, outputs
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
+        from .oracle.evaluator import Oracle
+        from .runtime.session import Session
+
         known = {v.name for node in self._inlined.graph for v in node.outputs}
         names = [name for name in wanted if name in known]
         if exact:
@@ -195,8 +208,8 @@ class OnnxModel(Model):
 
     @cached_property
     def _inlined(self) -> ir.Model:
-        """With functions in the places of their calls."""
-        return inlined(self.model)
+        """With functions in the places of their calls; the model itself, where it has none."""
+        return inlined(self.model) if self.model.functions else self.model
 
     @cached_property
     def _skeleton(self) -> onnx.ModelProto:
