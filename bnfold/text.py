@@ -9,7 +9,7 @@ from itertools import chain, count
 from typing import Any
 
 # What XML 1.0 can't hold, not even escaped; half a pair of UTF-16 (a path that isn't UTF-8 has them) can't be encoded at all.
-UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 # GitHub's runner takes a line that begins with `::`, whatever stands before of blanks, and `##[` anywhere, for a command.
 COMMAND = re.compile(r"^(\s*):(?=:)|(?<=#)#(?=\[)")
 

@@ -13,16 +13,16 @@ import onnx_ir as ir
 from bnfold.errors import ModelError
 
 
+HOLDING = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
 def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
     """The graphs that a control-flow node holds, by attribute name."""
-    for name, attribute in node.attributes.items():
-        if attribute.is_ref():
+    for name, attribute in node.attributes.data.items():  # the dict behind it, since every walk comes by here
+        if attribute.type not in HOLDING or attribute.is_ref():
             continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield name, attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield name, graph
+        for graph in [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs():
+            yield name, graph
 
 
 def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
@@ -43,7 +43,7 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
 
 def attribute(node: ir.Node, name: str, default: object = None) -> object:
     """The value of an attribute, or the default."""
-    found = node.attributes.get(name)
+    found = node.attributes.data.get(name)
     return default if found is None or found.is_ref() else found.value
 
 
