@@ -90,8 +90,8 @@ def table(source: Path, taken: dict[str, list[Run]]) -> None:
     for key, runs in taken.items():
         seconds, megabytes = (statistics.median(column) for column in zip(*runs, strict=True))
         other, most = WANTED.get(key, ("", ""))
-        said = f"{seconds:.2f} | {megabytes:.0f} | {ratio(key, FLOOR, 0)} | {other} | {ratio(key, other, 0)} | {ratio(key, other, 1)} | {most}"
-        print(f"| {source.stem} | {source.stat().st_size / 1e6:.0f} | {key} | {said} |", flush=True)
+        figures = (f"{seconds:.2f}", f"{megabytes:.0f}", ratio(key, FLOOR, 0), other, ratio(key, other, 0), ratio(key, other, 1), most)
+        print(f"| {source.stem} | {source.stat().st_size / 1e6:.0f} | {key} | {' | '.join(map(str, figures))} |", flush=True)
 
 
 if __name__ == "__main__":

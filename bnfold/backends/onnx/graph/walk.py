@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from bnfold.errors import ModelError
 
-
 HOLDING = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
