@@ -20,7 +20,8 @@ def arrays(path: str) -> dict[str, np.ndarray]:
 
 
 def test_files_of_onnx(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["average", "model.onnx", "another.onnx", "--data", "x.npy", "-o", "mean.onnx"]) == 0
+    assert run(["average", "model.onnx", "another.onnx", "--data", "x.npy", "-o", "mean.onnx", "--html", "mean.html"]) == 0
+    assert "<h1>bnfold average: model.onnx, another.onnx</h1>" in Path("mean.html").read_text(encoding="utf-8")
     assert "mean.onnx" in capsys.readouterr().out
     one, other, mean = map(arrays, ("model.onnx", "another.onnx", "mean.onnx"))
     for name in ("weight", "bias", "gamma", "beta"):

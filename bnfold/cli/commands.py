@@ -107,7 +107,7 @@ def merge_stats(
 
     check_parts(parts, counts)
     ready_to_write({out: loading.suffixes(model), beside(out): [".npz"]}, force=reporting.force, inputs=[model, *parts])
-    with Job(reporting) as job:
+    with Job(reporting, command="merge-stats") as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
         if counts is None:

@@ -34,7 +34,7 @@ def average(
         raise UsageError("average takes two models or more; `bnfold recalibrate` measures one's statistics")
     loading = measuring.loading
     ready_to_write({out: loading.suffixes(models[0]), beside(out): [".npz"]}, force=reporting.force, inputs=models)
-    with Job(reporting) as job, measuring.running.fallback():
+    with Job(reporting, command="average") as job, measuring.running.fallback():
         provider = measuring.running.one_provider(*models)
         loaded = [loading.load(path, job) for path in models]
         batches, given = measuring.opened(data, loaded[0], job)

@@ -48,8 +48,9 @@ class Reporting:
 class Job:
     """Results go to standard output; progress, remarks and errors to standard error. check: where a verdict goes besides."""
 
-    def __init__(self, where: Reporting, check: Check | None = None, steps: Sequence[str] = ()) -> None:
-        """steps: how the names of stages begin that steps of the work begin with; any other stage belongs to the step that runs."""
+    def __init__(self, where: Reporting, check: Check | None = None, steps: Sequence[str] = (), *, command: str = "") -> None:
+        """steps: how the names of stages begin that steps of the work begin with; any other stage belongs to the step that runs. command:
+        its name, where its report is that of another."""
         self.as_json, self.force, self.verbose = where.as_json, where.force, where.verbose
         self.main = rank() == 0  # of several processes, one speaks and writes
         self.report_path, self.html_path = (where.report, where.html) if self.main else (None, None)
@@ -62,7 +63,7 @@ class Job:
         self._notes: set[str] = set()
         self._said: dict[int, float] = {}
         self._began: dict[str, tuple[int, float]] = {}
-        self._check, self._steps, self._step = check, steps, 0
+        self._check, self._steps, self._step, self._command = check, steps, 0, command
         self._written: list[str] = []
         ready_to_write({self.report_path: [".json"], self.html_path: [".html"]}, force=where.force)
 
@@ -173,7 +174,7 @@ class Job:
         if self.html_path is not None:
             from bnfold.report.render.html import html
 
-            command = report.schema.removeprefix("bnfold.").partition("/")[0]
+            command = self._command or report.schema.removeprefix("bnfold.").partition("/")[0]
             write_text(self.html_path, html(report, command, self.models))
             self.wrote(self.html_path)
         if self.as_json or self.report_path is not None:

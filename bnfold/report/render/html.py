@@ -34,7 +34,7 @@ p { margin: .35rem 0; max-width: 60rem; }
 .headline.doubt { border-color: var(--doubt); }
 .good { color: var(--good); } .bad { color: var(--bad); } .doubt { color: var(--doubt); }
 .headline.good, .headline.bad, .headline.doubt { color: inherit; }
-.soft { color: var(--soft); font-size: .87rem; }
+.soft { color: var(--soft); font-size: .87rem; } .whole { white-space: nowrap; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
@@ -68,7 +68,7 @@ tr.folded .op, tr.merged .op { border: 1px dashed var(--good); background: none;
 tr.folded small, tr.merged small, tr.lowered small, tr.holds small { color: var(--good); }
 tr.differs .op { border-color: var(--bad); } tr.differs small { color: var(--bad); font-weight: 600; }
 tr.gone .op, tr.new .op { border: 1px dashed var(--doubt); } tr.gone small, tr.new small { color: var(--doubt); }
-@media (max-width: 600px) { .op span { display: block; } th, td { padding-right: .5rem; font-size: .9rem; }
+@media (max-width: 600px) { .op span { display: block; } th, td { padding-right: .4rem; font-size: .85rem; }
   td.long, td.text { min-width: 9rem; } table:not(.graph) td:first-child { min-width: 7rem; }
   td:not(.n) { white-space: normal; } td:not(.long):not(.text) > wbr { display: inline; } }
 summary { cursor: pointer; color: var(--soft); }

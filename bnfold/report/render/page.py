@@ -22,6 +22,7 @@ from bnfold.text import printable
 from . import Cell, Drawing, Headline, Line, Part, Picture, Table, folded, tables, verified
 from .documents import document
 
+NUMBER = re.compile(r"\b\d[\d.]*e-\d+")
 STRIPS = 1.0  # of a logarithm to base 2: what the strips of variances show in full at least
 
 
@@ -147,8 +148,8 @@ def escaped(text: str) -> str:
 
 
 def breakable(name: str) -> str:
-    """A name that may go on in the next line, between its parts and nowhere else."""
-    return "<wbr>".join(map(escaped, BREAKS.split(name)))
+    """A name or a text that may go on in the next line, between the parts of a name and not in a number (5.7e-08)."""
+    return NUMBER.sub(r"<span class=whole>\g<0></span>", "<wbr>".join(map(escaped, BREAKS.split(name))))
 
 
 def strip(values: Sequence[float], top: float, what: str) -> str:

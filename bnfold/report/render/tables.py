@@ -138,7 +138,7 @@ def effects(report: RecalibrateReport | PipelineReport, *, verbose: bool = True)
         (name, percent(a.accuracy), f"± {100 * a.stderr:.1f}", f"{a.loss:.4g}", f"± {a.loss_stderr:.2g}")
         for name, a in (("before", before), ("after", after))
     ]
-    moved = (f"{100 * e.accuracy:+.1f}", f"± {100 * e.accuracy_stderr:.1f}", f"{e.loss:+.4g}", f"± {e.loss_stderr:.2g}")
+    moved = (f"{100 * e.accuracy:+.1f}", f"± {100 * e.accuracy_stderr:.1f}", f"{e.loss:+.2g}", f"± {e.loss_stderr:.2g}")
     titles = (counted(before.samples, "labelled sample", ","), "accuracy", "", "loss", "")
     yield Table("Scores", titles, [*scores, ("difference", *moved)], prose=False, names=())
     yield Line(verdict=e.verdict, about="effect")
