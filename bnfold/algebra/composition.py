@@ -7,6 +7,8 @@ which is a convolution of stride s1*s2, whose taps lie at s1*d2*j + d1*k, and wh
 What the second one pads with zeros the first must make of its own zeros alone (and without a bias, see `absorbing.conv_down`). The groups
 of both part the channels between; the parts that they have in common are gcd(G1, G2) blocks.
 
+So is an average over windows behind a convolution, whose taps are all one over their number.
+
 An operator that only mixes the channels at each place goes into any other one beside it, whatever that does with places.
 """
 
@@ -74,22 +76,24 @@ class Composition:
 
 
 def composition(
-    first: Node, second: Node, weights: tuple[Param, Param], *, onto_first: bool = False, carriers: Sequence[Node] = ()
+    first: Node, second: Node, weights: Sequence[Param], *, onto_first: bool = False, carriers: Sequence[Node] = ()
 ) -> Composition:
     """What two linear operators are, of which the second reads the first alone. Raises `Blocked` where they aren't one.
 
-    weights: theirs. onto_first: whether the first had better be the host, where either can. carriers: what stands between; each does the
-    same to all channels, so that it may as well stand before an operator that only mixes them.
+    weights: theirs; an average over windows has none. onto_first: whether the first had better be the host, where either can. carriers:
+    what stands between; each does the same to all channels, so that it may as well stand before an operator that only mixes them.
     """
-    for node, param in zip((first, second), weights, strict=True):
+    for node, param in zip((first, second), weights, strict=False):
         if param.tensor is None or param.tensor.quantised is not None or param.tensor.integers:
             raise Blocked(f"the weight of {node.name} is quantised")
     windows = first.attrs.get("window"), second.attrs.get("window")
-    mixed, mixes = mixed_axis(first), None if carriers else mixed_axis(second)
+    mixed, mixes = mixed_axis(first), None if carriers or second.op == "Average" else mixed_axis(second)
     for node in carriers:
         if mixed is None or (mixed := carried(node, mixed)) is None:
             raise Blocked(f"{node.label} {node.name} stands between")
-    if not carriers and isinstance(windows[0], Window) and isinstance(windows[1], Window):
+    if second.op == "Average" and isinstance(windows[0], Window) and isinstance(windows[1], Window):
+        found = _averaged(first, second, weights[0], windows[0], windows[1])
+    elif not carriers and isinstance(windows[0], Window) and isinstance(windows[1], Window):
         found = _convolutions(first, second, weights, windows[0], windows[1])
     elif mixed is not None and _reads(second, mixed) and not (onto_first and mixes is not None and _makes(first, mixes)):
         found = _mixed_before(first, second, weights, mixed)
@@ -146,8 +150,26 @@ def _makes(node: Node, axis: int) -> bool:
 # --- shapes -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _convolutions(first: Node, second: Node, weights: tuple[Param, Param], one: Window, other: Window) -> Composition:
-    kernels = weights[0].shape[2:], weights[1].shape[2:]
+def _averaged(first: Node, second: Node, weight: Param, one: Window, other: Window) -> Composition:
+    """A convolution, and an average over windows behind it, which does the same to each channel."""
+    kernel = second.attrs["kernel"]
+    window, taps, seen = _row(first, second, (weight.shape[2:], kernel), one, other)
+    shape = (*weight.shape[:2], *taps)
+
+    def made(product: Product) -> Array:
+        own, total = weight.read(), Total(shape)
+        for each in product(np.full((1, 1), 1 / math.prod(kernel)), own.reshape(1, -1)):
+            for tap in np.ndindex(kernel):
+                total.add(each.reshape(own.shape), (slice(None), slice(None), *seen(tap)))
+        return total.sum()
+
+    return Composition(first, second, first, shape, _groups(first), window, 1, made)
+
+
+def _row(
+    first: Node, second: Node, kernels: tuple[Shape, Shape], one: Window, other: Window
+) -> tuple[Window, Shape, Callable[[tuple[int, ...]], tuple[slice, ...]]]:
+    """How two windows in a row slide as one, over how many taps, and which of these the first's are, for a tap of the second."""
     steps, taps = [], []
     for i, (k, j) in enumerate(zip(*kernels, strict=True)):
         reach = one.dilation[i] * (k - 1)
@@ -161,20 +183,24 @@ def _convolutions(first: Node, second: Node, weights: tuple[Param, Param], one: 
         for side in ("before", "after")
     )
     stride = tuple(s * t for s, t in zip(one.stride, other.stride, strict=True))
-    if second.attrs.get("even") and before != after:
-        raise Blocked("it would have to pad unevenly")
     far = [one.stride[i] * other.dilation[i] // steps[i] * (n > 1) for i, n in enumerate(kernels[1])]
     near = [one.dilation[i] // steps[i] if n > 1 else 1 for i, n in enumerate(kernels[0])]
 
     def seen(tap: tuple[int, ...]) -> tuple[slice, ...]:
-        """Where the first kernel lies as a tap of the second one sees it."""
         starts = [j * step for j, step in zip(tap, far, strict=True)]
         return tuple(slice(s, s + (k - 1) * n + 1, n) for s, k, n in zip(starts, kernels[0], near, strict=True))
 
-    return _by_channels(first, second, second, weights, Window(stride, tuple(steps), before, after), tuple(taps), seen)
+    return Window(stride, tuple(steps), before, after), tuple(taps), seen
 
 
-def _mixed_before(first: Node, second: Node, weights: tuple[Param, Param], axis: int) -> Composition:
+def _convolutions(first: Node, second: Node, weights: Sequence[Param], one: Window, other: Window) -> Composition:
+    window, taps, seen = _row(first, second, (weights[0].shape[2:], weights[1].shape[2:]), one, other)
+    if second.attrs.get("even") and window.before != window.after:
+        raise Blocked("it would have to pad unevenly")
+    return _by_channels(first, second, second, weights, window, taps, seen)
+
+
+def _mixed_before(first: Node, second: Node, weights: Sequence[Param], axis: int) -> Composition:
     if second.op == "Conv":
         return _by_channels(first, second, second, weights, None, weights[1].shape[2:], lambda tap: tuple(slice(j, j + 1) for j in tap))
     letter = second.attrs["w"].index(second.attrs["x"][axis])
@@ -188,7 +214,7 @@ def _mixed_before(first: Node, second: Node, weights: tuple[Param, Param], axis:
     return Composition(first, second, second, shape, 1, None, axis, made)
 
 
-def _mixed_behind(first: Node, second: Node, weights: tuple[Param, Param], axis: int) -> Composition:
+def _mixed_behind(first: Node, second: Node, weights: Sequence[Param], axis: int) -> Composition:
     if first.op == "Conv":
         kernel = weights[0].shape[2:]
         return _by_channels(first, second, first, weights, None, kernel, lambda tap: (slice(None),) * len(kernel))
@@ -225,7 +251,7 @@ def _by_channels(
     first: Node,
     second: Node,
     host: Node,
-    weights: tuple[Param, Param],
+    weights: Sequence[Param],
     window: Window | None,
     kernel: Shape,
     seen: Callable[[tuple[int, ...]], tuple[slice, ...]],

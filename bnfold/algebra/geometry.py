@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .affine import Blocked
-from .graph import Node, Param, Value
+from .graph import Node, Param, Value, Window
 from .lowering import Lowering, Op, Ref
 
 Ids = npt.NDArray[np.int64]
@@ -91,14 +91,20 @@ def pool(
     counted: bool = False,
     strict: bool = False,
     places: Sequence[Ref] = (),
+    stride: tuple[int, ...] | None = None,
 ) -> None:
     """Windows that slide. kernel: None where they fit the sizes (global, adaptive). counted: zeros beside the border count in a mean.
-    strict: the places of the maxima are used, which a scale of 0 would move. places: other inputs, which say where it reads."""
+    strict: the places of the maxima are used, which a scale of 0 would move. places: other inputs, which say where it reads. stride: where
+    all windows lie inside the borders, as those of a convolution would.
+    """
     attrs: dict[str, Any] = {"mixes": axes, "strict": strict}
     if kind == "Max":
         attrs["picks"] = _picks(ctx.value(x), ctx.value(ctx.output(op)), axes, kernel, dilation or (1,) * len(axes), padded)
     if counted:
         kind, attrs["fill"] = "Pad", 0.0
+    elif kernel is not None and stride is not None:
+        none = (0,) * len(kernel)
+        attrs |= {"kernel": kernel, "window": Window(stride, dilation or (1,) * len(kernel), none, none)}
     ctx.emit(kind, op, [x, *places], attrs)
 
 

@@ -2,7 +2,8 @@
 
 Between them may stand what does nothing, and constants that are added or multiplied: the second operator takes these up with the bias of
 the first, by the rule for maps that come from before. Averages may stand there too, and moves of whole channels: the mean of what a kernel
-of 1 makes is what it makes of the mean, so that a classifier takes up the convolution before a global average.
+of 1 makes is what it makes of the mean, so that a classifier takes up the convolution before a global average. A convolution takes up an
+average over windows behind it, which multiplies nothing, where its stride makes fewer of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Array, Blocked
 from bnfold.algebra.composition import Composition, carried, composition, mixed_axis
-from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor, Value
+from bnfold.algebra.graph import Graph, Node, Param, Site, Tensor, Value, Window
 from bnfold.algebra.layouts import Layout
 from bnfold.algebra.rules import rule_of
 from bnfold.algebra.settings import restated
@@ -88,7 +89,7 @@ class _Joining:
     def go(self) -> bool:
         """Look at all linear operators, once; whether something has changed."""
         before, self.apart = len(self.into), []
-        for second in [node for node in self._graph.nodes if node.op in LINEAR]:
+        for second in [node for node in self._graph.nodes if node.op in LINEAR or (node.op == "Average" and "window" in node.attrs)]:
             while second not in self.into and self._joins(second):
                 pass
         return len(self.into) > before
@@ -96,7 +97,7 @@ class _Joining:
     def _joins(self, second: Node) -> bool:
         """Whether an operator became one with the linear one before it."""
         between, first = _before(second)
-        if first is None:
+        if first is None or (second.op == "Average" and not self._may_average(first, between)):
             return False
         rows = [self.joined.get(node, Composed((node.name,), "", "", _work(node))) for node in (first, second)]
         names, work = rows[0].layers + rows[1].layers, [row.multiply_adds for row in rows]
@@ -113,6 +114,10 @@ class _Joining:
         total = Counts(sum(each.before for each in work if each is not None), counts.after) if known and counts is not None else None
         self.joined[host] = Composed(names, host.name, "", total)
         return True
+
+    def _may_average(self, first: Node, between: tuple[Node, ...]) -> bool:
+        """What only mixes channels goes behind an average instead (see `averages`)."""
+        return not between and isinstance(first.attrs.get("window"), Window) and not (self._graph.copies_weights and mixed_axis(first) == 1)
 
     def _pair(self, first: Node, between: tuple[Node, ...], second: Node) -> _Pair:
         """Raises `Blocked` where the two stay two."""
@@ -135,12 +140,14 @@ class _Joining:
             a = coefficients(node).after(a) if node.op == "Affine" else rule_of(node).down(node, [a])[0].maps[0]
         if a.shift.any() and not second.attrs.get("uniform", True):
             raise Blocked(f"of {second.name}: {second.attrs['uneven']}, and what is added before it would be missing there")
-        draft = {} if a.is_identity else checked(self._graph, Site(second.name, [second], 0), taken_up(second, a))
+        draft = {}
+        if not a.is_identity and second.op != "Average":
+            draft = checked(self._graph, Site(second.name, [second], 0), taken_up(second, a))
         grows = any(node.attrs.get("grows_add") and role == "bias" and node.params[role].tensor is None for node, role in draft)
-        weight, own = second.params["weight"], first.params["weight"]
+        weights = [node.params["weight"] for node in (first, second) if node.op in LINEAR]
         if (update := draft.pop((second, "weight"), None)) is not None:
-            weight = replace(weight, update=weight.updated(update))
-        found = composition(first, second, (own, weight), onto_first=grows and not first.attrs.get("grows_add"), carriers=carriers)
+            weights[1] = replace(weights[1], update=weights[1].updated(update))
+        found = composition(first, second, weights, onto_first=grows and not first.attrs.get("grows_add"), carriers=carriers)
         host = found.host
         _is_less(found, strictly=grows and host is second)
         goes = [node for node in nodes if node is not host and node not in carriers]
@@ -149,9 +156,11 @@ class _Joining:
             raise Blocked(f"{held[0].label} {held[0].name} stays")
         params = {"weight": _product(host.params["weight"], found)}
         fits_type(host, "weight", params["weight"], Affine.identity(len(found.shape)))
-        if host is first:
+        added = 0.0
+        if host is first and second.op in LINEAR:
             params |= _bias_behind(found, draft)
-        added = np.abs(a.shift).max(initial=0.0) * np.abs(weight.read()).sum(axis=_summed(second)).max(initial=0.0) if a.shift.any() else 0
+        if a.shift.any() and second.op in LINEAR:
+            added = np.abs(a.shift).max(initial=0.0) * np.abs(weights[1].read()).sum(axis=_summed(second)).max(initial=0.0)
         return _Pair(found, between, draft, params, np.asarray(added))
 
     def _commit(self, pair: _Pair) -> None:

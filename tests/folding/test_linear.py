@@ -209,6 +209,66 @@ def test_a_mixture_of_channels_goes_behind_an_average(value_info: bool) -> None:
     assert [node.op_type for node in fused.graph.node] == ["AveragePool", "AveragePool", "Conv"]
 
 
+def pooled(net: Net) -> None:
+    """The BatchNorm between folds first; the constant behind stays."""
+    x = net.conv(net.input("N", 4, 11, "W"), 4, 6, 3, pads=1, groups=2, dilations=[2, 1])
+    net.output(net.op("AveragePool", net.bn(x, 6), kernel_shape=[3, 2], strides=[2, 2]))
+
+
+def pooled_in_a_row(net: Net) -> None:
+    x = net.conv(net.input("N", 4, 23), 4, 6, 2, dims=1, bias=False)
+    x = net.op("AveragePool", x, kernel_shape=[2], strides=[2], count_include_pad=1)
+    net.output(net.relu(net.op("AveragePool", x, kernel_shape=[2], strides=[2])))
+
+
+@pytest.mark.parametrize("draw", [pooled, pooled_in_a_row], ids=lambda draw: draw.__name__)
+def test_a_convolution_takes_up_the_averages_behind_it(draw: Callable[[Net], None]) -> None:
+    model, fused, report = joined(draw)
+    (row,) = report.composed
+    assert row.layers[0] == row.into == "Conv_node_0"
+    assert row.multiply_adds.after < row.multiply_adds.before
+    assert [node.op_type for node in fused.graph.node if node.op_type != "Relu"] == ["Conv"]
+    assert bnfold.verify(model, fused, coefficients_only=True).verdict == "equivalent"
+
+
+@pytest.mark.parametrize("how", [{"pads": [1, 1, 1, 1]}, {"ceil_mode": 1}, {"auto_pad": "SAME_UPPER"}, {"strides": [1, 1]}], ids=str)
+def test_an_average_stays_that_reaches_beyond_the_border_or_saves_nothing(how: dict[str, object]) -> None:
+    net = Net("pool")
+    x = net.bn(net.conv(net.input("N", 4, 10, 9), 4, 6, 3, pads=1), 6)
+    net.output(net.op("AveragePool", x, **{"kernel_shape": [2, 2], "strides": [2, 2], **how}))
+    fused, report = merged(net.model())
+    assert operators(fused) == {"Conv": 1, "AveragePool": 1}
+    assert not any(row.into for row in report.composed)
+
+
+def test_averages_of_modules_go_where_no_code_calls_them_again() -> None:
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    class Called(nn.Module):
+        """As a function, and one layer of pooling twice."""
+
+        def __init__(self, *, twice: bool) -> None:
+            super().__init__()
+            self.one, self.two, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+            self.pool, self.twice = nn.AvgPool2d(2), twice
+
+        def forward(self, x):
+            pool = self.pool if self.twice else lambda x: nn.functional.avg_pool2d(x, 2)
+            return pool(self.norm(self.two(torch.relu(pool(self.one(x))))))
+
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding="same", bias=False), nn.BatchNorm2d(8), nn.AvgPool2d((2, 3)), nn.ReLU())
+    x = torch.randn(2, 3, 21, 20)
+    for module, in_module, in_program in ((plain, 1, 1), (Called(twice=True), 0, 2), (Called(twice=False), 0, 2)):
+        module.eval()
+        for given, count in ((module, in_module), (torch.export.export(module, (x,)), in_program)):
+            fused, report = bnfold.fuse(given, example=x, merge_linear=True)
+            assert sum(row.into != "" for row in report.composed) == count
+            assert report.verify is None or report.verify.levels.coefficients.verdict == "equivalent"
+            made = fused if given is module else fused.module()
+            assert torch.allclose(made(x), module(x), atol=1e-5)
+
+
 def test_a_densenet_takes_fewer_multiply_adds_in_a_program() -> None:
     torch = pytest.importorskip("torch")
     nn = torch.nn

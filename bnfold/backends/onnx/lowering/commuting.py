@@ -111,6 +111,7 @@ def windowed(kind: str) -> Lower:
             raise Blocked("the rank of its input isn't known")
         for v in (arg(node), node.outputs[0]):
             ctx.set_rank(v, rank)
+        padded, beyond = pads(node, kernel), bool(attribute(node, "ceil_mode", 0))
         geometry.pool(
             ctx,
             node,
@@ -119,9 +120,10 @@ def windowed(kind: str) -> Lower:
             tuple(range(2, rank)),
             kernel,
             wholes(node, "dilations"),
-            padded=pads(node, kernel),
-            counted=kind == "Average" and bool(attribute(node, "count_include_pad", 0) and (pads(node) or attribute(node, "ceil_mode", 0))),
+            padded=padded,
+            counted=kind == "Average" and bool(attribute(node, "count_include_pad", 0) and (padded or beyond)),
             strict=kind == "Max" and used(node, 1),
+            stride=None if padded or beyond else wholes(node, "strides", (1,) * (rank - 2)),
         )
 
     return lower

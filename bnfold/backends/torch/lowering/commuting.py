@@ -11,7 +11,7 @@ from bnfold.algebra.graph import Param
 
 from ..export.walk import arguments, is_float, operator_name
 from .lowering import Lower, TorchLowering, each, first
-from .module_host import ModuleHost
+from .module_host import AVERAGES, ModuleHost
 from .movement import mirror
 from .places import Slot
 
@@ -80,6 +80,10 @@ def windowed(kind: str) -> Lower:
         padded = any(ctx.sizes.static(given.get("padding"), [0]) or [0])
         # 0 for computed ones, which fits nothing
         kernel, dilation = (each(ctx.sizes.static(given.get(key, 1), 0), dims) for key in ("kernel_size", "dilation"))
+        stride = ctx.sizes.static(given.get("stride") or given.get("kernel_size"), 0)
+        # a module's code calls a function again
+        fixed = padded or given.get("ceil_mode") or 0 in each(stride or 0, dims) or rank == dims + 1
+        fixed = fixed or (isinstance(ctx.host, ModuleHost) and bool(ctx.host.why_not_replaced(op, AVERAGES)))
         geometry.pool(
             ctx,
             op,
@@ -91,6 +95,7 @@ def windowed(kind: str) -> Lower:
             padded=padded,
             counted=bool(given.get("count_include_pad") and padded),
             strict=not is_float(op) and 1 in ctx.items(op),
+            stride=None if fixed else each(stride, dims),
         )
 
     return lower

@@ -26,6 +26,7 @@ from .places import Place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CLIPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 COMPUTED = re.compile(r"(?:(?P<owner>.*)\.)?parametrizations\.(?P<attribute>\w+)\.(?:original\d*|\d+\..*)")
 HOOKS = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
 
@@ -221,12 +222,12 @@ class ModuleHost:
                     found.setdefault(named.target, []).extend(ends)
         return found
 
-    # --- a clip that becomes another module ------------------------------------------------------------------------------------------
+    # --- a module that another one replaces ------------------------------------------------------------------------------------------
 
-    def why_not_replaced(self, op: Node) -> str:
-        """Why no other module can stand in the place of the one whose call clips, "" where one can."""
+    def why_not_replaced(self, op: Node, kinds: tuple[type[nn.Module], ...] = CLIPS) -> str:
+        """Why no other module can stand in the place of the one that an operator is the call of, "" where one can. kinds: of modules."""
         module = self._modules.get(frame(op))
-        if not isinstance(module, CLIPS):
+        if not isinstance(module, kinds):
             return "the code calls it as a function"
         if len(self.inside(frame(op))) > 1 or len(self._names[id(module)]) > 1:
             return "the code calls its module in several places"
