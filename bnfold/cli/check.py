@@ -23,7 +23,7 @@ from bnfold.report import Deployment, PipelineReport, Report
 from bnfold.report.render import Row, folded, rows, verified
 from bnfold.text import printable
 
-from .options import OUTPUT, option
+from .options import OUTPUT, rare
 
 if TYPE_CHECKING:
     from bnfold.report.render import Part
@@ -170,8 +170,8 @@ DOUBTFUL = ("different", "inconclusive")
 class Checking:
     """Where a verdict goes besides."""
 
-    junit: Path | None = option("--junit", "Write the verdict as JUnit XML.", OUTPUT, "FILE.xml")
-    markdown: Path | None = option("--markdown", "Write the verdict as Markdown.", OUTPUT, "FILE.md")
+    junit: Path | None = rare("--junit", "Write the verdict as JUnit XML.", OUTPUT, "FILE.xml")
+    markdown: Path | None = rare("--markdown", "Write the verdict as Markdown.", OUTPUT, "FILE.md")
 
 
 class Check:

@@ -188,7 +188,7 @@ def verify(
     map_output: list[str] | None = o.MAP_OUTPUT,
     baseline: Path | None = o.BASELINE,
     bundle: Path | None = o.option("--bundle", "Where the models differ, write the part that shows it, with a script.", o.OUTPUT, "DIR"),
-    coefficients_only: bool = o.option(
+    coefficients_only: bool = o.rare(
         "--coefficients-only", "Compare operators, settings and coefficients alone, which takes no data and runs neither model."
     ),
 ) -> int:
@@ -235,7 +235,7 @@ def pipeline(
     checking: Checking,
     folding: Folding,
     strict: bool = o.STRICT,
-    keep: Path | None = o.option("--keep-recalibrated", "Write what was folded too, for verify --against.", o.OUTPUT, "FILE"),
+    keep: Path | None = o.rare("--keep-recalibrated", "Write what was folded too, for verify --against.", o.OUTPUT, "FILE"),
     baseline: Path | None = o.BASELINE,
 ) -> int:
     """Recalibrate, then fuse, then verify.
@@ -281,7 +281,7 @@ def bench(
     rounds: int = o.option("--rounds", "How often each is timed.", min=5, default=21, show_default=True),
     map_input: list[str] | None = o.MAP_INPUT,
     threads: int | None = o.option("--threads", "Threads that one operator may use. Default: as the runtime likes.", min=1),
-    unoptimised: bool = o.option("--unoptimised", "With ONNX Runtime's own optimisations off, which fold too."),
+    unoptimised: bool = o.rare("--unoptimised", "With ONNX Runtime's own optimisations off, which fold too."),
 ) -> None:
     """Time two models side by side.
 

@@ -18,7 +18,7 @@ from bnfold.recalibration.distributed import rank
 from bnfold.report import InputFile, Report
 from bnfold.text import duration, figure, listed, visible
 
-from .options import OUTPUT, option, values
+from .options import OUTPUT, option, rare, values
 from .streams import may_be_terminal, reader_may_leave
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Reporting:
     verbose: bool = option("-v --verbose", "Show every layer and every figure.", OUTPUT)
     quiet: bool = option("-q --quiet", "No progress and no remarks.", OUTPUT)
     recipe: str | None = option("--recipe", "Options of bnfold.toml or pyproject.toml.", OUTPUT, "NAME", values=values.recipes)
-    debug: bool = option("--debug", "Show the traceback of an error.", OUTPUT)
+    debug: bool = rare("--debug", "Show the traceback of an error.", OUTPUT)
 
 
 class Job:

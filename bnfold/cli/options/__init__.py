@@ -27,59 +27,6 @@ from .values import Values, offered, words
 
 # Titles of the help's panels.
 MODELS, DATA, STATISTICS, IMAGES, OUTPUT = "Models", "Data", "Statistics", "Images", "Output"
-# What few need, and --help-all shows beside the others.
-RARE = {
-    "--ignore-keys",
-    "--plain-state",
-    "--allow-cpu-fallback",
-    "--column",
-    "--max-bad",
-    "--resize",
-    "--crop/--no-crop",
-    "--crop-pct",
-    "--scale",
-    "--interpolation",
-    "--bgr/--rgb",
-    "--channels-last/--channels-first",
-    "--variance",
-    "--momentum",
-    "--prior",
-    "--mean-shift",
-    "--skip-layers",
-    "--freeze",
-    "--force-random",
-    "--memory-budget",
-    "--timeout",
-    "--map-input",
-    "--map-output",
-    "--keep-per-tensor",
-    "--junit",
-    "--markdown",
-    "--debug",
-    "--accept-harm",
-    "--trust-pickle",
-    "--restore",
-    "--resume",
-    "--mean",
-    "--std",
-    "--baseline",
-    "--shard",
-    "--stats",
-    "--image-size",
-    "--until",
-    "--clone",
-    "--equalise",
-    "--coefficients-only",
-    "--unoptimised",
-    "--keep-recalibrated",
-    "--clamps",
-    "--norm-affine",
-    "--drop-dead",
-    "--merge-linear",
-    "--lower",
-    "--flush-subnormals",
-    "--target",
-}
 DECLARED, READ = "typer", "read"  # keys of a field's metadata
 
 
@@ -98,11 +45,14 @@ def option(
     offers, else the words of the metavar; more: as `typer.Option` has it. Without a default it must be given, but for a type that has None
     in it, and for bool, which is False.
     """
-    settings = {"show_default": default not in (MISSING, None), "hidden": names.split()[-1] in RARE} | more
+    settings = {"show_default": default not in (MISSING, None)} | more
     values = values or words(metavar or "")
     settings |= {} if values is None else {"autocompletion": offered(values)}
     made = typer.Option(*names.split(), help=help, rich_help_panel=panel, metavar=metavar or ("N" if "min" in more else None), **settings)
     return dataclasses.field(default=default, metadata={DECLARED: made, READ: read and partial(read, option=names.split()[-1])})
+
+
+rare = partial(option, hidden=True)  # what few need, and --help-all shows beside the others
 
 
 def argument(metavar: str, help: str, read: Callable[..., Any] | None = None, values: Values | None = None) -> Any:
@@ -289,8 +239,8 @@ FORMS = (
 SPEC = option("--data", FORMS, metavar="DATA")
 SPEC_OR_RANDOM = option("--data", f"{FORMS} Default: random.", metavar="DATA")
 STRICT = option("--strict", "Fail, and write nothing, if a BatchNorm stays.")
-MAP_INPUT = option("--map-input", "Which of the candidate's inputs is which; repeatable.", MODELS, "NAME=NAME")
-MAP_OUTPUT = option("--map-output", "The same of outputs; repeatable.", MODELS, "NAME=NAME")
-BASELINE = option(
+MAP_INPUT = rare("--map-input", "Which of the candidate's inputs is which; repeatable.", MODELS, "NAME=NAME")
+MAP_OUTPUT = rare("--map-output", "The same of outputs; repeatable.", MODELS, "NAME=NAME")
+BASELINE = rare(
     "--baseline", "An earlier --report of the same command: fail where something got worse, by more than noise.", OUTPUT, "REPORT.json"
 )

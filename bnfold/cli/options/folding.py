@@ -4,63 +4,61 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from functools import partial
+from typing import Any, get_args
 
 from bnfold.errors import UsageError
 from bnfold.folding.options import Lowering, Target
 
-from . import option
+from . import rare
 
 FOLDING = "Folding"
 
 
-def lowering(text: str, option: str) -> Lowering:
-    """One of the two."""
-    if text not in get_args(Lowering):
-        raise UsageError(f"{option} {text}: write {' or '.join(get_args(Lowering))}")
-    return cast(Lowering, text)
-
-
-def target(text: str, option: str) -> Target:
-    """One of the narrow types."""
-    if text not in get_args(Target):
-        raise UsageError(f"{option} {text}: write {' or '.join(get_args(Target))}")
-    return cast(Target, text)
+def one_of(words: Any, text: str, option: str) -> str:
+    """One of the words of a Literal."""
+    if text not in get_args(words):
+        raise UsageError(f"{option} {text}: write {' or '.join(get_args(words))}")
+    return text
 
 
 @dataclass(frozen=True)
 class Folding:
     """See `FoldOptions`, by whose names these go."""
 
-    clone: bool = option("--clone", "Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.", FOLDING)
-    keep_per_tensor: bool = option(
+    clone: bool = rare("--clone", "Double an operator whose output is read elsewhere, if that lets a BatchNorm fold.", FOLDING)
+    keep_per_tensor: bool = rare(
         "--keep-per-tensor", "Leave a BatchNorm where its fold would make a quantised weight's one scale one for each channel.", FOLDING
     )
-    clamps: bool = option(
+    clamps: bool = rare(
         "--clamps", "Let BatchNorms pass a ReLU or another clip, which becomes a maximum with a bound for each channel.", FOLDING
     )
-    norm_affine: bool = option(
+    norm_affine: bool = rare(
         "--norm-affine", "Move scale and shift of layer, group, instance and RMS normalisations into all that reads them too.", FOLDING
     )
-    drop_dead: bool = option(
+    drop_dead: bool = rare(
         "--drop-dead", "Take channels out that are constant (gamma is 0), with their filters in the layers on both sides, exactly.", FOLDING
     )
-    merge_linear: bool = option(
+    merge_linear: bool = rare(
         "--merge-linear", "Let linear layers in a row be one where that takes fewer multiply-adds, or as many, exactly.", FOLDING
     )
-    equalise: bool = option(
+    equalise: bool = rare(
         "--equalise", "Then move scales between layers until the ranges of their channels match, for integers with one scale.", FOLDING
     )
-    lower: Lowering | None = option(
+    lower: Lowering | None = rare(
         "--lower",
         "Write what stays for targets without BatchNorm, exactly: as Mul and Add, or as a depthwise convolution of one tap.",
         FOLDING,
         "mul-add|depthwise",
-        read=lowering,
+        read=partial(one_of, Lowering),
     )
-    flush_subnormals: bool = option("--flush-subnormals", "Write new weights that are subnormal in their type as 0.", FOLDING)
-    target: Target | None = option(
-        "--target", "Tell what of the new weights would overflow, or lose its digits, in the type to come.", FOLDING, "TYPE", read=target
+    flush_subnormals: bool = rare("--flush-subnormals", "Write new weights that are subnormal in their type as 0.", FOLDING)
+    target: Target | None = rare(
+        "--target",
+        "Tell what of the new weights would overflow, or lose its digits, in the type to come.",
+        FOLDING,
+        "TYPE",
+        read=partial(one_of, Target),
     )
 
     @property

@@ -15,7 +15,7 @@ from bnfold.certificates import folder_of
 from bnfold.errors import UsageError
 
 from ..job import Job
-from . import DATA, IMAGES, MODELS, OUTPUT, counts, height_and_width, json_object, numbers, option, resize, shapes, values
+from . import DATA, IMAGES, MODELS, OUTPUT, counts, height_and_width, json_object, numbers, option, rare, resize, shapes, values
 
 if TYPE_CHECKING:
     from bnfold.data.images import ImageOptions
@@ -28,8 +28,8 @@ class Loading:
 
     arch: str | None = option("--arch", "What builds a checkpoint, or FILE.py:FACTORY.", MODELS, "MODULE:FACTORY")
     arch_args: dict[str, Any] | None = option("--arch-args", "The arguments of --arch.", MODELS, "JSON", read=json_object)
-    trust_pickle: bool = option("--trust-pickle", "Load files that can run code.", MODELS)
-    ignore_keys: list[str] | None = option(
+    trust_pickle: bool = rare("--trust-pickle", "Load files that can run code.", MODELS)
+    ignore_keys: list[str] | None = rare(
         "--ignore-keys", "Keys of a checkpoint to pass over, which --arch has no weights for; repeatable.", MODELS, "PATTERN"
     )
 
@@ -49,7 +49,7 @@ class Loading:
 class Saving(Loading):
     """How they are read, and what is made of them is written."""
 
-    plain_state: bool = option(
+    plain_state: bool = rare(
         "--plain-state", "Write a state dict without what says that it was folded, for a class without the BatchNorms.", OUTPUT
     )
 
@@ -79,7 +79,7 @@ class Running:
         "NAME",
         values=values.providers,
     )
-    allow_cpu_fallback: list[str] | None = option(
+    allow_cpu_fallback: list[str] | None = rare(
         "--allow-cpu-fallback",
         "What may run on the CPU where the provider has no kernel for it; repeatable. Anything else ends the run.",
         MODELS,
@@ -179,27 +179,27 @@ class Shaping:
 class Imaging:
     """What is done to images."""
 
-    max_bad: str | None = option("--max-bad", "How many images may be undecodable. Default: 1%.", IMAGES, "N|P%")
+    max_bad: str | None = rare("--max-bad", "How many images may be undecodable. Default: 1%.", IMAGES, "N|P%")
     preprocess: str | None = option(
         "--preprocess",
         "timm or hf, as the model or the file beside it says, torchvision, or a CONFIG.json of theirs.",
         IMAGES,
         "HOW",
     )
-    image_size: tuple[int, int] | None = option("--image-size", "What the network gets.", IMAGES, "H[,W]", read=height_and_width)
-    resize: int | tuple[int, int] | None = option(
+    image_size: tuple[int, int] | None = rare("--image-size", "What the network gets.", IMAGES, "H[,W]", read=height_and_width)
+    resize: int | tuple[int, int] | None = rare(
         "--resize", "First: the shorter side, or both, in pixels; 0 for no resize.", IMAGES, "N|H,W", read=resize
     )
-    crop: bool | None = option("--crop/--no-crop", "Then: cut --image-size out of the centre, or resize to it.", IMAGES)
-    crop_pct: float | None = option("--crop-pct", "In place of --resize: --image-size over it.", IMAGES, min=0.01, max=1.0)
-    scale: float | None = option("--scale", "Then: what pixels are multiplied by, 1/255 unless given.", IMAGES, "X")
-    mean: tuple[float, ...] | None = option("--mean", "Then: what is subtracted.", IMAGES, "R,G,B", read=numbers)
-    std: tuple[float, ...] | None = option("--std", "Then: what it is divided by.", IMAGES, "R,G,B", read=numbers)
-    interpolation: str | None = option(
+    crop: bool | None = rare("--crop/--no-crop", "Then: cut --image-size out of the centre, or resize to it.", IMAGES)
+    crop_pct: float | None = rare("--crop-pct", "In place of --resize: --image-size over it.", IMAGES, min=0.01, max=1.0)
+    scale: float | None = rare("--scale", "Then: what pixels are multiplied by, 1/255 unless given.", IMAGES, "X")
+    mean: tuple[float, ...] | None = rare("--mean", "Then: what is subtracted.", IMAGES, "R,G,B", read=numbers)
+    std: tuple[float, ...] | None = rare("--std", "Then: what it is divided by.", IMAGES, "R,G,B", read=numbers)
+    interpolation: str | None = rare(
         "--interpolation", "bilinear, bicubic, nearest, lanczos, box or hamming.", IMAGES, "NAME", values=values.interpolations
     )
-    bgr: bool | None = option("--bgr/--rgb", "The order of the channels.", IMAGES)
-    channels_last: bool | None = option(
+    bgr: bool | None = rare("--bgr/--rgb", "The order of the channels.", IMAGES)
+    channels_last: bool | None = rare(
         "--channels-last/--channels-first", "(N, H, W, C) or (N, C, H, W), where the shape leaves it open.", IMAGES
     )
 
@@ -226,7 +226,7 @@ class Feeding(Shaping):
     images: Imaging
     batch_sizes: list[int] | None = option("--batch-size", "Samples at once. Default: 8, or as the data come.", DATA, "N", read=counts)
     samples: int | None = option("--samples", "At most so many. Default: all; to compare models, a few.", DATA, min=1)
-    column: str | None = option("--column", "Of a table: what goes in, where several columns could.", DATA, "NAME")
+    column: str | None = rare("--column", "Of a table: what goes in, where several columns could.", DATA, "NAME")
 
     @property
     def batch_size(self) -> int | None:

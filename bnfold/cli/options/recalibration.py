@@ -14,7 +14,7 @@ from bnfold.files import replacing, unreadable
 from bnfold.recalibration.distributed import TIMEOUT, processes
 
 from ..job import Job
-from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, size_in_bytes, values
+from . import DATA, OUT, SPEC, STATISTICS, numbers, option, part, rare, size_in_bytes, values
 from .inputs import Feeding, Running, Saving
 
 if TYPE_CHECKING:
@@ -30,13 +30,11 @@ class Calibrating:
     """How statistics are measured."""
 
     method: str | None = option("--method", f"{METHODS}. Default: exact.", STATISTICS, "NAME", values=values.methods)
-    variance: str | None = option("--variance", "M2/n or M2/(n-1). Default: as the method's source has it.", STATISTICS, "biased|unbiased")
-    momentum: str | None = option(
-        "--momentum", "moving-average: weight of the newest batch; none for the plain mean.", STATISTICS, "M|none"
-    )
-    prior: float | None = option("--prior", "prior: the old statistics count as N samples (16).", STATISTICS, "N", min=0)
-    mean_shift: bool = option("--mean-shift", "prior: the variance of the mixture, means being apart.", STATISTICS)
-    until: float | None = option("--until", "As many samples as bring each mean's standard error to E deviations.", STATISTICS, "E")
+    variance: str | None = rare("--variance", "M2/n or M2/(n-1). Default: as the method's source has it.", STATISTICS, "biased|unbiased")
+    momentum: str | None = rare("--momentum", "moving-average: weight of the newest batch; none for the plain mean.", STATISTICS, "M|none")
+    prior: float | None = rare("--prior", "prior: the old statistics count as N samples (16).", STATISTICS, "N", min=0)
+    mean_shift: bool = rare("--mean-shift", "prior: the variance of the mixture, means being apart.", STATISTICS)
+    until: float | None = rare("--until", "As many samples as bring each mean's standard error to E deviations.", STATISTICS, "E")
 
     @property
     def name(self) -> str:
@@ -71,8 +69,8 @@ class Choosing:
     """Whose statistics are measured."""
 
     layers: list[str] | None = option("--layers", "Only BatchNorms of such names; repeatable.", STATISTICS, "PATTERN", values=values.layers)
-    skip_layers: list[str] | None = option("--skip-layers", "None of such names; repeatable.", STATISTICS, "PATTERN", values=values.layers)
-    freeze: bool = option("--freeze", "Give BatchNorms in training mode statistics of their own, so that they can fold.", STATISTICS)
+    skip_layers: list[str] | None = rare("--skip-layers", "None of such names; repeatable.", STATISTICS, "PATTERN", values=values.layers)
+    freeze: bool = rare("--freeze", "Give BatchNorms in training mode statistics of their own, so that they can fold.", STATISTICS)
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `api.recalibrate` and its kin."""
@@ -91,13 +89,13 @@ class Measuring:
     evaluate: str | None = option(
         "--eval", "Labelled data to score before and after, or none. Default: --data, where it has labels.", metavar="DATA"
     )
-    accept_harm: bool = option("--accept-harm", "Write the model even where the scores say that it was harmed.")
-    force_random: bool = option("--force-random", "Measure on random numbers, which no trained network has seen; with --method.", DATA)
-    resume: Path | None = option("--resume", "Keep what is measured, stage by stage, and go on from what is kept there.", DATA, "DIR")
-    timeout: float | None = option(
+    accept_harm: bool = rare("--accept-harm", "Write the model even where the scores say that it was harmed.")
+    force_random: bool = rare("--force-random", "Measure on random numbers, which no trained network has seen; with --method.", DATA)
+    resume: Path | None = rare("--resume", "Keep what is measured, stage by stage, and go on from what is kept there.", DATA, "DIR")
+    timeout: float | None = rare(
         "--timeout", "torchrun: after so long a process that says nothing is lost, and all end (1800).", DATA, "SECONDS", min=1
     )
-    memory_budget: int = option(
+    memory_budget: int = rare(
         "--memory-budget",
         "Activations held in memory before they spill to disk.",
         DATA,
@@ -146,11 +144,11 @@ class Task:
     data: str | None = SPEC
     out: Path | None = OUT
     measuring: Measuring
-    restore: Path | None = option("--restore", "Put the old statistics back that a recalibration kept.", STATISTICS, "OUT.before.npz")
-    shard: tuple[int, int] | None = option(
+    restore: Path | None = rare("--restore", "Put the old statistics back that a recalibration kept.", STATISTICS, "OUT.before.npz")
+    shard: tuple[int, int] | None = rare(
         "--shard", "Measure part I (from 0) of N only, for merge-stats; with --stats.", STATISTICS, "I/N", read=part
     )
-    stats: Path | None = option("--stats", "Where a part's measurements go.", STATISTICS, "FILE.npz")
+    stats: Path | None = rare("--stats", "Where a part's measurements go.", STATISTICS, "FILE.npz")
 
     def __post_init__(self) -> None:
         """UsageError where what is needed is missing or too much."""
