@@ -95,7 +95,7 @@ def weights(model: Any) -> Found:
     else:
         network = [(name, type(part).__name__, part.extra_repr(), part.training) for name, part in model.named_modules()]
         tensors = model.state_dict()
-    raw = {name: (t.dtype, t.shape, t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+    raw = {name: (t.dtype, t.shape, t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
     return {name: digest(*of) for name, of in raw.items()} | {"the network": digest(network)}
 
 
