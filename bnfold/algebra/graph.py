@@ -7,9 +7,9 @@ updates back. Nothing here holds a weight: a `Param` reads it when asked.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,20 @@ import numpy.typing as npt
 from .affine import Affine, Array
 from .layouts import AS_STORED, Layout, Places, taken
 from .quantised import Quantised
+
+T = TypeVar("T", bound=Hashable)
+
+
+def reachable(start: Iterable[T], way: Callable[[T], Iterable[T]]) -> dict[T, None]:
+    """All that a way leads to from some nodes of whatever graph, and these themselves; depth first."""
+    found: dict[T, None] = {}
+    stack = list(start)
+    while stack:
+        each = stack.pop()
+        if each not in found:
+            found[each] = None
+            stack.extend(way(each))
+    return found
 
 
 @dataclass(eq=False)

@@ -6,13 +6,13 @@ or behind, could be anything, and no output would show it; where its coefficient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bnfold.algebra.graph import Graph, Node, Value
+from bnfold.algebra.graph import Graph, Node, Value, reachable
 from bnfold.algebra.settings import settings
 from bnfold.data import Batch
 from bnfold.errors import BnfoldError, UnsupportedError
@@ -188,23 +188,11 @@ def _users(node: Node) -> list[Node]:
     return [user for v in node.outputs for user, _ in v.users]
 
 
-def _closure(start: Iterable[Node], way: Callable[[Node], Iterable[Node]]) -> dict[Node, None]:
-    """What a way leads to, and all that it leads to from there."""
-    found: dict[Node, None] = {}
-    stack = list(start)
-    while stack:
-        each = stack.pop()
-        if each not in found:
-            found[each] = None
-            stack.extend(way(each))
-    return found
-
-
 def _around(node: Node) -> list[Node]:
     """The nearest operators with coefficients, on either side."""
 
     def nearest(way: Callable[[Node], list[Node]]) -> list[Node]:
-        return [each for each in _closure(way(node), lambda each: [] if each.params else way(each)) if each.params]
+        return [each for each in reachable(way(node), lambda each: [] if each.params else way(each)) if each.params]
 
     return nearest(_sources) + nearest(_users)
 
@@ -213,10 +201,10 @@ def _bodies(node: Node) -> dict[Node, None]:
     """What the graphs compute that an operator holds."""
     ends = [v.producer for body in settings(node).bodies for v in body.outputs if isinstance(v, Value) and v.producer is not None]
     inner = [each for each in ends if each.index < node.index]
-    return _closure(inner, lambda each: (above for above in _sources(each) if above.index < node.index))
+    return reachable(inner, lambda each: (above for above in _sources(each) if above.index < node.index))
 
 
 def _inside(graph: Graph) -> set[Node]:
     """Operators of graphs that others hold: their values can't be seen, and they count only where something outside reads them."""
     inner = {each for node in graph.nodes if node.label in BRANCHES | {"Loop", "Scan"} for each in _bodies(node)}
-    return inner - _closure((above for node in graph.nodes if node not in inner for above in _sources(node)), _sources).keys()
+    return inner - reachable((above for node in graph.nodes if node not in inner for above in _sources(node)), _sources).keys()

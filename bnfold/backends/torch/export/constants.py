@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node, map_arg
 
+from bnfold.algebra.graph import reachable
+
 from ..runtime.widen import call, widened
 from .quantisers import ROUND, quantiser
 from .walk import RANDOM, function, is_float, is_item, mutates, operator_name, overload, tensor_named, value_of, written
@@ -82,11 +84,11 @@ class ProgramConstants:
 
     def is_quantised(self, node: Any) -> bool:
         """Whether a constant is computed from what is quantised."""
-        return any(quantiser(each) is not None for each in _behind(node))
+        return any(quantiser(each) is not None for each in reachable([node], _read))
 
     def of_integers(self, node: Any) -> bool:
         """Whether a constant is computed from what operators round, or from stored integers that one casts."""
-        behind = list(_behind(node))
+        behind = reachable([node], _read)
         cast = [each.all_input_nodes[0] for each in behind if operator_name(each) in ("to", "_to_copy") and is_float(each)]
         return any(operator_name(each) in ROUND for each in behind) or any(self.stored(each) and not is_float(each) for each in cast)
 
@@ -100,20 +102,12 @@ class ProgramConstants:
 
     def roots(self, node: Node) -> list[Node]:
         """The stored tensors that a constant is computed from."""
-        return [each for each in _behind(node) if self.stored(each) is not None]
+        return [each for each in reachable([node], _read) if self.stored(each) is not None]
 
     def ends(self, node: Node) -> list[tuple[Node, Node]]:
         """Who reads a constant, and what they read: the constant itself or what is computed from it alone."""
-        found, seen, stack = [], {node}, [node]
-        while stack:
-            each = stack.pop()
-            for user in each.users:
-                if self.is_constant(user):
-                    stack += [user] * (user not in seen)
-                    seen.add(user)
-                else:
-                    found.append((user, each))
-        return found
+        inside = reachable([node], lambda each: filter(self.is_constant, each.users))
+        return [(user, each) for each in inside for user in each.users if not self.is_constant(user)]
 
     def with_numbers(self, numbers: Mapping[Node, Tensor]) -> ProgramConstants:
         """The same, with other numbers in some of the stored tensors."""
@@ -169,16 +163,6 @@ def _read(node: Node) -> list[Node]:
     """The tensors whose numbers an operator reads: a cast to another tensor's type reads only what it casts."""
     cast = operator_name(node) == "type_as" or (operator_name(node) == "to" and overload(node) == "other")
     return node.all_input_nodes[:1] if cast else node.all_input_nodes
-
-
-def _behind(node: Node) -> Iterator[Node]:
-    """A constant, and what it is computed from, the last first."""
-    seen, stack = {node}, [node]
-    while stack:
-        each = stack.pop()
-        yield each
-        stack += [source for source in _read(each) if source not in seen]
-        seen.update(_read(each))
 
 
 def as_float64(tensor: Tensor) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from bnfold.algebra.graph import reachable
 from bnfold.report import Size
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -187,14 +188,7 @@ def storage_of(node: Node) -> Node:
 
 def views(root: Node) -> set[Node]:
     """All that shares a tensor's storage from there on, what is written in place included."""
-    found, stack = {root}, [root]
-    while stack:
-        op = stack.pop()
-        for user in op.users:
-            if user not in found and viewed(user) is op:
-                found.add(user)
-                stack.append(user)
-    return found
+    return set(reachable([root], lambda op: (user for user in op.users if viewed(user) is op)))
 
 
 def is_batchnorm(node: Node) -> bool:

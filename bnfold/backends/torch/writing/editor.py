@@ -18,6 +18,7 @@ from torch.fx import Graph as Ops
 from torch.fx import GraphModule, map_arg
 from torch.fx import Node as Op
 
+from bnfold.algebra.graph import reachable
 from bnfold.capture import quiet
 from bnfold.errors import UnsupportedError
 from bnfold.text import first_line, unused
@@ -77,19 +78,9 @@ class ProgramEditor:
 
 def boundary(program: ExportedProgram, output: str, stops: Collection[str]) -> list[str]:
     """Those of some values that another is computed from without others of them between."""
-    found: dict[str, None] = {}
-    start = next(op for op in program.graph.nodes if op.name == output)
-    seen, stack = {start}, [start]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in seen:
-                continue
-            seen.add(source)
-            if source.name in stops:
-                found[source.name] = None
-            else:
-                stack.append(source)
-    return list(found)
+    start = [op for op in program.graph.nodes if op.name == output]
+    inside = reachable(start, lambda op: (source for source in op.all_input_nodes if source.name not in stops))
+    return list(dict.fromkeys(source.name for op in inside for source in op.all_input_nodes if source.name in stops))
 
 
 def extract(program: ExportedProgram, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> bytes:
@@ -98,16 +89,9 @@ def extract(program: ExportedProgram, inputs: Mapping[str, npt.NDArray[Any]], ou
     stored, root, ops, made = stored_tensors(program), nn.Module(), Ops(), dict[Op, Op]()
     for name in inputs:
         made[by_name[name]] = ops.placeholder(name)
-    wanted: set[Op] = set()
-    stack = [by_name[name] for name in outputs]
-    while stack:
-        op = stack.pop()
-        if op not in wanted and op not in made:
-            wanted.add(op)
-            stack.extend(op.all_input_nodes)
-    for op in program.graph.nodes:
-        if op not in wanted:
-            continue
+    given = set(made)
+    wanted = reachable((by_name[name] for name in outputs), lambda op: () if op in given else op.all_input_nodes).keys() - given
+    for op in (op for op in program.graph.nodes if op in wanted):
         if op.op in ("placeholder", "get_attr"):
             tensor = stored.get(op.name) if op.op == "placeholder" else attrgetter(str(op.target))(program.graph_module)
             if not isinstance(tensor, Tensor):
