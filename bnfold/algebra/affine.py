@@ -107,7 +107,7 @@ class Affine:
         """Scale and shift as vectors of length `size`, if `axis` is the only one along which they vary."""
         axis %= self.rank
         if others := [i for i in self.varying if i != axis]:
-            raise Blocked(f"the map varies along axis {_listed(others)}, the operator's channels lie along axis {axis}")
+            raise Blocked(f"the map varies along axis {' and '.join(map(str, others))}, the operator's channels lie along axis {axis}")
         if self.shape[axis] not in (1, size):
             raise Blocked(f"the map has {self.shape[axis]} channels, the operator {size}")
         scale, shift = (np.broadcast_to(c.reshape(-1), size) for c in (self.scale, self.shift))
@@ -141,7 +141,3 @@ class Affine:
     def same_as(self, other: Affine) -> bool:
         """Equality of two maps, element by element, broadcasting."""
         return all(bool((one == another).all()) for one, another in ((self.scale, other.scale), (self.shift, other.shift)))
-
-
-def _listed(axes: list[int]) -> str:
-    return " and ".join(map(str, axes))

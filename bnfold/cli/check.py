@@ -186,9 +186,7 @@ class Check:
         self.command, self.where, self.files, self.strict = command, where, [printable(str(path)) for path in files], strict
         ready_to_write({where.junit: [".xml"], where.markdown: [".md"]}, force=force, inputs=files)
         self.summary = os.environ.get("GITHUB_STEP_SUMMARY")
-        self.baseline: Baseline | None = None
-        if baseline is not None:
-            self.baseline = Baseline(baseline, f"bnfold.{command}/1")
+        self.baseline = None if baseline is None else Baseline(baseline, f"bnfold.{command}/1")
         self.compared: list[Row] = []
         self._given = False
 

@@ -57,7 +57,8 @@ def _behind(graph: Graph, node: Node, given: list[Affine]) -> Affine | None:
             alive = alive | (a.scale != 0)
         if node.op == "Mul":  # 0 times whatever is finite
             for i, a in enumerate(given[: node.attrs.get("factors", len(given))]):
-                if all(_is_bounded(value) for k, value in enumerate(node.inputs) if k != i):
+                makers = [value.producer for k, value in enumerate(node.inputs) if k != i]
+                if all(maker is not None and maker.label in BOUNDED for maker in makers):
                     alive = alive & ((a.scale != 0) | (a.shift != 0))
         return projection(alive, function([a.shift for a in given]))
     if node.op in CROSSED:
@@ -107,11 +108,6 @@ def channel_axes(node: Node) -> tuple[int, int] | None:
     made = [i for i, letter in enumerate(y) if letter in w and letter not in x]
     read = [i for i, letter in enumerate(x) if letter in w and letter not in y]
     return (made[0], read[0]) if len(made) == len(read) == 1 else None
-
-
-def _is_bounded(value: Value) -> bool:
-    node = value.producer
-    return node is not None and node.label in BOUNDED
 
 
 def _along_one_axis(a: Affine, rank: int) -> Affine | None:

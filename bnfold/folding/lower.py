@@ -75,13 +75,8 @@ def _written(node: Node, how: Lowering) -> Written:
     if how == "depthwise" and own and a.rank - 2 in SPATIAL and set(a.varying) <= {1} and size is not None:
         s, t = a.along(1, size)
         return Written(node, {"weight": s.reshape(size, *(1,) * (a.rank - 1)), "bias": t})
-    return Written(node, _as_mul_add(a))
-
-
-def _as_mul_add(a: Affine) -> dict[str, Array]:
-    """Without the one that does nothing; of the identity the Add is left."""
     constants = {} if (a.scale == 1).all() else {"Mul": a.scale}
-    return constants if constants and not a.shift.any() else {**constants, "Add": a.shift}
+    return Written(node, constants if constants and not a.shift.any() else {**constants, "Add": a.shift})  # of the identity the Add is left
 
 
 def _overflow(written: Written) -> str:

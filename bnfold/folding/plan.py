@@ -16,7 +16,7 @@ from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
 from .dead import Narrowed, drop, narrowed
-from .equalise import equalise as equalise_ranges
+from .equalise import equalise
 from .linear import Chains, Magnitudes, join
 from .lower import Written, clamped, free, joined, lower, work
 from .norms import move
@@ -51,10 +51,6 @@ class Planned:
     def changes(self) -> bool:
         others = self.scaled or self.merges or self.written or self.fewer.nodes or self.chains.removed or self.chains.behind
         return bool(others) or any(outcome.folded for outcome in self.outcomes)
-
-    @property
-    def folded_sites(self) -> list[Site]:
-        return [outcome.site for outcome in self.outcomes if outcome.folded]
 
     def report(
         self, notes: Mapping[Node, str], *, bytes_added: int, others: Iterable[Layer] = (), said: tuple[str, ...] = ()
@@ -174,7 +170,9 @@ def plan(
         outcomes = _after_merging(graph, chains.outcomes(outcomes), {}, options.clone)
     stays = {*graph.nodes, *(m.branch for m in merges)}  # or is taken out as a branch
     removed = [node for node in affine if node not in stays]
-    equalised, scaled = _equalised(graph, merges) if options.equalise else ([], [])
+    # A module's code goes on adding the value itself, by which the host's weight is less than the one that is planned.
+    added = {m.host: "its input is added to what it gives" for m in merges if m.branch is None and not graph.copies_weights}
+    equalised, scaled = equalise(graph, added) if options.equalise else ([], [])
     written = list(clamped(graph))
     clips = tuple(each.node.name for each in written)
     if options.lower is not None:
@@ -198,12 +196,6 @@ def plan(
         clips,
         chains,
     )
-
-
-def _equalised(graph: Graph, merges: Iterable[Merge]) -> tuple[list[Equalised], list[Node]]:
-    # A module's code goes on adding the value itself, by which the host's weight is less than the one that is planned.
-    hosts = [m.host for m in merges if m.branch is None and not graph.copies_weights]
-    return equalise_ranges(graph, dict.fromkeys(hosts, "its input is added to what it gives"))
 
 
 def normal_form(

@@ -155,13 +155,7 @@ class Scores:
     def summary(self) -> Accuracy:
         """With the standard errors sqrt(p (1 - p) / n) of the accuracy, and deviation / sqrt(n) of the mean loss."""
         n, share = len(self.right), float(self.right.mean())
-        return Accuracy(
-            accuracy=share,
-            stderr=math.sqrt(share * (1 - share) / n),
-            samples=n,
-            loss=float(self.loss.mean()),
-            loss_stderr=float(self.loss.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf,
-        )
+        return Accuracy(share, math.sqrt(share * (1 - share) / n), n, *_mean(self.loss))
 
 
 def score(model: Model, data: Any, *, provider: str = "cpu", progress: Progress | None = None) -> Scores | None:

@@ -11,7 +11,6 @@ import bisect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -58,7 +57,7 @@ class Frontier:
     def __enter__(self) -> Frontier:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._values.clear()
         self._file.close()
 

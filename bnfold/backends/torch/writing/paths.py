@@ -134,7 +134,8 @@ def path_of(text: str, traced: Traced, refused: Mapping[str, str], allowed: Allo
         if not outcome.folded and (way := ways.get(outcome.site)) is not None and way.path is None:
             outcome.site.note = ""  # on what its call does once it is folded
     way_of = {node: (site, way) for site, way in ways.items() for node in site.nodes}  # a site that folds at last is another object
-    removed = dict(way_of[site.nodes[0]] for site in planned.folded_sites if site.nodes[0] in way_of)
+    firsts = (outcome.site.nodes[0] for outcome in planned.outcomes if outcome.folded)
+    removed = dict(way_of[node] for node in firsts if node in way_of)
     lowered = {modules[each.node] for each in planned.written if each.node in modules}
     removed |= {site: ways[site] for site in lowered}
     places = [ways[modules[each.node]].path if each.node in modules else frame(each.node.native.op) for each in planned.written]
