@@ -150,6 +150,17 @@ def a_packed_file_in_a_shard(folder: Path) -> None:
         archive.addfile(entry, io.BytesIO(data))
 
 
+@case("inspect bad.onnx", 3, "it holds 16,000 graphs inside of 24,003 operators, too many to be followed")
+def branches_without_end(folder: Path) -> None:
+    nodes, last = [], "q"
+    for i in range(8000):
+        ends = [helper.make_tensor_value_info(f"{side}{i}", TensorProto.FLOAT, None) for side in "ab"]
+        sides = [helper.make_graph([helper.make_node("Neg", [last], [end.name])], "side", [], [end]) for end in ends]
+        nodes.append(helper.make_node("If", ["which"], [f"o{i}"], then_branch=sides[0], else_branch=sides[1]))
+        last = f"o{i}"
+    save(folder, nodes, {"which": np.array(True)})
+
+
 @case(RECALIBRATE + "eps", 3, "it is none of JPEG, PNG, BMP, GIF, WEBP, TIFF, PPM")
 def a_program_for_ghostscript(folder: Path) -> None:
     (folder / "eps").mkdir()

@@ -7,7 +7,7 @@ sloppy, so what nobody reads may be odd: an attribute that this version of an op
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from .validate import domain_of, inner_graphs, label, nodes
 
 OPTION = defs.OpSchema.FormalParameterOption
 MOST_CALLED = 200_000  # operators that calls of functions may come to
+MOST_SEEN = 1 << 26  # values that graphs inside of operators may read: inference copies what stands around each
 DEEPEST_CALL = 100  # of functions that call each other: onnx puts no deeper ones in the places of their calls
 KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
 CHOICES = {  # of attributes that are one of a few words
@@ -174,6 +175,19 @@ def _check_constant(node: NodeProto, shapes: dict[str, Dims]) -> None:
         shapes[node.output[0]] = tuple(values[0].t.dims)
 
 
+def _extent(nodes: Collection[NodeProto]) -> tuple[int, int]:
+    """How many operators these are, with those in graphs inside of them, and how many such graphs."""
+    inner = [graph for node in nodes for graph in inner_graphs(node)]
+    return _added((len(nodes), len(inner)), [(_extent(graph.node), 1) for graph in inner])
+
+
+def _added(own: tuple[int, int], others: Iterable[tuple[tuple[int, int], int]]) -> tuple[int, int]:
+    """The sums. others: each with how often it counts."""
+    for (operators, graphs), times in others:
+        own = own[0] + times * operators, own[1] + times * graphs
+    return own
+
+
 def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
     """Functions that call themselves, or are called with more than they take."""
     by_name = {(domain_of(f.domain), f.name, f.overload): i for i, f in enumerate(proto.functions)}
@@ -193,9 +207,9 @@ def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
     callees = [Counter(calls(function.node)) for function in proto.functions]
     left = set(range(len(callees)))
     deep = 0
-    comes_to: dict[int, int] = {}  # operators, with those of the functions that it calls
+    comes_to: dict[int, tuple[int, int]] = {}  # operators and graphs inside of them, with those of the functions that it calls
     while ready := {i for i in left if not callees[i].keys() & left}:
-        comes_to |= {i: len(proto.functions[i].node) + sum(n * comes_to[k] for k, n in callees[i].items()) for i in ready}
+        comes_to |= {i: _added(_extent(proto.functions[i].node), [(comes_to[k], n) for k, n in callees[i].items()]) for i in ready}
         left -= ready
         deep += 1
     if left:
@@ -204,8 +218,12 @@ def _check_calls(proto: ModelProto, opsets: Mapping[str, int]) -> None:
     if deep > DEEPEST_CALL:
         raise ModelError(f"its functions call each other {deep:,} deep, more than {DEEPEST_CALL}; export the model without functions")
     called = [*calls(proto.graph.node)]
-    if (total := sum(map(comes_to.__getitem__, called))) > MOST_CALLED:
+    total, _ = _added((0, 0), [(comes_to[i], 1) for i in called])
+    if total > MOST_CALLED:
         raise ModelError(f"its functions come to {total:,} operators, more than {MOST_CALLED:,}; export the model without functions")
+    operators, inner = _added(_extent(proto.graph.node), [(comes_to[i], 1) for i in called])
+    if operators * inner > MOST_SEEN:
+        raise ModelError(f"it holds {inner:,} graphs inside of {operators:,} operators, too many to be followed; don't use this file")
     seen = set(called)
     while called:
         function = proto.functions[index := called.pop()]
