@@ -48,8 +48,8 @@ CONTENT: dict[str, tuple[bytes, str]] = {
     ),
     "onnxtxt": (b'<\n  ir_version: 8,\n  opset_import: ["" : 17]\n>', "ONNX in text form, or a web page"),
     "json": (b'\xef\xbb\xbf{"irVersion": "8"}', "a JSON file"),
-    "keras 2": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file, such as a Keras model; convert it to ONNX with tf2onnx"),
-    "keras 3": (zipped("metadata.json", "model.weights.h5"), "a Keras model"),
+    "keras 2": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file, such as a Keras model; load it in Python with KERAS_BACKEND=torch"),
+    "keras 3": (zipped("metadata.json", "model.weights.h5"), "a Keras model; load it in Python"),
     "zipped model": (zipped("model.onnx"), "a zip archive that holds an ONNX model; unpack it"),
     "npz": (zipped("x.npy"), "a NumPy .npz archive; give the model first"),
     "damaged zip": (

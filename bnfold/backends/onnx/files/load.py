@@ -184,6 +184,7 @@ def _line(error: Exception) -> str:
     return one_line(error)
 
 
+KERAS = "load it in Python with KERAS_BACKEND=torch, and give bnfold the model, or write it with model.export('m.onnx', format='onnx')"
 BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; what the file is; what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run 'git lfs pull'"),
     (b"<!doctype html", "an HTML page, probably of a failed download", "download the model again"),
@@ -192,7 +193,7 @@ BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; wha
     (b"ir_version", "ONNX in text form", "convert it with onnx.save(onnx.load(path, format='textproto'), 'model.onnx')"),
     (b"<", "ONNX in text form, or a web page", "convert it with onnx.save(onnx.load(path, format='onnxtxt'), 'model.onnx')"),
     (b"{", "a JSON file", "if it is ONNX in JSON form, convert it with onnx.save(onnx.load(path, format='json'), 'model.onnx')"),
-    (b"\x89hdf", "an HDF5 file, such as a Keras model", "convert it to ONNX with tf2onnx"),
+    (b"\x89hdf", "an HDF5 file, such as a Keras model", KERAS),
     (b"\x1f\x8b", "a gzip archive", "unpack it with gunzip"),
     (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
     (b"gguf", "a GGUF file, which holds weights without a network", "give the model in ONNX form"),
@@ -200,7 +201,7 @@ BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; wha
 )
 ZIPS = (  # the end of a member's name, what the archive is, what to do
     (".onnx", "a zip archive that holds an ONNX model", "unpack it"),
-    ("model.weights.h5", "a Keras model", "convert it to ONNX with tf2onnx"),
+    ("model.weights.h5", "a Keras model", KERAS),
     (".npy", "a NumPy .npz archive", "give the model first and the arrays with --data"),
 )
 AT_FOUR = {  # the identifier of a FlatBuffer, at byte 4

@@ -62,7 +62,7 @@ def plan_of(model: ir.Model, *, select: Select = every, freeze: bool = False, pr
 class OnnxPlan(StagePlan[ir.Node, ir.Value]):
     """A model of its own, cut into stages."""
 
-    none_found = f"{StagePlan.none_found}. {HOW_TO_KEEP}"
+    none_found = f"{StagePlan.none_found}. {HOW_TO_KEEP}. Keras writes them out as arithmetic: recalibrate its own model, in Python"
 
     def __init__(self, model: ir.Model, select: Select, freeze: bool, provider: str) -> None:
         super().__init__(select, freeze)
