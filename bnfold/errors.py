@@ -22,6 +22,7 @@ HOW_TO_KEEP = (
     "torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
     "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
 )
+EXAMPLE = "such as --input-shape 1,3,224,224"  # on the command line
 ALREADY_FOLDED = f"{NO_BATCHNORM}. {HOW_TO_KEEP}"
 
 

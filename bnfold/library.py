@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .errors import BnfoldError
+from .errors import EXAMPLE, BnfoldError
 from .report.base import Report
 from .text import meant
 
@@ -72,6 +72,7 @@ def in_python(text: str, first: Mapping[str, inspect.Parameter] | None = None) -
             return found[0]
         return f"{name}=True" if known[name].annotation == "bool" else f"{name}=" if found[2] else name
 
+    text = text.replace(EXAMPLE, "such as example=batch")
     return re.sub(r"--([a-z][a-z-]+)\b( (?=[A-Z0-9'{]|\w+\.\w))?", argument, text)
 
 

@@ -202,7 +202,7 @@ def test_inputs_that_are_integers(here: Path, capsys: pytest.CaptureFixture[str]
 
 NONSENSE = {
     "inspect c.pth": (2, "weights without a network; say what builds it, with --arch"),
-    "inspect c.pth --arch net.py:make": (2, "--input-shape 1,3,224,224 on the command line"),
+    "inspect c.pth --arch net.py:make": (2, "give an example of its input, such as --input-shape 1,3,224,224"),
     "inspect c.pth --arch net.py:make --input-shape 1,x": (2, "--input-shape 1,x: not a shape"),
     "inspect c.pth --arch net.py:make --input-shape x=1,1,8,8:int46": (2, "'int46' is no type for an input; give one of float32, int64, "),
     "inspect c.pth --arch net.py:make --input-shape 1,1,8,8:": (2, "--input-shape 1,1,8,8:: '' is no type for an input"),

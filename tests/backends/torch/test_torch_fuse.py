@@ -697,7 +697,9 @@ def test_a_network_that_cant_be_exported_is_refused_by_name() -> None:
 
 
 def test_an_example_is_asked_for() -> None:
-    with pytest.raises(bnfold.UsageError, match="Sequential doesn't say what it takes: give an example of its input"):
+    with pytest.raises(
+        bnfold.UsageError, match="Sequential doesn't say what it takes: give an example of its input, such as example=batch"
+    ):
         bnfold.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval())
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from bnfold.capture import quiet
 from bnfold.data import LABELS
 from bnfold.data.samples import ROWS, rows_are_samples
-from bnfold.errors import DataError, UsageError
+from bnfold.errors import EXAMPLE, DataError, UsageError
 from bnfold.text import first_line
 
 from .copies import shared_twin
@@ -66,10 +66,7 @@ def known_example(module: nn.Module) -> Call:
         if isinstance(size, Sequence) and all(isinstance(n, int) for n in size):
             generator = torch.Generator().manual_seed(0)
             return as_call(module, torch.randn((2, *size), generator=generator))
-    raise UsageError(
-        f"{type(module).__name__} doesn't say what it takes: give an example of its input (example=batch in Python, "
-        f"--input-shape 1,3,224,224 on the command line, or --data where there is that)"
-    )
+    raise UsageError(f"{type(module).__name__} doesn't say what it takes: give an example of its input, {EXAMPLE}")
 
 
 def _call_of(module: nn.Module, example: Any) -> Call:
