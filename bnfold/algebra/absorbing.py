@@ -167,7 +167,8 @@ def coefficients(node: Node) -> Affine:
 
 
 def affine_up(node: Node, a: Affine) -> list[Step]:
-    """s*(S*x + T) + t: one with both slots takes it all; an Add takes the shift, and the scale goes on; a Mul the reverse."""
+    """s*(S*x + T) + t: one with both slots takes it all; an Add takes the shift, and the scale goes on; a Mul the reverse, where the whole
+    of it can't go on."""
     own, slots = coefficients(node), node.params.keys() & {"gamma", "beta"}
     _grows(node, a)
     if slots == {"gamma", "beta"}:
@@ -178,7 +179,10 @@ def affine_up(node: Node, a: Affine) -> list[Step]:
         return [Step([Affine.identity(a.rank)], {"gamma": a})]
     if (own.scale == 0).any():
         raise Blocked("its own scale has zeros and the map's shift is not zero")
-    return [Step([Affine(a.scale, (a.scale * own.shift + a.shift - own.shift) / own.scale)])]
+    steps = [Step([Affine(a.scale, (a.scale * own.shift + a.shift - own.shift) / own.scale)])]
+    if slots == {"gamma"} and a.scale.all():
+        steps.append(Step([Affine.shifting(a.shift / (a.scale * own.scale))], {"gamma": a.linear}))
+    return steps
 
 
 def affine_down(node: Node, maps: list[Affine]) -> list[Step]:

@@ -25,7 +25,6 @@ from bnfold.report import Dropped
 
 from .branches import Merge
 from .constant import CROSSED, LINEAR, channel_axes, constants
-from .feasible import checked
 from .search import apply, taken_up
 
 Mask = npt.NDArray[np.bool_]  # of a value's rank, with the size 1 along axes on which nothing varies
@@ -67,8 +66,8 @@ def drop(graph: Graph, barred: Iterable[Node] = ()) -> Narrowed:
                 continue
             dead = known.get(node.inputs[0], Affine.identity(mask.ndim))
             try:
-                draft = taken_up(node, Affine(mask.astype(np.float64), np.where(mask, 0.0, dead.shift)))
-                drafts.append(checked(graph, Site(node.name, [node], 0, is_batchnorm=False), draft))
+                site = Site(node.name, [node], 0, is_batchnorm=False)
+                drafts.append(taken_up(graph, site, Affine(mask.astype(np.float64), np.where(mask, 0.0, dead.shift))))
             except Blocked as blocked:
                 takes[node] = takes.get(node, ALL) + 1
                 why.setdefault(node, str(blocked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -124,6 +124,7 @@ def fits_type(node: Node, role: str, param: Param, update: Affine) -> None:
 
 Maps = dict[Any, Affine]  # going up, what each (user, input) demands; going down, what each value carries
 
+T = TypeVar("T")
 ATTEMPTS = 64  # how many ways through the sums and products of one network are tried for one site
 
 
@@ -154,9 +155,9 @@ class State:
         return self
 
 
-def search(start: State, advance: Callable[[State], list[State]]) -> State:
-    """The end of the first way on which nothing is blocked; else the reason of the first way tried."""
-    stack, first = [start], None
+def search(start: State, advance: Callable[[State], list[State]], accept: Callable[[State], T]) -> T:
+    """What is accepted of the end of the first way on which nothing is blocked; else why the first such end isn't, or the first way is."""
+    stack, first, unfit = [start], None, None
     for _ in range(ATTEMPTS):
         state = stack.pop()
         try:
@@ -165,15 +166,20 @@ def search(start: State, advance: Callable[[State], list[State]]) -> State:
                 stack.extend(reversed(others))
             if state.fail is not None:
                 raise state.fail
-            return state
         except Blocked as blocked:
             first = first or blocked
         except ValueError as error:  # of numpy: no input makes such a network run, whatever sizes its file leaves open
             first = first or Blocked(f"the sizes of its constants don't fit each other ({error})")
+        else:
+            try:
+                return accept(state)
+            except Blocked as blocked:
+                unfit = unfit or blocked
         if not stack:
             break
-    assert first is not None
-    raise first
+    reason = unfit or first
+    assert reason is not None
+    raise reason
 
 
 def named(node: Node, blocked: Blocked) -> Blocked:

@@ -26,7 +26,7 @@ from bnfold.report import Composed, Counts
 from .averages import defer
 from .constant import LINEAR
 from .duplicate import multiply_adds
-from .feasible import Draft, checked, fits_type
+from .feasible import Draft, fits_type
 from .search import Outcome, apply, taken_up
 
 CARRIERS = {"Average", "Move"}  # what may do the same to all channels
@@ -142,7 +142,7 @@ class _Joining:
             raise Blocked(f"of {second.name}: {second.attrs['uneven']}, and what is added before it would be missing there")
         draft = {}
         if not a.is_identity and second.op != "Average":
-            draft = checked(self._graph, Site(second.name, [second], 0), taken_up(second, a))
+            draft = taken_up(self._graph, Site(second.name, [second], 0), a)
         grows = any(node.attrs.get("grows_add") and role == "bias" and node.params[role].tensor is None for node, role in draft)
         weights = [node.params["weight"] for node in (first, second) if node.op in LINEAR]
         if (update := draft.pop((second, "weight"), None)) is not None:

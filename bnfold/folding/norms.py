@@ -31,7 +31,7 @@ def move(graph: Graph, outcomes: Iterable[Outcome]) -> tuple[list[Outcome], list
         site = outcome.site
         if not outcome.folded and not site.is_batchnorm and site.refusal is None and _behind(site.nodes):
             try:
-                outcome = commit(graph, site, checked(graph, site, push_down(site)))
+                outcome = commit(graph, site, push_down(graph, site))
                 changed += outcome.into
             except Blocked:
                 pass
@@ -43,7 +43,7 @@ def move(graph: Graph, outcomes: Iterable[Outcome]) -> tuple[list[Outcome], list
         site = Site(name, [node], size)
         neutral = {"gamma": Affine(np.zeros(()), np.ones(())), "beta": Affine(np.zeros(()), np.zeros(()))}
         try:
-            draft = push_down(site) | {(node, role): neutral[role] for role in node.params}
+            draft = push_down(graph, site) | {(node, role): neutral[role] for role in node.params}
             into = tuple(each for each in apply(checked(graph, site, draft)) if each is not node)
         except Blocked as blocked:
             said.append(f"the scale and shift of {node.label} {name} stay: {blocked}")

@@ -104,7 +104,7 @@ def scaled_together(value: Value, scale: Array, barred: Mapping[Node, str], live
         except Blocked as blocked:
             raise named(node, blocked) from None
 
-    return search(start, advance)
+    return search(start, advance, lambda state: state)
 
 
 def _assign(state: State, value: Value, a: Affine, by: Node | None = None) -> None:

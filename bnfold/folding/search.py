@@ -77,7 +77,7 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
         if where == "behind it" and not _may_go_down(site):
             continue
         try:
-            draft = checked(graph, site, push(site))
+            draft = push(graph, site)
         except Blocked as blocked:
             reasons.append(f"{where}: {blocked}")
             shift_alone |= isinstance(blocked, NoBias) and where == "before it"
@@ -87,7 +87,7 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
         return found
     if site.holds_shift and shift_alone:
         try:
-            if draft := checked(graph, site, _push_up(site, scale_alone=True)):
+            if draft := _push_up(graph, site, scale_alone=True):
                 return _leave_shift(graph, site, draft)
         except Blocked:
             pass
@@ -128,7 +128,7 @@ def _with_clones(graph: Graph, site: Site) -> Outcome | None:
     clones = Clones(graph)
     while True:
         try:
-            outcome = commit(graph, site, checked(graph, site, _push_up(site)), clones.note)
+            outcome = commit(graph, site, _push_up(graph, site), clones.note)
             graph.clones += [copy for _, copy in clones.made]
             return outcome
         except Shared as shared:
@@ -151,8 +151,11 @@ def _may_go_down(site: Site) -> bool:
 # --- one push, either way ---------------------------------------------------------------------------------------------------------
 
 
-def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_on: Callable[[State, Node, list[Affine]], None]) -> Draft:
-    """ways: the options that a node has for the maps that reached it. hand_on: takes the maps of one to the nodes that they reach."""
+def _push(
+    graph: Graph, site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_on: Callable[[State, Node, list[Affine]], None]
+) -> Draft:
+    """What the first way makes of parameters that can be written. ways: the options that a node has for the maps that reached it.
+    hand_on: takes the maps of one to the nodes that they reach."""
     start = State()
     for node in site.nodes:
         start.visit(node, sign)
@@ -168,10 +171,10 @@ def _push(site: Site, sign: int, ways: Callable[[Node, Maps], list[Step]], hand_
             hand_on(each, node, step.maps)
         return states
 
-    return search(start, advance).draft
+    return search(start, advance, lambda state: checked(graph, site, state.draft))
 
 
-def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
+def _push_up(graph: Graph, site: Site, *, scale_alone: bool = False) -> Draft:
     """Backwards: every user of a value states the map that it wants, and all of them must agree. scale_alone: the site keeps its shift."""
 
     def ways(node: Node, demands: Maps) -> list[Step]:
@@ -196,7 +199,7 @@ def _push_up(site: Site, *, scale_alone: bool = False) -> Draft:
             state.maps[node, i] = a
             state.visit(producer, -1)
 
-    return _push(site, -1, ways, demand)
+    return _push(graph, site, -1, ways, demand)
 
 
 def _wanted(value: Value, demands: Maps) -> Affine:
@@ -238,24 +241,25 @@ def _as_is(user: Node, i: int, value: Value) -> Affine:
     return Affine.identity(value.rank or 0)
 
 
-def push_down(site: Site) -> Draft:
+def push_down(graph: Graph, site: Site) -> Draft:
     """Forwards: whatever comes out of a node goes into all of its users, and none of it may reach an output."""
 
     def ways(node: Node, carried: Maps) -> list[Step]:
         maps = [carried.get(value, identity(value)) for value in node.inputs]
         return [Step([coefficients(node).after(maps[0])])] if node in site.nodes else rule_of(node).down(node, maps)
 
-    return _push(site, 1, ways, _release)
+    return _push(graph, site, 1, ways, _release)
 
 
-def taken_up(node: Node, a: Affine) -> Draft:
-    """What becomes of parameters where an operator's first input, as it alone reads it, is mapped: of its own, and of those behind it."""
+def taken_up(graph: Graph, site: Site, a: Affine) -> Draft:
+    """What becomes of parameters where the first input of a site's operator is mapped, as it alone reads it: of its own, and of those
+    behind it."""
 
     def ways(each: Node, carried: Maps) -> list[Step]:
-        first = [a] if each is node else []
+        first = [a] if each in site.nodes else []
         return rule_of(each).down(each, first + [carried.get(value, identity(value)) for value in each.inputs[len(first) :]])
 
-    return _push(Site(node.name, [node], 0), 1, ways, _release)
+    return _push(graph, site, 1, ways, _release)
 
 
 def _release(state: State, node: Node, maps: list[Affine]) -> None:

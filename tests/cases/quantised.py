@@ -343,6 +343,18 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("Conv", x, w), 6), net.bn(net.op("Conv", z, w), 6))
 
 
+@CASES.case("an int8 filter of one scale, whose channels are multiplied by factors", 52, double=False, opset=12, after={"Mul": 1})
+def _(net: Net) -> None:
+    y = layer(net, net.input("N", 4, "H", "W"), axis=None)
+    net.output(net.bn(net.op("Mul", y, net.weight(net.rng.uniform(0.5, 1, (6, 1, 1)))), 6))
+
+
+@CASES.case("an int8 filter of one scale, times what a float filter gives", 52, double=False, opset=12)
+def _(net: Net) -> None:
+    x = net.input("N", 4, "H", "W")
+    net.output(net.bn(net.op("Mul", layer(net, x, axis=None), net.conv(x, 4, 6)), 6, shift=False))
+
+
 @CASES.case("a chain of quantised layers, activations between", 52, double=False, opset=19)
 def _(net: Net) -> None:
     x = rounded(net, net.relu(net.bn(layer(net, rounded(net, net.input("N", 4, "H", "W"))), 6)), zero=0, scale=0.1)
