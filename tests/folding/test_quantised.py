@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from cases import Case, Net
 from cases.quantised import CASES, SHAPES, drawn, layer
-from compare import batchnorms, difference, feeds, run_stored
+from compare import batchnorms, difference, feeds, run_double, run_stored
 from onnx import TensorProto, helper
 
 import bnfold
@@ -145,6 +145,18 @@ def test_a_weight_near_a_step_keeps_its_code() -> None:
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in fused.graph.initializer}
     found = arrays[moved["w"]] / arrays[moved["scale"]].reshape(-1, 1, 1, 1)
     assert (np.abs(found - integers(fused)[0][0]) < 0.1).any(), "some had to be moved to the middle of their step"
+
+
+def test_a_zero_point_that_is_cast_leaves_the_rounding_as_runtimes_do_it() -> None:
+    """Quotients of float32 lie at the middle of two steps that aren't there in float64."""
+    net = Net("cast", opset=13)
+    scale = net.rng.uniform(0.01, 0.03, 6).astype(np.float32)
+    w = net.constant(((net.rng.integers(-100, 100, SHAPES["Conv"]) + 0.5) * scale.reshape(-1, 1, 1, 1)).astype(np.float32))
+    ends = net.constant(scale), net.op("Cast", net.constant(np.zeros(6, np.int32)), to=3)
+    w = net.op("DequantizeLinear", net.op("QuantizeLinear", w, *ends, axis=0), *ends, axis=0)
+    net.output(net.op("Conv", net.input("N", 4, "H", "W"), w))
+    model = net.model()
+    assert difference(run_double(model, feeds(model)), run_stored(model, feeds(model))) < 1e-6
 
 
 def halved(scale: float, gain: float, *, scale_type: type = np.float32, cast: bool = True) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.quantised import Blocks, spread
 from bnfold.algebra.rounding import BFLOAT16, limits
 
-from .walk import is_standard, stored_tensor, whole
+from .walk import behind_identity, is_standard, stored_tensor, whole
 
 STORED = {np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)}
 KINDS = ("float4_e2m1fn", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
@@ -57,17 +57,28 @@ def stored_codes(model: ir.Model) -> dict[str, npt.NDArray[Any]]:
     for node in model.graph:
         if node.op_type != "QuantizeLinear" or not is_standard(node):
             continue
-        array, scale, zero = (*(None if v is None else stored_tensor(v) for v in node.inputs), None)[:3]
-        if array is None or scale is None or np.dtype(array.dtype.numpy()) not in STORED or (zero is None and len(node.inputs) > 2):
+        array, scale, zero = (*map(_held, node.inputs), None)[:3]
+        if array is None or scale is None or array.dtype not in STORED or (zero is None and len(node.inputs) > 2):
             continue
-        kind = ir.DataType(whole(node, "output_dtype", 0) or ir.DataType.UINT8) if zero is None else zero.dtype
-        if (codes := np.dtype(kind.numpy())) not in WHOLE:
+        codes = np.dtype(ir.DataType(whole(node, "output_dtype", 0) or ir.DataType.UINT8).numpy()) if zero is None else zero.dtype
+        if codes not in WHOLE:
             continue
-        numbers, about = array.numpy(), np.zeros(()) if zero is None else zero.numpy().astype(np.float64)
-        scales, zeros = (spread(*grid_of(node, numbers.shape, each), numbers.shape) for each in (scale.numpy(), about))
-        made = codes_of(numbers, scales, zeros, bounds=bounds(codes), kind=quotients(numbers.dtype)[0])
+        about = np.zeros(()) if zero is None else zero.astype(np.float64)
+        scales, zeros = (spread(*grid_of(node, array.shape, each), array.shape) for each in (scale, about))
+        made = codes_of(array, scales, zeros, bounds=bounds(codes), kind=quotients(array.dtype)[0])
         found[str(node.outputs[0].name)] = made.astype(codes)
     return found
+
+
+def _held(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The array of a constant that is stored, or cast from one that is, in the type in which it is read."""
+    if value is None:
+        return None
+    if (tensor := stored_tensor(value)) is not None:
+        return tensor.numpy()
+    node = behind_identity(value).producer()
+    array = _held(node.inputs[0]) if node is not None and node.op_type == "Cast" and is_standard(node) else None
+    return None if node is None or array is None else array.astype(ir.DataType(whole(node, "to", 0)).numpy())
 
 
 def bounds(kind: np.dtype[Any]) -> tuple[float, float]:
