@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_of
@@ -152,7 +153,7 @@ def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, c
 
     traced = trace(model, example, patient=True)
     try:
-        with quiet():
+        with quiet(), _kernels_at_hand(traced.runnable):
             made = torch.onnx.export(traced.runnable, dynamo=True, optimize=False, verbose=False)
     except ImportError as error:
         raise UnsupportedError(f"writing ONNX needs {error.name or 'onnxscript'}: pip install -U onnxscript, or write .pt2") from None
@@ -172,6 +173,20 @@ def _save_onnx(model: nn.Module | ExportedProgram, example: Any, target: Path, c
     if checked.verdict == "different":
         raise CheckError(f"the ONNX model differs from the one in PyTorch, so it isn't written: {checked.reason}")
     save_onnx(converted, target, force=True)
+
+
+@contextlib.contextmanager
+def _kernels_at_hand(program: ExportedProgram) -> Iterator[None]:
+    """Let the shapes of operators be found by running them, as torch.export finds those of fake quantisers: a loaded program forbids it."""
+    modes = {v.fake_mode for op in program.graph.nodes if isinstance(v := op.meta.get("val"), FakeTensor)}
+    before = {mode: mode.allow_fallback_kernels for mode in modes}
+    for mode in modes:
+        mode.allow_fallback_kernels = True
+    try:
+        yield
+    finally:
+        for mode, allowed in before.items():
+            mode.allow_fallback_kernels = allowed
 
 
 def _fix_axes(model: ir.Model, sizes: dict[str, int]) -> None:
