@@ -147,7 +147,7 @@ class TorchOracle:
         for name, target in stored_targets(program).items():
             if isinstance(tensor := self._tensors[name], Tensor):
                 seed = seed_of(target, jitter) if jitter is not None and target in moving else None
-                self._tensors[name] = _exact(tensor, seed)
+                self._tensors[name] = within_rounding(tensor, seed)
         self._constants = ProgramConstants(program) if any(map(quantiser, program.graph.nodes)) else None
         by_name = {op.name: op for op in program.graph.nodes}
         self._wanted = traced.output_nodes | {name: by_name[name] for name in outputs if name in by_name}
@@ -201,7 +201,7 @@ def inner(traced: Traced) -> list[Op]:
     return [op for op in traced.program.graph.nodes if op.op == "call_function" and is_tensor(op) and op.meta["val"].dtype in FLOATS]
 
 
-def _exact(tensor: Tensor, seed: int | None) -> Tensor:
+def within_rounding(tensor: Tensor, seed: int | None) -> Tensor:
     """A stored tensor in float64; with a seed, moved by up to half a unit in the last place."""
     exact = widened(tensor)
     if seed is None:

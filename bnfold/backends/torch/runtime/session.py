@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
@@ -194,6 +194,11 @@ def seed_of(name: str, jitter: int) -> int:
 
 def move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
     """Move one in twelve of the numbers of some of a module's tensors to the next stored number, up or down."""
+    set_weights(module, module, names, lambda tensor, name: moved(tensor, seed_of(name, seed)))
+
+
+def set_weights(module: nn.Module, source: nn.Module, names: Iterable[str], change: Callable[[Tensor, str], Tensor]) -> None:
+    """Give some of a module's tensors the numbers that a change makes of those of another one, by their names."""
     done = set()
     with torch.no_grad():
         for name in sorted(names):
@@ -204,7 +209,7 @@ def move_weights(module: nn.Module, names: Iterable[str], seed: int) -> None:
             if id(tensor) in done:
                 continue
             done.add(id(tensor))
-            tensor.copy_(moved(tensor, seed_of(name, seed)))
+            tensor.copy_(change(attrgetter(name)(source), name))
 
 
 def moved(tensor: Tensor, seed: int) -> Tensor:

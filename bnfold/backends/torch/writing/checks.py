@@ -35,7 +35,8 @@ from ..export.tensors import flat_outputs
 from ..export.trace import Traced, at_its_sizes
 from ..export.walk import frames, operator_name
 from ..runtime.eager import Eager, alike, eager
-from ..runtime.session import move_weights
+from ..runtime.interpreter import within_rounding
+from ..runtime.session import move_weights, seed_of, set_weights
 
 Check = Callable[[nn.Module, Call], bool]
 Key = TypeVar("Key", bound=tuple[str, ...])
@@ -106,8 +107,7 @@ def bias_check(owner: str, weight: str | None, shape: tuple[int, ...], op: Node)
     def check(module: nn.Module, call: Call) -> bool:
         holder = module.get_submodule(owner) if owner else module
         bias = torch.linspace(0.5, 1.5, int(torch.Size(size).numel()), dtype=torch.float64).reshape(size)
-        given = next(module.parameters())
-        bias = bias.to(given.device)
+        bias = bias.to(next(t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()).device)
         own = None if weight is None else getattr(holder, weight)
         adding = _Adding(CONVOLUTIONS if spatial else (name,), own, bias.reshape(-1, *(1,) * spatial) if spatial else bias)
         with adding:
@@ -215,8 +215,11 @@ def compared(reference: Traced, candidate: Traced) -> Elsewhere | None:
     exact = not _branches(reference) and all(eager(module, True)(traced.call) is not None for module in (original, copy))
 
     def moved(seed: int) -> Any:
-        module = duplicate(original)
-        move_weights(module, weights(reference.program), seed)
+        module, names = duplicate(original), weights(reference.program)
+        if exact:
+            set_weights(module.cpu().double(), original, names, lambda tensor, name: within_rounding(tensor, seed_of(name, seed)))
+        else:
+            move_weights(module, names, seed)
         return eager(module, exact).run
 
     def theirs(call: Call) -> Any:
