@@ -250,6 +250,89 @@ def test_a_module_whose_weights_are_rounded_says_so_or_names_the_way() -> None:
     assert "can be rewritten in a module: give the model as an exported program (torch.export.export)" in reason
 
 
+# --- modules that hold integers and their scales themselves ------------------------------------------------------------------------------
+
+
+def unpacked(q: Tensor) -> Tensor:
+    return torch.cat([q & 15, q >> 4], 1).to(torch.float32)
+
+
+def holding(
+    call: Callable[[Any, Tensor], Tensor], q: Any = (6, 4, 3, 3), s: Any = (6, 1, 1, 1), *, bias: bool = True, **more: Any
+) -> nn.Module:
+    """A layer without a float weight, and a BatchNorm. q, s: shapes of its integers and its scales, or these."""
+    torch.manual_seed(0)
+    stored = torch.randint(-128, 128, q, dtype=torch.int8) if isinstance(q, tuple) else q
+    scale = torch.rand(s) * 0.02 + 0.01 if isinstance(s, tuple) else s
+    layer = Net(call, q=stored, s=scale, bias=nn.Parameter(torch.randn(6)) if bias else None, **more)
+    return nn.Sequential(layer, norm(6, 2 if stored.ndim == 4 else 1)).eval()
+
+
+def convolved(weight: Callable[[Any], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda m, x: F.conv2d(x, weight(m), m.bias, padding=1)
+
+
+HOLDING: dict[str, Callable[[], nn.Module]] = {
+    "a scale per channel": lambda: holding(convolved(lambda m: m.q.to(torch.float32) * m.s)),
+    "one number": lambda: holding(convolved(lambda m: m.q.float() * m.s), s=()),
+    "one scale": lambda: holding(convolved(lambda m: m.s * m.q), s=(1, 1, 1, 1)),
+    "no bias": lambda: holding(convolved(lambda m: m.q * m.s), bias=False),
+    "a vector of scales": lambda: holding(convolved(lambda m: m.q.float() * m.s[:, None, None, None]), s=(6,)),
+    "scales of half precision": lambda: holding(convolved(lambda m: m.q.float() * m.s.float()), s=torch.rand(6, 1, 1, 1).half()),
+    "a zero point": lambda: holding(convolved(lambda m: (m.q.float() - m.z) * m.s), z=torch.randint(-9, 9, (6, 1, 1, 1), dtype=torch.int8)),
+    "packed": lambda: holding(convolved(lambda m: (unpacked(m.q) - 8) * m.s), q=torch.randint(0, 256, (6, 2, 3, 3), dtype=torch.uint8)),
+    "in groups": lambda: holding(lambda m, x: F.linear(x, (m.q.float() * m.s).reshape(6, 4), m.bias), q=(6, 2, 2), s=(6, 2, 1)),
+    "of a codebook": lambda: holding(convolved(lambda m: m.t[m.q.long() & 15] * m.s), t=torch.randn(16)),
+    "channels last": lambda: holding(convolved(lambda m: (m.q.float() * m.s).permute(3, 2, 0, 1)), q=(3, 3, 4, 6), s=(6,)),
+    "times a number": lambda: holding(convolved(lambda m: m.q.float() * m.s / 127)),
+    "transposed": lambda: holding(lambda m, x: F.conv_transpose2d(x, m.q.float() * m.s, m.bias), q=(4, 6, 2, 2), s=(1, 6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_a_module_takes_it_in_the_scales_that_it_holds(name: str, tmp_path: Any) -> None:
+    net = HOLDING[name]()
+    x = ROWS if net[0].q.ndim == 3 else IMAGE
+    fused, report = bnfold.fuse(net, example=x)
+    assert report.batchnorms.after == 0, report.layers[0].reason
+    assert "takes it in its scales, and none of its integers changes" in report.layers[0].notes[0]
+    assert ("one scale becomes one for each channel" in report.layers[0].notes[0]) == ("one" in name)
+    assert torch.equal(net[0].q, fused[0].q)
+    assert not torch.equal(net[0].s, fused[0].s)
+    assert net[0].s.dtype == fused[0].s.dtype
+    close = 2e-3 if "half" in name else 1e-5
+    assert difference(run(net, x), run(fused, x)) < close
+    assert bnfold.verify(net, fused, [x]).verdict == "equivalent"
+    if "one" in name:
+        (tmp_path / "made.py").write_text(f"from test_torch_quantised import HOLDING\ndef make(): return HOLDING[{name!r}]()\n")
+        bnfold.save(fused, tmp_path / "fused.safetensors")
+        loaded = bnfold.load(tmp_path / "fused.safetensors", arch=f"{tmp_path / 'made.py'}:make")
+        assert difference(run(fused, x), run(loaded, x)) == 0
+        kept = bnfold.fuse(net, example=x, keep_per_tensor=True)[1]
+        assert "--keep-per-tensor" in kept.layers[0].reason
+
+
+class Doubly(nn.Module):
+    """Two layers, of which each has integers of its own, and the scales are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        one, other = (holding(convolved(lambda m: m.q.float() * m.s)) for _ in range(2))
+        self.one, self.other, self.b, self.c = one[0], other[0], one[1], other[1]
+        self.other.q, self.other.s = -self.one.q.clamp(-127), self.one.s
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.one(x)) * self.c(self.other(x))
+
+
+def test_scales_that_do_more_than_scale_one_array_stay() -> None:
+    report = bnfold.inspect(Doubly().eval(), example=IMAGE)
+    assert report.batchnorms.after == 2
+    assert "its scale is also that of others" in report.layers[1].reason
+    report = bnfold.inspect(holding(convolved(lambda m: m.q.float() * m.s.view(-1, 1, 1, 1)), s=(1,)), example=IMAGE)
+    assert "is quantised with one scale, and the module's code has no other form of it" in report.layers[0].reason
+
+
 # --- modules -------------------------------------------------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

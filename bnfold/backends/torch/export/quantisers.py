@@ -24,6 +24,7 @@ ROUND = {"round", "floor", "ceil", "trunc", "sign"}
 # What may stand between these and a scale: bounds, zero points, a way past the gradient, another layout.
 AROUND = {"clamp", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum", "add", "sub", "to", "_to_copy", "type_as"}
 AROUND |= {"detach", "alias", "clone", "contiguous", "view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze"}
+LOOKUPS = {"index", "index_select", "take", "embedding"}  # in a vector: what each code stands for
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,9 @@ def scaled_integers(node: Op) -> Quantiser | None:
 
 
 def _is_whole(node: Any) -> bool:
-    kind = dtype_of(node)
-    if kind is None or kind is torch.bool or operator_name(node) in ROUND or not kind.is_floating_point:
+    kind, name = dtype_of(node), operator_name(node) if isinstance(node, Op) else ""
+    if kind is None or kind is torch.bool or name in ROUND or not kind.is_floating_point:
         return kind is not None and kind is not torch.bool
-    return operator_name(node) in AROUND and any(map(_is_whole, node.all_input_nodes))
+    if (name in LOOKUPS and value_of(node.args[0]).ndim > 1) or (name in ("mul", "div") and len(node.all_input_nodes) > 1):
+        return False
+    return name in AROUND | LOOKUPS | {"mul", "div"} and any(map(_is_whole, node.all_input_nodes))

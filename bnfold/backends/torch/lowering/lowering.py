@@ -29,7 +29,6 @@ from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
 from .quantised import Codes
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
-COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "permute", "transpose", "t", "detach", "contiguous", "clone"}
 
 Lower = Callable[["TorchLowering", Op], object]
 
@@ -85,7 +84,7 @@ class TorchLowering(Lowering):
     def _count_other_readers(self) -> None:
         """A weight that is also read in a way that no update can follow (by another operator, or as an output) must stay."""
         assert isinstance(self.host, ModuleHost)
-        places = [(place, tensor) for key, tensor in self._tensors.items() for place in (key, *self._places(tensor))]
+        places = [(place, tensor) for key, tensor in self._tensors.items() for place in {key, *self._places(tensor)}]
         for place, tensor in places:
             known = {(user.native.op, self.arg(user.native.op, user.params[role].slot.argument)) for user, role in tensor.users}
             for reader, read in dict.fromkeys(self.host.readers(place)):
@@ -223,7 +222,7 @@ class TorchLowering(Lowering):
         """The stored tensor that a constant is, or is computed from, and how; None where none can be rewritten."""
         if not isinstance(argument, Op) or not self.constants.is_constant(argument) or not is_float(argument):
             return None
-        if quantised.knows(self.constants, argument, self.copies_weights):
+        if quantised.knows(self.constants, self.host, op, argument):
             return self._quantised(op, argument)
         place, source, base = self.host.weight(op, argument), argument, AS_STORED
         dtypes = [dtype_of(argument) or torch.float32]
@@ -232,14 +231,16 @@ class TorchLowering(Lowering):
             dtypes = [dtype_of(source) or torch.float32, *found[1].dtypes]
         if place is None or (self.constants.stored(source) is None and self.const(source) is None):
             return None
+        if place in self._tensors and (codes := self.codes.get(self._tensors[place])) is not None and codes.quantised.apart:
+            return None
         if place not in self._tensors:
-            kinds = _kinds(argument)
+            held = quantised.kinds(argument)
             # What is cast down stays as precise as it was stored; a module's code does without the cast then.
-            dtype = min(kinds, key=lambda kind: torch.finfo(kind).eps) if self.copies_weights else dtypes[0]
+            dtype = min(held, key=lambda kind: torch.finfo(kind).eps) if self.copies_weights else dtypes[0]
             name = place.target if isinstance(place, Place) else self.target(source)
-            made = Tensor(name, lambda: self._read(source), self.shape(source), min(map(largest, kinds)), place, dtype)
+            made = Tensor(name, lambda: self._read(source), self.shape(source), min(map(largest, held)), place, dtype)
             made.integers = self.constants.of_integers(argument)
-            made.cast_from = largest(max(kinds, key=lambda kind: torch.finfo(kind).eps))
+            made.cast_from = largest(quantised.coarsest(argument))
             self._tensors[place] = made
         tensor = self._tensors[place]
         tensor.limit = min(tensor.limit, *map(largest, dtypes))
@@ -248,11 +249,14 @@ class TorchLowering(Lowering):
     def _quantised(self, op: Op, argument: Op) -> tuple[Tensor, Layout]:
         """The tensor that is rounded or stored as integers, and how what the operator reads is laid out."""
         name, codes, layout = quantised.read(self.constants, self.host, op, argument)
-        key: Any = codes.places.get("source", argument)
+        key: Any = codes.places.get("scale" if codes.quantised.apart else "source", argument)
+        if key in self._tensors and not codes.same_as(self.codes.get(self._tensors[key])):
+            raise Blocked(f"{name} is quantised, and its scale is also that of others")
         if key not in self._tensors:
             kind, how = dtype_of(argument), codes.quantised
-            self._tensors[key] = Tensor(name, how.array, how.shape, largest(kind), key, kind, quantised=how)
-            self.codes[self._tensors[key]] = codes
+            made = self._tensors[key] = Tensor(name, how.array, how.shape, largest(kind), key, kind, quantised=how)
+            made.cast_from = largest(quantised.coarsest(argument, codes.last.scale))
+            self.codes[made] = codes
         return self._tensors[key], layout
 
     def _places(self, tensor: Tensor) -> list[Place]:
@@ -278,14 +282,6 @@ def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
 def _leaf_frames(program: ExportedProgram) -> set[str]:
     paths = {frame(op) for op in program.graph.nodes if op.op == "call_function"}
     return paths - {path.rpartition(".")[0] for path in paths if path}
-
-
-def _kinds(argument: Op) -> list[torch.dtype]:
-    """The float types that a constant has and had on its way from where it is stored, which only copied and cast it."""
-    dtypes = [dtype_of(argument)]
-    while operator_name(argument) in COPIES and isinstance(source := argument.args[0], Op):
-        dtypes.append(dtype_of(argument := source))
-    return [dtype for dtype in dtypes if dtype in FLOATS]
 
 
 def largest(dtype: torch.dtype | None) -> float:

@@ -18,10 +18,11 @@ from bnfold.algebra.layouts import AS_STORED
 
 from ..export.constants import ProgramConstants
 from ..export.copies import duplicate
+from ..export.quantisers import scaled_integers
 from ..export.trace import Traced
 from ..export.walk import arguments, frame, frames, mutates, operator_name, value_of, viewed
 from ..writing.checks import WITH_BIAS, Check, bias_check, passed
-from ..writing.derived import Derived, derived
+from ..writing.derived import Derived, derived, scale_of
 from .places import Place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -192,15 +193,17 @@ class ModuleHost:
 
     def computed(self, op: Node, argument: Node) -> tuple[Place, Derived] | None:
         """Where a weight is rewritten that a module's code computes, and how it comes from what is stored there."""
-        found, plain = self._derived(op, argument), self._plain(op, argument)
+        found, plain = self.derived(op, argument), self._plain(op, argument)
         lacks_bias = arguments(op).get("bias", op) is None
         if found is None or (plain is not None and lacks_bias and self.bias(op, found[0]) is None):
             return None if plain is None else (plain, Derived(argument, AS_STORED, ()))
         return found
 
-    def _derived(self, op: Node, argument: Node) -> tuple[Place, Derived] | None:
-        """The stored tensor from which the code computes a weight in steps that can be undone."""
+    def derived(self, op: Node, argument: Node) -> tuple[Place, Derived] | None:
+        """The stored tensor from which the code computes a weight in steps that can be undone, or the scale of its integers."""
         found = derived(self._constants, argument)
+        if found is not None and scaled_integers(found.root) is not None:
+            found = scale_of(self._constants, found.root)
         place = None if found is None else self.weight(op, found.root)
         return (place, found) if found is not None and isinstance(place, Place) else None
 
@@ -258,7 +261,7 @@ class ModuleHost:
             weight = given.get("weight")
             if given.get("bias", op) is not None or not isinstance(weight, Node) or not self._constants.is_constant(weight):
                 continue
-            found = self._derived(op, weight) if self._constants.stored(weight) is None else None
+            found = self.derived(op, weight) if self._constants.stored(weight) is None else None
             place = self.weight(op, weight) if found is None else found[0]
             path = self.own(frame(op))
             inner = isinstance(place, Place) and f"{place.owner}.".startswith(f"{path}." if path else "")

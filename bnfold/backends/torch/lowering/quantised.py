@@ -14,19 +14,20 @@ import torch
 from torch.fx import Node as Op
 
 from bnfold.algebra.affine import Array, Blocked
-from bnfold.algebra.layouts import Layout
+from bnfold.algebra.layouts import AS_STORED, Layout
 from bnfold.algebra.quantised import FloatSource, Quantised, spread
-from bnfold.algebra.rounding import rounded
+from bnfold.algebra.rounding import limits, rounded
 
 from ..export.constants import ProgramConstants
 from ..export.observers import is_fake_quantiser, is_symmetric
 from ..export.quantisers import Quantiser, quantiser, scaled_integers
 from ..export.tensors import NUMPY
-from ..export.walk import dtype_of, value_of
+from ..export.walk import FLOATS, dtype_of, operator_name, value_of
 from ..writing.derived import derived
 from .module_host import ModuleHost
 from .places import Host, Place
 
+COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "unsqueeze", "permute", "transpose", "t", "detach", "contiguous", "clone"}
 KIND = np.dtype(np.float32)  # in which all quantisers have their scales
 
 
@@ -35,7 +36,8 @@ class Codes:
     """A quantised weight. node: what dequantises, or scales integers. last: how; first: what quantises to its codes, None where these are
     stored, or made by operators of other kinds.
 
-    places: where a module holds its "source" (what is rounded, or the codes), its "scale" and its "zero".
+    places: where a module holds its "source" (what is rounded, or the codes), its "scale" and its "zero". layout: from the scale as it is
+    stored there to that which is read.
     """
 
     node: Op
@@ -43,9 +45,12 @@ class Codes:
     first: Quantiser | None
     quantised: Quantised
     places: Mapping[str, Place] = field(default_factory=dict)
+    layout: Layout = AS_STORED
 
     def placed(self, host: ModuleHost, op: Op) -> Codes:
         """The same in a module, for an operator that reads it. Blocked where one of them isn't stored, but for a zero point of 0."""
+        if self.quantised.apart:
+            return self._scaled(host, op)
         given = {"source": (self.first or self.last).source, "scale": self.last.scale, "zero": self.last.zero}
         found = {role: host.weight(op, each) for role, each in given.items() if isinstance(each, Op)}
         places = {role: place for role, place in found.items() if isinstance(place, Place)}
@@ -63,6 +68,24 @@ class Codes:
         return dataclasses.replace(
             self, places=places, quantised=dataclasses.replace(self.quantised, small=False, one_scale=one_scale, one_zero=one_zero)
         )
+
+    def _scaled(self, host: ModuleHost, op: Op) -> Codes:
+        """The same, of integers of which nothing changes: their scale is all that has to be stored."""
+        found = host.derived(op, self.node)
+        assert found is not None
+        place, how = found
+        kinds = [NUMPY[kind] for kind in (dtype_of(how.root), *how.dtypes) if kind is not None]
+        kind = min(kinds, key=lambda kind: float(limits(kind).max))
+        laid_out = how.layout is not AS_STORED or place.target in (*host.aliases, *host.aliases.values())
+        one_scale = "the module's code has no other form of it" if laid_out else ""
+        quantised = dataclasses.replace(self.quantised, kind=kind, one_scale=one_scale)
+        return dataclasses.replace(self, places={"scale": place}, layout=how.layout, quantised=quantised)
+
+    def same_as(self, other: Codes | None) -> bool:
+        """Whether both stand for the same numbers: two calls of a layer, say."""
+        if other is None or self.quantised.apart != other.quantised.apart:
+            return False
+        return not self.quantised.apart or np.array_equal(self.quantised.read(), other.quantised.read())
 
     def exact(self) -> Quantised:
         """The same, whose new scales aren't rounded."""
@@ -109,10 +132,15 @@ def _type_of(found: Quantiser) -> np.dtype[Any]:
     return next((kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.dtype("int32"))
 
 
-def knows(constants: ProgramConstants, argument: Op, copies: bool) -> bool:
-    """Whether a constant's scales may take a map. copies: and whether it may have new ones where others read the old."""
-    found = derived(constants, argument) if copies else None
-    return constants.is_quantised(argument) or (found is not None and scaled_integers(found.root) is not None)
+def knows(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> bool:
+    """Whether the scales of a constant that an operator reads may take a map."""
+    if constants.is_quantised(argument):
+        return True
+    found = derived(constants, argument)
+    if found is None or scaled_integers(found.root) is None or not isinstance(host, ModuleHost):
+        return found is not None and scaled_integers(found.root) is not None
+    computed = host.computed(op, argument)
+    return computed is not None and computed[0].how != "plain"
 
 
 def read(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> tuple[str, Codes, Layout]:
@@ -129,6 +157,20 @@ def read(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> tuple
         return name, codes.placed(host, op) if isinstance(host, ModuleHost) else codes, found.layout
     except Blocked as blocked:
         raise Blocked(f"{name} {blocked}") from None
+
+
+def kinds(argument: Op) -> list[torch.dtype]:
+    """The float types that a constant has and had on its way from where it is stored, which only copied and cast it."""
+    dtypes = [dtype_of(argument)]
+    while operator_name(argument) in COPIES and isinstance(source := argument.args[0], Op):
+        dtypes.append(dtype_of(argument := source))
+    return [dtype for dtype in dtypes if dtype in FLOATS]
+
+
+def coarsest(*arguments: Any) -> torch.dtype:
+    """The type with the fewest digits of those in which some constants, numbers aside, are or were."""
+    found = (kind for each in arguments if isinstance(each, Op) for kind in kinds(each))
+    return max(found, key=lambda kind: torch.finfo(kind).eps)
 
 
 def _grid(constants: ProgramConstants, found: Quantiser, given: Any) -> Array | None:

@@ -55,7 +55,7 @@ def derived(constants: ProgramConstants, argument: Node) -> Derived | None:
     for key in ("self", "other") if name in ("mul", "div", "neg", *SAME, *MOVES) else ():
         source = given.get(key)
         found = derived(constants, source) if source is not None and is_float(source) and (key, name) != ("other", "div") else None
-        if source is None or found is None or (name in ("mul", "div") and not _is_main(constants, found, argument)):
+        if source is None or found is None or (name in ("mul", "div") and len(given) > 1 and not _is_main(constants, found, argument)):
             continue
         others = [other for each, other in given.items() if each != key]
         if name not in SAME and any(_depends(other, found.root) for other in others):
@@ -63,6 +63,23 @@ def derived(constants: ProgramConstants, argument: Node) -> Derived | None:
         step = _step(constants, argument, source, name)
         return None if step is None else Derived(found.root, step.after(found.layout), (*found.dtypes, dtype))
     return None
+
+
+def scale_of(constants: ProgramConstants, product: Node) -> Derived | None:
+    """The stored tensor that integers are multiplied by, and how it gets there; None where it does anything else on the way."""
+    how = scaled_integers(product)
+    found = derived(constants, how.scale) if how is not None and isinstance(how.scale, Node) else None
+    if found is None or constants.stored(found.root) is None:
+        return None
+    stack = [found.root]
+    while stack:
+        node = stack.pop()
+        for user in filter(constants.is_constant, node.users):
+            if operator_name(user) in SAME | MOVES:
+                stack += [user] * (user.args[0] is node)  # else it tells a type alone
+            elif (other := scaled_integers(user)) is None or other.scale is not node:
+                return None
+    return found
 
 
 def _is_main(constants: ProgramConstants, found: Derived, product: Node) -> bool:
@@ -124,7 +141,8 @@ def _scaled(factor: Array, shape: tuple[int, ...]) -> Layout | None:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where((factor == 0) & (w == 0), 0.0, np.where(factor == 0, np.nan, w / factor))
 
-    return Layout(f"times {_digest(factor)}", lambda w: w * factor, back, linear=False)
+    gain = float(factor.ravel()[0]) if factor.size == 1 else 0.0
+    return Layout(f"times {_digest(factor)}", lambda w: w * factor, back, linear=gain != 0, gain=gain or 1.0)
 
 
 def _require_size(w: Array, size: int) -> None:

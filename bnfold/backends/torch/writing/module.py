@@ -23,7 +23,7 @@ from bnfold.text import Notes
 from ..export.copies import duplicate
 from ..export.observers import is_fake_quantiser, is_on
 from ..export.tensors import NUMPY, laid_out, to_tensor
-from ..export.walk import arguments, dtype_of, frame, writes_into_shared
+from ..export.walk import arguments, dtype_of, frame, value_of, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import ModuleHost
 from ..lowering.narrowing import narrowed_layers
@@ -76,8 +76,7 @@ class Fold:
 class Update:
     """A tensor that changes. exact: in float64; dtype: of the stored one; grows: whether there was none.
 
-    quantiser: the fake quantiser that it belongs to, if so; axis: along which that has a scale for each channel from now on. said: what
-    is to be said of it.
+    quantiser: the fake quantiser that it belongs to, if so; axis: along which there is a scale for each channel from now on. said: of it.
     """
 
     node: Node
@@ -125,6 +124,8 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
             surgery.fixed[place.target] = place.how
         if update.quantiser is not None:
             surgery.quantisers[update.quantiser] = update.axis
+        elif update.axis is not None:
+            surgery.resized[place.target] = list(array.shape)
         if update.grows:
             surgery.biases[place.owner] = list(array.shape)
         made[place.target] = to_tensor(np.ascontiguousarray(array))
@@ -169,40 +170,39 @@ def write_module(module: nn.Module, folds: Sequence[Fold], *, exact: bool = Fals
 
 def requantised(ctx: TorchLowering, node: Node, param: Param) -> Iterator[Update]:
     """What changes where a quantised weight does: what is rounded or the codes, the scales, the zero points, and what an observer saw."""
-    host = ctx.host
     assert param.tensor is not None
-    assert param.update is not None
-    assert isinstance(host, ModuleHost)
-    codes, factors = ctx.codes[param.tensor], param.factors(param.update)
+    root: Any = ctx.traced.model
+    codes, factors = ctx.codes[param.tensor], None if param.update is None else param.factors(param.update)
     assert factors is not None
-    made = codes.exact().rescaled(factors)
-    owner, zero = codes.places["scale"].owner, codes.places.get("zero")
-    quantiser = host.module(owner)
-    source = made.source if made.source is not None else made.codes
-    if source is not None:
+    made, place, zero = codes.exact().rescaled(factors), codes.places["scale"], codes.places.get("zero")
+    told = made.said(param.tensor.name)
+    if codes.quantised.apart:
+        array = made.scale if made.axis is not None else codes.layout.stored(made.scale.reshape(value_of(codes.last.scale).shape))
+        yield Update(node, place, array, getattr(*owner_of(root, place.target)).dtype, axis=made.axis, said=told)
+        return
+    quantiser = root.get_submodule(place.owner)
+    if (source := made.codes if made.source is None else made.source) is not None:
         kind = dtype_of((codes.first or codes.last).source) or torch.float32
         yield Update(node, codes.places["source"], np.asarray(source, np.float64), kind)
-    told = made.said(param.tensor.name)
 
     def update(place: Place, array: Array, **more: Any) -> Update:
-        old = getattr(*owner_of(host.root, place.target))
-        array = np.broadcast_to(array, made.scale.shape)
+        old, array = getattr(*owner_of(root, place.target)), np.broadcast_to(array, made.scale.shape)
         return Update(node, place, array.reshape(tuple(old.shape) if array.size == old.numel() else -1), old.dtype, **more)
 
     if zero is not None:
         yield update(zero, made.zero)
-    if quantiser is None or not is_fake_quantiser(quantiser):
-        yield update(codes.places["scale"], made.scale, said=told)
+    if not is_fake_quantiser(quantiser):
+        yield update(place, made.scale, said=told)
         return
     if is_on(quantiser, "observer_enabled"):
         told += "; the observer that would set them anew is off from now on"
-    yield update(codes.places["scale"], made.scale, quantiser=owner, axis=made.axis, said=told)
+    yield update(place, made.scale, quantiser=place.owner, axis=made.axis, said=told)
     by = factors[tuple(slice(None, None, n) for n in made.blocks)]
     seen: list[Any] = [getattr(quantiser.activation_post_process, name, None) for name in ("min_val", "max_val")]
     if all(each is not None and each.numel() and each.isfinite().all() for each in seen):
         ends = [codes.last.grid(each).double().cpu().numpy() * np.where(by == 0, 1.0, by) for each in seen]
         for name, end in (("min_val", np.minimum(*ends)), ("max_val", np.maximum(*ends))):
-            yield update(Place(f"{owner}.activation_post_process.{name}"), end)
+            yield update(Place(f"{place.owner}.activation_post_process.{name}"), end)
 
 
 def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:

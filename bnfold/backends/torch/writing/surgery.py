@@ -38,6 +38,7 @@ class Surgery:
     biases: the layers that got a bias, with its size.
     quantisers: fake quantisers of folded weights, which observe nothing from now on, each with the axis along which it got a scale for
     each channel, None for one that stays as it is.
+    resized: the tensors that got another shape, with it: one scale that became several.
     keys: for every name in the unfolded state dict the one in the folded, None where it is gone.
     persistent: buffers that changed, and that a state dict left out.
     narrowed: layers that lost channels, or hold others, each with the shapes of its tensors, its number of groups under "groups", and what
@@ -55,6 +56,7 @@ class Surgery:
     fixed: dict[str, str] = field(default_factory=dict)
     biases: dict[str, list[int]] = field(default_factory=dict)
     quantisers: dict[str, int | None] = field(default_factory=dict)
+    resized: dict[str, list[int]] = field(default_factory=dict)
     persistent: list[str] = field(default_factory=list)
     narrowed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
@@ -121,9 +123,14 @@ def restructure(module: nn.Module, surgery: Surgery) -> nn.Module:
     for target in surgery.persistent:
         owner, attribute = owner_of(module, target)
         owner._non_persistent_buffers_set.discard(attribute)
+    for target, size in surgery.resized.items():
+        owner, attribute = owner_of(module, target)
+        old = getattr(owner, attribute)
+        made = old.detach().new_zeros(size)
+        setattr(owner, attribute, nn.Parameter(made, old.requires_grad) if attribute in owner._parameters else made)
     for path, size in surgery.biases.items():
         owner = _at(module, path)
-        weight = next(p for p in owner.parameters() if p.is_floating_point())
+        weight = next(t for t in (*owner.parameters(), *owner.buffers()) if t.is_floating_point())
         owner.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
     for path, sizes in surgery.narrowed.items():
         narrow(_at(module, path), sizes)
