@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,8 @@ def port() -> int:
         return number
 
 
-def started(folder: Path, arguments: list[str], **env: object) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", *arguments, "recalibrate", "m.onnx", "--data", "data.py:batches", "-o", "out.onnx", "-q"]
+def started(folder: Path, arguments: list[str], on: Sequence[str] = (), **env: object) -> subprocess.Popen[str]:
+    line = [*on, sys.executable, "-m", *arguments, "recalibrate", "m.onnx", "--data", "data.py:batches", "-o", "out.onnx", "-q"]
     given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in env.items()}
     return subprocess.Popen([*line, "--timeout", "8", "--json"], cwd=folder, env=given, stdout=-1, stderr=-1, text=True)
 
@@ -76,30 +78,69 @@ def test_a_lost_process_is_named_within_the_timeout(folder: Path, lost: int, doe
     assert not (folder / "out.onnx").exists()
 
 
-def nodes(folder: Path, **env: object) -> list[tuple[int, str, str]]:
-    """Status, output and errors of two launches of torchrun, as on two machines, of two processes and of one."""
-    where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port())]
+@pytest.fixture(params=["one machine", "two networks"])
+def hosts(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, list[str], dict[str, str]]]]:
+    """Two hosts: the address of the first, what starts a command on each, and what it needs there.
+
+    In two networks each has an interface of its own, and a cable between them; making them takes a superuser on Linux.
+    """
+    if request.param == "one machine":
+        yield [("127.0.0.1", [], {})] * 2
+        return
+    names = [f"bnfold-{os.getpid()}-{i}" for i in (0, 1)]
+    with contextlib.ExitStack() as made:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                made.callback(ip, "netns", "del", name)
+            ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+            for i, name in enumerate(names):
+                ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", "cable")
+                for interface in ("lo", "cable"):
+                    ip("-n", name, "link", "set", interface, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no networks can be made here: {error}")
+        yield [("10.77.0.1", ["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": "cable"}) for name in names]
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def nodes(folder: Path, hosts: list[tuple[str, list[str], dict[str, str]]], **env: object) -> list[tuple[int, str, str]]:
+    """Status, output and errors of two launches of torchrun, one on each host, of two processes and of one."""
+    where = ["--nnodes", "2", "--master-addr", hosts[0][0], "--master-port", str(port())]
     launches = [
-        started(folder, ["torch.distributed.run", *where, "--node-rank", str(i), "--nproc-per-node", str(2 - i), "-m", "bnfold"], **env)
-        for i in (0, 1)
+        started(
+            folder,
+            ["torch.distributed.run", *where, "--node-rank", str(i), "--nproc-per-node", str(2 - i), "-m", "bnfold"],
+            on=on,
+            **needs,
+            **env,
+        )
+        for i, (_, on, needs) in enumerate(hosts)
     ]
     said = [each.communicate(timeout=200) for each in launches]
     return [(each.returncode, *texts) for each, texts in zip(launches, said, strict=True)]
 
 
 @pytest.mark.slow
-def test_two_nodes_give_the_result_of_one_process(folder: Path) -> None:
+def test_two_nodes_give_the_result_of_one_process(folder: Path, hosts: Any) -> None:
     """With uneven data, and a straggler."""
-    (status, said, _), (other, _, _) = nodes(folder, WHO=2, DOES="time.sleep(2)")
+    (status, said, _), (other, _, _) = nodes(folder, hosts, WHO=2, DOES="time.sleep(2)")
     assert (status, other) == (0, 0)
     assert json.loads(said)["samples"] == len(SHARED)
     agree(statistics(onnx.load(folder / "out.onnx")), statistics(bnfold.recalibrate(residual(), SHARED)[0]))
 
 
 @pytest.mark.slow
-def test_a_node_that_leaves_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+def test_a_node_that_leaves_is_named(folder: Path, hosts: Any, how: str) -> None:
+    if how == "cut off" and not hosts[0][1]:
+        pytest.skip("on one machine there is no cable")
+    does = "os.system('ip link set cable down')" if how == "cut off" else "os.kill(os.getpid(), signal.SIGKILL)"
     start = time.monotonic()
-    (status, _, error), (other, _, _) = nodes(folder, WHO=2, DOES="time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)")
+    (status, _, error), (other, _, _) = nodes(folder, hosts, WHO=2, DOES=f"time.sleep(3); {does}")
     assert status != 0
     assert other != 0
     assert f"process 2 on {socket.gethostname()} has stopped" in error
