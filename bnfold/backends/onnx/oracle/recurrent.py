@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .registry import Array, operator
+from .registry import Array, Function, operator
 
 Activation = Callable[[Array], Array]
 Cell = Callable[[Array, tuple[Array, ...]], tuple[Array, ...]]  # (x W^T of all gates, state) -> state; the hidden state comes first
@@ -100,112 +100,75 @@ def _begin(
     return x, bias, tuple(zero if s is None else s.swapaxes(0, 1) if layout else s for s in states), directions
 
 
-@operator("RNN")
-def rnn(
-    x: Array,
-    w: Array,
-    r: Array,
-    b: Array | None = None,
-    lengths: Array | None = None,
-    initial_h: Array | None = None,
-    *,
-    activations: Sequence[str] | None = None,
-    activation_alpha: Sequence[float] | None = None,
-    activation_beta: Sequence[float] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    layout: int = 0,
-    **_: Any,
-) -> tuple[Array, ...]:
-    x, bias, start, directions = _begin(x, w, r, b, (initial_h,), layout, direction, 1)
-    acts = _activations(activations or ["Tanh"] * directions, activation_alpha, activation_beta, clip, directions)
+def _recurrent(gates: int, usual: Sequence[str], cell: Callable[..., Cell], states: int = 1) -> Function:
+    """An operator that walks through sequences. usual: its activations, where none are stated. cell: makes one direction's of these, of its
+    recurrent weights, its bias [2, gates, H], what more it is given, and what else is stated.
+    """
 
-    def cell(d: int) -> Cell:
-        (f,) = acts[d]
-        constant = bias[d].sum(0)[0]
-        return lambda gates, state: (f(gates + state[0] @ r[d].T + constant),)
+    def run(
+        x: Array,
+        w: Array,
+        r: Array,
+        b: Array | None = None,
+        lengths: Array | None = None,
+        *more: Array | None,
+        activations: Sequence[str] | None = None,
+        activation_alpha: Sequence[float] | None = None,
+        activation_beta: Sequence[float] | None = None,
+        clip: float | None = None,
+        direction: str = "forward",
+        layout: int = 0,
+        **stated: Any,
+    ) -> tuple[Array, ...]:
+        first = (*more, *(None,) * states)[:states]
+        x, bias, start, directions = _begin(x, w, r, b, first, layout, direction, gates)
+        acts = _activations(activations or [*usual] * directions, activation_alpha, activation_beta, clip, directions)
+        rest = [each for each in more[states:] if each is not None]
+        cells = [cell(acts[d], r[d], bias[d], *(each[d] for each in rest), **stated) for d in range(directions)]
+        return _run(x, w, lengths, direction, start, cells, layout)
 
-    return _run(x, w, lengths, direction, start, [cell(d) for d in range(directions)], layout)
+    return run
 
 
-@operator("GRU")
-def gru(
-    x: Array,
-    w: Array,
-    r: Array,
-    b: Array | None = None,
-    lengths: Array | None = None,
-    initial_h: Array | None = None,
-    *,
-    activations: Sequence[str] | None = None,
-    activation_alpha: Sequence[float] | None = None,
-    activation_beta: Sequence[float] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    layout: int = 0,
-    linear_before_reset: int = 0,
-    **_: Any,
-) -> tuple[Array, ...]:
+def _rnn(acts: Sequence[Activation], r: Array, bias: Array, **_: Any) -> Cell:
+    (f,), constant = acts, bias.sum(0)[0]
+    return lambda gates, state: (f(gates + state[0] @ r.T + constant),)
+
+
+def _gru(acts: Sequence[Activation], r: Array, bias: Array, *, linear_before_reset: int = 0, **_: Any) -> Cell:
     """Gates z, r, h."""
-    x, bias, start, directions = _begin(x, w, r, b, (initial_h,), layout, direction, 3)
-    acts = _activations(activations or ["Sigmoid", "Tanh"] * directions, activation_alpha, activation_beta, clip, directions)
+    f, g = acts
+    rz, rr, rh = np.split(r, 3)
+    (wz, wr, wh), (bz, br, bh) = bias
 
-    def cell(d: int) -> Cell:
-        f, g = acts[d]
-        rz, rr, rh = np.split(r[d], 3)
-        (wz, wr, wh), (bz, br, bh) = bias[d]
+    def step(gates: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        (h,) = state
+        xz, xr, xh = np.split(gates, 3, axis=1)
+        update = f(xz + h @ rz.T + wz + bz)
+        reset = f(xr + h @ rr.T + wr + br)
+        new = g(xh + wh + (reset * (h @ rh.T + bh) if linear_before_reset else (reset * h) @ rh.T + bh))
+        return ((1 - update) * new + update * h,)
 
-        def step(gates: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-            (h,) = state
-            xz, xr, xh = np.split(gates, 3, axis=1)
-            update = f(xz + h @ rz.T + wz + bz)
-            reset = f(xr + h @ rr.T + wr + br)
-            new = g(xh + wh + (reset * (h @ rh.T + bh) if linear_before_reset else (reset * h) @ rh.T + bh))
-            return ((1 - update) * new + update * h,)
-
-        return step
-
-    return _run(x, w, lengths, direction, start, [cell(d) for d in range(directions)], layout)
+    return step
 
 
-@operator("LSTM")
-def lstm(
-    x: Array,
-    w: Array,
-    r: Array,
-    b: Array | None = None,
-    lengths: Array | None = None,
-    initial_h: Array | None = None,
-    initial_c: Array | None = None,
-    p: Array | None = None,
-    *,
-    activations: Sequence[str] | None = None,
-    activation_alpha: Sequence[float] | None = None,
-    activation_beta: Sequence[float] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    input_forget: int = 0,
-    layout: int = 0,
-    **_: Any,
-) -> tuple[Array, ...]:
-    """Gates i, o, f, c; peepholes P [D, 3*H] in the order i, o, f."""
-    x, bias, start, directions = _begin(x, w, r, b, (initial_h, initial_c), layout, direction, 4)
-    acts = _activations(activations or ["Sigmoid", "Tanh", "Tanh"] * directions, activation_alpha, activation_beta, clip, directions)
-    hidden = r.shape[2]
+def _lstm(acts: Sequence[Activation], r: Array, bias: Array, p: Array | None = None, *, input_forget: int = 0, **_: Any) -> Cell:
+    """Gates i, o, f, c; peepholes P [3*H] in the order i, o, f."""
+    f, g, h = acts
+    constant, hidden = bias.sum(0).ravel(), r.shape[1]
+    pi, po, pf = np.zeros((3, hidden)) if p is None else p.reshape(3, hidden)
 
-    def cell(d: int) -> Cell:
-        f, g, h = acts[d]
-        constant = bias[d].sum(0).ravel()
-        pi, po, pf = np.zeros((3, hidden)) if p is None else p[d].reshape(3, hidden)
+    def step(gates: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        before, memory = state
+        xi, xo, xf, xc = np.split(gates + before @ r.T + constant, 4, axis=1)
+        enter = f(xi + pi * memory)
+        forget = 1 - enter if input_forget else f(xf + pf * memory)
+        new = forget * memory + enter * g(xc)
+        return f(xo + po * new) * h(new), new
 
-        def step(gates: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-            before, memory = state
-            xi, xo, xf, xc = np.split(gates + before @ r[d].T + constant, 4, axis=1)
-            enter = f(xi + pi * memory)
-            forget = 1 - enter if input_forget else f(xf + pf * memory)
-            new = forget * memory + enter * g(xc)
-            return f(xo + po * new) * h(new), new
+    return step
 
-        return step
 
-    return _run(x, w, lengths, direction, start, [cell(d) for d in range(directions)], layout)
+operator("RNN")(_recurrent(1, ("Tanh",), _rnn))
+operator("GRU")(_recurrent(3, ("Sigmoid", "Tanh"), _gru))
+operator("LSTM")(_recurrent(4, ("Sigmoid", "Tanh", "Tanh"), _lstm, states=2))  # the hidden state and the memory
