@@ -26,10 +26,9 @@ LARGER = "its constant makes the tensor larger, or may"
 # --- linear operators ------------------------------------------------------------------------------------------------------------------
 
 
-def same_padding(kernel: Shape, dilation: Shape, *, lower: bool = False) -> list[tuple[int, int]]:
-    """What keeps the size at a stride of 1; the odd one goes behind, or before (lower)."""
-    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    return [((n + lower) // 2, n - (n + lower) // 2) for n in total]
+def same_padding(kernel: Shape, dilation: Shape) -> list[tuple[int, int]]:
+    """What keeps the size at a stride of 1; the odd one goes behind."""
+    return [(n // 2, n - n // 2) for n in (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))]
 
 
 def convolution(
