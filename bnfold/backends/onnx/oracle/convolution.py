@@ -26,20 +26,11 @@ def _shifted(y: Array, bias: Array | None) -> Array:
 
 @operator("Conv", own=True)
 def conv(
-    x: Array,
-    w: Array,
-    b: Array | None = None,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | None = None,
-    group: int = 1,
-    kernel_shape: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
+    x: Array, w: Array, b: Array | None = None, *, group: int = 1, kernel_shape: Sequence[int] | None = None, **stated: Any
 ) -> tuple[Array, ...]:
     """Weights [O, C/group, *kernel]. A depthwise one adds up tap by tap, or row by row; any other unfolds the input and multiplies, or
     multiplies and adds up tap by tap."""
-    at = windows(x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
+    at = windows(x.shape[2:], w.shape[2:], **stated)
     n, c = x.shape[:2]
     o, per_group = w.shape[:2]
     if c != per_group * group or o % group:

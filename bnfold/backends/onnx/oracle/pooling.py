@@ -70,12 +70,14 @@ def phases(x: Array, strides: Sequence[int]) -> tuple[Array, list[int]]:
 def windows(
     sizes: Sequence[int],
     kernel: Sequence[int],
-    strides: Sequence[int] | None,
-    dilations: Sequence[int] | None,
-    pads: Sequence[int] | None,
-    auto_pad: str,
+    *,
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
 ) -> Windows:
+    """Where they lie by the attributes of an operator."""
     n = len(sizes)
     strides, dilations = tuple(strides or (1,) * n), tuple(dilations or (1,) * n)
     pads = tuple(pads or (0,) * 2 * n) if auto_pad in ("NOTSET", "") else (0,) * 2 * n
@@ -119,17 +121,15 @@ def average_pool(
     x: Array,
     *,
     kernel_shape: Sequence[int],
-    auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
     count_include_pad: int = 0,
-    dilations: Sequence[int] | None = None,
+    auto_pad: str = "NOTSET",
     pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
+    **steps: Any,
 ) -> tuple[Array, ...]:
     """The divisor counts the elements of the window that lie on the input, or with `count_include_pad` on the input and its stated padding;
     what `ceil_mode` adds at the end never counts."""
-    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
-    stated = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad)
+    at, stated = (windows(x.shape[2:], kernel_shape, auto_pad=auto_pad, pads=pads, ceil_mode=mode, **steps) for mode in (ceil_mode, 0))
     total = _summed(x, at)
     count: Array = np.ones(())
     for i, size in enumerate(x.shape[2:]):
@@ -155,36 +155,15 @@ def _summed(x: Array, at: Windows) -> Array:
 
 
 @operator("LpPool", since=2)
-def lp_pool(
-    x: Array,
-    *,
-    kernel_shape: Sequence[int],
-    p: int = 2,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    dilations: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
-) -> tuple[Array, ...]:
-    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+def lp_pool(x: Array, *, kernel_shape: Sequence[int], p: int = 2, **stated: Any) -> tuple[Array, ...]:
+    at = windows(x.shape[2:], kernel_shape, **stated)
     return (_summed(np.abs(x) ** p, at) ** (1.0 / p),)
 
 
 @operator("MaxPool", counts_outputs=True)
-def max_pool(
-    x: Array,
-    *,
-    kernel_shape: Sequence[int],
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    dilations: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    storage_order: int = 0,
-    strides: Sequence[int] | None = None,
-    outputs: int = 1,
-) -> tuple[Array, ...]:
+def max_pool(x: Array, *, kernel_shape: Sequence[int], storage_order: int = 0, outputs: int = 1, **stated: Any) -> tuple[Array, ...]:
     """Second output: where each maximum (its first, in order of the taps) lies in the flattened input, of the unpadded size."""
-    at = windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    at = windows(x.shape[2:], kernel_shape, **stated)
     padded = pad(x, at, -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min)
     y: Array | None = None
     where = np.zeros((*x.shape[:2], *at.out), np.int64)
