@@ -7,6 +7,7 @@ So the peak of memory is the model and one weight, not three models, and a weigh
 from __future__ import annotations
 
 import contextlib
+import copy
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -185,18 +186,6 @@ def bare(model: ir.Model, initializers: Iterable[ir.Value] = ()) -> onnx.ModelPr
         name=graph.name,
         metadata_props=graph.metadata_props,
     )
-    proto = ir.to_proto(
-        ir.Model(
-            view,  # type: ignore[arg-type]  # documented to work
-            ir_version=model.ir_version,
-            producer_name=model.producer_name,
-            producer_version=model.producer_version,
-            domain=model.domain,
-            model_version=model.model_version,
-            doc_string=model.doc_string,
-            functions=list(model.functions.values()),
-            metadata_props=model.metadata_props,
-            device_configurations=model.device_configurations,
-        )
-    )
-    return with_maps(proto, graph.meta.get(MAPS) or {})
+    whole = copy.copy(model)
+    whole.graph = view  # type: ignore[assignment]  # documented to work
+    return with_maps(ir.to_proto(whole), graph.meta.get(MAPS) or {})
