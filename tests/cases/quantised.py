@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -293,6 +293,40 @@ for kind, op, axis, dtype in (
         double=False,
         notes="none of its integers changes",
     )
+
+
+def packed(net: Net) -> Value:
+    q = net.constant(net.rng.integers(0, 256, (6, 2, 3, 3)).astype(np.uint8), "q")
+    low = net.op("BitwiseAnd", q, net.constant(np.array(15, np.uint8)))
+    high = net.op("BitShift", q, net.constant(np.array(4, np.uint8)), direction="RIGHT")
+    return net.op("Sub", net.op("Cast", net.op("Concat", low, high, axis=1), to=1), net.scalar(8))
+
+
+def of_codebook(net: Net) -> Value:
+    places = net.op("Cast", net.constant(net.rng.integers(0, 16, SHAPES["Conv"]).astype(np.uint8), "q"), to=7)
+    return net.op("Gather", net.weight(net.normal(16), "table"), places)
+
+
+def of_two(net: Net) -> Value:
+    return net.op("Where", net.op("GreaterOrEqual", net.filters(6, 4, 3, 3), net.scalar(0)), net.scalar(1), net.scalar(-1))
+
+
+def of_truths(net: Net) -> Value:
+    w = net.op("Cast", net.op("Greater", net.filters(6, 4, 3, 3), net.scalar(0)), to=1)
+    return net.op("Sub", net.op("Mul", w, net.scalar(2)), net.scalar(1))
+
+
+for name, kept, make in (
+    ("packed", {"Mul": 1, "BitShift": 1}, packed),
+    ("of a codebook", {"Mul": 1, "Gather": 1}, of_codebook),
+    ("one of two numbers", {"Mul": 1, "Where": 1}, of_two),
+    ("made of truths", {"Mul": 2, "Greater": 1}, of_truths),
+):
+
+    @CASES.case(f"integers that a Mul scales, {name}", 52, double=False, opset=18, notes="none of its integers changes", after=kept)
+    def _(net: Net, make: Callable[[Net], Value] = make) -> None:
+        w = net.op("Mul", make(net), net.weight(net.rng.uniform(0.01, 0.02, (6, 1, 1, 1)), "s"))
+        net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
 
 
 @CASES.case("int8 filter less an offset, without a scale", 52, double=False, notes="computed from integers, becomes floats")

@@ -283,6 +283,8 @@ HOLDING: dict[str, Callable[[], nn.Module]] = {
     "packed": lambda: holding(convolved(lambda m: (unpacked(m.q) - 8) * m.s), q=torch.randint(0, 256, (6, 2, 3, 3), dtype=torch.uint8)),
     "in groups": lambda: holding(lambda m, x: F.linear(x, (m.q.float() * m.s).reshape(6, 4), m.bias), q=(6, 2, 2), s=(6, 2, 1)),
     "of a codebook": lambda: holding(convolved(lambda m: m.t[m.q.long() & 15] * m.s), t=torch.randn(16)),
+    "truths": lambda: holding(convolved(lambda m: ((m.w >= 0).float() * 2 - 1) * m.s), w=torch.randn(6, 4, 3, 3)),
+    "both of two": lambda: holding(convolved(lambda m: torch.where(m.w >= 0, 1.0, -1.0) * m.s), w=torch.randn(6, 4, 3, 3)),
     "channels last": lambda: holding(convolved(lambda m: (m.q.float() * m.s).permute(3, 2, 0, 1)), q=(3, 3, 4, 6), s=(6,)),
     "times a number": lambda: holding(convolved(lambda m: m.q.float() * m.s / 127)),
     "transposed": lambda: holding(lambda m, x: F.conv_transpose2d(x, m.q.float() * m.s, m.bias), q=(4, 6, 2, 2), s=(1, 6, 1, 1)),

@@ -206,7 +206,9 @@ def _tensor(tensor: TensorProto, name: str, jitter: int | None, moving: Mapping[
 
 
 def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, moving: Mapping[str, int]) -> Array:
-    return array if jitter is None or name not in moving else jittered(array, narrower(data_type, moving[name]), name, jitter)
+    if jitter is None or name not in moving or array.dtype != np.float64:  # integers are what they are
+        return array
+    return jittered(array, narrower(data_type, moving[name]), name, jitter)
 
 
 def narrower(one: int, other: int) -> int:

@@ -90,7 +90,8 @@ class ProgramConstants:
         """Whether a constant is computed from what operators round, or from stored integers that one casts."""
         behind = reachable([node], _read)
         cast = [each.all_input_nodes[0] for each in behind if operator_name(each) in ("to", "_to_copy") and is_float(each)]
-        return any(operator_name(each) in ROUND for each in behind) or any(self.stored(each) and not is_float(each) for each in cast)
+        whole = (root for each in cast if not is_float(each) for root in self.roots(each))
+        return any(operator_name(each) in ROUND for each in behind) or any(not is_float(root) for root in whole)
 
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""

@@ -120,8 +120,10 @@ def scaled_integers(node: Op) -> Quantiser | None:
 
 def _is_whole(node: Any) -> bool:
     kind, name = dtype_of(node), operator_name(node) if isinstance(node, Op) else ""
-    if kind is None or kind is torch.bool or name in ROUND or not kind.is_floating_point:
-        return kind is not None and kind is not torch.bool
+    if kind is None or name in ROUND or not kind.is_floating_point:
+        return kind is not None
+    if name == "where":  # one of two numbers
+        return all(not isinstance(each, Op) or value_of(each).numel() == 1 for each in list(arguments(node).values())[1:])
     if (name in LOOKUPS and value_of(node.args[0]).ndim > 1) or (name in ("mul", "div") and len(node.all_input_nodes) > 1):
         return False
     return name in AROUND | LOOKUPS | {"mul", "div"} and any(map(_is_whole, node.all_input_nodes))
