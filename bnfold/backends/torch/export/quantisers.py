@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,9 +74,15 @@ class Quantiser:
         return grid
 
 
+@cache
+def quantises(target: Any) -> re.Match[str] | None:
+    """Which of the operators that quantise it is, by its name; None where it is none."""
+    return NAMES.match(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
+
+
 def described(target: Any, given: Mapping[str, Any]) -> Quantiser | None:
     """What an operator does with its arguments, by their names in its schema; None where it is no quantiser, or one of another kind."""
-    found = NAMES.match(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
+    found = quantises(target)
     if found is None:
         return None
     source, scale = (next(given[name] for name in names if name in given) for names in (("self", "input"), ("scale", "scales")))
@@ -101,8 +108,7 @@ def quantiser(node: Any) -> Quantiser | None:
         return None
     if is_item(node):
         return quantiser(node.args[0]) if node.args[1] == 0 else None
-    known = isinstance(node.target, torch._ops.OpOverload) and NAMES.match(node.target._schema.name)
-    return described(node.target, arguments(node)) if known else None
+    return described(node.target, arguments(node)) if quantises(node.target) else None
 
 
 def scaled_integers(node: Op) -> Quantiser | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,10 +20,13 @@ from bnfold.verification.noise import deviation, plain
 from ..export.call import Call
 from ..export.copies import duplicate
 from ..export.observers import settled_quantisers
-from ..export.quantisers import described
+from ..export.quantisers import described, quantises
 from ..export.tensors import flat_outputs, to_numpy
 from ..export.walk import FLOATS
+from .depthwise import called
 
+NARROW = frozenset({*FLOATS} - {torch.float64})
+PLAIN = (int, float, str, type(None), torch.device, torch.layout, torch.memory_format)
 FLIPPED = 0.01  # the share of integers that may differ, since some were decided by rounding
 
 
@@ -31,21 +34,34 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch giv
     """Whatever an operator would give in another floating-point type is float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        mutable = func._schema.is_mutable
-        names = [argument.name for argument in func._schema.arguments]
-        rounding = described(func, dict(zip(names, args, strict=False)) | (kwargs or {}))
+        mutable, kwargs, rounding = func._schema.is_mutable, kwargs or {}, None
+        if quantises(func):
+            names = [argument.name for argument in func._schema.arguments]
+            rounding = described(func, dict(zip(names, args, strict=False)) | kwargs)
 
         def exact(leaf: Any) -> Any:
             return _double(leaf) if isinstance(leaf, torch.dtype) or not mutable else leaf
 
-        args, kwargs = pytree.tree_map(exact, (args, kwargs or {}))
+        if rounding is not None or not (_is_exact(args) and _is_exact(kwargs.values())):
+            args, kwargs = pytree.tree_map(exact, (args, kwargs))
         if rounding is not None:
             stored = pytree.tree_map(
                 lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in FLOATS else leaf, (args, kwargs)
             )
             return rounding.exact(func(*stored[0], **stored[1]), lambda given: given)
-        returned = func(*args, **kwargs)
-        return returned if mutable else pytree.tree_map(_double, returned)
+        returned = called(func, args, kwargs)
+        return returned if mutable or _is_exact((returned,)) else pytree.tree_map(_double, returned)
+
+
+def _is_exact(values: Iterable[Any]) -> bool:
+    """Whether it is plain that none of an operator's values is, or names, another floating-point type: nearly all calls by far."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.dtype in NARROW:
+                return False
+        elif not (isinstance(value, PLAIN) or (type(value) in (list, tuple) and _is_exact(value))):
+            return False
+    return True
 
 
 def _double(leaf: Any) -> Any:

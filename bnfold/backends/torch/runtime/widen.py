@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..export.quantisers import quantiser
 from ..export.walk import FLOATS, dtype_of, function, is_item, mutates, operator_name, overload, storage_of, viewed, views, written
+from .depthwise import called
 
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 NEIGHBOURS = ("nextafter", "nan_to_num")  # the next stored number; the largest
@@ -70,7 +71,7 @@ def call(op: Op, value: Callable[[Op], Any], *, stored: bool = False) -> Any:
         return rounding.exact(None, exact)
     args, kwargs = pytree.tree_map(given, (tuple(op.args), dict(op.kwargs)))
     with torch.no_grad():
-        returned = function(op)(*args, **kwargs)
+        returned = called(function(op), args, kwargs)
         if rounding is not None:
             return rounding.exact(returned, exact)
     return pytree.tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, returned)
