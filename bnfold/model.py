@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
-from .data.random import random_feeds
 from .data.spec import Port
 from .errors import UnsupportedError, UsageError
 from .folding.options import PLAIN, FoldOptions
@@ -278,6 +277,8 @@ class Model(ABC):
 
     def random(self, *, batch: int, seed: int, input_shapes: Shapes | None) -> Batch:
         """Random data that the model takes."""
+        from .data.random import random_feeds
+
         shapes = None if input_shapes is None else {self.own_inputs.get(name, name): shape for name, shape in input_shapes.items()}
         made = random_feeds(self.specs, batch=batch, seed=seed, input_shapes=shapes, sizes=self.sizes()).items()
         return {self._public(name): array for name, array in made}

@@ -148,7 +148,7 @@ def test_the_table_of_statuses_is_the_contract() -> None:
 
 
 def test_the_table_of_commands_is_complete() -> None:
-    assert set(re.findall(r"^\| `bnfold ([\w-]+) ", README, re.MULTILINE)) == {name.replace("_", "-") for name in EXAMPLES}
+    assert set(re.findall(r"^\| `bnfold ([\w-]+) ", README, re.MULTILINE)) == {*EXAMPLES}
 
 
 def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

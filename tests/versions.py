@@ -52,9 +52,9 @@ SAME = (  # commands, run in a folder, all of whose files are compared; of repor
 )
 SETTINGS = tuple({"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads} for seed, threads in (("0", "1"), ("1", "2"), ("random", "2")))
 OPTIONS = """
-import json, typer.main
-from bnfold.cli.commands import app
-commands = typer.main.get_command(app).commands
+import json
+from bnfold.cli.commands import command_line
+commands = command_line().commands
 print(json.dumps({name: sorted(p.name for p in command.params) for name, command in commands.items()}, sort_keys=True))
 """
 

@@ -23,7 +23,7 @@ SAMPLE = "samples/digits/digits.onnx"
 EXAMPLES = {
     "inspect": f"bnfold inspect {SAMPLE}",
     "recalibrate": f"bnfold recalibrate {SAMPLE} --data samples/digits/calibration.npz -o fresh.onnx",
-    "merge_stats": f"bnfold merge-stats {SAMPLE} part-0.npz part-1.npz -o merged.onnx",
+    "merge-stats": f"bnfold merge-stats {SAMPLE} part-0.npz part-1.npz -o merged.onnx",
     "fuse": f"bnfold fuse {SAMPLE} -o fused.onnx",
     "verify": f"bnfold verify {SAMPLE} fused.onnx",
     "pipeline": f"bnfold pipeline {SAMPLE} --data samples/digits/calibration.npz --eval samples/digits/test.npz -o ready.onnx",
@@ -87,13 +87,20 @@ app = typer.Typer(
 )
 
 
+_commands: dict[str, Callable[..., int | None]] = {}  # by their names
+
+
 def command_line(*, everything: bool = False, only: str = "") -> Any:
     """The parser of the command line. everything: whether its help shows what few need, too. only: the one command that it will have to
     parse, where that is known."""
     part = copy.copy(app)
-    part.registered_commands = [each for each in app.registered_commands if _named(each) == only] or app.registered_commands
+    part.registered_commands = []
+    for name in [only] if only in _commands else _commands:
+        function = _commands[name]
+        about = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+        part.command(name, cls=Command, short_help=about, epilog=f"Example: {EXAMPLES[name]}")(grouped(function))
     made: Any = typer.main.get_command(part)
-    made.commands = {name: made.commands[name] for name in (each.replace("_", "-") for each in EXAMPLES) if name in made.commands}
+    made.commands = {name: made.commands[name] for name in EXAMPLES if name in made.commands}
     _convert_less(made)
     for each in made.commands.values():
         _convert_less(each)
@@ -102,10 +109,6 @@ def command_line(*, everything: bool = False, only: str = "") -> Any:
         if not everything and any(getattr(parameter, "hidden", False) for parameter in each.params):
             each.epilog += f"\nMore options: bnfold {each.name} --help-all"
     return made
-
-
-def _named(registered: Any) -> str:
-    return str(registered.callback.__name__).replace("_", "-")
 
 
 def _convert_less(command: Any) -> None:
@@ -134,9 +137,8 @@ def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], 
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
-    """A command of the application, with its example under its help."""
-    about = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
-    app.command(cls=Command, short_help=about, epilog=f"Example: {EXAMPLES[function.__name__]}")(grouped(function))
+    """A command of the application; its options are made when it is to be parsed."""
+    _commands[function.__name__.replace("_", "-")] = function
     return function
 
 

@@ -13,14 +13,14 @@ from bnfold.files import ready_to_write
 
 from . import extras as extras
 from . import options as o
-from .app import app, command, command_line
+from .app import command, command_line
 from .check import Check, Checking
 from .job import Job, Reporting
 from .options.folding import Folding
 from .options.inputs import Feeding, Loading, Running, Saving, Shaping
 from .options.recalibration import Choosing, Measuring, Task, beside, check_parts, finish, save, save_kept
 
-__all__ = ["app", "command_line"]
+__all__ = ["command_line"]
 
 STEPS = ("recalibrate", "fold and check", "verify")  # of a pipeline; scoring belongs to the first and the last
 LEVELS = ("weights", "outputs", "as deployed")  # of verify
