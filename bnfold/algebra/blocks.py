@@ -151,6 +151,10 @@ def measured(param: Param, axes: Sequence[int] = ()) -> Extent:
     key = param.layout.name, tuple(axes)
     known: dict[Any, Extent] = {} if param.tensor is None else param.tensor.extents
     if key not in known:
-        source = param.source()
-        known[key] = extent(param.original() if source is None else source, axes)
+        finer = None if axes else next((found for (layout, _), found in known.items() if layout == key[0]), None)
+        if finer is None:
+            source = param.source()
+            known[key] = extent(param.original() if source is None else source, axes)
+        else:
+            known[key] = Extent(finer.largest.max(keepdims=True), finer.smallest.min(keepdims=True))
     return known[key]

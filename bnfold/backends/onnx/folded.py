@@ -52,7 +52,8 @@ class Folded(ir.LazyTensor):
     def __init__(self, param: Param, source: Stored, dtype: ir.DataType) -> None:
         tensor = param.tensor
         assert tensor is not None
-        known = Tensor(tensor.name, partial(_widened, source), tensor.shape, tensor.limit, raw=source.numpy)  # which doesn't know the graph
+        # which doesn't know the graph
+        known = Tensor(tensor.name, partial(_widened, source), tensor.shape, tensor.limit, raw=source.as_stored)
         self._param = replace(param, tensor=known)
         super().__init__(self._made, dtype, ir.Shape(tensor.shape))
 

@@ -9,8 +9,10 @@ import io
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -155,8 +157,15 @@ def _model(proto: onnx.ModelProto, views: list[memoryview | None], files: Files 
 class Stored(ir.LazyTensor):
     """A weight as its file has it. path: of the file, where it lies beside the model's; only then is it there."""
 
-    __slots__ = ("path",)
+    __slots__ = ("_view", "path")
+    _view: memoryview
     path: Path
+
+    def as_stored(self) -> npt.NDArray[Any]:
+        """A view of the file's bytes, which the file needn't align: `numpy` makes a copy of those. Packed types are unpacked."""
+        if self.dtype.bitwidth < 8:
+            return self.numpy()
+        return np.frombuffer(self._view, self.dtype.numpy().newbyteorder("<")).reshape(self.shape.numpy())
 
 
 def _weight(tensor: onnx.TensorProto, view: memoryview, file: Path | None) -> Stored:
@@ -164,6 +173,7 @@ def _weight(tensor: onnx.TensorProto, view: memoryview, file: Path | None) -> St
     metadata = {entry.key: entry.value for entry in tensor.metadata_props}
     read = partial(_array, view, dtype, shape)
     weight = Stored(read, dtype, shape, name=tensor.name, doc_string=tensor.doc_string or None, metadata_props=metadata)
+    weight._view = view
     if file is not None:
         weight.path = file
     return weight

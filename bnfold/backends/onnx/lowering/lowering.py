@@ -20,6 +20,7 @@ from bnfold.algebra.quantised import Quantised
 from bnfold.algebra.rounding import limits, roundoff
 from bnfold.algebra.settings import Settings
 
+from ..files.load import Stored
 from ..graph.constants import CONTROL, FLOATS, Constants, is_made
 from ..graph.quantised import dequantised, dequantises, makes_whole, quantised, relaid, rounding, stored_name
 from ..graph.sequences import Sequences, without_sequences
@@ -269,7 +270,9 @@ class OnnxLowering(Lowering):
 
     def _raw(self, v: ir.Value) -> npt.NDArray[Any]:
         stored = self.constants.stored(v)
-        return self._get(v) if stored is None else stored.numpy()
+        if stored is None:
+            return self._get(v)
+        return stored.as_stored() if isinstance(stored, Stored) else stored.numpy()
 
 
 def by_first(shared: Callable[..., object], **settings: Any) -> Lower:
