@@ -241,6 +241,15 @@ SPECIMENS = [
         each(increasing, unshifted, fixed(2, 3)),
         {"mixes": SPACE},
     ),
+    Specimen(
+        "sums by computed places",
+        "Linear",
+        [IMAGE],
+        unary(lambda x: np.concatenate([x[:, :, [0]] + x[:, :, [2]], 0 * x[:, :, [0]], x[:, :, 1:]], axis=2)),
+        both(unshifted, fixed(2)),
+        each(unshifted, fixed(2)),
+        {"mixes": (2,)},
+    ),
     # fills
     Specimen(
         "zeros",

@@ -32,6 +32,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
         "Reshape Flatten Transpose Concat Split Slice view cat",
     ),
     "Max": (ORDERED, "max(s*x + t) = s*max(x) + t if s >= 0", "MaxPool GlobalMaxPool ReduceMax max_pool2d amax"),
+    "Linear": ("pure scalings cross", "f(s*x) = s*f(x)", "ScatterElements ScatterND scatter_add index_add"),
     "Relu": (SCALES, "relu(s*x) = s*relu(x) if s >= 0", "Relu LeakyRelu PRelu Abs relu leaky_relu prelu"),
     "Clamp": (
         f"with --clamps {ANY}; without, none",

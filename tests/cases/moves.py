@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import onnx
 
 from .builder import Net
 from .case import Theme
@@ -276,3 +279,33 @@ def _(net: Net) -> None:
     places = net.input(2, 6, 5, 5, name="places", dtype="int64")
     y = net.conv(net.input(2, 4, 7, 7), 4, 6)
     net.output(net.op("LeakyRelu", net.bn(net.op("GatherElements", y, places, axis=2), 6)))
+
+
+def scattered(net: Net, reduction: str = "add", each: bool = False, bias: bool = True, full: bool = False) -> None:
+    """As graph networks gather: what the nodes send along edges, where these end. each: with places for each channel."""
+    y = net.gemm(net.input(4, 5), 5, 6, bias=False)
+    starts, ends = (net.input("M", name=name, dtype="int64") for name in ("starts", "ends"))
+    sent, places = net.op("Gather", y, starts, axis=0), net.unsqueeze(ends, 1)
+    if each:
+        places = net.op("Expand", places, net.ints(1, 6))
+    base = y if full else net.op("ConstantOfShape", net.op("Shape", y), value=onnx.numpy_helper.from_array(np.zeros(1, net.dtype)))
+    how = {"axis": 0} if each else {}
+    y = net.op("ScatterElements" if each else "ScatterND", base, places, sent, reduction=reduction, **how)
+    net.output(net.op("Tanh", net.bn(net.op("Add", y, net.bias(6)) if bias else y, 6, positive=True)))
+
+
+for kind in ("add", "max"):
+    for each in (False, True):
+        name = f"Scatter{'Elements' if each else 'ND'} by {kind}"
+        CASES.case(f"{name} onto zeros", 16, draw=partial(scattered, reduction=kind, each=each), opset=18)
+CASES.case("a sum of messages, a shift", 16, draw=partial(scattered, bias=False), opset=18, left=1, reason="shift is not zero")
+CASES.case("a sum of messages onto values", 16, draw=partial(scattered, full=True), opset=18, left=1, reason="known to be zero")
+CASES.case("messages in others' places", 16, draw=partial(scattered, reduction="none"), opset=18, left=1, reason="puts elements")
+
+
+@CASES.case("ReverseSequence", 16, below=4)
+def _(net: Net) -> None:
+    """Between two directions of a recurrent network: [time, batch, features]."""
+    x, lengths = net.input(4, 3, 5), net.op("Add", net.input(3, name="lengths", dtype="int64"), net.ints(1))
+    y = net.op("ReverseSequence", net.op("Add", net.op("MatMul", x, net.matrix(5, 6)), net.bias(6)), lengths)
+    net.output(net.op("Tanh", net.transpose(net.bn(net.transpose(y, 1, 2, 0), 6), 2, 0, 1)))

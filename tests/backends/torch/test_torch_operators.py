@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -158,3 +159,62 @@ def test_places_that_differ_from_one_pixel_to_the_next_mix_channels() -> None:
 @pytest.mark.parametrize("equation", ["nlc->ncl", "n...c->nc...", "nlmc->ncml", "bll...->b...l"])
 def test_an_einsum_of_one_operand(equation: str) -> None:
     assert folded(Spelled(equation), *((2, 5, 4) if equation.startswith(("nlc-", "n...")) else (2, 5, 5, 4))) == ""
+
+
+class Windows(nn.Module):
+    """Time-delay layers, as speech networks have them: a BatchNorm, windows over what came before, and a linear layer."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor], fan: int, channels: int) -> None:
+        super().__init__()
+        self.norm, self.linear, self.cut = norm(channels), nn.Linear(fan, 4), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.cut(self.norm(x)))
+
+
+def test_windows_of_a_sequence() -> None:
+    assert folded(Windows(lambda x: x.unfold(2, 3, 2).movedim(1, 2).flatten(2), 18, 6), 2, 6, 9) == ""
+
+
+def test_columns_of_windows() -> None:
+    plain = lambda x: F.unfold(x, (3, 2), dilation=(2, 1), stride=(1, 2)).mT  # noqa: E731
+    assert folded(Windows(plain, 30, 5), 2, 5, 8, 7) == ""
+    padded = lambda x: F.unfold(x, 3, padding=1).mT  # noqa: E731
+    assert "it pads with zeros" in folded(Windows(padded, 45, 5), 2, 5, 8, 7)
+
+
+class Graph(nn.Module):
+    """A layer of a graph network (Kipf & Welling 2017, equation 2), its weights per edge left out, and a BatchNorm."""
+
+    def __init__(self, gather: Callable[[Tensor, Tensor, Tensor], Tensor], *, bias: bool = True) -> None:
+        super().__init__()
+        self.linear, self.norm, self.gather = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), gather
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.normal_(self.norm.running_mean)
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 2, 4, 3, 1], [1, 0, 0, 3, 3, 4, 4]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        y = self.gather(x.new_zeros(len(x), 6), x.index_select(0, self.edges[0]), self.edges[1])
+        return torch.tanh(self.norm(y if self.bias is None else y + self.bias))
+
+
+GATHERED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "scatter_add": lambda zeros, sent, ends: zeros.scatter_add_(0, ends[:, None].expand_as(sent), sent),
+    "index_add": lambda zeros, sent, ends: zeros.index_add(0, ends, sent, alpha=2),
+    "mean": lambda zeros, sent, ends: zeros.scatter_reduce_(0, ends[:, None].expand_as(sent), sent, "mean", include_self=False),
+    "amax": lambda zeros, sent, ends: zeros.scatter_reduce(0, ends[:, None].expand_as(sent), sent, "amax", include_self=False),
+}
+
+
+@pytest.mark.parametrize("kind", GATHERED)
+def test_what_comes_along_edges(kind: str) -> None:
+    assert folded(Graph(GATHERED[kind]), 5, 4) == ""
+    assert "its shift is not zero" in folded(Graph(GATHERED[kind], bias=False), 5, 4)
+
+
+def test_what_comes_along_edges_and_is_not_known_to_start_from_zero() -> None:
+    assert "known to be zero" in folded(Graph(lambda zeros, sent, ends: (zeros + sent[0]).index_add(0, ends, sent)), 5, 4)
+    product = folded(Graph(lambda zeros, sent, ends: zeros.scatter_reduce(0, ends[:, None].expand_as(sent), sent, "prod")), 5, 4)
+    assert "it reduces by prod" in product

@@ -15,7 +15,7 @@ from bnfold.algebra.layouts import scaled
 from bnfold.algebra.weights import same_padding
 
 from ..graph.constants import FLOATS
-from ..graph.walk import arg, attribute, number, wholes
+from ..graph.walk import arg, attribute, number, whole, wholes
 from .lowering import Lower, OnnxLowering, given
 from .movement import mirror, sequence, widths
 
@@ -201,6 +201,20 @@ def maximum(ctx: OnnxLowering, node: ir.Node) -> None:
     else:
         given = [v for v in node.inputs if v is not None]
         pointwise(ctx, node, "Maximum", *given, **geometry.bounds_of(ctx, node, given, above=node.op_type == "Min"))
+
+
+def scatter(ctx: OnnxLowering, node: ir.Node) -> None:
+    """ScatterElements and ScatterND that add to zeros, or take the largest or smallest beside zero."""
+    kind, made, places = attribute(node, "reduction", "none"), arg(node).producer(), ctx.value(arg(node, 1))
+    if kind not in ("add", "max", "min"):
+        raise Blocked("it puts elements at computed places" if kind == "none" else f"it reduces by {kind}")
+    fill: Any = attribute(made, "value", None) if made is not None and made.op_type == "ConstantOfShape" else None
+    zeros = fill.numpy() if fill is not None else ctx.const(arg(node))
+    if zeros is None or zeros.any():
+        raise Blocked("what it adds to isn't known to be zero")
+    if node.op_type == "ScatterND" and (places.sizes is None or len(places.sizes) != 2 or places.sizes[1] != 1):
+        raise Blocked("which axes its places are of isn't known")
+    geometry.scatter(ctx, node, arg(node, 2), whole(node, "axis", 0) % ctx.rank(arg(node, 2)), sums=kind == "add")
 
 
 def where(ctx: OnnxLowering, node: ir.Node) -> None:

@@ -136,6 +136,11 @@ def _center_crop_pad(ctx: OnnxLowering, node: ir.Node) -> None:
         geometry.pad(ctx, node, x, changed, 0.0)
 
 
+def _reverse(ctx: OnnxLowering, node: ir.Node) -> None:
+    """Each sample from its own last step back, as a bidirectional network reads it; what lies behind that stays."""
+    geometry.crop(ctx, node, arg(node), [whole(node, "batch_axis", 1), whole(node, "time_axis", 0)])
+
+
 def _blocks(ctx: OnnxLowering, node: ir.Node) -> None:
     spreads = node.op_type == "DepthToSpace"
     first = spreads and attribute(node, "mode", "DCR") == "CRD"
@@ -216,6 +221,7 @@ MOVES: dict[str, Lower] = {
     "GatherND": _gather_nd,
     "Compress": _compress,
     "CenterCropPad": _center_crop_pad,
+    "ReverseSequence": _reverse,
     "Expand": by_first(geometry.expand, tiles=False),
     "Tile": by_first(geometry.expand, tiles=True),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), _blocks),

@@ -53,6 +53,8 @@ OPERATORS: dict[str, Lower] = {
     # maps that keep the order
     **dict.fromkeys(("MaxPool", "GlobalMaxPool"), windowed("Max")),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), reduced("Max")),
+    # scalings
+    **dict.fromkeys(("ScatterElements", "ScatterND"), commuting.scatter),
     # stretchings
     "Relu": commuting.relu,
     **dict.fromkeys(("LeakyRelu", "Abs"), elementwise("Relu")),

@@ -154,6 +154,18 @@ def pad(ctx: TorchLowering, op: Op) -> None:
     geometry.pad(ctx, op, first(op), axes, fill, param)
 
 
+def scatter(ctx: TorchLowering, op: Op) -> None:
+    """scatter_add, index_add, scatter_reduce, onto zeros: how graph networks gather what comes along edges."""
+    given, base, kind = arguments(op), first(op), arguments(op).get("reduce", "sum")
+    zeros = ctx.const(base) if ctx.is_constant(base) else None
+    if operator_name(base) not in ("zeros", "new_zeros", "zeros_like") and (zeros is None or zeros.any()):
+        raise Blocked("what it adds to isn't known to be zero")
+    if kind not in ("sum", "mean", "amax", "amin"):
+        raise Blocked(f"it reduces by {kind}")
+    source: Op = given["source" if "source" in given else "src"]
+    geometry.scatter(ctx, op, source, int(given["dim"]) % ctx.rank(op), sums=kind in ("sum", "mean"))
+
+
 def where(ctx: TorchLowering, op: Op) -> None:
     given = [arguments(op).get(name) for name in ("condition", "self", "other")]
     if not all(isinstance(each, Op) for each in given):

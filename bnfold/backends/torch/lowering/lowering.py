@@ -29,6 +29,8 @@ from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
 from .quantised import Codes
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
+# What reads of an argument its sizes and type alone.
+LIKE = dict.fromkeys(("new_zeros", "new_ones", "zeros_like", "ones_like"), "self") | dict.fromkeys(("expand_as", "view_as"), "other")
 
 Lower = Callable[["TorchLowering", Op], object]
 
@@ -110,7 +112,8 @@ class TorchLowering(Lowering):
         sizes = not name and not isinstance(op.target, torch._ops.OperatorBase) and not is_tensor(op)  # arithmetic on them
         if sizes or name in SIZES:  # which is no use of a value
             return [], []
-        inputs = [source for source in op.all_input_nodes if is_tensor(source) and not self.constants.is_constant(source)]
+        like = self.arg(op, LIKE[name]) if name in LIKE else None
+        inputs = [s for s in op.all_input_nodes if s is not like and is_tensor(s) and not self.constants.is_constant(s)]
         outputs = [op] if is_tensor(op) else [item for _, item in sorted(self.items(op).items())]
         values = [self.value(each) for each in outputs]
         return inputs, [Value(f"{op.name}.written")] if not values and mutates(op) else values

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view as windows
 from torch.fx import Node as Op
 
 from bnfold.algebra import geometry
@@ -185,6 +186,29 @@ def channel_shuffle(ctx: TorchLowering, op: Op) -> None:
     geometry.within(ctx, op, first(op), (1,), mix)
 
 
+def unfold(ctx: TorchLowering, op: Op) -> None:
+    """Windows along an axis, which lie along a new last one."""
+    size, step, rank = arguments(op)["size"], arguments(op)["step"], ctx.rank(first(op))
+    size, step, axis = _static(ctx, size), _static(ctx, step), int(arguments(op)["dimension"]) % rank
+    steps = (slice(None),) * axis + (slice(None, None, step),)
+    geometry.move(ctx, op, [first(op)], lambda xs, _: windows(xs[0], size, axis)[steps], {i: i for i in range(rank) if i != axis})
+
+
+def columns(ctx: TorchLowering, op: Op) -> None:
+    """im2col: the channels of the elements of each window, [N, C*h*w, windows]."""
+    names = ("kernel_size", "dilation", "padding", "stride")
+    (h, w), (below, beside), padding, stride = (_static(ctx, arguments(op)[name]) for name in names)
+    if any(padding):
+        raise Blocked("it pads with zeros")
+
+    def run(xs: list[geometry.Ids], shape: tuple[int, ...]) -> geometry.Ids:
+        seen = windows(xs[0], (below * (h - 1) + 1, beside * (w - 1) + 1), (-2, -1))
+        seen = seen[..., :: stride[0], :: stride[1], ::below, ::beside]
+        return np.moveaxis(seen, (-2, -1), (-4, -3)).reshape(shape)
+
+    geometry.move(ctx, op, [first(op)], run, {i: i for i in range(ctx.rank(op) - 2)})
+
+
 def mirror(ctx: TorchLowering, op: Op) -> None:
     """Padding by reflection, by the edge, or around the corner; torch names the axes from the last one on."""
     given, name, rank = arguments(op), operator_name(op), ctx.rank(op)
@@ -225,6 +249,8 @@ MOVES: dict[str, Lower] = {
     "roll": roll,
     "pixel_shuffle": blocks,
     "pixel_unshuffle": blocks,
+    "unfold": unfold,
+    "im2col": columns,
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
     **{f"{kind}_pad{n}d": mirror for kind in ("reflection", "replication") for n in (1, 2, 3)},

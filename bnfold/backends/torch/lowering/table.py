@@ -59,6 +59,8 @@ OPERATORS: dict[str, Lower] = {
     **{f"adaptive_max_pool{d}": windowed("Max") for d in DIMS},
     **dict.fromkeys(("amax", "amin", "max", "min"), reduced("Max")),
     **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), commuting.maximum),
+    # scalings
+    **dict.fromkeys(("scatter_add", "index_add", "scatter_reduce"), commuting.scatter),
     # stretchings
     "relu": commuting.relu,
     **dict.fromkeys(("leaky_relu", "abs"), elementwise("Relu")),
