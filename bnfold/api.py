@@ -251,14 +251,16 @@ def verify(
     map_outputs: Mapping[str, str] | None = None,
     by_layer: bool = False,
 ) -> VerifyReport:
-    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `bnfold.verify`).
+    """Whether two models compute the same function: their coefficients, in float64, and as deployed (see `verification.verify`).
 
+    batches: what to feed, as for `recalibrate`; random data of `input_shapes` (by input name) where it is None. samples: how many, a few
+    where it is None. batch_size: at once. example: how a PyTorch module is called, as for `fuse`. bool(report) says whether they do.
     providers: of ONNX Runtime, each by its name, with options as "tensorrt:trt_fp16_enable=1"; or PyTorch's devices. allow_cpu_fallback:
     types or names of nodes that may run on the CPU where a provider leaves them to it; any other is a DeviceError.
     bundle: a folder into which, where they differ, goes what shows the first difference by itself; force: whatever is in it already.
     coefficients_only: the first level alone, which runs neither model. map_inputs, map_outputs: which of the candidate's is which of the
     reference's, by the reference's names; what isn't said is paired by name, or else by place, which a note tells. by_layer: compare every
-    layer, too (`layers` and `graph` of the report).
+    layer, too (`layers` and `graph` of the report). Raises DataError for data that don't fit, DeviceError for a provider that isn't there.
     """
     from .verification.verify import verify as verify_models
 

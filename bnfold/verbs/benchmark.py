@@ -45,7 +45,7 @@ def bench(
     map_inputs: Mapping[str, str] | None = None,
     progress: Progress | bool | None = None,
 ) -> BenchReport:
-    """Time one batch through both models in turn: A B, B A, A B, ...
+    """Time one batch through both models in turn: A B, B A, A B, ... `rounds` of them. Times are in seconds, of a whole batch.
 
     batches: the first one is run, of an array all of it; a random one of `batch_size` samples (1) where it is None. batch_size: of several,
     each is timed in rounds of its own. optimise: ONNX Runtime's own graph optimisations, which fold too; a deployed model has them on.
