@@ -67,15 +67,14 @@ def in_parts(reference: Model, candidate: Model, most: int = ROWS) -> tuple[Mode
     if batch is None or batch <= ROWS or size <= LARGE:
         return reference, candidate, ()
     count = FEW_SAMPLES if size > LARGE * batch else most
+    fixed = f"the batch of {batch:,} that the model fixes was compared"
     try:
-        sides = [_of_rows(side, batch, count) for side in (reference, candidate)]
+        first, second = (_of_rows(side, batch, count) for side in (reference, candidate))
     except BnfoldError:  # what can't be run with fewer is run whole
-        return reference, candidate, ()
-    first, second = sides
+        first = second = None
     if first is None or second is None:
-        return reference, candidate, ()
-    how = "each row is computed by itself, by the shapes in the graph and by a trial"
-    return first, second, (f"the batch of {batch:,} that the model fixes was compared {count} rows at a time: {how}",)
+        return reference, candidate, (f"{fixed} whole, which takes its time: nothing shows that no row depends on another",)
+    return first, second, (f"{fixed} {count} rows at a time: each is computed by itself, by the shapes in the graph and by a trial",)
 
 
 def _of_rows(subject: Model, batch: int, count: int) -> Model | None:

@@ -84,6 +84,7 @@ def main() -> None:
         for size in map(int, args.sizes.split(",")):
             seconds = []
             for run in steps(graph(shape, size)).values():
+                gc.collect()  # what the step before left
                 start = time.process_time()
                 run()
                 seconds.append(time.process_time() - start)
