@@ -66,12 +66,12 @@ def _matrix(
     scale: float,
     roi: tuple[float, float],
     *,
-    mode: str,
     coordinates: str,
-    nearest_mode: str,
-    cubic_coeff_a: float,
-    exclude_outside: int,
-    antialias: int,
+    mode: str = "nearest",
+    nearest_mode: str = "round_prefer_floor",
+    cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
+    antialias: int = 0,
 ) -> tuple[Array, Array]:
     """The weights [out, size], and which outputs lie outside the input (for tf_crop_and_resize)."""
     if mode == "nearest":
@@ -131,15 +131,10 @@ def resize(
     scales: Array | None = None,
     sizes: Array | None = None,
     *,
-    mode: str = "nearest",
     coordinate_transformation_mode: str = "half_pixel",
-    nearest_mode: str = "round_prefer_floor",
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    antialias: int = 0,
     axes: Sequence[int] | None = None,
     keep_aspect_ratio_policy: str = "stretch",
+    **how: Any,
 ) -> tuple[Array, ...]:
     listed = [a % x.ndim for a in axes] if axes is not None else list(range(x.ndim))
     out, factors = list(x.shape), [1.0] * x.ndim
@@ -161,20 +156,7 @@ def resize(
         region = np.array([0.0] * x.ndim + [1.0] * x.ndim)
         for i, a in enumerate(listed):
             region[a], region[x.ndim + a] = roi[i], roi[len(listed) + i]
-    y = _resize(
-        x,
-        out,
-        factors,
-        region,
-        coordinates=coordinate_transformation_mode,
-        extrapolation_value=extrapolation_value,
-        mode=mode,
-        nearest_mode=nearest_mode,
-        cubic_coeff_a=cubic_coeff_a,
-        exclude_outside=exclude_outside,
-        antialias=antialias,
-    )
-    return (y,)
+    return (_resize(x, out, factors, region, coordinates=coordinate_transformation_mode, **how),)
 
 
 @operator("Upsample", since=7)
@@ -188,10 +170,8 @@ def upsample_7(
         raise ValueError("Upsample has no scales")
     factors = [float(s) for s in given]
     out = [_output_size(n, s) for n, s in zip(x.shape, factors, strict=True)]
-    how: dict[str, Any] = {"nearest_mode": "floor", "cubic_coeff_a": -0.75, "exclude_outside": 0, "antialias": 0}
-    return (
-        _resize(x, out, factors, None, coordinates="asymmetric", mode="linear" if mode in ("linear", "bilinear") else "nearest", **how),
-    )
+    mode = "linear" if mode in ("linear", "bilinear") else "nearest"
+    return (_resize(x, out, factors, None, coordinates="asymmetric", mode=mode, nearest_mode="floor"),)
 
 
 @operator("Upsample", until=6)
