@@ -15,6 +15,7 @@ from .page import breakable, escaped, page
 MANY = 40  # rows of a table that is closed until somebody opens it
 SHORT = 28  # characters of a cell that stays on one line
 CLASSES = dict.fromkeys(GOOD, "good") | dict.fromkeys(BAD, "bad") | dict.fromkeys(DOUBTFUL, "doubt")
+# All of it holds within one element, so that it leaves the page of a notebook alone.
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
