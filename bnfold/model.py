@@ -17,13 +17,7 @@ from .errors import UnsupportedError, UsageError
 from .folding.options import PLAIN, FoldOptions
 from .folding.plan import NormalForm
 from .report import Size
-from .running import Elsewhere as Elsewhere
-from .running import Extract as Extract
-from .running import Placement as Placement
-from .running import Renaming, by_value
-from .running import Runner as Runner
-from .running import Shapes as Shapes
-from .running import Stream as Stream
+from .running import Elsewhere, Extract, Renaming, Runner, Shapes, Stream, by_value
 
 if TYPE_CHECKING:
     from .algebra.graph import Graph, Value

@@ -6,10 +6,9 @@ A front-end says what its BatchNorms are (`StagePlan.find`), what its operators 
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
@@ -30,6 +29,7 @@ from .schedule import Cut, N, NormCall, Operation, cut
 Values = Mapping[str, Any]  # arrays, of numpy or of the framework that computes
 NOTHING: Mapping[int, Moments] = {}
 Progress = Callable[[str, int, "int | None"], None]
+Select = Callable[[str], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +110,6 @@ class Measurement:
         self.samples, self.batches = sum(part.samples for part in parts), sum(part.batches for part in parts)
         if not self.batches:
             raise DataError("the data hold no batch, so there is nothing to measure: give at least one sample")
-
-
-Select = Callable[[str], bool]
 
 
 def every(name: str) -> bool:
@@ -225,7 +222,7 @@ class StagePlan(ABC, Generic[N, V]):
         """A call that is measured without running the pointwise convolution that makes its input."""
         if made is None or call.per_activation or call.axis != 1:
             return call
-        return dataclasses.replace(call, source=made.reads[0], through=made.node)
+        return replace(call, source=made.reads[0], through=made.node)
 
     @property
     def stage_count(self) -> int:
@@ -241,13 +238,11 @@ class StagePlan(ABC, Generic[N, V]):
         place = {call.node: i for i, call in enumerate(self.calls)}
         for number, part in enumerate(cuts[done:], done):
             readings = [
-                Reading(str(each.source.name), each.layer, place[each.node], each.per_activation, self._through(each), each.axis)
+                Reading(str(each.source.name), each.layer, place[each.node], each.per_activation, through, each.axis)
                 for each in part.calls
+                for through in (None if each.through is None else self.weights(each.through),)
             ]
             yield self.stage(part, readings, own, first=number == 0, last=number == len(cuts) - 1)
-
-    def _through(self, call: NormCall[N, V]) -> Pointwise | None:
-        return None if call.through is None else self.weights(call.through)
 
     def set(self, layer: int, statistics: Statistics) -> str | None:
         """Take over the statistics of a layer, which is normalised with them from now on. Returns why not, where they can't be stored."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bnfold.errors import DataError, UnsupportedError
-from bnfold.model import Runner
 from bnfold.report import Deployment
+from bnfold.running import Runner
 
 from .comparison import Comparison
 from .noise import Errors

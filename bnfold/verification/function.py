@@ -12,8 +12,8 @@ import numpy as np
 
 from bnfold.data import Batch
 from bnfold.errors import DataError, UnsupportedError
-from bnfold.model import Runner
 from bnfold.report import Function
+from bnfold.running import Runner
 from bnfold.text import listed
 
 from .comparison import Comparison

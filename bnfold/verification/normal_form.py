@@ -9,7 +9,8 @@ from bnfold.algebra.graph import Node, Value
 from bnfold.data import Batch
 from bnfold.folding.plan import normal_form
 from bnfold.folding.search import Outcome
-from bnfold.model import Model, Stream
+from bnfold.model import Model
+from bnfold.running import Stream
 
 
 class Normal:

@@ -20,7 +20,7 @@ from bnfold.backends.onnx.model import OnnxModel
 from bnfold.backends.torch.export.trace import trace
 from bnfold.backends.torch.model import TorchModel
 from bnfold.capture import quiet
-from bnfold.model import Runner
+from bnfold.running import Runner
 from tests.rivals.tools import by_fx, by_onnxsim, by_onnxslim, by_runtime, own, silent
 
 OPSET = 18

@@ -18,8 +18,9 @@ from bnfold.data.spec import Port
 from bnfold.errors import ALREADY_FOLDED, ModelError
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
-from bnfold.model import Extract, Model, Stream
+from bnfold.model import Model
 from bnfold.report import Size
+from bnfold.running import Extract, Stream
 
 from .files.load import from_proto, save, to_proto
 from .graph.constants import FLOATS

@@ -19,8 +19,9 @@ from bnfold.data.spec import Port
 from bnfold.errors import NO_BATCHNORM
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
-from bnfold.model import Elsewhere, Extract, Model, Shapes, Stream
+from bnfold.model import Model
 from bnfold.report import Size
+from bnfold.running import Elsewhere, Extract, Shapes, Stream
 
 from .export.call import Call, example_of, forward_names, in_places, random_example, shortened_call
 from .export.copies import average
@@ -118,13 +119,10 @@ class TorchModel(Model):
         return TorchModel(self.source, in_places(self.source, call) if isinstance(call, Call) else call)
 
     def fewer(self, samples: int) -> TorchModel | None:
-        made = with_samples(self.source, samples) if isinstance(self.source, ExportedProgram) else None
-        if made is None:
+        if not isinstance(self.source, ExportedProgram) or (made := with_samples(self.source, samples)) is None:
             return None
-        fewer = copy.copy(self)
-        for name in ("traced", "_functional", "_plans"):
-            vars(fewer).pop(name, None)
-        fewer.source, fewer._example = made, None
+        fewer = TorchModel(made)
+        fewer.rounded, fewer._beside_onnx = self.rounded, self._beside_onnx
         return fewer
 
     def beside(self, other: Model) -> TorchModel:
@@ -177,11 +175,8 @@ class TorchModel(Model):
         return {spec.name: to_numpy(found[spec.name]) for spec in self.traced.specs}
 
     def sizes(self) -> dict[str, int]:
-        sizes = {str(symbol): size for symbol, size in Sizes(self.traced.program).probes[0].items()}
-        for spec in self.traced.specs:
-            if spec.shape and isinstance(spec.shape[0], str):
-                sizes.pop(spec.shape[0], None)
-        return sizes
+        first = {spec.shape[0] for spec in self.traced.specs if spec.shape}
+        return {str(symbol): size for symbol, size in Sizes(self.traced.program).probes[0].items() if str(symbol) not in first}
 
     def normal_form(self, options: FoldOptions = PLAIN) -> NormalForm:
         # As a program, not as a module: what can be folded is a matter of the function, not of who wrote the code.
@@ -191,9 +186,8 @@ class TorchModel(Model):
         fed = [lowering.value(by_name[op.name]) for op in self.traced.input_nodes]
         for op, value in zip(self.traced.input_nodes, fed, strict=True):
             value.name = op.name
-        fixed = {
-            name: op for name, op in Traced(lowering.program, lowering.program).output_nodes.items() if lowering.constants.is_constant(op)
-        }
+        named = Traced(lowering.program, lowering.program).output_nodes.items()
+        fixed = {name: op for name, op in named if lowering.constants.is_constant(op)}
         constants = {f"output {name}": array for name, op in fixed.items() if (array := lowering.const(op)) is not None}
         outputs = {name: value for name, value in lowering.named_outputs.items() if name not in fixed}
         return normal_form(graph, outputs, options, inputs=fed, constants=constants)
@@ -254,14 +248,11 @@ class TorchModel(Model):
                 yield op.name, to_numpy(value.clone() if written else value)
 
     def edge(self, output: str, stops: Collection[str]) -> list[str]:
-        program, inputs = self._functional.program, [op.name for op in self._functional.input_nodes]
-        return boundary(program, output, {*stops, *inputs})
+        return boundary(self._functional.program, output, {*stops, *(op.name for op in self._functional.input_nodes)})
 
     def types(self, names: Iterable[str]) -> dict[str, Any]:
-        wanted = set(names)
-        return {
-            op.name: NUMPY[kind] for op in self._functional.program.graph.nodes if op.name in wanted and (kind := dtype_of(op)) in NUMPY
-        }
+        kinds = {op.name: dtype_of(op) for op in self._functional.program.graph.nodes}
+        return {name: NUMPY[kind] for name in names if (kind := kinds.get(name)) in NUMPY}
 
     def part(self, inputs: Mapping[str, npt.NDArray[Any]], output: str, also: Iterable[str] = ()) -> Extract:
         return Extract(".pt2", extract(self._functional.program, inputs, [output, *also]))

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from bnfold.algebra.graph import Node, Window
 from bnfold.data import Batch
 from bnfold.errors import UnsupportedError
-from bnfold.model import Model, Stream
+from bnfold.model import Model
 from bnfold.report import Difference
+from bnfold.running import Stream
 
 from ..noise import deviation, plain
 from ..normal_form import Normal

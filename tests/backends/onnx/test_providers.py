@@ -30,8 +30,8 @@ from bnfold.capture import LOG, Hearing, heard, overhearing
 from bnfold.cli import run as cli
 from bnfold.data.random import random_feeds
 from bnfold.errors import DeviceError, UsageError
-from bnfold.model import Placement
 from bnfold.report import Deployment
+from bnfold.running import Placement
 from tests.verification.test_verify_backends import Computes, Doubled
 
 CUDA = "CUDAExecutionProvider"

@@ -30,7 +30,7 @@ from bnfold.data.inputs import check_feeds, samples_of
 from bnfold.data.memory import enough_memory
 from bnfold.errors import DeviceError, ModelError, UsageError
 from bnfold.files import Workplace
-from bnfold.model import Placement
+from bnfold.running import Placement
 from bnfold.text import unused
 
 from ..files.save import WrittenWeight, write

@@ -25,7 +25,7 @@ from bnfold.data import Batch, InputSpec
 from bnfold.data.inputs import check_feeds, samples_of
 from bnfold.data.memory import enough_memory
 from bnfold.errors import BnfoldError, DataError, DeviceError, OutOfMemoryError, UnsupportedError, UsageError
-from bnfold.model import Placement
+from bnfold.running import Placement
 from bnfold.text import first_line
 
 from ..export.constants import weights

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from bnfold.capture import quiet
 from bnfold.errors import UnsupportedError
-from bnfold.model import Elsewhere
+from bnfold.running import Elsewhere
 
 from ..export.call import Call, as_call
 from ..export.constants import weights
