@@ -179,10 +179,11 @@ def affine_up(node: Node, a: Affine) -> list[Step]:
         return [Step([Affine.identity(a.rank)], {"gamma": a})]
     if (own.scale == 0).any():
         raise Blocked("its own scale has zeros and the map's shift is not zero")
-    steps = [Step([Affine(a.scale, (a.scale * own.shift + a.shift - own.shift) / own.scale)])]
-    if slots == {"gamma"} and a.scale.all():
-        steps.append(Step([Affine.shifting(a.shift / (a.scale * own.scale))], {"gamma": a.linear}))
-    return steps
+    passes = Step([Affine(a.scale, (a.scale * own.shift + a.shift - own.shift) / own.scale)])
+    if slots != {"gamma"} or not a.scale.all():
+        return [passes]
+    absorbs = Step([Affine.shifting(a.shift / (a.scale * own.scale))], {"gamma": a.linear})
+    return [absorbs, passes] if node.attrs.get("scales_integers") else [passes, absorbs]
 
 
 def affine_down(node: Node, maps: list[Affine]) -> list[Step]:

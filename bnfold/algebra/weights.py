@@ -279,6 +279,11 @@ def by_constant(
         return
     role, gain = ("gamma", 1.0) if kind in ("mul", "div") else ("beta", float(found[0]))
     made = ctx.emit("Affine", op, [x], {"gain": gain, "grows": True}, {role: param})
+    if role == "gamma" and (source := made.inputs[0].producer) is not None and "weight" in source.params:
+        tensor = source.params["weight"].tensor
+        if tensor is not None and tensor.integers:  # which this is the scale of
+            made.attrs["scales_integers"] = True
+            return
     vector = [n for n in shape if n != 1]
     behind_affine = made.inputs[0].producer is not None and made.inputs[0].producer.op == "Affine"
     if len(vector) == 1 or (not vector and behind_affine):  # a scalar alone is not worth moving

@@ -329,6 +329,13 @@ for name, kept, make in (
         net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
 
 
+@CASES.case("int8 matrix whose products a Mul scales", 52, double=False, notes="scales integers", after={"Mul": 1, "Cast": 1})
+def _(net: Net) -> None:
+    stored = net.constant(net.rng.integers(-127, 128, SHAPES["MatMul"]).astype(np.int8), "q")
+    y = net.op("Mul", net.op("MatMul", net.input("N", 4), net.op("Cast", stored, to=1)), net.weight(net.rng.uniform(0.01, 0.02, 6), "s"))
+    net.output(net.bn(net.op("Add", y, net.bias(6)), 6))
+
+
 @CASES.case("int8 filter less an offset, without a scale", 52, double=False, notes="computed from integers, becomes floats")
 def _(net: Net) -> None:
     w = net.op("Sub", net.op("Cast", net.constant(net.rng.integers(-99, 99, SHAPES["Conv"]).astype(np.int8)), to=1), net.scalar(3))

@@ -314,6 +314,18 @@ def test_a_module_takes_it_in_the_scales_that_it_holds(name: str, tmp_path: Any)
         assert "--keep-per-tensor" in kept.layers[0].reason
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_scales_the_products_of_integers_takes_it(biased: bool) -> None:
+    net = holding(lambda m, x: F.linear(x, m.q.float()) * m.s + (m.bias if biased else 0), q=(6, 4), s=(6,))
+    program = torch.export.export(net, (ROWS,))
+    fused, report = bnfold.fuse(program)
+    assert report.batchnorms.after == 0, report.layers[0].reason
+    assert not any("floats" in note for layer in report.layers for note in layer.notes)
+    assert torch.equal(fused.state_dict["0.q"], net[0].q)
+    assert difference(run(program, ROWS), run(fused, ROWS)) < 1e-5
+    assert bnfold.verify(program, fused, [ROWS]).verdict == "equivalent"
+
+
 class Doubly(nn.Module):
     """Two layers, of which each has integers of its own, and the scales are the same."""
 

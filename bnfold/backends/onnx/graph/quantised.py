@@ -20,7 +20,7 @@ from .walk import MICROSOFT, attribute, behind_identity, is_standard, stored_ten
 
 ROUND = {"Round", "Floor", "Ceil", "Sign", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 AROUND = {"Clip", "Min", "Max", "Add", "Sub"}  # what stands between these and the scale: bounds, zero points, a way past the gradient
-PACKED = {"BitwiseAnd", "BitwiseOr", "BitShift", "Concat"}  # what takes several integers out of one
+PACKED = {"BitwiseAnd", "BitwiseOr", "BitShift", "Concat", "Expand", "CastLike"}  # what takes several integers out of one
 MOVING = {"Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 # Of activations. What computes with codes gives codes, or floats whose scales it holds itself.
 ROUNDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
@@ -75,24 +75,32 @@ def _are_whole(value: ir.Value | None) -> bool:
 def _whole_from(node: ir.Node) -> int | None:
     """Which input of an operator are integers where its output is: the packed ones, those that are multiplied by one number, or the codes
     that are looked up in a list of what each stands for."""
-    sizes = [None if v is None or (tensor := stored_tensor(v)) is None else tensor.size for v in node.inputs]
-    if node.op_type == "Gather":
-        table = None if node.inputs[0] is None else stored_tensor(node.inputs[0])
-        return 1 if table is not None and len(table.shape) == 1 else None
+    tensors = [_stored(value) for value in node.inputs]
+    if node.op_type in ("Gather", "GatherND"):
+        return 1 if (table := tensors[0]) is not None and len(table.shape) == 1 else None
     if node.op_type in ("Mul", "Div"):
-        return 0 if sizes[1] == 1 else 1 if sizes[0] == 1 and node.op_type == "Mul" else None
+        single = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.size == 1]
+        return 0 if 1 in single else 1 if 0 in single and node.op_type == "Mul" else None
     return 0 if node.op_type in MOVING | AROUND | PACKED else None
 
 
 def _chooses(node: ir.Node) -> bool:
     """Whether all that comes out is one of two numbers."""
-    given = [None if v is None else stored_tensor(v) for v in node.inputs[1:]]
-    return node.op_type == "Where" and all(tensor is not None and tensor.size == 1 for tensor in given)
+    tensors = map(_stored, node.inputs[1:])
+    return node.op_type == "Where" and all(tensor is not None and tensor.size == 1 for tensor in tensors)
+
+
+def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that a value is a copy, a cast or another layout of."""
+    while value is not None and (node := value.producer()) is not None and is_standard(node) and node.op_type in MOVING:
+        value = node.inputs[0]
+    return None if value is None else stored_tensor(value)
 
 
 def makes_whole(node: ir.Node) -> bool:
     """Whether an operator rounds to integers, or makes floats of stored ones."""
-    return is_standard(node) and (node.op_type in ROUND or _chooses(node) or (node.op_type == "Cast" and _are_whole(node.inputs[0])))
+    casts = node.op_type == "CastLike" or (node.op_type == "Cast" and ir.DataType(whole(node, "to", 0)) in FLOATS)
+    return is_standard(node) and (node.op_type in ROUND or _chooses(node) or (casts and _are_whole(node.inputs[0])))
 
 
 def stored_name(value: ir.Value) -> str:
