@@ -37,6 +37,10 @@ def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> D
             raise Blocked(f"{node.name} is one scale, and {graph.one_scale}")
         if not (copies and graph.copies_weights):
             _fits_sharers(node, role, draft)
+        try:
+            np.broadcast_shapes(update.shape, param.shape)
+        except ValueError:  # of operators that no data can pass
+            raise Blocked(f"the map's coefficients don't fit the {role} of {node.name}, whose shape is {param.shape}") from None
         rescaled(graph, node, role, update)
         fits_type(node, role, param, update)
     return draft

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from bnfold.algebra.graph import Graph, Node, Value
-from bnfold.algebra.settings import COMMUTATIVE, SAID_BY_COEFFICIENTS, operator
+from bnfold.algebra.settings import COMMUTATIVE, RESHAPING, SAID_BY_COEFFICIENTS, operator
 from bnfold.folding.plan import NormalForm
 
 NORMALISES = {"BatchNormalization", "batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm"}
@@ -84,10 +84,23 @@ class Walk(ABC):
 
 
 def through(value: Value) -> Value:
-    """The value behind operators that do nothing, which other tools take out."""
-    while value.producer is not None and value.producer.op == "Identity" and len(value.producer.inputs) == 1:
-        value = value.producer.inputs[0]
+    """The value behind operators that do nothing, which other tools take out: copies, and reshapes back to the sizes that were."""
+    while (source := _unchanged(value)) is not None:
+        value = source
     return value
+
+
+def _unchanged(value: Value) -> Value | None:
+    node, sizes = value.producer, value.sizes
+    if node is not None and node.op == "Identity" and len(node.inputs) == 1:
+        return node.inputs[0]
+    if sizes is None or sizes.count(None) > 1:
+        return None
+    while node is not None and node.op == "Move" and len(node.inputs) == 1 and operator(node) in RESHAPING:
+        if node.inputs[0].sizes == sizes:
+            return node.inputs[0]
+        node = node.inputs[0].producer
+    return None
 
 
 def comparable(p: Node, q: Node) -> bool:
@@ -113,8 +126,11 @@ def _keys(graph: Graph) -> dict[Value, int]:
         inputs = [keys.setdefault(v, hash(("input", v.name))) for v in node.inputs]
         before = node.inputs[0].producer if node.inputs else None
         bias = node.op == "Affine" and node.params.keys() == {"beta"} and before is not None and before.op == "Contraction"
-        if bias or (node.op == "Identity" and len(inputs) == 1):  # it may be the product's own in the other model
+        if bias:  # it may be the product's own in the other model
             keys[node.output] = inputs[0]
+            continue
+        if len(node.outputs) == 1 and (source := through(node.output)) is not node.output:
+            keys[node.output] = keys.setdefault(source, hash(("input", source.name)))
             continue
         shapes = tuple((role, param.shape) for role, param in sorted(node.params.items()))
         order = tuple(sorted(inputs) if _commutes(node) else inputs)

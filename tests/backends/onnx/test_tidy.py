@@ -115,3 +115,35 @@ def test_copies_go_but_for_those_that_are_outputs() -> None:
     model, made = folded(net, net.op("Relu", net.op("Identity", x)))
     assert operators(made) == {"Conv": 1, "Identity": 1, "Relu": 1}
     agree(model, made, (2, 4, 6, 5))
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_what_is_reshaped_back_is_what_it_was(computed: bool) -> None:
+    """As a layer is exported whose BatchNorm reads all places as samples; what was an output stays one."""
+    net = Net("reshaped back")
+    x = net.op("MatMul", net.input("N", 5, 4), net.matrix(4, 6))
+    flat = net.bn(net.op("Flatten", x, axis=2), 6)
+    back = net.op("Reshape", flat, net.op("Shape", x) if computed else net.ints(-1, 5, 6))
+    net.output(net.op("Unsqueeze", net.op("Squeeze", net.unsqueeze(back, 0), net.ints(0)), net.ints(1)))
+    model, made = folded(net, net.relu(back))
+    assert operators(made) == {"MatMul": 1, "Add": 1, "Relu": 1, "Unsqueeze": 1}
+    agree(model, made, (1, 5, 4), (3, 5, 4))
+    assert bnfold.verify(model, made).levels.coefficients.verdict == "equivalent"
+    assert not bnfold.verify(model, wrong(made))
+
+
+def wrong(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with one weight off by a thousandth."""
+    weight = next(t for t in model.graph.initializer if len(t.dims) == 2)
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[2, 3] *= 1.001
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    return model
+
+
+def test_what_may_have_got_another_shape_stays() -> None:
+    net, x = start("N", 4, "H", "W")
+    flat = net.op("Flatten", x, axis=2)
+    model, made = folded(net, net.reshape(flat, -1, 8, 3, 4))
+    assert operators(made) == {"Conv": 1, "Flatten": 1, "Reshape": 1}
+    agree(model, made, (2, 4, 3, 4), (2, 4, 4, 3), (1, 4, 6, 4))

@@ -60,7 +60,8 @@ def _incomplete(graph: onnx.GraphProto) -> bool:
 
 
 class Integers:
-    """Every small integer tensor of a graph that follows from the sizes known so far. known: by name; see OPEN."""
+    """Every small integer tensor of a graph that follows from the sizes known so far. known: by name, shapes:
+    of all values; see OPEN."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph = graph
@@ -70,18 +71,18 @@ class Integers:
         self._given.update(name for node in graph.node if node.op_type == "Constant" for name in node.output)
         followed = [node for node in graph.node if node.op_type in ("Constant", "Shape", *OPERATORS) and node.domain in ("", "ai.onnx")]
         self._symbols: dict[str, int] = {}
-        self._shapes: dict[str, list[int]] = {}
+        self.shapes: dict[str, list[int]] = {}
         self._left = [(node, {a.name: helper.get_attribute_value(a) for a in node.attribute}) for node in followed]
 
     def follow(self, inferred: onnx.GraphProto) -> None:
         """Work out what the shapes of the same graph tell."""
         infos = (*inferred.input, *inferred.value_info, *inferred.output)
         dims = {v.name: v.type.tensor_type.shape.dim for v in infos if v.type.tensor_type.HasField("shape")}
-        self._shapes = {name: [self._size(each) for each in sizes] for name, sizes in dims.items()}
+        self.shapes = {name: [self._size(each) for each in sizes] for name, sizes in dims.items()}
         left = []
         for node, attributes in self._left:
             try:
-                value = _value(node, attributes, self.known, self._shapes)
+                value = _value(node, attributes, self.known, self.shapes)
             except (ValueError, IndexError, KeyError, ZeroDivisionError, TypeError):
                 left.append((node, attributes))  # one of its inputs isn't known, or it isn't of this kind
                 continue
@@ -119,9 +120,9 @@ class Integers:
         """What an operator may take for a value: a Reshape copies sizes (0), and finds one by itself (-1)."""
         if not is_open(value).any():
             return value
-        if node.op_type != "Reshape" or any(a.name == "allowzero" and a.i for a in node.attribute):
+        if node.op_type != "Reshape" or value.ndim != 1 or any(a.name == "allowzero" and a.i for a in node.attribute):
             return None
-        own = self._shapes.get(node.input[0], [])[: len(value)]
+        own = self.shapes.get(node.input[0], [])[: len(value)]
         copied = (value < OPEN) & (value == np.array([*own, *[0] * (len(value) - len(own))]))
         found = np.where(copied, 0, np.where(is_open(value), -1, value))
         return found if (found == -1).sum() <= 1 and (copied | (value != 0)).all() else None

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ..files.save import bare
 from ..files.validate import inner_graphs
-from .integers import Integers, Ints, is_open, settle, sized_by_data
+from .integers import OPEN, Integers, Ints, is_open, settle, sized_by_data
 from .ranks import channels, told
 from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
 
@@ -274,20 +274,24 @@ def _forget_shapes(graph: onnx.GraphProto, *, every: bool) -> None:
             _forget_shapes(body, every=every)
 
 
-def proven(model: ir.Model) -> tuple[Ints, Ints]:
-    """Integers that are the same whatever the sizes of open axes, by name, and what Reshapes may take for their sizes, by what they give:
-    the inference leaves these axes open."""
+def proven(model: ir.Model) -> tuple[Ints, Ints, dict[str, Dims]]:
+    """Integers that are the same whatever the sizes of open axes, by name, what Reshapes may take for their sizes, by what they give, and
+    shapes: the inference leaves these axes open."""
     skeleton = _skeleton(model, {}, proven=True)
     inferred = _infer(skeleton, settle).graph
     integers = Integers(skeleton.graph)
     integers.follow(inferred)
     known = {name: array for name, array in integers.known.items() if not is_open(array).any()}
-    targets = {node.output[0]: known[node.input[1]] for node in skeleton.graph.node if node.op_type == "Reshape" and node.input[1] in known}
-    for info in (*inferred.value_info, *inferred.output):
-        sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in info.type.tensor_type.shape.dim]
-        if info.type.tensor_type.HasField("shape") and sizes.count(-1) <= 1 and all(sizes):
-            targets.setdefault(info.name, np.array(sizes, np.int64))
-    return known, targets
+    shapes = {name: tuple(None if n <= OPEN else n for n in sizes) for name, sizes in integers.shapes.items()}
+    given = [(node.output[0], name) for node in skeleton.graph.node if node.op_type == "Reshape" for name in node.input[1:]]
+    targets = {output: known[name] for output, name in given if name in known}
+    found = {name: np.array([-1 if n is None else n for n in dims], np.int64) for name, dims in shapes.items() if fixes(dims)}
+    return known, found | targets, shapes
+
+
+def fixes(dims: Dims) -> bool:
+    """Whether a shape has but one size that isn't known, so that it follows from how many numbers there are."""
+    return dims.count(None) <= 1 and all(n != 0 for n in dims)
 
 
 def symbolic(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
