@@ -149,7 +149,7 @@ def test_in_the_stored_types_where_there_is_no_oracle(monkeypatch):
     def lacking(*_, **__):
         raise UnsupportedError("the float64 oracle lacks the operator")
 
-    monkeypatch.setattr("bnfold.backends.onnx.model.Oracle", lacking)
+    monkeypatch.setattr("bnfold.backends.onnx.oracle.evaluator.Oracle", lacking)
     subjects = [OnnxModel(m) for m in pair(**CAUSES["mean"][0])]
     found = localise(*subjects, subjects[0].random(batch=2, seed=0, input_shapes=None), None)
     assert found is not None
