@@ -215,6 +215,8 @@ def test_what_comes_along_edges(kind: str) -> None:
 
 
 def test_what_comes_along_edges_and_is_not_known_to_start_from_zero() -> None:
-    assert "known to be zero" in folded(Graph(lambda zeros, sent, ends: (zeros + sent[0]).index_add(0, ends, sent)), 5, 4)
+    assert "known to be zero" in folded(Graph(lambda zeros, sent, ends: zeros.fill_(1.5).index_add(0, ends, sent)), 5, 4)
+    twice = Graph(lambda zeros, sent, ends: zeros.index_add_(0, ends, sent).index_add_(0, ends.flip(0), sent))
+    assert "known to be zero" in folded(twice, 5, 4)
     product = folded(Graph(lambda zeros, sent, ends: zeros.scatter_reduce(0, ends[:, None].expand_as(sent), sent, "prod")), 5, 4)
     assert "it reduces by prod" in product
