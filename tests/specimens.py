@@ -243,7 +243,7 @@ SPECIMENS = [
     ),
     Specimen(
         "sums by computed places",
-        "Linear",
+        "Scatter",
         [IMAGE],
         unary(lambda x: np.concatenate([x[:, :, [0]] + x[:, :, [2]], 0 * x[:, :, [0]], x[:, :, 1:]], axis=2)),
         both(unshifted, fixed(2)),

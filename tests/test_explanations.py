@@ -45,6 +45,14 @@ def test_operators_of_onnx_are_of_the_rule_that_names_them(rule: str) -> None:
     assert set(named) <= OPERATORS.keys(), onnx.__version__
 
 
+def test_every_operator_of_both_tables_is_found() -> None:
+    pytest.importorskip("torch")
+    from bnfold.backends.onnx.lowering.table import OPERATORS
+    from bnfold.backends.torch.lowering import table
+
+    assert [name for name in (*OPERATORS, *table.OPERATORS) if not bnfold.explain(name).text] == []
+
+
 def test_an_operator_is_found_by_its_rule_or_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     for what in ("Max", "MaxPool", "max_pool2d", "nn.MaxPool2d", "torch.amax", ""):
         assert run(["explain", what]) == 0

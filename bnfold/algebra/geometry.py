@@ -138,7 +138,7 @@ def pad(ctx: Lowering, op: Op, x: Ref, axes: Iterable[int], fill: float, param: 
 def scatter(ctx: Lowering, op: Op, x: Ref, axis: int, *, sums: bool) -> None:
     """Elements that are added to zeros (sums), or of which the largest or smallest stays beside zero, at computed places along an axis."""
     mixes = {axis} | {*range(ctx.rank(x))}.difference(keeping(around(ctx, x, ctx.output(op))))
-    ctx.emit("Linear" if sums else "Relu", op, [x], {"mixes": tuple(sorted(mixes))})
+    ctx.emit("Scatter" if sums else "Relu", op, [x], {"mixes": tuple(sorted(mixes))})
 
 
 # --- data that move ----------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
     # maps that keep the order cross
     "Max": INCREASING,  # max(s*x + t) = s*max(x) + t if s >= 0; windowed, global, or along axes; min likewise; of one element any map
     # scalings cross
-    "Linear": commutes(unshifted=True),  # f(s*x) = s*f(x); sums of as many terms as somebody else says
+    "Scatter": commutes(unshifted=True),  # f(s*x) = s*f(x); sums of as many terms as somebody else says
     # stretchings cross
     "Relu": STRETCHING,  # relu(s*x) = s*relu(x) if s >= 0; leaky, parametric, absolute value, L1 and L2 norms
     # any map crosses, and the bounds move along; on request, since a clamp with bounds for each channel is another operator

@@ -32,7 +32,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
         "Reshape Flatten Transpose Concat Split Slice view cat",
     ),
     "Max": (ORDERED, "max(s*x + t) = s*max(x) + t if s >= 0", "MaxPool GlobalMaxPool ReduceMax max_pool2d amax"),
-    "Linear": ("pure scalings cross", "f(s*x) = s*f(x)", "ScatterElements ScatterND scatter_add index_add"),
+    "Scatter": ("pure scalings cross", "f(s*x) = s*f(x)", "ScatterElements ScatterND scatter_add index_add"),
     "Relu": (SCALES, "relu(s*x) = s*relu(x) if s >= 0", "Relu LeakyRelu PRelu Abs relu leaky_relu prelu"),
     "Clamp": (
         f"with --clamps {ANY}; without, none",
@@ -62,6 +62,31 @@ WORDS: dict[str, tuple[str, str, str]] = {
     "Table": ("a map ends here, upwards", "s*W[i] + t = (s*W + t)[i]", "Gather embedding"),
     "Constant": ("a map ends here, upwards", "a(c) is a constant", "Constant"),
     "Recurrent": ("a map ends here, downwards, in its input weights", "W(s*x + t) = (W*s)x + W*t", "LSTM GRU RNN lstm gru"),
+}
+# The other operators of a rule, which aren't shown.
+MORE = {
+    "Identity": "CastLike alias detach lift_fresh_copy positive to to_copy type_as feature_dropout alpha_dropout feature_alpha_dropout "
+    "native_dropout",
+    "Resize": "upsample_linear upsample_bilinear upsample_trilinear upsample_bicubic upsample_bilinear_aa upsample_bicubic_aa "
+    "upsample_nearest_exact grid_sampler_cpu_fallback",
+    "Crop": "ReverseSequence",
+    "Move": "Squeeze Unsqueeze GatherND Compress Expand Tile DepthToSpace SpaceToDepth SplitToSequence SequenceConstruct SequenceEmpty "
+    "SequenceInsert SequenceErase SequenceAt ConcatFromSequence unsafe_view unflatten view_as reshape_as reshape_alias view_copy permute t "
+    "numpy_T mT swapaxes swapdims movedim moveaxis permute_copy concatenate stack narrow select split_with_sizes chunk tensor_split unbind "
+    "unsafe_split unsafe_chunk hsplit vsplit dsplit unsafe_split_with_sizes expand_as broadcast_to repeat repeat_interleave index "
+    "take_along_dim flip roll pixel_shuffle pixel_unshuffle unfold im2col channel_shuffle native_channel_shuffle reflection_pad "
+    "replication_pad",
+    "Max": "ReduceMin max_pool_with_indices adaptive_max_pool amin",
+    "Scatter": "scatter_reduce",
+    "Relu": "LpPool GlobalLpPool ReduceL1 ReduceL2 prelu_kernel rrelu clamp_min threshold linalg_vector_norm norm",
+    "Maximum": "fmax fmin",
+    "Conv": "DeformConv convolution deform_conv",
+    "Contraction": "mm",
+    "Affine": "Div Neg rsub batch_norm_impl_index native_batch_norm_legit_no_training miopen_batch_norm native_batch_norm_legit "
+    "batch_norm_no_update native_batch_norm_legit_functional batch_norm_with_update_functional native_batch_norm batch_norm_with_update "
+    "cudnn_batch_norm",
+    "Normalisation": "native_layer_norm group_norm native_group_norm instance_norm rms_norm",
+    "Recurrent": "rnn_tanh rnn_relu",
 }
 # What would let a BatchNorm go, by what its reason says; all that fit are told.
 ADVICE = (
@@ -106,7 +131,7 @@ def explain(what: str, model: Any = None, *, example: Any = None, **options: Any
     """
     start = time.perf_counter()
     if model is None:
-        found, names = list(_rules(what)), [*RULES, *(name for *_, names in WORDS.values() for name in names.split())]
+        found, names = list(_rules(what)), [*RULES, *(name for rule in WORDS for name in _operators(rule))]
         if not found:
             raise UsageError(f"no rule and no operator is called {what!r}: nothing crosses what isn't in the table{meant(what, names)}")
         return ExplainReport(what=what or "the rules, by operators", text=tuple(found), seconds=time.perf_counter() - start)
@@ -116,14 +141,19 @@ def explain(what: str, model: Any = None, *, example: Any = None, **options: Any
 
 def _rules(what: str) -> Iterator[str]:
     for name, (crosses, equation, operators) in WORDS.items():
-        if not what or _plain(what) in map(_plain, (name, *operators.split())):
+        if not what or _plain(what) in map(_plain, (name, *_operators(name))):
             yield f"{name}: {crosses}; {equation}"
             yield f"  such as {', '.join(operators.split())}"
 
 
+def _operators(rule: str) -> list[str]:
+    """Of a rule, those that are shown first."""
+    return f"{WORDS[rule][2]} {MORE.get(rule, '')}".split()
+
+
 def _plain(name: str) -> str:
     """`nn.MaxPool2d`, `max_pool2d` and `MaxPool` alike."""
-    return re.sub(r"_|[123]d$", "", name.rpartition(".")[2].lower())
+    return re.sub(r"_|[123]d(?=_|$)", "", re.split(r"[.:]", name.lower())[-1])
 
 
 def _layer(name: str, model: Model, options: FoldOptions) -> Iterator[str]:
