@@ -711,6 +711,16 @@ def test_lazy_layers_must_have_met_a_batch() -> None:
     assert bnfold.fuse(lively(net), example=IMAGE, check=False)[1].batchnorms.after == 0
 
 
+def test_torchscript_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
+    script = torch.jit.script(net)
+    for verb in (bnfold.inspect, bnfold.fuse):
+        with pytest.raises(bnfold.UnsupportedError, match=r"RecursiveScriptModule is TorchScript, .* or export it to ONNX"):
+            verb(script, example=IMAGE)
+    with pytest.raises(bnfold.UnsupportedError, match=r"Sequential holds TorchScript \(0\), which can't be read: give the module"):
+        bnfold.verify(nn.Sequential(script, nn.ReLU()), net, IMAGE)
+
+
 def test_nothing_to_do() -> None:
     with pytest.raises(bnfold.NothingToDoError, match="the model holds no BatchNorm"):
         bnfold.fuse(nn.Conv2d(3, 4, 3), example=IMAGE)

@@ -25,7 +25,11 @@ MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so doe
 
 
 def require_readable(model: nn.Module) -> None:
-    """A lazy parameter gets its shape in the first call, which is the user's to make; packed weights can't be read at all."""
+    """A lazy parameter gets its shape in the first call, which is the user's to make; packed weights and TorchScript can't be read."""
+    if script := [path for path, each in model.named_modules() if isinstance(each, torch.jit.ScriptModule)]:
+        what = f"holds TorchScript ({script[0]})" if script[0] else "is TorchScript"
+        way = "" if script[0] else ", or export it to ONNX with dynamo=False"
+        raise UnsupportedError(f"{type(model).__name__} {what}, which can't be read: give the module from which it was made{way}")
     if packed := [(path, each) for path, each in model.named_modules() if hasattr(each, "_packed_params")]:
         raise UnsupportedError(
             f"{type(model).__name__} is converted to integers already, and its weights are packed where nothing can rewrite them "
