@@ -129,6 +129,26 @@ def test_a_graph_keeps_types_and_shares_nothing() -> None:
     torch.testing.assert_close(graph(x[:1]), module(x[:1]))
 
 
+class Ghost(nn.Module):
+    """Hoffer, Hubara & Soudry 2017: as many calls of one BatchNorm as the batch has parts of four samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 5] to [N, 6]."""
+        return torch.cat([self.norm(part) for part in self.linear(x).chunk(-(-len(x) // 4))])
+
+
+def test_a_graph_is_tried_at_a_batch_for_which_it_holds() -> None:
+    """Not with two samples, as others are."""
+    module, x = lively(Ghost()).eval(), torch.randn(16, 5)
+    graph, report = bnfold.fuse(module, example=x, graph=True)
+    assert report.batchnorms.after == 0
+    torch.testing.assert_close(graph(x), module(x))
+
+
 def test_a_graph_of_what_has_no_single_one_is_refused() -> None:
     x = torch.randn(2, 4, 32, 32)
     with pytest.raises(UnsupportedError, match=r"torch\.export reads another function"):

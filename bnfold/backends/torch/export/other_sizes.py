@@ -34,7 +34,8 @@ class OtherSizes:
         self.shape = {op.name: [_size(n) for n in op.meta["val"].shape] for op in traced.input_nodes}
         used, self.batch = (_symbols(n for sizes in self.shape.values() for n in sizes[:most]) for most in (None, 1))
         sizes = Sizes(traced.program).probes[0]
-        self.hints = {symbol: min(n, SAMPLES) if symbol in self.batch else n for symbol, n in sizes.items() if symbol in used}
+        self.example = {symbol: n for symbol, n in sizes.items() if symbol in used}
+        self.hints = {symbol: min(n, SAMPLES) if symbol in self.batch else n for symbol, n in self.example.items()}
         self.rest = [symbol for symbol in self.hints if symbol not in self.batch]
         ends = limits(traced.program)
         self._limits = {symbol: ends[symbol] for symbol in self.hints if symbol in ends}
@@ -42,6 +43,8 @@ class OtherSizes:
         known = [each for each in every if each.free_symbols <= self.hints.keys() and not has_more_terms(each, MOST_TERMS)]
         self._assumptions = {each: holds for each in known if (holds := _compiled(each, self.hints)) is not None}
         self._asked = [each for each in self._assumptions if not every[each]]  # an axis of 1 is among the usual sizes
+        if not self._fit(self.hints):
+            self.hints = self.example
         self.example = self.hints
         if small and len(self._assumptions) == len(every):
             self.hints = self._smallest()
@@ -51,10 +54,14 @@ class OtherSizes:
         longest = max((self.hints[symbol] for symbol in self.rest), default=0)
         for n in range(FEW, longest):
             values = self.hints | {symbol: -(-self.hints[symbol] * n // longest) for symbol in self.rest}
-            within = all((low or 0) <= values[symbol] for symbol, (low, _) in self._limits.items() if symbol in self.rest)
-            if within and all(holds(values) for holds in self._assumptions.values()):
+            if self._fit(values):
                 return values
         return self.hints
+
+    def _fit(self, values: Values) -> bool:
+        """Whether the trace holds for these sizes, as far as is known."""
+        within = all((low or 0) <= values[symbol] for symbol, (low, _) in self._limits.items())
+        return within and all(holds(values) for holds in self._assumptions.values())
 
     def usual(self) -> Iterator[Values]:
         """Shorter, longer, odd and even, and the ends of what the trace holds for."""
