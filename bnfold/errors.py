@@ -19,7 +19,7 @@ from __future__ import annotations
 
 NO_BATCHNORM = "the model holds no BatchNorm: there is nothing to do"
 HOW_TO_KEEP = (
-    "torch.onnx.export folds Conv+BatchNorm by default; to keep them, export with "
+    "Exporters fold Conv+BatchNorm by default; torch.onnx.export keeps them with "
     "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
 )
 EXAMPLE = "such as --input-shape 1,3,224,224"  # on the command line

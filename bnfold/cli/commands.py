@@ -161,8 +161,8 @@ def fuse(
         elif report.in_training:
             job.warn(report.in_training)
         elif not report.changes:
-            stay = f"all {len(report.kept)} BatchNorms stay" if len(report.kept) > 1 else "the only BatchNorm stays"
-            job.warn(f"nothing folds: {stay}, and the model is as it was")
+            stay = {0: "", 1: ": the only BatchNorm stays"}.get(count := len(report.kept), f": all {count} BatchNorms stay")
+            job.warn(f"nothing folds{stay}, and the model is as it was")
     return 1 if stays else STATUS["inconclusive"] if doubt else 0
 
 

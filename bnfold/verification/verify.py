@@ -48,6 +48,7 @@ OTHERWISE = (
     FoldOptions(norm_affine=True),
     FoldOptions(drop_dead=True),
     FoldOptions(merge_linear=True),
+    FoldOptions(clamps=True, norm_affine=True, drop_dead=True, merge_linear=True),
     FoldOptions(clone=True, clamps=True, norm_affine=True, drop_dead=True, merge_linear=True),
 )
 
@@ -57,11 +58,6 @@ def _weights(plan: NormalForm) -> tuple[int, int]:
     weights = [node.params["weight"] for node in plan.graph.nodes if "weight" in node.params]
     arrays = {weight.tensor for weight in weights}
     return len(weights) + len(arrays), sum(math.prod(weight.shape) for weight in weights)
-
-
-def _holds_norms(plan: NormalForm) -> bool:
-    """Whether there are normalisations with a scale of their own."""
-    return any(node.op == "Normalisation" for node in plan.graph.nodes)
 
 
 def verify(
@@ -259,7 +255,7 @@ def _coefficients(both: Comparison) -> tuple[Coefficients, Correspondence | None
                     wrong = other, how
             else:
                 found, best = wrong or (found, best)
-        if found.mismatches and _holds_norms(both.reference.plan()):
+        if found.mismatches:
             moved = dataclasses.replace(best, norm_affine=True)
             again = correspond(both.reference.plan(moved), both.candidate.plan(moved))
             found = found if again.unpaired or again.mismatches else again

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import bnfold
@@ -160,6 +160,18 @@ def test_where_nothing_folds_that_is_a_warning(here: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "bnfold: warning: nothing folds: the only BatchNorm stays, and the model is as it was\n"
     assert run(["fuse", "none.onnx", "-o", "strict.onnx", "--strict", "-q"]) == 1
     assert "strict.onnx" not in named(here)
+
+
+def test_a_constant_channel_that_stays_is_no_batchnorm(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = np.ones((2, 3, 1, 1), np.float32)
+    weight[1] = 0
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, c, 4, 4]) for name, c in (("x", 3), ("y", 2))]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "dead.onnx")
+    assert run(["fuse", "dead.onnx", "-o", "out.onnx", "--drop-dead", "-q"]) == 0
+    assert capsys.readouterr().err == "bnfold: warning: nothing folds, and the model is as it was\n"
 
 
 # --- one status for one kind of thing ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import warnings
 from itertools import combinations
 from pathlib import Path
 
+import onnx
 import pytest
 
 import bnfold
@@ -133,3 +134,27 @@ def test_what_was_done_together_is_certified(options) -> None:
     spoilt[1, 2, 0, 0] *= 1.001
     fused.state_dict["last.weight"] = nn.Parameter(spoilt)
     assert bnfold.verify(module, fused, example=x, coefficients_only=True).verdict == "different"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["densenet121", "inception_v2", "resnet50", "shufflenet"])
+def test_all_at_once_is_certified_in_the_networks_that_onnx_ships(name: str) -> None:
+    path = Path(onnx.__file__).parent / f"backend/test/data/light/light_{name}.onnx"
+    _, report = bnfold.fuse(bnfold.load(path), clamps=True, norm_affine=True, drop_dead=True, merge_linear=True)
+    assert report.batchnorms.after == 0
+    assert report.verify is not None
+    assert report.verify.levels.coefficients.verdict == "equivalent"
+
+
+def test_constants_at_an_input_are_no_normalisation_s() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return torch.sigmoid(self.conv(x * 2.5 + torch.arange(1.0, 4.0)[:, None, None]))
+
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(bnfold.NothingToDoError):
+        bnfold.fuse(torch.export.export(Scaled(), (x,)), norm_affine=True)
