@@ -95,7 +95,7 @@ class Affine:
         """Shrink the axes along which nothing varies, then make the free elements the identity."""
         scale, shift = self.scale, self.shift
         for axis in range(self.rank):
-            if scale.shape[axis] == 1:
+            if scale.shape[axis] < 2:
                 continue
             ends = [(np.fmin.reduce(c, axis, keepdims=True), np.fmax.reduce(c, axis, keepdims=True)) for c in (scale, shift)]
             if not any((low < high).any() for low, high in ends):  # a comparison with NaN is False: free elements fit anything

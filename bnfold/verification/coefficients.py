@@ -194,7 +194,7 @@ def _mismatch(node: Node, role: str, errors: UnitErrors, *, once: bool) -> Misma
 def _scaling(plan: NormalForm) -> int:
     """How many of the BatchNorms are more than a shift: one that folds into a code that stays is still called, and does no more."""
     scales = [[coefficients(node).scale for node in o.site.nodes] for o in plan.outcomes if o.site.is_batchnorm]
-    return sum(any(np.abs(scale - 1).max() > UNIT_SCALE for scale in each) for each in scales)
+    return sum(any((np.abs(scale - 1) > UNIT_SCALE).any() for scale in each) for each in scales)
 
 
 def _stands_out(errors: UnitErrors) -> bool:

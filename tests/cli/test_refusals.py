@@ -174,6 +174,16 @@ def test_a_constant_channel_that_stays_is_no_batchnorm(here: Path, capsys: pytes
     assert capsys.readouterr().err == "bnfold: warning: nothing folds, and the model is as it was\n"
 
 
+def test_no_channels_is_nothing_to_compare(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = {"w": np.zeros((0, 3, 1, 1), np.float32), **dict.fromkeys("gbmv", np.zeros(0, np.float32))}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, c, 4, 4]) for name, c in (("x", 3), ("y", 0))]
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"]), helper.make_node("BatchNormalization", ["a", *"gbmv"], ["y"])]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(a, name) for name, a in arrays.items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "empty.onnx")
+    assert run(["fuse", "empty.onnx", "-o", "out.onnx", "-q"]) == 6
+    assert "all outputs are empty; nothing was written" in capsys.readouterr().err
+
+
 # --- one status for one kind of thing ---------------------------------------------------------------------------------------------------
 
 USAGE = {
