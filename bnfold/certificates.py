@@ -166,7 +166,8 @@ def recalibrated(model: Any, fresh: Any) -> Any:
 def _verdict(report: VerifyReport | None) -> dict[str, Any] | None:
     if report is None:
         return None
-    plain = report.to_dict()
+    text = json.dumps(report.to_dict())
+    plain = json.loads(text, parse_float=lambda number: float(f"{float(number):.3g}"))  # the rest is another numpy's to decide
     return {key: plain[key] for key in ("verdict", "reason", "levels", "outputs")}
 
 

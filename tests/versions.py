@@ -45,7 +45,7 @@ TORCH = (
 )
 RUNNERS = ("pytest>=8", "hypothesis>=6.100")  # for the tests; they are no promise of bnfold's
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
-SAME = (  # commands, run in a folder, all of whose files are compared; of reports all but what times and threads decide
+SAME = (  # commands, run in a folder, all of whose files are compared; of reports all but times, and of figures three digits
     "recalibrate {}/digits.onnx --data {}/calibration.npz -o fresh.onnx --report fresh.json",
     "recalibrate {}/digits.onnx --data {}/calibration.npz --method precise --shard 0/2 --stats part.npz",
     "fuse fresh.onnx -o fused.onnx --report fused.json",
@@ -161,7 +161,11 @@ def written(python: str, settings: Mapping[str, str]) -> dict[str, str]:
         for command in SAME:
             run([python, "-m", "bnfold", *command.replace("{}", str(samples)).split()], folder=folder, **settings)
         for report in Path(folder).glob("*.json"):
-            untimed = json.loads(report.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k != "seconds"})
+            untimed = json.loads(
+                report.read_text(),
+                object_hook=lambda part: {k: v for k, v in part.items() if k != "seconds"},
+                parse_float=lambda number: f"{float(number):.3g}",
+            )
             report.write_text(json.dumps(untimed))
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())}
 
