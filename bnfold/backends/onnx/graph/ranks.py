@@ -64,6 +64,20 @@ def told(graph: onnx.GraphProto, known: Ranks) -> Ranks:
             return found
 
 
+def write_ranks(graph: onnx.GraphProto, ranks: Mapping[str, int]) -> None:
+    """State these ranks, and no size but that of the channels where a weight tells it."""
+    infos = {info.name: info for info in (*graph.input, *graph.output, *graph.value_info)}
+    weights = {t.name: list(t.dims) for t in graph.initializer}
+    weights |= {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in graph.input}
+    wide = channels(graph, weights)
+    for name, rank in ranks.items():
+        info = infos[name] if name in infos else graph.value_info.add(name=name)
+        shape = info.type.tensor_type.shape
+        shape.SetInParent()
+        for axis in range(rank):
+            shape.dim.add(**({"dim_value": wide[name]} if axis == 1 and wide.get(name) else {}))
+
+
 def _of(node: onnx.NodeProto, settings: Settings, ranks: Ranks, lengths: Ranks) -> Iterator[tuple[str, int]]:
     op, x, y = node.op_type, node.input[0], node.output[0]
     if op in FIXED:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ..files.save import bare
 from ..files.validate import inner_graphs
 from .integers import OPEN, Integers, Ints, is_open, settle, sized_by_data
-from .ranks import channels, told
+from .ranks import told, write_ranks
 from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
@@ -82,7 +82,7 @@ class Shapes:
             known = {v.name: len(v.type.tensor_type.shape.dim) for v in infos if v.type.tensor_type.HasField("shape")}
             known |= {tensor.name: len(tensor.dims) for tensor in skeleton.graph.initializer}
             news = told(skeleton.graph, known)
-            _write_ranks(skeleton.graph, news)
+            write_ranks(skeleton.graph, news)
             if not news:
                 break
         found: dict[ir.Value, Dims] = {}
@@ -168,20 +168,6 @@ def _infer(proto: onnx.ModelProto, how: Callable[..., onnx.ModelProto]) -> onnx.
         return how(proto, partial(onnx.shape_inference.infer_shapes, check_type=False, strict_mode=False, data_prop=True))
     except Exception:  # a model that the inference gives up on still has the shapes written in it
         return proto
-
-
-def _write_ranks(graph: onnx.GraphProto, ranks: Mapping[str, int]) -> None:
-    """State these ranks, and no size but that of the channels where a weight tells it."""
-    infos = {info.name: info for info in (*graph.input, *graph.output, *graph.value_info)}
-    weights = {t.name: list(t.dims) for t in graph.initializer}
-    weights |= {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in graph.input}
-    wide = channels(graph, weights)
-    for name, rank in ranks.items():
-        info = infos[name] if name in infos else graph.value_info.add(name=name)
-        shape = info.type.tensor_type.shape
-        shape.SetInParent()
-        for axis in range(rank):
-            shape.dim.add(**({"dim_value": wide[name]} if axis == 1 and wide.get(name) else {}))
 
 
 def _probe_sizes(graph: onnx.GraphProto) -> Iterator[dict[tuple[str, int], int]]:
