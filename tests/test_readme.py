@@ -157,7 +157,7 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], m
         run([command.replace("_", "-"), "--help-all"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     prose = re.sub(r"```.*?```", "", "".join(EVERY_PAGE.values()), flags=re.DOTALL)
-    others = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--write-readme", "--count", "--limit"}  # torchrun's, the sweeps'
+    others = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--write-readme", "--count", "--limit", "--sizes"}  # of others
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {"--help", "--help-all", "--install-completion"} | others
 
 
