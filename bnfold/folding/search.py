@@ -45,7 +45,7 @@ def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
     whose output has other users too may be doubled for a site's sake.
     """
     done: dict[int, list[Outcome]] = {}
-    waiting = list(enumerate(graph.sites))
+    waiting = sorted(enumerate(graph.sites), key=lambda each: _does_nothing(each[1]))
     progress = True
     while waiting and progress:
         progress, still = False, []
@@ -57,6 +57,11 @@ def fold(graph: Graph, *, clone: bool = False) -> list[Outcome]:
                 still.append((order, site))
         waiting = still
     return [outcome for order in sorted(done) for outcome in done[order]]
+
+
+def _does_nothing(site: Site) -> bool:
+    """Whether it is a Mul or an Add that changes nothing, as an untrained bias: as long as it is there, it may take the map of another."""
+    return not site.is_batchnorm and site.refusal is None and all(coefficients(node).is_identity for node in site.nodes)
 
 
 def _fold_site(graph: Graph, site: Site, clone: bool) -> list[Outcome]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from modules import lively
 from torch import Tensor, nn
 
 import bnfold
@@ -220,3 +221,40 @@ def test_what_comes_along_edges_and_is_not_known_to_start_from_zero() -> None:
     assert "known to be zero" in folded(twice, 5, 4)
     product = folded(Graph(lambda zeros, sent, ends: zeros.scatter_reduce(0, ends[:, None].expand_as(sent), sent, "prod")), 5, 4)
     assert "it reduces by prod" in product
+
+
+def test_an_untrained_bias_takes_the_shift() -> None:
+    """Neighbours by a matrix that is given: the scale goes into the layer, and the shift into an addition of zeros."""
+
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bias, self.norm = nn.Linear(4, 6, bias=False), nn.Parameter(torch.zeros(6)), lively(nn.BatchNorm1d(6))
+
+        def forward(self, x: Tensor, near: Tensor) -> Tensor:
+            found: Tensor = self.norm(near @ self.linear(x) + self.bias)
+            return found
+
+    given = (torch.randn(7, 4).double(), torch.rand(7, 7).double())
+    net = Neighbours().double().eval()
+    fused, report = bnfold.fuse(torch.export.export(net, given), check=False)
+    assert report.batchnorms.after == 0
+    torch.testing.assert_close(fused.module()(*given), net(*given), rtol=1e-12, atol=1e-12)
+
+
+def test_a_channel_stays_of_what_another_operator_is_as_large_as() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.norm, self.other = nn.Conv2d(3, 4, 1), lively(nn.BatchNorm2d(4)), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.one(x))
+            found: Tensor = self.other(torch.cat([y, torch.zeros_like(y)], 1))
+            return found
+
+    net, x = Beside().double().eval(), torch.randn(2, 3, 4, 4).double()
+    net.norm.weight.data[1] = 0
+    fused, report = bnfold.fuse(torch.export.export(net, (x,)), drop_dead=True, check=False)
+    assert report.batchnorms.after == 0
+    torch.testing.assert_close(fused.module()(x), net(x), rtol=1e-12, atol=1e-12)

@@ -29,8 +29,8 @@ from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
 from .quantised import Codes
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
-# What reads of an argument its sizes and type alone.
-LIKE = dict.fromkeys(("new_zeros", "new_ones", "zeros_like", "ones_like"), "self") | dict.fromkeys(("expand_as", "view_as"), "other")
+# What reads of an argument its type alone, or sizes that follow where channels go.
+LIKE = dict.fromkeys(("new_zeros", "new_ones"), "self") | dict.fromkeys(("expand_as", "view_as"), "other")
 
 Lower = Callable[["TorchLowering", Op], object]
 
