@@ -37,7 +37,8 @@ Magnitudes = tuple[Callable[[], Array], Array]  # of what the numbers of a weigh
 class Chains:
     """composed: what became of linear operators in a row; removed: the operators that are gone; into: for each of the linear ones its host;
     hosts: the operators that hold others, with the magnitudes of what they were made of; sizes: of values between that have other channels
-    now, an axis and how many; behind: convolutions that stand behind averages now, each with its average."""
+    now, an axis and how many; behind: convolutions that stand behind averages now, each with its average; ends: of what went into them,
+    those that stood behind their hosts."""
 
     composed: tuple[Composed, ...] = ()
     removed: tuple[Node, ...] = ()
@@ -45,6 +46,7 @@ class Chains:
     hosts: Mapping[Node, Magnitudes] = field(default_factory=dict)
     sizes: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
     behind: tuple[tuple[Node, Node], ...] = ()
+    ends: tuple[Node, ...] = ()
 
     def outcomes(self, found: Iterable[Outcome]) -> list[Outcome]:
         """With the hosts in the places of what went into them, and without constants that did."""
@@ -62,7 +64,7 @@ def join(graph: Graph, fixed: Iterable[Node] = ()) -> Chains:
         pass
     behind, deferred = defer(graph, joining.fixed) if graph.copies_weights else ([], [])  # a module's code has its order
     rows = (*joining.joined.values(), *deferred, *joining.apart)
-    return Chains(rows, tuple(joining.removed), joining.into, joining.hosts, joining.sizes, tuple(behind))
+    return Chains(rows, tuple(joining.removed), joining.into, joining.hosts, joining.sizes, tuple(behind), tuple(joining.ends))
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class _Joining:
         self.apart: list[Composed] = []
         self.removed: list[Node] = []
         self.into: dict[Node, Node] = {}
+        self.ends: list[Node] = []
         self.hosts: dict[Node, Magnitudes] = {}
         self.sizes: dict[Value, tuple[int, int]] = {}
 
@@ -189,6 +192,8 @@ class _Joining:
         host.output.probes = probes
         self.removed += removed
         self.into[gone] = host
+        if gone.index > host.index:  # which later numbers don't tell of what is gone
+            self.ends.append(gone)
         self.hosts.pop(gone, None)
         self.hosts[host] = cache(found.magnitudes), pair.added
 

@@ -32,6 +32,10 @@ def test_folding_changes_no_network_of_thousands() -> None:
     assert [f.seed for f in map(tried, range(10_000, 13_000)) if f.problem] == []
 
 
+def test_an_output_keeps_its_shape_where_a_clone_and_a_merge_number_operators_anew() -> None:
+    assert not tried(9_000_254).problem
+
+
 def test_a_seed_is_the_same_network_each_time() -> None:
     assert all(build(seed) == build(seed) for seed in range(20))
 

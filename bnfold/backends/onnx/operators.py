@@ -105,9 +105,8 @@ def add_behind(node: ir.Node, constant: ir.Value, opset: int, named: Named) -> N
 def reset(chains: Chains) -> None:
     """State the sizes of what operators give that hold others behind them, and the groups and windows of convolutions that hold any; let
     those stand behind their averages that do."""
-    for gone, host in chains.into.items():
-        if gone.index > host.index:
-            host.native.node.outputs[0].shape = gone.native.node.outputs[0].shape
+    for gone in chains.ends:
+        chains.into[gone].native.node.outputs[0].shape = gone.native.node.outputs[0].shape
     for host in (host for host in chains.hosts if host.op == "Conv"):
         attributes, window = host.native.node.attributes, host.attrs.get("window")
         attributes["group"] = ir.AttrInt64("group", host.attrs["groups"])
