@@ -13,25 +13,16 @@ import numpy.typing as npt
 
 from .affine import Blocked
 from .graph import Node, Param, Value, Window
-from .lowering import Lowering, Op, Ref
+from .lowering import Lowering, Op, Ref, Sizes
 
 Ids = npt.NDArray[np.int64]
 Run = Callable[[list[Ids], tuple[int, ...]], Ids]
-Sizes = tuple["int | None", ...]
 COMPUTED = "how it moves data is computed"
 
 
 def counted(axes: Any, rank: int) -> tuple[int, ...]:
     """Axes from the front, in order; one number is one axis."""
     return tuple(sorted({int(axis) % rank for axis in np.ravel(axes)})) if rank else ()
-
-
-def around(ctx: Lowering, x: Ref, y: Ref) -> list[tuple[Sizes, Sizes]]:
-    """The sizes of two values at each probe."""
-    before, after = ctx.value(x).probes, ctx.value(y).probes
-    if before is None or after is None:
-        raise Blocked("the shapes around it aren't known")
-    return list(zip(before, after, strict=True))
 
 
 def keeping(pairs: Sequence[tuple[Sizes, Sizes]], lead: int = 0) -> list[int]:
@@ -103,8 +94,8 @@ def pool(
     if counted:
         kind, attrs["fill"] = "Pad", 0.0
     elif kernel is not None and stride is not None:
-        none = (0,) * len(kernel)
-        attrs |= {"kernel": kernel, "window": Window(stride, dilation or (1,) * len(kernel), none, none)}
+        one, none = (1,) * len(kernel), (0,) * len(kernel)
+        attrs |= {"kernel": kernel, "window": Window(stride, dilation or one, none, none)}
     ctx.emit(kind, op, [x, *places], attrs)
 
 
@@ -137,7 +128,7 @@ def pad(ctx: Lowering, op: Op, x: Ref, axes: Iterable[int], fill: float, param: 
 
 def scatter(ctx: Lowering, op: Op, x: Ref, axis: int, *, sums: bool) -> None:
     """Elements that are added to zeros (sums), or of which the largest or smallest stays beside zero, at computed places along an axis."""
-    mixes = {axis} | {*range(ctx.rank(x))}.difference(keeping(around(ctx, x, ctx.output(op))))
+    mixes = {axis} | {*range(ctx.rank(x))}.difference(keeping(ctx.around(x, ctx.output(op))))
     ctx.emit("Scatter" if sums else "Relu", op, [x], {"mixes": tuple(sorted(mixes))})
 
 
@@ -161,7 +152,7 @@ def within(ctx: Lowering, op: Op, x: Ref, axes: Iterable[int], run: Callable[[Id
 
 def reshape(ctx: Lowering, op: Op, x: Ref) -> None:
     """Axes at the front and at the back whose sizes agree, at every probe, are left alone."""
-    pairs = around(ctx, x, ctx.output(op))
+    pairs = ctx.around(x, ctx.output(op))
     front = _agreeing(pairs)
     back = _agreeing([(a[front:][::-1], b[front:][::-1]) for a, b in pairs])
     n, m = map(len, pairs[0])
@@ -203,14 +194,12 @@ def concat(ctx: Lowering, op: Op, inputs: list[Ref], axis: int, *, stacks: bool 
     if len({ctx.dtype(ref) for ref in inputs} - {None}) > 1:
         raise Blocked("its inputs differ in type")
     axis %= rank
-    constant = any(map(ctx.is_constant, inputs))
     for ref in (*inputs, y):
         if not ctx.is_constant(ref):
             ctx.set_rank(ref, rank - (stacks and ref is not y))
     # a constant part has its real size along every axis
-    kept = {} if constant else {o - (stacks and o > axis): o for o in range(rank) if o != axis}
-    join = np.stack if stacks else np.concatenate
-    move(ctx, op, inputs, lambda xs, _: join(xs, axis), kept)
+    kept = {} if any(map(ctx.is_constant, inputs)) else {o - (stacks and o > axis): o for o in range(rank) if o != axis}
+    move(ctx, op, inputs, lambda xs, _: (np.stack if stacks else np.concatenate)(xs, axis), kept)
 
 
 def cut(ctx: Lowering, op: Op, x: Ref, cuts: Mapping[int, slice | int], **to: Ref) -> None:
@@ -237,7 +226,7 @@ def split(ctx: Lowering, op: Op, x: Ref, axis: int, sizes: Sequence[int | None],
 
 def expand(ctx: Lowering, op: Op, x: Ref, *, tiles: bool) -> None:
     """Copies, along axes of size 1 or of the whole. Axes that keep their size at every probe are left alone."""
-    pairs = around(ctx, x, ctx.output(op))
+    pairs = ctx.around(x, ctx.output(op))
     lead = len(pairs[0][1]) - len(pairs[0][0])
 
     def run(xs: list[Ids], shape: tuple[int, ...]) -> Ids:
@@ -271,7 +260,7 @@ def take_along(ctx: Lowering, op: Op, x: Ref, axis: int, places: npt.NDArray[Any
     """Each element from another place along the axis, and from its own along all axes of the same size. places: None where computed."""
     y, sizes = ctx.output(op), ctx.value(x).sizes
     ctx.set_rank(y, ctx.rank(x))
-    pairs = around(ctx, x, y)
+    pairs = ctx.around(x, y)
     moved = [i for i in range(len(pairs[0][1])) if i == axis or i not in keeping(pairs)]
     if places is not None and places.size and moved == [axis]:
         columns = np.moveaxis(places, axis, 0).reshape(places.shape[axis], -1)

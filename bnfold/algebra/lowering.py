@@ -21,6 +21,7 @@ from .settings import Settings
 Op = Any  # an operator of a framework's graph
 Ref = Any  # a value there: what an operator reads or gives
 Key = Any  # by which an operator knows an argument: its number in ONNX, its name in PyTorch
+Sizes = tuple["int | None", ...]
 NO_RULE = "no rule lets a map cross it"
 
 
@@ -136,6 +137,13 @@ class Lowering(ABC):
             return self.param(op, key, shape, layout, role="constant")
         except Blocked:
             return None
+
+    def around(self, x: Ref, y: Ref) -> list[tuple[Sizes, Sizes]]:
+        """The sizes of two values at each probe. Raises `Blocked` where they aren't known."""
+        before, after = self.value(x).probes, self.value(y).probes
+        if before is None or after is None:
+            raise Blocked("the shapes around it aren't known")
+        return list(zip(before, after, strict=True))
 
     def set_rank(self, ref: Ref, rank: int) -> None:
         """Tell a rank that the front-end's own inference didn't find."""

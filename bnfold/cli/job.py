@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bnfold.data import Data
 
     from .check import Check
-    from .terminal import Bar
+    from .terminal import ProgressLine
 
 UNBOUNDED = 1 << 16  # columns where the output is no terminal: nothing wraps
 EVERY = 10.0  # seconds between two plain lines of progress
@@ -58,7 +58,7 @@ class Job:
         self._inputs: list[InputFile] = []
         self.models: list[str] = []  # in the order in which they were opened
         self._start = time.perf_counter()
-        self._bar: Bar | None = None
+        self._bar: ProgressLine | None = None
         self._data: list[Data] = []
         self._notes: set[str] = set()
         self._said: dict[int, float] = {}

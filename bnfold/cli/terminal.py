@@ -26,7 +26,7 @@ class _Console(Console):
             raise BrokenPipeError
 
 
-class Bar:
+class ProgressLine:
     """One line at the bottom: the stage that runs, how far it is, and for how long."""
 
     def __init__(self, console: Console) -> None:
@@ -57,10 +57,10 @@ class Bar:
         self._display.stop()
 
 
-def bar(stream: Any) -> Bar | None:
+def bar(stream: Any) -> ProgressLine | None:
     """A bar on the stream; None where that is no terminal, or one that can't move its cursor."""
     console = _Console(stream)
-    return Bar(console) if console.is_terminal and not console.is_dumb_terminal else None
+    return ProgressLine(console) if console.is_terminal and not console.is_dumb_terminal else None
 
 
 def show(report: Report, stream: Any, *, verbose: bool) -> bool:

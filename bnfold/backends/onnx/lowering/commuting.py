@@ -151,7 +151,7 @@ def resize(ctx: OnnxLowering, node: ir.Node) -> None:
     if scales:
         mixes = tuple(int(axis) % rank for axis, scale in zip(axes, scales, strict=False) if scale != 1)
     elif x.probes and y.probes:
-        kept = geometry.keeping(geometry.around(ctx, arg(node), node.outputs[0]))
+        kept = geometry.keeping(ctx.around(arg(node), node.outputs[0]))
         mixes = tuple(i for i in mixes if i not in kept)
     ctx.emit("Resize", node, [arg(node)], {"mixes": mixes})
 

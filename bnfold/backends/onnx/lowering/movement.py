@@ -127,7 +127,7 @@ def _compress(ctx: OnnxLowering, node: ir.Node) -> None:
 def _center_crop_pad(ctx: OnnxLowering, node: ir.Node) -> None:
     """A crop, or zeros beside, as much on either side."""
     x = arg(node)
-    pairs = geometry.around(ctx, x, node.outputs[0])
+    pairs = ctx.around(x, node.outputs[0])
     changed = [i for i in range(len(pairs[0][0])) if i not in geometry.keeping(pairs)]
     sizes = [(before[i], after[i]) for before, after in pairs for i in changed]
     if all(before is not None and after is not None and after <= before for before, after in sizes):
