@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bnfold.cli import commands as app
+from bnfold.cli.commands import command_line
 from tests import versions
 
 
@@ -27,7 +27,6 @@ def test_the_readme_has_the_digits_pipeline() -> None:
 @pytest.mark.parametrize("name", ["inspect", "recalibrate", "fuse", "verify", "pipeline", "bench"])
 def test_no_option_hides_behind_its_default(name: str) -> None:
     """As typing.get_type_hints does in Python 3.10, where the default is None: what Typer reads is what is written."""
-    command = next(each for each in app.app.registered_commands if each.callback is not None and each.callback.__name__ == name)
-    assert command.callback is not None
-    parameters = inspect.signature(command.callback).parameters
+    parameters = inspect.signature(command_line(only=name).commands[name].callback).parameters
+    assert parameters
     assert all(hasattr(each.annotation, "__metadata__") for each in parameters.values()), parameters

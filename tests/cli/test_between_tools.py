@@ -70,7 +70,7 @@ def test_a_file_that_was_folded_is_known_as_such(here: Path, capsys: pytest.Capt
     assert run(["inspect", "folded.onnx"]) == 0
     assert "bnfold has folded it already" in capsys.readouterr().out
     assert run(["fuse", "gone.onnx", "-o", "x.onnx"]) == 4
-    assert "torch.onnx.export folds" in capsys.readouterr().err
+    assert "Exporters fold Conv+BatchNorm by default" in capsys.readouterr().err
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------------------------

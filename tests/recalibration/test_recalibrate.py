@@ -626,7 +626,7 @@ def test_one_value_per_channel_has_no_variance() -> None:
 def test_nothing_to_do() -> None:
     net = Net("none")
     net.output(net.relu(net.input("N", 3)))
-    with pytest.raises(NothingToDoError, match=r"there are no statistics to measure: the model holds no BatchNorm\. torch"):
+    with pytest.raises(NothingToDoError, match=r"there are no statistics to measure: the model holds no BatchNorm\. Exporters"):
         recalibrate(ir.from_proto(net.model()), [{"x": normal(1, 3)}])
 
 

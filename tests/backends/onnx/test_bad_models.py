@@ -255,6 +255,10 @@ ODD: dict[str, tuple[Change, str]] = {
         lambda m: m.graph.node[1].attribute.add(name="epsilon", type=1, ref_attr_name="outer"),
         "'bn' takes its attribute 'epsilon' from a function, and is in none",
     ),
+    "a block whose square is no number that ONNX Runtime can divide by": (
+        lambda m: m.graph.node.append(helper.make_node("DepthToSpace", ["y"], ["z"], blocksize=1 << 62)),
+        "its blocksize is 4611686018427387904",
+    ),
     "no groups": (at(0, group=0), "it has 0 groups"),
     "groups that don't divide": (at(0, group=3), "its 4 output channels aren't divided by its 3 groups"),
     "kernel of another shape": (at(0, kernel_shape=[3, 2]), "its kernel_shape (3, 2) isn't that of its weight, (3, 3)"),
