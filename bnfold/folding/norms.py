@@ -65,5 +65,9 @@ def _holds(graph: Graph, node: Node) -> bool:
 
 def _behind(nodes: Iterable[Node]) -> bool:
     """Whether all of them take what an operator gives: constants at the input of a model are no part of a normalisation."""
-    makers = {node.inputs[0].producer for node in nodes}
-    return None not in makers and all(maker.op != "Affine" or _behind([maker]) for maker in makers if maker is not None)
+    for node in nodes:
+        while (maker := node.inputs[0].producer) is not None and maker.op == "Affine":
+            node = maker
+        if maker is None:
+            return False
+    return True

@@ -132,7 +132,8 @@ def check_fold(reference: Model, fused: Model, example: Any = None, *, by_layer:
 
 
 def _checked(reference: Model, fused: Model, example: Any, *, by_layer: bool) -> VerifyReport:
-    first, second, fewer = in_parts(*alike(reference, fused), most=FEW_SAMPLES)
+    both_whole = alike(reference, fused)
+    first, second, said = in_parts(*both_whole, most=FEW_SAMPLES)
     known = first.example()
     data = RANDOM if known is None and example is None else "the example"
     both = Comparison(first, second, example is None, thorough=False, data=data, by_layer=by_layer)
@@ -141,12 +142,12 @@ def _checked(reference: Model, fused: Model, example: Any, *, by_layer: bool) ->
         feeds = [shortened(first, known)]
     elif example is not None:
         calls = example if is_several(example) else [example]
-        samples = FEW_SAMPLES if fewer else None
+        samples = None if first is both_whole[0] else FEW_SAMPLES
         feeds = [shortened(first, batch) for call in calls for batch in given(first, [call], samples, None)]
     else:
         feeds = random(first, second, 1, None, 0, None)
     report = _compared(both, feeds)[0]
-    return dataclasses.replace(report, notes=(*report.notes, *fewer))
+    return dataclasses.replace(report, notes=(*report.notes, *said))
 
 
 def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[Batch] = ()) -> tuple[VerifyReport, Located | None]:

@@ -59,6 +59,21 @@ def test_rows_of_a_fixed_batch(end):
     assert fused.graph.input[0] == model.graph.input[0]  # what is written takes what it took
 
 
+@pytest.mark.parametrize("end", ["a softmax over the rows", "sizes that name the batch"])
+def test_an_example_of_a_fixed_batch(end):
+    example = [np.random.default_rng(0).normal(size=FIXED).astype(np.float32)]
+    _, report = bnfold.fuse(network(end), example=example)
+    assert (report.verify.verdict, report.verify.samples) == ("equivalent", 2 if ENDS[end][1] else BATCH)
+
+
+def test_a_name_that_is_taken():
+    model = network("sizes that name the batch")
+    told = next(node for node in model.graph.node if node.op_type == "Reshape")
+    model.graph.initializer.add(name=f"{told.output[0]}:sizes", data_type=1, dims=[1], float_data=[1.0])
+    _, report = bnfold.fuse(model)
+    assert report.verify.samples == 2
+
+
 def test_parts_and_their_data():
     model = network("sizes that name the batch")
     fused, _ = bnfold.fuse(model)

@@ -187,5 +187,5 @@ def bare(model: ir.Model, initializers: Iterable[ir.Value] = ()) -> onnx.ModelPr
         metadata_props=graph.metadata_props,
     )
     whole = copy.copy(model)
-    whole.graph = view  # type: ignore[assignment]  # documented to work
+    whole.graph = view  # type: ignore[assignment]  # a GraphView is serialised as a Graph is, by onnx_ir's documentation
     return with_maps(ir.to_proto(whole), graph.meta.get(MAPS) or {})

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.data.samples import fits_fewer, fixed_size
+from bnfold.text import unused
 
 from .ranges import inputs
 from .shapes import Shapes
@@ -29,9 +30,10 @@ def with_samples(model: ir.Model, samples: int) -> ir.Model | None:
     for value in made.graph.inputs:
         if not value.is_initializer() and value.shape is not None and value.shape[0] == batch:
             value.shape = ir.Shape((samples, *value.shape[1:]))
+    names = {str(value.name) for value in (*made.graph.inputs, *made.graph.initializers.values(), *_values(made))}
     for node in made.graph:
         if node.op_type in TOLD and is_standard(node) and len(node.inputs) > TOLD[node.op_type]:
-            _retold(made, node, TOLD[node.op_type], batch, samples)
+            _retold(made, node, TOLD[node.op_type], batch, samples, names)
         for value in node.outputs:
             value.shape = None
     before, after = Shapes(model), Shapes(made)
@@ -44,14 +46,14 @@ def with_samples(model: ir.Model, samples: int) -> ir.Model | None:
     return made
 
 
-def _retold(made: ir.Model, node: ir.Node, index: int, batch: int, samples: int) -> None:
-    """Where sizes that begin with the batch are constant, let them begin with the number of samples."""
+def _retold(made: ir.Model, node: ir.Node, index: int, batch: int, samples: int, names: set[str]) -> None:
+    """Where sizes that begin with the batch are constant, let them begin with the number of samples. names: that are taken."""
     sizes = arg(node, index)
     tensor = None if sizes is None else stored_tensor(sizes)
     array = None if tensor is None or tensor.dtype != ir.DataType.INT64 else tensor.numpy()
     if array is None or array.ndim != 1 or not array.size or array[0] != batch:
         return
-    name = f"{node.outputs[0].name}:sizes"
+    name = unused(f"{node.outputs[0].name}:sizes", names)
     value = ir.Value(name=name, const_value=ir.tensor(np.array([samples, *array[1:]], np.int64), name=name))
     value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.INT64)
     made.graph.register_initializer(value)

@@ -34,8 +34,8 @@ class OtherSizes:
         self.shape = {op.name: [_size(n) for n in op.meta["val"].shape] for op in traced.input_nodes}
         used, self.batch = (_symbols(n for sizes in self.shape.values() for n in sizes[:most]) for most in (None, 1))
         sizes = Sizes(traced.program).probes[0]
-        self.example = {symbol: n for symbol, n in sizes.items() if symbol in used}
-        self.hints = {symbol: min(n, SAMPLES) if symbol in self.batch else n for symbol, n in self.example.items()}
+        example = {symbol: n for symbol, n in sizes.items() if symbol in used}
+        self.hints = {symbol: min(n, SAMPLES) if symbol in self.batch else n for symbol, n in example.items()}
         self.rest = [symbol for symbol in self.hints if symbol not in self.batch]
         ends = limits(traced.program)
         self._limits = {symbol: ends[symbol] for symbol in self.hints if symbol in ends}
@@ -44,7 +44,7 @@ class OtherSizes:
         self._assumptions = {each: holds for each in known if (holds := _compiled(each, self.hints)) is not None}
         self._asked = [each for each in self._assumptions if not every[each]]  # an axis of 1 is among the usual sizes
         if not self._fit(self.hints):
-            self.hints = self.example
+            self.hints = example
         self.example = self.hints
         if small and len(self._assumptions) == len(every):
             self.hints = self._smallest()
