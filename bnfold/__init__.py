@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .report import BenchReport, ExplainReport, FuseReport, InspectReport, PipelineReport, RecalibrateReport, Report, VerifyReport
     from .verbs.benchmark import bench
     from .verbs.explanations import explain
-    from .verbs.pipelines import average, measure_part, merge_models, merge_parts, pipeline
+    from .verbs.parts import average, measure_part, merge_models, merge_parts
+    from .verbs.pipelines import pipeline
 
 __all__ = [  # noqa: RUF022 - in the order of the work
     "__version__",
@@ -76,7 +77,8 @@ _HOMES = {
     "bench": ".verbs.benchmark",
     "certificate": ".certificates",
     "explain": ".verbs.explanations",
-    **dict.fromkeys(("average", "measure_part", "merge_models", "merge_parts", "pipeline"), ".verbs.pipelines"),
+    **dict.fromkeys(("average", "measure_part", "merge_models", "merge_parts"), ".verbs.parts"),
+    "pipeline": ".verbs.pipelines",
 }
 
 

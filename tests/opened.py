@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnfold.backends.open import open_both, open_model
-from bnfold.recalibration import changes
+from bnfold.recalibration import scoring
 from bnfold.report import VerifyReport
 from bnfold.verification import verify as verification
 
@@ -28,5 +28,5 @@ def check_fold(reference: Any, fused: Any, example: Any = None) -> VerifyReport:
     return verification.check_fold(open_model(reference), open_model(fused), example)
 
 
-def score(model: Any, data: Any, *, example: Any = None, **options: Any) -> changes.Scores | None:
-    return changes.score(open_model(model, example), data, **options)
+def score(model: Any, data: Any, *, example: Any = None, **options: Any) -> scoring.Scores | None:
+    return scoring.score(open_model(model, example), data, **options)

@@ -86,7 +86,7 @@ def open_both(
 
 def cpu_fallback(names: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
     """What of a model may run on the CPU, whatever the provider, while this lasts."""
-    from .onnx.runtime.session import cpu_fallback as allowed
+    from .onnx.runtime.placement import cpu_fallback as allowed
 
     return allowed(names)
 

@@ -73,7 +73,7 @@ def recalibrate(
         assert data is not None
         batches, given = how.opened(data, loaded, job)
         if task.shard is not None and task.stats is not None:
-            from bnfold.verbs.pipelines import measure_part  # with numpy, which the help has no need of
+            from bnfold.verbs.parts import measure_part  # with numpy, which the help has no need of
 
             job.finish(measure_part(loaded, batches, task.shard, task.stats, provider=provider, **settings, **given))
             job.wrote(task.stats)
@@ -103,7 +103,7 @@ def merge_stats(
     All parts must be there, each once, measured on this model by one method. Or, with --counts, put together the statistics of MODEL and
     of others that are the same but for their statistics, as those of clients: the variance is that of all data.
     """
-    from bnfold.verbs.pipelines import merge_models, merge_parts
+    from bnfold.verbs.parts import merge_models, merge_parts
 
     check_parts(parts, counts)
     ready_to_write({out: loading.suffixes(model), beside(out): [".npz"]}, force=reporting.force, inputs=[model, *parts])

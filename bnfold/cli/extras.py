@@ -28,7 +28,7 @@ def average(
 
     With labels, it is scored both ways: before, with the mean of the checkpoints' statistics, and after, with those of the data.
     """
-    from bnfold.verbs.pipelines import average as run
+    from bnfold.verbs.parts import average as run
 
     if len(models) < 2:
         raise UsageError("average takes two models or more; `bnfold recalibrate` measures one's statistics")

@@ -15,10 +15,11 @@ from bnfold.algebra.graph import Graph, Node, Site, Value
 from bnfold.report import Counts, Equalised, FuseReport, Layer, Merged
 
 from .branches import May, Merge, always, merge
+from .clamps import clamped, free, joined
 from .dead import Narrowed, drop, narrowed
 from .equalise import equalise
 from .linear import Chains, Magnitudes, join
-from .lower import Written, clamped, free, joined, lower, work
+from .lower import Written, lower, work
 from .norms import move
 from .options import PLAIN, FoldOptions
 from .ranges import in_target, weight_ranges

@@ -24,7 +24,8 @@ from bnfold.algebra.graph import Graph, Node, Value
 from bnfold.algebra.rule import Step, identity
 from bnfold.algebra.rules import rule_of
 
-from .feasible import Draft, State, named, search
+from .feasible import Draft
+from .ways import State, named, search
 
 SAME = 1e-9  # relative: what divisions leave of equality
 

@@ -19,7 +19,8 @@ from bnfold.algebra.rule import Step, identity
 from bnfold.algebra.rules import rule_of
 
 from .duplicate import Clones, Shared
-from .feasible import Draft, Maps, State, checked, named, search
+from .feasible import Draft, checked
+from .ways import Maps, State, named, search
 
 
 @dataclass(frozen=True)

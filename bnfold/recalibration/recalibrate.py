@@ -21,12 +21,12 @@ from bnfold.errors import DataError, NothingToDoError, UsageError
 from bnfold.model import Model
 from bnfold.report import RecalibrateReport
 
-from .changes import Scores, effect, score, score_if_fits
 from .distributed import Processes, processes
 from .journal import Journal
 from .lockstep import recalibrate as run_plan
 from .methods import Method
 from .plan import Plan, Progress, Selection, every
+from .scoring import Scores, effect, score, score_if_fits
 from .statistics_file import fingerprint
 
 PILOT = 64  # samples of the first trial of `until`

@@ -5,7 +5,8 @@
 
 from .base import RENDERINGS, InputFile, Report
 from .fuse import Composed, Counts, Dropped, Equalised, FuseReport, InspectReport, Layer, Merged, Size, WeightRange
-from .others import Accuracy, BenchReport, Effect, ExplainReport, Latency, LayerStatistics, PipelineReport, RecalibrateReport, Timing, Word
+from .others import BenchReport, ExplainReport, Latency, PipelineReport, Timing
+from .recalibrate import Accuracy, Effect, LayerStatistics, RecalibrateReport, Word
 from .verify import (
     Certified,
     Coefficients,

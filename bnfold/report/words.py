@@ -8,7 +8,8 @@ from bnfold.text import counted, listed
 
 from .base import Report
 from .fuse import Counts, FuseReport, InspectReport
-from .others import Accuracy, BenchReport, Effect, ExplainReport, PipelineReport, RecalibrateReport
+from .others import BenchReport, ExplainReport, PipelineReport
+from .recalibrate import Accuracy, Effect, RecalibrateReport
 from .verify import Levels, VerifyReport
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")

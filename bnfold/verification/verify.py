@@ -21,7 +21,7 @@ from typing import Any
 from bnfold.data import Batch
 from bnfold.data.memory import repeatable, within_memory
 from bnfold.errors import BnfoldError, UnsupportedError
-from bnfold.folding.lower import clips_by_channel
+from bnfold.folding.clamps import clips_by_channel
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm
 from bnfold.model import Model
@@ -33,7 +33,8 @@ from .coefficients import RESCALED, Correspondence, correspond
 from .comparison import Comparison, Names, alike, interface_difference, interface_notes, silent
 from .deployment import Deployments
 from .diagnosis.bundle import ready, with_bundle
-from .diagnosis.localise import first_difference, layer_errors, paired_operators
+from .diagnosis.localise import first_difference
+from .diagnosis.profile import layer_errors, paired_operators
 from .diagnosis.sides import Located, sides_of
 from .function import compare_elsewhere, compare_functions, compare_unrounded, truth_of
 from .inputs import FEW_SAMPLES, given, in_parts, is_large, is_several, random, resized, shortened

@@ -27,7 +27,7 @@ from onnx import numpy_helper
 import bnfold
 from bnfold import api
 from bnfold.cli import run
-from bnfold.cli.check import Baseline
+from bnfold.cli.baseline import Baseline
 from bnfold.report import (
     Accuracy,
     Coefficients,

@@ -27,8 +27,9 @@ from bnfold import api
 from bnfold.cli import run
 from bnfold.errors import DataError, UnsupportedError, UsageError
 from bnfold.recalibration import statistics_file as kept_statistics
-from bnfold.recalibration.changes import Scores, cross_entropy, effect, f_ratio
+from bnfold.recalibration.changes import f_ratio
 from bnfold.recalibration.methods import Exact, MovingAverage
+from bnfold.recalibration.scoring import Scores, cross_entropy, effect
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = np.random.default_rng(0).normal(1, 2, (37, 3, 8, 7)).astype(np.float32)

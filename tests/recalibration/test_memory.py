@@ -17,7 +17,7 @@ from bnfold.backends.open import open_model
 from bnfold.backends.torch.export.call import Call
 from bnfold.backends.torch.recalibration import stage as torch_stage
 from bnfold.data.memory import out_of_memory
-from bnfold.recalibration.changes import score
+from bnfold.recalibration.scoring import score
 from tests.recalibration.test_calibration import agree, statistics
 from tests.recalibration.test_resume import X, module, residual
 

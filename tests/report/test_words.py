@@ -10,7 +10,7 @@ import pytest
 
 import bnfold
 from bnfold.report import Counts, Effect, FuseReport, InspectReport, Layer, LayerStatistics, PipelineReport, RecalibrateReport
-from bnfold.report.others import Accuracy
+from bnfold.report.recalibrate import Accuracy
 from bnfold.report.render.terminal import text
 from bnfold.report.words import headline, in_bytes
 from bnfold.text import duration

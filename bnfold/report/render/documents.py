@@ -8,7 +8,8 @@ from typing import Any
 
 from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport, InspectReport
-from bnfold.report.others import BenchReport, ExplainReport, PipelineReport, RecalibrateReport
+from bnfold.report.others import BenchReport, ExplainReport, PipelineReport
+from bnfold.report.recalibrate import RecalibrateReport
 from bnfold.report.verify import VerifyReport
 from bnfold.report.words import CLIPS, headline
 from bnfold.text import counted

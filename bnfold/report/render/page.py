@@ -14,7 +14,8 @@ import numpy as np
 
 from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport, InspectReport
-from bnfold.report.others import BenchReport, ExplainReport, PipelineReport, RecalibrateReport
+from bnfold.report.others import BenchReport, ExplainReport, PipelineReport
+from bnfold.report.recalibrate import RecalibrateReport
 from bnfold.report.verify import LayerError, PairedOperator, VerifyReport
 from bnfold.report.words import headline
 from bnfold.text import printable

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bnfold.report.fuse import Counts, FuseReport, InspectReport
-from bnfold.report.others import BenchReport, LayerStatistics, PipelineReport, RecalibrateReport
+from bnfold.report.others import BenchReport, PipelineReport
+from bnfold.report.recalibrate import LayerStatistics, RecalibrateReport
 from bnfold.report.verify import VerifyReport
 from bnfold.report.words import compared, facts, percent, score
 from bnfold.text import counted, figure

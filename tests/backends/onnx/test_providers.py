@@ -23,6 +23,7 @@ from opened import verify
 import bnfold
 from bnfold.backends.onnx.graph.proto import skeleton
 from bnfold.backends.onnx.graph.ranges import inputs
+from bnfold.backends.onnx.runtime import placement as placements
 from bnfold.backends.onnx.runtime import providers
 from bnfold.backends.onnx.runtime import session as run
 from bnfold.backends.onnx.runtime.session import Session
@@ -109,7 +110,7 @@ def small(**more: Any) -> ir.Model:
 
 
 def test_tf32_is_off_for_the_verdict_and_the_users_in_the_row_as_deployed(as_if_cuda: list[Any]) -> None:
-    with run.cpu_fallback(["Conv", "BatchNormalization"]):
+    with placements.cpu_fallback(["Conv", "BatchNormalization"]):
         Session(small(), provider="cuda:use_tf32=1,device_id=0")
         Session(small(), provider="cuda:use_tf32=1,device_id=0", precision="as deployed")
         Session(small(), provider="cuda", precision="as deployed")
@@ -135,7 +136,7 @@ def test_every_row_says_where_it_ran(here: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_provider_that_rounds_by_itself_has_two_rows_for_each_setting(as_if_cuda: list[Any]) -> None:
-    with run.cpu_fallback(["Conv", "BatchNormalization"]):
+    with placements.cpu_fallback(["Conv", "BatchNormalization"]):
         fused, _ = bnfold.fuse(small())
         report = bnfold.verify(small(), fused, providers=["cpu", "cuda"])
     rows = report.levels.deployment
@@ -209,13 +210,13 @@ def test_what_works_out_shapes_may_run_on_the_cpu_and_a_compute_node_only_by_its
 
     text = r"openvino leaves 2 of 4 nodes to the CPU: Det 'det', Relu 'Relu_3'; allow .* --allow-cpu-fallback Det --allow-cpu-fallback Relu"
     with pytest.raises(DeviceError, match=text):
-        run.honoured(placement, "openvino", graph)
-    with run.cpu_fallback(["Det"]), pytest.raises(DeviceError, match="leaves 1 of 4 nodes to the CPU: Relu 'Relu_3'"):
-        run.honoured(placement, "openvino", graph)
-    with run.cpu_fallback(["det", "Relu"]):
-        run.honoured(placement, "openvino", graph)
-    run.honoured(Placement(3, 4, "session", (("Shape", "Shape_0"),)), "openvino", graph)
-    run.honoured(None, "openvino", graph)
+        placements.honoured(placement, "openvino", graph)
+    with placements.cpu_fallback(["Det"]), pytest.raises(DeviceError, match="leaves 1 of 4 nodes to the CPU: Relu 'Relu_3'"):
+        placements.honoured(placement, "openvino", graph)
+    with placements.cpu_fallback(["det", "Relu"]):
+        placements.honoured(placement, "openvino", graph)
+    placements.honoured(Placement(3, 4, "session", (("Shape", "Shape_0"),)), "openvino", graph)
+    placements.honoured(None, "openvino", graph)
 
 
 def test_a_provider_that_leaves_compute_to_the_cpu_is_not_honoured(as_if_cuda: list[Any]) -> None:
@@ -247,7 +248,7 @@ def test_the_command_line_allows_by_name_and_is_told_by_its_status(
 def test_nodes_without_a_name_get_one_of_their_own() -> None:
     nodes = [helper.make_node("Relu", [f"v{i}"], [f"v{i + 1}"], name=name) for i, name in enumerate(["", "", "Relu_1", "k", "k"])]
     graph = helper.make_graph(nodes, "g", [], [])
-    run.name_nodes(graph)
+    placements.name_nodes(graph)
     names = [node.name for node in graph.node]
     assert len(set(names)) == 5
     assert names[2:4] == ["Relu_1", "k"]

@@ -18,8 +18,8 @@ from torch import nn
 import bnfold
 from bnfold.backends.torch.export.call import Call
 from bnfold.backends.torch.export.trace import trace
+from bnfold.backends.torch.files.archive import check_archive
 from bnfold.backends.torch.files.archive_json import is_plain_text
-from bnfold.backends.torch.files.load import check_archive
 
 Entries = dict[str, bytes]
 MODEL = "m/models/model.json"

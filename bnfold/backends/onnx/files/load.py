@@ -22,7 +22,8 @@ from bnfold.files import DAMAGED_ZIP
 from bnfold.text import one_line
 
 from . import storage
-from .parameters import check_quantisation, misfit, refused
+from .fit import misfit, refused
+from .parameters import check_quantisation
 from .save import EXTERNAL, MAPS, save, to_proto
 from .schemas import check_operators
 from .storage import Files, is_external

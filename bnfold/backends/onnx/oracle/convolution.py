@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .pooling import Windows, pad, phases, windows
 from .registry import CACHE, Array, operator
+from .windows import Windows, pad, phases, windows
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
 # A kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most; any on short rows.

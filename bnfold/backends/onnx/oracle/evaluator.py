@@ -25,13 +25,13 @@ from bnfold.data.inputs import check_feeds
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
 from bnfold.text import listed
 
-from ..files.parameters import most_elements
+from ..files.fit import most_elements
 from ..files.schemas import forget_unknown
 from ..graph.codes import stored_codes
 from ..graph.proto import self_contained
 from ..graph.ranges import inputs
 from ..graph.weights import weights
-from . import activation, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
+from . import activation, arithmetic, convolution, fused, movement, normalisation, pooling, quantised, recurrent, resize  # noqa: F401 - they enter their operators into the table
 from . import registry as oracle_ops
 from . import widen as widening
 from .extent import check_made, check_said, named

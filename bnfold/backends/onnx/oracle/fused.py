@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..graph.walk import MICROSOFT
-from .activation import gelu, gemm, sigmoid
+from .activation import gelu, sigmoid
+from .arithmetic import gemm
 from .convolution import conv
 from .registry import Array, operator
 

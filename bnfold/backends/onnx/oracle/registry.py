@@ -2,7 +2,7 @@
 
 The evaluator of the onnx package takes the attribute defaults of the newest version of each operator, blends batch statistics into
 the BatchNormalization of opsets 7 to 13, rounds Erf and DequantizeLinear to float32, loops LRN over the wrong axis, knows no
-broadcasting of opset 6, and more. What stands in `normalisation`, `activation`, `movement`,
+broadcasting of opset 6, and more. What stands in `normalisation`, `activation`, `arithmetic`, `movement`,
 `convolution`, `resize` and `recurrent` follows the operator specifications (github.com/onnx/onnx, docs/Operators.md and
 docs/Changelog.md) version by version.
 

@@ -20,8 +20,9 @@ from bnfold.recalibration.plan import NOTHING, Reading, Values
 
 from ..graph.sequences import parts_of, without_sequences
 from ..graph.walk import attribute, open_axes, opset
+from ..runtime.placement import assigned, honoured, name_nodes
 from ..runtime.providers import resolve, run_failed, runtime, runtime_message, settings, start
-from ..runtime.session import assigned, honoured, name_nodes, outputs_of
+from ..runtime.session import outputs_of
 from .operations import OnnxCut, sources
 
 OLDEST = 7  # the first opset that ONNX Runtime has kernels for

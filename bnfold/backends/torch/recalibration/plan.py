@@ -37,7 +37,7 @@ from ..lowering.places import Place
 from ..lowering.table import lowering as lowering_of
 from ..runtime.interpreter import TorchOracle
 from ..runtime.session import device_of
-from ..writing.editor import frozen
+from ..writing.freeze import frozen
 from ..writing.program import copy_program
 from ..writing.simulated import keep_codes, rounded_with, simulating, with_statistics
 from . import operations
