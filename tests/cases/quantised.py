@@ -29,12 +29,13 @@ def weight(
     scale_type: Any = None,
     bare: bool = False,
     signed: bool = False,
+    domain: str = "",
     behind: Sequence[str] = (),
 ) -> Value:
     """A quantised weight. axis: of its scales, None for one; block: along the axis; full: with all codes of its type, the lowest too.
 
     float_first: a float weight, which QuantizeLinear rounds; bare: without zero points; signed: with negative scales;
-    behind: what lays it out anew.
+    domain: of the operators; behind: what lays it out anew.
     """
     info = ml_dtypes.iinfo(kind)
     low, high = (int(info.min), int(info.max)) if full else (max(int(info.min), 2 * zero - int(info.max)), int(info.max))
@@ -45,6 +46,7 @@ def weight(
     if block:
         assert axis is not None
         count, attrs = tuple(-(-n // block) if i == axis else n for i, n in enumerate(shape)), {"axis": axis, "block_size": block}
+    attrs["domain"] = domain
     numbers = (net.rng.uniform(1, 2, count) / (high - low)).astype(scale_type or net.dtype)
     if signed:
         numbers = numbers * np.resize([-1, 1, 1], count).astype(numbers.dtype)
@@ -90,7 +92,8 @@ def layer(net: Net, x: Value, op: str = "Conv", *, bias: str = "float", **how: A
 def drawn(net: Net, op: str = "Conv", *, positive: bool = False, act: bool = False, shift: bool = True, **how: Any) -> None:
     """act: with activations quantised in front."""
     x = net.input("N", 4, "H", "W") if "Conv" in op else net.input("N", 4)
-    net.output(net.bn(layer(net, rounded(net, x) if act else x, op, **how), 6, positive=positive, shift=shift))
+    y = net.bn(layer(net, rounded(net, x) if act else x, op, **how), 6, positive=positive, shift=shift)
+    net.output(y, shape=["N", 6, "H out", "W out"] if "domain" in how else None)  # which no inference finds
 
 
 def case(name: str, *lines: int, opset: int = 19, notes: str = "takes it in its scales", **how: Any) -> None:
@@ -101,6 +104,7 @@ def stays(name: str, reason: str, *lines: int, opset: int = 19, **how: Any) -> N
     CASES.case(name, *(lines or (52,)), draw=partial(drawn, **how), opset=opset, left=1, reason=reason, double=False)
 
 
+MICROSOFT = "com.microsoft"
 ONE = "one scale becomes one for each channel"
 SIGN = "change their sign"
 MIRRORED = "move their zero point"
@@ -141,6 +145,9 @@ case("int8 filter and int32 bias, no shift", bias="int32", shift=False, act=True
 case("int8 filter and int32 bias of one scale, no shift", bias="int32 of one scale", shift=False)
 case("int8 filter without bias", bias="")
 case("int8 filter, negative scales", signed=True, notes=SIGN)
+case("int8 filter, ONNX Runtime's operators, one scale", opset=11, domain=MICROSOFT, axis=None, notes=ONE)
+case("int16 filter, ONNX Runtime's operators", opset=17, domain=MICROSOFT, kind=np.int16, full=True, notes=MIRRORED)
+case("uint16 filter, ONNX Runtime's operators, rounded in the graph", 51, opset=17, domain=MICROSOFT, kind=np.uint16, float_first=True)
 case("int8 filter of one negative scale that holds -128", axis=None, signed=True, full=True, notes=MIRRORED)
 
 

@@ -215,7 +215,7 @@ class _Writer:
         """A node like one, right behind it, that reads other values."""
         assert old.graph is not None
         name = _unused(old.name, self.node_names) if old.name else None
-        copy = ir.Node("", old.op_type, inputs, attributes.values(), num_outputs=1, name=name)
+        copy = ir.Node(old.domain, old.op_type, inputs, attributes.values(), num_outputs=1, name=name)
         made, value = copy.outputs[0], old.outputs[0]
         self.made.append((value, made))
         made.name, made.type, made.shape = _unused(value.name or "weight", self.names), value.type, value.shape

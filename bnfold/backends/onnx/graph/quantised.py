@@ -165,7 +165,7 @@ def quantised(constants: Constants, opset: int, node: ir.Node) -> Quantised | st
         codes.dtype,
         *bounds(codes.dtype),
         np.dtype(kind.numpy()),
-        one_scale=f"opset {opset} has no scale for each channel" if opset < 13 else "",
+        one_scale=f"opset {opset} has no scale for each channel" if opset < 13 and node.domain != MICROSOFT else "",
         one_zero=f"{codes.dtype} codes have no zero point" if codes.dtype in FLOATING or codes.dtype == np.int32 else "",
         small=codes.ndim == 1,  # a bias
         source=_source(constants, node, codes.dtype),

@@ -20,7 +20,7 @@ from ..files.save import bare
 from ..files.validate import inner_graphs
 from .integers import OPEN, Integers, Ints, is_open, settle, sized_by_data
 from .ranks import told, write_ranks
-from .walk import MICROSOFT, axes, nbytes, open_axes, subgraphs
+from .walk import ALIKE, MICROSOFT, axes, nbytes, open_axes, subgraphs
 
 SMALL = 1024  # bytes: larger weights go to the inference as inputs, so that it needs no copy of them
 BATCH_SIZES = (2, 3)
@@ -238,6 +238,8 @@ def _unfuse(graph: onnx.GraphProto) -> None:
             kept = [a for name, a in settings.items() if not name.startswith("activation")]
             del node.attribute[:]
             node.attribute.extend(kept)
+        elif node.op_type in ALIKE:
+            node.domain = ""
         elif node.op_type == "FusedMatMul" and not any(f"transBatch{x}" in settings for x in "AB"):
             node.op_type, node.domain = "Einsum", ""
             left, right = (name in settings and settings[name].i for name in ("transA", "transB"))

@@ -74,8 +74,13 @@ def arg(node: ir.Node, index: int = 0) -> ir.Value:
     return found
 
 
-def is_standard(node: ir.Node) -> bool:
-    return node.domain in ("", "ai.onnx")
+MICROSOFT = "com.microsoft"  # the domain of the operators that ONNX Runtime adds to the standard
+ALIKE = {"QuantizeLinear", "DequantizeLinear"}  # those of them that do what the standard's newest of this name does
+
+
+def is_standard(node: ir.Node | onnx.NodeProto) -> bool:
+    """Whether the standard says what the operator does."""
+    return node.domain in ("", "ai.onnx") or (node.domain == MICROSOFT and node.op_type in ALIKE)
 
 
 WEIGHTED = {"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"}  # what a layer of PyTorch's becomes, beside others
@@ -96,9 +101,6 @@ def _layer(node: ir.Node) -> str:
     """The path of the module in whose code the operator was called, "" where that is the network itself or isn't known."""
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get(SCOPES, "")) if node.op_type in WEIGHTED else []
     return scopes[-2] if len(scopes) > 1 else ""
-
-
-MICROSOFT = "com.microsoft"  # the domain of the operators that ONNX Runtime adds to the standard
 
 
 def open_axis(size: int, axis: int) -> bool:

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from ..oracle.widen import FLOATS, FORMATS, all_graphs, all_nodes, narrower
+from .walk import is_standard
 
 Shape = tuple[int, ...]
 
@@ -97,7 +98,7 @@ def _read(node: onnx.NodeProto) -> Iterator[tuple[str, int, int]]:
         yield from ((name, 2, 2) for name in _inputs(node, _TABLES[node.op_type]))
     elif node.op_type in _ARRAYS:
         yield from ((name, 2, 0) for name in _inputs(node, _ARRAYS[node.op_type]))
-    elif node.domain not in ("", "ai.onnx"):  # an operator that we don't know: its matrices, most likely
+    elif not is_standard(node):  # an operator that we don't know: its matrices, most likely
         yield from ((name, 2, 2) for name in _inputs(node, None))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from ..graph.walk import MICROSOFT, is_standard
 from ..graph.weights import constants
 from .convolution import conv
 from .registry import Array, operator
@@ -30,7 +31,7 @@ ROUNDING = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMa
 
 def rounds(graph: onnx.GraphProto, held: Iterable[str]) -> Iterator[onnx.NodeProto]:
     """The operators that round activations. held: the arrays that are stored elsewhere."""
-    found = [node for node in all_nodes(graph) if node.op_type in ROUNDING and node.domain in ("", "ai.onnx")]
+    found = [node for node in all_nodes(graph) if node.op_type in ROUNDING and is_standard(node)]
     constant = constants(graph, held) if found else set()
     yield from (node for node in found if node.input[0] not in constant)
 
@@ -71,6 +72,7 @@ def spread(numbers: Array, x: Array, axis: int, block_size: int = 0) -> Array:
     return numbers.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]) if numbers.ndim == 1 else numbers
 
 
+@operator("QuantizeLinear", domain=MICROSOFT)
 @operator("QuantizeLinear", since=10)
 def quantize_linear(
     x: Array,
@@ -90,6 +92,7 @@ def quantize_linear(
     return (_coded(np.asarray(x / spread(scale, x, axis, block_size)), np.asarray(about), kind, steps),)
 
 
+@operator("DequantizeLinear", domain=MICROSOFT)
 @operator("DequantizeLinear", since=10)
 def dequantize_linear(
     x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1, block_size: int = 0, output_dtype: int = 0
