@@ -107,7 +107,7 @@ class Quantised:
 
     def rescaled(self, factors: Array, one_scale: str = "") -> Rescaled:
         """The tensor times factors of its shape. one_scale: why it must stay one, if so. Blocked, in a clause behind the tensor's name."""
-        factors = _least(factors)
+        factors = least(factors)
         if not np.isfinite(factors).all():
             raise Blocked("is quantised, and its scale would be no number")
         blocks, axis = self.blocks, None
@@ -204,7 +204,7 @@ def _any_by_block(values: npt.NDArray[np.bool_], blocks: Blocks) -> npt.NDArray[
     return values
 
 
-def _least(array: Array) -> Array:
+def least(array: Array) -> Array:
     """The array without the axes along which it doesn't vary, which get size 1."""
     for axis in range(array.ndim):
         first = array.take([0], axis)

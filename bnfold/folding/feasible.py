@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnfold.algebra.affine import Affine, Blocked, NoBias
+from bnfold.algebra.affine import Affine, Array, Blocked, NoBias
 from bnfold.algebra.blocks import measured
 from bnfold.algebra.graph import Graph, Node, Param, Site
-from bnfold.algebra.quantised import Rescaled
+from bnfold.algebra.quantised import Rescaled, least, said_of_scale
 
 Draft = dict[tuple[Node, str], Affine]
 
@@ -25,7 +25,7 @@ def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> D
             raise Blocked(f"{node.name} has no bias, and a constant operator isn't worth a new one")
         if param.refusal:
             raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
-        if graph.one_scale and node.attrs.get("scales_integers") and param.shape.count(1) == len(param.shape) and update.varying:
+        if graph.one_scale and node.attrs.get("scales_integers") and _becomes_several(param, update):
             raise Blocked(f"{node.name} is one scale, and {graph.one_scale}")
         if not (copies and graph.copies_weights):
             _fits_sharers(node, role, draft)
@@ -82,6 +82,25 @@ def rescaled(graph: Graph, node: Node, role: str, update: Affine | None = None) 
         if quantised.small:
             return None
         raise Blocked(f"{param.tensor.name} {blocked}") from None
+
+
+def said_of_integers(node: Node, param: Param, *, multiplied: bool = False) -> str:
+    """What is to be said of the integers that a parameter scales, or is computed from, where it is rewritten, or multiplied."""
+    if node.attrs.get("scales_integers") and param.update is not None:
+        return said_of_scale(node.name, grown=_becomes_several(param, param.update))
+    return "" if param.tensor is None else param.tensor.as_floats(multiplied=multiplied)
+
+
+def _becomes_several(param: Param, update: Affine) -> bool:
+    return bool(param.shape.count(1) == len(param.shape) and update.varying)
+
+
+def multiplied(param: Param) -> Array | None:
+    """What an array that is computed from integers is multiplied by from now on; None where its update does more, or is of its size."""
+    if param.tensor is None or not param.tensor.integers or param.update is None or (factors := param.factors(param.update)) is None:
+        return None
+    found = least(factors)
+    return found if found.size < factors.size else None
 
 
 def _along_outputs(node: Node, role: str, total: Affine) -> bool:

@@ -106,6 +106,7 @@ def stays(name: str, reason: str, *lines: int, opset: int = 19, **how: Any) -> N
 
 MICROSOFT = "com.microsoft"
 ONE = "one scale becomes one for each channel"
+BEHIND = "is multiplied by a factor for each channel, and none of the integers"
 SIGN = "change their sign"
 MIRRORED = "move their zero point"
 
@@ -185,7 +186,7 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
 
 
-@CASES.case("int8 numbers in a row that Reshape makes a filter", 52, double=False, opset=19, notes="integers, becomes floats")
+@CASES.case("int8 numbers in a row that Reshape makes a filter", 52, double=False, opset=19, notes=BEHIND)
 def _(net: Net) -> None:
     w = net.reshape(weight(net, (216,), axis=None), *SHAPES["Conv"])
     net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))
@@ -253,13 +254,7 @@ case("int8 filter of a transposed conv, rounded in the graph", 51, op="ConvTrans
 case("int8 filter, negative scales, rounded in the graph", 51, float_first=True, signed=True, full=True, notes=MIRRORED)
 case("int8 matrix, rounded in the graph", 51, op="MatMul", axis=1, float_first=True)
 case("int8 matrix, transposed behind, rounded in the graph", 51, op="Linear", float_first=True)
-stays(
-    "int8 filter with an Abs behind it, rounded in the graph",
-    "computed further behind DequantizeLinear",
-    51,
-    float_first=True,
-    behind=["Abs"],
-)
+case("int8 filter with an Abs behind it, rounded in the graph", 51, float_first=True, behind=["Abs"], notes=BEHIND)
 
 
 # the same in plain operators, as exporters write it that know no QuantizeLinear
@@ -343,7 +338,7 @@ def _(net: Net) -> None:
     net.output(net.bn(net.op("Add", y, net.bias(6)), 6))
 
 
-@CASES.case("int8 filter less an offset, without a scale", 52, double=False, notes="computed from integers, becomes floats")
+@CASES.case("int8 filter less an offset, without a scale", 52, double=False, notes=BEHIND)
 def _(net: Net) -> None:
     w = net.op("Sub", net.op("Cast", net.constant(net.rng.integers(-99, 99, SHAPES["Conv"]).astype(np.int8)), to=1), net.scalar(3))
     net.output(net.bn(net.op("Conv", net.input("N", 4, "H", "W"), w), 6))

@@ -102,6 +102,19 @@ def add_behind(node: ir.Node, constant: ir.Value, opset: int, named: Named) -> N
         old.name, new.name = free, before
 
 
+def multiply(value: ir.Value, factor: ir.Value, named: Named) -> ir.Value:
+    """A constant that an operator makes, times another one."""
+    maker = value.producer()
+    assert maker is not None
+    assert maker.graph is not None
+    name, output = named(f"{maker.name}.scaled" if maker.name else "", f"{value.name}.scaled")
+    node = ir.Node("", "Mul", [value, factor], num_outputs=1, name=name or None)
+    made = node.outputs[0]
+    made.name, made.type, made.shape = output, value.type, value.shape
+    maker.graph.insert_after(maker, node)
+    return made
+
+
 def reset(chains: Chains) -> None:
     """State the sizes of what operators give that hold others behind them, and the groups and windows of convolutions that hold any; let
     those stand behind their averages that do."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
@@ -17,8 +16,8 @@ from bnfold.algebra import rounding
 from bnfold.algebra.affine import Array
 from bnfold.algebra.blocks import lost, stored
 from bnfold.algebra.graph import Graph, Node, Param, Tensor
-from bnfold.algebra.quantised import Quantised, Rescaled, said_of_scale
-from bnfold.folding.feasible import rescaled
+from bnfold.algebra.quantised import Quantised, Rescaled
+from bnfold.folding.feasible import multiplied, rescaled, said_of_integers
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 from bnfold.text import Notes, unused
@@ -31,7 +30,7 @@ from .graph.quantised import quantised as stated
 from .graph.tidy import tidy
 from .graph.walk import all_graphs, nbytes, opset
 from .lowering.lowering import SHAPES, OnnxNative
-from .operators import add_behind, narrow, put, reset
+from .operators import ALIGNS, add_behind, multiply, narrow, put, reset
 
 _unused = partial(unused, form="{}.{}")
 
@@ -105,9 +104,6 @@ class _Writer:
         else:
             dtype = (native.dtype if tensor is None else tensor.dtype) or ir.DataType.FLOAT
             self._note_tiny(node, *lost(param, dtype.numpy()), dtype.numpy(), flush=param.flush)
-            if node.attrs.get("scales_integers"):
-                grown = stored(param, dtype.numpy()).size > (1 if tensor is None else math.prod(tensor.shape))
-                self.notes.add(node, said_of_scale(node.name, grown=grown))
             if isinstance(slot, str) and slot != "Add":
                 native.node.attributes[slot] = ir.AttrFloat32(slot, float(stored(param, np.dtype(np.float64)).ravel()[0]))
                 return
@@ -124,15 +120,16 @@ class _Writer:
 
     def _folded(self, node: Node, role: str, param: Param, dtype: ir.DataType) -> ir.Value:
         """A folded parameter as an initializer; equal copies of one weight are one."""
-        made, tensor = self.weights.tensor(param, dtype), param.tensor
+        by, tensor = multiplied(param) if opset(self.model) >= ALIGNS else None, param.tensor
+        made = self.weights.tensor(param, dtype) if by is None else ir.Tensor(rounded(by, dtype))
+        self.notes.add(node, said_of_integers(node, param, multiplied=by is not None))
         if tensor is None:
             return self.initializer(f"{node.name}.{role}", made)
-        if said := tensor.as_floats():
-            self.notes.add(node, said)
         key = (tensor.native, tuple(made.shape.numpy()), sha256(made.tobytes()).digest() if len(tensor.users) > 1 else b"")
         if key not in self.alike:
-            self.alike[key] = self.initializer(tensor.name or node.name, made)
-            self.made.append((tensor.native, self.alike[key]))
+            value = self.initializer(tensor.name or node.name, made)
+            self.made.append((tensor.native, value))
+            self.alike[key] = value if by is None else multiply(tensor.native, value, self._named)
         return self.alike[key]
 
     def _write_in_place(self, written: Written) -> None:

@@ -191,8 +191,11 @@ WRITTEN: dict[str, Callable[[Any], Tensor]] = {
 }
 BY_PARTS: dict[str, Callable[[Any], Tensor]] = {
     "past the gradient of all": lambda s: s.w + (around(s.w / s.s) * s.s - s.w).detach(),
-    "divided": lambda s: (s.w * 64).round() / 64,
-    "stored, an offset behind": lambda s: s.q.float() * s.s + 0.1,
+    "divided by a number": lambda s: (s.w * 64).round() / 64,
+    "divided by a scale": lambda s: s.q.float() / s.s,
+    "stored, an offset behind": lambda s: s.s * s.q + s.z * s.s,
+    "stored, cast behind, less a multiple of the scale": lambda s: (s.q.float() * s.s - s.z.float() * s.s).to(torch.float32),
+    "dequantised, and bounded": lambda s: Q.dequantize_per_tensor(s.q, 0.01, 3, *INT8, torch.int8).clamp(-1, 0.5),
 }
 
 
@@ -200,6 +203,7 @@ def written(weight: Callable[[Any], Tensor]) -> Net:
     torch.manual_seed(0)
     held = {"w": nn.Parameter(torch.randn(6, 4, 3, 3)), "s": nn.Parameter(torch.rand(6, 1, 1, 1) * 0.01 + 0.01)}
     held["q"] = torch.randint(-127, 128, (6, 4, 3, 3), dtype=torch.int8)
+    held["z"] = torch.randint(-9, 9, (6, 1, 1, 1), dtype=torch.int8)
     return Net(lambda s, x: s.b(F.conv2d(x, weight(s))), **held, b=norm(6)).eval()
 
 
@@ -231,10 +235,18 @@ def test_the_product_that_scales_integers_takes_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BY_PARTS)
-def test_integers_that_become_floats_are_told_of(name: str) -> None:
-    _, report = bnfold.fuse(torch.export.export(written(BY_PARTS[name]), (IMAGE,)))
+def test_what_is_computed_from_integers_is_multiplied(name: str) -> None:
+    program = torch.export.export(written(BY_PARTS[name]), (IMAGE,))
+    fused, report = bnfold.fuse(program)
     assert report.batchnorms.after == 0
-    assert "computed from integers, becomes floats" in report.layers[0].notes[0]
+    assert "is multiplied by a factor for each channel, and none of the integers" in report.layers[0].notes[0]
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent"
+    assert difference(run(program, IMAGE), run(fused, IMAGE)) < 1e-5
+    old, new = program.state_dict, fused.state_dict
+    assert all(torch.equal(new[key], old[key]) for key in old if key in new)
+    assert sorted(tensor.numel() for key, tensor in new.items() if key not in old) == [6, 6], "a factor and a bias"
+    assert bnfold.verify(program, fused, [IMAGE]).verdict == "equivalent"
 
 
 class Rounded(nn.Conv2d):
@@ -320,7 +332,7 @@ def test_what_scales_the_products_of_integers_takes_it(biased: bool) -> None:
     program = torch.export.export(net, (ROWS,))
     fused, report = bnfold.fuse(program)
     assert report.batchnorms.after == 0, report.layers[0].reason
-    assert not any("floats" in note for layer in report.layers for note in layer.notes)
+    assert any("scales integers, none of which changes" in note for layer in report.layers for note in layer.notes)
     assert torch.equal(fused.state_dict["0.q"], net[0].q)
     assert difference(run(program, ROWS), run(fused, ROWS)) < 1e-5
     assert bnfold.verify(program, fused, [ROWS]).verdict == "equivalent"

@@ -235,7 +235,7 @@ class OnnxLowering(Lowering):
         if len(self.shape(v)) < 2 and (node is None or between or node.op_type == "Mul"):
             return None  # a bias is small enough to become floats
         if node is None:
-            return "is quantised, and computed further behind DequantizeLinear" if is_made(v, dequantises) else None
+            return None
         if node not in self._known:
             self._known[node] = quantised(self.constants, self.opset, node)
         how = self._known[node]

@@ -31,6 +31,7 @@ from ..runtime.widen import call, widened
 from .quantisers import ROUND, quantiser
 from .walk import RANDOM, function, is_float, is_item, mutates, operator_name, overload, tensor_named, value_of, written
 
+MADE = {"to", "_to_copy", "type_as", "mul", "div", "add", "sub"}  # which give floats where one of several operands has some
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
 
@@ -87,11 +88,12 @@ class ProgramConstants:
         return any(quantiser(each) is not None for each in reachable([node], _read))
 
     def of_integers(self, node: Any) -> bool:
-        """Whether a constant is computed from what operators round, or from stored integers that one casts."""
+        """Whether a constant is computed from what operators round, or from stored integers that one makes floats."""
         behind = reachable([node], _read)
-        cast = [each.all_input_nodes[0] for each in behind if operator_name(each) in ("to", "_to_copy") and is_float(each)]
-        whole = (root for each in cast if not is_float(each) for root in self.roots(each))
-        return any(operator_name(each) in ROUND for each in behind) or any(not is_float(root) for root in whole)
+        made = (source for each in behind if operator_name(each) in MADE and is_float(each) for source in _read(each))
+        whole = (root for each in made if not is_float(each) for root in self.roots(each))
+        rounds = any(operator_name(each) in ROUND or quantiser(each) is not None for each in behind)
+        return rounds or any(not is_float(root) for root in whole)
 
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""

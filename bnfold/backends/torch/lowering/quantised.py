@@ -133,10 +133,10 @@ def _type_of(found: Quantiser) -> np.dtype[Any]:
 
 
 def knows(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> bool:
-    """Whether the scales of a constant that an operator reads may take a map."""
+    """Whether the scales of a constant that an operator reads may take a map, or have to."""
+    found, inside = derived(constants, argument), isinstance(host, ModuleHost)
     if constants.is_quantised(argument):
-        return True
-    found = derived(constants, argument)
+        return inside or (found is not None and (quantiser(found.root) or scaled_integers(found.root)) is not None)
     if found is None or scaled_integers(found.root) is None or not isinstance(host, ModuleHost):
         return found is not None and scaled_integers(found.root) is not None
     computed = host.computed(op, argument)

@@ -16,6 +16,7 @@ from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node, Param, Site
 from bnfold.algebra.rounding import lost, rounded, too_small
 from bnfold.folding.branches import Merge
+from bnfold.folding.feasible import said_of_integers
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 from bnfold.text import Notes
@@ -57,8 +58,7 @@ class Fold:
                 continue
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.planned.merges if m.host is node]))
             dtype = node.native.dtype if param.tensor is None else param.tensor.dtype
-            said = "" if param.tensor is None else param.tensor.as_floats()
-            yield Update(node, slot.place, exact, dtype, param.tensor is None, param.flush, said=said)
+            yield Update(node, slot.place, exact, dtype, param.tensor is None, param.flush, said=said_of_integers(node, param))
 
     def left(self, site: Site) -> Array:
         """The shift that a site's calls still add, by channel: 0 where they do nothing."""

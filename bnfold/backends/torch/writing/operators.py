@@ -56,6 +56,14 @@ def calls(arrays: Mapping[str, Array], constants: Mapping[str, Any]) -> list[tup
     return [(torch.ops.aten.convolution.default, (*constants.values(), one, zero, one, False, zero, channels))]
 
 
+def multiply(value: Op, factor: Op) -> Op:
+    """A constant that an operator of a program makes, times another one."""
+    with value.graph.inserting_after(value):
+        made: Op = value.graph.call_function(torch.ops.aten.mul.Tensor, (value, factor))
+    made.meta = {"val": value.meta["val"] * factor.meta["val"], "tensor_meta": {}}
+    return made
+
+
 def operators(shapes: Mapping[str, Sequence[int]], like: Tensor) -> nn.Module:
     """A module that computes them: of one convolution, torch's own."""
     if "weight" not in shapes:

@@ -17,7 +17,7 @@ from torch.fx import Node as Op
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Graph, Node
 from bnfold.algebra.rounding import lost, rounded, too_small
-from bnfold.folding.feasible import rescaled
+from bnfold.folding.feasible import multiplied, rescaled, said_of_integers
 from bnfold.folding.lower import Written
 from bnfold.folding.plan import Planned
 from bnfold.text import Notes
@@ -29,7 +29,7 @@ from ..lowering.lowering import TorchLowering
 from ..lowering.narrowing import VIEWS
 from ..lowering.places import Slot, TorchNative
 from .editor import ProgramEditor
-from .operators import CONSTANTS, calls, reset, swap
+from .operators import CONSTANTS, calls, multiply, reset, swap
 from .requantised import requantised
 
 
@@ -81,20 +81,20 @@ class ProgramWriter(ProgramEditor):
                 argument, codes = self.ctx.arg(native.op, slot.argument), self.ctx.codes[param.tensor]
                 self._give(op, slot, requantised(self, self.ctx.constants, op, argument, codes, made))
                 continue
-            if param.tensor is not None and (said := param.tensor.as_floats()):
-                self.notes.add(node, said)
-            exact = param.layout.stored(param.read())
+            by = multiplied(param)
+            self.notes.add(node, said_of_integers(node, param, multiplied=by is not None))
+            exact = param.layout.stored(param.read()) if by is None else by
             if slot.argument == "value" and param.tensor is None:
                 set_argument(op, "value", float(exact))
                 continue
             dtype = native.dtype if param.tensor is None else param.tensor.dtype
-            array = rounded(exact, NUMPY[dtype], flush=param.flush)
+            array = np.ascontiguousarray(rounded(exact, NUMPY[dtype], flush=param.flush))
             self._note_tiny(node, exact, array, flush=param.flush)
             old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
             key = (old, array.shape, array.tobytes() if old is not None and self._shared(old) else b"")
             if old is None or key not in alike:
-                device = self._device(native.op if old is None else old)
-                alike[key] = self._parameter(old, native, role, to_tensor(np.ascontiguousarray(array)).to(device))
+                value = self._parameter(old, native, role, to_tensor(array).to(self._device(old or native.op)))
+                alike[key] = value if by is None or old is None else multiply(self.copies[old], value)
             self._give(op, slot, self._cast(op, alike[key], native.dtype if old is None else old.meta["val"].dtype))
         self._narrow(planned)
         for host in planned.chains.hosts:
