@@ -28,7 +28,7 @@ frame.onload = () => {
   const inner = frame.contentDocument, broken = [];
   const walk = inner.createTreeWalker(inner.body, NodeFilter.SHOW_TEXT);
   for (let node = walk.nextNode(); node; node = walk.nextNode()) {
-    for (const word of node.data.matchAll(/[\\p{L}\\p{N}_]+/gu)) {
+    for (const word of node.data.matchAll(/[\\p{L}\\p{N}]+/gu)) {
       const range = inner.createRange();
       range.setStart(node, word.index);
       range.setEnd(node, word.index + word[0].length);
@@ -174,6 +174,19 @@ def test_in_a_browser(width: int, scheme: str, pages: dict[str, str], tmp_path: 
         if verb != "inspect":
             assert found["boxes"] == 29 - 1 + 20  # the exporter's Identity does nothing
             assert found["dots"] >= 20
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_long_names_break_between_their_words(tmp_path: Path, small: Any) -> None:
+    model = small()
+    for node in model.graph.node:
+        node.name = f"some_backbone_of_a_network_with_residual_units_stage_1_{node.op_type}_1"
+    fresh, _ = bnfold.recalibrate(model, [np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)])
+    report = bnfold.verify(model, fresh, by_layer=True)
+    found = probed(f"<body class=bnfold>{report._repr_html_()}</body>", 400, "light", tmp_path)
+    assert found["over"] <= 0
+    assert found["broken"] == []
+    assert report.verdict == "different"
 
 
 def probed(page: str, width: int, scheme: str, folder: Path) -> dict[str, Any]:

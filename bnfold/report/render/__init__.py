@@ -123,7 +123,7 @@ def levels(report: VerifyReport) -> Iterator[Row]:
     found = "" if f.verdict == "skipped" else f"off by {f.error:.2g}; rounded weights explain {f.yardstick:.2g}"
     yield Row("function", "function, in float64", f.verdict, found, f.reason)
     for row in report.levels.deployment:
-        erred = "" if row.verdict == "skipped" else f"errs {row.ratio:.2g} times as much as the reference (at most {row.limit:g})"
+        erred = "" if row.verdict == "skipped" else f"{row.ratio:.2g} times the reference's error (at most {row.limit:g})"
         yield Row("deployment", row.name, row.verdict, joined(erred, row.placed), row.reason)
 
 

@@ -126,6 +126,7 @@ def _verified(report: VerifyReport) -> Iterator[Part]:
 
 
 BREAKS = re.compile(r"(?<=\w[/:])(?=[^\W\d])|(?<=\w\.)(?=[^\W\d]\w*[./]\w)")  # not before a suffix
+LONG = re.compile(r"\w{25,}")  # a word that breaks behind underscores too
 MOST_BARS = 128  # in a strip; of more channels neighbours share one, which shows the larger
 WIDTH, HEIGHT = 256, 28  # of a strip
 DOTS = 260  # pixels of an axis of errors
@@ -150,7 +151,8 @@ def escaped(text: str) -> str:
 
 def breakable(name: str) -> str:
     """A name or a text that may go on in the next line, between the parts of a name and not in a number (5.7e-08)."""
-    return NUMBER.sub(r"<span class=whole>\g<0></span>", "<wbr>".join(map(escaped, BREAKS.split(name))))
+    text = "<wbr>".join(map(escaped, BREAKS.split(name)))
+    return NUMBER.sub(r"<span class=whole>\g<0></span>", LONG.sub(lambda word: re.sub(r"(?<=_)(?=[^\W_])", "<wbr>", word[0]), text))
 
 
 def strip(values: Sequence[float], top: float, what: str) -> str:

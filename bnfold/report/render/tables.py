@@ -47,7 +47,7 @@ def ranges(report: FuseReport) -> Table:
         (each.name, f"{each.before:.3g}", f"{each.after:.3g}", percent(each.error_before), percent(each.error), each.warning)
         for each in report.ranges
     ]
-    titles = ("operator", "before", "after", "int8 off by", "then", "remarks")
+    titles = ("operator", "before", "after", "int8 off by", "and after", "remarks")
     return Table("Weight ranges, the largest over the median channel's", titles, cells)
 
 
@@ -111,7 +111,7 @@ def timings(report: BenchReport) -> Table:
         for side in row.latencies:
             cells[-1] += [*(f"{each * 1e3:.3g} ms" for each in (side.p50, side.p95, side.p99)), figure(side.throughput)]
         cells[-1].append(f"{row.ratio:.3g} ({row.ratio_low:.3g} to {row.ratio_high:.3g})")
-    sides = (title for side in ("reference", "candidate") for title in (side, "95 %", "99 %", "samples/s"))
+    sides = (title for side in ("reference", "candidate") for title in (side, "p95", "p99", "samples/s"))
     return Table("Latency, the median of a call", ("batch", *sides, "ratio"), cells, prose=False, names=(), spare=(3, 7, 4, 8, 2, 6))
 
 
@@ -155,7 +155,7 @@ def findings(report: VerifyReport) -> Table:
 
 def of_levels(report: VerifyReport) -> Table:
     cells = [(row.name, row.verdict, row.found, row.reason) for row in levels(report)]
-    return Table("Levels", ("level", "verdict", "candidate", "remarks"), cells, names=())
+    return Table("Levels", ("level", "verdict", "found", "remarks"), cells, names=())
 
 
 def outputs(report: VerifyReport) -> Table:
