@@ -15,7 +15,7 @@ from bnfold.capture import COLOUR, NO_TELEMETRY, heard
 from bnfold.errors import InputError
 from bnfold.text import visible
 
-from .streams import PLAIN, completing, open_streams, own_stderr, reader_may_leave
+from .streams import PLAIN, completing, fitted, open_streams, own_stderr, reader_may_leave
 
 __all__ = ["main", "run"]
 
@@ -109,15 +109,14 @@ def _tell_heard() -> None:
 
 def _explain(error: Exception) -> int:
     """Say in one line what is wrong; the status that belongs to it."""
-    import typer
-
     from bnfold.data.memory import out_of_memory
     from bnfold.errors import BnfoldError
 
-    usage: Any = typer.BadParameter.__mro__[1]  # the parser's own error, in whichever module Typer keeps it
+    from .app import PARSER_ERROR
+
     if isinstance(error, BnfoldError):
         return _say(f"error: {error}", error.exit_status)
-    if isinstance(error, usage):
+    if isinstance(error, PARSER_ERROR):
         context = getattr(error, "ctx", None)
         asked = context.command_path if context is not None else "bnfold"
         said = error.format_message().rstrip(".").replace(". Did you mean", "; did you mean")
@@ -132,7 +131,7 @@ def _explain(error: Exception) -> int:
 
 
 def _say(text: str, status: int) -> int:
-    print(f"bnfold: {visible(' '.join(text.split()))}", file=sys.stderr, flush=True)
+    print(fitted(f"bnfold: {visible(' '.join(text.split()))}"), file=sys.stderr, flush=True)
     if text.startswith("error: "):
         from bnfold.report.render.ci import annotate, on_github
 
@@ -143,7 +142,7 @@ def _say(text: str, status: int) -> int:
 
 def _remark(text: str) -> None:
     with reader_may_leave(sys.stderr):
-        print(f"bnfold: {visible(text)}", file=sys.stderr, flush=True)
+        print(fitted(f"bnfold: {visible(text)}"), file=sys.stderr, flush=True)
 
 
 _interruptions: list[int] = []  # by their signals; a library may swallow one, in an import that is then broken, say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from bnfold._version import __version__
 from bnfold.errors import UsageError
+from bnfold.text import listed, meant, some
 
 from .options import grouped
 
@@ -32,6 +33,7 @@ EXAMPLES = {
     "explain": "bnfold explain MaxPool",
 }
 
+PARSER_ERROR: Any = typer.BadParameter.__mro__[1]  # in whichever module Typer keeps it
 RANGE = re.compile(r"; x>=[\d.]+|  \[x>=[\d.]+\]")  # that a count is a count
 NAMES = 21  # columns of a help page for options; a longer one has a line of its own
 
@@ -41,13 +43,39 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Without giving up a value in silence, as where two data sets are named."""
-        if not ctx.resilient_parsing:
-            given: list[Any] = self.make_parser(ctx).parse_args(args=[*args])[2]
-            twice = [each for each in given if each.param_type_name == "option" and not each.is_flag and not each.multiple]
-            for each in twice:
-                if twice.count(each) > 1:
-                    raise UsageError(f"{each.opts[-1]} is given twice, and takes one value")
-        return super().parse_args(ctx, args)
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        try:
+            _, left, given = self.make_parser(ctx).parse_args(args=[*args])
+            self._all_used(left, given)
+            return super().parse_args(ctx, args)
+        except PARSER_ERROR as error:
+            said = self._restated(error)
+            raise UsageError(f"{said}{' See' if said.endswith('?') else '; see'} '{ctx.command_path} --help'") from None
+
+    def _all_used(self, left: Sequence[str], given: Sequence[Any]) -> None:
+        once = [each for each in given if each.param_type_name == "option" and not each.is_flag and not each.multiple]
+        if twice := next((each for each in once if once.count(each) > 1), None):
+            raise UsageError(f"{_name(twice)} is given twice, and takes one value")
+        if left:
+            takes = listed(_placeholder(each) for each in self.params if each.param_type_name == "argument")
+            out = next((f"; the file to write is -o {each.metavar}" for each in self.params if "-o" in each.opts and each not in given), "")
+            raise UsageError(f"too many arguments ({some(left)}): {self.name} takes {takes}{out}")
+
+    def _restated(self, error: Any) -> str:
+        """What the parser found wrong."""
+        name = getattr(error, "option_name", "")
+        known: dict[str, Any] = {each: one for one in self.params for each in (*one.opts, *one.secondary_opts)}
+        if name in known:
+            metavar = known[name].metavar or "N"
+            return f"{name} takes no value" if known[name].is_flag else f"{name} takes a value, {metavar}"
+        if name:
+            return f"{name}: no such option{meant(name, known)}"
+        parameter = getattr(error, "param", None)
+        if parameter is not None and not error.message:
+            metavar = f" {parameter.metavar}" * (parameter.param_type_name == "option")
+            return f"{_name(parameter)}{metavar} is missing"
+        return str(error.format_message()).rstrip(".")
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS]", *(_placeholder(each) for each in self.params if each.param_type_name == "argument")]
@@ -70,6 +98,10 @@ class Command(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Without line breaks, so that the example can be copied."""
         formatter.write(f"\n{self.epilog}\n")
+
+
+def _name(parameter: Any) -> str:
+    return _placeholder(parameter) if parameter.param_type_name == "argument" else str(parameter.opts[0])
 
 
 def _placeholder(argument: Any) -> str:
@@ -119,21 +151,32 @@ def _convert_less(command: Any) -> None:
         found: list[Any] = whole(context)
         declared = signature(command.callback, eval_str=True).parameters
         for parameter in (each for each in found if "process_value" not in vars(each)):
-            kind = get_args(declared[parameter.name].annotation)[0] if parameter.name in declared else None
+            kind, info = get_args(declared[parameter.name].annotation) if parameter.name in declared else (None, None)
             kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
-            parameter.process_value = partial(_value, parameter, parameter.process_value, kinds)
+            parameter.process_value = partial(_value, parameter, parameter.process_value, kinds, getattr(info, "min", None))
         return found
 
     command.get_params = parameters
 
 
-def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], context: Any, value: Any) -> Any:
+def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], least: float | None, context: Any, value: Any) -> Any:
+    name = _name(parameter)
+    if value == "" or (isinstance(value, (list, tuple)) and "" in value):
+        raise UsageError(f"{name}: an empty text; is a variable unset?")
     if value is None and not parameter.required:
         value = () if parameter.multiple or parameter.nargs != 1 else None
         return value if parameter.callback is None else parameter.callback(context, parameter, value)
     if parameter.callback is None and type(value) is str and Path in kinds:
         return Path(value)
-    return value if parameter.callback is None and type(value) in kinds else convert(context, value)
+    if parameter.callback is None and type(value) in kinds:
+        return value
+    try:
+        return convert(context, value)
+    except PARSER_ERROR as error:
+        if not {int, float} & {*kinds} or value is None:
+            raise
+        what = "a whole number" if int in kinds else "a number"
+        raise UsageError(f"{name} {value}: write {what}{'' if least is None else f', {least:g} or more'}") from error
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:

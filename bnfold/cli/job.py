@@ -19,7 +19,7 @@ from bnfold.report import InputFile, Report
 from bnfold.text import duration, figure, listed, visible
 
 from .options import OUTPUT, option, rare, values
-from .streams import may_be_terminal, reader_may_leave
+from .streams import fitted, may_be_terminal, reader_may_leave
 
 if TYPE_CHECKING:
     from bnfold.data import Data
@@ -65,7 +65,7 @@ class Job:
         self._began: dict[str, tuple[int, float]] = {}
         self._check, self._steps, self._step, self._command = check, steps, 0, command
         self._written: list[str] = []
-        ready_to_write({self.report_path: [".json"], self.html_path: [".html"]}, force=where.force)
+        ready_to_write((self.report_path, [".json"]), (self.html_path, [".html"]), force=where.force)
 
     def __enter__(self) -> Job:
         return self
@@ -153,7 +153,7 @@ class Job:
             self._bar.above(line)
             return
         with reader_may_leave(sys.stderr):
-            print(line, file=sys.stderr, flush=True)
+            print(fitted(line), file=sys.stderr, flush=True)
 
     # --- what comes out ---------------------------------------------------------------------------------------------------------
 

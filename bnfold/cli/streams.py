@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,15 @@ def open_streams() -> None:
 def may_be_terminal(stream: Any) -> bool:
     """Whether Rich has to be asked if the stream is a terminal: it is one, or somebody says that it be taken for one."""
     return bool({"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys()) or stream.isatty()
+
+
+def fitted(line: str) -> str:
+    """A line for standard error, which breaks between words where that is a terminal."""
+    if not sys.stderr.isatty():
+        return line
+    with contextlib.suppress(OSError):
+        return textwrap.fill(line, os.get_terminal_size(sys.stderr.fileno()).columns, break_long_words=False, break_on_hyphens=False)
+    return line
 
 
 def own_stderr() -> None:

@@ -51,7 +51,7 @@ class ProgressLine:
 
     def above(self, line: str) -> None:
         """A line that stays."""
-        self._display.console.print(line, soft_wrap=True)
+        self._display.console.print(line)
 
     def stop(self) -> None:
         self._display.stop()
