@@ -23,6 +23,7 @@ HOW_TO_KEEP = (
     "dynamo=True, optimize=False, or with dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False"
 )
 EXAMPLE = "such as --input-shape 1,3,224,224"  # on the command line
+OTHER_NETWORK = "model {} is of another network than the first"  # of several that are averaged
 ALREADY_FOLDED = f"{NO_BATCHNORM}. {HOW_TO_KEEP}"
 
 

@@ -12,11 +12,12 @@ import stat
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, UsageError
+from .text import meant
 
 try:
     import fcntl
@@ -33,10 +34,19 @@ def unreadable(path: str | Path) -> str:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return "no such file"
+        return f"no such file{neighbours(path)}"
     except (OSError, ValueError) as error:
         return f"can't be read ({getattr(error, 'strerror', None) or error})"
     return "" if stat.S_ISREG(mode) else "a folder, not a file" if stat.S_ISDIR(mode) else "a device or pipe, not a file"
+
+
+def neighbours(path: str | Path) -> str:
+    """`; did you mean 'a/net.onnx'?` for a path that isn't there, where its name is nearly that of what is."""
+    folder, name = os.path.split(path)
+    try:
+        return meant(name, os.listdir(folder or "."), os.path.join(folder, ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def contents(path: Path, most: int, what: str) -> bytes:
@@ -67,14 +77,19 @@ def bomb(path: Path) -> str:
     return f"it has {size:,} bytes and would unpack to {made:,}" if made > most_unpacked(size) else ""
 
 
-def ready_to_write(paths: Mapping[Path | None, Sequence[str]], *, force: bool, inputs: Iterable[Path] = ()) -> None:
+def ready_to_write(*outputs: tuple[Path | None, Sequence[str]], force: bool, inputs: Iterable[Path] = ()) -> None:
     """UsageError now where one of the files couldn't be written in the end: another name is needed, or another folder.
 
-    paths: how the name of each may end; None is none. force: whether files of these names may be overwritten. inputs: those that are read.
+    outputs: each file, None for none, and how its name may end. force: whether files of these names may be overwritten. inputs: those that
+    are read.
     """
-    for path, suffixes in paths.items():
+    taken = set()
+    for path, suffixes in outputs:
         if path is None:
             continue
+        if (place := path.absolute()) in taken:
+            raise UsageError(f"{path}: two files would have this name; give one of them another")
+        taken.add(place)
         if path.suffix.lower() not in suffixes:
             such = f"{path.name.removesuffix(path.suffix) or 'out'}{suffixes[0]}"
             raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}, such as {such}")

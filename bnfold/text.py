@@ -46,12 +46,16 @@ def some(names: Iterable[str], most: int = 5) -> str:
     return (", ".join(texts[:most]) + more) or "none"
 
 
-def meant(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'layer1.bn'?` for a name that is nearly one of those there are; "" where none is near."""
+def meant(name: str, names: Iterable[str], before: str = "") -> str:
+    """`; did you mean 'layer1.bn'?` for a name that is nearly one of those there are, or a part of one; "" where none is near.
+
+    before: what is shown before each.
+    """
     from difflib import get_close_matches
 
-    near = get_close_matches(name, [*names], 2, 0.7)
-    return f"; did you mean {listed(map(repr, near), 'or')}?" if near else ""
+    known = [*names]
+    near = get_close_matches(name, known, 2, 0.7) or [each for each in known if name in re.split(r"[/.]", each)][:2]
+    return f"; did you mean {listed((repr(before + each) for each in near), 'or')}?" if near else ""
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

@@ -25,7 +25,8 @@ ROOMS = """
     running folding
     data
     report
-    files text capture
+    files
+    text capture
     algebra
     errors _version
 """

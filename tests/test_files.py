@@ -119,6 +119,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": "a\\udcff"}
     found = [unreadable(tmp_path / name) for name in ("pipe", "file", "none", ".", "a\0b")] + [unreadable("/dev/null")]
     pipe = "a device or pipe, not a file"
+    assert unreadable(tmp_path / "flie") == f"no such file; did you mean '{tmp_path}/file'?"
     assert found == [pipe, "", "no such file", "a folder, not a file", "can't be read (embedded null byte)", pipe]
 
 
@@ -131,8 +132,10 @@ def test_what_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
         (UsageError, "no/out.txt", "is not a folder; make it first"),
     ):
         with pytest.raises(error, match=text):
-            ready_to_write({None: [], tmp_path / name: [".txt"]}, force=False)
-    ready_to_write({path: [".txt"], tmp_path / "free.txt": [".txt"]}, force=True)
+            ready_to_write((None, []), (tmp_path / name, [".txt"]), force=False)
+    ready_to_write((path, [".txt"]), (tmp_path / "free.txt", [".txt"]), force=True)
+    with pytest.raises(UsageError, match="two files would have this name"):
+        ready_to_write((tmp_path / "free.txt", [".txt"]), (None, []), (tmp_path / "free.txt", [".txt"]), force=True)
     with pytest.raises(UsageError, match="this is an input; give another name"):
         may_write(path, force=False, inputs=[tmp_path / "none", path])
     with pytest.raises(UsageError, match="a folder; name a file in it"):

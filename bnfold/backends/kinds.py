@@ -59,6 +59,8 @@ def kind_of(path: str | Path) -> str:
 def check_readable(path: Path) -> None:
     """ModelError for what can't be read as a file, of which nobody knows the kind."""
     if path.is_dir():
+        if (path / "saved_model.pb").is_file():
+            raise ModelError(f"{path}: a TensorFlow SavedModel; convert it to ONNX with tf2onnx")
         raise ModelError(f"{path}: a folder, not a model file; name the file in it")
     if why := unreadable(path):
         raise ModelError(f"{path}: {why}")

@@ -45,7 +45,7 @@ class Check:
         self, command: str, where: Checking, *files: Path, force: bool, strict: bool = False, baseline: Path | None = None
     ) -> None:
         self.command, self.where, self.files, self.strict = command, where, [printable(str(path)) for path in files], strict
-        ready_to_write({where.junit: [".xml"], where.markdown: [".md"]}, force=force, inputs=files)
+        ready_to_write((where.junit, [".xml"]), (where.markdown, [".md"]), force=force, inputs=files)
         self.summary = os.environ.get("GITHUB_STEP_SUMMARY")
         self.baseline = None if baseline is None else Baseline(baseline, f"bnfold.{command}/1")
         self.compared: list[Row] = []
@@ -72,9 +72,10 @@ class Check:
         """What couldn't be compared, and how much is no worse."""
         if self.baseline is None:
             return []
-        same = sum(row.verdict == "equivalent" for row in self.compared)
-        skipped = [f"baseline: {row.name}: {row.reason}" for row in self.compared if row.verdict == "skipped"]
-        return [*skipped, f"baseline: {same} of {len(self.compared)} rows are no worse than in {self.baseline.path}"]
+        told = [f"baseline: {row.name}: {row.reason}" for row in self.compared if row.verdict == "skipped"]
+        if judged := len(self.compared) - len(told):
+            told.append(f"baseline: {judged - len(self.worse)} of {judged} rows are no worse than in {self.baseline.path}")
+        return told
 
     def status(self, status: int) -> int:
         """The exit status of `verify`, whose own is `status`."""

@@ -60,7 +60,7 @@ def recalibrate(
     how, data, out = task.measuring, task.data, task.out
     loading, settings = how.loading, how.settings(of_part=task.shard is not None)
     before = beside(out) if out is not None and data is not None else None
-    ready_to_write({out: loading.suffixes(model), before: [".npz"], task.stats: [".npz"]}, force=reporting.force, inputs=[model])
+    ready_to_write((out, loading.suffixes(model)), (before, [".npz"]), (task.stats, [".npz"]), force=reporting.force, inputs=[model])
     with Job(reporting) as job, how.running.fallback():
         provider = how.running.one_provider(model)
         loaded = loading.load(model, job)
@@ -106,7 +106,7 @@ def merge_stats(
     from bnfold.verbs.parts import merge_models, merge_parts
 
     check_parts(parts, counts)
-    ready_to_write({out: loading.suffixes(model), beside(out): [".npz"]}, force=reporting.force, inputs=[model, *parts])
+    ready_to_write((out, loading.suffixes(model)), (beside(out), [".npz"]), force=reporting.force, inputs=[model, *parts])
     with Job(reporting, command="merge-stats") as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded)
@@ -142,7 +142,7 @@ def fuse(
     if out is None and not dry_run:
         raise UsageError("-o OUT is missing: name the file to write, or give --dry-run")
     target = None if dry_run else out
-    ready_to_write({target: loading.suffixes(model)}, force=reporting.force, inputs=[model])
+    ready_to_write((target, loading.suffixes(model)), force=reporting.force, inputs=[model])
     with Job(reporting, Check("fuse", checking, model, force=reporting.force, strict=strict)) as job:
         loaded = loading.load(model, job)
         example = shaping.call(loaded, data) if no_verify else shaping.example(loaded, data)
@@ -246,7 +246,7 @@ def pipeline(
 
     loading, settings = measuring.loading, measuring.settings()
     suffixes = loading.suffixes(model)
-    ready_to_write({out: suffixes, keep: suffixes}, force=reporting.force, inputs=[model])
+    ready_to_write((out, suffixes), (keep, suffixes), force=reporting.force, inputs=[model])
     check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
     with Job(reporting, check, STEPS) as job, measuring.running.fallback():
         providers = measuring.running.providers(model)
@@ -264,7 +264,8 @@ def pipeline(
         job.finish(report)
         job.compared(check)
         if not written:
-            job.fail(f"{worse or report.notes[-1]}; nothing was written")
+            advice = " (--accept-harm writes it)" * bool(report.harm and not worse)
+            job.fail(f"{worse or report.notes[-1]}; nothing was written{advice}")
     return 0 if written else 1 if worse or report.verify is None else STATUS[report.verify.verdict] or 1
 
 

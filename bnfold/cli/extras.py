@@ -33,7 +33,7 @@ def average(
     if len(models) < 2:
         raise UsageError("average takes two models or more; `bnfold recalibrate` measures one's statistics")
     loading = measuring.loading
-    ready_to_write({out: loading.suffixes(models[0]), beside(out): [".npz"]}, force=reporting.force, inputs=models)
+    ready_to_write((out, loading.suffixes(models[0])), (beside(out), [".npz"]), force=reporting.force, inputs=models)
     with Job(reporting, command="average") as job, measuring.running.fallback():
         provider = measuring.running.one_provider(*models)
         loaded = [loading.load(path, job) for path in models]
@@ -58,8 +58,9 @@ def explain(
     """Say what can cross an operator, or why a BatchNorm stays and what would let it go."""
     from bnfold.verbs.explanations import explain as run
 
-    if model is None and what and Path(what).is_file():
-        raise UsageError(f"{what} is a file: name one of its BatchNorms before it, which `bnfold inspect {what}` lists")
+    if what and Path(what).is_file() and (model is None or not model.exists()):
+        before = f"bnfold explain {model} {what}" if model else f"name one of its BatchNorms before it, which `bnfold inspect {what}` lists"
+        raise UsageError(f"{what} is a file: {before}")
     with Job(reporting) as job:
         loaded = None if model is None else loading.load(model, job)
         example = None if loaded is None else shaping.call(loaded)

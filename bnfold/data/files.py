@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.errors import DataError
-from bnfold.files import bomb, most_unpacked, unreadable
+from bnfold.files import bomb, most_unpacked, neighbours, unreadable
 from bnfold.text import first_line
 
 from .images.pipeline import find
@@ -130,7 +130,7 @@ def files_of(spec: str) -> list[Path] | None:
     for name in _braces(spec):
         paths = sorted(glob.glob(name)) if glob.has_magic(name) else [name] if Path(name).is_file() else []
         if not paths:
-            raise DataError(f"{spec}: there is no file {name}" if name != spec else f"{spec}: there is no such file")
+            raise DataError(f"{spec}: there is no file {name}" if name != spec else f"{spec}: there is no such file{neighbours(spec)}")
         found += [Path(path) for path in paths]
     return found
 

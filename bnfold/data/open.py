@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold.data.files import files_in_table
 from bnfold.errors import DataError, UsageError
-from bnfold.text import counted, first_line
+from bnfold.files import neighbours
+from bnfold.text import counted, first_line, meant
 
 from . import files
 from .batches import Data
@@ -91,7 +92,8 @@ def function_of(spec: str) -> Callable[[], Any] | None:
     try:
         module = imported(target, "_bnfold_data")
     except (Exception, SystemExit) as error:  # a script without a main guard may exit, even with status 0
-        raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {first_line(error)})") from error
+        advice = "; install it, or give FILE.py:FUNCTION" if isinstance(error, ModuleNotFoundError) else ""
+        raise DataError(f"{spec}: {target} can't be imported ({type(error).__name__}: {first_line(error)}){advice}") from error
     function: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(function):
         has = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -258,8 +260,10 @@ def _file_or_function(request: Request) -> Source:
         return from_object(files.read(path), request.inputs, str(path), request.flat)
     function = function_of(spec)
     if function is None:
-        what = "an address, not a file; download it, or" if "://" in spec else "there is no such file or folder;"
-        raise DataError(f"{spec}: {what} give {FORMS}")
+        if "://" in spec:
+            raise DataError(f"{spec}: an address, not a file; download it, or give {FORMS}")
+        near = meant(spec, ["random"]) or neighbours(spec)
+        raise DataError(f"{spec}: there is no such file or folder{near or f'; give {FORMS}'}")
     return from_stream(guarded(function, spec), request.inputs, spec, request.flat)
 
 

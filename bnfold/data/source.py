@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnfold.errors import DataError
+from bnfold.text import some
 
 from .spec import Array, Batch, InputSpec
 
@@ -194,8 +195,8 @@ def _chunk(obj: Any, inputs: Sequence[InputSpec], where: str, flat: Flat | None)
             (key,) = named
             return Chunk({names[0]: named[key]}, labels, f"{where}, array {key!r}"), ()
         if missing := [name for name in names if name not in named]:
-            lacking, has = ", ".join(map(repr, missing)), ", ".join(map(repr, named)) or "nothing"
-            raise DataError(f"{where}: no array for input {lacking}; it holds {has}; name the arrays as the inputs")
+            lacking = ", ".join(map(repr, missing))
+            raise DataError(f"{where}: no array for input {lacking}; it holds {some(named)}; name the arrays as the inputs")
         extra = ", ".join(repr(key) for key in named if key not in names)
         notes = (f"{where}: {extra} isn't used: no input has that name",) if extra else ()
         return Chunk({name: named[name] for name in names}, labels, where), notes

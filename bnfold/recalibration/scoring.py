@@ -99,7 +99,8 @@ def score_if_fits(model: Model, labelled: Any, batches: Any, **options: Any) -> 
     try:
         found = score(model, labelled, **options)
         if found is None and labelled is not None and labelled is not batches:
-            raise DataError("the data to score on have no labels, or can be read only once: give integers, one for each sample")
+            what = labelled.description.partition(": ")[0] if isinstance(labelled, Data) else "the data to score on"
+            raise DataError(f"{what}: no labels, or data that can be read only once: give integers, one for each sample")
         return found, ()
     except NoRowsError as error:
         if labelled is not batches:

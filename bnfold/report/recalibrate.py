@@ -71,7 +71,8 @@ class ScoredReport(Report):
         before, after = self.accuracy_before, self.accuracy_after
         if before is None or after is None or self.effect is None or self.effect.verdict != "harmed":
             return ""
-        scores = f"accuracy {before.accuracy:.1%} before and {after.accuracy:.1%} after, loss {before.loss:.4g} and {after.loss:.4g}"
+        scores = f"accuracy {100 * before.accuracy:.1f} % before and {100 * after.accuracy:.1f} % after"
+        scores += f", loss {before.loss:.4g} and {after.loss:.4g}"
         return f"harmed: on {before.samples:,} labelled samples, {scores}"
 
 

@@ -68,7 +68,7 @@ def bench(
     timings = []
     for feeds, size in list(_feeds(first, batches, sizes, seed, input_shapes)):
         stage = "time" if len(sizes) == 1 else f"time batch {size:,}"
-        timings.append(_timing([_call(each, feeds) for each in sessions], rounds, size, seed, stage, progress))
+        timings.append(_timing([*map(_call, sessions, (feeds, feeds), ("reference", "candidate"))], rounds, size, seed, stage, progress))
     return BenchReport(
         **vars(timings[0]),
         provider=provider,
@@ -142,10 +142,13 @@ def _latency(seconds: list[float], samples: int) -> Latency:
     return Latency(p50, p95, p99, samples / p50)
 
 
-def _call(session: Any, feeds: Any) -> Callable[[int], list[float]]:
+def _call(session: Any, feeds: Any, which: str) -> Callable[[int], list[float]]:
     """Seconds that each of a number of calls takes; the first two, which allocate, are behind it."""
-    for _ in range(2):
-        session.run(feeds)
+    try:
+        for _ in range(2):
+            session.run(feeds)
+    except DataError as error:
+        raise DataError(f"the {which} can't run on what is timed: {error}") from None
 
     def seconds(times: int) -> list[float]:
         marks = [0.0] * (times + 1)

@@ -58,6 +58,22 @@ def missing(folder: Path) -> None:
     pass
 
 
+@case("fuse modle.onnx -o out.onnx", 3, "modle.onnx: no such file; did you mean 'model.onnx'?")
+def misspelt(folder: Path) -> None:
+    pass
+
+
+@case("inspect frozen.pb", 3, "frozen.pb: not an ONNX model, but by its name a TensorFlow graph; convert it to ONNX with tf2onnx")
+def another_framework(folder: Path) -> None:
+    (folder / "frozen.pb").write_bytes(np.random.default_rng(2).bytes(4096))
+
+
+@case("inspect saved", 3, "saved: a TensorFlow SavedModel; convert it")
+def another_framework_in_a_folder(folder: Path) -> None:
+    (folder / "saved").mkdir()
+    (folder / "saved" / "saved_model.pb").write_bytes(b"")
+
+
 @case(FUSE, 3, "model.onnx: an empty file; export or download it again")
 def empty(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"")

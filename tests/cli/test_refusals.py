@@ -64,7 +64,7 @@ def test_statistics_that_harm_are_status_1_with_their_scores_and_nothing_is_writ
     found = json.loads(out)
     assert found["effect"]["verdict"] == "harmed"
     last = err.splitlines()[-1]
-    scores = [f"{found[which]['accuracy']:.1%}" for which in ("accuracy_before", "accuracy_after")]
+    scores = [f"{100 * found[which]['accuracy']:.1f} %" for which in ("accuracy_before", "accuracy_after")]
     assert f"bnfold: error: harmed: on 200 labelled samples, accuracy {scores[0]} before and {scores[1]} after, loss " in last
     assert "written" in last
     assert named(classifier) == before
@@ -188,7 +188,8 @@ def test_no_channels_is_nothing_to_compare(here: Path, capsys: pytest.CaptureFix
 
 USAGE = {
     "--std 0": "every value must be above 0",
-    "--interpolation bicubicc": "isn't known",
+    "--interpolation bicubicc": "isn't known; give nearest, lanczos, bilinear, bicubic, box or hamming; did you mean 'bicubic'?",
+    "--preprocess timn": "--preprocess timn: give timm, hf or torchvision, or a CONFIG.json of theirs; did you mean 'timm'?",
     "--image-size 16": "images of 16x16 don't fit",
     "--mean 1,2": "one for each channel",
 }

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from bnfold.algebra.rounding import roundoff
 from bnfold.data.spec import Port
-from bnfold.errors import ALREADY_FOLDED, ModelError
+from bnfold.errors import ALREADY_FOLDED, OTHER_NETWORK, ModelError
 from bnfold.folding.options import PLAIN, FoldOptions
 from bnfold.folding.plan import NormalForm, normal_form
 from bnfold.model import Model
@@ -246,17 +246,19 @@ class OnnxModel(Model):
     def averaged(self, others: Sequence[Model], shares: Sequence[float]) -> ir.Model:
         made = self.model.clone()
         for name, value in made.graph.initializers.items():
-            tensors = [_weight(each, name) for each in (self, *others)]
+            tensors = [_weight(each, name, number) for number, each in enumerate((self, *others), 1)]
             first = tensors[0]
-            if any((tensor.dtype, tensor.shape) != (first.dtype, first.shape) for tensor in tensors):
-                raise ModelError(f"the models are of different networks: {name} has another type or shape in one of them")
+            for number, tensor in enumerate(tensors, 1):
+                if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+                    raise ModelError(f"{OTHER_NETWORK.format(number)}: {name} has another type or shape in it")
             if first.dtype in FLOATS:
                 mean = sum(share * tensor.numpy().astype(np.float64) for share, tensor in zip(shares, tensors, strict=True))
                 value.const_value = ir.Tensor(np.asarray(mean).astype(first.numpy().dtype), dtype=first.dtype, name=name)
             elif any(not np.array_equal(tensor.numpy(), first.numpy()) for tensor in tensors):
                 raise ModelError(f"{name} holds integers, which differ between the models; average them before they are quantised")
-        if any([node.op_type for node in each.model.graph] != [node.op_type for node in made.graph] for each in _onnx(others)):
-            raise ModelError("the models are of different networks: their operators differ")
+        for number, each in enumerate(_onnx(others), 2):
+            if [node.op_type for node in each.model.graph] != [node.op_type for node in made.graph]:
+                raise ModelError(f"{OTHER_NETWORK.format(number)}: their operators differ")
         return made
 
     def remade(self, made: ir.Model) -> OnnxModel:
@@ -283,10 +285,10 @@ def _onnx(models: Iterable[Model]) -> list[OnnxModel]:
     return [each for each in models if isinstance(each, OnnxModel)]
 
 
-def _weight(model: Model, name: str) -> ir.TensorProtocol:
+def _weight(model: Model, name: str, number: int) -> ir.TensorProtocol:
     found = _onnx([model])[0].model.graph.initializers.get(name)
     if found is None or found.const_value is None:
-        raise ModelError(f"the models are of different networks: one of them has no weight {name}")
+        raise ModelError(f"{OTHER_NETWORK.format(number)}: it has no weight {name}")
     return found.const_value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bnfold.errors import DataError, UsageError
 from bnfold.files import contents
-from bnfold.text import listed
+from bnfold.text import listed, meant
 
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # at their codes in Pillow and Hugging Face
 CROP_PCT = 0.875
@@ -43,8 +43,9 @@ class ImageOptions:
 
     def check(self) -> None:
         """UsageError for what no images could be prepared with, whatever the model takes."""
-        if self.interpolation not in (None, *INTERPOLATIONS):
-            raise UsageError(f"interpolation {self.interpolation!r} isn't known; give {listed(INTERPOLATIONS, 'or')}")
+        if (name := self.interpolation) is not None and name not in INTERPOLATIONS:
+            near = meant(name, INTERPOLATIONS)
+            raise UsageError(f"interpolation {name!r} isn't known; give {listed(INTERPOLATIONS, 'or')}{near}")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UsageError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1")
         if self.std is not None and not all(value > 0 for value in self.std):
@@ -100,7 +101,12 @@ def preset(name: str, settings: Mapping[str, Any] | None, folder: Path) -> Image
         if not path.is_file():
             raise UsageError(f"--preprocess hf: there is no {path}; give the file")
         return ImageOptions.from_config(path)
-    return IMAGENET if name == "torchvision" else None
+    if name == "torchvision":
+        return IMAGENET
+    if not name.endswith(".json") and not Path(name).exists():
+        kinds = ("timm", "hf", "torchvision")
+        raise UsageError(f"--preprocess {name}: give {listed(kinds, 'or')}, or a CONFIG.json of theirs{meant(name, kinds)}")
+    return None
 
 
 def _from_timm(config: Mapping[str, Any]) -> ImageOptions:

@@ -60,6 +60,7 @@ CONTENT: dict[str, tuple[bytes, str]] = {
     "numpy": (b"\x93NUMPY\x01\x00", "not an ONNX model but a NumPy array"),
     "tflite": (b"\x1c\0\0\0TFL3" + bytes(99), "a TensorFlow Lite model; convert it to ONNX with tf2onnx"),
     "ort": (b"\x1c\0\0\0ORTM" + bytes(99), "a model in ONNX Runtime's own format (.ort)"),
+    "image": (b"\x89PNG\r\n\x1a\n" + bytes(99), "an image; give the model first"),
     "gguf": (b"GGUF\x03", "a GGUF file"),
     "cut short": (
         LARGE[: len(LARGE) // 2],

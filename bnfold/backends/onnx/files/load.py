@@ -45,8 +45,18 @@ def load(path: str | Path) -> ir.Model:
         proto, views = _parse(data)
         del data
         return _model(proto, views, Files(path))
+    except NotOnnxError as error:
+        kind, remedy = BY_NAME.get(path.suffix.lower(), ("", ""))
+        raise ModelError(f"{path}: not an ONNX model, but by its name {kind}; {remedy}" if kind else f"{path}: {error}") from None
     except (ModelError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from None
+
+
+class NotOnnxError(ModelError):
+    """No ONNX model, nor anything else that is known by its content."""
+
+    def __init__(self) -> None:
+        super().__init__("not an ONNX model, or a damaged one; export or download it again")
 
 
 def from_proto(proto: onnx.ModelProto) -> ir.Model:
@@ -83,9 +93,9 @@ def _parse(data: bytes) -> tuple[onnx.ModelProto, list[memoryview | None]]:
     except storage.CutShort as cut:
         if len(data) < cut.end < 1 << 40 and data[:1] == b"\x08":  # the IR version comes first in all files met so far
             raise ModelError(f"cut short: it has {len(data):,} bytes of at least {cut.end:,}; export or download it again") from None
-        raise ModelError("not an ONNX model, or a damaged one; export or download it again") from None
+        raise NotOnnxError from None
     except Exception:  # the parsers of protocol buffers differ in what they raise
-        raise ModelError("not an ONNX model, or a damaged one; export or download it again") from None
+        raise NotOnnxError from None
     if not proto.ir_version or not proto.graph.node:
         raise ModelError("not an ONNX model: it has no version or no nodes; export or download it again")
     return proto, views
@@ -209,7 +219,20 @@ BEGINNINGS = (  # the first bytes, in lower case and without leading blanks; wha
     (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
     (b"gguf", "a GGUF file, which holds weights without a network", "give the model in ONNX form"),
     (b"\x93numpy", "not an ONNX model but a NumPy array", "give the model first and the array with --data"),
+    (b"\x89png", "an image", "give the model first and a folder of images with --data"),
+    (b"\xff\xd8\xff", "an image", "give the model first and a folder of images with --data"),
 )
+BUILT = "give the ONNX model that it was built from"
+BY_NAME = {  # of what no beginning tells
+    ".pb": ("a TensorFlow graph", "convert it to ONNX with tf2onnx"),
+    ".pdmodel": ("a PaddlePaddle model", "convert it to ONNX with paddle2onnx"),
+    ".mlmodel": ("a Core ML model", BUILT),
+    ".engine": ("a TensorRT engine", BUILT),
+    ".plan": ("a TensorRT engine", BUILT),
+    ".prototxt": ("a Caffe network", "convert it to ONNX"),
+    ".caffemodel": ("a Caffe network", "convert it to ONNX"),
+    ".py": ("a Python file", "give the weights, and the file by --arch FILE.py:FACTORY"),
+}
 ZIPS = (  # the end of a member's name, what the archive is, what to do
     (".onnx", "a zip archive that holds an ONNX model", "unpack it"),
     ("model.weights.h5", "a Keras model", KERAS),

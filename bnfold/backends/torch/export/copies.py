@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.capture import Switch
-from bnfold.errors import ModelError, UnsupportedError
+from bnfold.errors import OTHER_NETWORK, ModelError, UnsupportedError
 from bnfold.text import first_line
 
 from .closures import close_over, closures, without_closure
@@ -253,11 +253,11 @@ def average(models: Sequence[Any], shares: Sequence[float]) -> nn.Module:
     if not all(isinstance(model, nn.Module) for model in models):
         raise UnsupportedError("exported programs aren't averaged, nor modules with other kinds of models: give the checkpoints")
     states = [model.state_dict() for model in models]
-    for state in states[1:]:
+    for number, state in enumerate(states[1:], 2):
         if odd := next((name for name in states[0].keys() ^ state.keys()), None):
-            raise ModelError(f"the models are of different networks: one of them has no weight {odd}")
+            raise ModelError(f"{OTHER_NETWORK.format(number)}: one of the two has no weight {odd}")
         if odd := next((name for name, tensor in states[0].items() if tensor.shape != state[name].shape), None):
-            raise ModelError(f"the models are of different networks: {odd} has another shape in one of them")
+            raise ModelError(f"{OTHER_NETWORK.format(number)}: {odd} has another shape in it")
     made = duplicate(models[0])
     with torch.no_grad():
         for name, tensor in made.state_dict().items():

@@ -19,7 +19,7 @@ from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
 from bnfold.capture import quiet
 from bnfold.data.open import imported
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
-from bnfold.files import DAMAGED_ZIP
+from bnfold.files import DAMAGED_ZIP, neighbours
 from bnfold.text import first_line, meant, one_line
 
 from .archive import check_archive
@@ -53,6 +53,8 @@ def load(
     if kind == "timm":
         return from_timm(str(path).removeprefix("timm:"), arch_args)
     if kind == "pt2":
+        if arch is not None:
+            say(f"{path}: an exported program holds its network, so --arch isn't used")
         program = _program(path, trust_pickle)
         attach(program, text_in_archive(path))
         return program
@@ -140,7 +142,7 @@ def _found(arch: str) -> Callable[..., nn.Module]:
     if not colon or not place or not name:
         raise UsageError(f"--arch {arch}: write it as package.module:factory or FILE.py:FACTORY")
     if place.endswith(".py") and not Path(place).is_file():
-        raise UsageError(f"--arch {place}: no such file")
+        raise UsageError(f"--arch {place}: no such file{neighbours(place)}")
     try:
         found: Any = imported(place, "bnfold_arch")
     except ModuleNotFoundError as error:
