@@ -239,8 +239,8 @@ def _remark(reference: NormalForm, candidate: NormalForm, mismatches: list[Misma
     scaled = {m.node for m in mismatches if m.scaled}
     if len(scaled) > 1 and 2 * len(scaled) >= max(len(into), len(off)) and into.issuperset(off):
         return (
-            f"the statistics seem to differ in {len(off)} layers, where each channel is off by a factor of its own: "
-            "compare a fold with the recalibrated model that it was made of"
+            f"the statistics or the epsilons seem to differ in {len(off)} layers, where each channel is off by a factor of its own: "
+            "compare a fold with the very model that it was made of, recalibrated where that one was"
         )
     return ""
 

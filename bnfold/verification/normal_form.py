@@ -24,6 +24,7 @@ class Normal:
         inputs, outputs = ({own: name for name, own in names.items()} for names in (model.own_inputs, model.own_outputs))
         graph, named = model.lowered()
         self._sites = list(graph.sites)
+        self.batchnorms = [site for site in self._sites if site.is_batchnorm]
         self.steps = steps = [Step(node, tuple(node.inputs), tuple(node.outputs)) for node in graph.nodes]
         given = {v: v.name for step in steps for v in step.inputs if v.producer is None}
         self.inputs = [inputs.get(name, name) for name in given.values()]
@@ -43,6 +44,11 @@ class Normal:
     def name_of(self, node: Node) -> str:
         """The name of a BatchNorm's layer, or of the node."""
         return next((site.name for site in self._sites if node in site.nodes), node.name)
+
+    def in_front_of(self, node: Node) -> Node | None:
+        """The operator whose output another read before anything was planned."""
+        read = next((step.inputs[0] for step in self.steps if step.node is node and step.inputs), None)
+        return next((step.node for step in self.steps if read in step.outputs), None)
 
     def stream(self, feeds: Batch, wanted: Iterable[str], *, jitter: int | None = None, exact: bool = True) -> Stream:
         """As `Model.stream`, of feeds by the names that callers use."""

@@ -16,7 +16,7 @@ from bnfold.data import Batch
 from bnfold.errors import BnfoldError
 
 from ..normal_form import Normal
-from ..pairing import NORMALISES, Pair
+from ..pairing import NORMALISES, Pair, product_before
 from ..roundoff import type_of
 from .fold_mistakes import mistakes, other_statistics
 from .sides import Compared, Sides
@@ -44,6 +44,7 @@ def cause_of(sides: Sides, pair: Pair | None, compared: Compared | None, feeds: 
     if q is None:
         return Cause(f"the candidate has nothing in the place of {p.label} {p.name}")
     sites = [node for node in sides.reference.sites.get(p, []) if "norm" in node.attrs] or ([p] if "norm" in p.attrs else [])
+    q = product_before(p, q) or q
     batchnorm, both = sites[0] if sites else _normaliser(p), both_planned(p, q)
     name = "" if batchnorm is None else sides.reference.name_of(batchnorm)
     text = next(_explanations(sides, pair, q, both, compared, feeds, sites, name), None)
@@ -64,14 +65,18 @@ def _explanations(
         fold = f"as where the shift of {of} in front is folded into a convolution that pads with zeros"
         yield f"padding: the map is off at its border alone, {fold}"
     yield from _another_operator(p, q)
+    yield from _lacking_in_front(sides, p, q)
     if both is not None:
         if len(sites) == 1:
-            kept = any("norm" in node.attrs for node in (q, *sides.candidate.sites.get(q, [])))
-            yield from mistakes(name, sites[0], p, *both, folded=not kept)
+            twin = _twin(sides.candidate, sides.reference, sites[0])
+            kept = twin.attrs.get("norm") if twin is not None and twin in (q, *sides.candidate.sites.get(q, [])) else None
+            yield from mistakes(name, sites[0], p, *both, kept=kept)
         yield from orders(*both, int(p.attrs.get("groups", 1)), sites)
         if len(sites) == 1 and sites[0].index >= p.index:
             yield from other_statistics(name, sites[0].attrs["norm"], *both)
     yield from _other_settings(p, q)
+    if compared is not None and not p.params and not q.params and operator(p) != operator(q):
+        yield _in_the_place(p, q)
     if compared is not None and mixes():
         yield "training mode: the candidate's output for one sample depends on the others in its batch"
     (one, _), (other, _) = sides.reference.plan.narrowest, sides.candidate.plan.narrowest
@@ -130,7 +135,11 @@ def _another_operator(p: Node, q: Node) -> Iterator[str]:
     elif (before := _extra_behind(p, q)) is not None:
         yield f"the candidate lacks {p.label} {p.name}, which the reference has behind {before.label} {before.name}"
     elif {p.op, q.op} != {"Contraction", "Affine"} and not all(n.op in ("Conv", "Contraction", "Affine") and n.params for n in (p, q)):
-        yield f"the candidate has {q.label} {q.name} where the reference has {p.label} {p.name}"
+        yield _in_the_place(p, q)
+
+
+def _in_the_place(p: Node, q: Node) -> str:
+    return f"the candidate has {q.label} {q.name} where the reference has {p.label} {p.name}"
 
 
 def _of_one_kind(p: Node, q: Node) -> bool:
@@ -139,9 +148,33 @@ def _of_one_kind(p: Node, q: Node) -> bool:
 
 def _extra_behind(extra: Node, other: Node) -> Node | None:
     """What stands before an operator that the other model lacks, if that is the other model's own."""
-    before = extra.inputs[0].producer if len(extra.inputs) == 1 and not extra.params else None
-    alike = before is not None and before.params.keys() == other.params.keys() and _of_one_kind(before, other)
-    return before if alike else None
+    for value in () if extra.params else extra.inputs:
+        before = value.producer
+        if before is not None and "norm" in before.attrs:
+            before = before.inputs[0].producer
+        if before is not None and before.params.keys() == other.params.keys() and _of_one_kind(before, other):
+            return before
+    return None
+
+
+def _twin(of: Normal, model: Normal, site: Node) -> Node | None:
+    """The BatchNorm of one model that has the place of another's: that of its name, or of its number where both have as many."""
+    own, others = ([node for each in side.batchnorms for node in each.nodes] for side in (model, of))
+    name = model.name_of(site)
+    named = [node for node in others if of.name_of(node) == name]
+    return named[0] if len(named) == 1 else others[own.index(site)] if site in own and len(own) == len(others) else None
+
+
+def _lacking_in_front(sides: Sides, p: Node, q: Node) -> Iterator[str]:
+    """What the reference has in front of a BatchNorm that goes into the candidate's operator, and into another of the reference."""
+    for site in sides.candidate.sites.get(q, []):
+        twin = _twin(sides.reference, sides.candidate, site)
+        if twin is None or twin in sides.reference.sites.get(p, []):
+            continue
+        mine, theirs = sides.reference.in_front_of(twin), sides.candidate.in_front_of(site)
+        if mine is not None and theirs is not None and not mine.params and not _of_one_kind(mine, theirs):
+            name = sides.reference.name_of(twin)
+            yield f"the candidate lacks {mine.label} {mine.name}, which the reference has in front of BatchNorm {name}"
 
 
 def _other_settings(p: Node, q: Node) -> Iterator[str]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from bnfold.algebra.affine import Array
 from bnfold.algebra.graph import Node, Norm
+from bnfold.text import listed
 
-from .weights import SLACK, Weights, along, exchanged, factors, inner_axis, order_of_scales, scale_and_shift, unfolded
+from .weights import SLACK, Weights, along, exchanged, factors, in_channels, inner_axis, order_of_scales, scale_and_shift, unfolded
 
 BETTER = 0.6  # of the misfit of the right coefficients, in root mean square: what a hypothesis must come down to
 MOST_COUNTS = 4096  # numbers of elements that are tried for n/(n - 1)
@@ -19,10 +20,10 @@ Refold = Callable[[Array, Array], tuple[Array, Array, Array]]  # scale and shift
 Explains = Callable[[Array, Array], bool]  # whether a scale and a shift give what the candidate holds
 
 
-def mistakes(name: str, site: Node, node: Node, want: Weights, have: Weights, *, folded: bool = True) -> Iterator[str]:
+def mistakes(name: str, site: Node, node: Node, want: Weights, have: Weights, *, kept: Norm | None = None) -> Iterator[str]:
     """Those that give what the candidate holds. site: the BatchNorm; node: what it was folded into, itself where nothing takes it.
 
-    folded: whether the candidate's isn't there any more.
+    kept: the candidate's, where it is still there, so that what it is set to needn't be guessed.
     """
     norm: Norm = site.attrs["norm"]
     up, stored = site is node or site.index > node.index, None if site is node else unfolded(node)
@@ -39,10 +40,12 @@ def mistakes(name: str, site: Node, node: Node, want: Weights, have: Weights, *,
         most, rms = have.misfit(*refold(scale, shift))
         return most <= SLACK and rms < BETTER * usual
 
-    yield from _of_the_variance(norm, name, "was folded with" if folded else "has", want, have, explains, up=up)
+    yield from _of_the_variance(norm, name, want, have, explains, up=up, kept=kept)
     for text, (scale, shift) in _of_the_map(norm):
         if explains(scale, shift):
             yield f"{text} (BatchNorm {name})"
+    if kept is not None and kept.gamma.shape == norm.gamma.shape and explains(*scale_and_shift(kept)):
+        yield from _in_the_norm(norm, kept, name)
     if stored is not None and up and stored.bias.any():
         for text, bias in (("is dropped", t), ("isn't scaled", stored.bias + t)):
             if have.is_explained(want.weight, bias, np.abs(bias) + np.abs(norm.mean * s)):
@@ -67,14 +70,18 @@ def other_statistics(name: str, norm: Norm, want: Weights, have: Weights) -> Ite
     wider, moved = np.abs(ratio - 1) > SLACK * have.unit, off > SLACK * have.unit * summands
     if (var[alive] < 0).any() or (wider | moved).sum() < max(2, len(ratio) / 2):
         return
-    which = " and ".join(what for what, some in (("means", moved.any()), ("variances", wider.any())) if some)
-    with np.errstate(all="ignore"):
-        shift = off / np.abs(s * ratio) / np.sqrt(norm.var + norm.epsilon)
-    worst = float(shift[np.isfinite(shift)].max(initial=0.0))
+    which, how = list[str](), list[str]()
+    if moved.any():
+        with np.errstate(all="ignore"):
+            shift = off / np.abs(s * ratio) / np.sqrt(norm.var + norm.epsilon)
+        which.append("means")
+        how = [f"means moved by up to {shift[np.isfinite(shift)].max(initial=0.0):.3g} standard deviations"]
+    if wider.any():
+        which.append("variances")
+        how.insert(0, f"variances times {1 / np.square(ratio).max():.4g} to {1 / np.square(ratio).min():.4g}")
     yield (
-        f"statistics of another checkpoint: other running {which} in BatchNorm {name} explain all channels, as where one model was "
-        f"recalibrated (variances times {1 / np.square(ratio).max():.4g} to {1 / np.square(ratio).min():.4g}, means moved by up to "
-        f"{worst:.3g} standard deviations)"
+        f"statistics of another checkpoint: other running {' and '.join(which)} in BatchNorm {name} explain all channels, as where one "
+        f"model was recalibrated ({', '.join(how)})"
     )
 
 
@@ -146,10 +153,24 @@ def _of_the_map(norm: Norm) -> list[tuple[str, tuple[Array, Array]]]:
         ]
 
 
+def _in_the_norm(norm: Norm, kept: Norm, name: str) -> Iterator[str]:
+    """In what the candidate's BatchNorm is another; not where that is statistics alone, which a recalibration changes."""
+    found = [] if kept.epsilon == norm.epsilon else [f"another epsilon ({kept.epsilon:.6g} for {norm.epsilon:.6g})"]
+    for what, mine, theirs in (("gamma", norm.gamma, kept.gamma), ("beta", norm.beta, kept.beta)):
+        if (off := np.flatnonzero(mine != theirs)).size:
+            found.append(f"another {what} in {in_channels(off, mine.size)}")
+    if found and not (np.array_equal(norm.mean, kept.mean) and np.array_equal(norm.var, kept.var)):
+        found.append("other statistics")
+    if found:
+        yield f"the candidate's BatchNorm {name} has {listed(found)}"
+
+
 # --- epsilon, and the number of elements -------------------------------------------------------------------------------------------
 
 
-def _of_the_variance(norm: Norm, name: str, has: str, want: Weights, have: Weights, explains: Explains, *, up: bool) -> Iterator[str]:
+def _of_the_variance(
+    norm: Norm, name: str, want: Weights, have: Weights, explains: Explains, *, up: bool, kept: Norm | None
+) -> Iterator[str]:
     axis = want.axis if up else inner_axis(want, norm.gamma.size)
     if axis is None or want.weight.shape[axis] != norm.gamma.size:
         return
@@ -160,7 +181,8 @@ def _of_the_variance(norm: Norm, name: str, has: str, want: Weights, have: Weigh
     if not usable.any():
         return
     found = np.where(usable, found, 1.0)
-    for epsilon in _epsilons(norm, found, usable):
+    has = "was folded with" if kept is None else "has"
+    for epsilon in _epsilons(norm, found, usable) if kept is None else [kept.epsilon]:
         if epsilon != norm.epsilon and explains(*scale_and_shift(replace(norm, epsilon=epsilon))):
             yield f"another epsilon: the candidate {has} {epsilon:.6g}, BatchNorm {name} has {norm.epsilon:.6g}"
     for n, doubt, factor in _counts(norm, found, usable, have.unit):

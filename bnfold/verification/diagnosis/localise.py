@@ -16,6 +16,7 @@ from bnfold.report import Difference
 
 from ..coefficients import Mismatch
 from ..comparison import Comparison
+from ..pairing import comparable, through
 from ..preconditions import CHUNK, chunks, only
 from ..roundoff import output_axis
 from ..verdict import Findings
@@ -65,7 +66,8 @@ def localise(reference: Model, candidate: Model, feeds: Batch | None, mismatch: 
     place = {node.name: node.index for node in reversed(sides.reference.plan.graph.nodes)}
     at = -1 if mismatch is None else place.get(mismatch.node.name, 0)
     if mismatch is not None and (first is None or at < first.pair.node.index or (at > first.pair.node.index and is_right(first.pair))):
-        pair = next((p for p in sides.pairs if p.node.name == mismatch.node.name and p.other is not None), None)
+        named = [p for p in sides.pairs if p.node.name == mismatch.node.name and p.other is not None]
+        pair = next((p for p in named if p.other is not None and comparable(p.node, p.other)), named[0] if named else None)
         node = mismatch.node if pair is None else pair.node
         first = next((c for c in seen if pair is not None and c.pair.node is pair.node and c.differs), None)
     elif first is not None:
@@ -90,7 +92,8 @@ def _likeliest(seen: list[Compared]) -> list[Compared]:
 def first_to_reach_an_output(sides: Sides, seen: list[Compared]) -> Compared | None:
     """The first value whose difference reaches an output: another fold may leave a scale to a later layer, or change what nobody reads.
 
-    A value of the candidate that agrees with one of the reference is no counterpart of another.
+    A value of the candidate that agrees with one of the reference is no counterpart of another, unless the operators at the difference
+    read these two: then one side lacks what stands between (a BatchNorm may have been folded onwards, rightly or wrongly).
     """
     known = {c.pair.reference: c for c in seen}
     settled = {c.pair.candidate for c in seen if not c.differs}
@@ -99,7 +102,13 @@ def first_to_reach_an_output(sides: Sides, seen: list[Compared]) -> Compared | N
         for value in node.outputs:
             agrees = value in known and not known[value].differs
             reaches[value] = not agrees and (value.is_output or any(reaches.get(v, False) for user, _ in value.users for v in user.outputs))
-    return next((c for c in seen if c.differs and c.pair.candidate not in settled and reaches.get(c.pair.reference, True)), None)
+    off = [c for c in seen if c.differs and reaches.get(c.pair.reference, True)]
+    first = next((c for c in off if c.pair.candidate not in settled), None)
+    if first is None or first.pair.other is None:
+        return first
+    mine, theirs = ({through(v) for v in node.inputs} for node in (first.pair.node, first.pair.other))
+    lacking = (c for c in off if c.pair.reference in mine and c.pair.candidate in theirs and "norm" not in c.pair.node.attrs)
+    return next(lacking, first)
 
 
 def localise_runtime(reference: Model, candidate: Model, feeds: Batch, provider: str) -> Located | None:

@@ -141,9 +141,14 @@ def channels_off(want: Weights, have: Weights) -> str:
     for what, off in (("weight", weight), ("bias", bias)):
         channels = np.flatnonzero(off > SLACK)
         if len(channels):
-            shown = ", ".join(map(str, channels[:SHOWN])) + (" and others" if len(channels) > SHOWN else "")
-            parts.append(f"its {what} is off in channel{'s' * (len(channels) > 1)} {shown} ({len(channels)} of {np.size(off)})")
+            parts.append(f"its {what} is off in {in_channels(channels, np.size(off))}")
     return ", ".join(parts) or "its coefficients are right"
+
+
+def in_channels(off: npt.NDArray[np.intp], of: int) -> str:
+    """Which channels, of how many."""
+    shown = ", ".join(map(str, off[:SHOWN])) + (" and others" if len(off) > SHOWN else "")
+    return f"channel{'s' * (len(off) > 1)} {shown} ({len(off)} of {of})"
 
 
 # --- the arithmetic of a fold, channel by channel ---------------------------------------------------------------------------------------
