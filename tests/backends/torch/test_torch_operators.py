@@ -187,9 +187,15 @@ def test_columns_of_windows() -> None:
 class Graph(nn.Module):
     """A layer of a graph network (Kipf & Welling 2017, equation 2), its weights per edge left out, and a BatchNorm."""
 
-    def __init__(self, gather: Callable[[Tensor, Tensor, Tensor], Tensor], *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        gather: Callable[[Tensor, Tensor, Tensor], Tensor],
+        start: Callable[[Tensor], Tensor] = lambda x: x.new_zeros(len(x), 6),
+        *,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.linear, self.norm, self.gather = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), gather
+        self.linear, self.norm, self.gather, self.start = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), gather, start
         self.bias = nn.Parameter(torch.randn(6)) if bias else None
         nn.init.uniform_(self.norm.weight, 0.5, 1.5)
         nn.init.normal_(self.norm.running_mean)
@@ -197,7 +203,7 @@ class Graph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear(x)
-        y = self.gather(x.new_zeros(len(x), 6), x.index_select(0, self.edges[0]), self.edges[1])
+        y = self.gather(self.start(x), x.index_select(0, self.edges[0]), self.edges[1])
         return torch.tanh(self.norm(y if self.bias is None else y + self.bias))
 
 
@@ -213,6 +219,11 @@ GATHERED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def test_what_comes_along_edges(kind: str) -> None:
     assert folded(Graph(GATHERED[kind]), 5, 4) == ""
     assert "its shift is not zero" in folded(Graph(GATHERED[kind], bias=False), 5, 4)
+
+
+@pytest.mark.parametrize("start", [torch.zeros_like, lambda x: torch.full_like(x, 0.0), lambda x: x.new_full(x.shape, 0)])
+def test_what_comes_along_edges_starts_from_zeros_as_large_as_the_layers_output(start: Callable[[Tensor], Tensor]) -> None:
+    assert folded(Graph(GATHERED["index_add"], start), 5, 4) == ""
 
 
 def test_what_comes_along_edges_and_is_not_known_to_start_from_zero() -> None:

@@ -158,7 +158,8 @@ def scatter(ctx: TorchLowering, op: Op) -> None:
     """scatter_add, index_add, scatter_reduce, onto zeros: how graph networks gather what comes along edges."""
     given, base, kind = arguments(op), first(op), arguments(op).get("reduce", "sum")
     zeros = ctx.const(base) if ctx.is_constant(base) else None
-    if operator_name(base) not in ("zeros", "new_zeros", "zeros_like") and (zeros is None or zeros.any()):
+    made = operator_name(base) in ("zeros", "new_zeros", "zeros_like") or arguments(base).get("fill_value") == 0
+    if not made and (zeros is None or zeros.any()):
         raise Blocked("what it adds to isn't known to be zero")
     if kind not in ("sum", "mean", "amax", "amin"):
         raise Blocked(f"it reduces by {kind}")

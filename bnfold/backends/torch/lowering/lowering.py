@@ -29,8 +29,9 @@ from .places import Host, Place, ProgramHost, Slot, TorchNative, plain_path
 from .quantised import Codes
 
 SIZES = {"sym_size", "sym_stride", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata"}
-# What reads of an argument its type alone, or sizes that follow where channels go.
-LIKE = dict.fromkeys(("new_zeros", "new_ones"), "self") | dict.fromkeys(("expand_as", "view_as"), "other")
+# What reads of an argument its type alone, its sizes, or sizes that follow where channels go.
+MADE = ("zeros", "ones", "full", "empty", "rand", "randn")
+LIKE = {f"{name}_like": "self" for name in MADE} | {f"new_{name}": "self" for name in MADE[:4]} | {"expand_as": "other", "view_as": "other"}
 
 Lower = Callable[["TorchLowering", Op], object]
 
@@ -113,6 +114,8 @@ class TorchLowering(Lowering):
         if sizes or name in SIZES:  # which is no use of a value
             return [], []
         like = self.arg(op, LIKE[name]) if name in LIKE else None
+        if name.endswith("_like") and like is not None:
+            self.value(like).is_sized = True
         inputs = [s for s in op.all_input_nodes if s is not like and is_tensor(s) and not self.constants.is_constant(s)]
         outputs = [op] if is_tensor(op) else [item for _, item in sorted(self.items(op).items())]
         values = [self.value(each) for each in outputs]
