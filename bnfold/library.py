@@ -72,7 +72,7 @@ def in_python(text: str, first: Mapping[str, inspect.Parameter] | None = None) -
             return found[0]
         return f"{name}=True" if known[name].annotation == "bool" else f"{name}=" if found[2] else name
 
-    text = text.replace(EXAMPLE, "such as example=batch")
+    text = text.replace(EXAMPLE, "such as example=batch").replace("--eval none", "labelled=None")
     return re.sub(r"--([a-z][a-z-]+)\b( (?=[A-Z0-9'{]|\w+\.\w))?", argument, text)
 
 

@@ -90,6 +90,51 @@ def test_a_module_in_training_mode_is_told_of(caplog: pytest.LogCaptureFixture) 
     ]
 
 
+def test_data_in_the_forms_that_loaders_give(x: np.ndarray) -> None:
+    """Pairs of images and labels for a module that hands on what it is given, a dict for one that takes it whole, batches given once."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()).eval()
+    pairs = [(torch.tensor(x[i : i + 4]), torch.zeros(4, dtype=torch.int64)) for i in range(0, len(x), 4)]
+    wanted, _ = bnfold.recalibrate(net, x)
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.other = net, torch.nn.Identity()
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.net(batch["image"])
+
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    for model, batches in (
+        (averaged, torch.utils.data.DataLoader([(torch.tensor(each), 0) for each in x], batch_size=4)),
+        (torch.nn.DataParallel(net), pairs),
+        (Whole().eval(), [{"image": image, "label": label} for image, label in pairs]),
+        (net, iter(pairs)),
+    ):
+        ready, report = bnfold.pipeline(model, batches)
+        assert report.fuse.batchnorms.after == 0
+        found = ready(pairs[0][0]) if not isinstance(model, Whole) else ready({"image": pairs[0][0]})
+        torch.testing.assert_close(found, wanted(pairs[0][0]))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("x.npy", "the data are str; give an array"),
+        (None, "the data are NoneType"),
+        (iter(()), "the data hold no batch: give at least one; an iterator gives its batches only once"),
+    ],
+)
+def test_what_holds_no_batch(data: object, said: str) -> None:
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    for verb in (bnfold.recalibrate, bnfold.pipeline):
+        with pytest.raises(bnfold.DataError, match=said):
+            verb(net, data)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -98,6 +143,7 @@ def test_a_module_in_training_mode_is_told_of(caplog: pytest.LogCaptureFixture) 
         ("give --trust-pickle if you trust it", "give trust_pickle=True if you trust it"),
         ("--input-shape names 'z'", "input_shapes names 'z'"),
         ("--data x.npy, and --equalise or --lower mul-add", "batches=x.npy, and equalise=True or lower mul-add"),
+        ("leave the scores out (--eval none)", "leave the scores out (labelled=None)"),
         ("--max-bad is the command line's alone", "--max-bad is the command line's alone"),
         ("a - b, -o and --- stay", "a - b, -o and --- stay"),
     ],

@@ -25,7 +25,7 @@ from . import files
 from .batches import Data
 from .corrupt import MAX_BAD
 from .samples import Run, few
-from .source import Chunk, Flat, Request, Source, from_object, from_stream, is_samples, peek
+from .source import Chunk, Flat, Request, Source, check_data, from_object, from_stream, is_samples, peek
 from .spec import Array, InputSpec
 
 if TYPE_CHECKING:
@@ -165,9 +165,8 @@ def as_batches(
     """
     if isinstance(obj, Data):
         return obj.fed(inputs, batch_size=batch_size, samples=samples, run=run)
+    check_data(obj)
     whole = is_samples(obj, inputs, flat)
-    if isinstance(obj, (str, bytes)) or not (whole or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")):
-        raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
     source = (from_object if whole else from_stream)(obj, inputs, f"the {type(obj).__name__} given", flat)
     return Data(source, inputs, batch_size=batch_size, samples=samples, run=run)
 

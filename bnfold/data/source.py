@@ -136,8 +136,15 @@ def is_samples(obj: Any, inputs: Sequence[InputSpec], flat: Flat | None = None) 
     return isinstance(obj, Mapping) or is_array(obj)
 
 
+def check_data(obj: Any) -> None:
+    """DataError for what gives no batches, whatever the model takes."""
+    if isinstance(obj, (str, bytes)) or not (is_array(obj) or callable(obj) or hasattr(obj, "__iter__") or hasattr(obj, "__getitem__")):
+        raise DataError(f"the data are {type(obj).__name__}; give an array, a tuple or dict of arrays, or an iterable of batches")
+
+
 def peek(batches: Any) -> tuple[Any, Any]:
     """The first batch, and all of them, which an iterator has to give again."""
+    check_data(batches)
     if isinstance(batches, Mapping) or is_array(batches) or (isinstance(batches, tuple) and any(map(is_array, batches))):
         return batches, batches
     if callable(batches) and not hasattr(batches, "__iter__"):

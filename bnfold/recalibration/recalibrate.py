@@ -178,7 +178,9 @@ def called(model: Model, batches: Any, batch_size: int | None) -> tuple[Model, A
     if first is batches:  # all samples at once
         count = batch_size or BATCH_SIZE
         return model.fed(_few(first, count), count), batches
-    return model if first is None else model.fed(first), batches
+    if first is None:
+        raise DataError("the data hold no batch: give at least one; an iterator gives its batches only once")
+    return model.fed(first), batches
 
 
 def data_of(batches: Any, plan: Plan, one_size: bool, batch_size: int | None, samples: int | None, spread: bool = False) -> Data:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bnfold import api
 from bnfold.backends.open import open_model
 from bnfold.certificates import nothing_to_fold, verified
+from bnfold.data.source import peek
 from bnfold.errors import NothingToDoError
 from bnfold.folding.options import FoldOptions
+from bnfold.recalibration.recalibrate import called
 from bnfold.recalibration.scoring import effect, score, score_if_fits
 from bnfold.report import PipelineReport
 
@@ -40,10 +42,13 @@ def pipeline(
     options = FoldOptions(**{f.name: calibration.pop(f.name) for f in dataclasses.fields(FoldOptions) if f.name in calibration})
     opened = open_model(model, example)
     if not opened.states_inputs:
+        opened, batches = called(opened, batches, calibration.get("batch_size"))
         opened.inputs()  # it is read once, now, and called so in all further steps
         example = opened
     if not opened.holds_batchnorm and not api.inspect(model, example=example).layers:
         raise NothingToDoError(nothing_to_fold(opened))
+    first, batches = peek(batches) if isinstance(batches, Iterator) else (None, batches)
+    seen = batches if first is None else [first]  # what gives its batches once is gone when it was measured on
     before, notes = score_if_fits(opened, labelled, batches, provider=providers[0], progress=progress)
     scored = None if before is None else before.summary()
     fresh, recalibrated = api.recalibrate(model, batches, example=example, provider=providers[0], progress=progress, **calibration)
@@ -56,7 +61,7 @@ def pipeline(
     if strict and folded.failure:
         return None, PipelineReport(recalibrate=recalibrated, fuse=folded, accuracy_before=scored, notes=(*notes, folded.failure))
     checking = None if progress is None else lambda stage, done, total: progress(f"verify, {stage}", done, total)
-    verdict = api.verify(reference, candidate, batches, providers=providers, progress=checking, by_layer=by_layer)
+    verdict = api.verify(reference, candidate, seen, providers=providers, progress=checking, by_layer=by_layer)
     unfolded = not folded.changes
     proven = verdict.verdict == "equivalent" or (unfolded and verdict.verdict == "inconclusive")
     if unfolded and proven:

@@ -55,6 +55,15 @@ class Call:
         return module(*self.args, **self.kwargs)
 
 
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of a module's forward; of one that hands all that it is given to what it wraps (AveragedModel, DataParallel), of that one's."""
+    found = inspect.signature(module.forward).parameters
+    wrapped = list(module.children())
+    if len(wrapped) == 1 and found and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found.values()):
+        return parameters_of(wrapped[0])
+    return found
+
+
 def known_example(module: nn.Module) -> Call:
     """Random data of the shape that the model itself states. Raises UsageError where it states none."""
     stated = getattr(module, "example_input_array", None)
@@ -74,7 +83,7 @@ def _call_of(module: nn.Module, example: Any) -> Call:
     if isinstance(example, Call):
         return example
     if isinstance(example, Mapping):
-        names = inspect.signature(module.forward).parameters
+        names = parameters_of(module)
         by_name = all(key in names for key in example) or any(p.kind is p.VAR_KEYWORD for p in names.values())
         return Call((), dict(example)) if by_name else Call((dict(example),))
     return Call(tuple(example)) if isinstance(example, (tuple, list)) else Call((example,))
@@ -100,7 +109,7 @@ def example_of(model: Model, item: Any) -> Any:
     """How a model is called with one item of somebody's data, which may hold more than the model takes: labels, at the end or by name."""
     if isinstance(model, ExportedProgram):
         return None
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = parameters_of(model).values()
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if isinstance(item, Mapping):
         named = {p.name for p in parameters}
@@ -108,12 +117,24 @@ def example_of(model: Model, item: Any) -> Any:
         if known:
             return known
         left = {key: value for key, value in item.items() if key not in LABELS} or dict(item)
-        return Call((next(iter(left.values())),)) if len(left) == 1 else Call((left,))
+        alone, whole = Call((next(iter(left.values())),)), Call((left,))
+        return whole if len(left) > 1 or (not _runs(model, alone) and _runs(model, whole)) else alone
     if isinstance(item, (tuple, list)) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         required = sum(p.default is p.empty for p in places)
         labelled = len(item) == required + 1 and (hasattr(item[-1], "__array__") or isinstance(item[-1], (list, int)))
         return tuple(item[: required if labelled and not isinstance(item[-1], bool) else len(places)])
     return item
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether the model takes what it is called with."""
+    twin = shared_twin(model).eval()
+    try:
+        with quiet(), torch.no_grad():
+            as_call(model, call).on(twin)
+    except Exception:  # the model's code raises what it likes
+        return False
+    return True
 
 
 def arguments_of(item: Any, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -166,7 +187,7 @@ def _described(value: Any) -> str:
 
 def forward_names(model: nn.Module) -> list[str]:
     """The names of the arguments that a module's forward needs; the first, where it needs none."""
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p for p in parameters_of(model).values() if p.kind is not p.VAR_KEYWORD]
     needed = [p.name for p in parameters if p.default is p.empty]
     return needed or [p.name for p in parameters[:1]]
 
@@ -182,7 +203,7 @@ def random_example(model: nn.Module, shapes: Mapping[str, Sequence[int]], types:
         return torch.randn(shape, generator=generator) if kind.is_floating_point else torch.randint(2, shape, generator=generator).to(kind)
 
     made = {name: draw(tuple(shape), getattr(torch, types.get(name, "float32"))) for name, shape in shapes.items()}
-    known = inspect.signature(model.forward).parameters
+    known = parameters_of(model)
     return as_call(model, made if all(name in known for name in made) else tuple(made.values()))
 
 
@@ -192,7 +213,7 @@ def in_places(model: nn.Module, call: Call) -> Call:
     An exported program is called just as it was traced: so it is called as its module is, although data name their arrays.
     """
     args, rest = list(call.args), dict(call.kwargs)
-    for parameter in list(inspect.signature(model.forward).parameters.values())[len(args) :]:
+    for parameter in list(parameters_of(model).values())[len(args) :]:
         if parameter.name not in rest or parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             break
         args.append(rest.pop(parameter.name))

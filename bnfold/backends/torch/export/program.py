@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from bnfold.capture import quiet
 from bnfold.errors import UnsupportedError, UsageError
-from bnfold.text import first_line
+from bnfold.text import first_line, listed, some
 
-from .call import Call
+from .call import Call, parameters_of
 from .walk import arguments, operator_name
 
 MOST_TERMS = 45  # of a size; what follows it grows with every layer, and so does the time that each takes
@@ -70,6 +70,8 @@ def export(twin: nn.Module, model: nn.Module, call: Call, most: int | None, pati
             failure = error
     assert failure is not None
     where = _failing_module(failure, twin)
+    if len(call.args) == 1 and isinstance(named := call.args[0], dict) and not call.kwargs:
+        where += f", given a dict of {some(named)}, of which none is an argument of its forward ({listed(parameters_of(model))})"
     raise UnsupportedError(
         f"torch.export can't read {type(model).__name__}{where}: {first_line(failure)}; give an example of the input as the model is "
         f"called in deployment, or export it to ONNX and give that file"

@@ -7,7 +7,6 @@ are dynamic where the model lets them be; where it doesn't, the batch alone, and
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,7 @@ from bnfold.data import InputSpec
 from bnfold.errors import UsageError
 from bnfold.verification.inputs import is_several
 
-from .call import Call, Model, arguments_of, as_call, formed, known_example
+from .call import Call, Model, arguments_of, as_call, formed, known_example, parameters_of
 from .copies import shared_twin, unchanged
 from .functional import graph_copy, settled, with_graph, with_known_sizes
 from .observers import note_on, settled_quantisers, without_observers
@@ -149,8 +148,7 @@ class Traced:
         """The names of a module's positional arguments; of a program's, which doesn't say, their places."""
         if isinstance(self.model, ExportedProgram):
             return [str(place) for place in range(len(self.example.args if self.example is not None else ()))]
-        parameters = list(inspect.signature(self.model.forward).parameters.values())
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = [p.name for p in parameters_of(self.model).values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return [*named, *(str(place) for place in range(len(named), len(self.flat_names)))]
 
     @property
