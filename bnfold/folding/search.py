@@ -5,6 +5,7 @@ Nothing changes until all of a site fits: a push works on a draft, and a refusal
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -83,12 +84,12 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
         if where == "behind it" and not _may_go_down(site):
             continue
         try:
-            draft = push(graph, site)
+            return commit(graph, site, push(graph, site))
         except Blocked as blocked:
             reasons.append(f"{where}: {blocked}")
             shift_alone |= isinstance(blocked, NoBias) and where == "before it"
-            continue
-        return commit(graph, site, draft)
+    if (divided := _both_ways(graph, site)) is not None:
+        return commit(graph, site, divided)
     if clone and (found := _with_clones(graph, site)) is not None:
         return found
     if site.holds_shift and shift_alone:
@@ -98,6 +99,23 @@ def _attempt(graph: Graph, site: Site, clone: bool) -> Outcome:
         except Blocked:
             pass
     return Outcome(site, False, reason="; ".join(reasons))
+
+
+def _both_ways(graph: Graph, site: Site) -> Draft | None:
+    """Of a site whose calls go together or not at all, some upwards and the others downwards, into different operators."""
+
+    def push(way: Callable[[Graph, Site], Draft], nodes: list[Node]) -> Draft | None:
+        with contextlib.suppress(Blocked):
+            return way(graph, Site(site.name, nodes, site.channels, site.is_batchnorm))
+        return None
+
+    up = [node for node in site.nodes if not site.separable and push(_push_up, [node]) is not None]
+    down = [node for node in site.nodes if node not in up]
+    one, other = (push(_push_up, up), push(push_down, down)) if up and down else (None, None)
+    if one is None or other is None:
+        return None
+    changed = [*site.nodes, *{node for node, _ in one}, *{node for node, _ in other}]
+    return one | other if len(set(changed)) == len(changed) else None
 
 
 def commit(graph: Graph, site: Site, draft: Draft, note: str = "") -> Outcome:

@@ -373,7 +373,8 @@ def test_a_norm_at_several_places_goes_from_all_of_them() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 3), shared), nn.ReLU()).eval()
     (fused, report), _ = folded(net, IMAGE)
     (layer,) = report.layers
-    assert (layer.verdict, layer.into) == ("folded", ("0", "3.0"))
+    assert (layer.name, layer.verdict, layer.into) == ("1", "folded", ("0", "3.0"))
+    assert [layer.name for layer in bnfold.recalibrate(net, [IMAGE])[1].layers] == ["1"]
     assert [type(fused.get_submodule(path)) for path in ("1", "3.1")] == [nn.Identity, nn.Identity]
     assert sorted(fused.state_dict()) == ["0.bias", "0.weight", "3.0.bias", "3.0.weight"]
     again = rebuild(net, Surgery.from_dict(getattr(fused, ATTRIBUTE).to_dict()))
@@ -384,6 +385,17 @@ def test_a_norm_at_several_places_goes_from_all_of_them() -> None:
     assert list(kept(report).values()) == [report.layers[0].reason]
     assert fused[0] is fused[3]
     assert isinstance(fused[0], nn.BatchNorm2d)
+
+    shared, filters = norm(4), (nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))  # one call into the layer before it, one into that behind it
+    (fused, report), _ = folded(nn.Sequential(filters[0], shared, nn.Sigmoid(), shared, filters[1]).eval(), IMAGE)
+    assert [(layer.name, layer.verdict, layer.into) for layer in report.layers] == [("1", "folded", ("0", "4"))]
+
+
+def test_statistics_that_two_norms_share_make_no_layer_of_them() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 1), norm(4)).eval()
+    net[4].running_mean, net[4].running_var = net[1].running_mean, net[1].running_var
+    (_, report), _ = folded(net, IMAGE, double=False)  # a conversion would part them
+    assert [(layer.name, layer.into) for layer in report.layers] == [("1", ("0",)), ("4", ("3",))]
 
 
 def test_a_batch_in_parts_folds_for_every_number_of_parts() -> None:

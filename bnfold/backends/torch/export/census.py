@@ -95,7 +95,7 @@ def _owner(ctx: TorchLowering, op: Op, outer: dict[Op, Any] | None = None) -> st
     for argument in map(arguments(op).get, ("running_mean", "weight")) if is_batchnorm(op) else ():
         stored = ctx.constants.stored(argument if outer is None or argument is None else outer.get(argument))
         if stored is not None and "." in stored.target:
-            return stored.target.rpartition(".")[0]
+            return ctx.constants.owner(op, stored)
     return ""
 
 

@@ -29,7 +29,7 @@ from bnfold.algebra.graph import reachable
 
 from ..runtime.widen import call, widened
 from .quantisers import ROUND, quantiser
-from .walk import RANDOM, function, is_float, is_item, mutates, operator_name, overload, tensor_named, value_of, written
+from .walk import RANDOM, frame, function, is_float, is_item, mutates, operator_name, overload, tensor_named, value_of, written
 
 MADE = {"to", "_to_copy", "type_as", "mul", "div", "add", "sub"}  # which give floats where one of several operands has some
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
@@ -98,6 +98,12 @@ class ProgramConstants:
     def stored(self, node: Any) -> Stored | None:
         """The tensor of a constant that isn't computed."""
         return self._stored.get(node.name) if isinstance(node, Node) and self.is_constant(node) else None
+
+    def owner(self, op: Node, stored: Stored) -> str:
+        """The module to which a tensor belongs that an operator reads: of several names, that in whose forward the operator stands."""
+        owner, _, attribute = stored.target.rpartition(".")
+        own = tensor_named(self._program, f"{frame(op)}.{attribute}".lstrip("."))
+        return frame(op) if isinstance(own, Tensor) and own.data_ptr() == stored.tensor.data_ptr() else owner
 
     def named(self, target: str) -> list[Node]:
         """The inputs of the graph for a stored tensor."""

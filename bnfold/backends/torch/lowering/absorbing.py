@@ -160,7 +160,7 @@ def batchnorm(ctx: TorchLowering, op: Op) -> None:
         refusal = "its gamma or beta is computed from the data"
     elif constants[2] is None or constants[3] is None:
         refusal = "its running statistics are not constants"
-    layer, name = _identity(ctx, op, stats)
+    layer, name = _identity(ctx, op, given)
     channels = int(given["input"].meta["val"].shape[1])
     keys = ("weight", "bias")
     weights.batchnorm(ctx, op, given["input"], keys, constants, epsilon(given), layer=layer, channels=channels, name=name, refusal=refusal)
@@ -177,12 +177,15 @@ def _stored(ctx: TorchLowering, given: dict[str, Any]) -> StoredNorm | None:
     return StoredNorm(tensors, epsilon(given)) if all(ctx.constants.stored(each) is not None for each in tensors.values()) else None
 
 
-def _identity(ctx: TorchLowering, op: Op, stats: list[Any]) -> tuple[Any, str]:
-    """What makes two calls one layer, and its name: the qualified name of its statistics, or its own module's."""
-    stored = [ctx.constants.stored(s) for s in stats]
-    owner = stored[0].target.rpartition(".")[0] if stored[0] is not None and stored[0].target.endswith("running_mean") else frame(op)
-    key: Any = op if stored[0] is None or stored[1] is None else (stored[0].target, stored[1].target)
-    return key, owner
+def _identity(ctx: TorchLowering, op: Op, given: dict[str, Any]) -> tuple[Any, str]:
+    """What makes two calls one layer, and its name: that of whom its statistics belong to, or else its own module's."""
+    held = [given.get(role) for role in ("running_mean", "running_var", "weight", "bias")]
+    mean, var, *_ = stored = [None if each is None else ctx.constants.stored(each) for each in held]
+    owner = ctx.constants.owner(op, mean) if mean is not None and mean.target.endswith("running_mean") else frame(op)
+    if mean is None or var is None:
+        return op, owner
+    affine = (each if found is None else found.target for each, found in zip(held[2:], stored[2:], strict=True))
+    return (mean.target, var.target, *affine, epsilon(given)), owner
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ class TorchPlan(StagePlan[Op, Op]):
                     continue
                 mean, variance = stored
                 key = _owned(frame(op)) if mean is None or variance is None else (mean.target, variance.target)
-                name, source = key[0].rpartition(".")[0] or op.name, given["input"]
+                name = (key[0].rpartition(".")[0] if mean is None else self.constants.owner(op, mean)) or op.name
+                source = given["input"]
             else:
                 continue
             if operations.is_fixed(source, self.stored):

@@ -133,8 +133,8 @@ def _readers(ctx: TorchLowering, host: ModuleHost) -> dict[str, list[Op]]:
         if (stored := ctx.constants.stored(op)) is None:
             continue
         for user in op.users:
-            place = host.weight(user, op)
-            owner = place.owner if isinstance(place, Place) else stored.target.rpartition(".")[0]
+            own, place = ctx.constants.owner(user, stored), host.weight(user, op)
+            owner = place.owner if isinstance(place, Place) and own != frame(user) else own
             found.setdefault(host.canonical(owner), []).append(user)
     return found
 
