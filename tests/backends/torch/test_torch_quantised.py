@@ -359,6 +359,54 @@ def test_scales_that_do_more_than_scale_one_array_stay() -> None:
     assert "is quantised with one scale, and the module's code has no other form of it" in report.layers[0].reason
 
 
+class Coded(Tensor):
+    """A weight that is made of integers and their scales, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, q: Tensor, s: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, q.shape, dtype=s.dtype)
+
+    def __init__(self, q: Tensor, s: Tensor) -> None:
+        self.q, self.s = q, s
+
+    def __tensor_flatten__(self) -> Any:
+        return ["q", "s"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Any:
+        return Coded(inner["q"], inner["s"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, w, bias = args
+            return F.linear(x, w.q.float() * w.s, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        if "detach" not in str(func) and "clone" not in str(func):
+            raise NotImplementedError(func)
+        return Coded(func(args[0].q), func(args[0].s))
+
+
+def test_a_weight_that_is_made_of_tensors_takes_it_in_its_scales_in_a_program() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), norm(6, 1)).eval()
+    net[0].weight = nn.Parameter(Coded(torch.randint(-127, 128, (6, 4), dtype=torch.int8), torch.rand(6, 1)))
+    program = torch.export.export(net, (ROWS,))
+    fused, report = bnfold.fuse(program)
+    assert report.batchnorms.after == 0, report.layers[0].reason
+    assert "takes it in its scales, and none of its integers changes" in report.layers[0].notes[0]
+    assert difference(run(program, ROWS), run(fused, ROWS)) < 1e-5
+    assert bnfold.verify(program, fused, [ROWS]).verdict == "equivalent"
+    assert "the same model" in bnfold.verify(program, program, [ROWS]).reason
+    assert bnfold.recalibrate(program, [ROWS])[1].layers
+    report = bnfold.inspect(net, example=ROWS)
+    assert "in a module: give the model as an exported program" in report.layers[0].reason
+
+
 # --- modules -------------------------------------------------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node, map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnfold.algebra.graph import reachable
 
@@ -31,6 +32,7 @@ from ..runtime.widen import call, widened
 from .quantisers import ROUND, quantiser
 from .walk import RANDOM, frame, function, is_float, is_item, mutates, operator_name, overload, tensor_named, value_of, written
 
+PART = torch.ops.export.access_subclass_inner_tensor.default  # one of the tensors that a tensor is made of, as torchao's are
 MADE = {"to", "_to_copy", "type_as", "mul", "div", "add", "sub"}  # which give floats where one of several operands has some
 KINDS = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
@@ -71,7 +73,7 @@ class ProgramConstants:
         if node.op != "call_function" or mutates(node) or not isinstance(value_of(node), (Tensor, list, tuple)):
             return False
         name = operator_name(node)
-        if not name and not is_item(node) and quantiser(node) is None:
+        if not name and not is_item(node) and quantiser(node) is None and node.target is not PART:
             return False
         if RANDOM.search(name) or name.startswith(("empty", "new_empty")):
             return False
@@ -129,7 +131,7 @@ class ProgramConstants:
         if not self.is_constant(node):
             return None
         tensor = self.tensor(node)
-        return tensor.numpy() if isinstance(tensor, Tensor) else None
+        return tensor.numpy() if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor) else None
 
     def tensor(self, node: Node) -> Any:
         """The same as a tensor on the CPU, or as the list or tuple that some operators give."""
@@ -209,8 +211,8 @@ def weights(program: ExportedProgram) -> frozenset[str]:
         stored = constants.stored(source)
         if stored is not None:
             tensor = stored.tensor
-            steers = source in steering and tensor.numel() <= MOST_CONTROLS
-            if tensor.is_floating_point() and tensor.numel() >= least and tensor.ndim >= rank and not steers:
+            none = (source in steering and tensor.numel() <= MOST_CONTROLS) or is_traceable_wrapper_subclass(tensor)
+            if tensor.is_floating_point() and tensor.numel() >= least and tensor.ndim >= rank and not none:
                 found.add(stored.target)
             continue
         name, rounding = operator_name(source), quantiser(source)

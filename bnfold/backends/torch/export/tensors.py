@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnfold.data.spec import Port
 from bnfold.errors import DataError
@@ -30,6 +31,13 @@ def to_tensor(array: npt.NDArray[Any]) -> Tensor:
     if array.dtype not in TORCH:
         raise DataError(f"the data are {array.dtype}, which PyTorch has no type for; convert them")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one is made of, as torchao's are that hold integers and their scales; itself, where it is an ordinary one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .observers import note_on, settled_quantisers, without_observers
 from .program import export, require_readable
 from .ranges import integer_range
 from .regions import written_out
-from .tensors import NUMPY, as_tree, axis_of, output_name
+from .tensors import NUMPY, as_tree, axis_of, output_name, parts
 
 
 @dataclass(eq=False)
@@ -64,8 +64,8 @@ class Traced:
             if op.op == "call_function":
                 rest = [each for each in (*op.args, *op.kwargs.items()) if not isinstance(each, torch.fx.Node)]
                 digest.update(f"{op.target}{rest}".encode())
-        for tensor in (*program.state_dict.values(), *program.constants.values()):
-            if isinstance(tensor, Tensor):
+        for each in (*program.state_dict.values(), *program.constants.values()):
+            for tensor in parts(each) if isinstance(each, Tensor) else ():
                 found = tensor.detach().cpu().contiguous().reshape(-1)
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + found.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node as Op
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..export.quantisers import quantiser
 from ..export.walk import FLOATS, dtype_of, function, is_item, mutates, operator_name, overload, storage_of, viewed, views, written
@@ -23,8 +24,10 @@ NEIGHBOURS = ("nextafter", "nan_to_num")  # the next stored number; the largest
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, floating-point numbers in float64."""
+    """A tensor on the CPU, floating-point numbers in float64; one that is made of other tensors stays as it is."""
     tensor = tensor.detach().cpu()
+    if is_traceable_wrapper_subclass(tensor):
+        return tensor
     return tensor.to(_wide(tensor.dtype)) if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
