@@ -57,6 +57,22 @@ def test_one_that_stays_is_told_with_its_reason(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
 
 
+@pytest.mark.parametrize("form", ["multiplied by the root", "divided by its inverse", "divided by a negative power"])
+def test_what_undoes_the_scale_of_a_batchnorm_is_none(form: str) -> None:
+    """As quantised layers do that simulate a fold while they train."""
+    net = Net(form)
+    var = net.op("Add", net.weight(net.rng.uniform(1, 2, (6, 1, 1))), net.scalar(1e-3))
+    root = net.op("Sqrt", var)
+    if form == "multiplied by the root":
+        y = net.op("Mul", net.conv(net.input("N", 4, 8, 8), 4, 6), root)
+    elif form == "divided by its inverse":
+        y = net.op("Div", net.conv(net.input("N", 4, 8, 8), 4, 6), net.op("Div", net.weight(net.normal(6, 1, 1)), root))
+    else:
+        y = net.op("Div", net.conv(net.input("N", 4, 8, 8), 4, 6), net.op("Pow", var, net.scalar(-0.5)))
+    net.output(net.bn(y, 6))
+    assert bnfold.inspect(net.model()).batchnorms.before == 1
+
+
 def test_other_roots_make_no_batchnorm() -> None:
     """A layer norm, whose variance is computed; the length of a weight; a number."""
     net = Net("roots")

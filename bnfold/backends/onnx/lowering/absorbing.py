@@ -24,7 +24,7 @@ from bnfold.algebra.layouts import Layout
 from bnfold.data.spec import shape_text
 from bnfold.errors import ModelError
 
-from ..graph.constants import FLOATS, is_made
+from ..graph.constants import FLOATS
 from ..graph.quantised import MOVING
 from ..graph.walk import arg, attribute, in_training, is_standard, name_of, number, stored_tensor, whole, wholes
 from .commuting import padding, used
@@ -256,8 +256,28 @@ def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
     if ctx.opset < 7 and attribute(node, "broadcast", 0) and "axis" in node.attributes:  # it says where the constant aligns
         lead = whole(node, "axis", 0) % ctx.rank(x)
         shape = (1,) * lead + c.shape + (1,) * (ctx.rank(x) - lead - c.ndim)
-    normalises = kind in ("mul", "div") and c.size > 1 and is_made(operands[which], _deviates)
+    normalises = kind in ("mul", "div") and c.size > 1 and _divides(ctx, operands[which], kind == "div")
     weights.by_constant(ctx, node, kind, x, which, c, first=which == 1, shape=shape, normalises=normalises)
+
+
+def _divides(ctx: OnnxLowering, v: ir.Value, under: bool) -> bool:
+    """Whether a factor, or with `under` a divisor, divides by the root of a variance. A quantised layer that undoes a BatchNorm's scale
+    multiplies by it."""
+    stack, seen = [(v, under)], {(v, under)}
+    while stack:
+        v, under = stack.pop()
+        if (node := v.producer()) is None or not is_standard(node):
+            continue
+        if _deviates(node):
+            exponent = ctx.const(arg(node, 1)) if node.op_type == "Pow" else None
+            if under != (exponent is not None and float(exponent.max()) < 0):
+                return True
+            continue
+        turns = {"Reciprocal": [True], "Mul": [False, False], "Div": [False, True]}.get(node.op_type, [False] * (node.op_type in MOVING))
+        found = {(x, under != turn) for x, turn in zip(node.inputs, turns, strict=False) if x is not None} - seen
+        seen |= found
+        stack += found
+    return False
 
 
 def _deviates(node: ir.Node) -> bool:
