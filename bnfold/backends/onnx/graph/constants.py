@@ -164,7 +164,7 @@ def is_made(v: ir.Value, by: Callable[[ir.Node], bool]) -> bool:
     stack, seen = [v], {v}
     while stack:
         node = stack.pop().producer()
-        if node is None:
+        if node is None or node.op_type in ("Shape", "Size"):  # which tell none of its numbers
             continue
         if by(node):
             return True

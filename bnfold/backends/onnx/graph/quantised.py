@@ -98,9 +98,11 @@ def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def makes_whole(node: ir.Node) -> bool:
-    """Whether an operator rounds to integers, or makes floats of stored ones."""
+    """Whether an operator rounds to integers, or makes floats of stored ones, of more than one."""
     casts = node.op_type == "CastLike" or (node.op_type == "Cast" and ir.DataType(whole(node, "to", 0)) in FLOATS)
-    return is_standard(node) and (node.op_type in ROUND or _chooses(node) or (casts and _are_whole(node.inputs[0])))
+    stored = _stored(node.inputs[0]) if casts else None
+    several = casts and (stored is None or stored.size > 1)
+    return is_standard(node) and (node.op_type in ROUND or _chooses(node) or (several and _are_whole(node.inputs[0])))
 
 
 def stored_name(value: ir.Value) -> str:
