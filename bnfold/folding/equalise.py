@@ -61,7 +61,7 @@ def equalise(graph: Graph, barred: Mapping[Node, str]) -> tuple[list[Equalised],
         if octaves.any():
             try:
                 draft = group.scaled(np.exp2(octaves)).draft
-                draft = checked(graph, Site(group.start.name, [], group.size, is_batchnorm=False), draft, copies=False)
+                draft = checked(graph, Site(group.start.name, [], group.size, is_batchnorm=False), draft)
             except Blocked as blocked:
                 reason = str(blocked)
             else:

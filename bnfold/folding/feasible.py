@@ -12,11 +12,11 @@ from bnfold.algebra.quantised import Rescaled, least, said_of_scale
 Draft = dict[tuple[Node, str], Affine]
 
 
-def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> Draft:
+def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
     """The draft without its empty updates; Blocked where it can't be written. The one place where sharing is decided.
 
     A weight that several operators use may change only if it changes alike for all of them, or if the front-end can give
-    each its own copy. copies: whether it may.
+    each its own copy, for which a constant operator isn't reason enough.
     """
     draft = {key: update for key, update in draft.items() if not _is_empty(key[0].params[key[1]], update)}
     for (node, role), update in draft.items():
@@ -27,7 +27,7 @@ def checked(graph: Graph, site: Site, draft: Draft, *, copies: bool = True) -> D
             raise (NoBias if role == "bias" else Blocked)(f"{node.name} has no {role}, and {param.refusal}")
         if graph.one_scale and node.attrs.get("scales_integers") and _becomes_several(param, update):
             raise Blocked(f"{node.name} is one scale, and {graph.one_scale}")
-        if not (copies and graph.copies_weights):
+        if not (graph.copies_weights and site.is_batchnorm):
             _fits_sharers(node, role, draft)
         try:
             np.broadcast_shapes(update.shape, param.shape)

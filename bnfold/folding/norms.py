@@ -31,7 +31,7 @@ def move(graph: Graph, outcomes: Iterable[Outcome]) -> tuple[list[Outcome], list
         site = outcome.site
         if not outcome.folded and not site.is_batchnorm and site.refusal is None and _behind(site.nodes):
             try:
-                outcome = commit(graph, site, push_down(graph, site))
+                outcome = commit(graph, site, push_down(graph, replace(site, is_batchnorm=True)))  # as worth a copy as that
                 changed += outcome.into
             except Blocked:
                 pass

@@ -106,6 +106,14 @@ def _(net: Net) -> None:
     net.output(net.bn(net.conv(x, 4, 6, weight=w), 6), net.conv(net.relu(x), 4, 6, weight=w))
 
 
+@CASES.case("conv called twice, one BatchNorm, one call multiplied by a constant", 38, adds_bytes=False, after={"Mul": 1})
+def _(net: Net) -> None:
+    """A Mul isn't worth a copy of the weight."""
+    x, w = net.input("N", 4, "H", "W"), net.filters(6, 4, 3, 3)
+    y, z = (net.conv(v, 4, 6, weight=w) for v in (net.conv(x, 4, 4), x))
+    net.output(net.op("Mul", y, net.weight(net.normal(6, 1, 1))), z, net.bn(net.conv(x, 4, 6), 6))
+
+
 @CASES.case("conv called in a row, BatchNorm between", 38)
 def _(net: Net) -> None:
     """A recurrence unrolled: the same weight and the same BatchNorm three times."""
