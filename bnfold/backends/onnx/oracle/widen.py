@@ -41,6 +41,7 @@ FORMATS: dict[int, tuple[int, int]] = {
     TensorProto.DOUBLE: (53, -1022),
 }
 
+AT_A_TIME = 1 << 16  # numbers
 HELD = 1 << 27  # bytes of a model's weights that are held in float64; more are widened whenever an operator reads them
 BIT_CAST = "BitCast"  # its types are those of the file, or it would read other bits
 
@@ -56,10 +57,10 @@ class Weight(NamedTuple):
     """A weight of which nothing is held but how it is stored."""
 
     tensor: ir.TensorProtocol
-    jittered: Callable[[np.ndarray], np.ndarray]
+    read: Callable[[np.ndarray], np.ndarray]
 
     def array(self) -> np.ndarray:
-        return self.jittered(widen(self.tensor.numpy()))
+        return self.read(self.tensor.numpy())
 
 
 def read_inside(graph: onnx.GraphProto) -> set[str]:
@@ -112,25 +113,23 @@ def state_bits(proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
 
 
 def jittered(array: Array, data_type: int, name: str, seed: int) -> Array:
-    """The array (float64) with each number moved by a uniform random amount of up to half a unit in the last place of `data_type`.
+    """In float64, with each number moved by a uniform random amount of up to half a unit in the last place of `data_type`.
 
     That is all the freedom that rounding to the stored type leaves. Zeros stay. The amounts depend on the seed and the name alone.
     """
     if data_type not in FORMATS:
-        return array
+        return widen(array)
     bits, smallest = FORMATS[data_type]
-    shape, array = array.shape, np.asarray(array, np.float64, order="C").reshape(-1)
+    made = np.array(array, np.float64, order="C")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    moved = np.subtract(rng.random(array.shape, np.float32), np.float32(0.5), dtype=np.float64)
-    # The exponent's bits alone are the power of two below the number; times 2**(1 - bits), it is a unit in the last place.
-    power = np.bitwise_and(array.view(np.uint64), _EXPONENT).view(np.float64)
-    moved *= np.maximum(power, np.ldexp(1.0, smallest), out=power)
-    moved *= np.ldexp(1.0, 1 - bits)
-    moved[array == 0] = 0
-    with np.errstate(invalid="ignore"):
-        moved += array
-    finite = np.isfinite(array)
-    return (moved if finite.all() else np.where(finite, moved, array)).reshape(shape)
+    for part in np.array_split(made.reshape(-1), made.size // AT_A_TIME + 1):
+        # The exponent's bits alone are the power of two below the number; times 2**(1 - bits), it is a unit in the last place.
+        unit = np.bitwise_and(part.view(np.uint64), _EXPONENT).view(np.float64)
+        np.maximum(unit, np.ldexp(1.0, smallest), out=unit)
+        unit *= np.ldexp(1.0, 1 - bits)
+        unit[(part == 0) | ~np.isfinite(part)] = 0
+        part += np.subtract(rng.random(part.size, np.float32), np.float32(0.5), dtype=np.float64) * unit
+    return made
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -199,15 +198,15 @@ def _constant(node: onnx.NodeProto) -> None:
 def _tensor(tensor: TensorProto, name: str, jitter: int | None, moving: Mapping[str, int]) -> None:
     if tensor.data_type not in FLOATS:
         return
-    kind, array = tensor.data_type, numpy_helper.to_array(tensor).astype(np.float64)
-    array = maybe_jittered(array, kind, name, jitter, moving)
+    array = maybe_jittered(numpy_helper.to_array(tensor), tensor.data_type, name, jitter, moving)
     own = tensor.name
     tensor.CopyFrom(numpy_helper.from_array(array, own))
 
 
 def maybe_jittered(array: Array, data_type: int, name: str, jitter: int | None, moving: Mapping[str, int]) -> Array:
-    if jitter is None or name not in moving or array.dtype != np.float64:  # integers are what they are
-        return array
+    """In float64, unless they are integers, which are what they are."""
+    if jitter is None or name not in moving or array.dtype not in (*_NUMPY_FLOATS, np.float64):
+        return widen(array)
     return jittered(array, narrower(data_type, moving[name]), name, jitter)
 
 
