@@ -16,6 +16,7 @@ from .registry import CACHE, Array, operator
 from .windows import Windows, pad, phases, windows
 
 WORKSPACE = 1 << 26  # bytes of unfolded input at a time
+PLENTY = 256  # outputs of an image, for which a product of matrices costs no less where it takes several images at a time
 # A kernel so wide, by itself on each channel, is faster as a product of matrices, for so many outputs of a row at most; any on short rows.
 WIDE, TILE, NARROW = 5, 16, 32
 
@@ -40,12 +41,16 @@ def conv(
         for image in range(n):
             _depthwise(w[:, 0], x[image], at, y[image])
         return (_shifted(y, b),)
-    weights, tapwise = w.reshape(group, o // group, per_group, *at.kernel), set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1
-    for image in range(n):
-        padded = pad(x[image : image + 1], at, 0)[0]
-        parts, made = padded.reshape(group, per_group, *padded.shape[1:]), y[image].reshape(group, o // group, *at.out)
+    weights = w.reshape(group, o // group, per_group, *at.kernel)
+    tapwise = set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1
+    by_tap = np.ascontiguousarray(np.moveaxis(weights.reshape(*weights.shape[:3], -1), -1, 0)) if tapwise else weights
+    images = 1 if tapwise else max(1, WORKSPACE // max(1, 8 * c * math.prod(at.kernel) * math.prod(at.out)))  # at a time
+    for first in range(0, n, images):
+        padded = pad(x[first : first + images], at, 0)
+        parts = padded.reshape(len(padded), group, per_group, *padded.shape[2:])
+        made = y[first : first + images].reshape(len(padded), group, o // group, *at.out)
         if tapwise:
-            _shifted_products(weights, parts, at, made)
+            _shifted_products(by_tap, parts[0], at, made[0])
         else:
             _unfolded_product(weights.reshape(group, o // group, -1), parts, at, made)
     return (_shifted(y, b),)
@@ -107,43 +112,46 @@ def _banded(weights: Array, x: Array, at: Windows, y: Array) -> None:
 
 
 def _shifted_products(weights: Array, x: Array, at: Windows, y: Array) -> None:
-    """y [G, O/G, *out] of the padded x [G, C/G, *padded], tap by tap: its weights times a stretch of the flat image, which nobody copies.
+    """y [G, O/G, *out] of the padded x [G, C/G, *padded], tap by tap: its weights [taps, G, O/G, C/G] times a stretch of the flat image,
+    which nobody copies.
 
     What is added up are outputs: this is for convolutions that have fewer of them than inputs.
     """
-    group, out, grid = *weights.shape[:2], x.shape[2:]
+    group, out, grid = *weights.shape[1:3], x.shape[2:]
     flat = x.reshape(*x.shape[:2], -1)
     length, taps = at.shifts(grid)
-    by_tap = np.ascontiguousarray(np.moveaxis(weights.reshape(*weights.shape[:3], -1), -1, 0))
     total, block = np.empty((group, out, length)), max(64, 2 * CACHE // (8 * group * out))
     for first in range(0, length, block):
         sum_ = total[..., first : first + block]
         term = np.empty(sum_.shape)
         for k, (_, start) in enumerate(taps):
             seen = flat[..., first + start : first + start + sum_.shape[-1]]
-            np.matmul(by_tap[k], seen, out=term if k else sum_)
+            np.matmul(weights[k], seen, out=term if k else sum_)
             if k:
                 sum_ += term
     y[...] = at.placed(total, grid)
 
 
 def _unfolded_product(weights: Array, x: Array, at: Windows, y: Array) -> None:
-    """y [G, O/G, *out] = weights [G, O/G, K] @ unfolded x [G, C/G, *padded], over as many output rows at a time as the workspace holds."""
-    group, per_group = x.shape[:2]
-    if math.prod(at.kernel) == 1 and set(at.strides) == {1}:
-        np.matmul(weights, x.reshape(group, per_group, -1), out=y.reshape(group, y.shape[1], -1))
+    """y [N, G, O/G, *out] = weights [G, O/G, K] @ unfolded x [N, G, C/G, *padded], over as many output rows at a time as the workspace
+    holds."""
+    images, group, per_group = x.shape[:3]
+    if math.prod(at.kernel) == 1 and set(at.strides) == {1} and (images == 1 or math.prod(at.out) >= PLENTY):
+        np.matmul(weights, x.reshape(images, group, per_group, -1), out=y.reshape(images, group, y.shape[2], -1))
         return
-    row_bytes = 8 * group * weights.shape[2] * math.prod(at.out[1:])
+    row_bytes = 8 * images * group * weights.shape[2] * math.prod(at.out[1:])
     rows = max(1, WORKSPACE // max(1, row_bytes))
+    x, y = np.moveaxis(x, 0, 2), np.moveaxis(y, 0, 2)
     for first in range(0, at.out[0], rows):
         count = min(rows, at.out[0] - first)
-        columns = np.empty((group, per_group, *at.kernel, count, *at.out[1:]))
+        columns = np.empty((group, per_group, *at.kernel, images, count, *at.out[1:]))
         for tap, place in at.taps():
             start = place[0].start + first * at.strides[0]
             band = slice(start, start + (count - 1) * at.strides[0] + 1, at.strides[0])
             under: Any = (slice(None), slice(None), *tap)
-            columns[under] = x[(slice(None), slice(None), band, *place[1:])]
-        y[:, :, first : first + count] = (weights @ columns.reshape(group, weights.shape[2], -1)).reshape(group, -1, count, *at.out[1:])
+            columns[under] = x[(slice(None), slice(None), slice(None), band, *place[1:])]
+        product = weights @ columns.reshape(group, weights.shape[2], -1)
+        y[:, :, :, first : first + count] = product.reshape(group, -1, images, count, *at.out[1:])
 
 
 @operator("ConvTranspose", own=True)
