@@ -37,22 +37,23 @@ def conv(
     if c != per_group * group or o % group:
         raise ValueError(f"weights {w.shape} in {group} groups don't go with an input {x.shape}")
     y = np.empty((n, o, *at.out))
+    images = max(1, WORKSPACE // max(1, 8 * c * math.prod(at.kernel) * math.prod(at.out)))  # at a time
     if per_group == 1 and o == group:
-        for image in range(n):
-            _depthwise(w[:, 0], x[image], at, y[image])
+        for first in range(0, n, images):
+            part, made = x[first : first + images], y[first : first + images]
+            _depthwise(np.concatenate([w[:, 0]] * len(part)), part.reshape(-1, *x.shape[2:]), at, made.reshape(-1, *at.out))
         return (_shifted(y, b),)
-    weights = w.reshape(group, o // group, per_group, *at.kernel)
-    tapwise = set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1
-    by_tap = np.ascontiguousarray(np.moveaxis(weights.reshape(*weights.shape[:3], -1), -1, 0)) if tapwise else weights
-    images = 1 if tapwise else max(1, WORKSPACE // max(1, 8 * c * math.prod(at.kernel) * math.prod(at.out)))  # at a time
+    weights, made = w.reshape(group, o // group, -1), y.reshape(n, group, o // group, *at.out)
+    if tapwise := set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1:
+        images = 1
+    by_tap = np.ascontiguousarray(np.moveaxis(w.reshape(group, o // group, per_group, -1), -1, 0)) if tapwise else weights
     for first in range(0, n, images):
         padded = pad(x[first : first + images], at, 0)
-        parts = padded.reshape(len(padded), group, per_group, *padded.shape[2:])
-        made = y[first : first + images].reshape(len(padded), group, o // group, *at.out)
+        parts = padded.reshape(-1, group, per_group, *padded.shape[2:])
         if tapwise:
-            _shifted_products(by_tap, parts[0], at, made[0])
+            _shifted_products(by_tap, parts[0], at, made[first])
         else:
-            _unfolded_product(weights.reshape(group, o // group, -1), parts, at, made)
+            _unfolded_product(weights, parts, at, made[first : first + images])
     return (_shifted(y, b),)
 
 
