@@ -51,8 +51,10 @@ def _parts(report: Report) -> Iterator[str]:
         yield report.what
     elif isinstance(report, BenchReport):
         if len(report.timings) > 1:
-            ratios = listed(f"{row.ratio:.3g}{'' if row.faster else ' (noise)'}" for row in report.timings)
-            yield f"the candidate takes {ratios} times as long as the reference at batch {listed(row.batch_size for row in report.timings)}"
+            none = not any(row.faster for row in report.timings)
+            ratios = listed(f"{row.ratio:.3g}{'' if none or row.faster else ' (noise)'}" for row in report.timings)
+            times = f"{ratios} times as long as the reference at batch {listed(row.batch_size for row in report.timings)}"
+            yield f"{'no difference beyond noise: ' * none}the candidate takes {times}"
             return
         times = f"{report.ratio:.3g} times as long as the reference ({report.ratio_low:.3g} to {report.ratio_high:.3g})"
         yield f"the candidate takes {times}" if report.faster else f"no difference beyond noise: the candidate takes {times}"

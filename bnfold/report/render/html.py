@@ -67,7 +67,7 @@ def _table(table: Table) -> str:
     used = [i for i in range(len(table.columns)) if any(row[i] for row in table.rows)]
     if not used:
         return ""
-    last = table.prose and len(table.columns) - 1
+    last = len(table.columns) - 1 if table.prose else None
     numbers = {i for i in used if i and i != last and i not in table.names and all(_is_number(row[i]) for row in table.rows)}
     titles = [title.svg if isinstance(title, Picture) else escaped(title) for title in table.columns]
     head = "".join(f'<th{" class=n" * (i in numbers)} scope="col">{titles[i]}</th>' for i in used)

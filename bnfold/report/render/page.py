@@ -23,7 +23,7 @@ from bnfold.text import printable
 from . import Cell, Drawing, Headline, Line, Part, Picture, Table, folded, tables, verified
 from .documents import document
 
-NUMBER = re.compile(r"\b\d[\d.]*e-\d+")
+NUMBER = re.compile(r"\b\d[\d.]*(?:e-\d+| %)")
 STRIPS = 1.0  # of a logarithm to base 2: what the strips of variances show in full at least
 
 

@@ -53,7 +53,16 @@ def show(console: Console, parts: Iterable[Part]) -> None:
         if isinstance(part, Table):
             _table(console, part)
         elif not isinstance(part, Drawing):
-            console.print(Text.assemble(*_pieces(part)))
+            _print(console, Text.assemble(*_pieces(part)))
+
+
+def _print(console: Console, text: Text) -> None:
+    """Print a line; what of it goes on in the next one is indented as it is."""
+    indent = len(text.plain) - len(text.plain.lstrip())
+    for line in text[indent:].wrap(console, max(console.width - indent, 1), overflow="fold") if text.plain else [text]:
+        line.rstrip()
+        line.pad_left(indent)
+        console.print(line)
 
 
 def _pieces(part: Headline | Line) -> Iterator[tuple[str, str]]:
@@ -111,10 +120,10 @@ def _table(console: Console, table: Table) -> None:
                 console.print(Text(f"names in full: {'; '.join(shortened)}", style="dim"))
             return
     for row in whole:
-        console.print(Text(row[0], style="bold"), overflow="fold")
+        _print(console, Text(row[0], style="bold"))
         for i in used[1:]:
             if row[i]:
-                console.print(Text(f"  {titles[i]}: " if titles[i] else "  ").append(_coloured(row[i])), overflow="fold")
+                _print(console, Text(f"  {titles[i]}: " if titles[i] else "  ").append(_coloured(row[i])))
 
 
 def _fits(console: Console, table: Table, titles: Sequence[str], rows: Cells, used: Sequence[int]) -> bool:
