@@ -226,6 +226,15 @@ def _unsilence(before: str | None) -> None:
 without_telemetry = Switch(_silence, _unsilence)  # of ONNX Runtime, while it is imported
 
 
+def _unlogged() -> int:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    return before
+
+
+without_warnings = Switch(_unlogged, logging.disable)  # that libraries log, such as what they try again
+
+
 class _Muted:
     """A stream without what one thread writes."""
 

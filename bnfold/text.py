@@ -60,13 +60,18 @@ def meant(name: str, names: Iterable[str], before: str = "") -> str:
 
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of what an error says, at most so long and without its full stop; the error's type where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = _said(error).splitlines() or [type(error).__name__]
     return lines[0].strip()[:most].rstrip(".")
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """All that an error says on one line, otherwise as `first_line`."""
-    return " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__
+    return " ".join(_said(error).split())[:most].rstrip(".") or type(error).__name__
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, of one of the operating system without its number and the file's name."""
+    return (isinstance(error, OSError) and error.strerror) or str(error).strip()
 
 
 def duration(seconds: float) -> str:

@@ -148,6 +148,7 @@ def test_small_texts() -> None:
     assert [listed(names) for names in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
     error = ValueError("\n  the first.\n  the second.\n")
     assert (first_line(error), one_line(error)) == ("the first", "the first. the second")
+    assert first_line(PermissionError(13, "Permission denied", "a.npy")) == "Permission denied"
     assert first_line(ValueError()) == one_line(ValueError(" ")) == "ValueError"
     assert (len(first_line(ValueError("a" * 1000))), len(one_line(ValueError("a" * 1000)))) == (300, 200)
     taken = {"a"}

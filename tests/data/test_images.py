@@ -179,8 +179,7 @@ def test_what_is_assumed_is_noted(folder):
     notes = open_data(str(folder), spec("n", 3, "h", "w")).notes
     assert notes == [
         "input 'x' takes float32 (n, 3, h, w); images are made 224x224, as no size is given",
-        "neither a resize nor crop_pct is given; 0.875 is taken, timm's default: resize to 256, crop the centre; "
-        "images of at most 224x224 aren't cropped",
+        "neither a resize nor crop_pct is given; 0.875 is taken, timm's default, for images larger than 224x224",
         "no mean and std are given: values are scaled to [0, 1] and not normalised",
     ]
     shaped = open_data(str(folder), spec("n", 3, "h", "w"), input_shapes={"x": (1, 3, 16, 16)})

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnfold.capture import Switch
 from bnfold.errors import DataError, UsageError
-from bnfold.text import counted
+from bnfold.text import counted, one_line
 
 from ..corrupt import CorruptError
 from ..source import Chunk, Request, Source
@@ -75,7 +75,7 @@ class Pipeline:
                     whole = self.whole and image.height <= self.size[0] and image.width <= self.size[1]
                     image = self._scaled(image, self.size[::-1], name) if whole else self._resized(image, name)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            text = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
+            text = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else one_line(error)
             raise CorruptError(name, f"the image can't be decoded ({text})") from None
         if self.crop and not whole:
             image = image.crop(_centre(image.size, self.size))
@@ -123,6 +123,8 @@ class Pipeline:
             steps.append(f"{'cover' if self.cover else 'resize to'} {pair or f'shorter side {self.resize}'} ({self.interpolation})")
         if self.crop:
             steps.append(f"centre crop {height}x{width}")
+        if self.whole:
+            steps[1:] = [f"{', '.join(steps[1:])}, if larger than {height}x{width}"]
         if is_float(self.dtype):
             steps.append("scale 1/255" if self.scale == 1 / 255 else f"scale {self.scale:g}")
             for name, values, idle in (("mean", self.mean, 0), ("std", self.std, 1)):
@@ -173,8 +175,7 @@ def resolve(spec: InputSpec, options: ImageOptions | None = None) -> tuple[Pipel
         resize, cover = (full[0], False) if full[0] == full[1] else (full, True)
         if given.crop_pct is None:
             notes.append(
-                f"neither a resize nor crop_pct is given; {CROP_PCT} is taken, timm's default: resize to {max(full)}, crop the centre; "
-                f"images of at most {size[0]}x{size[1]} aren't cropped"
+                f"neither a resize nor crop_pct is given; {CROP_PCT} is taken, timm's default, for images larger than {size[0]}x{size[1]}"
             )
     mean, std = given.mean or (0.0,), given.std or (1.0,)
     for name, values in (("mean", mean), ("std", std)):

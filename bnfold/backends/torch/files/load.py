@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bnfold.backends.metadata import KEY, attach, text_beside, text_in_archive
-from bnfold.capture import quiet
+from bnfold.capture import quiet, without_warnings
 from bnfold.data.open import imported
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError, UsageError
 from bnfold.files import DAMAGED_ZIP, neighbours
@@ -171,7 +171,8 @@ def from_timm(name: str, args: Mapping[str, Any] | None) -> nn.Module:
     if not timm.is_model(base):
         raise UsageError(f"timm:{name}: timm has no such model{meant(base, timm.list_models())}")
     try:
-        made: nn.Module = timm.create_model(name, **({"pretrained": True} | dict(args or {})))
+        with without_warnings():
+            made: nn.Module = timm.create_model(name, **({"pretrained": True} | dict(args or {})))
     except Exception as error:  # fetching raises whatever carries the requests, and a constructor what it likes
         raise ModelError(
             f"timm:{name}: can't be made ({type(error).__name__}: {first_line(error)}); its weights need a network, unless with "
