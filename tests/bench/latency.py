@@ -4,7 +4,8 @@
 
 A ratio is a tool's time over bnfold's, so that above 1 bnfold's is the faster one: the median of the rounds' ratios, with its 95 %
 interval by a bootstrap over rounds. In a round every model runs for at least 20 ms, in an order that turns. ONNX Runtime as it is by
-default; its offline file is what it writes with all optimisations on. Status 1 where all of an interval lies below 0.98. The tools that
+default, with new sessions for each round, since its optimiser puts the operators of one file into another order each time; its offline
+file is what it writes with all optimisations on. Status 1 where all of an interval lies below 0.98. The tools that
 aren't installed (`pip install '.[rivals]'`) are left out.
 """
 
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,18 +84,24 @@ def torch_calls(runtime: str, module: torch.nn.Module, x: torch.Tensor, threads:
     return calls
 
 
-def rounds_of(calls: Calls, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call, by round."""
+def rounds_of(make: Callable[[], Calls], rounds: int, *, anew: bool) -> dict[str, list[float]]:
+    """Seconds of one call, by round. anew: whether what is called is made for each round."""
+    calls = _warm(make())
     names = list(calls)
-    for call in calls.values():
-        call()
     repeats = {name: max(1, round(ROUND / _taken(calls[name], 1))) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
+        calls = _warm(make()) if anew and number else calls
         turn = number % len(names)
         for name in (names[turn:] + names[:turn])[:: 1 if number % 2 else -1]:
             found[name].append(_taken(calls[name], repeats[name]))
     return found
+
+
+def _warm(calls: Calls) -> Calls:
+    for call in calls.values():
+        call()
+    return calls
 
 
 def _taken(call: Callable[[], object], times: int) -> float:
@@ -135,8 +143,9 @@ def main() -> int:
             for runtime in runtimes:
                 for threads in map(int, args.threads.split(",")):
                     of_modules = runtime in ("eager", "compile")
-                    calls = torch_calls(runtime, module, x, threads) if of_modules else onnx_calls(runtime, files, x, threads)
-                    times = rounds_of(calls, args.rounds)
+                    what: Any = module if of_modules else files
+                    make_calls = partial(torch_calls if of_modules else onnx_calls, runtime, what, x, threads)
+                    times = rounds_of(make_calls, args.rounds, anew=runtime == "onnxruntime")
                     ratios = {tool: ratio(each, times["bnfold"]) for tool, each in times.items() if tool != "bnfold"}
                     lowest += [(r, high, f"{name}, {runtime}, {threads}, {tool}") for tool, (r, _, high) in ratios.items()]
                     said = "; ".join(f"{tool} {r:.2f} ({low:.2f} to {high:.2f})" for tool, (r, low, high) in ratios.items())
