@@ -184,6 +184,12 @@ class Quantised:
         raise Blocked(f"is quantised, and no {old.dtype} rounds to its code {codes[tuple(np.argwhere(wrong)[0])]:g} with a new scale")
 
 
+def steps(zero: Any, bounds: tuple[float, float]) -> dict[str, Array]:
+    """How far codes reach on either side of their zero: all that these, and the type that holds them, say of what is rounded."""
+    about = np.asarray(zero, np.float64)
+    return {"steps below zero": about - bounds[0], "steps above zero": bounds[1] - about}
+
+
 def spread(grid: npt.NDArray[Any], blocks: Blocks, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """A number for each block as one for each element, or as what broadcasts to it."""
     for axis, (block, size) in enumerate(zip(blocks, shape, strict=True)):

@@ -162,11 +162,13 @@ DEFECTS: dict[str, Callable[[Folded], None]] = {
     "the scale of activations off in both": lambda net: net.both(net.before, net.after, 1, lambda s: s * 1.01),
     "the zero point of activations off in DequantizeLinear": lambda net: net.change(net.after, 2, lambda z: z + 1),
     "the zero point of activations off in QuantizeLinear": lambda net: net.change(net.before, 2, lambda z: z + 1),
+    "the zero point of activations off in both": lambda net: net.both(net.before, net.after, 2, lambda z: z + 1),
     "the sign of one channel": lambda net: net.change(
         net.quantise, 0, lambda w: w * np.where(np.arange(CHANNELS) == 3, -1, 1).reshape(-1, 1, 1, 1)
     ),
 }
-SEEN_IN_COEFFICIENTS_ALONE = {"the scale of activations off in both"}  # of which a hundredth makes other steps, and hardly another function
+# Of the one a hundredth makes other steps, and hardly another function; the other is out of the reach of these data.
+SEEN_IN_COEFFICIENTS_ALONE = {"the scale of activations off in both", "the zero point of activations off in both"}
 
 
 @pytest.mark.parametrize("name", DEFECTS)

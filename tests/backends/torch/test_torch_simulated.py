@@ -169,12 +169,51 @@ def test_a_program_that_torchao_prepares_folds() -> None:
     assert all(layer.reason for layer in report.layers)
 
 
-def test_without_the_rounding_of_activations_a_wrong_scale_shows() -> None:
-    net = eager("fbgemm")
-    fused, _ = bnfold.fuse(net, example=X)
-    levels = bnfold.verify(net, fused, DATA).levels
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    net = nn.Sequential(ao.QuantStub(), nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), ao.DeQuantStub()).train()
+    net = ao.fuse_modules_qat(net, [["1", "2", "3"]])
+    net.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    net = trained(ao.prepare_qat(net), observing=False)
+    return net, bnfold.fuse(net, example=X)[0]
+
+
+def set_to(path: str, name: str, change: Any) -> Any:
+    """A defect: of a fake quantiser's numbers, one or those of one channel."""
+
+    def spoil(net: nn.Module) -> None:
+        owner = net.get_submodule(path)
+        old = getattr(owner, name)
+        new = old.detach().clone() if isinstance(old, Tensor) else old
+        if isinstance(new, Tensor):
+            new.view(-1)[-1] = change(new.view(-1)[-1])
+            setattr(owner, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        else:
+            setattr(owner, name, change(old))
+
+    return spoil
+
+
+DEFECTS: dict[str, Any] = {
+    "a scale of one channel": set_to("1.weight_fake_quant", "scale", lambda s: s * 1.001),
+    "the zero point of one channel": set_to("1.weight_fake_quant", "zero_point", lambda z: z + 64),
+    "a weight": set_to("1", "weight", lambda w: 2 * w + 1),
+    "the scale of activations": set_to("0.activation_post_process", "scale", lambda s: s * 1.01),
+    "the zero point of activations": set_to("0.activation_post_process", "zero_point", lambda z: z + 1),
+    "the last code of activations": set_to("0.activation_post_process.activation_post_process", "quant_max", lambda n: n - 1),
+}
+
+
+def test_without_the_rounding_of_activations_a_right_fold_agrees(pair: tuple[nn.Module, nn.Module]) -> None:
+    levels = bnfold.verify(*pair, DATA).levels
     assert levels.function.before_rounding
     assert levels.function.error < 1e-5
-    with torch.no_grad():
-        fused.get_submodule("1.conv1").weight_fake_quant.scale[2] *= 1.001
-    assert bnfold.verify(net, fused, DATA).verdict == "different"
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defects_are_found(name: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    net, fused = pair
+    spoilt = copy.deepcopy(fused)
+    DEFECTS[name](spoilt)
+    assert bnfold.verify(net, spoilt, DATA[:1]).verdict == "different"

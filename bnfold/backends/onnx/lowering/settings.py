@@ -10,10 +10,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from bnfold.algebra.quantised import steps
 from bnfold.algebra.settings import Body, Common, Settings, bound, clip, counted, reduction
 
+from ..graph.codes import FLOATING, WHOLE, bounds
 from ..graph.constants import FLOATS
-from ..graph.walk import attribute, is_standard
+from ..graph.walk import arg, attribute, is_standard
 from .lowering import SHAPES, OnnxLowering, OnnxNative
 
 # They say nothing about the function: of training, of what else is stated, or of how precisely it is computed.
@@ -144,6 +146,8 @@ def _settle(ctx: OnnxLowering, node: ir.Node, op: str, values: dict[str, Any]) -
     rank = None if first is None else ctx.value(first).rank
     if op in WINDOWED:
         _window(ctx, node, values)
+    if op in ("QuantizeLinear", "DequantizeLinear"):
+        _codes(ctx, node, values)
     if op in FLATTENING and ctx.opset < 13:
         axis = int(values["axis"])
         last = rank is not None and axis % rank == rank - 1
@@ -174,6 +178,14 @@ def _settle(ctx: OnnxLowering, node: ir.Node, op: str, values: dict[str, Any]) -
     floats = [ctx.shapes.dtype(v) for v in node.outputs if ctx.shapes.dtype(v) in FLOATS]
     if op == "Cast" and floats:
         values.pop("to", None)  # a float's precision is compared apart
+
+
+def _codes(ctx: OnnxLowering, node: ir.Node, values: dict[str, Any]) -> None:
+    """Codes and their zero point by how far they reach."""
+    kind = ctx.dtype(node.outputs[0] if node.op_type == "QuantizeLinear" else arg(node))
+    name = next((name for name in ("y_zero_point", "x_zero_point") if name in values), "")
+    if kind is not None and kind.numpy() in FLOATING | WHOLE and (name or len(node.inputs) < 3):
+        values |= steps(values.pop(name, 0), bounds(kind.numpy()))
 
 
 def _reduction(values: dict[str, Any], rank: int | None) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx import Node as Op
 
+from bnfold.algebra.quantised import steps
 from bnfold.algebra.settings import Common, Settings, clip, counted, reduction
 from bnfold.algebra.weights import same_padding
 
+from ..export.quantisers import quantiser
 from ..export.walk import arguments, is_tensor, operator_name
 from .lowering import TorchLowering
 from .places import Slot, TorchNative
@@ -42,6 +44,11 @@ def settings(ctx: TorchLowering, op: Op, native: TorchNative, slots: Collection[
         )
     except _Unread as argument:
         return Settings(name, places=outputs, kind="torch", unread=f"{name} {op.name}, its {argument} can't be read")
+    if (rounding := quantiser(op)) is not None:
+        zeros = [values.pop(key) for key in ("zero_point", "zero_points") if key in values]
+        if zeros or rounding.zero is None:
+            values |= steps(zeros[0] if zeros and zeros[0] is not None else 0, rounding.bounds)
+            values = {key: value for key, value in values.items() if key not in ("quant_min", "quant_max")}
     if name in ("max_pool", "avg_pool") and not values.get("stride"):
         values["stride"] = values["kernel_size"]
     if name == "conv" and isinstance(word := values["padding"], str):
