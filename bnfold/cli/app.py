@@ -153,13 +153,13 @@ def _convert_less(command: Any) -> None:
         for parameter in (each for each in found if "process_value" not in vars(each)):
             kind, info = get_args(declared[parameter.name].annotation) if parameter.name in declared else (None, None)
             kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
-            parameter.process_value = partial(_value, parameter, parameter.process_value, kinds, getattr(info, "min", None))
+            parameter.process_value = partial(_value, parameter, parameter.process_value, kinds, info)
         return found
 
     command.get_params = parameters
 
 
-def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], least: float | None, context: Any, value: Any) -> Any:
+def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], info: Any, context: Any, value: Any) -> Any:
     name = _name(parameter)
     if value == "" or (isinstance(value, (list, tuple)) and "" in value):
         raise UsageError(f"{name}: an empty text; is a variable unset?")
@@ -176,7 +176,9 @@ def _value(parameter: Any, convert: Callable[..., Any], kinds: tuple[Any, ...], 
         if not {int, float} & {*kinds} or value is None:
             raise
         what = "a whole number" if int in kinds else "a number"
-        raise UsageError(f"{name} {value}: write {what}{'' if least is None else f', {least:g} or more'}") from error
+        least, most = info.min, info.max
+        bounds = "" if least is None else f", {least:g} or more" if most is None else f" from {least:g} to {most:g}"
+        raise UsageError(f"{name} {value}: write {what}{bounds}") from error
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:

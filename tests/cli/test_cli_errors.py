@@ -71,6 +71,7 @@ NONSENSE = {
     "recalibrate model.onnx --data x.npy -o out.onnx --batch-size 0": "--batch-size",
     "fuse model.onnx -o out.onnx --seed -1": "--seed -1: write a whole number, 0 or more",
     "recalibrate model.onnx --data x.npy -o out.onnx --samples 1e3": "--samples 1e3: write a whole number, 1 or more",
+    "recalibrate model.onnx --data x.npy -o out.onnx --crop-pct 2": "--crop-pct 2: write a number from 0.01 to 1",
     "recalibrate model.onnx --data x.npy -o out.onnx --until low": "--until low: write a number",
     "recalibrate model.onnx --data x.npy -o out.onnx --memory-budget lots": "--memory-budget lots: not a size; write it like 512M or 2G",
     "recalibrate model.onnx --data x.npy -o out.onnx --device cuda": "--device cuda: that is for PyTorch models; for ONNX give --provider",
