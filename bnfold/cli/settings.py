@@ -91,11 +91,11 @@ def _read(path: Path) -> Mapping[str, Any]:
         import tomli as tomllib
     held = contents(path, LONGEST, "the file of options")
     try:
-        return tomllib.loads(held.decode("utf-8"))
+        return tomllib.loads(held.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if path.name == "pyproject.toml" and b"tool.bnfold" not in held:
             return {}  # other tools will say so
-        raise InputError(f"{path}: no TOML ({error})") from None
+        raise InputError(f"{path}: not TOML ({error})") from None
 
 
 def _asked(arguments: Sequence[str]) -> str:

@@ -60,7 +60,8 @@ WRONG = {
     "recipe.a = 3": (2, "[recipe.a]: a table of options is expected"),
     "[fuse]\nstrict = 1": (2, "strict = 1: true or false is expected"),
     "seed = true": (2, "seed = True: a text, a number or a list is expected"),
-    "seed = 'x'": (2, "--seed"),
+    "seed = 'x'": (2, "--seed x: write a whole number, 0 or more"),
+    "\ufeffseed = 'x'": (2, "--seed x"),  # with the mark that some editors begin a file with
     "trust-pickle = true": (2, "trust-pickle: that is asked for on the command line, each time"),
     "arch = 'net.py:make'": (2, "arch: that is asked for on the command line, each time"),
     'arch-args = \'{"checkpoint_path": "evil.pth"}\'': (2, "arch-args: that is asked for on the command line, each time"),
@@ -77,8 +78,8 @@ WRONG = {
     "provider = 'qnn:backend_path = evil.so'": (2, "may name code to run"),
     "provider = 'tensorrt:device_id=0,trt_extra_plugin_lib_paths=evil.so'": (2, "may name code to run"),
     "provider = 'qnn:op_packages=evil.so'": (2, "may name code to run"),
-    "seed =": (3, "no TOML"),
-    f"seed = {'[' * 9999}": (3, "no TOML"),
+    "seed =": (3, "not TOML"),
+    f"seed = {'[' * 9999}": (3, "not TOML"),
 }
 
 
@@ -106,7 +107,7 @@ def test_a_pyproject_that_is_no_toml_is_refused_only_where_it_speaks_of_bnfold(h
     assert run(["fuse", "model.onnx", "-o", "out.onnx"]) == 0
     Path("pyproject.toml").write_text("[tool.bnfold]\nseed = ")
     assert run(["fuse", "model.onnx", "-o", "out.onnx", "--force"]) == 3
-    assert "pyproject.toml: no TOML (" in capsys.readouterr().err
+    assert "pyproject.toml: not TOML (" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
