@@ -37,14 +37,23 @@ class Checking:
 
 class Check:
     """One run's. files: the models, of which the last is the one in question. strict: whether a BatchNorm that stays is a failure.
+    accept_harm: whether statistics that harm are none.
 
     baseline: an earlier report, read at once; with one, `verify` fails only where something got worse.
     """
 
     def __init__(
-        self, command: str, where: Checking, *files: Path, force: bool, strict: bool = False, baseline: Path | None = None
+        self,
+        command: str,
+        where: Checking,
+        *files: Path,
+        force: bool,
+        strict: bool = False,
+        accept_harm: bool = False,
+        baseline: Path | None = None,
     ) -> None:
-        self.command, self.where, self.files, self.strict = command, where, [printable(str(path)) for path in files], strict
+        self.command, self.where, self.files = command, where, [printable(str(path)) for path in files]
+        self.strict, self.accept_harm = strict, accept_harm
         ready_to_write((where.junit, [".xml"]), (where.markdown, [".md"]), force=force, inputs=files)
         self.summary = os.environ.get("GITHUB_STEP_SUMMARY")
         self.baseline = None if baseline is None else Baseline(baseline, f"bnfold.{command}/1")
@@ -91,12 +100,14 @@ class Check:
         self._given = True
         fused = folded(report)
         failed = fused.failure if fused is not None and self.strict else ""
-        page = summary(self.command, self.files, report, self.compared, failed)
+        harm = "" if self.accept_harm else getattr(report, "harm", "")
+        page = summary(self.command, self.files, report, self.compared, failed or harm)
         self._write([*map(self._judged, rows(report)), *self.compared], page, report.seconds, say)
         if on_github():
             kept = fused.kept if fused is not None else ()
             stay = [(False, f"{layer.name or '(no name)'} stays", layer.reason or "it stays") for layer in kept]
-            self._annotate([*([(True, "a BatchNorm stays", failed)] if failed else []), *self._verdict(report), *stay])
+            ended = [(True, title, text) for title, text in (("a BatchNorm stays", failed), ("harmed", harm)) if text]
+            self._annotate([*ended, *self._verdict(report), *stay])
 
     def ended(self, error: Exception, say: Say) -> None:
         """The same for a run that an error ended before there was a report. What can't be written then is said too."""
@@ -115,6 +126,8 @@ class Check:
         """A row as the exit status has it: a BatchNorm that mustn't stay, or a difference that the baseline has too."""
         if self.strict and row.verdict == "kept":
             return dataclasses.replace(row, verdict="failed")
+        if self.accept_harm and row.verdict == "harmed":
+            return dataclasses.replace(row, verdict="skipped", reason=f"{row.reason}; accepted by --accept-harm")
         if self._excused and row.verdict in DOUBTFUL:
             reason = f"{row.verdict}; see the baseline" + (f": {row.reason}" if row.reason else "")
             return dataclasses.replace(row, verdict="skipped", reason=reason)

@@ -247,15 +247,15 @@ def pipeline(
     loading, settings = measuring.loading, measuring.settings()
     suffixes = loading.suffixes(model)
     ready_to_write((out, suffixes), (keep, suffixes), force=reporting.force, inputs=[model])
-    check = Check("pipeline", checking, model, force=reporting.force, strict=strict, baseline=baseline)
+    allowed = {"strict": strict, "accept_harm": measuring.accept_harm}
+    check = Check("pipeline", checking, model, force=reporting.force, **allowed, baseline=baseline)
     with Job(reporting, check, STEPS) as job, measuring.running.fallback():
         providers = measuring.running.providers(model)
         loaded = loading.load(model, job)
         batches, given = measuring.opened(data, loaded, job)
         labelled = measuring.labelled(batches, loaded, job, given["example"])
         recalibrated: list[Any] = []
-        given |= {"strict": strict, "accept_harm": measuring.accept_harm, **folding.options}
-        given |= {"providers": providers, "keep": recalibrated.append, "by_layer": job.html_path is not None}
+        given |= {**allowed, **folding.options, "providers": providers, "keep": recalibrated.append, "by_layer": job.html_path is not None}
         ready, report = run(loaded, batches, labelled=labelled, **settings, **given)
         worse = check.compare(report)
         written = ready is not None and not worse

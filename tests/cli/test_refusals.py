@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,22 @@ def test_statistics_that_harm_are_status_1_with_their_scores_and_nothing_is_writ
     assert named(classifier) == before
     assert run([*line, "--accept-harm"]) == 0
     assert "out.onnx" in named(classifier)
+
+
+def test_ci_hears_of_harm(classifier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    line = ["pipeline", "model.onnx", "--data", "skewed.npz", "--eval", "same.npz", "-o", "out.onnx", "--junit", "r.xml"]
+    assert run([*line, "--markdown", "r.md"]) == 1
+    out, err = capsys.readouterr()
+    assert sum(" on 200 labelled samples" in each for each in out.splitlines()) == 1
+    assert "::error title=model.onnx%3A harmed::harmed: on 200 labelled samples, accuracy " in err
+    assert 'failures="1"' in (text := Path("r.xml").read_text())
+    assert re.search(r'name="scores" time="0">\n +<failure message="harmed: on 200 labelled samples', text)
+    assert "**failed**: harmed: on 200 labelled samples" in Path("r.md").read_text()
+    assert run([*line, "--accept-harm", "--force"]) == 0
+    assert "accepted by --accept-harm" in (text := Path("r.xml").read_text())
+    assert 'failures="0"' in text
+    assert "::error" not in capsys.readouterr().err
 
 
 def test_the_library_gives_no_model_that_was_harmed(classifier: Path) -> None:

@@ -13,7 +13,7 @@ from bnfold.report.base import Report
 from bnfold.report.fuse import FuseReport
 from bnfold.report.others import PipelineReport
 from bnfold.report.verify import VerifyReport
-from bnfold.report.words import headline
+from bnfold.report.words import headline, scores
 from bnfold.text import counted
 
 VERDICTS = ("equivalent", "different", "inconclusive", "improved", "harmed", "no effect")
@@ -106,10 +106,13 @@ def folded(report: Report) -> FuseReport | None:
 
 
 def rows(report: Report) -> Iterator[Row]:
-    """The verdict, the levels that it comes from, and the BatchNorms."""
+    """The verdict, the levels that it comes from, what labelled samples say, and the BatchNorms."""
     if (verdict := verified(report)) is not None:
         yield Row("verdict", "verdict", verdict.verdict, ", ".join(headline(report)), verdict.reason)
         yield from levels(verdict)
+    if isinstance(report, PipelineReport) and report.effect is not None:
+        found = ", ".join(scores(report.accuracy_before, report.accuracy_after, None))
+        yield Row("scores", "scores", report.effect.verdict, found, report.harm)
     if (fused := folded(report)) is not None:
         for layer in fused.layers:
             yield Row("BatchNorms", layer.name or "(no name)", layer.verdict, ", ".join(layer.into), layer.reason)

@@ -27,6 +27,7 @@ MOST = 10  # annotations of one step that GitHub shows
 ELEMENTS = {
     "different": "failure",
     "worse": "failure",
+    "harmed": "failure",
     "failed": "failure",
     "inconclusive": "error",
     "broken": "error",

@@ -140,7 +140,7 @@ def _pipeline(report: PipelineReport, verbose: bool) -> Iterator[Part]:
             yield from shown(step, verbose)
     yield from (Line(),) if verbose else ()
     yield from tables.effects(report, verbose=verbose)
-    yield from map(Line, report.notes)
+    yield from (Line(note) for note in report.notes if note != report.harm)  # which is said already
 
 
 def _bench(report: BenchReport, verbose: bool) -> Iterator[Part]:

@@ -41,7 +41,7 @@ def page(report: Report) -> list[Part]:
         parts += tables.effects(report)
     if isinstance(report, (BenchReport, ExplainReport)):
         parts += document(report)[1:]
-    parts += [Line(note) for note in dict.fromkeys(_notes(report))]
+    parts += [Line(note) for note in dict.fromkeys(_notes(report)) if note != getattr(report, "harm", "")]
     if fused is not None:
         parts += _folded(fused)
     if recalibrated is not None:
