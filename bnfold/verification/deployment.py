@@ -130,8 +130,8 @@ class Deployments:
         ratio = deployed_ratio(candidate, reference, noise, scale)
         if ratio <= self.limit or candidate.problem:
             return ratio
-        # In a deep network a few more roundings are no defect, and few numbers may err much more or less than usual by chance.
-        return deployed_ratio(candidate, reference, noise, scale, truth.roundings()) / chance(scale.count)
+        # In a deep network a few more roundings are no defect; few numbers, or those few of many that err (near a pole), err by chance.
+        return deployed_ratio(candidate, reference, noise, scale, truth.roundings()) / chance(noise.spread or scale.count)
 
 
 def _placed(runner: Runner, provider: str) -> dict[str, Any]:

@@ -90,6 +90,15 @@ class Noise:
         return max((run.peak for run in self.runs), default=0.0)
 
     @property
+    def spread(self) -> float:
+        """Over how many numbers it spreads: (sum v)^2 / sum v^2 of their variances v, all of them where all are moved alike; 0 for none."""
+        most = max((float(each.max(initial=0.0)) for each in self.squares), default=0.0)
+        if not most or not np.isfinite(most):
+            return 0.0
+        total, squares = (sum(float(((each / most) ** power).sum()) for each in self.squares) for power in (1, 2))
+        return total**2 / squares
+
+    @property
     def scatters(self) -> bool:
         each = np.array([run.rms for run in self.runs])
         return bool(each.size and each.std() > SCATTER * each.mean())

@@ -220,7 +220,7 @@ def deployed_ratio(candidate: Errors, reference: Errors, noise: Noise, scale: Sc
     return max(_over(candidate.rms, max(rms, floor)), _over(candidate.peak, max(peak, floor)) / PEAK_SLACK)
 
 
-def chance(count: int) -> float:
+def chance(count: float) -> float:
     """How many times too large a root mean square of so many errors may come out: three of its own standard deviations, 1/sqrt(2n)."""
     return 1 + 3 / float(np.sqrt(2 * max(count, 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,15 @@ import bnfold
 class Pair(NamedTuple):
     left: Tensor
     right: Tensor
+
+
+@dataclass
+class Graph:
+    nodes: Tensor
+    weights: dict[str, Tensor]
+
+
+torch.export.register_dataclass(Graph)
 
 
 class Keywords(nn.Module):
@@ -45,6 +55,11 @@ def mean_of_groups(s: Any, x: Tensor, groups: list[Tensor]) -> Tensor:
     return torch.stack([y[g].mean(0) for g in groups])
 
 
+class Free(Keywords):
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return self.b(self.l(x * kwargs["by"]["scale"]))  # type: ignore[no-any-return]
+
+
 FIRST = [torch.arange(3), torch.arange(3, 6)]
 # name: (module, items of data, rows that the BatchNorm sees)
 CASES: dict[str, tuple[nn.Module, list[Any], int]] = {
@@ -57,6 +72,9 @@ CASES: dict[str, tuple[nn.Module, list[Any], int]] = {
     "a flag": (net(lambda s, x, flag: s.b(s.l(x if flag else -x))), [(x(6), True), (x(5), True)], 11),
     "a number": (net(lambda s, x, times: s.b(s.l(x * times))), [(x(6), 3)], 6),
     "None": (net(lambda s, x, mask: s.b(s.l(x if mask is None else x + mask))), [(x(6), None)], 6),
+    "an empty list": (net(lambda s, x, more: s.b(s.l(x + sum(more)))), [(x(6), []), (x(5), [])], 11),
+    "a dataclass": (net(lambda s, g: s.b(s.l(g.nodes * g.weights["w"]))), [(Graph(x(n), {"w": x(n) + 1}),) for n in (6, 5)], 11),
+    "free keywords": (Free(), [{"x": x(n), "by": {"scale": x(n) + 1}} for n in (6, 5)], 11),
     "keywords": (Keywords(), [{"x": x(6), "groups": FIRST}, {"groups": FIRST, "x": x(6) + 1}], 12),
 }
 
@@ -81,6 +99,7 @@ def test_an_item_is_taken_as_the_module_is_called(name: str) -> None:
     ("module", "example", "item", "text"),
     [
         (CASES["a list"][0], (x(6), FIRST), (x(6), FIRST[:1]), "argument 1 is a list of 1 where the model was read with a list of 2"),
+        (CASES["a list"][0], (x(6), FIRST), (x(6),), "it gives 1 of the model's arguments, and none for 1"),
         (CASES["a flag"][0], (x(6), True), (x(6), False), "argument 1 is False where the model was read with True"),
         (CASES["None"][0], (x(6), None), (x(6), x(6), x(6)), "argument 1 is a Tensor where the model was read with None"),
         (CASES["keywords"][0], {"x": x(6), "groups": FIRST}, {"x": x(6), "groups": x(6)}, "argument groups is a Tensor where"),

@@ -188,6 +188,19 @@ def test_few_errors_scatter_by_chance() -> None:
     assert chance(100_000) < 1.01
 
 
+def test_noise_that_few_of_many_numbers_carry_counts_as_few() -> None:
+    """Near a pole one of a thousand numbers errs, and by chance that one errs twice as much as the reference's."""
+    rng = np.random.default_rng(0)
+    for carriers in (1, 10, 1000):
+        size, want = np.where(np.arange(1000) < carriers, 1.0, 1e-6), np.ones((1, 1000))
+        noise = Noise()
+        for _ in range(3):
+            noise.add([want], [want + size])
+        assert noise.spread == pytest.approx(carriers, rel=1e-3)
+        found = np.sqrt(np.square(rng.standard_normal((400, 1000)) * size).sum(1) / np.square(size).sum())
+        assert 0.99 < (found < chance(noise.spread)).mean() <= 1
+
+
 @pytest.mark.parametrize("seed", [13, 26])
 def test_a_right_export_with_few_outputs_is_no_other(seed: int, tmp_path: Path) -> None:
     torch.manual_seed(seed)

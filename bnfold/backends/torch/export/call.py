@@ -20,7 +20,7 @@ from bnfold.capture import quiet
 from bnfold.data import LABELS
 from bnfold.data.samples import ROWS, rows_are_samples
 from bnfold.errors import EXAMPLE, DataError, UsageError
-from bnfold.text import first_line
+from bnfold.text import first_line, listed
 
 from .copies import shared_twin
 from .tensors import flat_outputs, to_numpy, to_tensor
@@ -114,9 +114,12 @@ def example_of(model: Model, item: Any) -> Any:
     if isinstance(item, Mapping):
         named = {p.name for p in parameters}
         known = {str(key): value for key, value in item.items() if str(key) in named}
+        left = {key: value for key, value in item.items() if key not in LABELS} or dict(item)
+        more = Call((), known | left if any(p.kind is p.VAR_KEYWORD for p in parameters) else known)
+        if len(more.kwargs) > len(known) and not _runs(model, Call((), known)) and _runs(model, more):
+            return more
         if known:
             return known
-        left = {key: value for key, value in item.items() if key not in LABELS} or dict(item)
         alone, whole = Call((next(iter(left.values())),)), Call((left,))
         return whole if len(left) > 1 or (not _runs(model, alone) and _runs(model, whole)) else alone
     if isinstance(item, (tuple, list)) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -138,7 +141,10 @@ def _runs(model: nn.Module, call: Call) -> bool:
 
 
 def arguments_of(item: Any, like: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """What an item of data gives for each argument, and its labels by name. None where it names the tensors one by one."""
+    """What an item of data gives for each argument, and its labels by name. None where it names the tensors one by one.
+
+    Raises DataError where it is too short.
+    """
     tensors = {name for name, value in like.items() if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))}
     if isinstance(item, Mapping):
         if tensors <= item.keys():
@@ -153,6 +159,8 @@ def arguments_of(item: Any, like: Mapping[str, Any]) -> tuple[dict[str, Any] | N
         if constant and isinstance(items[-1], (Tensor, np.ndarray)):  # what follows the tensors has the values of the example
             last = items[-1:]
             items = items[:-1]
+    if lacking := [name for name in list(like)[len(items) :] if name in tensors]:
+        raise DataError(f"it gives {len(items)} of the model's arguments, and none for {listed(lacking)}")
     return dict(zip(like, items, strict=False)), {LABELS[0]: last[0]} if last else {}
 
 

@@ -51,6 +51,7 @@ def require_readable(model: nn.Module) -> None:
 
 def export(twin: nn.Module, model: nn.Module, call: Call, most: int | None, patient: bool) -> tuple[ExportedProgram, int | None, str]:
     """The program, how many axes are open in it, and what is to be said of that. most: the most axes that are tried."""
+    _spell_out(twin, call)
     failure: Exception | None = None
     note = ""
     for axes in (None, 1, 0) if most is None else range(most, -1, -1):
@@ -76,6 +77,20 @@ def export(twin: nn.Module, model: nn.Module, call: Call, most: int | None, pati
         f"torch.export can't read {type(model).__name__}{where}: {first_line(failure)}; give an example of the input as the model is "
         f"called in deployment, or export it to ONNX and give that file"
     ) from failure
+
+
+def _spell_out(twin: nn.Module, call: Call) -> None:
+    """Name in the forward what a call gives it in **kwargs, of which torch.export leaves no size open."""
+    forward, signature = twin.forward, inspect.signature(twin.forward)
+    known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in call.kwargs if name not in signature.parameters]
+    if more:
+
+        def named(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        named.__signature__ = signature.replace(parameters=[*known, *more])  # type: ignore[attr-defined]
+        twin.forward = named
 
 
 class _TooManyTerms(Exception):
@@ -142,21 +157,19 @@ def _deciding(program: ExportedProgram, call: Call) -> frozenset[tuple[int, int]
 def _dynamic(twin: nn.Module, call: Call, axes: int | None, closed: Container[tuple[int, int]] = ()) -> Any:
     """The first `axes` axes of every tensor are dynamic, all of them for None, but for those that are closed."""
 
-    def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        first = range(leaf.ndim if axes is None else min(axes, leaf.ndim))
-        return {axis: Dim.AUTO for axis in first if (id(leaf), axis) not in closed}
+    def whole(value: Any) -> bool:
+        """Whether it is a container that its author registered, of which torch.export asks for the list of what it holds."""
+        return type(value) in pytree.SUPPORTED_NODES and type(value) not in pytree.BUILTIN_TYPES
 
-    bound = inspect.signature(twin.forward).bind(*call.args, **call.kwargs).arguments
-    named = {}
-    for name, value in bound.items():
-        kind = inspect.signature(twin.forward).parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update({key: pytree.tree_map(of, each) for key, each in value.items()})
-        else:
-            named[name] = pytree.tree_map(of, value)
-    return named
+    def of(value: Any) -> Any:
+        if whole(value):
+            return [pytree.tree_map(of, each, is_leaf=whole) for each in pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0]]
+        if not isinstance(value, Tensor):
+            return None
+        first = range(value.ndim if axes is None else min(axes, value.ndim))
+        return {axis: Dim.AUTO for axis in first if (id(value), axis) not in closed}
+
+    return pytree.tree_map(of, dict(inspect.signature(twin.forward).bind(*call.args, **call.kwargs).arguments), is_leaf=whole)
 
 
 def _failing_module(error: Exception, twin: nn.Module) -> str:

@@ -146,10 +146,10 @@ class Traced:
     @property
     def _places(self) -> list[str]:
         """The names of a module's positional arguments; of a program's, which doesn't say, their places."""
-        if isinstance(self.model, ExportedProgram):
-            return [str(place) for place in range(len(self.example.args if self.example is not None else ()))]
-        named = [p.name for p in parameters_of(self.model).values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        return [*named, *(str(place) for place in range(len(named), len(self.flat_names)))]
+        parameters = parameters_of(self.model).values() if isinstance(self.model, nn.Module) else ()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        given = self.example.args if self.example is not None else ()
+        return [*named, *(str(place) for place in range(len(named), len(given)))]
 
     @property
     def flat_names(self) -> list[str]:
