@@ -76,11 +76,16 @@ def test_the_whole_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert Path(out).is_file()
 
 
-def test_recalibrated_weights_keep_their_kind(here: Path) -> None:
+def test_recalibrated_weights_keep_their_kind(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recalibrate", "c.pth", *ARCH, "--data", "x.npy", "-o", "r.pt", "--batch-size", "4"]) == 0
     state = torch.load("r.pt", weights_only=True)
     assert set(state) == set(build("net.py:make", None).state_dict())
     assert run(["recalibrate", "m.pt2", "--data", "x.npy", "-o", "r.pt2"]) == 0
+    capsys.readouterr()
+    assert run(["inspect", "r.pt2", *ARCH]) == 0
+    out, err = capsys.readouterr()
+    assert " operators to " in out.splitlines()[0]
+    assert err == "bnfold: r.pt2: an exported program holds its network, so --arch isn't used\n"
     program = bnfold.load("r.pt2")
     assert torch.allclose(program.state_dict["bn.running_mean"], state["bn.running_mean"], rtol=1e-5)
 

@@ -149,7 +149,7 @@ class TorchModel(Model):
         return any(map(is_batchnorm, self.traced.program.graph.nodes))
 
     def size(self) -> Size | None:
-        return size_of(self.traced.program) if "traced" in vars(self) else None
+        return size_of(self.traced.program) if self.states_inputs or "traced" in vars(self) else None
 
     def identity(self) -> str:
         return self.traced.identity()
