@@ -34,17 +34,19 @@ def unreadable(path: str | Path) -> str:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return f"no such file{neighbours(path)}"
+        return "no such file"
     except (OSError, ValueError) as error:
         return f"can't be read ({getattr(error, 'strerror', None) or error})"
     return "" if stat.S_ISREG(mode) else "a folder, not a file" if stat.S_ISDIR(mode) else "a device or pipe, not a file"
 
 
 def neighbours(path: str | Path) -> str:
-    """`; did you mean 'a/net.onnx'?` for a path that isn't there, where its name is nearly that of what is."""
+    """`; did you mean 'a/net.onnx'?` for a path that a user gave and that isn't there, where its name is nearly that of what is."""
+    if os.path.lexists(path):
+        return ""
     folder, name = os.path.split(path)
     try:
-        return meant(name, os.listdir(folder or "."), os.path.join(folder, ""))
+        return meant(name, os.listdir(folder or "."), os.path.join(folder, ""), alike=0.8)
     except (OSError, ValueError):
         return ""
 
@@ -53,7 +55,7 @@ def contents(path: Path, most: int, what: str) -> bytes:
     """The bytes of a small file of the user's. InputError where it can't be read, or is longer than `most`. what: it is, for the text."""
     try:
         if why := unreadable(path):
-            raise InputError(f"{path}: {what} can't be read ({why})")
+            raise InputError(f"{path}: {what} can't be read ({why}){neighbours(path)}")
         with open(path, "rb") as file:
             found = file.read(most + 1)
     except OSError as error:

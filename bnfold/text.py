@@ -46,15 +46,15 @@ def some(names: Iterable[str], most: int = 5) -> str:
     return (", ".join(texts[:most]) + more) or "none"
 
 
-def meant(name: str, names: Iterable[str], before: str = "") -> str:
+def meant(name: str, names: Iterable[str], before: str = "", alike: float = 0.7) -> str:
     """`; did you mean 'layer1.bn'?` for a name that is nearly one of those there are, or a part of one; "" where none is near.
 
-    before: what is shown before each.
+    before: what is shown before each; alike: of 1, how near it must be.
     """
     from difflib import get_close_matches
 
     known = [*names]
-    near = get_close_matches(name, known, 2, 0.7) or [each for each in known if name in re.split(r"[/.]", each)][:2]
+    near = get_close_matches(name, known, 2, alike) or [each for each in known if name in re.split(r"[/.]", each)][:2]
     return f"; did you mean {listed((repr(before + each) for each in near), 'or')}?" if near else ""
 
 

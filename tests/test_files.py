@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bnfold.errors import InputError, UsageError
-from bnfold.files import HeldErrors, may_write, ready_to_write, replacing, unreadable, write_text
+from bnfold.files import HeldErrors, may_write, neighbours, ready_to_write, replacing, unreadable, write_text
 from bnfold.text import counted, first_line, listed, one_line, printable, unused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,8 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": "a\\udcff"}
     found = [unreadable(tmp_path / name) for name in ("pipe", "file", "none", ".", "a\0b")] + [unreadable("/dev/null")]
     pipe = "a device or pipe, not a file"
-    assert unreadable(tmp_path / "flie") == f"no such file; did you mean '{tmp_path}/file'?"
+    assert neighbours(tmp_path / "fille") == f"; did you mean '{tmp_path}/file'?"
+    assert [neighbours(tmp_path / name) for name in ("file", "none", "no/file", "a\0b")] == [""] * 4
     assert found == [pipe, "", "no such file", "a folder, not a file", "can't be read (embedded null byte)", pipe]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.errors import ModelError, UnsupportedError, UsageError
-from bnfold.files import DAMAGED_ZIP, unreadable
+from bnfold.files import DAMAGED_ZIP, neighbours, unreadable
 from bnfold.text import first_line
 
 # By the ends of the names in a zip archive, the first that fits.
@@ -63,7 +63,7 @@ def check_readable(path: Path) -> None:
             raise ModelError(f"{path}: a TensorFlow SavedModel; convert it to ONNX with tf2onnx")
         raise ModelError(f"{path}: a folder, not a model file; name the file in it")
     if why := unreadable(path):
-        raise ModelError(f"{path}: {why}")
+        raise ModelError(f"{path}: {why}{neighbours(path)}")
 
 
 def family(model: Any) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -46,14 +46,17 @@ class Command(TyperCommand):
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
         try:
-            _, left, given = self.make_parser(ctx).parse_args(args=[*args])
-            self._all_used(left, given)
+            values, left, given = self.make_parser(ctx).parse_args(args=[*args])
+            self._all_used(values, left, given)
             return super().parse_args(ctx, args)
         except PARSER_ERROR as error:
             said = self._restated(error)
             raise UsageError(f"{said}{' See' if said.endswith('?') else '; see'} '{ctx.command_path} --help'") from None
 
-    def _all_used(self, left: Sequence[str], given: Sequence[Any]) -> None:
+    def _all_used(self, values: Mapping[str, Any], left: Sequence[str], given: Sequence[Any]) -> None:
+        for each in given:
+            if isinstance(value := values.get(each.name or ""), str) and value in self._known:
+                raise UsageError(f"{_name(each)} takes a value, {each.metavar or 'N'}, and {value} is an option")
         once = [each for each in given if each.param_type_name == "option" and not each.is_flag and not each.multiple]
         if twice := next((each for each in once if once.count(each) > 1), None):
             raise UsageError(f"{_name(twice)} is given twice, and takes one value")
@@ -62,15 +65,18 @@ class Command(TyperCommand):
             out = next((f"; the file to write is -o {each.metavar}" for each in self.params if "-o" in each.opts and each not in given), "")
             raise UsageError(f"too many arguments ({some(left)}): {self.name} takes {takes}{out}")
 
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        """The options by each of their names."""
+        return {name: each for each in self.params if each.param_type_name == "option" for name in (*each.opts, *each.secondary_opts)}
+
     def _restated(self, error: Any) -> str:
         """What the parser found wrong."""
         name = getattr(error, "option_name", "")
-        known: dict[str, Any] = {each: one for one in self.params for each in (*one.opts, *one.secondary_opts)}
-        if name in known:
-            metavar = known[name].metavar or "N"
-            return f"{name} takes no value" if known[name].is_flag else f"{name} takes a value, {metavar}"
+        if (found := self._known.get(name)) is not None:
+            return f"{name} takes no value" if found.is_flag else f"{name} takes a value, {found.metavar or 'N'}"
         if name:
-            return f"{name}: no such option{meant(name, known)}"
+            return f"{name}: no such option{meant(name, self._known)}"
         parameter = getattr(error, "param", None)
         if parameter is not None and not error.message:
             metavar = f" {parameter.metavar}" * (parameter.param_type_name == "option")

@@ -62,6 +62,7 @@ NONSENSE = {
     "fuse model.onnx out.onnx": "too many arguments ('out.onnx'): fuse takes MODEL; the file to write is -o OUT",
     "verify a b c d": "too many arguments ('c', 'd'): verify takes REFERENCE and [CANDIDATE]",
     "fuse model.onnx -o": "-o takes a value, OUT; see 'bnfold fuse --help'",
+    "fuse model.onnx -o --force": "-o takes a value, OUT, and --force is an option",
     "fuse model.onnx -o out.onnx --force=1": "--force takes no value",
     "fuse model.onnx --output=": "-o: an empty text; is a variable unset?",
     "pipeline model.onnx --data x.npy": "-o OUT is missing; see 'bnfold pipeline --help'",
