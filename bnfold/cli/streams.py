@@ -55,7 +55,7 @@ def fitted(line: str) -> str:
     """A line for standard error, which breaks between words where that is a terminal."""
     if not sys.stderr.isatty():
         return line
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a terminal may not know its width, or take it for 0
         return textwrap.fill(line, os.get_terminal_size(sys.stderr.fileno()).columns, break_long_words=False, break_on_hyphens=False)
     return line
 

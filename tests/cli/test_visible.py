@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from bnfold.cli import run
+from bnfold.cli.streams import fitted
 from bnfold.text import visible
 
 
@@ -58,6 +59,24 @@ def test_no_line_of_a_table_is_a_command(name: str, here: Path, capsys: pytest.C
             assert "\x1b" not in text
             assert "\r" not in text
             assert not [each for each in text.split("\n") if each.lstrip().startswith("::")], line
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(40, 4), (0, 1), (None, 1)])
+def test_remarks_break_between_words_on_a_terminal(columns: int | None, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(fd: int) -> os.terminal_size:
+        if columns is None:
+            raise OSError
+        return os.terminal_size((columns, 24))
+
+    text = "bnfold: error: a file whose name isn't broken, /a/rather/long/path/to-some-model/of-which-nobody-knows.onnx: no such file"
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    found = fitted(text)
+    assert found.replace("\n", " ") == text
+    assert found.count("\n") + 1 == lines
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert fitted(text) == text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
