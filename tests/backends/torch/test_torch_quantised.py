@@ -200,11 +200,15 @@ BY_PARTS: dict[str, Callable[[Any], Tensor]] = {
 
 
 def written(weight: Callable[[Any], Tensor]) -> Net:
+    return Net(lambda s, x: s.b(F.conv2d(x, weight(s))), **held_by_a_layer(), b=norm(6)).eval()
+
+
+def held_by_a_layer() -> dict[str, Tensor]:
     torch.manual_seed(0)
     held = {"w": nn.Parameter(torch.randn(6, 4, 3, 3)), "s": nn.Parameter(torch.rand(6, 1, 1, 1) * 0.01 + 0.01)}
     held["q"] = torch.randint(-127, 128, (6, 4, 3, 3), dtype=torch.int8)
     held["z"] = torch.randint(-9, 9, (6, 1, 1, 1), dtype=torch.int8)
-    return Net(lambda s, x: s.b(F.conv2d(x, weight(s))), **held, b=norm(6)).eval()
+    return held
 
 
 class Factors(torch.fx.Interpreter):
@@ -234,6 +238,39 @@ def test_the_product_that_scales_integers_takes_it(name: str) -> None:
     assert torch.equal(before.found, after.found)
 
 
+@pytest.mark.parametrize("name", ["rounded", "rounded, the scale first, a zero point", "rounded past the gradient", "one scale"])
+def test_a_module_takes_it_in_what_it_rounds_and_in_its_scales(name: str) -> None:
+    weight = WRITTEN.get(name, lambda s: around(s.w / s.one) * s.one)
+    layer = Net(lambda s, x: F.conv2d(x, weight(s), s.c), c=nn.Parameter(torch.randn(6)), one=torch.tensor(0.02), **held_by_a_layer())
+    with torch.no_grad():  # some lie at the middle of two steps
+        layer.w.view(-1)[:100] = ((torch.arange(100) - 50.5) * layer.s.view(-1)[0]).to(layer.w)
+    net = nn.Sequential(layer, norm(6)).eval()
+    fused, report = bnfold.fuse(net, example=IMAGE)
+    assert report.batchnorms.after == 0, report.layers[0].reason
+    assert "takes it in its scales, and none of its integers changes" in report.layers[0].notes[0]
+    assert ("one scale becomes one for each channel" in report.layers[0].notes[0]) == ("one" in name)
+    assert bnfold.verify(net, fused, [IMAGE]).verdict == "equivalent"
+    before, after = (Factors(torch.export.export(each, (IMAGE,)).module()) for each in (net, fused))
+    before.run(IMAGE)
+    after.run(IMAGE)
+    assert torch.equal(before.found, after.found)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda s, x: F.conv2d(x, WRITTEN["rounded"](s), s.c) * s.w.mean(), "0.w of 0 is shared with"),
+        (lambda s, x: F.conv2d(x, WRITTEN["rounded"](s), s.c) * s.s.mean(), "no constant that can be rewritten in a module"),
+        (lambda s, x: F.conv2d(F.conv2d(x, WRITTEN["rounded"](s), s.c)[:, :4], WRITTEN["rounded"](s), s.c), "is shared with"),
+    ],
+)
+def test_what_is_rounded_and_does_more_stays(forward: Any, reason: str) -> None:
+    net = nn.Sequential(Net(forward, c=nn.Parameter(torch.randn(6)), **held_by_a_layer()), norm(6)).eval()
+    report = bnfold.inspect(net, example=IMAGE)
+    assert report.batchnorms.after == 1
+    assert reason in report.layers[0].reason
+
+
 @pytest.mark.parametrize("name", BY_PARTS)
 def test_what_is_computed_from_integers_is_multiplied(name: str) -> None:
     program = torch.export.export(written(BY_PARTS[name]), (IMAGE,))
@@ -258,7 +295,7 @@ def test_a_module_whose_weights_are_rounded_says_so_or_names_the_way() -> None:
     torch.manual_seed(0)
     report = bnfold.fuse(nn.Sequential(Rounded(4, 6, 3), norm(6)).eval(), example=IMAGE)[1]
     assert report.layers[0].notes == ("0.weight, which was computed from integers, becomes floats",)
-    reason = bnfold.inspect(written(WRITTEN["rounded"]), example=IMAGE).layers[0].reason
+    reason = bnfold.inspect(written(WRITTEN["one scale that is a number"]), example=IMAGE).layers[0].reason
     assert "can be rewritten in a module: give the model as an exported program (torch.export.export)" in reason
 
 

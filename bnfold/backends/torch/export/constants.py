@@ -145,13 +145,14 @@ class ProgramConstants:
     def as_run(self, op: Node, value: Callable[[Node], Any]) -> Callable[[Node], Any]:
         """`value` for what an operator reads, but for constants that it rounds: these as they are computed when the model runs."""
         found = quantiser(op)
-        if found is None or not self.is_constant(found.source) or self.stored(found.source) is not None:
+        source = found.source if found is not None else op.args[0] if operator_name(op) in ROUND else None
+        if not self.is_constant(source) or self.stored(source) is not None:
             return value
-        return lambda node: self._in_stored_types(node) if node is found.source else value(node)
+        return lambda node: self._in_stored_types(node) if node is source else value(node)
 
     def _in_stored_types(self, node: Node) -> Any:
         if (stored := self.stored(node)) is not None:
-            return stored.tensor.detach().cpu()
+            return self._values.get(node, stored.tensor).detach().cpu().to(stored.tensor.dtype)
         if node.op == "get_attr":
             return self._attribute(node)
         args, kwargs = map_arg((node.args, node.kwargs), self._in_stored_types)

@@ -87,9 +87,11 @@ class TorchLowering(Lowering):
     def _count_other_readers(self) -> None:
         """A weight that is also read in a way that no update can follow (by another operator, or as an output) must stay."""
         assert isinstance(self.host, ModuleHost)
-        places = [(place, tensor) for key, tensor in self._tensors.items() for place in {key, *self._places(tensor)}]
+        held = {tensor: codes.places.values() for tensor, codes in self.codes.items()}  # scales and zero points, too
+        places = [(place, tensor) for key, tensor in self._tensors.items() for place in {key, *held.get(tensor, ())}]
         for place, tensor in places:
-            known = {(user.native.op, self.arg(user.native.op, user.params[role].slot.argument)) for user, role in tensor.users}
+            users = [(user.native.op, user.params[role].slot.argument) for user, role in tensor.users if user.native is not None]
+            known = {(op, self.arg(op, argument)) for op, argument in users}
             for reader, read in dict.fromkeys(self.host.readers(place)):
                 if (reader, read) not in known and operator_name(reader) not in SIZES:
                     Node("Barrier", reader.name, [], [], {}, {"read": Param(tensor, tensor.shape)}, label=operator_name(reader))
@@ -264,10 +266,6 @@ class TorchLowering(Lowering):
             made.cast_from = largest(quantised.coarsest(argument, codes.last.scale))
             self.codes[made] = codes
         return self._tensors[key], layout
-
-    def _places(self, tensor: Tensor) -> list[Place]:
-        """Where the scales and zero points of a quantised tensor are."""
-        return [place for role, place in self.codes[tensor].places.items() if role != "source"] if tensor in self.codes else []
 
     def _read(self, argument: Op) -> Array:
         array = self.const(argument)

@@ -21,13 +21,15 @@ from bnfold.algebra.rounding import limits, rounded
 from ..export.constants import ProgramConstants
 from ..export.observers import is_fake_quantiser, is_symmetric
 from ..export.quantisers import Quantiser, quantiser, scaled_integers
-from ..export.tensors import NUMPY
+from ..export.tensors import NUMPY, to_tensor
 from ..export.walk import FLOATS, dtype_of, operator_name, value_of
-from ..writing.derived import derived
+from ..runtime.widen import widened
+from ..writing.derived import Derived, derived, rounded_by
 from .module_host import ModuleHost
 from .places import Host, Place
 
 COPIES = {"to", "_to_copy", "type_as", "view", "reshape", "unsqueeze", "permute", "transpose", "t", "detach", "contiguous", "clone"}
+ALIKE = 1e-6  # what a way past the gradient leaves between two codes that are one
 KIND = np.dtype(np.float32)  # in which all quantisers have their scales
 
 
@@ -47,10 +49,10 @@ class Codes:
     places: Mapping[str, Place] = field(default_factory=dict)
     layout: Layout = AS_STORED
 
-    def placed(self, host: ModuleHost, op: Op) -> Codes:
+    def placed(self, constants: ProgramConstants, host: ModuleHost, op: Op) -> Codes:
         """The same in a module, for an operator that reads it. Blocked where one of them isn't stored, but for a zero point of 0."""
         if self.quantised.apart:
-            return self._scaled(host, op)
+            return self._scaled(constants, host, op)
         given = {"source": (self.first or self.last).source, "scale": self.last.scale, "zero": self.last.zero}
         found = {role: host.weight(op, each) for role, each in given.items() if isinstance(each, Op)}
         places = {role: place for role, place in found.items() if isinstance(place, Place)}
@@ -69,17 +71,38 @@ class Codes:
             self, places=places, quantised=dataclasses.replace(self.quantised, small=False, one_scale=one_scale, one_zero=one_zero)
         )
 
-    def _scaled(self, host: ModuleHost, op: Op) -> Codes:
-        """The same, of integers of which nothing changes: their scale is all that has to be stored."""
+    def _scaled(self, constants: ProgramConstants, host: ModuleHost, op: Op) -> Codes:
+        """The same, of integers of which nothing changes: their scale is all that has to be stored, with what is divided by it first."""
         found = host.derived(op, self.node)
         assert found is not None
         place, how = found
+        places, source = {"scale": place}, None
+        if (divided := rounded_by(constants, self.node, how)) is not None:
+            if not isinstance(its := host.weight(op, divided), Place):
+                raise Blocked("is quantised, and what is rounded to its integers is no parameter or buffer of the module")
+            places["source"], source = its, self._divided(constants, divided, how)
         kinds = [NUMPY[kind] for kind in (dtype_of(how.root), *how.dtypes) if kind is not None]
         kind = min(kinds, key=lambda kind: float(limits(kind).max))
         laid_out = how.layout is not AS_STORED or place.target in (*host.aliases, *host.aliases.values())
         one_scale = "the module's code has no other form of it" if laid_out else ""
-        quantised = dataclasses.replace(self.quantised, kind=kind, one_scale=one_scale)
-        return dataclasses.replace(self, places={"scale": place}, layout=how.layout, quantised=quantised)
+        quantised = dataclasses.replace(self.quantised, kind=kind, one_scale=one_scale, source=source)
+        return dataclasses.replace(self, places=places, layout=how.layout, quantised=quantised)
+
+    def _divided(self, constants: ProgramConstants, divided: Op, how: Derived) -> FloatSource:
+        """What the module's own code divides by the scale and rounds."""
+
+        def codes(array: npt.NDArray[Any], scale: npt.NDArray[Any], zero: Array) -> Array:
+            laid_out = how.layout.stored(scale) if scale.size == value_of(how.root).numel() else scale
+            stored = ((op, each.astype(NUMPY[dtype_of(op) or torch.float32])) for op, each in ((divided, array), (how.root, laid_out)))
+            numbers = {op: widened(to_tensor(np.ascontiguousarray(each))) for op, each in stored}
+            found = constants.with_numbers(numbers).get(self.last.source)
+            assert found is not None
+            return np.where(np.abs(found - whole) < ALIKE, whole, found)
+
+        whole, read = self.quantised.read(), constants.get(divided)
+        assert read is not None
+        made = rounded(read, NUMPY[dtype_of(divided) or torch.float32])
+        return FloatSource(lambda: made, [codes])
 
     def same_as(self, other: Codes | None) -> bool:
         """Whether both stand for the same numbers: two calls of a layer, say."""
@@ -154,7 +177,7 @@ def read(constants: ProgramConstants, host: Host, op: Op, argument: Op) -> tuple
     stored = constants.stored(roots[0]) if roots else None
     name = source.name if stored is None else stored.target
     try:
-        return name, codes.placed(host, op) if isinstance(host, ModuleHost) else codes, found.layout
+        return name, codes.placed(constants, host, op) if isinstance(host, ModuleHost) else codes, found.layout
     except Blocked as blocked:
         raise Blocked(f"{name} {blocked}") from None
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from bnfold.algebra.affine import Array, Blocked
+from bnfold.algebra.graph import reachable
 from bnfold.algebra.layouts import AS_STORED, Layout
 
 from ..export.constants import ProgramConstants
@@ -66,20 +67,38 @@ def derived(constants: ProgramConstants, argument: Node) -> Derived | None:
 
 
 def scale_of(constants: ProgramConstants, product: Node) -> Derived | None:
-    """The stored tensor that integers are multiplied by, and how it gets there; None where it does anything else on the way."""
+    """The stored tensor that integers are multiplied by, and how it gets there; None where it does anything else on the way.
+
+    The code may divide by it first what it rounds to these integers (`rounded_by`).
+    """
     how = scaled_integers(product)
     found = derived(constants, how.scale) if how is not None and isinstance(how.scale, Node) else None
     if found is None or constants.stored(found.root) is None:
         return None
     stack = [found.root]
+    products: list[Node] = []
+    others: list[Node] = []
     while stack:
         node = stack.pop()
         for user in filter(constants.is_constant, node.users):
             if operator_name(user) in SAME | MOVES:
                 stack += [user] * (user.args[0] is node)  # else it tells a type alone
-            elif (other := scaled_integers(user)) is None or other.scale is not node:
-                return None
-    return found
+            else:
+                scales = (other := scaled_integers(user)) is not None and other.scale is node
+                (products if scales else others).append(user)
+    rounding = [scaled_integers(each) for each in products if rounded_by(constants, each, found) is not None]
+    before = reachable([each.source for each in rounding if each is not None], lambda node: node.all_input_nodes)
+    return found if all(each in before for each in others) else None
+
+
+def rounded_by(constants: ProgramConstants, product: Node, scale: Derived) -> Node | None:
+    """The stored float array of the product's size that its code divides by its scale and rounds; None where there is no such one."""
+    how = scaled_integers(product)
+    assert how is not None
+    roots = constants.roots(how.source) if isinstance(how.source, Node) else []
+    size = value_of(product).numel()
+    found = [root for root in roots if root is not scale.root and is_float(root) and value_of(root).numel() == size > 1]
+    return found[0] if len(found) == 1 and scale.root in roots else None
 
 
 def _is_main(constants: ProgramConstants, found: Derived, product: Node) -> bool:

@@ -24,7 +24,7 @@ from bnfold.text import Notes
 from ..export.copies import duplicate
 from ..export.observers import is_fake_quantiser, is_on
 from ..export.tensors import NUMPY, laid_out, to_tensor
-from ..export.walk import arguments, dtype_of, frame, value_of, writes_into_shared
+from ..export.walk import arguments, frame, value_of, writes_into_shared
 from ..lowering.lowering import TorchLowering
 from ..lowering.module_host import ModuleHost
 from ..lowering.narrowing import narrowed_layers
@@ -176,14 +176,14 @@ def requantised(ctx: TorchLowering, node: Node, param: Param) -> Iterator[Update
     assert factors is not None
     made, place, zero = codes.exact().rescaled(factors), codes.places["scale"], codes.places.get("zero")
     told = made.said(param.tensor.name)
+    if (source := made.codes if made.source is None else made.source) is not None:
+        held = codes.places["source"]
+        yield Update(node, held, np.asarray(source, np.float64), getattr(*owner_of(root, held.target)).dtype)
     if codes.quantised.apart:
         array = made.scale if made.axis is not None else codes.layout.stored(made.scale.reshape(value_of(codes.last.scale).shape))
         yield Update(node, place, array, getattr(*owner_of(root, place.target)).dtype, axis=made.axis, said=told)
         return
     quantiser = root.get_submodule(place.owner)
-    if (source := made.codes if made.source is None else made.source) is not None:
-        kind = dtype_of((codes.first or codes.last).source) or torch.float32
-        yield Update(node, codes.places["source"], np.asarray(source, np.float64), kind)
 
     def update(place: Place, array: Array, **more: Any) -> Update:
         old, array = getattr(*owner_of(root, place.target)), np.broadcast_to(array, made.scale.shape)
