@@ -54,8 +54,8 @@ def test_every_operator_of_both_tables_is_found() -> None:
 
 
 def test_an_operator_is_found_by_its_rule_or_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    for what in ("Max", "MaxPool", "max_pool2d", "nn.MaxPool2d", "torch.amax", ""):
-        assert run(["explain", what]) == 0
+    for what in (["Max"], ["MaxPool"], ["max_pool2d"], ["nn.MaxPool2d"], ["torch.amax"], []):
+        assert run(["explain", *what]) == 0
         assert "max(s*x + t) = s*max(x) + t if s >= 0" in capsys.readouterr().out
     assert run(["explain", "MaxPol"]) == 2
     assert "nothing crosses what isn't in the table; did you mean 'MaxPool'" in capsys.readouterr().err
