@@ -247,8 +247,15 @@ def test_batches_with_labels_and_dicts() -> None:
     def loader() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from zip(DATA.split(5), labels.split(5), strict=True)
 
+    class Optional(nn.Sequential):
+        def forward(self, pixels=None, labels=None, detailed=None):  # type: ignore[no-untyped-def]
+            made = super().forward(pixels)
+            return made if labels is None else (made, nn.functional.cross_entropy(made.mean((2, 3)), labels))
+
     single = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).eval()
     for model, batches in (
+        (Optional(*single), loader()),
+        (Optional(*single), [(batch,) for batch in DATA.split(5)]),
         (single, loader()),
         (single, list(loader())),
         (single, torch.utils.data.DataLoader(list(zip(DATA, labels, strict=True)), 5)),

@@ -123,7 +123,7 @@ def example_of(model: Model, item: Any) -> Any:
         alone, whole = Call((next(iter(left.values())),)), Call((left,))
         return whole if len(left) > 1 or (not _runs(model, alone) and _runs(model, whole)) else alone
     if isinstance(item, (tuple, list)) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        required = sum(p.default is p.empty for p in places)
+        required = sum(p.default is p.empty for p in places) or sum(p.name not in LABELS for p in places[: len(item)])
         labelled = len(item) == required + 1 and (hasattr(item[-1], "__array__") or isinstance(item[-1], (list, int)))
         return tuple(item[: required if labelled and not isinstance(item[-1], bool) else len(places)])
     return item
