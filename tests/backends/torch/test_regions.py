@@ -143,6 +143,30 @@ def test_a_right_fold_under_autocast_errs_as_its_arithmetic_does_not_as_what_is_
     assert bnfold.verify(model, fused, [x]).verdict == "different"
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["autocast", "its code casts"])
+def test_a_bias_that_a_layer_gets_is_stored_as_its_weight(cast: bool) -> None:
+    """And not as what is computed in: what rounds the weight in each call rounds the bias as well."""
+
+    class Layer(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return self._conv_forward(input, self.weight.to(input.dtype), bias)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        with bfloat16():
+            made: Tensor = s.b(s.c(x.bfloat16() if cast else x))
+        return made
+
+    model = Net(forward, c=(Layer if cast else nn.Conv2d)(3, 4, 3, bias=False), b=norm(4)).eval()
+    fused, report = bnfold.fuse(model, example=X)
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent"
+    assert fused.c.bias.dtype is torch.float32
+    _, report = bnfold.fuse(program_of(model))
+    assert report.verify is not None
+    assert report.verify.verdict == "equivalent"
+
+
 def conditional(s: Any, x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, lambda t: s.d(t).clone(), lambda t: (s.e(t).float() + 1).clone(), (s.b(s.c(x)),))  # type: ignore[no-any-return]
 

@@ -6,11 +6,14 @@ can't grow what its code doesn't read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch.fx import Node
+
+from bnfold.algebra.graph import Param
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Slot:
 class TorchNative:
     """A neutral node's operator in the exported graph, and the arguments that are its activations.
 
-    dtype: that a parameter without a tensor gets; limit: its largest number. output: the node of its first output where that isn't the
+    dtype: of what it computes; limit: the largest number of that. output: the node of its first output where that isn't the
     operator itself (an item of a tuple).
     """
 
@@ -75,6 +78,11 @@ class TorchNative:
     def end(self) -> Node:
         """The node of its first output."""
         return self.op if self.output is None else self.output
+
+    def new_dtype(self, params: Iterable[Param]) -> torch.dtype:
+        """Of a parameter that it gets: the widest of its own and of what its others have, which autocast or its code may round for it."""
+        kinds: list[torch.dtype] = [self.dtype, *(param.tensor.dtype for param in params if param.tensor is not None)]
+        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: kind.itemsize)
 
 
 class Host(Protocol):

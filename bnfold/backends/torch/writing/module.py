@@ -57,7 +57,7 @@ class Fold:
                 yield from requantised(self.ctx, node, param)
                 continue
             exact = param.layout.stored(as_called(param.read(), role, [m for m in self.planned.merges if m.host is node]))
-            dtype = node.native.dtype if param.tensor is None else param.tensor.dtype
+            dtype = node.native.new_dtype(node.params.values()) if param.tensor is None else param.tensor.dtype
             yield Update(node, slot.place, exact, dtype, param.tensor is None, param.flush, said=said_of_integers(node, param))
 
     def left(self, site: Site) -> Array:

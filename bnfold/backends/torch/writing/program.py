@@ -87,7 +87,7 @@ class ProgramWriter(ProgramEditor):
             if slot.argument == "value" and param.tensor is None:
                 set_argument(op, "value", float(exact))
                 continue
-            dtype = native.dtype if param.tensor is None else param.tensor.dtype
+            dtype = native.new_dtype(node.params.values()) if param.tensor is None else param.tensor.dtype
             array = np.ascontiguousarray(rounded(exact, NUMPY[dtype], flush=param.flush))
             self._note_tiny(node, exact, array, flush=param.flush)
             old = param.tensor.native if param.tensor is not None and isinstance(param.tensor.native, Op) else None
