@@ -150,6 +150,22 @@ def test_half_precision(kind: torch.dtype) -> None:
     assert bnfold.verify(net, fused, X.to(kind)).verdict == "different"
 
 
+@pytest.mark.parametrize("casts", [False, True])
+def test_half_precision_beside_float32(casts: bool) -> None:
+    """What is fed keeps its type where the first weight has another, and where the folded copy has but one type left."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = s.b(s.c(s.a(x).half() if casts else x))
+        return made
+
+    net = Net(forward, a=norm(3), b=norm(4), c=nn.Conv2d(3, 4, 3).half()).eval()
+    x = X if casts else X.half()
+    fused, report = bnfold.fuse(net, example=x)
+    assert fused(x).dtype is net(x).dtype
+    assert report.verify is not None
+    assert (report.verify.verdict, bnfold.verify(net, fused, [x]).verdict) == ("equivalent", "equivalent")
+
+
 def test_a_program_against_the_module_it_came_from() -> None:
     net = network()
     program = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))

@@ -89,18 +89,22 @@ def _call_of(module: nn.Module, example: Any) -> Call:
     return Call(tuple(example)) if isinstance(example, (tuple, list)) else Call((example,))
 
 
-def as_call(module: nn.Module, example: Any) -> Call:
-    """An example in one of the forms that `trace` takes as arguments: tensors on the module's device, floats in the module's type."""
+def as_call(module: nn.Module, example: Any, *, keep: bool = False) -> Call:
+    """An example in one of the forms that `trace` takes as arguments: tensors on the module's device, floats in the module's type.
+
+    That is the type of its first weight, or a narrower one of the example's that other weights have. keep: whether floats stay as they are.
+    """
     call = _call_of(module, example)
-    tensor = next((t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()), None)
-    device, kind = (torch.device("cpu"), None) if tensor is None else (tensor.device, tensor.dtype)
+    own = [t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()]
+    device, kind = (own[0].device, own[0].dtype) if own else (torch.device("cpu"), None)
+    narrower = {t.dtype for t in own if kind is not None and t.dtype.itemsize < kind.itemsize}
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             leaf = to_tensor(leaf)
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().to(device, kind if leaf.is_floating_point() else None)
+        return leaf.detach().to(device, None if keep or not leaf.is_floating_point() or leaf.dtype in narrower else kind)
 
     return call.map(convert)
 

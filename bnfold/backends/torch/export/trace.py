@@ -6,8 +6,9 @@ are dynamic where the model lets them be; where it doesn't, the batch alone, and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bnfold.data import InputSpec
-from bnfold.errors import UsageError
+from bnfold.errors import UnsupportedError, UsageError
 from bnfold.verification.inputs import is_several
 
 from .call import Call, Model, arguments_of, as_call, formed, known_example, parameters_of
@@ -181,11 +182,19 @@ def trace(model: Model, example: Any = None, *, evaluation: bool = False, one_si
         calls = example.calls or (() if example.example is None else (example.example,))
         if calls:
             opened = None if patient and example.note else example.opened
-            return _read(model, tuple(as_call(model, call) for call in calls), evaluation, one_size, opened, patient)
+            theirs, own = (tuple(as_call(model, call, keep=keep) for call in calls) for keep in (True, False))
+            if _types(theirs) != _types(own):  # the code may cast what it is given
+                with contextlib.suppress(UnsupportedError):
+                    return _read(model, theirs, evaluation, one_size, opened, patient)
+            return _read(model, own, evaluation, one_size, opened, patient)
         example = None
     given: Any = example if example is not None else known_example(model)
     calls = tuple(as_call(model, each) for each in (given if is_several(given) else [given]))
     return _read(model, calls, evaluation, one_size, patient=patient)
+
+
+def _types(calls: Iterable[Call]) -> list[torch.dtype]:
+    return [tensor.dtype for call in calls for tensor in call.tensors]
 
 
 def at_its_sizes(traced: Traced, call: Call) -> Traced:
