@@ -167,6 +167,21 @@ def test_a_bias_that_a_layer_gets_is_stored_as_its_weight(cast: bool) -> None:
     assert report.verify.verdict == "equivalent"
 
 
+def test_a_module_under_autocast_that_takes_no_fewer_samples() -> None:
+    """It is tried as it was called, in float64; and what runs in no float64 errs as what autocast computes in does."""
+
+    def forward(s: Any, ids: Tensor, offsets: Tensor) -> Tensor:
+        with bfloat16():
+            made: Tensor = s.l(s.b(s.e(ids, offsets)))
+        return made
+
+    model = Net(forward, e=nn.EmbeddingBag(20, 6, mode="mean"), b=norm(6, 1), l=nn.Linear(6, 3)).eval()
+    example = (torch.arange(15), torch.tensor([0, 4, 9]))
+    fused, report = bnfold.fuse(model, example=example)
+    assert report.batchnorms.after == 0
+    assert bnfold.verify(model, fused, [example]).verdict == "equivalent"
+
+
 def conditional(s: Any, x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, lambda t: s.d(t).clone(), lambda t: (s.e(t).float() + 1).clone(), (s.b(s.c(x)),))  # type: ignore[no-any-return]
 

@@ -7,7 +7,6 @@ and others, wherever the original runs.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -33,7 +32,7 @@ from ..export.other_calls import OtherCall, other_calls, shapes_text, users_shap
 from ..export.regions import kind_of
 from ..export.tensors import flat_outputs
 from ..export.trace import Traced, at_its_sizes
-from ..export.walk import frames, operator_name
+from ..export.walk import FLOATS, dtype_of, frames, operator_name
 from ..runtime.eager import Eager, alike, eager
 from ..runtime.interpreter import within_rounding
 from ..runtime.session import move_weights, seed_of, set_weights
@@ -161,13 +160,13 @@ class DifferentialTest:
         for exact, small in ((True, True), (True, False), (False, False)) if not _branches(traced) else ((False, False),):
             self.exact, self._reference = exact, eager(self._module, exact)
             read = [(each, *other_calls(each, small=small)) for each in (traced, *traced.others)]
-            self._read = [(each, own) for each, own, _ in read]
+            self._read = [(each, own if small else _running(each, own, self._reference)) for each, own, _ in read]
             self.traced = [own for _, own in self._read]
             self.others = [other for *_, others in read for other in others]
             if all(self._wanted(own.call) is not None for own in self.traced):
                 break
             self._expected.clear()
-        kinds = {t.dtype for t in itertools.chain(self._module.parameters(), self._module.buffers()) if t.is_floating_point()}
+        kinds = {kind for each, _ in self._read for op in each.program.graph.nodes if (kind := dtype_of(op)) in FLOATS}
         self._close = NEAR if self.exact else max((STORED_CLOSE.get(kind, HALF_CLOSE) for kind in kinds), default=NEAR)
 
     def holds(self, copy: nn.Module) -> bool:
@@ -212,6 +211,7 @@ def compared(reference: Traced, candidate: Traced) -> Elsewhere | None:
         return None
     original, copy = reference.model, candidate.model
     traced, others = other_calls(reference)
+    traced = _running(reference, traced, eager(original, True))
     exact = not _branches(reference) and all(eager(module, True)(traced.call) is not None for module in (original, copy))
 
     def moved(seed: int) -> Any:
@@ -232,6 +232,14 @@ def compared(reference: Traced, candidate: Traced) -> Elsewhere | None:
     tried = [(other.text, other.call) for other in others if not other.ranks]
     bounded = hasattr(copy, "_guards_fn")  # as torch's module of an exported program
     return Elsewhere(eager(original, exact).run, theirs, moved, stated + tried, bounded)
+
+
+def _running(traced: Traced, own: OtherCall, run: Eager) -> OtherCall:
+    """The traced call; as it was given, where a few samples of it alone don't run."""
+    given = traced.calls[0] if traced.calls else own.call
+    if run(own.call) is not None or run(given) is None:
+        return own
+    return OtherCall(given, shapes_text(traced, users_shapes(traced, given)))
 
 
 def _branches(traced: Traced) -> bool:
