@@ -126,7 +126,7 @@ def _read(array: npt.NDArray[Any], scale: Array, shift: Array, *, shifted: bool)
 def chain_errors(one: AffineChain, other: AffineChain) -> Iterator[tuple[str, UnitErrors]]:
     """Of the maps of affine operators in a row: scale and shift."""
     stored = (param.tensor for node in other.nodes for param in node.params.values() if param.tensor is not None)
-    unit, tiny = max(map(precision, (float(other.nodes[0].attrs["limit"]), *map(_rounded_in, stored))))
+    unit, tiny = max(map(precision, (float(other.nodes[0].attrs["limit"]), *map(rounded_in, stored))))
     limit = LIMIT if unit > DOUBLE else DOUBLE_LIMIT
     for role, want, have, magnitude in coefficients_of(one, other):
         measure = partial(_in_units_of, unit=unit, tiny=tiny)
@@ -234,11 +234,11 @@ def _limit(pair: ParameterPair) -> float:
     params = (b.params.get(its_role), a.params.get(role), *b.params.values(), *a.params.values())
     for tensor in (param.tensor for param in params if param is not None):
         if tensor is not None:
-            return _rounded_in(tensor)
+            return rounded_in(tensor)
     return float(a.attrs.get("limit", np.finfo(np.float32).max))
 
 
-def _rounded_in(tensor: Tensor) -> float:
+def rounded_in(tensor: Tensor) -> float:
     """The largest number of the type in which a tensor was rounded."""
     return tensor.limit if tensor.cast_from is None else tensor.cast_from
 

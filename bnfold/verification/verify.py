@@ -168,13 +168,14 @@ def _compared(both: Comparison, feeds: Iterable[Batch] | None, others: Iterable[
         findings = _run(both, findings, feeds, others)
     decided, reason = verdict(both, findings)
     layer, located = first_difference(both, findings) if decided == "different" else (None, None)
+    narrower = () if decided != "equivalent" or found is None or found.narrower in reason else (found.narrower,)
     report = VerifyReport(
         verdict=decided,
         levels=findings.levels,
         outputs=findings.outputs,
         first_difference=layer,
         reason=reason,
-        notes=findings.notes,
+        notes=(*findings.notes, *narrower),
         difference=None if located is None else located.difference,
         samples=findings.samples,
         data=both.data if findings.samples else "",

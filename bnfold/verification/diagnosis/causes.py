@@ -5,7 +5,7 @@ gives what the candidate holds, to rounding, is named. What nothing explains is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,7 @@ from bnfold.errors import BnfoldError
 
 from ..normal_form import Normal
 from ..pairing import NORMALISES, Pair, product_before
-from ..roundoff import type_of
+from ..roundoff import precision, rounded_in, type_of
 from .fold_mistakes import mistakes, other_statistics
 from .sides import Compared, Sides
 from .weights import Both, Coefficient, both_planned, channels_off, orders, worst_coefficient
@@ -67,6 +67,7 @@ def _explanations(
     yield from _another_operator(p, q)
     yield from _lacking_in_front(sides, p, q)
     if both is not None:
+        yield from _stored_narrower(sides, p, q, both)
         if len(sites) == 1:
             twin = _twin(sides.candidate, sides.reference, sites[0])
             kept = twin.attrs.get("norm") if twin is not None and twin in (q, *sides.candidate.sites.get(q, [])) else None
@@ -80,8 +81,9 @@ def _explanations(
     if compared is not None and mixes():
         yield "training mode: the candidate's output for one sample depends on the others in its batch"
     (one, _), (other, _) = sides.reference.plan.narrowest, sides.candidate.plan.narrowest
-    if other < one:
-        yield f"the candidate computes in {type_of(other)}, the reference in {type_of(one)}"
+    if other != one:
+        off = "" if both is None else f"; {channels_off(*both)}"
+        yield f"the candidate computes in {type_of(other)}, the reference in {type_of(one)}{off}"
 
 
 def is_right(pair: Pair) -> bool:
@@ -155,6 +157,17 @@ def _extra_behind(extra: Node, other: Node) -> Node | None:
         if before is not None and before.params.keys() == other.params.keys() and _of_one_kind(before, other):
             return before
     return None
+
+
+def _stored_narrower(sides: Sides, p: Node, q: Node, both: Both) -> Iterator[str]:
+    """Where that explains the coefficients."""
+    want, have = both
+    mine, theirs = (min((rounded_in(param.tensor) for param in n.params.values() if param.tensor is not None), default=0.0) for n in (p, q))
+    if 0 < theirs < mine:
+        rounded = replace(have, unit=precision(theirs)[0])
+        if rounded.is_explained(want.weight, want.bias, np.full_like(want.bias, np.abs(want.bias).max(initial=0.0))):
+            how = "computes" if sides.candidate.plan.narrowest[0] < sides.reference.plan.narrowest[0] else "stores its weights"
+            yield f"the candidate {how} in {type_of(theirs)}, the reference in {type_of(mine)}"
 
 
 def _twin(of: Normal, model: Normal, site: Node) -> Node | None:

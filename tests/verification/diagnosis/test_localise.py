@@ -415,22 +415,36 @@ def test_what_a_fold_by_hand_left_is_held_against_what_stands_behind_the_batchno
     assert (report.verdict, report.difference.channel) == ("different", 2)
 
 
-def product(*, half):
-    """A product and an activation, in float32 or between two casts."""
-    kind = np.float16 if half else np.float32
-    w, b = (np.random.default_rng(0).normal(size=shape).astype(kind) for shape in ((8, 6), 6))
-    nodes = [helper.make_node("Gemm", ["x.in" if half else "x", "w", "b"], ["h"], name="gemm")]
-    nodes += [helper.make_node("Relu", ["h"], ["y.out" if half else "y"], name="relu")]
-    if half:
-        nodes = [helper.make_node("Cast", ["x"], ["x.in"], to=10), *nodes, helper.make_node("Cast", ["y.out"], ["y"], to=1)]
+def product(*, computes=False, stores=False):
+    """A product and an activation: whether it computes in half precision, between casts, and whether its weights are stored so."""
+    kind = np.float16 if stores else np.float32
+    arrays = {"w": np.random.default_rng(0).normal(size=(8, 6)).astype(kind), "b": np.random.default_rng(1).normal(size=6).astype(kind)}
+    cast = {"x": computes, **dict.fromkeys(arrays, computes != stores)}
+    nodes = [helper.make_node("Cast", [k], [f"{k}.in"], to=10 if computes else 1) for k, needed in cast.items() if needed]
+    nodes += [helper.make_node("Gemm", [f"{k}.in" if needed else k for k, needed in cast.items()], ["h"], name="gemm")]
+    nodes += [helper.make_node("Relu", ["h"], ["y.out" if computes else "y"], name="relu")]
+    if computes:
+        nodes += [helper.make_node("Cast", ["y.out"], ["y"], to=1)]
     fed, given = (helper.make_tensor_value_info(name, 1, ["N", size]) for name, size in (("x", 8), ("y", 6)))
-    held = [onnx.numpy_helper.from_array(array, name) for name, array in (("w", w), ("b", b))]
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
     graph = helper.make_graph(nodes, "g", [fed], [given], held)
     return from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10))
 
 
 def test_a_candidate_in_half_precision_is_said_to_be():
-    report = verify(product(half=False), product(half=True))
+    report = verify(product(), product(computes=True, stores=True))
     assert report.verdict == "different"
     assert report.reason.startswith("the candidate computes in float16 (")
     assert "the candidate computes in float16, the reference in float32" in report.difference.cause
+
+
+def test_a_candidate_stored_in_half_precision_is_said_to_be():
+    report = verify(product(), product(stores=True))
+    assert report.verdict == "different"
+    assert "the candidate stores its weights in float16, the reference in float32" in report.difference.cause
+
+
+def test_a_candidate_that_computes_in_half_precision_with_the_references_weights_is_equivalent_with_a_note():
+    report = verify(product(), product(computes=True))
+    assert report.verdict == "equivalent"
+    assert any("the candidate computes in float16" in text for text in (report.reason, *report.notes))

@@ -112,6 +112,24 @@ def test_causes(name: str) -> None:
     assert re.search(cause, report.difference.cause), report.difference
 
 
+def test_a_module_in_half_precision_may_take_wider_numbers() -> None:
+    """It casts them itself."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*network()[:3]).half()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.net(x.half()).float()
+
+    report = bnfold.verify(nn.Sequential(*network()[:3]), bnfold.fuse(Half().eval(), example=X)[0], X)
+    assert (report.verdict, report.first_difference) == ("different", "0"), report
+    assert report.reason.startswith("the candidate computes in float16 (")
+    assert report.difference is not None
+    assert "the candidate computes in float16" in report.difference.cause
+
+
 @pytest.mark.parametrize("name", ["epsilon", "padding", "order"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_either_side_may_be_onnx(name: str, side: int, tmp_path: Path) -> None:
