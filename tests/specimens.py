@@ -294,7 +294,9 @@ SPECIMENS = [
         unknown=(3,),
     ),
     Specimen("x + y", "Add", [IMAGE, IMAGE], lambda _, xs: xs[0] + xs[1], always, same_scale),
-    Specimen("x - y", "Add", [IMAGE, IMAGE], lambda _, xs: xs[0] - xs[1], always, same_scale, {"signs": (1, -1)}),
+    Specimen("x - y", "Add", [IMAGE, IMAGE], lambda _, xs: xs[0] - xs[1], always, same_scale, {"multiples": (1, -1)}),
+    Specimen("x + 2.5*y", "Add", [IMAGE, IMAGE], lambda _, xs: xs[0] + 2.5 * xs[1], always, same_scale, {"multiples": (1, 2.5)}),
+    Specimen("x + 0*y", "Add", [IMAGE, IMAGE], lambda _, xs: xs[0], always, same_scale, {"multiples": (1, 0)}),
     Specimen("x + y + z", "Add", [IMAGE] * 3, lambda _, xs: xs[0] + xs[1] + xs[2], always, same_scale),
     Specimen("y is broadcast", "Add", [IMAGE, (3, 1, 6)], lambda _, xs: xs[0] + xs[1], along(1, 3), same_scale),
     Specimen(
@@ -304,7 +306,7 @@ SPECIMENS = [
         lambda _, xs: xs[0] - xs[1],
         lambda a: not a.varying,
         same_scale,
-        {"signs": (1, -1)},
+        {"multiples": (1, -1)},
     ),
     # products
     Specimen("x * y", "Mul", [IMAGE, IMAGE], lambda _, xs: xs[0] * xs[1], unshifted, each(unshifted)),

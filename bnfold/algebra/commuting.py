@@ -204,22 +204,22 @@ def _into_one(node: Node, takers: Iterable[int], own: Callable[[int], Affine], r
 
 
 def add_up(node: Node, a: Affine) -> list[Step]:
-    """s*(x + y) + t = (s*x + t) + s*y: the shift goes to any one branch (with its sign)."""
-    signs = node.attrs.get("signs", (1,) * len(node.inputs))
-    takers = range(len(signs) if a.shift.any() else 1)
-    return _into_one(node, takers, lambda k: Affine(a.scale, signs[k] * a.shift), a.linear)
+    """s*(x + n*y) + t = (s*x + t) + n*s*y = s*x + n*(s*y + t/n): the shift goes to any one branch of which there is some."""
+    multiples = node.attrs.get("multiples", (1,) * len(node.inputs))
+    takers = [k for k, n in enumerate(multiples) if n] if a.shift.any() else range(1)
+    return _into_one(node, takers, lambda k: Affine(a.scale, a.shift / multiples[k]) if multiples[k] else a, a.linear)
 
 
 def add_down(node: Node, maps: list[Affine]) -> list[Step]:
-    """(s*x + t) + (s*y + u) = s*(x + y) + (t + u): the scales must agree."""
+    """(s*x + t) + n*(s*y + u) = s*(x + n*y) + (t + n*u): the scales must agree."""
     scale = maps[0].scale
     for a in maps[1:]:
         if not (scale == a.scale).all():
             raise Blocked("its branches would need the same scale")
         scale = scale if scale.ndim >= a.scale.ndim and scale.size >= a.scale.size else a.scale
     shift: Array = np.zeros(())
-    for sign, a in zip(node.attrs.get("signs", (1,) * len(maps)), maps, strict=True):
-        shift = shift + sign * a.shift
+    for multiple, a in zip(node.attrs.get("multiples", (1,) * len(maps)), maps, strict=True):
+        shift = shift + multiple * a.shift
     return [Step([_of_rank(Affine(scale, shift), node)])]
 
 

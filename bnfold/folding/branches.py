@@ -78,12 +78,12 @@ def merge(graph: Graph, may: May = always, earlier: Iterable[Merge] = ()) -> lis
     for add in [node for node in graph.nodes if node.op == "Add" and len(node.inputs) == 2 and node.inputs[0] is not node.inputs[1]]:
         if not add.output.users and not add.output.is_output:
             continue
-        signs = add.attrs.get("signs", (1, 1))
+        multiples = add.attrs.get("multiples", (1, 1))
         for host, branch, kept in _pairings(add):
             delta = _as_kernel_of(graph, host, branch, summands)
-            if delta is None or host.node is None or not may(add, branch.node, kept):
+            if delta is None or host.node is None or not multiples[kept] or not may(add, branch.node, kept):
                 continue
-            changes = _changes(host.node, delta, signs[kept], signs[1 - kept])
+            changes = _changes(host.node, delta, multiples[kept], multiples[1 - kept])
             if changes is None:
                 continue
             weight = host.node.params["weight"]
@@ -97,7 +97,7 @@ def merge(graph: Graph, may: May = always, earlier: Iterable[Merge] = ()) -> lis
     return done
 
 
-def _changes(host: Node, delta: _Delta, sign: int, other: int) -> dict[str, Affine] | None:
+def _changes(host: Node, delta: _Delta, own: float, other: float) -> dict[str, Affine] | None:
     """What becomes of the host's parameters; None where one would overflow its stored type."""
     changes = {}
     for role, array in (("weight", delta.weight), ("bias", delta.bias)):
@@ -107,7 +107,7 @@ def _changes(host: Node, delta: _Delta, sign: int, other: int) -> dict[str, Affi
         if param is None:
             continue
         if param.tensor is not None or param.update is not None or array.any():
-            changes[role] = Affine(np.asarray(float(sign)), other * array)
+            changes[role] = Affine(np.asarray(float(own)), other * array)
     try:
         for role, change in changes.items():
             fits_type(host, role, host.params[role], change)

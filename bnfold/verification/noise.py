@@ -131,7 +131,9 @@ def numbers(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 
 def variation(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
-    """By how much of the first one's largest number two arrays of one shape differ, at most."""
+    """By how much of the first one's largest number two arrays differ, at most; without end where their shapes do."""
+    if one.shape != other.shape:
+        return np.inf
     if one.dtype.kind not in "fc":
         return np.inf if (one != other).any() else 0.0
     finite = np.isfinite(one) & np.isfinite(other)

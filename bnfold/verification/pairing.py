@@ -140,8 +140,8 @@ def _keys(graph: Graph) -> dict[Value, int]:
 
 
 def _commutes(node: Node) -> bool:
-    signs, factors = node.attrs.get("signs", ()), node.attrs.get("factors", len(node.inputs))
-    return node.op in COMMUTATIVE and len(set(signs)) <= 1 and factors == len(node.inputs)
+    multiples, factors = node.attrs.get("multiples", ()), node.attrs.get("factors", len(node.inputs))
+    return node.op in COMMUTATIVE and len(set(multiples)) <= 1 and factors == len(node.inputs)
 
 
 # --- counterparts, also where the structures differ -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from .sides import Compared, Sides
 from .weights import Both, Coefficient, both_planned, channels_off, orders, worst_coefficient
 
 UNEXPLAINED = "nothing that was tried explains it"
-SETTINGS = ("groups", "window", "x", "w", "y", "axis", "axes", "signs", "factors")  # they decide which places an operator reads
+SETTINGS = ("groups", "window", "x", "w", "y", "axis", "axes", "multiples", "factors")  # they decide which places an operator reads
 MIXED = 1e3  # units of roundoff of the largest number: another batch moves a sample by more than this, if by anything
 
 

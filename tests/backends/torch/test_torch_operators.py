@@ -173,6 +173,31 @@ class Windows(nn.Module):
         return self.linear(self.cut(self.norm(x)))
 
 
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a multiple": lambda x, y: torch.add(x, y, alpha=2.5),
+    "nothing of it": lambda x, y: torch.add(x, y, alpha=0),
+    "less a multiple": lambda x, y: torch.sub(x, y, alpha=0.5),
+    "from a multiple": lambda x, y: torch.rsub(x, y, alpha=-3),
+    "a multiple beside zeros": lambda x, y: torch.add(torch.zeros_like(y), y, alpha=2),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_with_multiples(kind: str) -> None:
+    """Of two convolutions, which become one where they can."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1), lively(nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.norm(SUMS[kind](self.one(x), self.two(x)))
+            return found
+
+    assert ("zeros_like blocks" in folded(Sum(), 2, 3, 5, 5)) == ("zeros" in kind)
+
+
 def test_windows_of_a_sequence() -> None:
     assert folded(Windows(lambda x: x.unfold(2, 3, 2).movedim(1, 2).flatten(2), 18, 6), 2, 6, 9) == ""
 

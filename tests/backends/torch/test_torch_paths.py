@@ -311,6 +311,20 @@ def test_a_padding_whose_width_is_computed(width: Any, example: Any, stay: int) 
         assert not stay or "pad pad blocks" in kept(report)["b"]
 
 
+def test_other_data_may_give_other_sizes() -> None:
+    """Where verify feeds others, to see that they reach the layers."""
+
+    def forward(s: Any, x: Tensor, n: Tensor) -> Tensor:
+        length = n.item()
+        torch._check(length >= 1)
+        torch._check(length < 6)
+        made: Tensor = s.b(s.c(x)[..., :length])  # type: ignore[misc]
+        return made
+
+    module, example = Net(forward, c=nn.Conv1d(3, 4, 3), b=norm(4, 1)).eval(), (data(2, 3, 8), torch.tensor(2))
+    assert bnfold.verify(module, bnfold.fuse(module, example=example)[0], [example]).verdict == "equivalent"
+
+
 def same(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """Padded as TensorFlow does."""
     sides = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[-2:]]

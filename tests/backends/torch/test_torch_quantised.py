@@ -184,7 +184,7 @@ WRITTEN: dict[str, Callable[[Any], Tensor]] = {
     "rounded past the gradient": lambda s: ((s.w / s.s).round() - s.w / s.s).detach().add(s.w / s.s).clamp(*INT8) * s.s,
     "one scale that is a number": lambda s: around(s.w / 0.02) * 0.02,
     "one scale that is computed": lambda s: around(s.w / s.s.mean().exp()) * s.s.mean().exp(),
-    "signs": lambda s: s.w.sign() * s.s,
+    "multiples": lambda s: s.w.sign() * s.s,
     "stored": lambda s: s.q.float() * s.s,
     "stored, a zero point": lambda s: (s.q.to(torch.int32) - 3) * s.s,
     "stored, transposed behind": lambda s: (s.q.float().transpose(0, 1) * s.s.transpose(0, 1)).transpose(0, 1),

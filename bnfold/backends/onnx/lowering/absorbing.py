@@ -244,7 +244,7 @@ def arithmetic(ctx: OnnxLowering, node: ir.Node) -> None:
         if scales:
             scaled(ctx, node, scales[0][0], *scales[0][1])
         elif kind in ("add", "sub"):
-            pointwise(ctx, node, "Add", *operands, signs=(1, 1 if kind == "add" else -1))
+            pointwise(ctx, node, "Add", *operands, multiples=(1, 1 if kind == "add" else -1))
         else:
             pointwise(ctx, node, "Mul", *operands, factors=2 if kind == "mul" else 1)
         return

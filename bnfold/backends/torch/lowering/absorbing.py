@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.fx import Node as Op
@@ -213,12 +214,13 @@ def _combined(ctx: TorchLowering, op: Op, kind: str, keys: tuple[str, str], alph
     if alpha is None:
         raise Blocked("it adds a computed multiple")
     if all(flows):
-        if kind == "add" and (kept := _beside_zeros(ctx, op, one, other) or _beside_zeros(ctx, op, other, one)) is not None:
+        beside = [_beside_zeros(ctx, op, one, other), _beside_zeros(ctx, op, other, one) if alpha == 1 else None]
+        if kind == "add" and (kept := beside[0] or beside[1]) is not None:
             pointwise(ctx, op, "Identity", kept)
         elif kind in ("add", "sub"):
-            if alpha != 1:
-                raise Blocked("it adds a multiple")
-            pointwise(ctx, op, "Add", one, other, signs=(1, 1 if kind == "add" else -1))
+            if not math.isfinite(alpha):
+                raise Blocked("the multiple that it adds isn't finite")
+            pointwise(ctx, op, "Add", one, other, multiples=(1, alpha if kind == "add" else -alpha))
         else:
             pointwise(ctx, op, "Mul", one, other, factors=2 if kind == "mul" else 1)
         return

@@ -211,10 +211,10 @@ def as_called(exact: Array, role: str, merges: Sequence[Merge]) -> Array:
     Branches that are modules give zeros there. A value that is added itself is still added, so the host goes without it.
     """
     for m in reversed(merges):
-        signs = m.add.attrs.get("signs", (1, 1))
+        multiples = m.add.attrs.get("multiples", (1, 1))
         if m.branch is None and role == "weight":
-            exact = exact - signs[1 - m.kept_input] * m.delta
-        exact = signs[m.kept_input] * exact
+            exact = exact - multiples[1 - m.kept_input] * m.delta
+        exact = exact / multiples[m.kept_input]
     return exact
 
 
