@@ -228,7 +228,8 @@ def _changes(paths: list[Path]) -> bool:
 
 
 def unexercised(traced: Traced) -> str:
-    """Which arguments of a module's forward had one value, that is no tensor, in all calls: no trace shows what another does."""
+    """Which arguments of a module's forward had one value, that is no tensor, or one structure in all calls: no trace shows what another
+    does."""
     assert isinstance(traced.model, nn.Module)
     try:
         signature = inspect.signature(traced.model.forward)
@@ -239,11 +240,12 @@ def unexercised(traced: Traced) -> str:
         bound = signature.bind(*call.args, **call.kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
-            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD and value:
                 for key, each in value.items():
                     seen.setdefault(key, []).append(each)
-            elif signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
-                seen.setdefault(name, []).append(value)
+            elif kind is not inspect.Parameter.VAR_POSITIONAL or not value:
+                seen.setdefault({kind.VAR_KEYWORD: "**", kind.VAR_POSITIONAL: "*"}.get(kind, "") + name, []).append(value)
     names = [name for name, values in seen.items() if _fixed(values)]
     if not names:
         return ""
@@ -255,11 +257,17 @@ def unexercised(traced: Traced) -> str:
 
 
 def _fixed(values: list[Any]) -> bool:
-    if any(isinstance(leaf, Tensor) for value in values for leaf in pytree.tree_leaves(value)):
-        return False
+    if any(map(_holds_tensors, values)):
+        return not isinstance(values[0], Tensor) and len({str(pytree.tree_structure(value)) for value in values}) == 1
     return all(type(value) is type(values[0]) and value == values[0] for value in values)
 
 
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def _brief(value: Any) -> str:
+    if _holds_tensors(value):
+        return f"a {type(value).__name__}" + (f" of {len(value)}" if hasattr(value, "__len__") else "")
     text = repr(value)
     return text if len(text) <= 24 else f"{text[:21]}..."

@@ -226,6 +226,22 @@ def test_arguments_that_were_not_exercised_are_named() -> None:
     assert bnfold.fuse(plain, example=x)[1].notes == ()
 
 
+class Several(nn.Module):
+    """What else a call may hold more or less of, and the code ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 3), norm(4, 1)
+
+    def forward(self, xs: list[Tensor], *more: Any, **others: Any) -> Tensor:
+        return self.a(xs[0]) if len(xs) > 2 or more or others else self.b(self.a(xs[0]))
+
+
+def test_structures_that_were_not_exercised_are_named() -> None:
+    report = bnfold.fuse(Several().eval(), example=([data(2, 3, 9)] * 2,))[1]
+    assert any("xs=a list of 2, *more=(), **others={} alone" in note for note in report.notes), report.notes
+
+
 def test_several_calls_as_the_example() -> None:
     x = data(2, 3, 9)
     calls: list[Any] = [(x,), {"x": x, "features": True}]
