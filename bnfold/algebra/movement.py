@@ -46,8 +46,9 @@ def _up(node: Node, a: Affine, shrink: bool) -> list[Affine]:
         for c in (a.scale, a.shift):
             flat = np.full(ends[-1], np.nan)
             wanted = _over(c, ids.shape)
-            flat[ids] = wanted
-            if not _same(flat[ids], wanted):
+            known = ~np.isnan(wanted)
+            flat[ids[known]] = wanted[known]
+            if (flat[ids[known]] != wanted[known]).any():
                 raise Blocked("copies of one element would need different maps")
             both.append(np.split(flat, ends[:-1]))
         for shape, scale, shift in zip(shapes, *both, strict=True):

@@ -165,10 +165,7 @@ def _with_clones(graph: Graph, site: Site) -> Outcome | None:
 
 
 def _may_go_down(site: Site) -> bool:
-    """A constant Mul or Add that isn't a BatchNorm goes down only if it is preprocessing.
-
-    Elsewhere it may belong to a pattern that runtimes know (a layer normalisation written out), which must stay whole.
-    """
+    """A constant Mul or Add goes down only as preprocessing: elsewhere it may belong to a layer normalisation, which must stay whole."""
     return site.is_batchnorm or all(node.inputs[0].producer is None for node in site.nodes)
 
 
@@ -227,7 +224,12 @@ def _push_up(graph: Graph, site: Site, *, scale_alone: bool = False) -> Draft:
 
 
 def _wanted(value: Value, demands: Maps) -> Affine:
-    """What the users of a value, taken together, want to happen to it; elements that none of them reads are free."""
+    """What the users of a value, taken together, want to happen to it."""
+    return _agreed(value, demands).settled()
+
+
+def _agreed(value: Value, demands: Maps) -> Affine:
+    """The same, in which elements that none of them reads are free (NaN)."""
     wishes: list[tuple[str, Affine]] = []
     all_as_is = False
     for user, i in value.users:
@@ -238,28 +240,24 @@ def _wanted(value: Value, demands: Maps) -> Affine:
             all_as_is |= user.op != "Move"
     if value.is_output:
         wishes.append(("is an output of the model", Affine.identity(value.rank or 0)))
-    merged = None
+    merged = Affine(*[np.full((1,) * (value.rank or 0), np.nan)] * 2)
     # those who want a map come first, so that a conflict names one who doesn't
     for clause, a in sorted(wishes, key=lambda wish: bool(np.nan_to_num(wish[1].scale, nan=1.0).min() == 1) and wish[1].is_identity):
-        if merged is None:
-            merged = a
-            continue
         scales, shifts = np.broadcast_arrays(merged.scale, a.scale), np.broadcast_arrays(merged.shift, a.shift)
         for one, other in (scales, shifts):
             if ((one != other) & ~np.isnan(one) & ~np.isnan(other)).any():
                 raise Shared(f"its output {clause}", value, [use for use in value.users if use in demands])
         merged = Affine(*(np.where(np.isnan(one), other, one) for one, other in (scales, shifts)))
-    return Affine.identity(value.rank or 0) if merged is None else merged.settled()
+    return merged
 
 
 def _as_is(user: Node, i: int, value: Value) -> Affine:
-    """The identity on all that a user reads of a value; a move may leave some of it unread, and that is free."""
+    """The identity on all that a user reads of a value; a move may leave some of it unread, or those behind it, and that is free."""
     if user.op == "Move" and user.output.rank is not None:
         if "reads" not in user.attrs:  # the same for every site: what an operator moves doesn't change
-            try:
-                user.attrs["reads"] = move_up(user, Affine.identity(user.output.rank), shrink=False)
-            except Blocked:
-                user.attrs["reads"] = None
+            user.attrs["reads"] = None
+            with contextlib.suppress(Blocked):
+                user.attrs["reads"] = move_up(user, _agreed(user.output, {}), shrink=False)
         if user.attrs["reads"] is not None:
             return user.attrs["reads"][i]  # type: ignore[no-any-return]
     return Affine.identity(value.rank or 0)

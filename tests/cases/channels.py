@@ -190,6 +190,15 @@ def _(net: Net) -> None:
     net.output(*[net.bn(p, 3) for p in parts])
 
 
+@CASES.case("two parts of one conv with the channels last, a BatchNorm on each, and a part that nobody reads", 16)
+def _(net: Net) -> None:
+    y = net.conv(net.input("N", 4, 5, 7), 4, 6)
+    for i, places in enumerate(((0, 3, 1), (5, 4), (2,))):
+        part = net.transpose(net.op("Gather", net.transpose(y, 0, 2, 3, 1), net.ints(*places), axis=3), 0, 3, 1, 2)
+        if i < 2:
+            net.output(net.bn(part, len(places)))
+
+
 @CASES.case("two slices of one conv, a BatchNorm on each", 16)
 def _(net: Net) -> None:
     """Two users, who read different channels."""
