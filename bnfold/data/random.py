@@ -38,15 +38,21 @@ def random_feeds(
         elif spec.shape and isinstance(spec.shape[0], str):
             known.setdefault(spec.shape[0], batch)
 
+    shapes = usual_shapes(specs, batch, known) | {name: tuple(shape) for name, shape in wanted.items()}
+    rng = np.random.default_rng(seed)
+    return {spec.name: _lively(rng, spec, shapes[spec.name], known) for spec in specs}
+
+
+def usual_shapes(specs: Sequence[InputSpec], batch: int, known: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of each input's random data. known: the sizes of symbols, to which those that get one here are added."""
     shapes = {}
     for spec in specs:
         made: tuple[int, ...] = ()
         for axis, d in enumerate(spec.shape):
             usual = batch if axis == 0 else {4: 64, 5: 32}.get(len(spec.shape), 16) if axis >= 2 else 16
             made += (d if isinstance(d, int) else usual if d is None else known.setdefault(d, usual),)
-        shapes[spec.name] = tuple(wanted.get(spec.name, made))
-    rng = np.random.default_rng(seed)
-    return {spec.name: _lively(rng, spec, shapes[spec.name], known) for spec in specs}
+        shapes[spec.name] = made
+    return shapes
 
 
 def check_shapes(wanted: Mapping[str, Sequence[int]], specs: Sequence[InputSpec]) -> None:

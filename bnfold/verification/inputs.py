@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.data import Batch, as_batches
-from bnfold.data.random import whole_numbers
+from bnfold.data.random import usual_shapes, whole_numbers
 from bnfold.data.samples import ROWS, Run, fixed_size, rows_are_samples, sample_inputs
 from bnfold.errors import BnfoldError, UnsupportedError, UsageError
 from bnfold.model import Model
@@ -63,7 +63,7 @@ def in_parts(reference: Model, candidate: Model, most: int = ROWS) -> tuple[Mode
     """
     specs = reference.inputs()
     batch = fixed_size(specs)
-    size = sum(math.prod(n for n in spec.shape if isinstance(n, int)) for spec in specs)  # an open axis counts as one
+    size = sum(map(math.prod, usual_shapes(specs, 1, {}).values()))
     if batch is None or batch <= ROWS or size <= LARGE:
         return reference, candidate, ()
     count = FEW_SAMPLES if size > LARGE * batch else most
@@ -80,8 +80,10 @@ def in_parts(reference: Model, candidate: Model, most: int = ROWS) -> tuple[Mode
 def _of_rows(subject: Model, batch: int, count: int) -> Model | None:
     """The model with so many samples in a batch, where each is computed by itself."""
     whole, fewer = subject.of_fewer(count), subject.of_fewer(count - 1)
-    outputs = [port.shape for port in subject.ports()[2]]
-    if whole is None or fewer is None or any(shape is None or shape[:1] != (batch,) for shape in outputs):
+    if whole is None or fewer is None:
+        return None
+    given = [(port.shape or (), n) for side, n in ((whole, count), (fewer, count - 1)) for port in side.ports()[2]]
+    if any(shape[:1] != (n,) for shape, n in given):
         return None
     names = {spec.name for spec in subject.inputs() if spec.shape[:1] == (batch,)}
     runs = {count: outputs_of(whole), count - 1: outputs_of(fewer)}

@@ -66,6 +66,14 @@ def test_an_example_of_a_fixed_batch(end):
     assert (report.verify.verdict, report.verify.samples) == ("equivalent", 2 if ENDS[end][1] else BATCH)
 
 
+def test_sizes_that_the_file_leaves_open():
+    net = Net("open")
+    net.output(net.relu(net.bn(net.conv(net.input(BATCH, 3, "H", "W"), 3, 8, 3), 8)))
+    model = net.model()
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    assert bnfold.fuse(model)[1].verify.samples == 2
+
+
 def test_a_name_that_is_taken():
     model = network("sizes that name the batch")
     told = next(node for node in model.graph.node if node.op_type == "Reshape")

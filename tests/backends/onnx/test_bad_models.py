@@ -19,6 +19,7 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 import bnfold
 from bnfold.backends.onnx.files.load import from_proto, load, save
+from bnfold.backends.onnx.oracle.evaluator import Oracle
 from bnfold.errors import BnfoldError, ModelError, UnsupportedError
 from tests.conftest import small_model
 
@@ -562,3 +563,21 @@ def test_words_of_one_name_differ_by_operator(direction: str, valid: bool) -> No
     graph = helper.make_graph([helper.make_node("BitShift", ["x", "y"], ["z"], direction=direction)], "shift", ends[:2], ends[2:])
     with contextlib.nullcontext() if valid else pytest.raises(ModelError, match="'forward', which is none of LEFT, RIGHT"):
         from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def test_an_operator_of_somebody_elses_that_has_a_standard_name() -> None:
+    """Where no rank is stated, operators are asked for theirs: not this one."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[3, 4] x) => (z)'
+        " <float[4] v = {1, 2, 3, 4}> { y = BatchNormalization (x, v, v, v, v) z = com.microsoft.MatMul (y) }"
+    )
+    (layer,) = bnfold.inspect(model).layers
+    assert "MatMul" in layer.reason
+
+
+def test_an_operator_that_its_opset_lacks_does_not_run() -> None:
+    model = small_model()
+    model.opset_import[0].version = 6
+    model.graph.node.insert(0, helper.make_node("DeformConv", ["x", "x", "x"], ["deformed"]))
+    with pytest.raises(UnsupportedError, match="lacks the operator DeformConv of opset 6"):
+        Oracle(from_proto(model))

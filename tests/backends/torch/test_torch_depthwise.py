@@ -33,6 +33,11 @@ def test_what_a_kernel_does_not_fit_into_is_left_to_pytorch() -> None:
         depthwise.called(aten.conv2d.default, (x, weight, None, [2, 2], [0, 0], [1, 1], 2), {})
 
 
+def test_what_is_no_tensor_is_left_to_pytorch() -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        depthwise.called(aten.conv2d.default, (None, torch.zeros(2, 1, 3, 3), None, [1, 1], [0, 0], [1, 1], 2), {})
+
+
 def test_it_serves_depthwise_convolutions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[tuple[int, ...]] = []
     monkeypatch.setattr(depthwise, "_by_taps", lambda **given: served.append(tuple(given["weight"].shape)))

@@ -391,3 +391,11 @@ def test_what_onnx_has_no_operator_for_is_named(tmp_path: Path) -> None:
     ):
         bnfold.save(Simulated().eval(), tmp_path / "model.onnx", example=X)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_pytorch_can_not_write(net: nn.Module, tmp_path: Path) -> None:
+    program = torch.export.export(net, (X,))
+    program.module_call_graph[0].fqn = 1  # among names: as a damaged file may have it
+    with pytest.raises(bnfold.UnsupportedError, match="can't write the program"):
+        bnfold.save(program, tmp_path / "net.pt2")
+    assert [each.name for each in tmp_path.iterdir()] == ["net.py"]

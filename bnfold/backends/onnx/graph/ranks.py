@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
+from .walk import MICROSOFT, is_standard
+
 # Operators that give as many axes as they take.
 ALIKE = {
     "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Bernoulli", "Cast", "CastLike", "Ceil", "Celu", "Clip",
@@ -21,8 +23,9 @@ ALIKE = {
     "MeanVarianceNormalization", "LpNormalization", "LRN", "Conv", "ConvTranspose", "DeformConv", "MaxPool",
     "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "Resize", "Upsample", "Pad", "Slice",
     "Split", "Transpose", "DepthToSpace", "SpaceToDepth", "Tile", "ScatterElements", "Scatter", "ScatterND", "Concat",
-    "FusedConv", "NhwcFusedConv", "FastGelu", "QuickGelu", "BiasGelu",
 }  # fmt: skip
+FUSED = {"FusedConv", "NhwcFusedConv", "FusedGemm", "FastGelu", "QuickGelu", "BiasGelu"}  # ONNX Runtime's own
+ALIKE |= FUSED - {"FusedGemm"}
 BROADCAST = {"Add", "Sub", "Mul", "Div", "Pow", "Sum", "Mean", "Max", "Min", "Where", "PRelu"}
 GROWS = {"Squeeze": 1, "Unsqueeze": -1}  # how many axes of the input each axis that is named stands for
 FIXED = {"DepthToSpace": 4, "SpaceToDepth": 4, "Gemm": 2, "FusedGemm": 2, "LSTM": 3, "GRU": 3, "RNN": 3}
@@ -31,10 +34,15 @@ Ranks = dict[str, int]
 Settings = dict[str, onnx.AttributeProto]
 
 
+def _known(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The operators that are what their names say here."""
+    return (node for node in graph.node if is_standard(node) or (node.domain == MICROSOFT and node.op_type in FUSED))
+
+
 def channels(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]]) -> Ranks:
     """How many channels values have, along axis 1, by the weights of the operators around them. shapes: of the weights."""
     found: Ranks = {}
-    for node in graph.node:
+    for node in _known(graph):
         weight = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
         if node.op_type in ("BatchNormalization", "InstanceNormalization") and len(weight) == 1:
             found |= dict.fromkeys((node.input[0], node.output[0]), weight[0])
@@ -50,7 +58,7 @@ def told(graph: onnx.GraphProto, known: Ranks) -> Ranks:
     lengths |= {
         node.output[0]: a.t.dims[0] for node in graph.node if node.op_type == "Constant" for a in node.attribute if len(a.t.dims) == 1
     }
-    nodes = [(node, {a.name: a for a in node.attribute}) for node in graph.node if node.input and node.output]
+    nodes = [(node, {a.name: a for a in node.attribute}) for node in _known(graph) if node.input and node.output]
     found: Ranks = {}
     ranks = dict(known)
     while True:

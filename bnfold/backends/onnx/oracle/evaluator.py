@@ -164,6 +164,8 @@ class _Evaluator(ReferenceEvaluator):
             return lambda node, run_params: _Call(node, run_params, impl=called)
         where = f"{domain + '::' if domain else ''}{node.op_type} of opset {opset} (node {node.name or node.output[0]!r})"
         try:
+            if domain == "":
+                onnx.defs.get_schema(node.op_type, max(opset, 1), domain)  # the evaluator runs it in sets that are older than it
             found = super()._load_impl(node, input_types)
         except RuntimeContextError:
             raise  # the caller asks again, with the types

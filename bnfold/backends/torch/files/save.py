@@ -66,7 +66,7 @@ def save(
     if suffix == ".pt2":
         program = model if isinstance(model, ExportedProgram) else trace(model, example, patient=True).runnable
         with _written(target) as file, quiet():
-            torch.export.save(program, file, extra_files=_stated(model) or None)
+            _write_program(program, file, _stated(model))
         return
     assert isinstance(model, nn.Module)
     if suffix == ".pt" and not as_state:
@@ -106,6 +106,15 @@ def _stated(model: nn.Module | ExportedProgram) -> dict[str, str]:
     """The certificate by its key, where there is one."""
     text = text_of(model)
     return {} if text is None else {KEY: text}
+
+
+def _write_program(program: ExportedProgram, file: IO[bytes], stated: dict[str, str]) -> None:
+    try:
+        torch.export.save(program, file, extra_files=stated or None)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # as it does on what a damaged file made it read
+        raise UnsupportedError(f"torch.export can't write the program ({one_line(error)}); export the model again") from None
 
 
 def _write_pickle(model: nn.Module, file: IO[bytes]) -> None:

@@ -25,8 +25,10 @@ def called(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     return function(*args, **kwargs)
 
 
-def _is_served(input: Tensor, weight: Tensor, *, groups: int = 1, transposed: bool = False, **_: Any) -> bool:
+def _is_served(input: Any, weight: Any, *, groups: int = 1, transposed: bool = False, **_: Any) -> bool:
     """Whether it is a depthwise convolution of batches in float64, each channel by a kernel of its own."""
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        return False  # as a file may say that has to be refused
     kinds = {(tensor.dtype, tensor.device.type, tensor.layout) for tensor in (input, weight)}
     own = weight.ndim > 2 and weight.shape[:2] == (groups, 1) and groups > 1 and not transposed
     return own and kinds == {(torch.float64, "cpu", torch.strided)} and input.ndim == weight.ndim and input.shape[1] == groups
