@@ -82,14 +82,6 @@ class Tensor:
     raw: Callable[[], npt.NDArray[Any]] | None = None
     extents: dict[Any, Any] = field(default_factory=dict)  # by layout and axes, once somebody asked (see `blocks.measured`)
 
-    def as_floats(self, *, multiplied: bool = False) -> str:
-        """What is to be said where it is rewritten in floats, or multiplied by some; "" where it was in floats before."""
-        if self.quantised is not None:
-            return f"{self.name}, which was stored as integers, becomes floats: a shift is no whole number of its steps"
-        if multiplied:
-            return f"{self.name} is multiplied by a factor for each channel, and none of the integers that it is computed from changes"
-        return f"{self.name}, which was computed from integers, becomes floats" if self.integers else ""
-
 
 @dataclass(eq=False)
 class Param:

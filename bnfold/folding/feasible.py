@@ -85,10 +85,17 @@ def rescaled(graph: Graph, node: Node, role: str, update: Affine | None = None) 
 
 
 def said_of_integers(node: Node, param: Param, *, multiplied: bool = False) -> str:
-    """What is to be said of the integers that a parameter scales, or is computed from, where it is rewritten, or multiplied."""
+    """What is to be said of the integers that a parameter scales, or is computed from, where it is rewritten, or multiplied by floats."""
     if node.attrs.get("scales_integers") and param.update is not None:
         return said_of_scale(node.name, grown=_becomes_several(param, param.update))
-    return "" if param.tensor is None else param.tensor.as_floats(multiplied=multiplied)
+    tensor = param.tensor
+    if tensor is None:
+        return ""
+    if tensor.quantised is not None:
+        return f"{tensor.name}, which was stored as integers, becomes floats: a shift is no whole number of its steps"
+    if multiplied:
+        return f"{tensor.name} is multiplied by a factor for each channel, and none of the integers that it is computed from changes"
+    return f"{tensor.name}, which was computed from integers, becomes floats" if tensor.integers else ""
 
 
 def _becomes_several(param: Param, update: Affine) -> bool:
