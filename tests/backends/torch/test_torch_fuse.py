@@ -708,6 +708,12 @@ def test_a_network_that_cant_be_exported_is_refused_by_name() -> None:
         bnfold.fuse(net, example=IMAGE)
 
 
+def test_a_cumulative_average_in_training_mode_is_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None))
+    with pytest.raises(bnfold.UnsupportedError, match=r"module 1 \(BatchNorm2d, a cumulative average in training mode: call eval"):
+        bnfold.fuse(net, example=torch.randn(2, 3, 8, 8))
+
+
 def test_an_example_is_asked_for() -> None:
     with pytest.raises(
         bnfold.UsageError, match="Sequential doesn't say what it takes: give an example of its input, such as example=batch"

@@ -179,6 +179,8 @@ def _failing_module(error: Exception, twin: nn.Module) -> str:
     while step is not None:
         module = step.tb_frame.f_locals.get("self")
         if isinstance(module, nn.Module) and names.get(id(module)):
-            found = f", in its module {names[id(module)]} ({type(module).__name__})"
+            cumulative = module.training and getattr(module, "momentum", 0) is None  # it counts batches by a number that it reads
+            mode = ", a cumulative average in training mode: call eval() on the model" if cumulative else ""
+            found = f", in its module {names[id(module)]} ({type(module).__name__}{mode})"
         step = step.tb_next
     return found
