@@ -30,8 +30,10 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
         if not (graph.copies_weights and site.is_batchnorm):
             _fits_sharers(node, role, draft)
         try:
-            np.broadcast_shapes(update.shape, param.shape)
-        except ValueError:  # of operators that no data can pass
+            made = np.broadcast_shapes(update.shape, param.shape)
+        except ValueError:
+            made = None
+        if made is None or (role == "weight" and made != param.shape):  # of operators that no data can pass
             raise Blocked(f"the map's coefficients don't fit the {role} of {node.name}, whose shape is {param.shape}") from None
         rescaled(graph, node, role, update)
         fits_type(node, role, param, update)

@@ -507,13 +507,15 @@ def test_a_proto_whose_data_are_not_loaded(tmp_path: Path) -> None:
         ("y = LayerNormalization <axis = 1> (x, w, wide)", r"its parameter of shape \(4, 3\) doesn't fit"),
         ("y = com.microsoft.FusedConv <activation = 'Relu'> (x, vector)", r"its weight has the shape \(2,\), which has no kernel"),
         ("y = com.microsoft.FusedMatMul <transA = 1> (x)", "an input that it needs is left out"),
+        ("y = com.microsoft.FusedMatMul <transA = 1> (matrix, x)", "the map's coefficients don't fit the weight"),
     ],
 )
 def test_parameters_that_no_schema_checks_keep_a_batchnorm(node: str, reason: str) -> None:
     """Where ONNX states no shape, the operator is a barrier that says why."""
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[N, 2, 3] x) => (float[N, 2, 3] z)'
-        "<float[2, 3] w = {1, 1, 1, 1, 1, 1}, float[4, 3] wide = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, float[2] vector = {1, 2}>"
+        "<float[2, 3] w = {1, 1, 1, 1, 1, 1}, float[4, 3] wide = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, float[2] vector = {1, 2},"
+        " float[1, 2, 1] matrix = {1, 2}>"
         f"{{ {node} z = BatchNormalization (y, vector, vector, vector, vector) }}".replace("'", '"')
     )
     (layer,) = bnfold.inspect(model).layers
@@ -581,3 +583,14 @@ def test_an_operator_that_its_opset_lacks_does_not_run() -> None:
     model.graph.node.insert(0, helper.make_node("DeformConv", ["x", "x", "x"], ["deformed"]))
     with pytest.raises(UnsupportedError, match="lacks the operator DeformConv of opset 6"):
         Oracle(from_proto(model))
+
+
+def test_a_setting_that_is_no_number_is_refused() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[N, 2] x) => (float[N, 2] z) <float[2, 2] w = {1, 2, 3, 4}>'
+        ' { z = com.microsoft.FusedMatMul <alpha = "two"> (x, w) }'
+    )
+    with pytest.raises(ModelError, match="FusedMatMul z has an attribute 'alpha' that is no number"):
+        bnfold.inspect(model)
+    model.graph.node[0].domain, model.graph.node[0].op_type = "", "MatMul"  # which has no such setting
+    assert not bnfold.inspect(model).layers

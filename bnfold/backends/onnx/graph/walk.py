@@ -49,15 +49,21 @@ def attribute(node: ir.Node, name: str, default: object = None) -> object:
 def whole(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute."""
     found = attribute(node, name, default)
-    assert isinstance(found, int)
+    if not isinstance(found, int):
+        raise _odd(node, name, "integer")
     return found
 
 
 def number(node: ir.Node, name: str, default: float) -> float:
     """A float attribute."""
     found = attribute(node, name, default)
-    assert isinstance(found, (int, float))
+    if not isinstance(found, (int, float)):
+        raise _odd(node, name, "number")
     return float(found)
+
+
+def _odd(node: ir.Node, name: str, wanted: str) -> ModelError:
+    return ModelError(f"{node.op_type} {name_of(node)} has an attribute '{name}' that is no {wanted}; export the model again")
 
 
 def wholes(node: ir.Node, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:

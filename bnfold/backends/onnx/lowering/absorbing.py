@@ -102,6 +102,9 @@ def _times_beta(ctx: OnnxLowering, node: ir.Node, beta: float) -> Param:
 
 def matmul(ctx: OnnxLowering, node: ir.Node) -> None:
     """ONNX Runtime's FusedMatMul multiplies by `alpha` too, and may transpose its operands."""
+    if is_standard(node):
+        weights.matrix_product(ctx, node, (0, 1))
+        return
     alpha = number(node, "alpha", 1.0)
     if any(attribute(node, f"transBatch{x}", 0) for x in "AB") or not alpha:
         raise Blocked("it moves its batch axes, or multiplies by zero")
