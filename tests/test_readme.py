@@ -157,7 +157,9 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str], m
         run([command.replace("_", "-"), "--help-all"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     prose = re.sub(r"```.*?```", "", "".join(EVERY_PAGE.values()), flags=re.DOTALL)
-    others = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--write-readme", "--count", "--limit", "--sizes"}  # of others
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    others = {option for text in sources for option in re.findall(r'add_argument\("(--[a-z-]+)"', text)}  # of the tests' own commands
+    others |= {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}  # of torchrun
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | {"--help", "--help-all", "--install-completion"} | others
 
 
