@@ -10,15 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from bnfold.algebra.absorbing import coefficients
 from bnfold.algebra.affine import Affine, Blocked, NoBias
-from bnfold.algebra.graph import Graph, Node, Site, Value
-from bnfold.algebra.movement import move_up
+from bnfold.algebra.graph import Graph, Node, Site
 from bnfold.algebra.rule import Step, identity
 from bnfold.algebra.rules import rule_of
 
+from .demands import demanded
 from .duplicate import Clones, Shared
 from .feasible import Draft, checked
 from .ways import Maps, State, named, search
@@ -199,7 +197,7 @@ def _push_up(graph: Graph, site: Site, *, scale_alone: bool = False) -> Draft:
     """Backwards: every user of a value states the map that it wants, and all of them must agree. scale_alone: the site keeps its shift."""
 
     def ways(node: Node, demands: Maps) -> list[Step]:
-        wanted, *others = (_wanted(value, demands) for value in node.outputs)
+        wanted, *others = (demanded(value, demands) for value in node.outputs)
         if not all(a.is_identity for a in others):
             raise Blocked("only its first output may carry a map")
         if node in site.nodes and scale_alone:
@@ -221,46 +219,6 @@ def _push_up(graph: Graph, site: Site, *, scale_alone: bool = False) -> Draft:
             state.visit(producer, -1)
 
     return _push(graph, site, -1, ways, demand)
-
-
-def _wanted(value: Value, demands: Maps) -> Affine:
-    """What the users of a value, taken together, want to happen to it."""
-    return _agreed(value, demands).settled()
-
-
-def _agreed(value: Value, demands: Maps) -> Affine:
-    """The same, in which elements that none of them reads are free (NaN)."""
-    wishes: list[tuple[str, Affine]] = []
-    all_as_is = False
-    for user, i in value.users:
-        if (user, i) in demands:
-            wishes.append((f"is also used by {user.name}", demands[user, i]))
-        elif user.op == "Move" or not all_as_is:  # one of those who read all of it speaks for the others
-            wishes.append((f"is also used by {user.name}", _as_is(user, i, value)))
-            all_as_is |= user.op != "Move"
-    if value.is_output:
-        wishes.append(("is an output of the model", Affine.identity(value.rank or 0)))
-    merged = Affine(*[np.full((1,) * (value.rank or 0), np.nan)] * 2)
-    # those who want a map come first, so that a conflict names one who doesn't
-    for clause, a in sorted(wishes, key=lambda wish: bool(np.nan_to_num(wish[1].scale, nan=1.0).min() == 1) and wish[1].is_identity):
-        scales, shifts = np.broadcast_arrays(merged.scale, a.scale), np.broadcast_arrays(merged.shift, a.shift)
-        for one, other in (scales, shifts):
-            if ((one != other) & ~np.isnan(one) & ~np.isnan(other)).any():
-                raise Shared(f"its output {clause}", value, [use for use in value.users if use in demands])
-        merged = Affine(*(np.where(np.isnan(one), other, one) for one, other in (scales, shifts)))
-    return merged
-
-
-def _as_is(user: Node, i: int, value: Value) -> Affine:
-    """The identity on all that a user reads of a value; a move may leave some of it unread, or those behind it, and that is free."""
-    if user.op == "Move" and user.output.rank is not None:
-        if "reads" not in user.attrs:  # the same for every site: what an operator moves doesn't change
-            user.attrs["reads"] = None
-            with contextlib.suppress(Blocked):
-                user.attrs["reads"] = move_up(user, _agreed(user.output, {}), shrink=False)
-        if user.attrs["reads"] is not None:
-            return user.attrs["reads"][i]  # type: ignore[no-any-return]
-    return Affine.identity(value.rank or 0)
 
 
 def push_down(graph: Graph, site: Site) -> Draft:
