@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 
 from bnfold.algebra.affine import Affine, Blocked
-from bnfold.algebra.graph import Node, Value
+from bnfold.algebra.graph import Node, Value, reachable
 from bnfold.algebra.movement import move_up
 
 from .duplicate import Shared
@@ -45,10 +45,19 @@ def _agreed(value: Value, demands: Maps) -> Affine:
 def _as_is(user: Node, i: int, value: Value) -> Affine:
     """The identity on all that a user reads of a value; a move may leave some of it unread, or those behind it, and that is free."""
     if user.op == "Move" and user.output.rank is not None:
-        if "reads" not in user.attrs:  # the same for every site: what an operator moves doesn't change
-            user.attrs["reads"] = None
+        for move in [] if "reads" in user.attrs else _unread(user):  # the same for every site: what an operator moves doesn't change
+            move.attrs["reads"] = None
             with contextlib.suppress(Blocked):
-                user.attrs["reads"] = move_up(user, _agreed(user.output, {}), shrink=False)
+                move.attrs["reads"] = move_up(move, _agreed(move.output, {}), shrink=False)
         if user.attrs["reads"] is not None:
             return user.attrs["reads"][i]  # type: ignore[no-any-return]
     return Affine.identity(value.rank or 0)
+
+
+def _unread(first: Node) -> list[Node]:
+    """A move, and those behind it of which isn't known yet what they read: the last first, since each reads what those behind it do."""
+
+    def behind(node: Node) -> list[Node]:
+        return [user for user, _ in node.output.users if user.op == "Move" and "reads" not in user.attrs and user.output.rank is not None]
+
+    return sorted(reachable([first], behind), key=lambda node: -node.index)

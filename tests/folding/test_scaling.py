@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 from bench.scaling import SHAPES, graph, steps
+from cases.builder import Net
+
+import bnfold
 
 SIZE = 60
 
@@ -35,3 +38,13 @@ def test_twice_the_graph_takes_twice_the_work(shape: str) -> None:
     calls(shape, 2)  # what happens once
     one, two = calls(shape, SIZE), calls(shape, 2 * SIZE)
     assert {name: round(two[name] / one[name], 2) for name in one if two[name] > 2.15 * one[name]} == {}
+
+
+def test_what_stands_beside_a_batchnorm_may_be_deeper_than_the_stack() -> None:
+    net = Net("deep")
+    x = y = net.conv(net.input("N", 2, 4, 4), 2, 2, 1)
+    for _ in range(sys.getrecursionlimit()):
+        y = net.transpose(y, 0, 1, 3, 2)
+    net.output(net.bn(x, 2), y)
+    (layer,) = bnfold.inspect(net.model()).layers
+    assert "is also used by Transpose" in layer.reason
