@@ -119,6 +119,24 @@ def test_data_in_the_forms_that_loaders_give(x: np.ndarray) -> None:
         torch.testing.assert_close(found, wanted(pairs[0][0]))
 
 
+def test_buffers_that_code_writes_into_are_as_before(x: np.ndarray) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.b = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            self.calls += 1
+            return self.b(self.c(batch["image"]))
+
+    net = Counting().eval()
+    fresh, _ = bnfold.recalibrate(net, [{"image": torch.tensor(x)}])
+    assert (int(net.calls), int(fresh.calls)) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -22,7 +22,7 @@ from bnfold.data.samples import ROWS, rows_are_samples
 from bnfold.errors import EXAMPLE, DataError, UsageError
 from bnfold.text import first_line, listed
 
-from .copies import shared_twin
+from .copies import runnable_twin
 from .tensors import flat_outputs, to_numpy, to_tensor
 
 Model = nn.Module | ExportedProgram
@@ -135,7 +135,7 @@ def example_of(model: Model, item: Any) -> Any:
 
 def _runs(model: nn.Module, call: Call) -> bool:
     """Whether the model takes what it is called with."""
-    twin = shared_twin(model).eval()
+    twin = runnable_twin(model)
     try:
         with quiet(), torch.no_grad():
             as_call(model, call).on(twin)
@@ -240,7 +240,7 @@ def shortened_call(model: nn.Module, example: Any, count: int = 2) -> Call:
     rows = {len(array) for array in arrays.values()}
     if len(rows) != 1 or max(rows) <= max(count, ROWS):
         return call
-    twin = shared_twin(model).eval()
+    twin = runnable_twin(model)
 
     def cut(parts: Mapping[str, Any]) -> Call:
         return Call(*pytree.tree_unflatten([parts.get(str(i), leaf) for i, leaf in enumerate(leaves)], form))

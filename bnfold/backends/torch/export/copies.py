@@ -36,6 +36,11 @@ def shared_twin(module: nn.Module) -> nn.Module:
     return _copied(module, {id(t): t for t in itertools.chain(module.parameters(), module.buffers())})
 
 
+def runnable_twin(module: nn.Module) -> nn.Module:
+    """A copy that can be run, in evaluation mode: it shares the parameters, but has buffers of its own, into which code may write."""
+    return _copied(module, {id(t): t for t in module.parameters()}).eval()
+
+
 def duplicate(module: nn.Module) -> nn.Module:
     """A copy of a module, its tensors included; a buffer whose numbers lie in one place gets room for each, into which others can go."""
     expanded = [each for each in module.buffers() if each.layout == torch.strided and 0 in each.stride() and each.numel() > 1]
