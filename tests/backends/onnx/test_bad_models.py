@@ -594,3 +594,23 @@ def test_a_setting_that_is_no_number_is_refused() -> None:
         bnfold.inspect(model)
     model.graph.node[0].domain, model.graph.node[0].op_type = "", "MatMul"  # which has no such setting
     assert not bnfold.inspect(model).layers
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ("FusedConv <kernel_shape = 3> (x, w)", "its attribute 'kernel_shape' is of type int, not ints"),
+        ("FusedConv <pads = [0.5, 1.0]> (x, w)", "its attribute 'pads' is of type floats, not ints"),
+        ('FusedConv <auto_pad = "SAME"> (x, w)', "its attribute 'auto_pad' is 'SAME', which is none of"),
+        ('NhwcFusedConv <strides = "two"> (x, w)', "its attribute 'strides' is of type string, not ints"),
+        ('FusedGemm <transB = "yes"> (f, m)', "its attribute 'transB' is of type string, not int"),
+        ('FusedMatMul <transA = "yes"> (f, m)', "has an attribute 'transA' that is no integer"),
+    ],
+)
+def test_settings_of_onnx_runtimes_operators_have_the_types_of_the_standards(node: str, said: str) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[N, 2, 5, 5] x, float[N, 2] f) => (z)'
+        f" <float[2, 2] m = {{1, 2, 3, 4}}, float[2, 2, 1, 1] w = {{1, 2, 3, 4}}> {{ z = com.microsoft.{node} }}"
+    )
+    with pytest.raises(ModelError, match=said):
+        bnfold.fuse(model)

@@ -16,6 +16,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from bnfold.errors import ModelError, UnsupportedError
 
+from ..graph.walk import ALIKE, MICROSOFT
 from .parameters import Dims, troubles
 from .validate import domain_of, inner_graphs, label, nodes
 
@@ -23,6 +24,8 @@ OPTION = defs.OpSchema.FormalParameterOption
 MOST_CALLED = 200_000  # operators that calls of functions may come to
 MOST_SEEN = 1 << 26  # values that graphs inside of operators may read: inference copies what stands around each
 DEEPEST_CALL = 100  # of functions that call each other: onnx puts no deeper ones in the places of their calls
+# Operators that ONNX Runtime adds, by those of the standard whose settings they have.
+LIKE = {"FusedConv": "Conv", "NhwcFusedConv": "Conv", "FusedGemm": "Gemm", **{name: name for name in ALIKE}}
 KINDS = {value: name.lower() for name, value in AttributeProto.AttributeType.items()}
 CHOICES = {  # of attributes that are one of a few words
     "auto_pad": {"", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"},
@@ -81,6 +84,8 @@ class _Scope:
                 )
             if domain_of(node.domain) == "":
                 self._check_standard(node, attributes, shapes)
+            elif node.domain == MICROSOFT and node.op_type in LIKE:
+                _check_types(node, attributes, _types(LIKE[node.op_type], self.opsets.get("", 1)))
             for inner in inner_graphs(node):
                 self.check_graph(inner, shapes)
 
@@ -91,13 +96,7 @@ class _Scope:
         schema = _schema(node.op_type, version)
         if schema is not None:
             _check_arity(node, schema, version)
-        types = _types(node.op_type, version)
-        for name, attribute in attributes.items():
-            if name in types and attribute.type not in types[name]:
-                asked = " or ".join(KINDS[kind] for kind in types[name])
-                raise _wrong(node, f"its attribute '{name}' is of type {KINDS.get(attribute.type, '?')}, not {asked}")
-            if attribute.type == AttributeProto.STRING and not attribute.ref_attr_name:
-                _check_word(node, name, attribute.s)
+        _check_types(node, attributes, _types(node.op_type, version))
         if schema is not None:
             for name, each in schema.attributes.items():
                 if each.required and name not in attributes:
@@ -155,6 +154,15 @@ def _check_arity(node: NodeProto, schema: Any, version: int) -> None:
                 asked_for.option == OPTION.Single or (what == "input" and asked_for.option == OPTION.Variadic and asked_for.is_homogeneous)
             ):
                 raise _wrong(node, f"its {what} {asked_for.name} (number {i}) is left out, which opset {version} requires")
+
+
+def _check_types(node: NodeProto, attributes: dict[str, AttributeProto], types: dict[str, tuple[int, ...]]) -> None:
+    for name, attribute in attributes.items():
+        if name in types and attribute.type not in types[name]:
+            asked = " or ".join(KINDS[kind] for kind in types[name])
+            raise _wrong(node, f"its attribute '{name}' is of type {KINDS.get(attribute.type, '?')}, not {asked}")
+        if attribute.type == AttributeProto.STRING and not attribute.ref_attr_name:
+            _check_word(node, name, attribute.s)
 
 
 def _check_word(node: NodeProto, name: str, word: bytes) -> None:

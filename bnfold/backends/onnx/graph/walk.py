@@ -68,8 +68,10 @@ def _odd(node: ir.Node, name: str, wanted: str) -> ModelError:
 
 def wholes(node: ir.Node, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
     """An attribute that is a list of integers."""
-    found = attribute(node, name)
-    return default if found is None else tuple(int(n) for n in found)  # type: ignore[attr-defined]
+    found = attribute(node, name, default)
+    if not isinstance(found, (list, tuple)) or not all(isinstance(n, int) for n in found):
+        raise _odd(node, name, "list of integers")
+    return tuple(found)
 
 
 def arg(node: ir.Node, index: int = 0) -> ir.Value:

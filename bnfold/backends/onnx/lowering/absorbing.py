@@ -106,9 +106,9 @@ def matmul(ctx: OnnxLowering, node: ir.Node) -> None:
         weights.matrix_product(ctx, node, (0, 1))
         return
     alpha = number(node, "alpha", 1.0)
-    if any(attribute(node, f"transBatch{x}", 0) for x in "AB") or not alpha:
+    if any(whole(node, f"transBatch{x}", 0) for x in "AB") or not alpha:
         raise Blocked("it moves its batch axes, or multiplies by zero")
-    swaps = bool(attribute(node, "transA", 0)), bool(attribute(node, "transB", 0))
+    swaps = bool(whole(node, "transA", 0)), bool(whole(node, "transB", 0))
     weights.matrix_product(ctx, node, (0, 1), swaps=swaps, alpha=alpha)
 
 
