@@ -152,6 +152,17 @@ def test_a_multiple_that_may_be_zero(op: Callable[..., torch.Tensor], alpha: flo
     assert both(net(lambda s, x: s.b(op(s.c(x), s.d(x), alpha=alpha)))) == (0, 0)
 
 
+def test_a_multiple_without_end_stays() -> None:
+    """Even of zeros, of which it makes no number."""
+    net = Net(
+        lambda s, x: s.b(torch.add(s.c(x), torch.zeros_like(s.d(x)), alpha=float("inf"))),
+        c=nn.Conv2d(3, 4, 3),
+        d=nn.Conv2d(3, 4, 3),
+        b=norm(4),
+    )
+    assert "isn't finite" in kept(bnfold.inspect(net.eval(), example=X))["b"]
+
+
 def test_a_computed_multiple_stays() -> None:
     net = Net(lambda s, x: s.b(torch.add(s.c(x), s.k, alpha=x.shape[2])), c=nn.Conv2d(3, 4, 3), b=norm(4), k=weight(1, 4, 1, 1))
     _, report = bnfold.fuse(net.eval(), example=X)

@@ -211,15 +211,13 @@ def arithmetic(ctx: TorchLowering, op: Op) -> None:
 def _combined(ctx: TorchLowering, op: Op, kind: str, keys: tuple[str, str], alpha: float | None) -> None:
     one, other = (arguments(op)[key] for key in keys)
     flows = [ctx.is_activation(each) for each in (one, other)]
-    if alpha is None:
-        raise Blocked("it adds a computed multiple")
+    if alpha is None or not math.isfinite(alpha):
+        raise Blocked("it adds a computed multiple" if alpha is None else "the multiple that it adds isn't finite")
     if all(flows):
         beside = [_beside_zeros(ctx, op, one, other), _beside_zeros(ctx, op, other, one) if alpha == 1 else None]
         if kind == "add" and (kept := beside[0] or beside[1]) is not None:
             pointwise(ctx, op, "Identity", kept)
         elif kind in ("add", "sub"):
-            if not math.isfinite(alpha):
-                raise Blocked("the multiple that it adds isn't finite")
             pointwise(ctx, op, "Add", one, other, multiples=(1, alpha if kind == "add" else -alpha))
         else:
             pointwise(ctx, op, "Mul", one, other, factors=2 if kind == "mul" else 1)
