@@ -43,17 +43,20 @@ def conv(
             part, made = x[first : first + images], y[first : first + images]
             _depthwise(np.concatenate([w[:, 0]] * len(part)), part.reshape(-1, *x.shape[2:]), at, made.reshape(-1, *at.out))
         return (_shifted(y, b),)
-    weights, made = w.reshape(group, o // group, -1), y.reshape(n, group, o // group, *at.out)
-    if tapwise := set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1:
-        images = 1
-    by_tap = np.ascontiguousarray(np.moveaxis(w.reshape(group, o // group, per_group, -1), -1, 0)) if tapwise else weights
-    for first in range(0, n, images):
-        padded = pad(x[first : first + images], at, 0)
-        parts = padded.reshape(-1, group, per_group, *padded.shape[2:])
-        if tapwise:
-            _shifted_products(by_tap, parts[0], at, made[first])
-        else:
-            _unfolded_product(weights, parts, at, made[first : first + images])
+    made = y.reshape(n, group, o // group, *at.out)
+
+    def padded(part: Array) -> Array:
+        whole = pad(part, at, 0)
+        return whole.reshape(-1, group, per_group, *whole.shape[2:])
+
+    if set(at.strides) == {1} and 2 * o <= c and max(at.kernel) > 1:
+        by_tap = np.ascontiguousarray(np.moveaxis(w.reshape(group, o // group, per_group, -1), -1, 0))
+        for image in range(n):
+            _shifted_products(by_tap, padded(x[image : image + 1])[0], at, made[image])
+    else:
+        weights = w.reshape(group, o // group, -1)
+        for first in range(0, n, images):
+            _unfolded_product(weights, padded(x[first : first + images]), at, made[first : first + images])
     return (_shifted(y, b),)
 
 
