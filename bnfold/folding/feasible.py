@@ -34,7 +34,7 @@ def checked(graph: Graph, site: Site, draft: Draft) -> Draft:
         except ValueError:
             made = None
         if made is None or (role == "weight" and made != param.shape):  # of operators that no data can pass
-            raise Blocked(f"the map's coefficients don't fit the {role} of {node.name}, whose shape is {param.shape}") from None
+            raise Blocked(f"the map's coefficients don't fit the {role} of {node.name}, whose shape is {param.shape}")
         rescaled(graph, node, role, update)
         fits_type(node, role, param, update)
     return draft

@@ -56,8 +56,8 @@ def mean_of_groups(s: Any, x: Tensor, groups: list[Tensor]) -> Tensor:
 
 
 class Free(Keywords):
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return self.b(self.l(x * kwargs["by"]["scale"]))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # its arguments are what differs
+        return self.b(self.l(x * kwargs["by"]["scale"]))  # type: ignore[no-any-return]  # modules that are attributes give anything
 
 
 FIRST = [torch.arange(3), torch.arange(3, 6)]

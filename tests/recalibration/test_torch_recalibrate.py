@@ -248,7 +248,7 @@ def test_batches_with_labels_and_dicts() -> None:
         yield from zip(DATA.split(5), labels.split(5), strict=True)
 
     class Optional(nn.Sequential):
-        def forward(self, pixels=None, labels=None, detailed=None):  # type: ignore[no-untyped-def]
+        def forward(self, pixels=None, labels=None, detailed=None):  # type: ignore[no-untyped-def]  # as transformers' models have them
             made = super().forward(pixels)
             return made if labels is None else (made, nn.functional.cross_entropy(made.mean((2, 3)), labels))
 

@@ -334,7 +334,7 @@ def test_other_data_may_give_other_sizes() -> None:
         length = n.item()
         torch._check(length >= 1)
         torch._check(length < 6)
-        made: Tensor = s.b(s.c(x)[..., :length])  # type: ignore[misc]
+        made: Tensor = s.b(s.c(x)[..., :length])  # type: ignore[misc]  # torch says that a slice takes whole numbers alone
         return made
 
     module, example = Net(forward, c=nn.Conv1d(3, 4, 3), b=norm(4, 1)).eval(), (data(2, 3, 8), torch.tensor(2))

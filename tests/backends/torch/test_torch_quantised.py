@@ -424,7 +424,7 @@ class Coded(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
         if "detach" not in str(func) and "clone" not in str(func):
-            raise NotImplementedError(func)
+            raise NotImplementedError(func)  # as torch wants it said of what a class of tensors doesn't do
         return Coded(func(args[0].q), func(args[0].s))
 
 
