@@ -48,3 +48,12 @@ def test_what_stands_beside_a_batchnorm_may_be_deeper_than_the_stack() -> None:
     net.output(net.bn(x, 2), y)
     (layer,) = bnfold.inspect(net.model()).layers
     assert "is also used by Transpose" in layer.reason
+
+
+def test_what_computes_a_weight_may_be_deeper_than_the_stack() -> None:
+    net = Net("deep")
+    w = net.filters(2, 2, 1, 1)
+    for _ in range(sys.getrecursionlimit()):
+        w = net.op("Neg", w)
+    net.output(net.bn(net.conv(net.input("N", 2, 4, 4), 2, 2, 1, weight=w), 2))
+    assert bnfold.fuse(net.model())[1].batchnorms.after == 0

@@ -114,21 +114,20 @@ class Constants:
         seen: set[ir.Node] = set()
         leaves: dict[ir.Value, ir.Value] = {}
 
-        def visit(v: ir.Value) -> None:
+        stack = [(value, False)]  # depth first without recursion, as above; whether all that it reads is known
+        while stack:
+            v, known = stack.pop()
             node = v.producer()
-            if node is not None and (sizes := self._sizes(v)) is not None:
+            if node is not None and known:
+                nodes.append(node)
+            elif node is not None and (sizes := self._sizes(v)) is not None:
                 tensor = ir.Tensor(sizes, name=v.name)
                 leaves.setdefault(v, ir.Value(name=v.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape))
             elif node is None:
                 leaves.setdefault(v, ir.Value(name=v.name, const_value=v.const_value, type=v.type, shape=v.shape))
             elif node not in seen:
                 seen.add(node)
-                for source in value_inputs(node):
-                    if source is not None:
-                        visit(source)
-                nodes.append(node)
-
-        visit(value)
+                stack += [(v, True), *((source, False) for source in value_inputs(node) if source is not None)]
         made: dict[ir.Value, ir.Value] = dict(leaves)
         copies = []
         for node in nodes:
